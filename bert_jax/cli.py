@@ -1,0 +1,198 @@
+"""The command line: `bert-jax fill-mask | info | verify`. Each command imports what it needs when it runs."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bert_jax import __version__
+from bert_jax.errors import BertJaxError, HubUnreachableError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+DEFAULT_MODEL = "google-bert/bert-base-cased"
+FALLBACK_MODEL = "bert-mini-cased"
+CACHE_VARIABLE = "BERT_JAX_COMPILATION_CACHE"
+
+app = typer.Typer(
+    help="BERT on JAX: the published checkpoints, number for number.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=f"Compiled programs are kept in a cache; {CACHE_VARIABLE}=DIR moves it, {CACHE_VARIABLE}=off goes without.",
+)
+
+
+def main() -> None:
+    """Entry point: a mistake of the user ends in one line on stderr and exit status 2."""
+    try:
+        app()
+    except BertJaxError as error:
+        print(f"bert-jax: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command("fill-mask")
+def fill_mask(
+    text: Annotated[list[str], typer.Argument(help="Texts with [MASK] where a word is to be filled in.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help=f"Folder or Hub id; {DEFAULT_MODEL} or, where the Hub is out of reach, {FALLBACK_MODEL}."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Fillings a mask: 5, or with targets all of them.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Score this word instead of the whole vocabulary; may be given again.")
+    ] = None,
+    joint: Annotated[bool, typer.Option("--joint", help="Fill all masks of a text together.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the model's name.")] = False,
+) -> None:
+    """Fill the [MASK]s of texts."""
+    _use_compilation_cache()
+    from bert_jax import hub, pipelines
+
+    name = model or DEFAULT_MODEL
+    try:
+        folder = hub.download(name, revision=revision, timeout=10.0 if model else 3.0)
+    except HubUnreachableError:
+        if model or revision:
+            raise
+        print(f"bert-jax: {name} is not cached and the Hub does not answer: {FALLBACK_MODEL} does.", file=sys.stderr)
+        folder = hub.download(name := FALLBACK_MODEL)
+    filler = pipelines.pipeline("fill-mask", folder)
+    results = filler(text, top_k=top_k, targets=target, joint=joint)
+    if as_json:
+        print(json.dumps({"model": name, "inputs": text, "outputs": results}, ensure_ascii=False, indent=2))
+        return
+    console = _console()
+    for entry, result in zip(text, results, strict=True):
+        masks = [result] if isinstance(result[0], dict) else result
+        for n, fillings in enumerate(masks):
+            title = entry if len(masks) == 1 else f"{entry}  (mask {n + 1} of {len(masks)})"
+            _print_fillings(console, title, fillings)
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="Folder, Hub id, or bert-mini-cased.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+) -> None:
+    """Show a model: config, parameters, memory, and what would load."""
+    from rich.table import Table
+
+    import bert_jax
+    from bert_jax import hub, tree, weights
+
+    folder = hub.download(model, revision=revision)
+    config = bert_jax.BertConfig.from_file(folder / hub.CONFIG_FILE)
+    architectures = json.loads((folder / hub.CONFIG_FILE).read_text(encoding="utf-8")).get("architectures") or []
+    known = [name for name in architectures if name in bert_jax.__all__]
+    architecture = known[0] if known else "BertModel"
+    _, skeleton = tree.split(getattr(bert_jax, architecture)(config))
+    console = _console()
+    console.print(f"[bold]{model}[/bold]  {architecture}  {folder}", highlight=False, soft_wrap=True)
+    table = Table("config", "", box=None, pad_edge=False)
+    for key, value in config.to_dict().items():
+        table.add_row(key, str(value))
+    console.print(table)
+    counts: dict[str, int] = {}
+    for path, spec in skeleton.specs.items():
+        part = ".".join(path.split(".")[: 2 if path.startswith("bert.") else 1])
+        counts[part] = counts.get(part, 0) + spec.size
+    table = Table("parameters", "", "float32", box=None, pad_edge=False)
+    for part, count in [*counts.items(), ("all", sum(counts.values()))]:
+        table.add_row(part, f"{count:,}", f"{count * 4 / 1e6:,.1f} MB")
+    console.print(table)
+    sources, report = weights.plan(folder, skeleton.specs)
+    stored = ", ".join(sorted({source.dtype for source in sources.values()}))
+    console.print(f"weights, stored as {stored}:\n{report}", highlight=False)
+
+
+@app.command()
+def verify(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Models with published outputs; all of them by default.")
+    ] = None,
+) -> None:
+    """Compare with the published outputs of published checkpoints; exit status 1 on a miss."""
+    _use_compilation_cache()
+    import jax
+    from rich.table import Table
+
+    from bert_jax import verify as published
+
+    console = _console()
+    console.print(f"{jax.devices()[0].device_kind} ({jax.default_backend()}), float32, tolerance {published.TOLERANCE}")
+    misses, unreached = 0, []
+    for model in models or published.MODELS:
+        table = Table("", "expected", "got", "difference", title=model, title_justify="left")
+        try:
+            for check in published.verify(model):
+                misses += not check.passed
+                mark = "[green]✓[/green]" if check.passed else "[red]✗[/red]"
+                table.add_row(f"{mark} {check.what}".replace("[MASK]", r"\[MASK]"), check.expected, check.got,
+                              f"{check.difference:.1e}")  # fmt: skip
+        except HubUnreachableError as error:
+            unreached.append(model)
+            print(f"bert-jax: not verified: {error}", file=sys.stderr)
+            continue
+        console.print(table)
+    if misses or unreached:
+        print(f"bert-jax: {misses} misses, {len(unreached)} models not verified.", file=sys.stderr)
+        raise typer.Exit(1 if misses else 2)
+
+
+def _print_fillings(console: "Console", title: str, fillings: list[dict[str, Any]]) -> None:
+    """A table with a bar a filling; bars are as long as the score, the best one's in full."""
+    from rich.bar import Bar
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for filling in fillings:
+        words = filling["token_str"]
+        row: list[RenderableType] = [Text(" · ".join(words) if isinstance(words, list) else words)]
+        row.append(Bar(size=fillings[0]["score"], begin=0, end=filling["score"], width=30, color="cyan"))
+        row.append(Text(f"{filling['score']:.4f}" if filling["score"] >= 5e-5 else f"{filling['score']:.1e}"))
+        if "rank" in filling:
+            row.append(Text(f"rank {filling['rank']}", "dim"))
+        table.add_row(*row)
+    console.print(Text(title, "bold"), table, "", sep="\n")
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console()
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder: the second run of a command does not compile."""
+    place = os.environ.get(CACHE_VARIABLE) or str(
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_jax" / "programs"
+    )
+    if place == "off":
+        return
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", place)
+    # The defaults skip programs that compile in under a second, which is most of ours.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

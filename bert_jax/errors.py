@@ -1,0 +1,28 @@
+"""What can go wrong at the door: errors for whoever gave the input, never for a fault of ours.
+
+Each message names what was given, what was expected and what to do. The command line prints it without a traceback.
+"""
+
+
+class BertJaxError(Exception):
+    """Base of all errors that the user can mend."""
+
+
+class InputError(BertJaxError, ValueError):
+    """A text, an argument or a setting that cannot be used."""
+
+
+class ConfigError(BertJaxError, ValueError):
+    """A `config.json` that describes no network of ours."""
+
+
+class CheckpointError(BertJaxError, ValueError):
+    """Weights or tokenizer files that are damaged, incomplete, or of another model."""
+
+
+class ModelNotFoundError(BertJaxError, OSError):
+    """A model id, folder or revision that is not there."""
+
+
+class HubUnreachableError(ModelNotFoundError):
+    """A model that is neither cached nor to be had, because the Hub does not answer."""

@@ -1,0 +1,203 @@
+"""The files of a model: where they are, and how they come to stand in a folder.
+
+A model id is a local folder, a model in this package, or an id on the Hugging Face Hub.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from bert_jax.errors import CheckpointError, HubUnreachableError, ModelNotFoundError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+"""Of a checkpoint whose weights are in several files."""
+EMBEDDED = Path(__file__).parent / "embedded"
+"""Holds the models that ship in the package, a folder each."""
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def download(model_id: str | os.PathLike[str], *, revision: str | None = None, timeout: float = 10.0) -> Path:
+    """The folder of a model's files; from the Hub, they are downloaded into its cache first.
+
+    With `HF_HUB_OFFLINE=1`, or when the Hub does not answer, the cache alone is asked.
+
+    Args:
+        model_id: A folder, the name of an embedded model (`bert-mini-cased`), or an id on the Hub. A folder wins.
+        revision: Branch, tag or commit on the Hub; None for `main`.
+        timeout: Seconds to wait for the Hub's first answer.
+
+    Returns:
+        A folder with config.json.
+
+    Raises:
+        ModelNotFoundError: If there is no such folder, model or revision.
+        HubUnreachableError: If the Hub does not answer and the cache does not have the whole model.
+        CheckpointError: If the model has no weights in safetensors.
+    """
+    folder = Path(model_id)
+    if folder.is_dir():
+        if not (folder / CONFIG_FILE).is_file():
+            raise ModelNotFoundError(f"{folder} is no model: it holds no {CONFIG_FILE}.")
+        return folder
+    if (EMBEDDED / folder).is_dir() and len(folder.parts) == 1:
+        return EMBEDDED / folder
+    return _from_hub(str(model_id), revision or "main", timeout)
+
+
+def embedded() -> list[str]:
+    """Names of the models that ship in the package."""
+    return sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write files in, which take their places in `folder` when all are written, and not before.
+
+    Raises:
+        CheckpointError: If the disk or the folder's rights do not allow it; `folder` is then as it was.
+    """
+    folder = Path(folder).absolute()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise CheckpointError(f"Cannot write {folder}: {error.strerror or error}.") from None
+    try:
+        yield staging
+        for path in staging.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        staging.chmod(0o777 & ~_umask())
+        if folder.exists():
+            for path in staging.iterdir():
+                os.replace(path, folder / path.name)
+            if (folder / INDEX_FILE).exists() and (folder / WEIGHTS_FILE).exists():
+                (folder / INDEX_FILE).unlink()  # of shards that stood here before
+        else:
+            os.rename(staging, folder)
+    except OSError as error:
+        raise CheckpointError(f"Cannot write {folder}: {error}. What stood there before is unchanged.") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _from_hub(repo: str, revision: str, timeout: float) -> Path:
+    # Imported here: its network half takes 0.2 s to import, and a local folder needs none of it.
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
+
+    cache_only: str | None = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
+    if not cache_only:
+        try:
+            commit = _commit(repo, revision, timeout)
+        except TimeoutError:
+            cache_only = "the Hub does not answer"
+    found = revision if cache_only else commit
+
+    def fetch(name: str) -> Path:
+        return Path(hf_hub_download(repo, name, revision=found, local_files_only=cache_only is not None))
+
+    try:
+        config = fetch(CONFIG_FILE)
+        for name in TOKENIZER_FILES:
+            with contextlib.suppress(EntryNotFoundError):  # which of them there are differs
+                fetch(name)
+        try:
+            fetch(WEIGHTS_FILE)
+        except EntryNotFoundError:
+            for name in sorted(set(read_index(fetch(INDEX_FILE)).values())):
+                fetch(name)
+    except LocalEntryNotFoundError:
+        raise HubUnreachableError(
+            f"{repo} (revision {revision}) is not in the cache, and {cache_only or 'the Hub does not answer'}; "
+            "go online, or give a folder that holds the model."
+        ) from None
+    except EntryNotFoundError:
+        raise CheckpointError(
+            f"{repo} (revision {revision}) has no weights in safetensors. If it has pytorch_model.bin, download it and "
+            "convert it once: python scripts/convert_bin.py FOLDER OUTPUT_FOLDER"
+        ) from None
+    except (HTTPError, OSError) as error:
+        raise ModelNotFoundError(f"The download of {repo} broke off: {error}. Run the same command again.") from None
+    return config.parent
+
+
+def _commit(repo: str, revision: str, timeout: float) -> str:
+    """Asks the Hub once which commit a revision is; the files of a commit then come from the cache without asking.
+
+    Raises:
+        TimeoutError: If the Hub cannot be reached, or does not answer in time.
+        ModelNotFoundError: If it answers that there is no such model or revision.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    # In a thread, because the client's own limit covers neither a slow name server nor its second try.
+    answers: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            url = hf_hub_url(repo, CONFIG_FILE, revision=revision)
+            answers.put(get_hf_file_metadata(url, timeout=timeout).commit_hash or revision)
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=timeout)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+    except queue.Empty:
+        raise TimeoutError from None
+    except HFValidationError:
+        raise ModelNotFoundError(
+            f"{repo!r} is neither a folder nor a model id; expected a folder that exists, "
+            f"an id like google-bert/bert-base-cased, or {', '.join(embedded())}."
+        ) from None
+    except GatedRepoError:
+        raise ModelNotFoundError(f"{repo} is gated: ask for access on the Hub, then `hf auth login`.") from None
+    except RevisionNotFoundError:
+        raise ModelNotFoundError(f"{repo} has no revision {revision!r}; give a branch, tag or commit.") from None
+    except RepositoryNotFoundError:
+        raise ModelNotFoundError(
+            f"There is no folder {repo} and no model {repo} on the Hub (a private one needs `hf auth login`)."
+        ) from None
+    except EntryNotFoundError:
+        raise ModelNotFoundError(f"{repo} on the Hub holds no {CONFIG_FILE}: it is no model of ours.") from None
+    except (HTTPError, OSError):
+        raise TimeoutError from None
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, of a `model.safetensors.index.json`.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is damaged ({error!r}); download it again.") from None

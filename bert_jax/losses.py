@@ -1,0 +1,70 @@
+"""Losses: logits against targets, in nats, averaged over what counts. All in float32."""
+
+import jax
+import jax.numpy as jnp
+
+IGNORE = -100
+"""A label that does not count, as in PyTorch and Hugging Face's data sets."""
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean negative log-likelihood of the labels.
+
+    This is the loss of masked-language modeling, next-sentence prediction, single-label and token classification.
+
+    Args:
+        logits: float [..., C].
+        labels: int [...]; `IGNORE` where nothing is to be predicted.
+
+    Returns:
+        float32 [], nats per label that counts; 0 where none does.
+    """
+    logits = logits.astype(jnp.float32)
+    counts = labels != IGNORE
+    chosen = jnp.take_along_axis(logits, jnp.where(counts, labels, 0)[..., None], axis=-1)[..., 0]
+    nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+    return jnp.sum(jnp.where(counts, nll, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
+
+
+def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean negative log-likelihood of independent yes-no labels: the loss of multi-label classification.
+
+    Args:
+        logits: float [..., C].
+        labels: [..., C], 0 or 1.
+
+    Returns:
+        float32 [], nats per label.
+    """
+    logits, labels = logits.astype(jnp.float32), labels.astype(jnp.float32)
+    return jnp.mean(jax.nn.softplus(logits) - logits * labels)
+
+
+def squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean squared error: the loss of regression.
+
+    Args:
+        logits: float [..., C].
+        labels: float [..., C].
+
+    Returns:
+        float32 [], in the labels' unit squared.
+    """
+    return jnp.mean(jnp.square(logits.astype(jnp.float32) - labels.astype(jnp.float32)))
+
+
+def span_cross_entropy(
+    start_logits: jax.Array, end_logits: jax.Array, start_positions: jax.Array, end_positions: jax.Array
+) -> jax.Array:
+    """Mean of the cross entropies of an answer's first and last token (Devlin et al. 2018, section 4.2).
+
+    Args:
+        start_logits: float [B, T].
+        end_logits: float [B, T].
+        start_positions: int [B], an index of a token, or `IGNORE`.
+        end_positions: int [B], likewise.
+
+    Returns:
+        float32 [], nats.
+    """
+    return (cross_entropy(start_logits, start_positions) + cross_entropy(end_logits, end_positions)) / 2

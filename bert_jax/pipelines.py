@@ -1,0 +1,202 @@
+"""Texts -> predictions: rows of many requests in padded buckets, one compiled program a bucket.
+
+fill_mask = bert_jax.pipeline("fill-mask", "google-bert/bert-base-cased")
+fill_mask("Paris is the [MASK] of France.", top_k=2)
+"""
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bert_jax import tree
+from bert_jax.errors import CheckpointError, InputError
+from bert_jax.model import BertPreTrainedModel
+from bert_jax.tasks.base import Outputs, Request, Row, Task
+from bert_jax.tasks.masked_lm import FillMask
+from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
+from bert_jax.tokenizer import Tokenizer
+
+TASKS: dict[str, Any] = {"fill-mask": FillMask, "next-sentence-prediction": NextSentencePrediction}
+DEFAULT_MODEL = "google-bert/bert-base-cased"
+
+LENGTHS = (16, 32, 64, 128, 256, 512)
+"""Tokens that rows are padded to."""
+ROWS = (1, 4, 16, 64)
+"""Rows that a batch is padded to, beside the most that TOKENS allows."""
+TOKENS = 2048
+"""Tokens of a full batch."""
+WINDOW = 1024
+"""Inputs of a stream that are sorted by length together."""
+
+
+class Bucket(NamedTuple):
+    """The shape of a program: rows, tokens a row, and masked positions a row (0 for tasks without)."""
+
+    rows: int
+    length: int
+    masks: int
+
+
+def pipeline(
+    task: str,
+    model: str | os.PathLike[str] | BertPreTrainedModel = DEFAULT_MODEL,
+    *,
+    tokenizer: Tokenizer | None = None,
+    revision: str | None = None,
+    compute_dtype: str = "float32",
+) -> "Pipeline":
+    """A model made ready for a task.
+
+    Args:
+        task: "fill-mask" or "next-sentence-prediction".
+        model: A folder, an id on the Hugging Face Hub, `bert-mini-cased`, or a model in hand.
+        tokenizer: For a model in hand; else the checkpoint's own.
+        revision: Branch, tag or commit on the Hub.
+        compute_dtype: Of the activations, "float32" or "bfloat16".
+
+    Raises:
+        InputError: If the task is unknown, or the model in hand is none for it.
+        ModelNotFoundError: If there is no such model, or the Hub does not answer.
+        CheckpointError: If the checkpoint lacks the task's head, or is damaged.
+    """
+    if task not in TASKS:
+        raise InputError(f"The task {task!r} is unknown; expected one of {', '.join(TASKS)}.")
+    model_class = TASKS[task].model_class
+    if isinstance(model, BertPreTrainedModel):
+        if not isinstance(model, model_class):
+            raise InputError(f"{task} takes a {model_class.__name__}; this is a {type(model).__name__}.")
+        if tokenizer is None:
+            raise InputError("A model in hand brings no tokenizer; pass tokenizer=Tokenizer.from_pretrained(…).")
+        network = model
+    else:
+        tokenizer = tokenizer or Tokenizer.from_pretrained(model, revision=revision)
+        network = model_class.from_pretrained(model, revision=revision, compute_dtype=compute_dtype)
+    if tokenizer.vocab_size > network.config.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens and the model {network.config.vocab_size}: "
+            "they do not belong together."
+        )
+    max_length = min(tokenizer.model_max_length, network.config.max_position_embeddings)
+    return Pipeline(TASKS[task](tokenizer, max_length), network, tokenizer, max_length)
+
+
+class Pipeline:
+    """A task, a model and its programs. Call it with an input, a list, or any iterable."""
+
+    def __init__(self, task: Task, model: BertPreTrainedModel, tokenizer: Tokenizer, max_length: int):
+        self.task = task
+        self.tokenizer = tokenizer
+        self.config = model.config
+        self.params, self._skeleton = tree.split(model)
+        self._lengths = [*(length for length in LENGTHS if length < max_length), max_length]
+        self._programs: dict[Bucket, jax.stages.Compiled] = {}
+
+    @property
+    def programs(self) -> list[Bucket]:
+        """The buckets that a program has been compiled for."""
+        return sorted(self._programs)
+
+    def __call__(self, inputs: Any, **parameters: Any) -> Any:
+        """Predicts.
+
+        Args:
+            inputs: One input of the task (a text; a pair as a tuple), a list of them, or another iterable.
+            parameters: The task's own (fill-mask: top_k, targets, joint).
+
+        Returns:
+            The task's result for one input; a list of results, in order, for a list; an iterator for any other
+            iterable, which is read ahead by at most `WINDOW` inputs.
+
+        Raises:
+            InputError: Names what cannot be used and, of several inputs, the index.
+        """
+        if isinstance(inputs, str | tuple):
+            return self.run([self.task.request(inputs, **parameters)])[0]
+        if not isinstance(inputs, Iterable):
+            raise InputError(f"expected an input or several, got {inputs!r} ({type(inputs).__name__}).")
+        results = self._stream(iter(inputs), parameters)
+        return list(results) if isinstance(inputs, list) else results
+
+    def _stream(self, inputs: Iterator[Any], parameters: dict[str, Any]) -> Iterator[Any]:
+        numbered = enumerate(inputs)
+        while window := list(itertools.islice(numbered, WINDOW)):
+            requests = []
+            for i, entry in window:
+                try:
+                    requests.append(self.task.request(entry, **parameters))
+                except InputError as error:
+                    raise InputError(f"inputs[{i}]: {error}") from None
+            yield from self.run(requests)
+
+    def run(self, requests: Sequence[Request]) -> list[Any]:
+        """Carries requests to their results, batching the rows of all of them; results in the requests' order."""
+        results: list[Any] = [None] * len(requests)
+        waiting: dict[int, list[Outputs | None]] = {}  # request -> outputs of its rows so far
+        queued: list[tuple[Row, int, int]] = []  # row, its request, its place among the request's rows
+
+        def advance(i: int, outputs: Any) -> None:
+            try:
+                rows = requests[i].send(outputs)
+            except StopIteration as finished:
+                results[i] = finished.value
+                return
+            waiting[i] = [None] * len(rows)
+            queued.extend((row, i, place) for place, row in enumerate(rows))
+
+        def deliver(batch: list[tuple[Row, int, int]], arrays: dict[str, jax.Array]) -> None:
+            on_host = {name: np.asarray(array) for name, array in arrays.items()}
+            for n, (row, i, place) in enumerate(batch):
+                k = len(row.masked_positions) or None
+                waiting[i][place] = {name: array[n, :k] for name, array in on_host.items()}
+                if all(output is not None for output in waiting[i]):
+                    advance(i, waiting.pop(i))
+
+        for i in range(len(requests)):
+            advance(i, None)
+        while queued:
+            round_, queued[:] = list(queued), []
+            flying: deque[tuple[list[tuple[Row, int, int]], dict[str, jax.Array]]] = deque()
+            for batch, bucket in self._batches(round_):
+                flying.append((batch, self._forward([row for row, _, _ in batch], bucket)))
+                if len(flying) > 1:  # while the device computes one batch, the host decodes the one before
+                    deliver(*flying.popleft())
+            while flying:
+                deliver(*flying.popleft())
+        return results
+
+    def _batches(self, queued: list[tuple[Row, int, int]]) -> Iterator[tuple[list[tuple[Row, int, int]], Bucket]]:
+        """Cuts rows into batches, longest first, each with the bucket that holds it."""
+        queued = sorted(
+            queued, key=lambda entry: (len(entry[0].input_ids), len(entry[0].masked_positions)), reverse=True
+        )
+        while queued:
+            length = next(length for length in self._lengths if length >= len(queued[0][0].input_ids))
+            most = max(1, TOKENS // length)
+            # The largest batch that would be more than half full.
+            rows = max(rows for rows in {*ROWS, most} if rows <= most and len(queued) > rows // 2)
+            batch, queued = queued[:rows], queued[rows:]
+            masks = max(len(row.masked_positions) for row, _, _ in batch)
+            if masks:
+                # Two at least: of one row a product is a slow matrix-vector product on CPU. Then a quarter of the
+                # tokens, which holds what training masks, or all of them.
+                masks = next(k for k in (2, length // 4, length) if k >= masks)
+            yield batch, Bucket(rows, length, masks)
+
+    def _forward(self, rows: list[Row], bucket: Bucket) -> dict[str, jax.Array]:
+        ids, types = [row.input_ids for row in rows], [row.token_type_ids for row in rows]
+        inputs = self.tokenizer.pad(ids, types, length=bucket.length, rows=bucket.rows)
+        if bucket.masks:
+            inputs["masked_positions"] = np.zeros((bucket.rows, bucket.masks), np.int32)
+            for i, row in enumerate(rows):
+                inputs["masked_positions"][i, : len(row.masked_positions)] = row.masked_positions
+        if bucket not in self._programs:
+            self._programs[bucket] = jax.jit(self._step).lower(self.params, inputs).compile()
+        return self._programs[bucket](self.params, inputs)
+
+    def _step(self, params: tree.Params, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return self.task.forward(tree.merge(self._skeleton, params), inputs)

@@ -1,0 +1,49 @@
+"""What a task is to inference: a pure function on the device, and requests that ask for rows and get their outputs.
+
+A request is a generator. It yields the rows it wants computed, receives their outputs, may yield more rows that
+depend on these, and returns its result. It never sees a batch: rows of many requests share one, padded to a bucket
+(`bert_jax.pipelines`), and so a result does not depend on its company.
+"""
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+
+@dataclass
+class Row:
+    """One row of tokens for the model.
+
+    Attributes:
+        input_ids: Token ids, special tokens included.
+        token_type_ids: 0 or 1 for each.
+        masked_positions: Indices of the tokens at which the vocabulary is wanted; none for other tasks.
+    """
+
+    input_ids: list[int]
+    token_type_ids: list[int]
+    masked_positions: list[int] = field(default_factory=list)
+
+
+Outputs = Mapping[str, np.ndarray]
+"""A row's share of what `Task.forward` returned, with the padding of masked positions and of rows cut off."""
+
+Request = Generator[list[Row], list[Outputs], Any]
+
+
+class Task(Protocol):
+    """What a pipeline needs to know of a task."""
+
+    model_class: type
+    """The model whose head it reads."""
+
+    def forward(self, model: Any, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """From a padded batch to arrays whose first axis is the batch; pure, and compiled once a bucket."""
+        ...
+
+    def request(self, text: Any, **parameters: Any) -> Request:
+        """One input's way through the task. Raises `InputError` at once where the input cannot be used."""
+        ...

@@ -1,0 +1,58 @@
+"""next-sentence-prediction: whether a second text follows the first (Devlin et al. 2018, section 3.1, task 2)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from bert_jax.errors import InputError
+from bert_jax.model import BertForNextSentencePrediction
+from bert_jax.tasks.base import Request, Row
+from bert_jax.tokenizer import Tokenizer
+
+LABELS = ("IsNext", "NotNext")
+"""In the order of the head's two logits."""
+
+
+class NextSentencePrediction:
+    """Tells whether the second text of a pair follows the first."""
+
+    model_class = BertForNextSentencePrediction
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    def forward(self, model: BertForNextSentencePrediction, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Probabilities of the two labels: float32 [B, 2]."""
+        return {"probabilities": jax.nn.softmax(model(**inputs).logits, axis=-1)}
+
+    def request(self, pair: Sequence[str]) -> Request:
+        """Judges one pair.
+
+        Args:
+            pair: Two texts.
+
+        Returns:
+            `{label, score}`: "IsNext" or "NotNext", and its probability.
+
+        Raises:
+            InputError: If it is no pair of texts, one is empty, or both together are too long for the model.
+        """
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise InputError(f"expected a pair of texts, (first, second), got {pair!r}.")
+        for name, text in zip(("first", "second"), pair, strict=True):
+            if not text.strip():
+                raise InputError(f"the {name} text of the pair is empty.")
+        encoding = self.tokenizer.encode([pair[0]], [pair[1]])[0][0]
+        if len(encoding) > self.max_length:
+            raise InputError(
+                f"the pair has {len(encoding)} tokens; the model sees {self.max_length}. Shorten the texts: "
+                "the end of the first and the beginning of the second are what matters."
+            )
+        return self._judge(encoding)
+
+    def _judge(self, encoding: Any) -> Request:
+        (output,) = yield [Row(encoding.ids, encoding.type_ids)]
+        best = int(output["probabilities"].argmax())
+        return {"label": LABELS[best], "score": float(output["probabilities"][best])}

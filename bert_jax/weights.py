@@ -1,0 +1,298 @@
+"""Published tensor names <-> parameter paths: one table, read left to load and right to save.
+
+This module maps a folder and a model's shapes to a dict of arrays, and back. It knows no model class.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401  teaches numpy, and so safetensors, the name bfloat16
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from bert_jax import tree
+from bert_jax.errors import CheckpointError
+from bert_jax.hub import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_index, replacing
+
+# Tensor of the published checkpoints (google-bert/bert-base-cased) -> parameter. They are held as they are stored;
+# a linear's weight is [out, in].
+TABLE = {
+    "bert.embeddings.word_embeddings.weight": "bert.embeddings.word_embeddings.weight",
+    "bert.embeddings.position_embeddings.weight": "bert.embeddings.position_embeddings.weight",
+    "bert.embeddings.token_type_embeddings.weight": "bert.embeddings.token_type_embeddings.weight",
+    "bert.embeddings.LayerNorm.weight": "bert.embeddings.layer_norm.weight",
+    "bert.embeddings.LayerNorm.bias": "bert.embeddings.layer_norm.bias",
+    "bert.encoder.layer.{i}.attention.self.query.weight": "bert.layers.{i}.attention.query.weight",
+    "bert.encoder.layer.{i}.attention.self.query.bias": "bert.layers.{i}.attention.query.bias",
+    "bert.encoder.layer.{i}.attention.self.key.weight": "bert.layers.{i}.attention.key.weight",
+    "bert.encoder.layer.{i}.attention.self.key.bias": "bert.layers.{i}.attention.key.bias",
+    "bert.encoder.layer.{i}.attention.self.value.weight": "bert.layers.{i}.attention.value.weight",
+    "bert.encoder.layer.{i}.attention.self.value.bias": "bert.layers.{i}.attention.value.bias",
+    "bert.encoder.layer.{i}.attention.output.dense.weight": "bert.layers.{i}.attention.output.weight",
+    "bert.encoder.layer.{i}.attention.output.dense.bias": "bert.layers.{i}.attention.output.bias",
+    "bert.encoder.layer.{i}.attention.output.LayerNorm.weight": "bert.layers.{i}.attention_norm.weight",
+    "bert.encoder.layer.{i}.attention.output.LayerNorm.bias": "bert.layers.{i}.attention_norm.bias",
+    "bert.encoder.layer.{i}.intermediate.dense.weight": "bert.layers.{i}.intermediate.weight",
+    "bert.encoder.layer.{i}.intermediate.dense.bias": "bert.layers.{i}.intermediate.bias",
+    "bert.encoder.layer.{i}.output.dense.weight": "bert.layers.{i}.output.weight",
+    "bert.encoder.layer.{i}.output.dense.bias": "bert.layers.{i}.output.bias",
+    "bert.encoder.layer.{i}.output.LayerNorm.weight": "bert.layers.{i}.output_norm.weight",
+    "bert.encoder.layer.{i}.output.LayerNorm.bias": "bert.layers.{i}.output_norm.bias",
+    "bert.pooler.dense.weight": "bert.pooler.weight",
+    "bert.pooler.dense.bias": "bert.pooler.bias",
+    "cls.predictions.transform.dense.weight": "predictions.transform.weight",
+    "cls.predictions.transform.dense.bias": "predictions.transform.bias",
+    "cls.predictions.transform.LayerNorm.weight": "predictions.layer_norm.weight",
+    "cls.predictions.transform.LayerNorm.bias": "predictions.layer_norm.bias",
+    "cls.predictions.bias": "predictions.bias",
+    "cls.seq_relationship.weight": "seq_relationship.weight",
+    "cls.seq_relationship.bias": "seq_relationship.bias",
+    "classifier.weight": "classifier.weight",
+    "classifier.bias": "classifier.bias",
+    "qa_outputs.weight": "qa_outputs.weight",
+    "qa_outputs.bias": "qa_outputs.bias",
+}
+
+# Tensors that some files store a second time, under the name of what they are tied to.
+TIED = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+
+# What PyTorch keeps beside the weights and the network does not need.
+BUFFERS = {"bert.embeddings.position_ids", "bert.embeddings.token_type_ids"}
+
+
+@dataclass
+class Report:
+    """What became of each tensor of a checkpoint, by the names in the file, and of each parameter of the model."""
+
+    loaded: list[str] = field(default_factory=list)
+    tied: list[str] = field(default_factory=list)
+    """Stored a second time, and equal to what they are tied to."""
+    ignored: dict[str, str] = field(default_factory=dict)
+    """Name -> why."""
+    new: list[str] = field(default_factory=list)
+    """Paths of the parameters that were not loaded but made new, as asked for."""
+
+    def __str__(self) -> str:
+        lines = [f"loaded {len(self.loaded)} tensors"]
+        lines += [f"tied: {name}" for name in self.tied]
+        lines += [f"ignored: {name} ({why})" for name, why in self.ignored.items()]
+        lines += [f"new: {path}" for path in self.new]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter comes from: a tensor's name, and the file that holds it."""
+
+    name: str
+    file: Path
+    dtype: str
+    """As safetensors writes it: F32, F16, BF16."""
+
+    def read(self) -> np.ndarray:
+        """The tensor, as it is stored.
+
+        The file is opened anew for each tensor: an open map keeps the pages it has read, and the whole file would
+        stand in memory a second time by the end.
+        """
+        with _opened(self.file) as file:
+            return file.get_tensor(self.name)
+
+
+def plan(
+    folder: Path, specs: Mapping[str, jax.ShapeDtypeStruct], *, new: Iterable[str] = ()
+) -> tuple[dict[str, Source], Report]:
+    """What a folder's weights would give a model, from the headers of its files: no tensor is read but tied ones.
+
+    Args:
+        folder: Holds `model.safetensors`, or shards and their index.
+        specs: The model's parameters by path (`tree.Skeleton.specs`).
+        new: Regular expressions of the paths that are to be made new, whatever the file holds.
+
+    Returns:
+        Parameter path -> source, and the report.
+
+    Raises:
+        CheckpointError: Lists at once all tensors that are missing, unknown, of another shape, or not floats.
+    """
+    # Parameters of a bare BertModel have no `bert.` before them, nor have the tensors in its files.
+    bare = "" if any(path.startswith("bert.") for path in specs) else "bert."
+    fresh = tree.select(new, specs)
+    if unmatched := [pattern for pattern in new if not tree.select([pattern], specs)]:
+        raise CheckpointError(f"new={unmatched} matches no parameter; paths look like {', '.join(list(specs)[-2:])}.")
+    report, wrong = Report(new=fresh), []
+    sources: dict[str, Source] = {}
+    tied: dict[str, Source] = {}
+    stored = _stored(folder)
+    for name, (file, shape, dtype) in stored.items():
+        source, published = Source(name, file, dtype), _published_name(name)
+        if published in BUFFERS:
+            report.ignored[name] = "a buffer"
+            continue
+        if published in TIED:
+            tied[published] = source
+            continue
+        path = _path(published)
+        if path is None:
+            wrong.append(f"unknown: {name} {shape}")
+            continue
+        path = path.removeprefix(bare)
+        if path in fresh:
+            report.ignored[name] = "made new"
+        elif path not in specs and path.removeprefix("bert.").startswith("layers."):
+            wrong.append(f"unexpected: {name}; the config has fewer layers")
+        elif path not in specs:
+            report.ignored[name] = f"this model has no {path.rpartition('.')[0]}"
+        elif path in sources:
+            wrong.append(f"stored twice: {sources[path].name} and {name}")
+        else:
+            sources[path] = source
+            wrong += _misfit(name, shape, dtype, list(specs[path].shape))
+    for published, source in tied.items():
+        path = TABLE[TIED[published]].removeprefix(bare)
+        if "predictions.bias" not in specs and path in sources:
+            report.ignored[source.name] = "this model has no predictions"
+        elif path not in specs:
+            report.ignored[source.name] = f"this model has no {path.rpartition('.')[0]}"
+        elif path in sources:
+            report.tied.append(f"{source.name} = {sources[path].name}")
+            if not np.array_equal(source.read(), sources[path].read()):
+                wrong.append(f"not tied: {source.name} differs from {sources[path].name}; this network ties the two")
+        else:  # stored once, under the other name
+            sources[path] = source
+            wrong += _misfit(source.name, stored[source.name][1], source.dtype, list(specs[path].shape))
+    missing = [path for path in specs if path not in sources and path not in fresh]
+    names = {path.removeprefix(bare): published for published, path in _table(specs).items()}
+    wrong += [f"missing: {names[path]} {list(specs[path].shape)}" for path in missing]
+    if wrong:
+        raise CheckpointError(f"The weights in {folder} do not fit this model:\n  " + "\n  ".join(wrong))
+    report.loaded = [source.name for source in sources.values()]
+    return sources, report
+
+
+def load(
+    folder: Path, specs: Mapping[str, jax.ShapeDtypeStruct], *, new: Iterable[str] = ()
+) -> tuple[dict[str, jax.Array], Report]:
+    """Reads a folder's weights, one tensor at a time.
+
+    Args: see `plan`.
+
+    Returns:
+        Parameter path -> array of the spec's dtype, without those that are new; and the report.
+
+    Raises:
+        CheckpointError: As `plan`; nothing is loaded then.
+    """
+    sources, report = plan(folder, specs, new=new)
+    arrays = {}
+    for path, source in sources.items():
+        arrays[path] = jax.device_put(source.read().astype(specs[path].dtype, copy=False))
+    return arrays, report
+
+
+def save(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Writes `model.safetensors` and `config.json` as PyTorch transformers reads them.
+
+    Everything is written and flushed beside the folder first and then renamed into place, so that a kill or a full
+    disk leaves either the old files or the new ones.
+
+    Args:
+        folder: Is made if need be; other files in it stay.
+        params: Parameter path -> array.
+        config: The content of `config.json`.
+
+    Raises:
+        CheckpointError: If it cannot be written; what stood before stands still.
+    """
+    prefix = "" if any(path.startswith("bert.") for path in params) else "bert."
+    tensors = {}
+    for published, path in _table(params).items():
+        path = path.removeprefix(prefix)
+        if path in params:
+            tensors[published.removeprefix(prefix)] = np.ascontiguousarray(params[path])
+    with replacing(folder) as staging:
+        try:
+            save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, in that library's words
+            raise OSError(str(error)) from None
+        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            yield opened
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{file} is missing, though {INDEX_FILE} names it; download the checkpoint again."
+        ) from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged ({error}); download or save it again.") from None
+
+
+def _stored(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
+    """Tensor name -> its file, shape and dtype."""
+    if (folder / WEIGHTS_FILE).exists():
+        files = [folder / WEIGHTS_FILE]
+    elif (folder / INDEX_FILE).exists():
+        files = [folder / name for name in sorted(set(read_index(folder / INDEX_FILE).values()))]
+    elif (folder / "pytorch_model.bin").exists():
+        raise CheckpointError(
+            f"{folder} holds pytorch_model.bin and no {WEIGHTS_FILE}. This package does not unpickle; "
+            f"convert it once: python scripts/convert_bin.py {folder} OUTPUT_FOLDER"
+        )
+    else:
+        raise CheckpointError(f"{folder} holds no weights; expected {WEIGHTS_FILE}, or shards and {INDEX_FILE}.")
+    stored = {}
+    for path in files:
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118  not a dict
+                tensor = file.get_slice(name)
+                stored[name] = (path, tensor.get_shape(), tensor.get_dtype())
+    return stored
+
+
+def _published_name(name: str) -> str:
+    """The name that the table has: with the `bert.` prefix, and LayerNorm's `weight` and `bias` for `gamma`, `beta`."""
+    name = re.sub(r"\bLayerNorm\.gamma$", "LayerNorm.weight", name)
+    name = re.sub(r"\bLayerNorm\.beta$", "LayerNorm.bias", name)
+    return f"bert.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
+
+
+def _path(published: str) -> str | None:
+    """The parameter path of a published name; None outside the table."""
+    layer = re.match(r"bert\.encoder\.layer\.(\d+)\.", published)
+    if not layer:
+        return TABLE.get(published)
+    path = TABLE.get(published.replace(f".{layer[1]}.", ".{i}.", 1))
+    return path and path.replace("{i}", layer[1])
+
+
+def _table(paths: Iterable[str]) -> dict[str, str]:
+    """The table with a line for each layer that the paths have: published name -> path."""
+    layers = 1 + max(int(match[1]) for path in paths if (match := re.match(r"(?:bert\.)?layers\.(\d+)\.", path)))
+    table = {}
+    for published, path in TABLE.items():
+        for i in range(layers) if "{i}" in path else [0]:
+            table[published.replace("{i}", str(i))] = path.replace("{i}", str(i))
+    return table
+
+
+def _misfit(name: str, shape: list[int], dtype: str, expected: list[int]) -> list[str]:
+    if dtype not in ("F32", "F16", "BF16", "F64"):
+        return [f"{name} is {dtype}; expected floats"]
+    if shape != expected:
+        hint = f"; pass num_labels={shape[0]}" if name.startswith("classifier.") and shape[1:] == expected[1:] else ""
+        return [f"{name} is {shape}; the config asks for {expected}{hint}"]
+    return []

@@ -322,8 +322,12 @@ class BertEmbeddings(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """int [B, T] each, or [1, T] -> float32 [B, T, D]."""
-        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
-        x = x + self.position_embeddings(position_ids)  # [B, T, D]
+        words = self.word_embeddings(input_ids)
+        if self.config.pad_token_id is not None:
+            # The padding's vector learns nothing from being looked up: torch.nn.Embedding(padding_idx=…).
+            padding = (input_ids == self.config.pad_token_id)[..., None]
+            words = jnp.where(padding, jax.lax.stop_gradient(words), words)
+        x = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)  # [B, T, D]
         return _dropout(self.layer_norm(x), self.config.hidden_dropout_prob, dropout_key)
 
 

@@ -1,0 +1,99 @@
+"""Writes tests/golden/*.json: what PyTorch transformers gives, so that the default tests need neither.
+
+    pip install -e '.[parity]'
+    python scripts/make_golden.py
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import reference  # noqa: E402
+
+from bert_jax import hub  # noqa: E402
+
+SENTENCES = [
+    "Paris is the [MASK] of France.",
+    "The president of the United [MASK] spoke to Congress.",
+    "Hello I'm a [MASK] model.",
+    "[MASK]",
+    "He was born in 1809 and [MASK] in 1865.",
+    "The [MASK] of the sea is deep, and the ships of the king are many.",
+    "In the beginning God created the heaven and the [MASK].",
+    "She said that the [MASK] was too expensive; we left without buying anything at all.",
+]
+
+
+def forward(folder: Path, architecture: str, given: dict[str, torch.Tensor], losses: dict[str, dict]) -> dict:
+    """Outputs of one class, and each loss with its gradients' norms."""
+    model = getattr(transformers, architecture).from_pretrained(folder, attn_implementation="eager").eval()
+    out = model(**given, output_hidden_states=True, output_attentions=True)
+    found = {
+        name: value.detach().numpy().round(7).tolist() for name, value in out.items() if isinstance(value, torch.Tensor)
+    }
+    if architecture == "BertModel":
+        found["hidden_states"] = torch.stack(out.hidden_states).detach().numpy()[:, :, 4].round(7).tolist()
+        found["attentions"] = torch.stack(out.attentions).detach().numpy()[:, :, :, 4].round(7).tolist()
+    for name, targets in losses.items():
+        model.zero_grad()
+        model.config.problem_type = targets.pop("problem_type", None)
+        loss = model(**given, **targets).loss
+        loss.backward()
+        norms = {key: float(parameter.grad.norm()) for key, parameter in model.named_parameters()}
+        found[f"loss_{name}"] = {"loss": float(loss), "gradient_norms": norms}
+    return found
+
+
+def small_model() -> dict:
+    given = {name: torch.tensor(value).long() for name, value in reference.inputs().items()}
+    labels = {name: torch.tensor(value) for name, value in reference.labels().items()}
+    labels = {name: value if value.is_floating_point() else value.long() for name, value in labels.items()}
+    losses: dict[str, dict[str, dict]] = {
+        "BertForPreTraining": {"pretraining": {"labels": labels["mlm"], "next_sentence_label": labels["nsp"]}},
+        "BertForMaskedLM": {"mlm": {"labels": labels["mlm"]}},
+        "BertForNextSentencePrediction": {"nsp": {"labels": labels["nsp"]}},
+        "BertForSequenceClassification": {
+            "single": {"labels": labels["single"], "problem_type": "single_label_classification"},
+            "multi": {"labels": labels["multi"], "problem_type": "multi_label_classification"},
+            "regression": {"labels": labels["regression"], "problem_type": "regression"},
+        },
+        "BertForTokenClassification": {"token": {"labels": labels["token"]}},
+        "BertForQuestionAnswering": {"qa": {"start_positions": labels["start"], "end_positions": labels["end"]}},
+    }
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for architecture in reference.HEADS:
+            reference.write(Path(folder), reference.tensors(architecture), reference.config(architecture))
+            found[architecture] = forward(Path(folder), architecture, given, losses.get(architecture, {}))
+    return found
+
+
+def embedded_fill_mask() -> list[dict]:
+    folder = hub.download("bert-mini-cased")
+    model = transformers.BertForMaskedLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.BertTokenizer.from_pretrained(folder)
+    filler = transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer)
+    return [{"text": text, "ids": tokenizer(text)["input_ids"], "fillings": filler(text)} for text in SENTENCES]
+
+
+def write(name: str, content: object) -> None:
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
+    (ROOT / "tests" / "golden" / name).write_text(json.dumps({"versions": versions, "content": content}) + "\n")
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    write("small_model.json", small_model())
+    write("embedded_fill_mask.json", embedded_fill_mask())
+
+
+if __name__ == "__main__":
+    main()

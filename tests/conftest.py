@@ -1,0 +1,42 @@
+"""What every test runs under: 8 simulated devices, no implicit promotion of rank, no network."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import pytest
+import reference
+
+import bert_jax
+
+
+def pytest_report_header() -> str:
+    return f"jax {jax.__version__}, {jax.device_count()} {jax.default_backend()} devices"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Folder of the small reference model with the weights of one class, or of all heads (`None`)."""
+    folders = {}
+
+    def folder(architecture=None):
+        if architecture not in folders:
+            path = tmp_path_factory.mktemp("checkpoint")
+            config = reference.config(architecture)
+            folders[architecture] = reference.write(path, reference.tensors(architecture), config)
+        return folders[architecture]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return bert_jax.Tokenizer.from_pretrained("bert-mini-cased")
+
+
+@pytest.fixture(scope="session")
+def fill_mask():
+    return bert_jax.pipeline("fill-mask", "bert-mini-cased")

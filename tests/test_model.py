@@ -1,0 +1,342 @@
+"""The network against PyTorch's golden outputs, and the promises that model.py makes."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+
+import bert_jax
+from bert_jax import BertConfig, losses, model, tree, weights
+from bert_jax.errors import InputError
+
+HEADS = list(reference.HEADS)
+SMALL = BertConfig.from_dict(reference.CONFIG)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return reference.golden("small_model.json")
+
+
+def load(checkpoint, architecture, **options):
+    return getattr(bert_jax, architecture).from_pretrained(checkpoint(architecture), **options)
+
+
+def close(got, expected, tolerance=1e-5):
+    expected = np.asarray(expected)
+    assert np.shape(got) == expected.shape
+    assert np.max(np.abs(got - expected)) <= tolerance * max(1.0, np.max(np.abs(expected)))
+
+
+# ── Numbers ──
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+def test_outputs_are_pytorchs(checkpoint, golden, architecture):
+    out = load(checkpoint, architecture)(**reference.inputs())
+    expected = golden[architecture]
+    names = {name for name in expected if not name.startswith("loss_")} - {"hidden_states", "attentions"}
+    assert names
+    for name in names:
+        close(getattr(out, name), expected[name])
+    if architecture == "BertModel":
+        assert len(out.hidden_states) == 13
+        assert len(out.attentions) == 12
+        close(np.stack(out.hidden_states)[:, :, 4], expected["hidden_states"])
+        close(np.stack(out.attentions)[:, :, :, 4], expected["attentions"])
+
+
+def objective(name):
+    """The loss of a golden entry as a function of a model's output."""
+    y = reference.labels()
+    return {
+        "pretraining": lambda out: losses.cross_entropy(out.prediction_logits, y["mlm"])
+        + losses.cross_entropy(out.seq_relationship_logits, y["nsp"]),
+        "mlm": lambda out: losses.cross_entropy(out.logits, y["mlm"]),
+        "nsp": lambda out: losses.cross_entropy(out.logits, y["nsp"]),
+        "single": lambda out: losses.cross_entropy(out.logits, y["single"]),
+        "multi": lambda out: losses.binary_cross_entropy(out.logits, y["multi"]),
+        "regression": lambda out: losses.squared_error(out.logits, y["regression"]),
+        "token": lambda out: losses.cross_entropy(out.logits, y["token"]),
+        "qa": lambda out: losses.span_cross_entropy(out.start_logits, out.end_logits, y["start"], y["end"]),
+    }[name]
+
+
+LOSSES = [
+    ("BertForPreTraining", "pretraining"),
+    ("BertForMaskedLM", "mlm"),
+    ("BertForNextSentencePrediction", "nsp"),
+    ("BertForSequenceClassification", "single"),
+    ("BertForSequenceClassification", "multi"),
+    ("BertForSequenceClassification", "regression"),
+    ("BertForTokenClassification", "token"),
+    ("BertForQuestionAnswering", "qa"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "name"), LOSSES)
+def test_losses_and_gradients_are_pytorchs(checkpoint, golden, architecture, name):
+    params, skeleton = tree.split(load(checkpoint, architecture))
+
+    def loss(params):
+        return objective(name)(tree.merge(skeleton, params)(**reference.inputs()))
+
+    value, gradients = jax.value_and_grad(loss)(params)  # 12 small layers compile faster op by op than as a whole
+    expected = golden[architecture][f"loss_{name}"]
+    assert abs(value - expected["loss"]) <= 1e-5 * max(1.0, expected["loss"])
+    norms = {path: float(jnp.linalg.norm(g)) for path, g in tree.flatten(gradients).items()}
+    total = np.sqrt(sum(norm**2 for norm in expected["gradient_norms"].values()))
+    table = weights._table(norms)
+    assert len(norms) == len(expected["gradient_norms"])
+    for published, norm in expected["gradient_norms"].items():
+        assert abs(norms[table[published]] - norm) <= 1e-4 * norm + 1e-7 * total, published
+
+
+# ── Shapes and counts ──
+
+
+@pytest.mark.parametrize(
+    ("config", "encoder", "pretraining"),
+    [
+        (BertConfig.base_cased(), 108_310_272, 108_932_934),
+        (BertConfig.large_cased(), 333_579_264, 334_661_958),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(config, encoder, pretraining):
+    def count(model):
+        return sum(spec.size for spec in tree.split(model)[1].specs.values())
+
+    assert count(model.BertModel(config)) == encoder
+    assert count(model.BertForPreTraining(config)) == pretraining
+
+
+@pytest.mark.parametrize("config", [BertConfig.base_cased(), BertConfig.large_cased()])
+def test_shapes_of_the_published_sizes(config):
+    params, skeleton = tree.split(model.BertForPreTraining(config))
+    ids = jax.ShapeDtypeStruct((2, 512), jnp.int32)
+    positions = jax.ShapeDtypeStruct((2, 76), jnp.int32)
+    out = jax.eval_shape(
+        lambda p, i, k: tree.merge(skeleton, p)(i, i, masked_positions=k), params, ids, positions
+    )
+    layers, heads, size = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
+    assert out.prediction_logits.shape == (2, 76, 28996)
+    assert out.seq_relationship_logits.shape == (2, 2)
+    assert [x.shape for x in out.hidden_states] == [(2, 512, size)] * (layers + 1)
+    assert [x.shape for x in out.attentions] == [(2, heads, 512, 512)] * layers
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+def test_new_parameters_are_drawn_as_bert_does(architecture):
+    drawn = getattr(model, architecture)(SMALL.replace(vocab_size=5000), rngs=nnx.Rngs(0))
+    params, skeleton = tree.split(drawn)
+    abstract, same = tree.split(getattr(model, architecture)(SMALL.replace(vocab_size=5000)))
+    assert same == skeleton
+    for path, array in tree.flatten(params).items():
+        assert array.dtype == jnp.float32
+        if path.endswith(".bias"):
+            np.testing.assert_array_equal(array, 0, err_msg=path)
+        elif "norm" in path:
+            np.testing.assert_array_equal(array, 1, err_msg=path)
+        else:
+            assert 0 < np.abs(array).max() <= 0.04  # cut at two standard deviations
+    words = next(array for path, array in tree.flatten(params).items() if "word_embeddings" in path)
+    assert abs(np.std(words) - 0.02 * 0.8796) < 2e-4
+
+
+def test_the_model_holds_nothing_but_params():
+    drawn = model.BertForPreTraining(SMALL, rngs=nnx.Rngs(0))
+    assert {type(variable) for _, variable in nnx.iter_graph(drawn) if isinstance(variable, nnx.Variable)} == {nnx.Param}
+
+
+# ── Precision ──
+
+
+def products(lowered):
+    """(operand dtypes, result dtype, precision) of each product in a lowered program."""
+    found = []
+    for line in lowered.as_text().splitlines():
+        if "stablehlo.dot_general" in line:
+            types = re.search(r": \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\) -> tensor<(?:\d+x)*(\w+)>", line)
+            precision = re.search(r"precision = \[(\w+), (\w+)\]", line)
+            found.append((*types.groups(), *(precision.groups() if precision else ("DEFAULT", "DEFAULT"))))
+    return found
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_float32_means_float32(architecture, gradient):
+    params, skeleton = tree.split(getattr(model, architecture)(SMALL))
+
+    def forward(params):
+        out = tree.merge(skeleton, params)(**reference.inputs())
+        return sum(jnp.sum(x) for x in jax.tree.leaves(out))
+
+    found = products(jax.jit(jax.grad(forward) if gradient else forward).lower(params))
+    assert len(found) >= 12 * 8
+    assert set(found) == {("f32", "f32", "f32", "HIGHEST", "HIGHEST")}
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+def test_bfloat16_products_accumulate_in_float32(architecture):
+    params, skeleton = tree.split(getattr(model, architecture)(SMALL, compute_dtype="bfloat16"))
+    found = products(jax.jit(lambda p: tree.merge(skeleton, p)(**reference.inputs())).lower(params))
+    in_bfloat16 = [entry for entry in found if entry[:3] == ("bf16", "bf16", "f32")]
+    rest = [entry for entry in found if entry not in in_bfloat16]  # pooler and classifiers, over float32
+    assert len(in_bfloat16) >= 12 * 8
+    assert len(rest) <= 3
+    assert set(rest) <= {("f32", "f32", "f32", "HIGHEST", "HIGHEST")}
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+def test_bfloat16_is_near_float32(checkpoint, architecture):
+    exact = load(checkpoint, architecture)(**reference.inputs())
+    rough = load(checkpoint, architecture, compute_dtype="bfloat16")(**reference.inputs())
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(rough), strict=True):
+        assert np.max(np.abs(a - b.astype(jnp.float32))) < 0.3
+    if hasattr(rough, "logits"):
+        assert rough.logits.dtype == jnp.float32
+    assert rough.hidden_states[0].dtype == jnp.bfloat16
+    assert rough.attentions[0].dtype == jnp.float32
+
+
+# ── Masks, packing, positions ──
+
+
+def test_padding_changes_nothing(checkpoint):
+    bert = load(checkpoint, "BertModel")
+    given = reference.inputs()
+    alone = bert(**{name: value[2:, :7] for name, value in given.items()})
+    padded = bert(**given)
+    close(padded.last_hidden_state[2:, :7], alone.last_hidden_state)
+    given["input_ids"][2, 7:] = 5
+    close(bert(**given).last_hidden_state[2, :7], alone.last_hidden_state[0])
+
+
+def test_a_row_without_tokens_is_finite(checkpoint):
+    given = reference.inputs()
+    given["attention_mask"][1] = 0
+    out = load(checkpoint, "BertForPreTraining")(**given)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(out))
+
+
+def test_packed_rows_equal_separate_ones(checkpoint):
+    bert = load(checkpoint, "BertForMaskedLM")
+    ids = reference.inputs()["input_ids"]
+    packed = bert(
+        np.concatenate([ids[0, :6], ids[1, :10], ids[2, :4], [0, 0]])[None],
+        attention_mask=np.array([[1] * 20 + [0] * 2]),
+        position_ids=np.array([[*range(6), *range(10), *range(4), 0, 0]]),
+        document_ids=np.array([[1] * 6 + [2] * 10 + [3] * 4 + [0] * 2]),
+    ).logits[0]
+    close(packed[:6], bert(ids[:1, :6]).logits[0])
+    close(packed[6:16], bert(ids[1:2]).logits[0])
+    close(packed[16:20], bert(ids[2:, :4]).logits[0])
+
+
+def test_chosen_positions_equal_all(checkpoint):
+    positions = np.array([[2, 9], [0, 0], [6, 1]])
+    for architecture, name in [("BertForMaskedLM", "logits"), ("BertForPreTraining", "prediction_logits")]:
+        network = load(checkpoint, architecture)
+        everywhere = getattr(network(**reference.inputs()), name)
+        chosen = getattr(network(**reference.inputs(), masked_positions=positions), name)
+        assert chosen.shape == (3, 2, 60)
+        close(chosen, np.take_along_axis(np.asarray(everywhere), positions[..., None], axis=1))
+
+
+def test_many_tokens_and_few_are_multiplied_alike(checkpoint):
+    # Above 128 tokens a product takes its operands the other way round.
+    bert = load(checkpoint, "BertModel")
+    given = reference.inputs()
+    many = bert(**{name: np.tile(value, (6, 1)) for name, value in given.items()})
+    close(many.last_hidden_state[:3], bert(**given).last_hidden_state)
+
+
+def test_defaults_are_no_padding_first_text_counting_positions(checkpoint):
+    bert = load(checkpoint, "BertModel")
+    ids = reference.inputs()["input_ids"]
+    explicit = bert(ids, np.ones_like(ids), np.zeros_like(ids), np.tile(np.arange(10), (3, 1)))
+    np.testing.assert_allclose(bert(ids).last_hidden_state, explicit.last_hidden_state, atol=1e-6)
+
+
+# ── Dropout ──
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+def test_dropout_if_and_only_if_a_key(checkpoint, architecture):
+    network = load(checkpoint, architecture)
+    given = reference.inputs()
+
+    def first(key=None):
+        return np.asarray(jax.tree.leaves(network(**given, dropout_key=key))[0])
+
+    np.testing.assert_array_equal(first(), first())
+    np.testing.assert_array_equal(first(jax.random.key(1)), first(jax.random.key(1)))
+    assert not np.array_equal(first(jax.random.key(1)), first(jax.random.key(2)))
+    assert not np.array_equal(first(jax.random.key(1)), first())
+
+
+def test_dropout_rate_and_scale():
+    dropped = np.asarray(model._dropout(jnp.ones((1000, 100)), 0.1, jax.random.key(0)))
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.9)}
+    assert abs((dropped == 0).mean() - 0.1) < 0.005
+
+
+def test_no_layer_drops_as_another():
+    # All layers alike, no attention dropout: were two keys the same, two masks would be.
+    keys = [model._split(jax.random.fold_in(jax.random.key(0), i), 3) for i in range(12)]
+    data = {tuple(np.asarray(jax.random.key_data(key))) for layer in keys for key in layer}
+    assert len(data) == 36
+
+
+def test_fused_attention_refuses_dropout_and_gives_no_maps(checkpoint, monkeypatch):
+    def fused(query, key, value, mask, rate, dropout_key):
+        return model.plain_attention(query, key, value, mask, rate, dropout_key)[0], None
+
+    monkeypatch.setitem(model.ATTENTION, "fused", fused)
+    network = load(checkpoint, "BertModel", attention="fused")
+    out = network(**reference.inputs())
+    assert out.attentions == (None,) * 12
+    with pytest.raises(InputError, match="attention_probs_dropout_prob 0.1"):
+        network(**reference.inputs(), dropout_key=jax.random.key(0))
+
+
+# ── Bad input ──
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"input_ids": np.full((3, 10), 60)}, r"input_ids\[0, 0\] is 60; this model's run from 0 to 59"),
+        ({"input_ids": np.full((3, 10), -1)}, r"input_ids\[0, 0\] is -1"),
+        ({"token_type_ids": np.full((3, 10), 2)}, r"token_type_ids\[0, 0\] is 2"),
+        ({"position_ids": np.full((3, 10), 32)}, r"position_ids\[0, 0\] is 32"),
+        ({"input_ids": np.zeros((3, 33), int)}, "33 tokens a row; the model has 32"),
+        ({"input_ids": np.zeros(10, int)}, r"\[batch, tokens\]"),
+        ({"attention_mask": np.ones((3, 9))}, r"attention_mask has the shape \(3, 9\)"),
+        ({"document_ids": np.ones((1, 10))}, "document_ids"),
+    ],
+)
+def test_bad_inputs_are_refused(checkpoint, change, named):
+    with pytest.raises(InputError, match=named):
+        load(checkpoint, "BertModel")(**(reference.inputs() | change))
+
+
+def test_an_unseen_bad_id_gives_nan(checkpoint):
+    bert = load(checkpoint, "BertModel")
+    out = jax.jit(lambda ids: bert(ids).last_hidden_state)(np.array([[1, 60, 2]]))
+    assert np.isnan(out).all()  # attention carries it to the whole row
+
+
+@pytest.mark.parametrize("options", [{"compute_dtype": "float16"}, {"attention": "flash"}])
+def test_unknown_options_are_refused(options):
+    with pytest.raises(InputError, match="expected one of"):
+        model.BertForMaskedLM(SMALL, **options)
+
+
+def test_base_class_is_no_network():
+    with pytest.raises(TypeError, match="BertPreTrainedModel is no network"):
+        model.BertPreTrainedModel(SMALL)

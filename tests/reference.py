@@ -86,7 +86,7 @@ def tensors(architecture: str | None = None, config: dict = CONFIG) -> dict[str,
     """The small model's weights, for one class or for all heads together; float32, the same on every machine."""
     random = np.random.RandomState(0)  # the legacy generator, whose stream is frozen
     everything = {
-        name: (random.normal(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.3, shape)).astype(np.float32)
+        name: (random.normal(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.2, shape)).astype(np.float32)
         for name, shape in shapes(config).items()
     }
     if architecture is None:

@@ -196,3 +196,7 @@ def _use_compilation_cache() -> None:
     # The defaults skip programs that compile in under a second, which is most of ours.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -98,30 +98,44 @@ def _umask() -> int:
 
 def _from_hub(repo: str, revision: str, timeout: float) -> Path:
     # Imported here: its network half takes 0.2 s to import, and a local folder needs none of it.
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise ModelNotFoundError(
+            f"{repo!r} is neither a folder nor a model id; expected a folder that exists, "
+            f"an id like google-bert/bert-base-cased, or {', '.join(embedded())}."
+        ) from None
     cache_only: str | None = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
     if not cache_only:
         try:
             commit = _commit(repo, revision, timeout)
         except TimeoutError:
             cache_only = "the Hub does not answer"
-    found = revision if cache_only else commit
 
-    def fetch(name: str) -> Path:
-        return Path(hf_hub_download(repo, name, revision=found, local_files_only=cache_only is not None))
+    def fetch(name: str, revision: str) -> Path:
+        if not cache_only:
+            return Path(hf_hub_download(repo, name, revision=revision))
+        # Not hf_hub_download(local_files_only=True): building its headers asks the Hub, for three seconds more.
+        path = try_to_load_from_cache(repo, name, revision=revision)
+        if not isinstance(path, str):
+            raise LocalEntryNotFoundError(name)
+        return Path(path)
 
     try:
-        config = fetch(CONFIG_FILE)
+        config = fetch(CONFIG_FILE, revision)  # by its name, which the cache remembers for when the Hub is away
+        found = revision if cache_only else commit
         for name in TOKENIZER_FILES:
             with contextlib.suppress(EntryNotFoundError):  # which of them there are differs
-                fetch(name)
+                fetch(name, found)
         try:
-            fetch(WEIGHTS_FILE)
+            fetch(WEIGHTS_FILE, found)
         except EntryNotFoundError:
-            for name in sorted(set(read_index(fetch(INDEX_FILE)).values())):
-                fetch(name)
+            for name in sorted(set(read_index(fetch(INDEX_FILE, found)).values())):
+                fetch(name, found)
     except LocalEntryNotFoundError:
         raise HubUnreachableError(
             f"{repo} (revision {revision}) is not in the cache, and {cache_only or 'the Hub does not answer'}; "
@@ -148,7 +162,6 @@ def _commit(repo: str, revision: str, timeout: float) -> str:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        HFValidationError,
         HTTPError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -172,11 +185,6 @@ def _commit(repo: str, revision: str, timeout: float) -> str:
         return answer
     except queue.Empty:
         raise TimeoutError from None
-    except HFValidationError:
-        raise ModelNotFoundError(
-            f"{repo!r} is neither a folder nor a model id; expected a folder that exists, "
-            f"an id like google-bert/bert-base-cased, or {', '.join(embedded())}."
-        ) from None
     except GatedRepoError:
         raise ModelNotFoundError(f"{repo} is gated: ask for access on the Hub, then `hf auth login`.") from None
     except RevisionNotFoundError:

@@ -1,0 +1,339 @@
+"""Checkpoints in and out: every form of file that is published, and every way in which one can be wrong."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import bert_jax
+from bert_jax import hub, tree, weights
+from bert_jax.errors import CheckpointError
+
+
+def specs(architecture, config=None):
+    config = config or bert_jax.BertConfig.from_dict(reference.config(architecture))
+    return tree.split(getattr(bert_jax, architecture)(config))[1].specs
+
+
+def flat(model):
+    return tree.flatten(tree.split(model)[0])
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a changed copy of a class's checkpoint: `change` takes and gives a dict of tensors."""
+
+    def write(architecture, change=lambda tensors: tensors):
+        tensors = change(reference.tensors(architecture))
+        return reference.write(tmp_path, tensors, reference.config(architecture))
+
+    return write
+
+
+# ── Names ──
+
+
+@pytest.mark.parametrize("architecture", reference.HEADS)
+def test_every_tensor_finds_its_place(checkpoint, architecture):
+    model = getattr(bert_jax, architecture).from_pretrained(checkpoint(architecture))
+    stored = reference.tensors(architecture)
+    assert len(flat(model)) == len(stored)
+    if architecture == "BertForPreTraining":
+        layer = "bert.encoder.layer.11."
+        bert = model.bert
+        for name, param in {
+            "bert.embeddings.word_embeddings.weight": bert.embeddings.word_embeddings.weight,
+            "bert.embeddings.LayerNorm.weight": bert.embeddings.layer_norm.weight,
+            f"{layer}attention.self.key.weight": bert.layers[11].attention.key.weight,
+            f"{layer}attention.output.dense.bias": bert.layers[11].attention.output.bias,
+            f"{layer}attention.output.LayerNorm.bias": bert.layers[11].attention_norm.bias,
+            f"{layer}output.dense.weight": bert.layers[11].output.weight,
+            f"{layer}output.LayerNorm.weight": bert.layers[11].output_norm.weight,
+            "cls.predictions.bias": model.predictions.bias,
+            "cls.seq_relationship.weight": model.seq_relationship.weight,
+        }.items():
+            np.testing.assert_array_equal(param[...], stored[name], err_msg=name)
+
+
+def old_names(tensors):
+    return {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def without_prefix(tensors):
+    return {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
+
+
+def with_decoder(tensors):
+    return tensors | {
+        "cls.predictions.decoder.weight": tensors["bert.embeddings.word_embeddings.weight"],
+        "cls.predictions.decoder.bias": tensors["cls.predictions.bias"],
+    }
+
+
+def decoder_alone(tensors):
+    tensors = with_decoder(tensors)
+    del tensors["bert.embeddings.word_embeddings.weight"], tensors["cls.predictions.bias"]
+    return tensors
+
+
+def with_buffers(tensors):
+    return tensors | {"bert.embeddings.position_ids": np.arange(32)[None]}
+
+
+@pytest.mark.parametrize("change", [old_names, without_prefix, with_decoder, decoder_alone, with_buffers])
+def test_published_forms(checkpoint, write, change):
+    same = bert_jax.BertForPreTraining.from_pretrained(checkpoint("BertForPreTraining"))
+    model = bert_jax.BertForPreTraining.from_pretrained(write("BertForPreTraining", change))
+    for path, array in flat(model).items():
+        np.testing.assert_array_equal(array, flat(same)[path], err_msg=path)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_floats_become_float32(write, dtype):
+    model = bert_jax.BertModel.from_pretrained(
+        write("BertModel", lambda tensors: {name: tensor.astype(dtype) for name, tensor in tensors.items()})
+    )
+    for array in flat(model).values():
+        assert array.dtype == np.float32
+    expected = reference.tensors("BertModel")["bert.pooler.dense.weight"].astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(model.pooler.weight[...], expected)
+
+
+def shard(folder, tensors):
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (folder / hub.INDEX_FILE).write_text(json.dumps(index))
+    (folder / hub.WEIGHTS_FILE).unlink()
+
+
+def test_shards(checkpoint, write):
+    folder = write("BertForMaskedLM")
+    shard(folder, reference.tensors("BertForMaskedLM"))
+    model = bert_jax.BertForMaskedLM.from_pretrained(folder)
+    same = bert_jax.BertForMaskedLM.from_pretrained(checkpoint("BertForMaskedLM"))
+    for path, array in flat(model).items():
+        np.testing.assert_array_equal(array, flat(same)[path])
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors is missing"):
+        bert_jax.BertForMaskedLM.from_pretrained(folder)
+
+
+def test_the_report_lists_what_became_of_each(write):
+    folder = write("BertForPreTraining", lambda tensors: with_buffers(with_decoder(tensors)))
+    sources, report = weights.plan(folder, specs("BertForMaskedLM"))
+    assert len(report.loaded) == len(sources) == len(specs("BertForMaskedLM"))
+    assert report.tied == [
+        "cls.predictions.decoder.bias = cls.predictions.bias",
+        "cls.predictions.decoder.weight = bert.embeddings.word_embeddings.weight",
+    ]
+    assert report.ignored == {
+        "bert.embeddings.position_ids": "a buffer",
+        "bert.pooler.dense.bias": "this model has no bert.pooler",
+        "bert.pooler.dense.weight": "this model has no bert.pooler",
+        "cls.seq_relationship.bias": "this model has no seq_relationship",
+        "cls.seq_relationship.weight": "this model has no seq_relationship",
+    }
+    assert "ignored: bert.pooler.dense.bias (this model has no bert.pooler)" in str(report)
+    stored = len(with_buffers(with_decoder(reference.tensors("BertForPreTraining"))))
+    assert stored == len(report.loaded) + len(report.tied) + len(report.ignored)
+
+
+def test_a_bare_encoder_takes_a_full_file_and_a_head_a_bare_one(checkpoint, write):
+    bert = bert_jax.BertModel.from_pretrained(write("BertForPreTraining", with_decoder))
+    np.testing.assert_array_equal(bert.pooler.weight[...], reference.tensors()["bert.pooler.dense.weight"])
+    model = bert_jax.BertForSequenceClassification.from_pretrained(
+        checkpoint("BertModel"), new=[r"classifier\..*"], num_labels=5
+    )
+    assert model.classifier.weight.shape == (5, 8)
+    assert 0 < np.abs(model.classifier.weight[...]).max() <= 0.04
+    np.testing.assert_array_equal(model.bert.pooler.weight[...], bert.pooler.weight[...])
+
+
+def test_new_replaces_what_the_file_holds(checkpoint):
+    folder = checkpoint("BertForTokenClassification")
+    with pytest.raises(CheckpointError, match=r"num_labels=3"):
+        bert_jax.BertForTokenClassification.from_pretrained(folder, num_labels=7)
+    model = bert_jax.BertForTokenClassification.from_pretrained(folder, num_labels=7, new=[r"classifier\..*"])
+    assert model.classifier.weight.shape == (7, 8)
+    _, report = weights.plan(folder, specs("BertForTokenClassification"), new=[r"classifier\..*"])
+    assert report.new == ["classifier.bias", "classifier.weight"]
+    assert report.ignored == {"classifier.bias": "made new", "classifier.weight": "made new"}
+    with pytest.raises(CheckpointError, match="matches no parameter"):
+        bert_jax.BertForTokenClassification.from_pretrained(folder, new=[r"head\..*"])
+
+
+# ── Refused ──
+
+
+def test_all_that_is_wrong_is_listed_at_once(write):
+    def spoil(tensors):
+        del tensors["bert.encoder.layer.3.output.dense.weight"]
+        del tensors["cls.predictions.bias"]
+        tensors["bert.pooler.dense.bias"] = np.zeros(9, np.float32)
+        tensors["bert.encoder.layer.0.attention.self.key.weight"] = np.zeros((8, 7), np.float32)
+        tensors["bert.encoder.layer.12.output.dense.bias"] = np.zeros(8, np.float32)
+        tensors["bert.adapters.weight"] = np.zeros(3, np.float32)
+        tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"] + 1
+        tensors["cls.seq_relationship.bias"] = np.zeros(2, np.int32)
+        tensors["embeddings.LayerNorm.bias"] = np.zeros(8, np.float32)
+        return tensors
+
+    with pytest.raises(CheckpointError) as error:
+        bert_jax.BertForPreTraining.from_pretrained(write("BertForPreTraining", spoil))
+    message = str(error.value)
+    for line in [
+        "missing: bert.encoder.layer.3.output.dense.weight [8, 16]",
+        "missing: cls.predictions.bias [60]",
+        "bert.pooler.dense.bias is [9]; the config asks for [8]",
+        "bert.encoder.layer.0.attention.self.key.weight is [8, 7]; the config asks for [8, 8]",
+        "unexpected: bert.encoder.layer.12.output.dense.bias",
+        "unknown: bert.adapters.weight [3]",
+        "not tied: cls.predictions.decoder.weight differs",
+        "cls.seq_relationship.bias is I32; expected floats",
+        "stored twice: bert.embeddings.LayerNorm.bias and embeddings.LayerNorm.bias",
+    ]:
+        assert line in message
+    assert len(message.splitlines()) == 10
+
+
+@pytest.mark.parametrize("cut", [0, 7, 100, -1])
+def test_truncated_file(write, cut):
+    folder = write("BertModel")
+    content = (folder / hub.WEIGHTS_FILE).read_bytes()
+    (folder / hub.WEIGHTS_FILE).write_bytes(content[:cut])
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged .* again"):
+        bert_jax.BertModel.from_pretrained(folder)
+
+
+def test_corrupt_header(write):
+    folder = write("BertModel")
+    content = bytearray((folder / hub.WEIGHTS_FILE).read_bytes())
+    content[8:40] = b"x" * 32
+    (folder / hub.WEIGHTS_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        bert_jax.BertModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": 3}'])
+def test_damaged_index(write, content):
+    folder = write("BertModel")
+    (folder / hub.WEIGHTS_FILE).unlink()
+    (folder / hub.INDEX_FILE).write_text(content)
+    with pytest.raises(CheckpointError, match=r"index.json is damaged"):
+        bert_jax.BertModel.from_pretrained(folder)
+
+
+def test_no_weights_and_a_pickle(write):
+    folder = write("BertModel")
+    (folder / hub.WEIGHTS_FILE).unlink()
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        bert_jax.BertModel.from_pretrained(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"scripts/convert_bin.py"):
+        bert_jax.BertModel.from_pretrained(folder)
+
+
+# ── Out ──
+
+
+@pytest.mark.parametrize("architecture", reference.HEADS)
+def test_load_save_load_is_bitwise(checkpoint, tmp_path, architecture):
+    model = getattr(bert_jax, architecture).from_pretrained(checkpoint(architecture))
+    model.save_pretrained(tmp_path / "out")
+    stored = load_file(tmp_path / "out" / hub.WEIGHTS_FILE)
+    expected = reference.tensors(architecture)
+    if architecture == "BertModel":
+        expected = without_prefix(expected)
+    assert set(stored) == set(expected)
+    for name, tensor in expected.items():
+        assert stored[name].tobytes() == tensor.tobytes(), name
+    with safe_open(tmp_path / "out" / hub.WEIGHTS_FILE, "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [architecture]
+    again = getattr(bert_jax, architecture).from_pretrained(tmp_path / "out")
+    assert again.config == model.config
+    for path, array in flat(again).items():
+        np.testing.assert_array_equal(array, flat(model)[path])
+
+
+def test_saving_over_a_checkpoint_keeps_other_files(checkpoint, write):
+    folder = write("BertForMaskedLM")
+    shard(folder, reference.tensors("BertForMaskedLM"))
+    (folder / "notes.txt").write_text("mine")
+    bert_jax.BertModel.from_pretrained(checkpoint("BertModel")).save_pretrained(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert bert_jax.BertModel.from_pretrained(folder).config.hidden_size == 8
+    assert sorted(path.name for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}")) == []
+
+
+SAVE = """
+import sys, resource, signal
+import bert_jax
+model = bert_jax.BertModel.from_pretrained(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # as a disk with 20 kB left
+try:
+    model.save_pretrained(sys.argv[2])
+except bert_jax.errors.CheckpointError as error:
+    print(error)
+    sys.exit(3)
+"""
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(checkpoint, tmp_path):
+    target = reference.write(tmp_path / "model", reference.tensors("BertForMaskedLM"))
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    run = subprocess.run(
+        [sys.executable, "-c", SAVE, checkpoint("BertModel"), target], capture_output=True, text=True
+    )
+    assert run.returncode == 3, run.stderr
+    assert f"Cannot write {target}" in run.stdout
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint(checkpoint, tmp_path):
+    target = reference.write(tmp_path / "model", reference.tensors("BertForMaskedLM"))
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    code = SAVE.replace("signal.SIG_IGN", "signal.SIG_DFL")  # killed in the middle of the file
+    run = subprocess.run([sys.executable, "-c", code, checkpoint("BertModel"), target], capture_output=True)
+    assert run.returncode == -signal.SIGXFSZ
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+
+
+def test_a_file_in_the_way(checkpoint, tmp_path):
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(CheckpointError, match="Cannot write"):
+        bert_jax.BertModel.from_pretrained(checkpoint("BertModel")).save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model").read_text() == "mine"
+
+
+def test_tensors_are_read_one_at_a_time(tmp_path):
+    """The high-water mark of loading 200 MB stays well below twice that."""
+    config = reference.CONFIG | {"vocab_size": 400, "hidden_size": 512, "intermediate_size": 2048}
+    folder = reference.write(tmp_path, reference.tensors("BertModel", config), config)
+    size = (folder / hub.WEIGHTS_FILE).stat().st_size
+    assert size > 150e6
+    code = """
+import resource, sys, jax, bert_jax
+jax.device_put(1.0).block_until_ready()
+bert_jax.BertModel
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = bert_jax.BertModel.from_pretrained(sys.argv[1])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    run = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 1.3 * size

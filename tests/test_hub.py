@@ -12,7 +12,6 @@ import threading
 import time
 
 import pytest
-import reference
 
 import bert_jax
 from bert_jax import hub

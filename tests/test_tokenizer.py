@@ -1,5 +1,6 @@
 """WordPiece against known ids and against the `tokenizers` library's own truncation; every form of tokenizer files."""
 
+import itertools
 import json
 import re
 
@@ -138,6 +139,9 @@ def test_truncation_is_the_librarys(tokenizer, strategy, stride):
                 assert kept <= (stride or 0), (texts, max_length, error)
                 assert re.match(rf"max_length={max_length} with stride={stride} leaves no room", str(error))
                 continue
+            if stride and stride >= max_length - 2:  # which the library refuses even where nothing is cut
+                assert total <= max_length
+                continue
             reference.enable_truncation(max_length, stride=stride or 0, strategy=strategy)
             expected = reference.encode(*texts)
             expected = [expected] if stride is None else [expected, *expected.overflowing]
@@ -153,7 +157,7 @@ def test_windows_cover_the_text(tokenizer):
     assert len(windows) > 3
     assert all(len(window) <= 20 for window in windows)
     pieces = [window.offsets[1:-1] for window in windows]
-    for before, after in zip(pieces, pieces[1:], strict=False):
+    for before, after in itertools.pairwise(pieces):
         assert before[-5:] == after[:5]
     assert pieces[0] + [offset for after in pieces[1:] for offset in after[5:]] == whole.offsets
 

@@ -40,7 +40,7 @@ def test_minilm(close):
     given = tokenizer(texts)
     expected_ids = reference_tokenizer(texts, padding=True, return_tensors="np")
     np.testing.assert_array_equal(given["input_ids"], expected_ids["input_ids"])
-    # In double: on these weights the reference's own float32 is as far from the truth as the tolerance, and ours nearer.
+    # In double: on these weights the reference's own float32 is as far off as the tolerance, and ours nearer.
     model = transformers.BertModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float64).eval()
     expected = model(
         **{name: torch.tensor(value).long() for name, value in given.items()},

@@ -1,0 +1,89 @@
+"""next-sentence-prediction on a small model against the model called directly."""
+
+import re
+
+import numpy as np
+import pytest
+import reference
+
+import bert_jax
+from bert_jax.errors import InputError
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(55))]
+PAIRS = [("w1 w2 w3", "w4 w5"), ("w10", "w11 w12 w13 w14"), ("w54 w0", "w54 w0"), ("w7 " * 14, "w8 " * 15)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    architecture = "BertForNextSentencePrediction"
+    path = tmp_path_factory.mktemp("nsp")
+    tensors = reference.tensors(architecture)
+    # Far enough from even odds that both labels come to be.
+    tensors["cls.seq_relationship.weight"] = tensors["cls.seq_relationship.weight"] * 20
+    tensors["cls.seq_relationship.bias"] = np.zeros(2, np.float32)
+    reference.write(path, tensors, reference.config(architecture))
+    (path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in VOCABULARY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return bert_jax.pipeline("next-sentence-prediction", folder)
+
+
+def probabilities(folder, pair):
+    model = bert_jax.BertForNextSentencePrediction.from_pretrained(folder)
+    inputs = bert_jax.Tokenizer.from_pretrained(folder)(*pair)
+    logits = np.asarray(model(**inputs).logits[0], np.float64)
+    return np.exp(logits) / np.exp(logits).sum()
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_label_and_score_are_the_models(pipe, folder, pair):
+    p = probabilities(folder, pair)
+    result = pipe(pair)
+    assert result == {"label": ["IsNext", "NotNext"][p.argmax()], "score": pytest.approx(p.max(), abs=1e-5)}
+    assert type(result["score"]) is float
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_first_label_is_is_next(tmp_path, sign):
+    architecture = "BertForNextSentencePrediction"
+    tensors = reference.tensors(architecture)
+    tensors["cls.seq_relationship.weight"] *= 0
+    tensors["cls.seq_relationship.bias"] = np.array([sign, -sign], np.float32)
+    reference.write(tmp_path, tensors, reference.config(architecture))
+    (tmp_path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in VOCABULARY))
+    result = bert_jax.pipeline("next-sentence-prediction", tmp_path)(("w1", "w2"))
+    assert result == {"label": "IsNext" if sign > 0 else "NotNext", "score": pytest.approx(1 / (1 + np.exp(-2)))}
+
+
+def test_a_list_of_pairs(pipe):
+    assert pipe(PAIRS) == [
+        {"label": alone["label"], "score": pytest.approx(alone["score"], abs=1e-5)} for alone in map(pipe, PAIRS)
+    ]
+    assert pipe([list(pair) for pair in PAIRS]) == pipe(PAIRS)
+    assert pipe([]) == []
+
+
+def test_the_order_of_a_pair_counts(pipe):
+    assert pipe(PAIRS[0])["score"] != pytest.approx(pipe(PAIRS[0][::-1])["score"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("w1 w2", "expected a pair of texts, (first, second), got 'w1 w2'"),
+        (("w1",), "expected a pair of texts"),
+        (("w1", "w2", "w3"), "expected a pair of texts"),
+        (("w1", 2), "expected a pair of texts"),
+        (("", "w2"), "the first text of the pair is empty"),
+        (("w1", " "), "the second text of the pair is empty"),
+        (("w1 " * 15, "w2 " * 15), "the pair has 33 tokens; the model sees 32. Shorten the texts"),
+    ],
+)
+def test_bad_input(pipe, pair, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        pipe(pair)
+    with pytest.raises(InputError, match=f"^{re.escape(f'inputs[1]: {message}')}"):
+        pipe([PAIRS[0], pair])

@@ -1,0 +1,127 @@
+"""The command line as a user meets it: in a process of its own, offline."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import reference
+
+from bert_jax import __version__, hub
+
+TEXT = "Paris is the [MASK] of France."
+
+
+def run(*arguments, **environment):
+    command = [sys.executable, "-m", "bert_jax.cli", *map(str, arguments)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "BERT_JAX_COMPILATION_CACHE": "off"} | environment
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_fill_mask_as_a_table():
+    done = run("fill-mask", TEXT, "The [MASK] of the [MASK].", "--model", "bert-mini-cased", "--top-k", 2)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[0].strip() == TEXT
+    assert lines[1].split()[0] == "capital"
+    assert lines[1].split()[-1] == "0.0869"
+    assert "█" in lines[1]
+    assert "The [MASK] of the [MASK].  (mask 2 of 2)" in done.stdout
+
+
+def test_fill_mask_as_json():
+    done = run("fill-mask", TEXT, "--json", "--model", "bert-mini-cased", "--target", "king", "--target", "capital")
+    answer = json.loads(done.stdout)
+    assert answer["model"] == "bert-mini-cased"
+    assert answer["inputs"] == [TEXT]
+    assert [entry["token_str"] for entry in answer["outputs"][0]] == ["capital", "king"]
+    done = run("fill-mask", "The president of the [MASK] [MASK] spoke.", "--json", "--joint", "--top-k", 1)
+    assert json.loads(done.stdout)["outputs"][0][0]["token_str"] == ["United", "States"]
+
+
+def test_info():
+    done = run("info", "bert-mini-cased")
+    assert done.returncode == 0
+    assert "BertForMaskedLM" in done.stdout
+    assert "22,156,996" in done.stdout
+    assert "loaded 106 tensors" in done.stdout
+    assert "stored as BF16" in done.stdout
+
+
+def test_version_and_help():
+    assert run("--version").stdout.strip() == __version__
+    assert "fill-mask" in run("--help").stdout
+    assert run().returncode == 2
+
+
+@pytest.fixture
+def broken(tmp_path):
+    folder = reference.write(tmp_path / "broken", reference.tensors("BertForMaskedLM"))
+    shutil.copy(hub.EMBEDDED / "bert-mini-cased" / "vocab.txt", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["fill-mask", "no mask"], "inputs[0]: the text has no [MASK]"),
+        (["fill-mask", TEXT, ""], "inputs[1]: the text is empty"),
+        (["fill-mask", TEXT, "--top-k", "0"], "top_k is 0"),
+        (["fill-mask", TEXT, "--target", ""], "targets has ''"),
+        (["info", "owner/nothing"], "owner/nothing (revision main) is not in the cache"),
+        (["info", "./not/here/at/all"], "neither a folder nor a model id"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, named):
+    model = ["--model", "bert-mini-cased"] if arguments[0] == "fill-mask" else []
+    done = run(*arguments, *model)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("bert-jax: ")
+    assert named in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_broken_models(broken):
+    done = run("fill-mask", TEXT, "--model", broken)
+    assert (done.returncode, "do not belong together" in done.stderr) == (2, True)
+    weights = broken / hub.WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:1000])
+    done = run("info", broken)
+    assert (done.returncode, "model.safetensors is damaged" in done.stderr) == (2, True)
+    (broken / "config.json").write_text(json.dumps(reference.CONFIG | {"model_type": "roberta"}))
+    done = run("info", broken)
+    assert (done.returncode, "model_type is 'roberta'" in done.stderr) == (2, True)
+    (broken / "config.json").unlink()
+    done = run("info", broken)
+    assert (done.returncode, "holds no config.json" in done.stderr) == (2, True)
+    assert "Traceback" not in done.stderr
+
+
+def test_compilation_cache(tmp_path):
+    for _ in range(2):
+        done = run("fill-mask", TEXT, "--model", "bert-mini-cased", BERT_JAX_COMPILATION_CACHE=str(tmp_path / "cache"))
+        assert done.returncode == 0
+        programs = sorted(path.name for path in (tmp_path / "cache").iterdir() if path.name.endswith("-cache"))
+        assert len(programs) >= 1
+        first = locals().get("first", programs)
+        assert programs == first  # the second run adds none
+
+
+def test_verify_out_of_reach():
+    done = run("verify", "google-bert/bert-base-cased")
+    assert done.returncode == 2
+    assert "not verified: google-bert/bert-base-cased (revision main) is not in the cache" in done.stderr
+    assert run("verify", "bert-mini-cased").returncode == 2
+
+
+def test_verify_reports_a_miss(tmp_path):
+    shutil.copytree(hub.EMBEDDED / "bert-mini-cased", tmp_path / "bert-base-cased")
+    done = run("verify", tmp_path / "bert-base-cased")
+    assert done.returncode == 1
+    assert "3 misses" in done.stderr
+    assert "fashion" in done.stdout
+    assert "✗" in done.stdout

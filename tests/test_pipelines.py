@@ -1,0 +1,119 @@
+"""Batching: no result depends on its company, its order, or the form in which it was asked for."""
+
+import itertools
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import bert_jax
+from bert_jax import pipelines
+from bert_jax.errors import CheckpointError, InputError
+from bert_jax.tasks.base import Row
+
+TEXTS = [
+    "Paris is the [MASK] of France.",
+    "The [MASK] " + "of the land " * 30 + "[MASK].",
+    "[MASK]",
+    "He went to the [MASK] " + "and to the sea " * 9,
+    "A [MASK] [MASK] [MASK] and a [MASK].",
+    "In the beginning God created the heaven and the [MASK].",
+]
+
+
+def scores(results):
+    flat = itertools.chain.from_iterable(r if isinstance(r[0], list) else [r] for r in results)
+    return [(entry["token"], entry["score"]) for fillings in flat for entry in fillings]
+
+
+def test_alone_or_in_any_batch(fill_mask):
+    alone = [fill_mask(text) for text in TEXTS]
+    for texts in (TEXTS, TEXTS[::-1], TEXTS * 7):
+        together = fill_mask(texts)
+        for text, result in zip(texts, together, strict=True):
+            expected = scores([alone[TEXTS.index(text)]])
+            assert [token for token, _ in scores([result])] == [token for token, _ in expected]
+            np.testing.assert_allclose(
+                [score for _, score in scores([result])], [score for _, score in expected], atol=1e-5
+            )
+
+
+def test_string_list_and_generator(fill_mask):
+    as_list = fill_mask(TEXTS)
+    assert isinstance(as_list, list)
+    assert isinstance(fill_mask(TEXTS[0])[0], dict)
+    assert fill_mask([TEXTS[0]]) == [fill_mask(TEXTS[0])]
+    lazy = fill_mask(text for text in TEXTS)
+    assert iter(lazy) is lazy
+    assert list(lazy) == as_list
+    assert fill_mask([]) == []
+
+
+def test_a_stream_is_read_no_further_than_a_window(fill_mask, monkeypatch):
+    monkeypatch.setattr(pipelines, "WINDOW", 4)
+    taken = []
+    endless = (taken.append(n) or TEXTS[0] for n in itertools.count())
+    assert next(fill_mask(endless, top_k=1))[0]["token_str"] == "capital"
+    assert len(taken) == 4
+
+
+def test_one_program_a_bucket():
+    filler = bert_jax.pipeline("fill-mask", "bert-mini-cased")
+    filler(TEXTS[0])
+    assert filler.programs == [pipelines.Bucket(1, 16, 2)]
+    filler(TEXTS[0], top_k=50)
+    filler(TEXTS[0], targets=["king", "sea"])
+    filler("The [MASK] and the [MASK].")
+    assert len(filler.programs) == 1
+    filler(TEXTS[1])
+    assert filler.programs == [pipelines.Bucket(1, 16, 2), pipelines.Bucket(1, 128, 2)]
+    filler(TEXTS[4])
+    assert pipelines.Bucket(1, 16, 4) in filler.programs
+
+
+def test_batches_hold_each_row_once(fill_mask):
+    random = np.random.RandomState(0)
+    for count in (1, 2, 3, 7, 64, 65, 300):
+        rows = []
+        for i in range(count):
+            length = int(random.randint(3, 513))
+            rows.append((Row([0] * length, [0] * length, list(range(random.randint(1, 4)))), i, 0))
+        seen = []
+        for batch, bucket in fill_mask._batches(rows):
+            seen += [i for _, i, _ in batch]
+            assert bucket.rows // 2 < len(batch) <= bucket.rows
+            assert max(len(row.input_ids) for row, _, _ in batch) <= bucket.length
+            assert max(len(row.masked_positions) for row, _, _ in batch) <= bucket.masks
+            assert bucket.rows * bucket.length <= pipelines.TOKENS
+        assert sorted(seen) == list(range(count))
+
+
+def test_errors_name_the_input(fill_mask):
+    with pytest.raises(InputError, match=r"inputs\[2\]: expected a text, got 5 \(int\)"):
+        fill_mask([TEXTS[0], TEXTS[0], 5])
+    with pytest.raises(InputError, match=r"inputs\[1\]: the text has no \[MASK\]"):
+        fill_mask([TEXTS[0], "nothing"])
+    with pytest.raises(InputError, match="expected an input or several, got 5"):
+        fill_mask(5)
+
+
+def test_unknown_task():
+    with pytest.raises(InputError, match="'translation' is unknown; expected one of fill-mask"):
+        bert_jax.pipeline("translation", "bert-mini-cased")
+
+
+def test_a_model_in_hand(tokenizer, fill_mask):
+    model = bert_jax.BertForMaskedLM.from_pretrained("bert-mini-cased")
+    assert bert_jax.pipeline("fill-mask", model, tokenizer=tokenizer)(TEXTS[0]) == fill_mask(TEXTS[0])
+    with pytest.raises(InputError, match="brings no tokenizer"):
+        bert_jax.pipeline("fill-mask", model)
+    with pytest.raises(InputError, match="takes a BertForNextSentencePrediction; this is a BertForMaskedLM"):
+        bert_jax.pipeline("next-sentence-prediction", model, tokenizer=tokenizer)
+    small = bert_jax.BertForMaskedLM(model.config.replace(vocab_size=100), rngs=nnx.Rngs(0))
+    with pytest.raises(CheckpointError, match="28996 tokens and the model 100"):
+        bert_jax.pipeline("fill-mask", small, tokenizer=tokenizer)
+
+
+def test_a_checkpoint_without_the_head():
+    with pytest.raises(CheckpointError, match=r"missing: bert.pooler.dense.bias"):
+        bert_jax.pipeline("next-sentence-prediction", "bert-mini-cased")

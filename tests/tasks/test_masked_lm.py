@@ -115,19 +115,17 @@ def test_a_target_of_several_pieces(fill_mask, distributions, tokenizer):
 def test_targets_are_ordered_without_repetitions(fill_mask):
     entries = fill_mask(PARIS, targets=["king", "unhappiness", "capital", "king", "unhappiness", "city"])
     assert [entry["token_str"] for entry in entries] == ["capital", "city", "king", "unhappiness"]
-    assert fill_mask(PARIS, targets=("king", "capital", "city"), top_k=2) == pytest.approx(entries[:2], rel=1e-4) or [
-        entry["token_str"] for entry in fill_mask(PARIS, targets=("king", "capital", "city"), top_k=2)
-    ] == ["capital", "city"]
+    best = fill_mask(PARIS, targets=("king", "capital", "city"), top_k=2)
+    assert [entry["token_str"] for entry in best] == ["capital", "city"]
     assert len(fill_mask(PARIS, targets=["king", "city"], top_k=28996)) == 2
 
 
 def test_targets_of_several_masks(fill_mask, distributions, tokenizer):
     results = fill_mask(TWO, targets=["king", "sea"])
     for result, p in zip(results, distributions(TWO), strict=True):
-        assert [entry["token_str"] for entry in result] == sorted(
-            ["king", "sea"], key=lambda word: -p[tokenizer.token_to_id(word)]
-        )
-        close([entry["score"] for entry in result], sorted(p[[tokenizer.token_to_id("king"), 2343]], reverse=True))
+        expected = sorted(((p[tokenizer.token_to_id(word)], word) for word in ("king", "sea")), reverse=True)
+        assert [entry["token_str"] for entry in result] == [word for _, word in expected]
+        close([entry["score"] for entry in result], [score for score, _ in expected])
     assert results[0][0]["sequence"].startswith("[CLS] The ")
     assert "[MASK]" in results[0][0]["sequence"]
 
@@ -192,10 +190,6 @@ def test_joint_defaults_to_five_and_goes_beyond_the_beam(fill_mask):
 # ── Long texts ──
 
 
-def words(n):
-    return " ".join(["the king of the sea and the old house"[i % 37 :].split()[0] for i in range(n)])
-
-
 LONG = "a " * 400
 
 
@@ -207,19 +201,17 @@ def test_a_long_text_is_seen_through_a_window(fill_mask, distributions, tokenize
     mask = ids.index(tokenizer.mask_token_id)
     start = {"start": 1, "middle": mask - 255, "end": len(ids) - 511}[place]
     got = fill_mask(text, top_k=3)
-    # The same as the text of that window; one token more or less to the side of it counts for as good as nothing.
     (p,) = distributions([ids[0], *ids[start : start + 510], ids[-1]])
     assert got[0]["token"] == p.argmax()
-    np.testing.assert_allclose([entry["score"] for entry in got], np.sort(p)[::-1][:3], rtol=2e-2)
+    np.testing.assert_allclose([entry["score"] for entry in got], np.sort(p)[::-1][:3], rtol=1e-3)
     assert len(got[0]["sequence"]) > len(text) - 20  # all of the text, not of the window
 
 
 def test_a_text_that_just_fits_is_seen_whole(fill_mask, distributions, tokenizer):
     text = "a " * 505 + BERLIN
     ids = tokenizer.encode([text])[0][0].ids
-    fits = ids[:1] + ids[-511:]
     assert len(ids) == 512
-    (p,) = distributions(fits)
+    (p,) = distributions(ids)
     close([entry["score"] for entry in fill_mask(text, top_k=2)], np.sort(p)[::-1][:2])
     rows = next(fill_mask.task.request(text))
     assert [row.input_ids for row in rows] == [ids]

@@ -9,21 +9,24 @@ import reference
 import bert_jax
 from bert_jax.errors import InputError
 
+ARCHITECTURE = "BertForNextSentencePrediction"
+CONFIG = reference.config(ARCHITECTURE) | {"num_hidden_layers": 2}
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(55))]
 PAIRS = [("w1 w2 w3", "w4 w5"), ("w10", "w11 w12 w13 w14"), ("w54 w0", "w54 w0"), ("w7 " * 14, "w8 " * 15)]
 
 
+def write(path, bias, scale):
+    """A checkpoint whose head has this bias and a kernel times this."""
+    tensors = reference.tensors(ARCHITECTURE, CONFIG)
+    tensors["cls.seq_relationship.weight"] *= np.float32(scale)
+    tensors["cls.seq_relationship.bias"] = np.array(bias, np.float32)
+    (path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in VOCABULARY))
+    return reference.write(path, tensors, CONFIG)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    architecture = "BertForNextSentencePrediction"
-    path = tmp_path_factory.mktemp("nsp")
-    tensors = reference.tensors(architecture)
-    # Far enough from even odds that both labels come to be.
-    tensors["cls.seq_relationship.weight"] = tensors["cls.seq_relationship.weight"] * 20
-    tensors["cls.seq_relationship.bias"] = np.zeros(2, np.float32)
-    reference.write(path, tensors, reference.config(architecture))
-    (path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in VOCABULARY))
-    return path
+    return write(tmp_path_factory.mktemp("nsp"), [0, 0], 20)  # far from even odds
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +51,8 @@ def test_label_and_score_are_the_models(pipe, folder, pair):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_first_label_is_is_next(tmp_path, sign):
-    architecture = "BertForNextSentencePrediction"
-    tensors = reference.tensors(architecture)
-    tensors["cls.seq_relationship.weight"] *= 0
-    tensors["cls.seq_relationship.bias"] = np.array([sign, -sign], np.float32)
-    reference.write(tmp_path, tensors, reference.config(architecture))
-    (tmp_path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in VOCABULARY))
-    result = bert_jax.pipeline("next-sentence-prediction", tmp_path)(("w1", "w2"))
+    folder = write(tmp_path, [sign, -sign], 0)
+    result = bert_jax.pipeline("next-sentence-prediction", folder)(("w1", "w2"))
     assert result == {"label": "IsNext" if sign > 0 else "NotNext", "score": pytest.approx(1 / (1 + np.exp(-2)))}
 
 

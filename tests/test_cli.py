@@ -109,6 +109,8 @@ def test_compilation_cache(tmp_path):
         assert len(programs) >= 1
         first = locals().get("first", programs)
         assert programs == first  # the second run adds none
+    assert run("fill-mask", TEXT, "--model", "bert-mini-cased", XDG_CACHE_HOME=str(tmp_path / "xdg")).returncode == 0
+    assert not (tmp_path / "xdg" / "bert_jax").exists()  # switched off
 
 
 def test_verify_out_of_reach():

@@ -114,6 +114,8 @@ def test_a_model_in_hand(tokenizer, fill_mask):
         bert_jax.pipeline("fill-mask", small, tokenizer=tokenizer)
 
 
-def test_a_checkpoint_without_the_head():
+def test_a_checkpoint_without_the_head(checkpoint, tokenizer):
+    with pytest.raises(CheckpointError, match=r"missing: cls.predictions.bias"):
+        bert_jax.pipeline("fill-mask", checkpoint("BertModel"), tokenizer=tokenizer)
     with pytest.raises(CheckpointError, match=r"missing: bert.pooler.dense.bias"):
         bert_jax.pipeline("next-sentence-prediction", "bert-mini-cased")

@@ -26,7 +26,7 @@ def write(path, bias, scale):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("nsp"), [0, 0], 20)  # far from even odds
+    return write(tmp_path_factory.mktemp("nsp"), [3.15, -3.15], 10)  # each label comes to be
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,7 @@ def test_the_first_label_is_is_next(tmp_path, sign):
 
 
 def test_a_list_of_pairs(pipe):
+    assert {result["label"] for result in pipe(PAIRS)} == {"IsNext", "NotNext"}
     assert pipe(PAIRS) == [
         {"label": alone["label"], "score": pytest.approx(alone["score"], abs=1e-5)} for alone in map(pipe, PAIRS)
     ]

@@ -36,8 +36,10 @@ class Tokenizer:
         backend: The `tokenizers.Tokenizer` inside.
         vocab_size: One more than the highest id.
         model_max_length: Tokens that a row may have, [CLS] and [SEP] included.
-        mask_token: And `cls_token`, `sep_token`, `pad_token`, `unk_token`: as written in a text.
-        mask_token_id: And so on: their ids, None where the vocabulary has no such token.
+        special_tokens: "mask_token", "pad_token", … -> the token as it is written in a text.
+        mask_token: The token that stands for a word to be filled in.
+        mask_token_id: And `pad_token_id`, `unk_token_id`, `cls_token_id`, `sep_token_id`: None where the vocabulary
+            has no such token.
     """
 
     def __init__(
@@ -153,6 +155,8 @@ class Tokenizer:
         Raises:
             InputError: If something is no text (its index is named), or max_length leaves no room.
         """
+        if truncate not in ("longest_first", "only_second"):
+            raise InputError(f"truncate is {truncate!r}; expected 'longest_first' or 'only_second'.")
         words = "a list of words" if is_split_into_words else "a text"
         for name, column in [("text", text), ("text_pair", text_pair or [])]:
             for i, entry in enumerate(column):

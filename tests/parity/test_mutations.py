@@ -39,8 +39,8 @@ MUTATIONS = {
     ),
     "a square kernel transposed": (
         "weights.py",
-        "jax.device_put(source.read()",
-        "jax.device_put((source.read().T if path.endswith('query.weight') else source.read())",
+        "_page_aligned(source.read(),",
+        "_page_aligned(source.read().T if path.endswith('query.weight') else source.read(),",
     ),
     "pooler without tanh": ("model.py", "jnp.tanh(self.pooler", "(self.pooler"),
 }

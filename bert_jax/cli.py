@@ -10,11 +10,11 @@ import typer
 
 from bert_jax import __version__
 from bert_jax.errors import BertJaxError, HubUnreachableError
+from bert_jax.hub import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-DEFAULT_MODEL = "google-bert/bert-base-cased"
 FALLBACK_MODEL = "bert-mini-cased"
 CACHE_VARIABLE = "BERT_JAX_COMPILATION_CACHE"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bert_jax.errors import CheckpointError, HubUnreachableError, ModelNotFoundError
 
+DEFAULT_MODEL = "google-bert/bert-base-cased"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

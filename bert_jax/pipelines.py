@@ -15,6 +15,7 @@ import numpy as np
 
 from bert_jax import tree
 from bert_jax.errors import CheckpointError, InputError
+from bert_jax.hub import DEFAULT_MODEL
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.tasks.base import Outputs, Request, Row, Task
 from bert_jax.tasks.masked_lm import FillMask
@@ -22,7 +23,6 @@ from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
 from bert_jax.tokenizer import Tokenizer
 
 TASKS: dict[str, Any] = {"fill-mask": FillMask, "next-sentence-prediction": NextSentencePrediction}
-DEFAULT_MODEL = "google-bert/bert-base-cased"
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
 """Tokens that rows are padded to."""

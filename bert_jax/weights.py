@@ -162,6 +162,8 @@ def plan(
         path = TABLE[TIED[published]].removeprefix(bare)
         if "predictions.bias" not in specs and path in sources:
             report.ignored[source.name] = "this model has no predictions"
+        elif path in fresh:
+            report.ignored[source.name] = "made new"
         elif path not in specs:
             report.ignored[source.name] = f"this model has no {path.rpartition('.')[0]}"
         elif path in sources:

@@ -162,7 +162,8 @@ def test_a_bare_encoder_takes_a_full_file_and_a_head_a_bare_one(checkpoint, writ
     np.testing.assert_array_equal(model.bert.pooler.weight[...], bert.pooler.weight[...])
 
 
-def test_new_replaces_what_the_file_holds(checkpoint):
+def test_new_replaces_what_the_file_holds(checkpoint, write):
+    folder_with_decoder = write("BertForMaskedLM", decoder_alone)
     folder = checkpoint("BertForTokenClassification")
     with pytest.raises(CheckpointError, match=r"num_labels=3"):
         bert_jax.BertForTokenClassification.from_pretrained(folder, num_labels=7)
@@ -171,6 +172,8 @@ def test_new_replaces_what_the_file_holds(checkpoint):
     _, report = weights.plan(folder, specs("BertForTokenClassification"), new=[r"classifier\..*"])
     assert report.new == ["classifier.bias", "classifier.weight"]
     assert report.ignored == {"classifier.bias": "made new", "classifier.weight": "made new"}
+    _, report = weights.plan(folder_with_decoder, specs("BertForMaskedLM"), new=[r"predictions\.bias"])
+    assert report.ignored["cls.predictions.decoder.bias"] == "made new"
     with pytest.raises(CheckpointError, match="matches no parameter"):
         bert_jax.BertForTokenClassification.from_pretrained(folder, new=[r"head\..*"])
 

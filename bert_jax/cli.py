@@ -1,4 +1,4 @@
-"""The command line: `bert-jax fill-mask | info | verify`. Each command imports what it needs when it runs."""
+"""The command line: `bert-jax fill-mask | finetune | evaluate | info | verify`; each imports what it needs."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bert_jax import __version__
-from bert_jax.errors import BertJaxError, HubUnreachableError
+from bert_jax.errors import BertJaxError, HubUnreachableError, Interrupted
 from bert_jax.hub import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ def main() -> None:
     """Entry point: a mistake of the user ends in one line on stderr and exit status 2."""
     try:
         app()
+    except Interrupted as error:
+        print(f"bert-jax: {error}", file=sys.stderr)
+        sys.exit(128 + error.signal)
     except BertJaxError as error:
         print(f"bert-jax: {error}", file=sys.stderr)
         sys.exit(2)
@@ -87,6 +90,56 @@ def fill_mask(
         for n, fillings in enumerate(masks):
             title = entry if len(masks) == 1 else f"{entry}  (mask {n + 1} of {len(masks)})"
             _print_fillings(console, title, fillings)
+
+
+@app.command()
+def finetune(
+    config: Annotated[Path, typer.Argument(help="A YAML file of settings, like configs/finetune/emotion.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value: training.epochs=1")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show settings, examples, shapes, memory and programs, and leave.")
+    ] = False,
+) -> None:
+    """Fine-tune a model; the same command goes on after a stop."""
+    from bert_jax.settings import Settings
+
+    settings = Settings.from_file(config, overrides or ())  # before jax is imported: a mistake shows at once
+    _use_compilation_cache()
+    from bert_jax import recipes
+
+    console = _console()
+    if dry_run:
+        console.print(recipes.dry_run(settings), highlight=False, markup=False, soft_wrap=True)
+        return
+    folder = recipes.finetune(settings, console=console)
+    console.print(f"{folder}: the model, its card, metrics and predictions", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a fine-tuned model.")],
+    config: Annotated[Path, typer.Argument(help="The YAML file of settings that names the data.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a model's metrics on a data set."""
+    from bert_jax.errors import InputError
+    from bert_jax.settings import Settings
+
+    if split not in ("validation", "test"):
+        raise InputError(f"--split is {split!r}; expected validation or test.")
+    settings = Settings.from_file(config, overrides or ())
+    _use_compilation_cache()
+    from rich.markdown import Markdown
+
+    from bert_jax import recipes, report
+
+    metrics = recipes.evaluate(model, settings, split)
+    if as_json:
+        print(json.dumps(metrics, indent=2))
+    else:
+        _console().print(Markdown(report.markdown(metrics)))
 
 
 @app.command()

@@ -101,7 +101,14 @@ class BertConfig:
         return self.id2label or tuple(f"LABEL_{i}" for i in range(self.num_labels))
 
     def replace(self, **changes: Any) -> "BertConfig":
-        """A copy with some fields changed; a new `num_labels` drops the names of the old labels."""
+        """A copy with some fields changed; a new `num_labels` drops the names of the old labels.
+
+        Raises:
+            ConfigError: If there is no such field, or a value is none for it.
+        """
+        fields = [field.name for field in dataclasses.fields(self)]
+        if unknown := [name for name in changes if name not in fields]:
+            raise ConfigError(f"The config has no {', '.join(unknown)}; it has {', '.join(fields)}.")
         if "num_labels" in changes and changes["num_labels"] != self.num_labels:
             changes.setdefault("id2label", None)
         return dataclasses.replace(self, **changes)

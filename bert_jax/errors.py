@@ -26,3 +26,21 @@ class ModelNotFoundError(BertJaxError, OSError):
 
 class HubUnreachableError(ModelNotFoundError):
     """A model that is neither cached nor to be had, because the Hub does not answer."""
+
+
+class TrainingError(BertJaxError, ArithmeticError):
+    """A run that cannot go on: a loss that is not finite, a metric that is not there."""
+
+
+class Interrupted(BertJaxError):
+    """A run that was asked to stop and has saved where it stands.
+
+    Args:
+        step: Steps done.
+        folder: Of the run.
+        signal: The number that asked.
+    """
+
+    def __init__(self, step: int, folder: object, signal: int):
+        super().__init__(f"stopped at step {step}, which is saved in {folder}; the same command goes on from there.")
+        self.signal = signal

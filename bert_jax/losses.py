@@ -26,31 +26,39 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(counts, nll, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
 
 
-def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def binary_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """Mean negative log-likelihood of independent yes-no labels: the loss of multi-label classification.
 
     Args:
-        logits: float [..., C].
-        labels: [..., C], 0 or 1.
+        logits: float [B, C].
+        labels: [B, C], 0 or 1.
+        weights: float [B], 0 for rows that do not count; all count by default.
 
     Returns:
         float32 [], nats per label.
     """
     logits, labels = logits.astype(jnp.float32), labels.astype(jnp.float32)
-    return jnp.mean(jax.nn.softplus(logits) - logits * labels)
+    return _mean_of_rows(jax.nn.softplus(logits) - logits * labels, weights)
 
 
-def squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def squared_error(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """Mean squared error: the loss of regression.
 
     Args:
-        logits: float [..., C].
-        labels: float [..., C].
+        logits: float [B, C].
+        labels: float [B, C].
+        weights: float [B], 0 for rows that do not count; all count by default.
 
     Returns:
         float32 [], in the labels' unit squared.
     """
-    return jnp.mean(jnp.square(logits.astype(jnp.float32) - labels.astype(jnp.float32)))
+    return _mean_of_rows(jnp.square(logits.astype(jnp.float32) - labels.astype(jnp.float32)), weights)
+
+
+def _mean_of_rows(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+    if weights is None:
+        return jnp.mean(values)
+    return jnp.sum(jnp.mean(values, axis=-1) * weights) / jnp.maximum(jnp.sum(weights), 1)
 
 
 def span_cross_entropy(

@@ -224,12 +224,15 @@ def plain_attention(
     Returns:
         The context [B, T, N, H] in the dtype of value, and the probabilities, float32 [B, N, T, S], before dropout.
     """
-    scores = _product("btnh,bsnh->bnts", query, key) * query.shape[-1] ** -0.5
+    # Heads first, once and for all: left inside the products, CPUs turn them around anew in the backward pass.
+    query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))  # [B, N, T, H]
+    scores = _product("bnth,bnsh->bnts", query, key) * query.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(scores, axis=-1)
     dropped = _dropout(probabilities, dropout_rate, dropout_key).astype(value.dtype)
-    return _product("bnts,bsnh->btnh", dropped, value).astype(value.dtype), probabilities
+    context = _product("bnts,bnsh->bnth", dropped, value).astype(value.dtype)
+    return jnp.moveaxis(context, 1, 2), probabilities
 
 
 # Name -> kernel. A fused kernel has the same signature and returns None for the probabilities that it never holds.
@@ -339,16 +342,11 @@ class BertPreTrainedModel(nnx.Module):
         rngs: Draws the parameters; without it the model holds their shapes alone, for a checkpoint to fill.
         compute_dtype: Of the activations, "float32" or "bfloat16"; the parameters are float32.
         attention: Name of the kernel in `ATTENTION`.
+        remat: Keeps of each layer only its input for the backward pass and computes the inside again.
+        scan_layers: Compiles the layers as one loop; the parameters stay per layer.
     """
 
-    def __init__(
-        self,
-        config: BertConfig,
-        *,
-        rngs: nnx.Rngs | None = None,
-        compute_dtype: str = "float32",
-        attention: str = "plain",
-    ):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
         raise TypeError(f"{type(self).__name__} is no network by itself; take one of the models.")
 
     @classmethod
@@ -358,10 +356,12 @@ class BertPreTrainedModel(nnx.Module):
         *,
         revision: str | None = None,
         new: Sequence[str] = (),
-        num_labels: int | None = None,
         rngs: nnx.Rngs | None = None,
         compute_dtype: str = "float32",
         attention: str = "plain",
+        remat: bool = False,
+        scan_layers: bool = False,
+        **config_changes: Any,
     ) -> Self:
         """The model of a checkpoint. What became of each tensor is logged (INFO); `bert-jax info` shows it too.
 
@@ -370,21 +370,23 @@ class BertPreTrainedModel(nnx.Module):
             revision: Branch, tag or commit on the Hub.
             new: Regular expressions of parameter paths that are drawn anew, whatever the file holds:
                 `[r"classifier\\..*"]` for a head to be trained. Any other parameter the file lacks is an error.
-            num_labels: Overrides the config's, where that contradicts the file or the head is new.
             rngs: Draws the new parameters; `nnx.Rngs(0)` by default.
             compute_dtype: See the class.
             attention: See the class.
+            remat: See the class.
+            scan_layers: See the class.
+            config_changes: Fields of the config to change: `num_labels=6` where the head is new or the config
+                contradicts the file, `hidden_dropout_prob=0.0`.
 
         Raises:
             ModelNotFoundError: If there is no such model, or the Hub does not answer.
-            ConfigError: If its config is not of a BERT.
+            ConfigError: If its config is not of a BERT, or a change is to no field of it.
             CheckpointError: If its weights are damaged, or do not fit; lists all that is wrong.
         """
         folder = hub.download(model_id, revision=revision)
-        config = BertConfig.from_file(folder / hub.CONFIG_FILE)
-        if num_labels is not None:
-            config = config.replace(num_labels=num_labels)
-        options = {"compute_dtype": compute_dtype, "attention": attention}
+        config = BertConfig.from_file(folder / hub.CONFIG_FILE).replace(**config_changes)
+        options: dict[str, Any] = {"compute_dtype": compute_dtype, "attention": attention}
+        options |= {"remat": remat, "scan_layers": scan_layers}
         _, skeleton = tree.split(cls(config, **options))
         arrays, report = weights.load(folder, skeleton.specs, new=new)
         logger.info("%s: %s", model_id, report)
@@ -420,6 +422,8 @@ class BertModel(BertPreTrainedModel):
         rngs: nnx.Rngs | None = None,
         compute_dtype: str = "float32",
         attention: str = "plain",
+        remat: bool = False,
+        scan_layers: bool = False,
         add_pooling_layer: bool = True,
     ):
         if compute_dtype not in COMPUTE_DTYPES:
@@ -428,6 +432,8 @@ class BertModel(BertPreTrainedModel):
             raise InputError(f"attention is {attention!r}; expected one of {', '.join(ATTENTION)}.")
         self.config = config
         self.compute_dtype = compute_dtype
+        self.remat = remat
+        self.scan_layers = scan_layers
         self.embeddings = BertEmbeddings(config, rngs)
         self.layers = nnx.List([BertLayer(config, attention, rngs) for _ in range(config.num_hidden_layers)])
         self.pooler = (
@@ -476,17 +482,43 @@ class BertModel(BertPreTrainedModel):
         with jax.named_scope("embeddings"):
             x = self.embeddings(input_ids, jnp.asarray(token_type_ids), jnp.asarray(position_ids), embeddings_key)
         x = x.astype(self.compute_dtype)
-        hidden_states, attentions = [x], []
-        for i, layer in enumerate(self.layers):
-            with jax.named_scope(f"layer_{i}"):
-                x, probabilities = layer(x, mask, None if layers_key is None else jax.random.fold_in(layers_key, i))
-            hidden_states.append(x)
-            attentions.append(probabilities)
+        hidden_states, attentions = self._encode(x, mask, layers_key)
+        x = hidden_states[-1]
         pooled: Any = None
         if self.pooler is not None:
             with jax.named_scope("pooler"):
                 pooled = jnp.tanh(self.pooler(x[:, 0].astype(jnp.float32)))  # [B, D]
-        return BertModelOutput(x, pooled, tuple(hidden_states), tuple(attentions))
+        return BertModelOutput(x, pooled, hidden_states, attentions)
+
+    def _encode(
+        self, x: jax.Array, mask: jax.Array | None, key: jax.Array | None
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array | None, ...]]:
+        """The layers, one after another: all hidden states, x before them, and attentions."""
+
+        def run(layer: BertLayer, x: jax.Array, i: ArrayLike) -> tuple[jax.Array, jax.Array | None]:
+            return layer(x, mask, None if key is None else jax.random.fold_in(key, i))
+
+        if self.remat:
+            run = jax.checkpoint(run)
+        n = len(self.layers)
+        if self.scan_layers:
+
+            def body(x: jax.Array, inputs: Any) -> Any:
+                with jax.named_scope("layer"):
+                    y, probabilities = run(inputs[0], x, inputs[1])
+                return y, (y, probabilities)
+
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self.layers)
+            _, (states, attentions) = jax.lax.scan(body, x, (stacked, jnp.arange(n)))
+            each = [None] * n if attentions is None else [attentions[i] for i in range(n)]
+            return (x, *(states[i] for i in range(n))), tuple(each)
+        hidden_states, probabilities = [x], []
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{i}"):
+                y, p = run(layer, hidden_states[-1], i)
+            hidden_states.append(y)
+            probabilities.append(p)
+        return tuple(hidden_states), tuple(probabilities)
 
 
 def _check_inputs(

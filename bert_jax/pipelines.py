@@ -20,9 +20,14 @@ from bert_jax.model import BertPreTrainedModel
 from bert_jax.tasks.base import Outputs, Request, Row, Task
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
+from bert_jax.tasks.sequence_classification import SequenceClassification
 from bert_jax.tokenizer import Tokenizer
 
-TASKS: dict[str, Any] = {"fill-mask": FillMask, "next-sentence-prediction": NextSentencePrediction}
+TASKS: dict[str, Any] = {
+    "fill-mask": FillMask,
+    "next-sentence-prediction": NextSentencePrediction,
+    "text-classification": SequenceClassification,
+}
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
 """Tokens that rows are padded to."""
@@ -53,7 +58,7 @@ def pipeline(
     """A model made ready for a task.
 
     Args:
-        task: "fill-mask" or "next-sentence-prediction".
+        task: "fill-mask", "next-sentence-prediction" or "text-classification".
         model: A folder, an id on the Hugging Face Hub, `bert-mini-cased`, or a model in hand.
         tokenizer: For a model in hand; else the checkpoint's own.
         revision: Branch, tag or commit on the Hub.
@@ -82,7 +87,7 @@ def pipeline(
             "they do not belong together."
         )
     max_length = min(tokenizer.model_max_length, network.config.max_position_embeddings)
-    return Pipeline(TASKS[task](tokenizer, max_length), network, tokenizer, max_length)
+    return Pipeline(TASKS[task](tokenizer, network.config, max_length), network, tokenizer, max_length)
 
 
 class Pipeline:

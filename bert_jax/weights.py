@@ -177,6 +177,8 @@ def plan(
     names = {path.removeprefix(bare): published for published, path in _table(specs).items()}
     wrong += [f"missing: {names[path]} {list(specs[path].shape)}" for path in missing]
     if wrong:
+        if missing:
+            wrong.append(f"What is to be learnt can be drawn anew: new=[r'{re.escape(missing[0])}']")
         raise CheckpointError(f"The weights in {folder} do not fit this model:\n  " + "\n  ".join(wrong))
     report.loaded = [source.name for source in sources.values()]
     return sources, report
@@ -228,6 +230,13 @@ def save(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> 
         except SafetensorError as error:  # a full disk, in that library's words
             raise OSError(str(error)) from None
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def published_names(paths: Iterable[str]) -> list[str]:
+    """The names that parameters have in published checkpoints, path by path."""
+    paths = list(paths)
+    names = {path: published for published, path in _table(paths).items()}
+    return [names[path] for path in paths]
 
 
 @contextlib.contextmanager
@@ -297,7 +306,8 @@ def _path(published: str) -> str | None:
 
 def _table(paths: Iterable[str]) -> dict[str, str]:
     """The table with a line for each layer that the paths have: published name -> path."""
-    layers = 1 + max(int(match[1]) for path in paths if (match := re.match(r"(?:bert\.)?layers\.(\d+)\.", path)))
+    found = (re.match(r"(?:bert\.)?layers\.(\d+)\.", path) for path in paths)
+    layers = 1 + max((int(match[1]) for match in found if match), default=-1)
     table = {}
     for published, path in TABLE.items():
         for i in range(layers) if "{i}" in path else [0]:

@@ -9,6 +9,8 @@
     python   Python's share of such a call: the call, less the compiled program alone
     process  `bert-jax fill-mask` as a whole process with warm caches, and a script with transformers' pipeline
     load     memory that loading weights takes at its height, by the size of their file
+    step     a step of fine-tuning, dropout on, ours and PyTorch's in turns; its share of the matrix-product rate
+    finetune `bert-jax finetune` as a whole process, one epoch, and transformers' Trainer (needs --finetune)
 
 The weights are random, of the published shapes (base; large for load), made in a temporary folder: nothing comes from
 the Hub. The two sides never share a process, for their thread pools get in each other's way. Exit status 1 says that
@@ -62,6 +64,9 @@ SHAPES: dict[str, dict[str, int]] = {
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
 }
 EMBEDDED = "bert-mini-cased"
+STEPS = {"8 × 128": (8, 128), "4 × 384": (4, 384)}
+"""Rows and tokens of a training step."""
+STEP_TURNS, STEP_CALLS = 4, 3
 
 
 class Target(NamedTuple):
@@ -76,6 +81,12 @@ TARGETS = {
     "python": Target("2 ms", "1 ms"),
     "process": Target("0.7", "0.5"),
     "load": Target("1.3", "1.15"),
+    "step 8 × 128": Target("0.8", "0.6"),
+    "step 4 × 384": Target("0.95", "0.7"),
+    "rate": Target("≥ 50 %", "≥ 60 %"),
+    "step python": Target("5 ms", "2 ms"),
+    "finetune padded": Target("0.3", ""),
+    "finetune grouped": Target("0.8", "0.5"),
 }
 NO_TARGET = Target("", "")
 
@@ -159,6 +170,101 @@ def load_once(folder: Path) -> dict[str, float]:
     return {"seconds": seconds, "bytes": _peak_bytes(resource.getrusage(resource.RUSAGE_SELF)) - before}
 
 
+_train_step: Callable[[int, int], tuple[float, float, float]]
+"""A worker's step: rows, tokens -> seconds, of these the host's alone, and the loss."""
+
+
+def open_training(side: str, folder: Path, dropout: bool) -> None:
+    global _train_step
+    _train_step = (_our_training if side == "ours" else _their_training)(folder, dropout)
+
+
+def _training_batch(rows: int, tokens: int) -> Any:
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    ids, labels = random.integers(1000, 28000, (rows, tokens)), random.integers(0, 2, rows)
+    return ids.astype(np.int32), labels.astype(np.int32)
+
+
+def _our_training(folder: Path, dropout: bool) -> Any:
+    import jax
+    from flax import nnx
+
+    import bert_jax
+    from bert_jax import sharding, training
+    from bert_jax.data.loader import Examples
+    from bert_jax.settings import Settings
+    from bert_jax.tasks.sequence_classification import SequenceClassification
+
+    settings = Settings.from_dict({"task": "text-classification", "output": {"folder": ""}})
+    rates = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = bert_jax.BertForSequenceClassification.from_pretrained(
+        folder, new=[r"classifier\..*"], rngs=nnx.Rngs(0), problem_type="single_label_classification", **rates
+    )
+    params = bert_jax.tree.split(model)[0]
+    params["classifier"]["weight"] = params["classifier"]["weight"] * 0
+    model = bert_jax.tree.merge(bert_jax.tree.split(model)[1], params)
+    task = SequenceClassification(bert_jax.Tokenizer.from_pretrained(folder), model.config, 512)
+    planned, mesh = training.plan(model, settings, 1000), sharding.mesh(settings.mesh)
+    everywhere = sharding.replicated(mesh)
+    state = jax.device_put(training.init_state(planned, 0), everywhere)
+    step = training.make_step(task, planned, out_shardings=everywhere)
+
+    def run(rows: int, tokens: int) -> tuple[float, float, float]:
+        nonlocal state
+        import numpy as np
+
+        ids, labels = _training_batch(rows, tokens)
+        examples = Examples(list(ids), list(np.zeros_like(ids)), {"labels": labels})
+        # The host's share by its thread's own time: the wall's would count its waiting for a core that computes.
+        start, started = time.perf_counter(), time.thread_time()
+        batch = sharding.put_batch(examples.batch(np.arange(rows), rows=rows, length=tokens), mesh)
+        state, metrics = step(state, {}, batch)
+        host = time.thread_time() - started
+        loss = float(metrics["loss"])
+        jax.block_until_ready(state)
+        return time.perf_counter() - start, host, loss
+
+    return run
+
+
+def _their_training(folder: Path, dropout: bool) -> Any:
+    import torch
+    import transformers
+
+    rates = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = transformers.BertForSequenceClassification.from_pretrained(folder, **rates).train()
+    torch.nn.init.zeros_(model.classifier.weight)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0)
+
+    def run(rows: int, tokens: int) -> tuple[float, float, float]:
+        ids, labels = (torch.from_numpy(array).long() for array in _training_batch(rows, tokens))
+        start = time.perf_counter()
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - start, 0.0, float(loss.detach())
+
+    return run
+
+
+def train_steps(rows: int, tokens: int, calls: int) -> list[tuple[float, float, float]]:
+    return [_train_step(rows, tokens) for _ in range(calls)]
+
+
+def matrix_product_rate() -> float:
+    """Floating-point operations a second of a large float32 product through XLA: the best of several."""
+    import jax
+
+    x = jax.random.normal(jax.random.key(0), (2048, 2048))
+    product = jax.jit(lambda x: jax.numpy.matmul(x, x, precision="highest"))
+    seconds = [_seconds(lambda: product(x).block_until_ready()) for _ in range(6)]
+    return 2 * 2048**3 / min(seconds)
+
+
 def _seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
@@ -192,9 +298,6 @@ def warm(folder: Path, console: Console) -> dict[str, Any]:
     every = {side: [second for entry in sentences for second in entry["seconds"][side]] for side in sides}
     _add(table, "all", every, 1e3, TARGETS["warm"])
     console.print(table)
-    for entry in sentences:
-        if entry["difference"]:
-            console.print(f"[red]differs:[/red] {entry['difference']}", highlight=False)
     return {"sentences": sentences}
 
 
@@ -254,7 +357,72 @@ def load(folder: Path, console: Console) -> dict[str, Any]:
     return {"file_bytes": size, "runs": runs}
 
 
-CASES = {"warm": warm, "python": python, "process": process, "load": load}
+def step(folder: Path, console: Console) -> dict[str, Any]:
+    table = _comparison(f"step: fine-tuning, ms ({folder.name})")
+    shares = Table("", "operations", "rate", "product alone", "share", "must", "aim", "Python", "must", "aim",
+                   title="step: the device's and Python's share, best of ours", title_justify="left")  # fmt: skip
+    results: dict[str, Any] = {}
+    with _worker(open_training, "ours", folder, True) as ours, _worker(open_training, "theirs", folder, True) as theirs:
+        sides = {"ours": ours, "theirs": theirs}
+        for name, (rows, tokens) in STEPS.items():
+            runs: dict[str, list[Any]] = {side: [] for side in sides}
+            rates = []
+            for turn in range(-1, STEP_TURNS):
+                for side, worker in sides.items():
+                    done = worker.submit(train_steps, rows, tokens, STEP_CALLS).result()
+                    runs[side] += done if turn >= 0 else []  # the first turn compiles
+                    time.sleep(PAUSE)
+                rates.append(ours.submit(matrix_product_rate).result())
+            times = {side: [seconds for seconds, _, _ in runs[side]] for side in sides}
+            _add(table, name, times, 1e3, TARGETS[f"step {name}"])
+            layers, width, inner = (
+                SHAPES["base"][key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size")
+            )
+            operations = 6 * rows * tokens * layers * (4 * width**2 + 2 * width * inner + 2 * tokens * width)
+            best = operations / min(times["ours"])
+            host = statistics.median(host for _, host, _ in runs["ours"])
+            shares.add_row(name, f"{operations / 1e9:.0f} G", f"{best / 1e9:.0f} G/s", f"{max(rates) / 1e9:.0f} G/s",
+                           f"{best / max(rates):.0%}", *TARGETS["rate"], f"{host * 1e3:.1f} ms",
+                           *TARGETS["step python"])  # fmt: skip
+            results[name] = {"runs": runs, "rates": rates}
+    with (
+        _worker(open_training, "ours", folder, False) as ours,
+        _worker(open_training, "theirs", folder, False) as theirs,
+    ):
+        losses = [[loss for _, _, loss in worker.submit(train_steps, 2, 64, 3).result()] for worker in (ours, theirs)]
+    apart = max(abs(a - b) / abs(b) for a, b in zip(*losses, strict=True))
+    results["difference"] = f"losses without dropout by {apart:.1e}" if not apart <= 1e-4 else None
+    console.print(table, shares)
+    return results
+
+
+def finetune(folder: Path, console: Console) -> dict[str, Any]:
+    """Whole processes of a YAML file of settings, in turns, one run each."""
+    script = Path(sys.executable).with_name("bert-jax")
+    peer = [sys.executable, str(Path(__file__).with_name("transformers_trainer.py"))]
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, command in {
+            "ours": [str(script), "finetune"], "ours again": [str(script), "finetune"],
+            "grouped": [*peer, "--accuracy"], "padded": [*peer, "--accuracy", "--pad"],
+        }.items():  # fmt: skip
+            output = f"output.folder={temporary}/{name.replace(' ', '_')}"
+            command = [*command, *FINETUNE, "training.epochs=1", output]
+            results[name], _ = _run(command, os.environ | {"BERT_JAX_COMPILATION_CACHE": f"{temporary}/cache"})
+            console.print(f"finetune, {name}: {results[name]:.0f} s", highlight=False)
+    table = Table("", "ours", "with a warm cache", "theirs", "ratio", "warm", "must", "aim",
+                  title=f"finetune: one epoch of {FINETUNE[0]}, whole process, s", title_justify="left")  # fmt: skip
+    for name in ("grouped", "padded"):
+        seconds = [results[key] for key in ("ours", "ours again", name)]
+        table.add_row(f"Trainer, {name}", *(f"{value:.0f}" for value in seconds), f"{seconds[0] / seconds[2]:.2f}",
+                      f"{seconds[1] / seconds[2]:.2f}", *TARGETS[f"finetune {name}"])  # fmt: skip
+    console.print(table)
+    return results
+
+
+CASES = {"warm": warm, "python": python, "process": process, "load": load, "step": step, "finetune": finetune}
+FINETUNE: list[str] = []
+"""A YAML file and its overrides, from the command line."""
 
 
 @contextlib.contextmanager
@@ -325,12 +493,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}; all by default")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="weights to take instead of random ones")
+    parser.add_argument("--finetune", nargs="+", metavar=("YAML", "KEY=VALUE"), help="settings for the case finetune")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes every time that was measured")
     arguments = parser.parse_args()
     if unknown := set(arguments.cases) - set(CASES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; expected {', '.join(CASES)}")
     if arguments.model and not (arguments.model / hub.CONFIG_FILE).is_file():
         parser.error(f"{arguments.model} holds no {hub.CONFIG_FILE}")
+    FINETUNE[:] = arguments.finetune or []
+    cases = arguments.cases or [name for name in CASES if name != "finetune" or FINETUNE]
+    if "finetune" in cases and not FINETUNE:
+        parser.error("finetune needs --finetune YAML [KEY=VALUE …] with local files as data")
     os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error",
                    "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -339,7 +512,7 @@ def main() -> None:
     console.print(", ".join(f"{name} {version}" for name, version in report["versions"].items()), highlight=False)
     report["cases"] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        for name in arguments.cases or CASES:
+        for name in cases:
             shape = "large" if name == "load" else "base"
             folder = arguments.model and arguments.model.absolute()
             folder = folder or Path(temporary) / f"bert-{shape}"
@@ -350,8 +523,12 @@ def main() -> None:
     report["load_average_after"] = os.getloadavg()
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if any(entry["difference"] for entry in report["cases"].get("warm", {}).get("sentences", ())):
-        sys.exit(1)
+    compared = [
+        *report["cases"].get("warm", {}).get("sentences", ()),
+        report["cases"].get("step", {"difference": None}),
+    ]
+    if differences := [entry["difference"] for entry in compared if entry["difference"]]:
+        sys.exit("\n".join(f"differs: {difference}" for difference in differences))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,15 @@ PACKAGE = Path(bert_jax.__file__).parent
 # Lowest first; modules of one floor do not import each other.
 FLOORS = [
     ["errors"],
-    ["config", "tree", "hub", "losses"],
-    ["weights", "tokenizer"],
+    ["config", "tree", "hub", "losses", "metrics", "settings"],
+    ["weights", "tokenizer", "data.sources", "data.loader"],
     ["model"],
+    ["sharding", "optim", "lora", "checkpoint"],
     ["tasks.base"],
-    ["tasks.masked_lm", "tasks.next_sentence_prediction"],
-    ["pipelines"],
-    ["verify"],
+    ["tasks.masked_lm", "tasks.next_sentence_prediction", "tasks.sequence_classification"],
+    ["evaluation", "pipelines", "report"],
+    ["training", "verify"],
+    ["recipes"],
     ["cli"],
 ]
 

@@ -209,7 +209,7 @@ def test_all_that_is_wrong_is_listed_at_once(write):
         "stored twice: bert.embeddings.LayerNorm.bias and embeddings.LayerNorm.bias",
     ]:
         assert line in message
-    assert len(message.splitlines()) == 10
+    assert len(message.splitlines()) == 11
 
 
 @pytest.mark.parametrize("cut", [0, 7, 100, -1])

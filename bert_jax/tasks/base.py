@@ -5,12 +5,14 @@ depend on these, and returns its result. It never sees a batch: rows of many req
 (`bert_jax.pipelines`), and so a result does not depend on its company.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+
+from bert_jax.data.loader import Examples
 
 
 @dataclass
@@ -35,15 +37,39 @@ Request = Generator[list[Row], list[Outputs], Any]
 
 
 class Task(Protocol):
-    """What a pipeline needs to know of a task."""
+    """What a pipeline needs to know of a task. It is made of a tokenizer, a config, and the tokens a row may have."""
 
-    model_class: type
+    model_class: Any
     """The model whose head it reads."""
 
     def forward(self, model: Any, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """From a padded batch to arrays whose first axis is the batch; pure, and compiled once a bucket."""
         ...
 
-    def request(self, text: Any, **parameters: Any) -> Request:
+    @property
+    def request(self) -> Callable[..., Request]:
         """One input's way through the task. Raises `InputError` at once where the input cannot be used."""
+        ...
+
+
+class TrainableTask(Task, Protocol):
+    """What training and evaluation need to know of a task beyond that."""
+
+    metric: str
+    """The one that chooses the best checkpoint."""
+
+    def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
+        """Rows of data -> examples; raises `InputError` where a row cannot be used, with its index."""
+        ...
+
+    def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """The batch's mean loss and how many it is the mean of, rows of padding apart; both float32 []."""
+        ...
+
+    def evaluate(self, outputs: Outputs, targets: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Metrics of what `forward` returned for all examples."""
+        ...
+
+    def predictions(self, outputs: Outputs) -> list[dict[str, Any]]:
+        """What `forward` returned, example by example, in words."""
         ...

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
 from bert_jax.model import BertForMaskedLM
 from bert_jax.tasks.base import Request, Row
@@ -20,7 +21,7 @@ class FillMask:
 
     model_class = BertForMaskedLM
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int):
+    def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         if tokenizer.mask_token_id is None:
             raise InputError(f"The vocabulary has no {tokenizer.mask_token}: this model cannot fill masks.")
         self.tokenizer = tokenizer

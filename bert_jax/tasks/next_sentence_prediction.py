@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
 from bert_jax.model import BertForNextSentencePrediction
 from bert_jax.tasks.base import Request, Row
@@ -19,7 +20,7 @@ class NextSentencePrediction:
 
     model_class = BertForNextSentencePrediction
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int):
+    def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         self.tokenizer = tokenizer
         self.max_length = max_length
 

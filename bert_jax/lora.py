@@ -1,0 +1,137 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): low-rank adapters beside frozen weights, as plain arrays by path.
+
+The network knows nothing of them: W + alpha / rank · B A is made where parameters meet the model, and a gradient
+reaches A and B through it. Saved apart, they are files of Hugging Face's `peft`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from bert_jax import tree, weights
+from bert_jax.errors import CheckpointError, InputError
+from bert_jax.hub import replacing
+from bert_jax.model import BertPreTrainedModel
+from bert_jax.settings import LoRA
+
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def init(settings: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) -> dict[str, jax.Array]:
+    """New adapters: A drawn as `peft` draws it, uniform in ±1/√in, and B zero, so that nothing changes at first.
+
+    Args:
+        settings: Rank, and which weights.
+        specs: The model's parameters by path.
+        key: PRNG key.
+
+    Returns:
+        `….lora_A` float32 [rank, in] and `….lora_B` float32 [out, rank], where `….weight` is [out, in].
+
+    Raises:
+        InputError: If no weight matches, or what matches is no matrix of a linear layer.
+    """
+    targets = tree.select([settings.targets], specs)
+    if not targets:
+        raise InputError(f"model.lora.targets {settings.targets!r} matches no parameter, like {next(iter(specs))}.")
+    adapters: dict[str, jax.Array] = {}
+    for i, path in enumerate(targets):
+        if specs[path].ndim != 2 or "embeddings" in path:
+            raise InputError(f"model.lora.targets matches {path}, which is no weight of a linear layer.")
+        out, into = specs[path].shape
+        name, bound = path.removesuffix(".weight"), into**-0.5
+        a = jax.random.uniform(jax.random.fold_in(key, i), (settings.rank, into), jnp.float32, -bound, bound)
+        adapters |= {f"{name}.lora_A": a, f"{name}.lora_B": jnp.zeros((out, settings.rank), jnp.float32)}
+    return adapters
+
+
+def merge(params: Mapping[str, jax.Array], scale: float) -> dict[str, jax.Array]:
+    """Parameters and adapters by path -> the model's parameters, W + scale · B A."""
+    merged = {path: leaf for path, leaf in params.items() if not path.endswith((".lora_A", ".lora_B"))}
+    for path in params:
+        if path.endswith(".lora_A"):
+            name = path.removesuffix(".lora_A")
+            product = jnp.matmul(params[f"{name}.lora_B"], params[path], precision=jax.lax.Precision.HIGHEST)
+            merged[f"{name}.weight"] = merged[f"{name}.weight"] + scale * product
+    return merged
+
+
+def save_adapters(folder: Path, params: Mapping[str, Any], settings: LoRA, base: str, task_type: str) -> None:
+    """Writes adapters, and what was trained in full beside them, as `peft` reads them.
+
+    Args:
+        folder: Is made if need be.
+        params: Trained parameters by path.
+        settings: Of the run.
+        base: The model that they belong to.
+        task_type: By peft's name: SEQ_CLS, TOKEN_CLS, QUESTION_ANS.
+
+    Raises:
+        CheckpointError: If the folder cannot be written.
+    """
+    adapters = [path for path in params if path.endswith((".lora_A", ".lora_B"))]
+    names = dict(zip(adapters, _published(adapters), strict=True))
+    whole = [path for path in params if path not in names]
+    names |= dict(zip(whole, weights.published_names(whole), strict=True))
+    tensors = {f"base_model.model.{names[path]}": np.asarray(params[path]) for path in params}
+    # A module in all layers, `attention.self.query`; peft takes what ends so.
+    modules = {re.sub(r"^bert\.encoder\.layer\.\d+\.|\.lora_[AB]\.weight$", "", names[path]) for path in adapters}
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(modules),
+        "modules_to_save": sorted({path.split(".")[0] for path in whole}),
+    }
+    with replacing(folder) as staging:
+        save_file(tensors, staging / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        (staging / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedModel:
+    """The model with adapters merged into its weights, and with what was trained in full beside them.
+
+    Args:
+        folder: Written by `save_adapters` or by `peft`.
+        model: The one that they belong to.
+
+    Raises:
+        CheckpointError: If the files are missing, or do not fit the model.
+    """
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no adapters: {error}.") from None
+    params, skeleton = tree.split(model)
+    flat = tree.flatten(params)
+    matrices = [path.removesuffix(".weight") for path in flat if path.endswith(".weight")]
+    adapters = [f"{name}.lora_{side}" for name in matrices for side in "AB"]
+    by_name = dict(zip(_published(adapters), adapters, strict=True))
+    by_name |= dict(zip(weights.published_names(flat), flat, strict=True))
+    for name, tensor in tensors.items():
+        path = by_name.get(name.removeprefix("base_model.model."))
+        if path is None:
+            raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} has {name}, which this model has no place for.")
+        flat[path] = jnp.asarray(tensor, jnp.float32)
+    return tree.merge(skeleton, tree.unflatten(merge(flat, config["lora_alpha"] / config["r"])))
+
+
+def _published(adapters: list[str]) -> list[str]:
+    """Adapters' names in peft's files: those of the weights, with `lora_A.weight` behind the module's."""
+    modules = [re.sub(r"\.lora_[AB]$", ".weight", path) for path in adapters]
+    return [
+        f"{name.removesuffix('.weight')}.{path[-6:]}.weight"
+        for name, path in zip(weights.published_names(modules), adapters, strict=True)
+    ]

@@ -1,0 +1,311 @@
+"""Settings -> a fine-tuned model, or a model's metrics: what the command line runs, a step at a time."""
+
+import json
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from rich.console import Console
+
+from bert_jax import evaluation, hub, lora, report, sharding, training, tree
+from bert_jax.config import BertConfig
+from bert_jax.data import sources
+from bert_jax.data.loader import Examples, Loader
+from bert_jax.errors import InputError
+from bert_jax.model import BertPreTrainedModel
+from bert_jax.settings import Settings
+from bert_jax.tasks.base import TrainableTask
+from bert_jax.tasks.sequence_classification import SequenceClassification, label_set
+from bert_jax.tokenizer import Tokenizer
+
+SETTINGS, RESULTS, PREDICTIONS, CURVE, CARD = (
+    "settings.yaml", "results.json", "predictions.jsonl", "curve.png", "README.md",
+)  # fmt: skip
+ADAPTERS = "adapters"
+HEAD = r"classifier\..*"
+# Usual names of columns: those of the model catalogue, of GLUE and of most data sets of the Hub.
+TEXT = ("text", "sentence", "sentence1", "question1", "premise", "question", "review", "content")
+LABEL = ("label", "label_string", "labels", "label_name", "class", "score")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run starts from.
+
+    Attributes:
+        task: Made for this model.
+        model: With its new head.
+        tokenizer: The model's.
+        rows: The splits' rows, with `text`, `text_pair` where there are pairs, and `label`.
+        examples: The same, featurised.
+    """
+
+    task: TrainableTask
+    model: BertPreTrainedModel
+    tokenizer: Tokenizer
+    rows: dict[str, list[sources.Row]]
+    examples: dict[str, Examples]
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Reads the data and the model.
+
+    Raises:
+        InputError: Names the file, column, row or label that cannot be used.
+        ModelNotFoundError: If there is no such model.
+        CheckpointError: If its weights do not fit.
+    """
+    if settings.data.train is None:
+        raise InputError("data.train is not set; expected a file, or the name of a split where data.id is set.")
+    rows = {split: found for split in ("train", "validation", "test") if (found := read_split(settings, split))}
+    labels = [row.get("label") for row in rows["train"]]
+    if None in labels:
+        raise InputError(f"data.train: row {labels.index(None) + 1} has no label; data.label names the column.")
+    problem_type, names = label_set(labels, settings.data.problem_type)
+    config: dict[str, Any] = {"problem_type": problem_type, "id2label": settings.data.labels or names}
+    config["num_labels"] = len(config["id2label"])
+    if problem_type == "single_label_classification" and len(names) < 2:
+        raise InputError(f"All examples of data.train have the label {names[0]!r}; expected at least two labels.")
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+        if (value := getattr(settings.model, name)) is not None:
+            config[name] = value
+    tokenizer = Tokenizer.from_pretrained(settings.model.id, revision=settings.model.revision)
+    model = SequenceClassification.model_class.from_pretrained(
+        settings.model.id,
+        revision=settings.model.revision,
+        new=[HEAD, *settings.model.new],
+        rngs=nnx.Rngs(settings.training.seed),
+        compute_dtype=settings.precision.compute_dtype,
+        remat=settings.training.remat,
+        scan_layers=settings.training.scan_layers,
+        **config,
+    )
+    task = SequenceClassification(tokenizer, model.config, max_length(settings, model.config))
+    return Prepared(task, model, tokenizer, rows, featurize(task, rows))
+
+
+def max_length(settings: Settings, config: BertConfig) -> int:
+    """The settings' length, if the model has so many positions.
+
+    Raises:
+        InputError: If it has not.
+    """
+    if settings.data.max_length > config.max_position_embeddings:
+        raise InputError(
+            f"data.max_length is {settings.data.max_length}; the model has {config.max_position_embeddings} positions."
+        )
+    return settings.data.max_length
+
+
+def featurize(task: TrainableTask, rows: dict[str, list[sources.Row]]) -> dict[str, Examples]:
+    """Splits' rows -> their examples; an error names the split."""
+    examples = {}
+    for split, found in rows.items():
+        try:
+            examples[split] = task.featurize(found)
+        except InputError as error:
+            raise InputError(f"data.{split}: {error}") from None
+    return examples
+
+
+def read_split(settings: Settings, split: str) -> list[sources.Row]:
+    """Rows of a split, their columns by the names that tasks know; empty where the settings have no such split.
+
+    Raises:
+        InputError: If it cannot be read, has no rows, or lacks a column.
+    """
+    data = settings.data
+    places = getattr(data, split)
+    if places is None:
+        return []
+    rows: list[sources.Row] = []
+    for place in [places] if isinstance(places, str) else places:
+        if data.id:
+            found = sources.read_hub(data.id, data.name, place, data.revision)
+        else:
+            found = sources.read(place, data.format)
+        rows += islice(found, None if data.limit is None else data.limit - len(rows))
+    where = f"data.{split} ({places})"
+    if not rows:
+        raise InputError(f"{where} has no examples.")
+    try:
+        text = sources.column(rows, data.text, TEXT)
+        pair = sources.column(rows, data.text_pair, ())
+        label = sources.column(rows, data.label, LABEL)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    if text is None:
+        raise InputError(f"{where}: which column is the text? There are {', '.join(rows[0])}; set data.text.")
+    wanted = {"text": text, "text_pair": pair, "label": label}
+    return [{name: row.get(column) for name, column in wanted.items() if column} for row in rows]
+
+
+def finetune(settings: Settings, *, console: Console | None = None) -> Path:
+    """Fine-tunes a model and leaves all about it in `settings.output.folder`.
+
+    The same call after a kill goes on where the last checkpoint stands; after the end it does nothing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: If the settings, the data or the folder cannot be used; the folder is untouched.
+        TrainingError: See `training.train`, as for the following.
+        Interrupted: After Ctrl-C or SIGTERM.
+        CheckpointError: If a file cannot be written.
+    """
+    console, began = console or Console(quiet=True), time.perf_counter()
+    folder = Path(settings.output.folder)
+    if _is_finished(settings, folder):
+        console.print(f"{folder} is finished; its {RESULTS} has the metrics. Another output.folder starts a new run.")
+        return folder
+    prepared = prepare(settings)
+    console.print(_overview(settings, prepared), highlight=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SETTINGS).write_text(settings.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"output.folder: cannot write {folder}: {error.strerror}.") from None
+    trained = training.train(
+        prepared.task,
+        prepared.model,
+        prepared.examples["train"],
+        prepared.examples.get("validation"),
+        settings,
+        console=console,
+    )
+    trained.model.save_pretrained(folder)
+    prepared.tokenizer.save_pretrained(folder)
+    if settings.model.lora:
+        lora.save_adapters(folder / ADAPTERS, trained.trained, settings.model.lora, settings.model.id, "SEQ_CLS")
+    results: dict[str, Any] = {"step": trained.step, "steps": trained.steps, "validation": trained.metrics}
+    split = "test" if "test" in prepared.examples else "validation"
+    if split in prepared.examples:
+        result = evaluate_examples(prepared.task, trained.model, prepared.examples[split], settings)
+        results[split] = result.metrics
+        predictions = prepared.task.predictions(result.outputs)
+        lines = [row | {"prediction": p} for row, p in zip(prepared.rows[split], predictions, strict=True)]
+        _write(folder / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    results |= {
+        "seconds": time.perf_counter() - began,
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "versions": {name: metadata.version(name) for name in ("bert-jax", "jax", "flax", "optax")},
+    }
+    metric = settings.training.metric or prepared.task.metric
+    report.learning_curve(training.read_journal(folder / training.METRICS), metric).savefig(folder / CURVE, dpi=120)
+    _write(folder / CARD, report.model_card(settings, results))
+    _write(folder / RESULTS, json.dumps(results, indent=2) + "\n")  # last: it says that the run is finished
+    return folder
+
+
+def evaluate(model_id: str, settings: Settings, split: str) -> dict[str, Any]:
+    """Metrics of a fine-tuned model on a split of the settings' data.
+
+    Args:
+        model_id: A folder or an id on the Hub.
+        settings: Say which data, how long, and how many at a time.
+        split: "validation" or "test".
+
+    Raises:
+        InputError: If the split is not set, or its labels are not the model's.
+        CheckpointError: If the model has no head for the task.
+    """
+    tokenizer = Tokenizer.from_pretrained(model_id)
+    model = SequenceClassification.model_class.from_pretrained(model_id, compute_dtype=settings.precision.compute_dtype)
+    task = SequenceClassification(tokenizer, model.config, max_length(settings, model.config))
+    rows = read_split(settings, split)
+    if not rows:
+        raise InputError(f"data.{split} is not set.")
+    return evaluate_examples(task, model, featurize(task, {split: rows})[split], settings).metrics
+
+
+def evaluate_examples(
+    task: TrainableTask, model: BertPreTrainedModel, examples: Examples, settings: Settings
+) -> evaluation.Evaluation:
+    """A model in hand over examples."""
+    mesh = sharding.mesh(settings.mesh)
+    params, skeleton = tree.split(model)
+    params = jax.device_put(params, sharding.replicated(mesh))
+    batch_size = settings.training.evaluation_batch_size
+    return evaluation.evaluate(
+        task, evaluation.program(task, skeleton), params, examples, batch_size=batch_size, mesh=mesh
+    )
+
+
+def dry_run(settings: Settings) -> str:
+    """What a run would do, without a step: settings, first examples in words, shapes, parameters, memory, programs.
+
+    Raises:
+        InputError: As `finetune`.
+    """
+    prepared = prepare(settings)
+    examples, tokenizer = prepared.examples["train"], prepared.tokenizer
+    parts = [settings.to_yaml(), _overview(settings, prepared)]
+    for i in range(min(3, len(examples))):
+        pieces = " ".join(str(tokenizer.backend.id_to_token(int(token))) for token in examples.input_ids[i])
+        targets = ", ".join(f"{name} {values[i].tolist()}" for name, values in examples.targets.items())
+        parts.append(f"example {i + 1}: {prepared.rows['train'][i]}\n  tokens: {pieces}\n  {targets}")
+    mesh = sharding.mesh(settings.mesh)
+    rows = sharding.rows(settings.training.batch_size, settings.training.accumulation, mesh)
+    loader = Loader(examples, settings.training.batch_size, seed=settings.training.seed, rows=rows)
+    steps = settings.training.max_steps or math.ceil(settings.training.epochs * loader.steps_per_epoch)
+    planned = training.plan(prepared.model, settings, steps)
+    counts: Counter[str] = Counter()
+    for path, rule in planned.rules.items():
+        counts[str(rule)] += (planned.trained if rule.trained else planned.frozen)[path].size
+    parts.append("parameters:\n" + "\n".join(f"  {n:,}: {rule}" for rule, n in counts.most_common()))
+    lengths = Counter(loader.place(step).length for step in range(min(steps, loader.steps_per_epoch)))
+    step = training.make_step(prepared.task, planned, accumulation=settings.training.accumulation)
+    place = next(p for n in range(loader.steps_per_epoch) if (p := loader.place(n)).length == max(lengths))
+    batch = examples.batch(place.indices, rows=rows, length=place.length)
+    state = training.init_state(planned, settings.training.seed)
+    memory = step.lower(state, planned.frozen, batch).compile().memory_analysis()  # type: ignore[attr-defined]
+    programs = [f"  [{rows}, {length}]: {n} steps an epoch" for length, n in sorted(lengths.items())]
+    parts.append(
+        "\n".join([f"{steps} steps, {loader.steps_per_epoch} an epoch; programs by [rows, tokens]:", *programs])
+    )
+    if memory is not None:
+        parts.append(
+            f"memory of the largest: {(memory.argument_size_in_bytes) / 1e6:,.0f} MB of state and batch, "
+            f"{memory.temp_size_in_bytes / 1e6:,.0f} MB besides"
+        )
+    return "\n\n".join(parts)
+
+
+def _is_finished(settings: Settings, folder: Path) -> bool:
+    """Whether the folder has this run's results; raises where it holds something else."""
+    if not (folder / SETTINGS).exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"output.folder: {folder} holds files of something else; expected a new folder.")
+        return False
+    before = Settings.from_file(folder / SETTINGS)
+    if different := [line for line in before.differences(settings) if not line.startswith("output.")]:
+        raise InputError(
+            f"output.folder: {folder} holds a run with other settings (then, now):\n  " + "\n  ".join(different)
+            + "\nTake another folder, or these settings."
+        )  # fmt: skip
+    return (folder / RESULTS).exists()
+
+
+def _overview(settings: Settings, prepared: Prepared) -> str:
+    sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in prepared.examples.items())
+    labels = prepared.model.config.labels
+    _, skeleton = tree.split(prepared.model)
+    count = sum(spec.size for spec in skeleton.specs.values())
+    return (
+        f"{settings.task}: {settings.model.id}, {count / 1e6:.1f} M parameters, "
+        f"{jax.device_count()} × {jax.devices()[0].device_kind}\n"
+        f"examples: {sizes}; labels: {', '.join(labels[:20])}{', …' if len(labels) > 20 else ''}"
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    with hub.replacing(path.parent) as staging:
+        (staging / path.name).write_text(text, encoding="utf-8")

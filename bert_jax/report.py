@@ -1,0 +1,92 @@
+"""What a run leaves for people: the learning curve, tables, the model card."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bert_jax.settings import Settings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def learning_curve(journal: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
+    """Loss by step in training and validation and, on a second axis, the metric.
+
+    Args:
+        journal: Lines of a run's `metrics.jsonl`.
+        metric: Of validation.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    steps = [line for line in journal if "loss" in line]
+    axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], color="0.7", label="training loss")
+    tested = [line for line in journal if "validation" in line]
+    if tested:
+        x = [line["step"] for line in tested]
+        axes.plot(x, [line["validation"]["loss"] for line in tested], "o-", color="C0", label="validation loss")
+        if metric != "loss":
+            right = axes.twinx()
+            right.set_ylabel(f"validation {metric}")
+            right.plot(x, [line["validation"][metric] for line in tested], "s-", color="C1", label=metric)
+            right.legend(loc="center right")
+    axes.legend(loc="upper right")
+    return figure
+
+
+def markdown(metrics: Mapping[str, Any]) -> str:
+    """Metrics as Markdown: a table of the numbers, one by class, and the confusion matrix."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    parts = [_table(["metric", ""], [[name, f"{value:.4f}"] for name, value in numbers.items()])]
+    if per_class := metrics.get("per_class"):
+        columns = list(next(iter(per_class.values())))
+        rows = [[name, *(_number(row[column]) for column in columns)] for name, row in per_class.items()]
+        parts.append(_table(["label", *columns], rows))
+        if confusion := metrics.get("confusion"):
+            rows = [[name, *map(str, counts)] for name, counts in zip(per_class, confusion, strict=True)]
+            parts.append(_table(["is \\ was called", *per_class], rows))
+    return "\n\n".join(parts)
+
+
+def model_card(settings: Settings, results: Mapping[str, Any]) -> str:
+    """The README.md of a fine-tuned model: what it is, its numbers, and how it was made.
+
+    Args:
+        settings: Of the run.
+        results: What `results.json` holds.
+    """
+    name, base = Path(settings.output.folder).absolute().name, settings.model.id
+    front = ["---", f"pipeline_tag: {settings.task}", "library_name: transformers", "tags: [bert, jax]"]
+    if not Path(base).exists():
+        front.append(f"base_model: {base}")
+    if settings.data.id:
+        front.append(f"datasets: [{settings.data.id}]")
+    data = settings.data.id or ", ".join(
+        str(split) for split in (settings.data.train, settings.data.validation) if split
+    )
+    parts = [
+        "\n".join([*front, "---"]),
+        f"# {name}",
+        f"`{base}` fine-tuned for {settings.task} on {data} with "
+        f"[bert_jax](https://pypi.org/project/bert-jax) {results['versions']['bert-jax']}.",
+        f'```python\nimport bert_jax\n\nbert_jax.pipeline("{settings.task}", "{name}")\n```',
+    ]
+    for split in ("validation", "test"):
+        if metrics := results.get(split):
+            parts += [f"## {split.capitalize()}", markdown(metrics)]
+    parts += ["![learning curve](curve.png)", "## Settings", f"```yaml\n{settings.to_yaml()}```"]
+    versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
+    parts.append(
+        f"Step {results['step']} of {results['steps']}, {results['seconds']:.0f} s on {results['device']}; {versions}."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,332 @@
+"""Settings: one YAML file is one validated tree, `key=value` changes a leaf, and what is unknown is refused.
+
+    settings = Settings.from_file("configs/finetune/emotion.yaml", ["training.epochs=1"])
+
+A field's docstring is its meaning, with its unit; its annotation says what is taken, its default what is done unasked.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+from bert_jax.errors import InputError
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+"""A regular expression that matches whole parameter paths, `bert.layers.0.attention.query.weight`."""
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+FINETUNING_TASKS = ("text-classification",)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class LoRA(_Section):
+    """Low-rank adapters beside frozen weights (Hu et al. 2021, arXiv:2106.09685): W + alpha / rank · B A."""
+
+    rank: PositiveInt = 8
+    """Rows of A and columns of B."""
+    alpha: PositiveFloat = 16.0
+    """Scale of the product, over the rank."""
+    targets: Pattern = r"bert\.layers\.\d+\.attention\.(query|value)\.weight"
+    """Weights that get adapters."""
+    trained: Pattern = r"(classifier|qa_outputs)\..*"
+    """Parameters that are trained in full beside the adapters: the new head."""
+
+
+class Model(_Section):
+    """Which checkpoint to start from, and what of it."""
+
+    id: str = "google-bert/bert-base-cased"
+    """A folder, an id on the Hugging Face Hub, or bert-mini-cased."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    new: tuple[Pattern, ...] = ()
+    """Parameters to draw anew beside the task's head: top layers, the pooler."""
+    hidden_dropout_prob: Fraction | None = None
+    """Dropout of embeddings, attention's output and feed-forward; the checkpoint's by default."""
+    attention_probs_dropout_prob: Fraction | None = None
+    """Dropout of attention probabilities; the checkpoint's by default."""
+    classifier_dropout: Fraction | None = None
+    """Dropout before the classifier; the checkpoint's, or hidden_dropout_prob."""
+    lora: LoRA | None = None
+    """Train low-rank adapters and the head, and nothing else."""
+
+
+class Data(_Section):
+    """Where examples come from. A split is a file (or several), or a split's name of `id`'s."""
+
+    id: str | None = None
+    """A data set on the Hugging Face Hub (extra `data`); without it the splits are files."""
+    name: str | None = None
+    """Configuration of the Hub's data set: mrpc of nyu-mll/glue."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hub's data set."""
+    train: str | tuple[str, ...] | None = None
+    """Examples to learn from."""
+    validation: str | tuple[str, ...] | None = None
+    """Examples to choose the best checkpoint by."""
+    test: str | tuple[str, ...] | None = None
+    """Examples that are looked at once, at the end."""
+    format: Literal["jsonl", "csv", "tsv", "parquet", "text", "text;label"] | None = None
+    """Of the files; by their names by default, .txt being text;label."""
+    text: str | None = None
+    """Column of the text; by default the first of text, sentence, sentence1, … that is there."""
+    text_pair: str | None = None
+    """Column of the second text; none by default."""
+    label: str | None = None
+    """Column of the label; by default the first of label, label_string, … that is there."""
+    labels: tuple[str, ...] | None = None
+    """Names of the labels in the order of their ids; by default those of the training examples, sorted."""
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
+    """What labels are; by default lists make it multi-label, numbers with a fraction regression."""
+    max_length: PositiveInt = 128
+    """Tokens of an example, special ones included; longer texts are cut."""
+    limit: PositiveInt | None = None
+    """Takes only so many examples of each split, the first ones."""
+
+
+class Rate(_Section):
+    """A rule for the learning rate of some parameters."""
+
+    parameters: Pattern
+    """Which."""
+    factor: NonNegativeFloat
+    """What their learning rate is multiplied by."""
+
+
+class Optimizer(_Section):
+    """AdamW (Loshchilov & Hutter 2019), and which parameters it treats how: of each list the first match counts."""
+
+    learning_rate: PositiveFloat = 2e-5
+    """Peak, a step."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled, times the learning rate."""
+    no_decay: tuple[Pattern, ...] = (r".*\bbias", r".*norm\.weight")
+    """Parameters without weight decay."""
+    beta1: Fraction = 0.9
+    """Decay of the gradients' mean, a step."""
+    beta2: Fraction = 0.999
+    """Decay of the squared gradients' mean, a step."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the squared gradients' mean (BERT's own: 1e-6)."""
+    bias_correction: bool = True
+    """Off is BERT's original optimizer; on small data keep it on (Zhang et al. 2020, Mosbach et al. 2020)."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this global norm."""
+    frozen: tuple[Pattern, ...] = ()
+    """Parameters that stay as they are; they get neither gradient nor optimizer state."""
+    rates: tuple[Rate, ...] = ()
+    """Parameters with a learning rate of their own."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor of the learning rate from each layer to the one below, embeddings at the bottom (Howard & Ruder 2018)."""
+
+
+class Schedule(_Section):
+    """The learning rate over the steps, by transformers' names."""
+
+    name: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = (
+        "linear"
+    )
+    """What follows warm-up."""
+    warmup_steps: NonNegativeInt | None = None
+    """Steps of linear warm-up."""
+    warmup_ratio: Fraction = 0.0
+    """Warm-up as a share of all steps, where warmup_steps is not given."""
+    cycles: PositiveFloat | None = None
+    """Of the cosine: waves (0.5 by default), or restarts (1)."""
+    power: PositiveFloat = 1.0
+    """Of the polynomial."""
+    final_learning_rate: NonNegativeFloat = 1e-7
+    """Of the polynomial."""
+
+
+class Training(_Section):
+    """The loop."""
+
+    epochs: PositiveFloat = 3.0
+    """Passes over the training examples."""
+    max_steps: PositiveInt | None = None
+    """Steps, instead of epochs."""
+    batch_size: PositiveInt = 32
+    """Examples a step, over all devices."""
+    accumulation: PositiveInt = 1
+    """Parts that a step's examples are computed in, one after another, to save memory."""
+    evaluation_batch_size: PositiveInt = 64
+    """Examples at a time in evaluation."""
+    evaluate_every: PositiveInt | None = None
+    """Steps between evaluations, each with a checkpoint; an epoch by default."""
+    save_every: PositiveInt | None = None
+    """Steps between checkpoints beside those of evaluations."""
+    log_every: PositiveInt = 10
+    """Steps between lines of metrics.jsonl."""
+    metric: str | None = None
+    """Chooses the best checkpoint; the task's by default. `loss` is better lower, all others higher."""
+    patience: PositiveInt | None = None
+    """Stops after so many evaluations without a better metric."""
+    keep: PositiveInt = 1
+    """Latest checkpoints that are kept beside the best."""
+    seed: NonNegativeInt = 42
+    """Of new parameters, the order of examples, and dropout."""
+    remat: bool = False
+    """Computes each layer's inside again in the backward pass instead of keeping it: less memory, a third more time."""
+    scan_layers: bool = False
+    """Compiles one layer instead of all: quicker to compile, a little slower to run."""
+
+
+class Precision(_Section):
+    """Parameters, gradients and optimizer are float32 always."""
+
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations and of products' operands; bfloat16 on TPUs and recent GPUs."""
+
+
+class Mesh(_Section):
+    """Axes that the devices are laid along."""
+
+    data: Annotated[int, Field(ge=-1)] = -1
+    """Devices that share out a batch's examples; -1 for all there are."""
+
+
+class Output(_Section):
+    """What a run leaves."""
+
+    folder: str
+    """The model in Hugging Face's form, settings, metrics, predictions, curve, checkpoints."""
+    tensorboard: bool = True
+    """Writes event files for TensorBoard too."""
+
+
+class Settings(_Section):
+    """A run."""
+
+    task: Literal["text-classification"]
+    """By Hugging Face's name."""
+    model: Model = Model()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    training: Training = Training()
+    precision: Precision = Precision()
+    mesh: Mesh = Mesh()
+    output: Output
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Settings":
+        """Reads a YAML file.
+
+        A file may hold variants: where `task_name: mrpc` is given, what stands under `task_names: {mrpc: …}` is laid
+        over the rest.
+
+        Args:
+            path: The file.
+            overrides: `section.key=value`, the value in YAML.
+
+        Raises:
+            InputError: Names each key that is unknown, with the nearest that is not, and each value that is none.
+        """
+        try:
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"Cannot read {path}: {error.strerror}.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not YAML: {error}") from None
+        if not isinstance(tree, dict):
+            raise InputError(f"{path} holds a {type(tree).__name__}; expected a tree of settings.")
+        changes: dict[str, Any] = {}
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals:
+                raise InputError(f"{override!r} is no override; expected section.key=value.")
+            try:
+                changes = _laid_over(changes, _nested(key.split("."), yaml.safe_load(value)))
+            except yaml.YAMLError:
+                raise InputError(f"{override!r}: the value is not YAML; put it in quotes.") from None
+        variants = tree.pop("task_names", {})
+        name = changes.pop("task_name", tree.pop("task_name", None))
+        tree.pop("task_name", None)
+        if name is not None:
+            if name not in variants:
+                raise InputError(f"task_name is {name!r}; {path} has {', '.join(variants) or 'none'}.")
+            tree = _laid_over(tree, variants[name])
+        return cls.from_dict(_laid_over(tree, changes), source=str(path))
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any], source: str = "settings") -> "Settings":
+        """Validates a tree; see `from_file` for what is refused."""
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            problems = "\n  ".join(_problem(cls, entry) for entry in error.errors())
+            raise InputError(f"{source}:\n  {problems}") from None
+
+    def to_yaml(self) -> str:
+        """All settings, defaults included: what `from_file` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def differences(self, other: "Settings") -> list[str]:
+        """What differs, leaf by leaf, `key: ours, theirs`."""
+        mine, theirs = (_leaves(settings.model_dump(mode="json")) for settings in (self, other))
+        return [
+            f"{key}: {mine.get(key)!r}, {theirs.get(key)!r}"
+            for key in [*mine, *(key for key in theirs if key not in mine)]
+            if mine.get(key) != theirs.get(key)
+        ]
+
+
+def _nested(keys: list[str], value: Any) -> Any:
+    return {keys[0]: _nested(keys[1:], value)} if keys else value
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _laid_over(merged[key], value) if both else value
+    return merged
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _problem(root: type[BaseModel], entry: Any) -> str:
+    """A line about one of pydantic's errors."""
+    path = [str(part) for part in entry["loc"]]
+    if entry["type"] != "extra_forbidden":
+        given = "" if entry["type"] == "missing" else f", got {entry['input']!r}"
+        return f"{'.'.join(path)}: {entry['msg'].removeprefix('Value error, ')}{given}"
+    section: Any = root
+    for part in path[:-1]:
+        section = section.model_fields[part].annotation if part in section.model_fields else section
+        section = next((kind for kind in getattr(section, "__args__", ()) if hasattr(kind, "model_fields")), section)
+    near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(section.model_fields)}."
+    return f"{'.'.join(path)}: there is no such setting; {hint}"

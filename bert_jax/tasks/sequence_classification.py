@@ -1,0 +1,184 @@
+"""text-classification: labels, or a number, for a text or a pair of texts (Devlin et al. 2018, section 4.1)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bert_jax import losses
+from bert_jax.config import BertConfig
+from bert_jax.data.loader import Examples
+from bert_jax.errors import InputError
+from bert_jax.model import BertForSequenceClassification
+from bert_jax.tasks.base import Outputs, Request, Row
+from bert_jax.tokenizer import Tokenizer
+
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+UNKNOWN = -1
+"""The label of an example without one, as in GLUE's test sets."""
+
+
+class SequenceClassification:
+    """Classifies: one label a text, any number of labels, or a number instead (`problem_type`, as in transformers)."""
+
+    model_class = BertForSequenceClassification
+
+    def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.labels = config.labels
+        self.problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
+        # As in transformers' pipeline: one label without a problem_type is trained as a regression, and read as one
+        # independent label.
+        independent = MULTI if config.num_labels == 1 else SINGLE
+        self.scores = {SINGLE: jax.nn.softmax, MULTI: jax.nn.sigmoid, REGRESSION: lambda logits: logits}[
+            config.problem_type or independent
+        ]
+        self.metric = {SINGLE: "accuracy", MULTI: "f1_micro", REGRESSION: "pearson"}[self.problem_type]
+
+    # ── Inference ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def forward(self, model: BertForSequenceClassification, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Scores, float32 [B, C]: probabilities over the labels, of each label by itself, or the numbers."""
+        return {"scores": self.scores(model(**inputs).logits)}
+
+    def request(self, text: str | Sequence[str], *, top_k: int | None = 1) -> Request:
+        """Classifies one text.
+
+        Args:
+            text: A text, or a pair of texts as a tuple. What is over the model's length is cut off, of a pair from
+                the longer text.
+            top_k: How many labels to return; None for all.
+
+        Returns:
+            `{label, score}` for a top_k of 1, else a list of these, best first. Several labels that are independent
+            have scores that do not add up to 1; a regression's score is its number.
+
+        Raises:
+            InputError: If it is no text or pair, or empty.
+        """
+        texts = [text] if isinstance(text, str) else list(text) if isinstance(text, tuple | list) else []
+        if len(texts) not in (1, 2) or not all(isinstance(part, str) for part in texts):
+            raise InputError(f"expected a text or a pair of texts, got {text!r} ({type(text).__name__}).")
+        if not all(part.strip() for part in texts):
+            raise InputError("the text is empty." if len(texts) == 1 else "a text of the pair is empty.")
+        if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+            raise InputError(f"top_k is {top_k!r}; expected a whole number of at least 1, or None.")
+        return self._classify(texts, top_k)
+
+    def _classify(self, texts: list[str], top_k: int | None) -> Request:
+        pair = [texts[1]] if len(texts) == 2 else None
+        encoding = self.tokenizer.encode(texts[:1], pair, max_length=self.max_length)[0][0]
+        (output,) = yield [Row(encoding.ids, encoding.type_ids)]
+        order = np.argsort(-output["scores"], kind="stable")[:top_k]
+        entries = [{"label": self.labels[i], "score": float(output["scores"][i])} for i in order]
+        return entries[0] if top_k == 1 else entries
+
+    # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
+        """Rows with `text`, perhaps `text_pair` and `label` -> examples with the target `labels`.
+
+        Targets are int32 [N] (`UNKNOWN` where a row has none), float32 [N, C] of 0 and 1, or float32 [N, 1].
+
+        Raises:
+            InputError: Names the row whose text or label cannot be used.
+        """
+        for i, row in enumerate(rows):
+            for name in ("text", "text_pair"):
+                if not isinstance(row.get(name, ""), str):
+                    raise InputError(f"row {i + 1}: {name} is {row[name]!r}; expected a text.")
+        pairs = [row["text_pair"] for row in rows] if "text_pair" in rows[0] else None
+        encoded = self.tokenizer.encode([row["text"] for row in rows], pairs, max_length=self.max_length)
+        ids = {label: i for i, label in enumerate(self.labels)}
+        targets = {"labels": np.array([self._target(row.get("label"), ids, i) for i, row in enumerate(rows)])}
+        return Examples(
+            input_ids=[np.array(row.ids, np.int32) for row, *_ in encoded],
+            token_type_ids=[np.array(row.type_ids, np.int32) for row, *_ in encoded],
+            targets=targets,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+        )
+
+    def _target(self, label: Any, ids: Mapping[str, int], i: int) -> Any:
+        known = f"the labels are {', '.join(self.labels[:20])}{', …' if len(self.labels) > 20 else ''}"
+        if self.problem_type == REGRESSION:
+            try:
+                return np.array([float(label)], np.float32)
+            except (TypeError, ValueError):
+                raise InputError(f"row {i + 1}: the label is {label!r}; regression expects a number.") from None
+        if self.problem_type == MULTI:
+            target = np.zeros(len(ids), np.float32)
+            for name in names_of(label):
+                if name not in ids:
+                    raise InputError(f"row {i + 1}: the label {name!r} is unknown; {known}.")
+                target[ids[name]] = 1
+            return target
+        if label is None or label == UNKNOWN:
+            return np.int32(UNKNOWN)
+        if str(label) not in ids:
+            raise InputError(f"row {i + 1}: the label {label!r} is unknown; {known}.")
+        return np.int32(ids[str(label)])
+
+    def loss(
+        self, model: BertForSequenceClassification, batch: Mapping[str, Any], dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `TrainableTask.loss`: cross entropy, binary cross entropy, or squared error, a mean over examples."""
+        logits = model(**batch["inputs"], dropout_key=dropout_key).logits
+        labels, weights = batch["targets"]["labels"], batch["weights"]
+        if self.problem_type == REGRESSION:
+            return losses.squared_error(logits, labels, weights), jnp.sum(weights)
+        if self.problem_type == MULTI:
+            return losses.binary_cross_entropy(logits, labels, weights), jnp.sum(weights)
+        counts = (weights > 0) & (labels != UNKNOWN)
+        return losses.cross_entropy(logits, jnp.where(counts, labels, losses.IGNORE)), jnp.sum(
+            counts, dtype=jnp.float32
+        )
+
+    def evaluate(self, outputs: Outputs, targets: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Metrics, see `bert_jax.metrics`; none where the examples have no labels."""
+        from bert_jax import metrics
+
+        labels, scores = targets["labels"], outputs["scores"]
+        if self.problem_type == REGRESSION:
+            return metrics.regression(labels[:, 0], scores[:, 0])
+        if self.problem_type == MULTI:
+            return metrics.multi_label(labels, scores > 0.5, self.labels)
+        known = labels != UNKNOWN
+        return metrics.classification(labels[known], scores[known].argmax(-1), self.labels) if known.any() else {}
+
+    def predictions(self, outputs: Outputs) -> list[dict[str, Any]]:
+        """`{label, score}` an example; of independent labels, `labels` with all that are likelier than not."""
+        if self.problem_type == MULTI:
+            return [
+                {"labels": [name for name, p in zip(self.labels, row, strict=True) if p > 0.5]}
+                | {"scores": [float(p) for p in row]}
+                for row in outputs["scores"]
+            ]
+        best = outputs["scores"].argmax(-1)
+        return [
+            {"label": self.labels[i], "score": float(row[i])} for i, row in zip(best, outputs["scores"], strict=True)
+        ]
+
+
+def names_of(label: Any) -> list[str]:
+    """The labels of a row that may have several: a list, or a text with commas."""
+    parts = label.split(",") if isinstance(label, str) else label or []
+    return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def label_set(labels: Sequence[Any], problem_type: str | None) -> tuple[str, tuple[str, ...]]:
+    """What the labels of training examples are: the problem type, unless it is given, and the names, sorted.
+
+    Lists are sets of labels, numbers with a fraction are a regression's, anything else is one label of several.
+    """
+    if problem_type is None:
+        several = any(isinstance(label, list | tuple) for label in labels)
+        fractions = any(isinstance(label, float) and not label.is_integer() for label in labels)
+        problem_type = MULTI if several else REGRESSION if fractions else SINGLE
+    if problem_type == REGRESSION:
+        return REGRESSION, ("LABEL_0",)
+    found = {name for label in labels for name in (names_of(label) if problem_type == MULTI else [str(label)])}
+    numeric = all(name.isdigit() for name in found)
+    return problem_type, tuple(sorted(found, key=int if numeric else None))

@@ -1,0 +1,395 @@
+"""Training: one pure, donated, compiled step, and the loop around it, a straight line."""
+
+import contextlib
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bert_jax import evaluation, lora, optim, sharding, tree
+from bert_jax.checkpoint import Checkpoints
+from bert_jax.data.loader import Batch, Examples, Loader
+from bert_jax.errors import Interrupted, TrainingError
+from bert_jax.model import BertPreTrainedModel
+from bert_jax.settings import Settings
+from bert_jax.tasks.base import TrainableTask
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS, METRICS, TENSORBOARD = "checkpoints", "metrics.jsonl", "tensorboard"
+Arrays = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What a step changes.
+
+    Attributes:
+        step: int32 [], steps done.
+        params: The parameters that are trained, float32, by path; LoRA's adapters are among them.
+        opt_state: The optimizer's.
+        key: uint32 key data; the dropout of a step is drawn from it and the step's number.
+    """
+
+    step: jax.Array
+    params: Arrays
+    opt_state: optax.OptState
+    key: jax.Array
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the settings make of a model: which parameters are trained and how.
+
+    Attributes:
+        skeleton: The model's.
+        trained: Parameters by path, LoRA's adapters included.
+        frozen: Those that stay as they are.
+        rules: Of the trained ones and of the frozen.
+        optimizer: Over the trained ones.
+        schedule: Step -> learning rate.
+        steps: Of the whole run.
+        lora_scale: alpha / rank.
+    """
+
+    skeleton: tree.Skeleton
+    trained: Arrays
+    frozen: Arrays
+    rules: dict[str, optim.Rule]
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[Any], jax.Array]
+    steps: int
+    lora_scale: float
+
+    def params(self, trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]) -> tree.Params:
+        """The model's parameters of the trained and the frozen ones."""
+        return tree.unflatten(lora.merge({**frozen, **trained}, self.lora_scale))
+
+
+def plan(model: BertPreTrainedModel, settings: Settings, steps: int) -> Plan:
+    """Sorts a model's parameters into trained and frozen ones, and makes the optimizer.
+
+    Raises:
+        InputError: If a pattern of the settings matches nothing, or nothing is left to train.
+    """
+    params, skeleton = tree.split(model)
+    flat = tree.flatten(params)
+    adapters: Arrays = {}
+    if settings.model.lora:
+        adapters = lora.init(settings.model.lora, skeleton.specs, jax.random.key(settings.training.seed))
+        whole = tree.select([settings.model.lora.trained], flat)
+        rules = optim.rules(settings.optimizer, [*adapters, *whole])
+        rules |= {path: optim.Rule(False, 0.0, 0.0, ("lora",)) for path in flat if path not in rules}
+    else:
+        rules = optim.rules(settings.optimizer, flat)
+    schedule = optim.schedule(settings.schedule, settings.optimizer.learning_rate, steps)
+    every = flat | adapters
+    return Plan(
+        skeleton=skeleton,
+        trained={path: every[path] for path, rule in rules.items() if rule.trained},
+        frozen={path: every[path] for path, rule in rules.items() if not rule.trained},
+        rules=rules,
+        optimizer=optim.adamw(settings.optimizer, schedule, rules),
+        schedule=schedule,
+        steps=steps,
+        lora_scale=settings.model.lora.alpha / settings.model.lora.rank if settings.model.lora else 0.0,
+    )
+
+
+def init_state(plan: Plan, seed: int) -> TrainState:
+    """The state before the first step; its arrays are copies, for steps overwrite them."""
+    trained = {path: jnp.array(leaf, copy=True) for path, leaf in plan.trained.items()}
+    return TrainState(jnp.int32(0), trained, plan.optimizer.init(trained), jax.random.key_data(jax.random.key(seed)))
+
+
+def make_step(
+    task: TrainableTask, plan: Plan, *, accumulation: int = 1, out_shardings: Any = None
+) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, Arrays]]:
+    """The compiled step: state, frozen parameters and batch -> the next state, and `loss` and `grad_norm`.
+
+    The loss is a mean over what counts in the whole batch, also where the batch is computed in parts. The state is
+    donated: its arrays are overwritten.
+
+    Args:
+        task: Gives the loss.
+        plan: Of the parameters.
+        accumulation: Parts that the batch is cut into; they are computed one after another.
+        out_shardings: Where the results are to live.
+    """
+
+    def total_loss(trained: Arrays, frozen: Arrays, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = tree.merge(plan.skeleton, plan.params(trained, frozen))
+        mean, count = task.loss(model, batch, key)
+        return mean * count, count
+
+    def train_step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Arrays]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        gradient = jax.value_and_grad(total_loss, has_aux=True)
+        if accumulation == 1:
+            (total, count), gradients = gradient(state.params, frozen, batch, key)
+        else:
+            # Every n-th row to the n-th part, so that padding rows, which come last, are shared out.
+            parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch)
+
+            def add(sums: Any, part: Any) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, sums, gradient(state.params, frozen, *part)), None
+
+            zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.params))
+            ((total, count), gradients), _ = jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulation)))
+        count = jnp.maximum(count, 1.0)
+        gradients = jax.tree.map(lambda g: g / count, gradients)
+        updates, opt_state = plan.optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": total / count, "grad_norm": optax.global_norm(gradients)}
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gives.
+
+    Attributes:
+        model: With the parameters of the best checkpoint, or the last where there is no validation.
+        trained: The trained parameters by path, adapters not merged.
+        step: Steps of that checkpoint.
+        steps: Steps done in all.
+        metrics: Of validation at that checkpoint.
+    """
+
+    model: BertPreTrainedModel
+    trained: Arrays
+    step: int
+    steps: int
+    metrics: dict[str, Any]
+
+
+def train(
+    task: TrainableTask,
+    model: BertPreTrainedModel,
+    examples: Examples,
+    validation: Examples | None,
+    settings: Settings,
+    *,
+    console: Console | None = None,
+) -> Trained:
+    """Trains a model; where the settings' folder has checkpoints, goes on from the newest.
+
+    Args:
+        task: Gives loss and metrics.
+        model: What to start from; is left as it is.
+        examples: To learn from.
+        validation: To choose the best checkpoint by, or None.
+        settings: Of the run.
+        console: Where progress is shown; nowhere by default.
+
+    Raises:
+        InputError: If the settings do not fit the model or the devices.
+        TrainingError: If the loss is not finite any more; names step and examples.
+        Interrupted: After Ctrl-C or SIGTERM; the state is saved, and the same call goes on.
+        CheckpointError: If a checkpoint cannot be written or read.
+    """
+    options, folder = settings.training, Path(settings.output.folder)
+    console = console or Console(quiet=True)
+
+    # ── Devices, parameters, programs ────────────────────────────────────────────────────────────────────────────────
+    mesh = sharding.mesh(settings.mesh)
+    everywhere = sharding.replicated(mesh)
+    rows = sharding.rows(options.batch_size, options.accumulation, mesh)
+    process = (jax.process_index(), jax.process_count())
+    loader = Loader(examples, options.batch_size, seed=options.seed, rows=rows, process=process)
+    steps = options.max_steps or math.ceil(options.epochs * loader.steps_per_epoch)
+    planned = plan(model, settings, steps)
+    for path, rule in planned.rules.items():
+        logger.info("%s: %s", path, rule)
+    state = jax.device_put(init_state(planned, options.seed), everywhere)
+    frozen = jax.device_put(planned.frozen, everywhere)
+    step_fn = make_step(task, planned, accumulation=options.accumulation, out_shardings=everywhere)
+    evaluate_batch = evaluation.program(task, planned.skeleton)
+    combine = jax.jit(planned.params)
+
+    # ── Where the run stands ─────────────────────────────────────────────────────────────────────────────────────────
+    checkpoints = Checkpoints(folder / CHECKPOINTS, options.keep)
+    progress: dict[str, Any] = {"best": None, "evaluations_without_better": 0}
+    start = 0
+    if restored := checkpoints.restore(state):
+        start, state, progress = restored
+        console.print(f"going on from step {start} of {steps}")
+    journal = Journal(folder, start, tensorboard=settings.output.tensorboard)
+    metric = options.metric or task.metric
+    every = options.evaluate_every or loader.steps_per_epoch
+
+    # ── The steps ────────────────────────────────────────────────────────────────────────────────────────────────────
+    step, logged, seen, since = start, [], 0, time.perf_counter()
+    flying: list[tuple[int, Arrays]] = []
+
+    def check(n: int, metrics: Arrays) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        if not math.isfinite(values["loss"]):
+            place = loader.place(n - 1)
+            raise TrainingError(
+                f"The loss of step {n} is {values['loss']}, on the examples in rows "
+                f"{', '.join(str(i + 1) for i in sorted(place.indices.tolist()))} of the training data. "
+                "A lower optimizer.learning_rate or a longer warm-up may help; checkpoints before that step stand."
+            )
+        logged.append(values)
+
+    with _signals() as received, _progress_bar(console, start, steps) as show:
+        for batch in loader.batches(start, steps):
+            if _finished(progress, options.patience):
+                break
+            state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh))
+            seen += len(loader.place(step).indices)
+            step += 1
+            flying.append((step, metrics))
+            stopping = bool(received)
+            evaluate_now = step % every == 0 or step == steps
+            save_now = evaluate_now or stopping or bool(options.save_every and step % options.save_every == 0)
+            # The loss of the step before: waiting for this one's would leave the device idle meanwhile.
+            while flying and (len(flying) > 1 or save_now):
+                check(*flying.pop(0))
+            if logged and (step % options.log_every == 0 or step == steps):
+                rate = seen / (time.perf_counter() - since)
+                means = {name: float(np.mean([line[name] for line in logged])) for name in logged[0]}
+                line = means | {"learning_rate": float(planned.schedule(step - 1)), "examples_per_second": rate}
+                journal.write(step, {"epoch": step / loader.steps_per_epoch, **line})
+                logged, seen, since = [], 0, time.perf_counter()
+                show(step, f"loss {line['loss']:.4f}  rate {line['learning_rate']:.1e}  {rate:.0f} examples/s")
+            score = None
+            if validation is not None and evaluate_now:
+                paused = time.perf_counter()
+                params = combine(state.params, frozen)
+                result = evaluation.evaluate(
+                    task, evaluate_batch, params, validation, batch_size=options.evaluation_batch_size, mesh=mesh
+                )
+                score = _note_best(progress, step, result.metrics, metric)
+                journal.write(step, {"validation": result.metrics})
+                console.print(f"step {step}: {_in_words(result.metrics)}{'  (best)' if score is not None else ''}")
+                since += time.perf_counter() - paused
+            if save_now:
+                checkpoints.save(step, state, progress, score)
+            if stopping:
+                raise Interrupted(step, folder, received[0])
+
+    # ── The best ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    best = progress["best"] or {"step": step, "metrics": {}}
+    if best["step"] != step and (restored := checkpoints.restore(state, best["step"])):
+        state = restored[1]
+    checkpoints.close()
+    journal.close()
+    trained_model = tree.merge(planned.skeleton, combine(state.params, frozen))
+    return Trained(trained_model, state.params, best["step"], step, best["metrics"])
+
+
+def _note_best(progress: dict[str, Any], step: int, metrics: dict[str, Any], metric: str) -> float | None:
+    """Keeps in mind the best evaluation; the score if this one is it, higher being better."""
+    if metric not in metrics:
+        known = ", ".join(name for name, value in metrics.items() if isinstance(value, float))
+        raise TrainingError(f"training.metric is {metric!r}; the evaluation gives {known}.")
+    score = -metrics[metric] if metric == "loss" else metrics[metric]
+    if progress["best"] is None or score > progress["best"]["score"]:
+        progress["best"] = {"step": step, "score": score, "metrics": metrics}
+        progress["evaluations_without_better"] = 0
+        return score
+    progress["evaluations_without_better"] += 1
+    return None
+
+
+def _finished(progress: dict[str, Any], patience: int | None) -> bool:
+    return patience is not None and progress["evaluations_without_better"] >= patience
+
+
+def _in_words(metrics: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
+
+
+class Journal:
+    """The metrics of a run by step: a line of JSON each, and events for TensorBoard.
+
+    Args:
+        folder: Of the run.
+        start: Steps done; what an earlier process wrote of later ones is dropped, for they come again.
+        tensorboard: Whether to write events.
+    """
+
+    def __init__(self, folder: Path, start: int, *, tensorboard: bool):
+        path = folder / METRICS
+        kept = [line for line in read_journal(path) if line["step"] <= start]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._events: Any = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1 if start else None)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes values, of which there may be trees."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._events:
+            for name, value in tree.flatten(values).items():
+                if isinstance(value, float):
+                    self._events.add_scalar(name.replace(".", "/"), value, step)
+            self._events.flush()
+
+    def close(self) -> None:
+        """Ends the files."""
+        self._file.close()
+        if self._events:
+            self._events.close()
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; one that a kill cut off is dropped."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The list that Ctrl-C and SIGTERM put their number in; a second one ends the process as ever."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only that one may ask
+        yield received
+        return
+    before: dict[signal.Signals, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    for asked in (signal.SIGINT, signal.SIGTERM):
+        before[asked] = signal.signal(asked, note)
+    try:
+        yield received
+    finally:
+        for asked, handler in before.items():
+            signal.signal(asked, handler)
+
+
+@contextlib.contextmanager
+def _progress_bar(console: Console, start: int, steps: int) -> Iterator[Callable[[int, str], None]]:
+    columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+               TimeRemainingColumn()]  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=steps, completed=start, text="")
+        yield lambda step, text: bar.update(task, completed=step, text=text)

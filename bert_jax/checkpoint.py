@@ -20,10 +20,17 @@ class Checkpoints:
     Args:
         folder: Is made if need be.
         keep: Latest ones that are kept, beside the best.
+
+    Raises:
+        CheckpointError: If the folder cannot be made.
     """
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"Cannot write checkpoints to {folder}: {error.strerror}.") from None
         policy = [
             LatestN(keep),
             BestN(get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False),

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from bert_jax import tree, weights
@@ -92,7 +93,7 @@ def save_adapters(folder: Path, params: Mapping[str, Any], settings: LoRA, base:
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(modules),
-        "modules_to_save": sorted({path.split(".")[0] for path in whole}),
+        "modules_to_save": sorted({names[path].rpartition(".")[0] for path in whole}),
     }
     with replacing(folder) as staging:
         save_file(tensors, staging / ADAPTER_WEIGHTS, metadata={"format": "pt"})
@@ -112,8 +113,11 @@ def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedMod
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text())
         tensors = load_file(folder / ADAPTER_WEIGHTS)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} holds no adapters: {error}.") from None
+        scale = config["lora_alpha"] / config["r"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} holds no adapters: {error!r}.") from None
+    if others := [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} sets {', '.join(others)}, which is not done here.")
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
     matrices = [path.removesuffix(".weight") for path in flat if path.endswith(".weight")]
@@ -125,7 +129,18 @@ def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedMod
         if path is None:
             raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} has {name}, which this model has no place for.")
         flat[path] = jnp.asarray(tensor, jnp.float32)
-    return tree.merge(skeleton, tree.unflatten(merge(flat, config["lora_alpha"] / config["r"])))
+    wrong = [
+        f"{path} is {list(flat[path].shape)}" for path, spec in skeleton.specs.items() if flat[path].shape != spec.shape
+    ]
+    for name in {path.rpartition(".")[0] for path in flat if path.endswith((".lora_A", ".lora_B"))}:
+        out, into = skeleton.specs[f"{name}.weight"].shape
+        expected = [(config["r"], into), (out, config["r"])]
+        found = [getattr(flat.get(f"{name}.{side}"), "shape", None) for side in ("lora_A", "lora_B")]
+        if found != expected:
+            wrong.append(f"{name} has adapters {found}, expected {expected}")
+    if wrong:
+        raise CheckpointError(f"The adapters in {folder} do not fit this model:\n  " + "\n  ".join(wrong))
+    return tree.merge(skeleton, tree.unflatten(merge(flat, scale)))
 
 
 def _published(adapters: list[str]) -> list[str]:

@@ -19,14 +19,9 @@ def classification(labels: np.ndarray, predictions: np.ndarray, names: tuple[str
         accuracy, f1 (macro, micro, weighted and, of two labels, of the second), matthews; `per_class` with precision,
         recall, f1 and support; `confusion`, rows being labels and columns predictions.
     """
-    present = np.arange(len(names))
+    present = list(range(len(names)))
     table = metrics.precision_recall_fscore_support(labels, predictions, labels=present, zero_division=0.0)
-    scores = {
-        f"f1_{average}": float(
-            metrics.f1_score(labels, predictions, labels=present, average=average, zero_division=0.0)
-        )
-        for average in ("macro", "micro", "weighted")
-    }
+    scores = _f1(labels, predictions, present)
     if len(names) == 2:
         scores["f1"] = float(table[2][1])
     return {
@@ -49,13 +44,13 @@ def multi_label(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, .
     Returns:
         accuracy (all labels of an example right), f1 (macro, micro, weighted), and `per_class`.
     """
-    table = metrics.precision_recall_fscore_support(labels, predictions, zero_division=0.0)
+    # With a column more, or scikit-learn would read a single one as two classes.
+    present = list(range(len(names)))
+    labels, predictions = (np.pad(array, ((0, 0), (0, 1))).astype(int) for array in (labels, predictions))
+    table = metrics.precision_recall_fscore_support(labels, predictions, labels=present, zero_division=0.0)
     return {
         "accuracy": float(metrics.accuracy_score(labels, predictions)),
-        **{
-            f"f1_{average}": float(metrics.f1_score(labels, predictions, average=average, zero_division=0.0))
-            for average in ("macro", "micro", "weighted")
-        },
+        **_f1(labels, predictions, present),
         "per_class": _per_class(table, names),
     }
 
@@ -82,4 +77,12 @@ def _per_class(table: Any, names: tuple[str, ...]) -> dict[str, dict[str, float]
     return {
         name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
         for name, p, r, f, n in zip(names, *table, strict=True)
+    }
+
+
+def _f1(labels: np.ndarray, predictions: np.ndarray, present: list[int]) -> dict[str, float]:
+    options: dict[str, Any] = {"labels": present, "zero_division": 0.0}
+    return {
+        f"f1_{average}": float(metrics.f1_score(labels, predictions, average=average, **options))
+        for average in ("macro", "micro", "weighted")
     }

@@ -45,7 +45,7 @@ def rules(settings: Optimizer, paths: Iterable[str]) -> dict[str, Rule]:
     """
     paths = list(paths)
     layers = 1 + max((int(match[1]) for path in paths if (match := re.search(r"\blayers\.(\d+)\.", path))), default=-1)
-    rates = {rate.parameters: rate.factor for rate in settings.rates}
+    rates = [rate.parameters for rate in settings.rates]
     for name, patterns in [("frozen", settings.frozen), ("rates", rates)]:
         for pattern in patterns:
             if not _first([pattern], *paths):
@@ -61,7 +61,7 @@ def rules(settings: Optimizer, paths: Iterable[str]) -> dict[str, Rule]:
             decay, reasons = 0.0, [f"no_decay: {no_decay}"]
         factor = 1.0
         if rate := _first(rates, path):
-            factor = rates[rate]
+            factor = settings.rates[rates.index(rate)].factor
             reasons.append(f"rates: {rate}")
         elif settings.layer_decay < 1:
             factor = settings.layer_decay ** _layers_above(path, layers)

@@ -217,12 +217,12 @@ def evaluate(model_id: str, settings: Settings, split: str) -> dict[str, Any]:
         InputError: If the split is not set, or its labels are not the model's.
         CheckpointError: If the model has no head for the task.
     """
-    tokenizer = Tokenizer.from_pretrained(model_id)
-    model = SequenceClassification.model_class.from_pretrained(model_id, compute_dtype=settings.precision.compute_dtype)
-    task = SequenceClassification(tokenizer, model.config, max_length(settings, model.config))
     rows = read_split(settings, split)
     if not rows:
         raise InputError(f"data.{split} is not set.")
+    tokenizer = Tokenizer.from_pretrained(model_id)
+    model = SequenceClassification.model_class.from_pretrained(model_id, compute_dtype=settings.precision.compute_dtype)
+    task = SequenceClassification(tokenizer, model.config, max_length(settings, model.config))
     return evaluate_examples(task, model, featurize(task, {split: rows})[split], settings).metrics
 
 

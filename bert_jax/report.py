@@ -63,9 +63,9 @@ def model_card(settings: Settings, results: Mapping[str, Any]) -> str:
         front.append(f"base_model: {base}")
     if settings.data.id:
         front.append(f"datasets: [{settings.data.id}]")
-    data = settings.data.id or ", ".join(
-        str(split) for split in (settings.data.train, settings.data.validation) if split
-    )
+    places = [place for split in (settings.data.train, settings.data.validation) if split
+              for place in ([split] if isinstance(split, str) else split)]  # fmt: skip
+    data = settings.data.id or ", ".join(places)
     parts = [
         "\n".join([*front, "---"]),
         f"# {name}",
@@ -85,7 +85,8 @@ def model_card(settings: Settings, results: Mapping[str, Any]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [header, ["---"] * len(header), *rows]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
 
 
 def _number(value: float) -> str:

@@ -42,7 +42,7 @@ FINETUNING_TASKS = ("text-classification",)
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class LoRA(_Section):
@@ -266,12 +266,11 @@ class Settings(_Section):
                 changes = _laid_over(changes, _nested(key.split("."), yaml.safe_load(value)))
             except yaml.YAMLError:
                 raise InputError(f"{override!r}: the value is not YAML; put it in quotes.") from None
-        variants = tree.pop("task_names", {})
-        name = changes.pop("task_name", tree.pop("task_name", None))
-        tree.pop("task_name", None)
+        variants, name = tree.pop("task_names", None) or {}, tree.pop("task_name", None)
+        name = changes.pop("task_name", name)
         if name is not None:
-            if name not in variants:
-                raise InputError(f"task_name is {name!r}; {path} has {', '.join(variants) or 'none'}.")
+            if not isinstance(variants, dict) or not isinstance(variants.get(name), dict):
+                raise InputError(f"task_name is {name!r}; {path} has {', '.join(map(str, variants)) or 'none'}.")
             tree = _laid_over(tree, variants[name])
         return cls.from_dict(_laid_over(tree, changes), source=str(path))
 

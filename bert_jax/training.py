@@ -154,7 +154,7 @@ def make_step(
         gradients = jax.tree.map(lambda g: g / count, gradients)
         updates, opt_state = plan.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": total / count, "grad_norm": optax.global_norm(gradients)}
+        metrics = {"loss": total / count, "grad_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
@@ -253,7 +253,15 @@ def train(
         for batch in loader.batches(start, steps):
             if _finished(progress, options.patience):
                 break
-            state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh))
+            try:
+                state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise TrainingError(
+                    f"A batch of {rows} rows of {loader.place(step).length} tokens does not fit into memory. Lower "
+                    "training.batch_size or data.max_length, raise training.accumulation, or set training.remat."
+                ) from None
             seen += len(loader.place(step).indices)
             step += 1
             flying.append((step, metrics))

@@ -178,7 +178,8 @@ def plan(
     wrong += [f"missing: {names[path]} {list(specs[path].shape)}" for path in missing]
     if wrong:
         if missing:
-            wrong.append(f"What is to be learnt can be drawn anew: new=[r'{re.escape(missing[0])}']")
+            module = re.escape(missing[0].rpartition(".")[0])
+            wrong.append(f"What is to be learnt can be drawn anew: new=[r'{module}\\..*']")
         raise CheckpointError(f"The weights in {folder} do not fit this model:\n  " + "\n  ".join(wrong))
     report.loaded = [source.name for source in sources.values()]
     return sources, report

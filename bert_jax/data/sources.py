@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -47,8 +48,8 @@ def read(path: str | Path, format: str | None = None) -> Iterator[Row]:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as lines:
             yield from parse(path, lines)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
-    except (OSError, EOFError) as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}).") from None
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from None
 
 
@@ -66,6 +67,7 @@ def _jsonl(path: Path, lines: IO[str]) -> Iterator[Row]:
 
 
 def _csv(path: Path, lines: IO[str], **dialect: Any) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # a text may be longer than the default's 131,072 characters
     reader = csv.DictReader(lines, strict=True, **dialect)
     try:
         for row in reader:
@@ -76,7 +78,7 @@ def _csv(path: Path, lines: IO[str], **dialect: Any) -> Iterator[Row]:
                 )
             yield row
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}.") from None
+        raise InputError(f"{path}, line {reader.reader.line_num}: {error}.") from None
 
 
 def _tsv(path: Path, lines: IO[str]) -> Iterator[Row]:

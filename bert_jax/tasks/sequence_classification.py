@@ -1,5 +1,7 @@
 """text-classification: labels, or a number, for a text or a pair of texts (Devlin et al. 2018, section 4.1)."""
 
+import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -104,10 +106,10 @@ class SequenceClassification:
     def _target(self, label: Any, ids: Mapping[str, int], i: int) -> Any:
         known = f"the labels are {', '.join(self.labels[:20])}{', …' if len(self.labels) > 20 else ''}"
         if self.problem_type == REGRESSION:
-            try:
-                return np.array([float(label)], np.float32)
-            except (TypeError, ValueError):
-                raise InputError(f"row {i + 1}: the label is {label!r}; regression expects a number.") from None
+            with contextlib.suppress(TypeError, ValueError):
+                if math.isfinite(number := float(label)):
+                    return np.array([number], np.float32)
+            raise InputError(f"row {i + 1}: the label is {label!r}; regression expects a number.")
         if self.problem_type == MULTI:
             target = np.zeros(len(ids), np.float32)
             for name in names_of(label):
@@ -115,11 +117,11 @@ class SequenceClassification:
                     raise InputError(f"row {i + 1}: the label {name!r} is unknown; {known}.")
                 target[ids[name]] = 1
             return target
+        if str(label) in ids:
+            return np.int32(ids[str(label)])
         if label is None or label == UNKNOWN:
             return np.int32(UNKNOWN)
-        if str(label) not in ids:
-            raise InputError(f"row {i + 1}: the label {label!r} is unknown; {known}.")
-        return np.int32(ids[str(label)])
+        raise InputError(f"row {i + 1}: the label {label!r} is unknown; {known}.")
 
     def loss(
         self, model: BertForSequenceClassification, batch: Mapping[str, Any], dropout_key: jax.Array | None

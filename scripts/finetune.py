@@ -1,0 +1,40 @@
+"""Fine-tuning in Python, one level below `bert-jax finetune`: a data set of your own, and every part in hand.
+
+pip install "bert-jax[train]"
+python scripts/finetune.py train.jsonl validation.jsonl my-model      # rows {"text": …, "label": …}
+"""
+
+import sys
+
+from flax import nnx
+from rich.console import Console
+
+from bert_jax import BertForSequenceClassification, Tokenizer
+from bert_jax.data import sources
+from bert_jax.settings import Settings
+from bert_jax.tasks.sequence_classification import SequenceClassification
+from bert_jax.training import train
+
+
+def main(train_file: str, validation_file: str, folder: str, model_id: str = "google-bert/bert-base-cased") -> None:
+    rows = {"train": list(sources.read(train_file)), "validation": list(sources.read(validation_file))}
+    labels = sorted({row["label"] for row in rows["train"]})
+    tokenizer = Tokenizer.from_pretrained(model_id)
+    model = BertForSequenceClassification.from_pretrained(
+        model_id, new=[r"classifier\..*"], rngs=nnx.Rngs(0), num_labels=len(labels), id2label=labels
+    )
+    task = SequenceClassification(tokenizer, model.config, max_length=128)
+    examples = {split: task.featurize(found) for split, found in rows.items()}
+    settings = Settings.from_dict({
+        "task": "text-classification",
+        "optimizer": {"learning_rate": 3e-5},
+        "training": {"epochs": 2, "batch_size": 16},
+        "output": {"folder": f"{folder}/run"},
+    })  # fmt: skip
+    trained = train(task, model, examples["train"], examples["validation"], settings, console=Console())
+    trained.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

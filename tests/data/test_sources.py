@@ -1,0 +1,223 @@
+import gzip
+import inspect
+import json
+import os
+import re
+import threading
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from bert_jax.data.sources import column, read
+from bert_jax.errors import InputError
+
+ROWS = [{"text": "grün, ja", "label": "a"}, {"text": "x", "label": "b"}]
+CONTENTS = {
+    "rows.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS),
+    "rows.json": "\n\n".join(json.dumps(row) for row in ROWS),
+    "rows.csv": 'text,label\n"grün, ja",a\nx,b\n',
+    "rows.tsv": "text\tlabel\ngrün, ja\ta\nx\tb\n",
+    "rows.txt": "grün, ja;a\nx;b\n",
+}
+
+
+def write(tmp_path, name, content):
+    path = tmp_path / name
+    content = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return path
+
+
+def refused(path, message, format=None):
+    with pytest.raises(InputError, match=re.escape(message)) as raised:
+        list(read(path, format))
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("gz", ["", ".gz"])
+@pytest.mark.parametrize("name", CONTENTS)
+def test_formats(tmp_path, name, gz, end, bom):
+    path = write(tmp_path, name + gz, bom + CONTENTS[name].replace("\n", end))
+    assert list(read(path)) == ROWS
+    assert list(read(str(path))) == ROWS
+
+
+def test_format_by_argument(tmp_path):
+    path = write(tmp_path, "rows.txt", CONTENTS["rows.csv"])
+    assert list(read(path, "csv")) == ROWS
+    assert list(read(write(tmp_path, "rows", CONTENTS["rows.tsv"]), "tsv")) == ROWS
+
+
+def test_lines_of_text(tmp_path):
+    path = write(tmp_path, "rows.txt", "one; two\r\n\r\n three \nlast")
+    assert [row["text"] for row in read(path, "text")] == ["one; two", "", " three ", "last"]
+
+
+def test_parquet(tmp_path):
+    rows = [{"text": f"t{i}", "label": i, "several": ["a"] * (i % 3)} for i in range(2500)]  # over one batch of reading
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert list(read(tmp_path / "rows.parquet")) == rows
+    refused(write(tmp_path, "bad.parquet", "text,label"), "Cannot read ")
+    refused(tmp_path / "none.parquet", "Cannot read ")
+
+
+# ── JSON Lines ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_jsonl_keeps_types(tmp_path):
+    path = write(tmp_path, "rows.jsonl", '{"text": "a\\nb", "label": [1, 2.5, null]}\n')
+    assert list(read(path)) == [{"text": "a\nb", "label": [1, 2.5, None]}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": 1}\n\n{"a": \n', ", line 3: no JSON ("),
+        ('{"a": 1}\n[1]\n', ", line 2: a list; expected an object with columns."),
+        ("3\n", ", line 1: a int; expected an object"),
+    ],
+)
+def test_bad_jsonl(tmp_path, content, message):
+    refused(write(tmp_path, "rows.jsonl", content), message)
+
+
+# ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_quotes_in_csv(tmp_path, end):
+    content = 'text,label\n"two\nlines, ""quoted""",a\n\nplain,b\n'.replace("\n", end)
+    assert list(read(write(tmp_path, "rows.csv", content))) == [
+        {"text": f'two{end}lines, "quoted"', "label": "a"},
+        {"text": "plain", "label": "b"},
+    ]
+
+
+def test_quotes_in_tsv_are_text(tmp_path):
+    path = write(tmp_path, "rows.tsv", 'text\tlabel\n"no end\ta\n5" wide\tb\n')
+    assert [row["text"] for row in read(path)] == ['"no end', '5" wide']
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", 'a,b\n"x\ny",1\n1,2,3\n', ", line 4: more fields than the header's 2."),
+        ("rows.csv", "a,b\n1,2\n1\n", ", line 3: fewer fields than the header's 2."),
+        ("rows.csv", 'a,b\n1,"2\n', ", line 2: unexpected end of data."),
+        ("rows.csv", 'a,b\n1,"2"3\n', ", line 2: "),
+        ("rows.tsv", "a\tb\n1\n", ", line 2: fewer fields"),
+    ],
+)
+def test_bad_tables(tmp_path, name, content, message):
+    refused(write(tmp_path, name, content), message)
+
+
+def test_long_fields(tmp_path):
+    long = "word " * 40_000  # over the csv module's own limit of 131,072 characters
+    assert list(read(write(tmp_path, "rows.csv", f"text,label\n{long},a\n"))) == [{"text": long, "label": "a"}]
+
+
+# ── text;label ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("header", ["", "text;label\n", "text;emotion\n"])
+def test_text_and_label(tmp_path, header):
+    path = write(tmp_path, "rows.txt", f"{header}i feel; odd;joy\n\ntext;sadness\n")
+    assert (
+        list(read(path))
+        == [{"text": "i feel; odd", "label": "joy"}, {"text": "text", "label": "sadness"}][: 2 if header else None]
+    )
+
+
+def test_a_missing_semicolon(tmp_path):
+    path = write(tmp_path, "rows.txt", "a;b\n\nno label\n")
+    refused(path, ", line 3: no semicolon; expected text;label.")
+
+
+# ── Files that cannot be read ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_missing_files(tmp_path, name):
+    refused(tmp_path / name, f"Cannot read {tmp_path / name}: No such file or directory.")
+    refused(tmp_path / f"{name}.gz", f"Cannot read {tmp_path / name}.gz: No such file or directory.")
+
+
+def test_a_folder(tmp_path):
+    refused(tmp_path, f"Cannot read {tmp_path}: Is a directory.", "csv")
+
+
+@pytest.mark.parametrize("name", ["rows.xml", "rows", "rows.gz", "rows.xml.gz"])
+def test_unknown_suffix(tmp_path, name):
+    path = write(tmp_path, name, "")
+    refused(path, f"{path}: what is in it? Its name ends in none of .jsonl, .json, .csv, .tsv, .parquet, .txt;")
+
+
+def test_undecodable(tmp_path):
+    for name, content in CONTENTS.items():
+        refused(write(tmp_path, name, content.encode() + b"\xe9t\xe9"), "is not UTF-8 text")
+    refused(write(tmp_path, "rows.txt", "grün;a".encode("latin-1")), "rows.txt is not UTF-8 text (invalid start byte)")
+
+
+def test_damaged_gzip(tmp_path):
+    packed = gzip.compress(os.urandom(50_000).hex().encode())
+    path = tmp_path / "rows.txt.gz"
+    path.write_bytes(packed[:1000])
+    refused(path, "Cannot read ", "text")
+    path.write_bytes(b"text;label\na;b\n")
+    refused(path, "Cannot read ", "text")
+    path.write_bytes(packed[:-8] + b"\0" * 8)  # another checksum
+    refused(path, "Cannot read ", "text")
+    path.write_bytes(packed[:20] + b"\xff" * 1000 + packed[1020:])  # zlib.error, which is no OSError
+    refused(path, "Cannot read ", "text")
+
+
+# ── Streaming ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_nothing_is_read_before_it_is_asked_for(tmp_path):
+    rows = read(tmp_path / "none.csv")
+    assert inspect.isgenerator(rows)
+    rows = read(write(tmp_path, "rows.jsonl", '{"a": 1}\n{"a": 2}\nno JSON\n'))
+    assert [next(rows), next(rows)] == [{"a": 1}, {"a": 2}]
+    with pytest.raises(InputError, match="line 3"):
+        next(rows)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".txt"])
+def test_rows_come_before_the_file_ends(tmp_path, suffix):
+    path = tmp_path / f"pipe{suffix}"
+    os.mkfifo(path)
+    line = {".csv": "text\n" + "x\n" * 50_000, ".jsonl": '{"text": "x"}\n' * 50_000, ".txt": "x;l\n" * 50_000}[suffix]
+    go_on = threading.Event()
+
+    def feed():
+        with open(path, "w") as pipe:
+            pipe.write(line)
+            pipe.flush()
+            go_on.wait(5)
+
+    writer = threading.Thread(target=feed)
+    writer.start()
+    rows = read(path)
+    assert next(rows)["text"] == "x"
+    assert writer.is_alive()  # the first row is here while the file still has no end
+    go_on.set()
+    assert sum(1 for _ in rows) == 49_999
+    writer.join()
+
+
+# ── Columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_column():
+    rows = [{"sentence": "x", "label": 1, "text": "y"}]
+    assert column(rows, None, ("text", "sentence")) == "text"
+    assert column(rows, None, ("review", "sentence")) == "sentence"
+    assert column(rows, None, ("review",)) is None
+    assert column(rows, "label", ("text",)) == "label"
+    with pytest.raises(InputError, match=r"^There is no column 'labl'; there are 'sentence', 'label', 'text'\.$"):
+        column(rows, "labl", ("label",))

@@ -1,0 +1,403 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import bert_jax
+from bert_jax import tree
+from bert_jax.errors import InputError
+from bert_jax.tasks.sequence_classification import MULTI, REGRESSION, SINGLE, UNKNOWN, SequenceClassification, label_set
+
+NAMES = ("anger", "joy", "love")
+LONG = "word " * 100
+TEXTS = ["I love it.", "Paris is the capital of France, is it not?", "No", LONG]
+
+
+def config(**changes):
+    return bert_jax.BertConfig(
+        **{
+            "hidden_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "max_position_embeddings": 32,
+            "num_labels": 3,
+            "id2label": NAMES,
+        }
+        | changes
+    )
+
+
+ONE = {"num_labels": 1, "id2label": None}
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Models by the changes of their config; their encoders are the same."""
+    made = {}
+
+    def model(**changes):
+        key = str(sorted(changes.items()))
+        if key not in made:
+            # Initialised by numpy: that is faster than to compile an initialisation for each.
+            abstract = nnx.eval_shape(
+                lambda: bert_jax.BertForSequenceClassification(config(**changes), rngs=nnx.Rngs(0))
+            )
+            skeleton, random = tree.split(abstract)[1], np.random.RandomState(0)
+            params = {
+                path: random.normal(path.endswith("norm.weight"), 0.7, spec.shape).astype(np.float32)
+                for path, spec in skeleton.specs.items()
+            }
+            made[key] = tree.merge(skeleton, tree.unflatten({path: jnp.asarray(leaf) for path, leaf in params.items()}))
+        return made[key]
+
+    return model
+
+
+@pytest.fixture(scope="module")
+def pipe(models, tokenizer):
+    made = {}
+
+    def pipe(**changes):
+        key = str(sorted(changes.items()))
+        if key not in made:
+            made[key] = bert_jax.pipeline("text-classification", models(**changes), tokenizer=tokenizer)
+        return made[key]
+
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def logits(models, tokenizer):
+    """The model called directly, and its classifier by numpy: float64 [C]."""
+    encode = jax.jit(lambda encoder, inputs: encoder(**inputs).pooler_output)
+
+    def logits(text, pair=None, **changes):
+        inputs = tokenizer(text, pair, truncation=True, max_length=32, length=32)
+        classifier = models(**changes).classifier
+        pooled = np.asarray(encode(models().bert, inputs)[0], np.float64)
+        return np.asarray(classifier.weight[...], np.float64) @ pooled + np.asarray(classifier.bias[...])
+
+    return logits
+
+
+@pytest.fixture
+def task(tokenizer):
+    return lambda max_length=32, **changes: SequenceClassification(tokenizer, config(**changes), max_length)
+
+
+def softmax(x):
+    return np.exp(x) / np.exp(x).sum()
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+# ── The pipeline ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_label_and_score_are_the_models(pipe, logits, text):
+    p = softmax(logits(text))
+    result = pipe()(text)
+    assert result == {"label": NAMES[p.argmax()], "score": pytest.approx(p.max(), abs=1e-5)}
+    assert type(result["score"]) is float
+
+
+def test_top_k(pipe, logits):
+    p = softmax(logits(TEXTS[0]))
+    every = pipe()(TEXTS[0], top_k=None)
+    assert [entry["label"] for entry in every] == [NAMES[i] for i in np.argsort(-p)]
+    assert [entry["score"] for entry in every] == pytest.approx(sorted(p, reverse=True), abs=1e-5)
+    assert sum(entry["score"] for entry in every) == pytest.approx(1)
+    assert pipe()(TEXTS[0], top_k=2) == every[:2]
+    assert pipe()(TEXTS[0], top_k=9) == every
+    assert pipe()(TEXTS[0], top_k=1) == pipe()(TEXTS[0]) == every[0]
+
+
+def test_pairs(pipe, logits):
+    pair = ("I love it.", "Nobody does.")
+    p = softmax(logits(*pair))
+    result = pipe()(pair)
+    assert result == {"label": NAMES[p.argmax()], "score": pytest.approx(p.max(), abs=1e-5)}
+    # The second text is seen, and as the second.
+    for other in ("I love it.", "I love it. Nobody does.", pair[::-1]):
+        assert abs(pipe()(other, top_k=None)[0]["score"] - result["score"]) > 1e-4
+
+
+def test_a_list_of_texts_and_pairs(pipe):
+    inputs = [*TEXTS, ("I", "you"), ["I", "you"]]
+    results = pipe()(inputs)
+    alone = [pipe()(entry) for entry in [*TEXTS, ("I", "you"), ("I", "you")]]
+    assert results == [entry | {"score": pytest.approx(entry["score"], abs=1e-5)} for entry in alone]
+    assert pipe()([]) == []
+
+
+def test_independent_labels(pipe, logits):
+    p = sigmoid(logits(TEXTS[0], problem_type=MULTI))
+    every = pipe(problem_type=MULTI)(TEXTS[0], top_k=None)
+    assert {entry["label"]: entry["score"] for entry in every} == {
+        name: pytest.approx(score, abs=1e-5) for name, score in zip(NAMES, p, strict=True)
+    }
+    assert abs(sum(entry["score"] for entry in every) - 1) > 1e-3
+
+
+def test_a_regression_gives_the_number(pipe, logits):
+    (number,) = logits(TEXTS[0], problem_type=REGRESSION, **ONE)
+    assert abs(number - sigmoid(number)) > 0.05
+    result = pipe(problem_type=REGRESSION, **ONE)(TEXTS[0])
+    assert result == {"label": "LABEL_0", "score": pytest.approx(number, abs=1e-5)}
+
+
+def test_one_label_of_no_problem_type_is_independent(pipe, logits):
+    # As transformers' pipeline has it; a softmax of one label is 1 whatever the text.
+    (number,) = logits(TEXTS[0], **ONE)
+    assert pipe(**ONE)(TEXTS[0])["score"] == pytest.approx(sigmoid(number), abs=1e-5)
+
+
+def test_long_texts_are_cut(pipe):
+    assert pipe()(LONG) == pipe()(LONG + LONG)
+    kept, cut = "word " * 30, "word " * 30 + "and more"  # 30 tokens and two special ones
+    assert pipe()(cut) == pipe()(kept)
+    assert pipe()("word " * 29 + "more") != pipe()(kept)
+    # Of a pair the longer text gives way.
+    assert pipe()((LONG, "you")) == pipe()(("word " * 28, "you")) != pipe()((LONG, "I"))
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (3, {}, "expected a text or a pair of texts, got 3 (int)."),
+        (("a",) * 3, {}, "expected a text or a pair of texts, got ('a', 'a', 'a') (tuple)."),
+        (("a", 3), {}, "expected a text or a pair of texts"),
+        ((), {}, "expected a text or a pair of texts"),
+        (None, {}, "expected a text or a pair of texts"),
+        (" \n", {}, "the text is empty."),
+        (("a", ""), {}, "a text of the pair is empty."),
+        ("a", {"top_k": 0}, "top_k is 0; expected a whole number of at least 1, or None."),
+        ("a", {"top_k": True}, "top_k is True; "),
+        ("a", {"top_k": 1.5}, "top_k is 1.5; "),
+    ],
+)
+def test_bad_input(pipe, text, options, message):
+    if isinstance(text, str | tuple):
+        with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+            pipe()(text, **options)
+    place = 0 if options else 1  # of a bad option the first input is told
+    with pytest.raises(InputError, match=f"^{re.escape(f'inputs[{place}]: {message}')}"):
+        pipe()(["b", text], **options)
+
+
+# ── Examples ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_single_labels(task):
+    rows = [{"text": "a", "label": "love"}, {"text": "b", "label": "anger"}, {"text": "c"}, {"text": "d", "label": -1}]
+    labels = task().featurize(rows).targets["labels"]
+    np.testing.assert_array_equal(labels, np.array([2, 0, UNKNOWN, UNKNOWN], np.int32), strict=True)
+
+
+def test_single_labels_that_are_numbers(task):
+    rows = [{"text": "a", "label": label} for label in (1, "0", True)]
+    found = task(num_labels=3, id2label=("0", "1", "True")).featurize(rows)
+    assert found.targets["labels"].tolist() == [1, 0, 2]
+
+
+def test_minus_one_may_be_a_label(task):
+    _, names = label_set([-1, 0, 1, -1], None)
+    labels = task(id2label=names).featurize([{"text": "a", "label": label} for label in (-1, 0, 1)]).targets["labels"]
+    assert [names[label] for label in labels] == ["-1", "0", "1"]
+    assert UNKNOWN not in labels
+
+
+def test_several_labels(task):
+    given = [["joy", "anger"], "love, joy", [], None, ["love"]]
+    labels = task(problem_type=MULTI).featurize([{"text": "a", "label": label} for label in given]).targets["labels"]
+    expected = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 1]], np.float32)
+    np.testing.assert_array_equal(labels, expected, strict=True)
+
+
+@pytest.mark.parametrize("problem_type", [REGRESSION, None])
+def test_numbers(task, problem_type):
+    rows = [{"text": "a", "label": label} for label in (1.5, "2", -1)]
+    labels = task(problem_type=problem_type, **ONE).featurize(rows).targets["labels"]
+    np.testing.assert_array_equal(labels, np.array([[1.5], [2], [-1]], np.float32), strict=True)
+
+
+def test_texts_are_the_tokenizers(task, tokenizer):
+    found = task().featurize([{"text": "Paris is here."}, {"text": LONG}])
+    expected = tokenizer(["Paris is here.", LONG], truncation=True, max_length=32)
+    for i, n in enumerate(expected["attention_mask"].sum(-1)):
+        np.testing.assert_array_equal(found.input_ids[i], expected["input_ids"][i, :n], strict=True)
+        assert not found.token_type_ids[i].any()
+    assert found.lengths[1] == 32
+    assert found.pad_token_id == tokenizer.pad_token_id
+
+
+def test_pairs_have_token_types(task, tokenizer):
+    found = task(max_length=10).featurize([
+        {"text": "I love it.", "text_pair": "No."},
+        {"text": "word " * 20, "text_pair": "not this one"},
+    ])  # fmt: skip
+    assert found.token_type_ids[0].tolist() == [0] * 6 + [1] * 3
+    tokens = [tokenizer.backend.id_to_token(int(token)) for token in found.input_ids[1]]
+    assert tokens == ["[CLS]", *["word"] * 4, "[SEP]", "not", "this", "one", "[SEP]"]
+    assert found.token_type_ids[1].tolist() == [0] * 6 + [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "row", "message"),
+    [
+        ({}, {"text": "a", "label": "hate"}, "row 2: the label 'hate' is unknown; the labels are anger, joy, love."),
+        ({}, {"text": "a", "label": 1}, "row 2: the label 1 is unknown; the labels are anger, joy, love."),
+        ({"problem_type": MULTI}, {"text": "a", "label": ["joy", "hate"]}, "row 2: the label 'hate' is unknown; "),
+        (ONE, {"text": "a", "label": "much"}, "row 2: the label is 'much'; regression expects a number."),
+        (ONE, {"text": "a"}, "row 2: the label is None; regression expects a number."),
+        (ONE, {"text": "a", "label": "nan"}, "row 2: the label is 'nan'; regression expects a number."),
+        ({}, {"text": 3, "label": "joy"}, "row 2: text is 3; expected a text."),
+        ({}, {"text": None, "label": "joy"}, "row 2: text is None; expected a text."),
+        ({}, {"text": "a", "text_pair": None, "label": "joy"}, "row 2: text_pair is None; expected a text."),
+    ],
+)
+def test_rows_that_cannot_be_used(task, changes, row, message):
+    good = {"text": "a", "label": 1.0 if changes is ONE else "joy"}
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        task(**changes).featurize([good, row])
+
+
+def test_many_labels_are_not_all_named(task):
+    names = tuple(f"L{i}" for i in range(21))
+    with pytest.raises(InputError, match=r"the labels are L0, .*, L19, …\.$"):
+        task(num_labels=21, id2label=names).featurize([{"text": "a", "label": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem_type", "expected"),
+    [
+        (["joy", "anger", "joy"], None, (SINGLE, ("anger", "joy"))),
+        ([10, 9, 1], None, (SINGLE, ("1", "9", "10"))),
+        (["10", "9"], None, (SINGLE, ("9", "10"))),
+        (["10", "9", "b"], None, (SINGLE, ("10", "9", "b"))),
+        ([True, False], None, (SINGLE, ("False", "True"))),
+        ([["b", "a"], [], ["c"]], None, (MULTI, ("a", "b", "c"))),
+        (["b,a", "", " c"], MULTI, (MULTI, ("a", "b", "c"))),
+        (["b,a", "c"], None, (SINGLE, ("b,a", "c"))),
+        ([0.5, 1.0], None, (REGRESSION, ("LABEL_0",))),
+        ([0.0, 1.0], REGRESSION, (REGRESSION, ("LABEL_0",))),
+        ([0, 5], REGRESSION, (REGRESSION, ("LABEL_0",))),
+    ],
+)
+def test_label_set(labels, problem_type, expected):
+    assert label_set(labels, problem_type) == expected
+
+
+# ── Loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+LABELS = {
+    SINGLE: ["joy", None, "anger", "love"],
+    MULTI: [["joy"], [], ["joy", "love"], ["anger"]],
+    REGRESSION: [1, 2, 3, 4],
+}
+
+
+def expected_loss(problem_type, z, y):
+    if problem_type == SINGLE:
+        return -np.log(softmax(z)[y])
+    if problem_type == MULTI:
+        return -(y * np.log(sigmoid(z)) + (1 - y) * np.log(1 - sigmoid(z))).mean()
+    return ((z - y) ** 2).mean()
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE, MULTI, REGRESSION])
+def test_loss_is_the_mean_over_examples_that_count(task, models, logits, problem_type):
+    changes = {"problem_type": problem_type} | (ONE if problem_type == REGRESSION else {})
+    texts = ["I love it.", "No", "Paris", "We do."]
+    rows = [{"text": text, "label": label} for text, label in zip(texts, LABELS[problem_type], strict=True)]
+    found = task(**changes).featurize(rows)
+    y = found.targets["labels"]
+    each = [
+        expected_loss(problem_type, logits(text, **changes), y[i])
+        for i, text in enumerate(texts)
+        if problem_type != SINGLE or y[i] != UNKNOWN
+    ]
+    batch = found.batch(np.arange(4), rows=6, length=16)
+    run = jax.jit(lambda model, batch: task(**changes).loss(model, batch, None))
+    loss, count = run(models(**changes), batch)
+    assert (float(loss), float(count)) == (pytest.approx(np.mean(each), rel=1e-4), len(each))
+    assert loss.dtype == count.dtype == np.float32
+
+    # What stands in rows of padding is not seen.
+    batch["targets"]["labels"][4:] = 1
+    batch["inputs"]["input_ids"][4:] = 1000
+    batch["inputs"]["attention_mask"][4:] = 1
+    again, count = run(models(**changes), batch)
+    assert (float(again), float(count)) == (pytest.approx(float(loss), rel=1e-6), len(each))
+
+    batch["weights"][:] = 0
+    nothing, count = run(models(**changes), batch)
+    assert (float(nothing), float(count)) == (0, 0)
+
+
+def test_dropout_reaches_the_model(task, models):
+    found = task().featurize([{"text": "I love it.", "label": "joy"}])
+    batch = found.batch(np.arange(1), rows=1, length=16)
+    run = jax.jit(lambda key: task().loss(models(), batch, key)[0])
+    losses = {float(run(jax.random.key(seed))) for seed in range(3)}
+    assert len(losses) == 3
+
+
+# ── Evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_evaluate_passes_over_what_has_no_label(task):
+    scores = np.array([[0.1, 0.8, 0.1], [0.9, 0.1, 0], [0.2, 0.3, 0.5], [0.6, 0.2, 0.2]])
+    labels = np.array([1, UNKNOWN, 0, 0], np.int32)
+    result = task().evaluate({"scores": scores}, {"labels": labels})
+    assert result["accuracy"] == pytest.approx(2 / 3)
+    assert list(result["per_class"]) == list(NAMES)
+    assert result["confusion"] == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
+    assert task().evaluate({"scores": scores}, {"labels": np.full(4, UNKNOWN, np.int32)}) == {}
+
+
+def test_evaluate_several_labels(task):
+    scores = np.array([[0.6, 0.9, 0.1], [0.4, 0.2, 0.7]])
+    result = task(problem_type=MULTI).evaluate({"scores": scores}, {"labels": np.float32([[1, 1, 0], [1, 0, 1]])})
+    assert result["accuracy"] == 1 / 2
+    assert result["f1_micro"] == pytest.approx(2 * 3 / (3 + 4))
+
+
+def test_evaluate_numbers(task):
+    scores, labels = np.float32([[1], [2], [4]]), np.float32([[1], [2], [3]])
+    result = task(problem_type=REGRESSION, **ONE).evaluate({"scores": scores}, {"labels": labels})
+    assert result["mse"] == pytest.approx(1 / 3)
+    assert result["spearman"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "metric"), [({}, "accuracy"), ({"problem_type": MULTI}, "f1_micro"), (ONE, "pearson")]
+)
+def test_the_metric_is_one_that_evaluate_gives(task, changes, metric):
+    made = task(**changes)
+    assert made.metric == metric
+    scores = np.float32([[0.9], [0.2]]) if changes is ONE else np.eye(3, dtype=np.float32)
+    labels = scores if changes else np.arange(3, dtype=np.int32)
+    assert made.evaluate({"scores": scores}, {"labels": labels})[metric] == pytest.approx(1)
+
+
+def test_predictions(task):
+    scores = np.float32([[0.25, 0.625, 0.125], [0.5, 0.25, 0.25]])
+    assert task().predictions({"scores": scores}) == [
+        {"label": "joy", "score": 0.625},
+        {"label": "anger", "score": 0.5},
+    ]
+    assert task(problem_type=MULTI).predictions({"scores": np.float32([[0.75, 0.625, 0.125], [0.25, 0.5, 0.25]])}) == [
+        {"labels": ["anger", "joy"], "scores": [0.75, 0.625, 0.125]},
+        {"labels": [], "scores": [0.25, 0.5, 0.25]},
+    ]
+    assert task(problem_type=REGRESSION, **ONE).predictions({"scores": np.float32([[-2.5]])}) == [
+        {"label": "LABEL_0", "score": -2.5}
+    ]

@@ -1,0 +1,267 @@
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from bert_jax import BertConfig, BertForSequenceClassification, lora, tree
+from bert_jax.errors import CheckpointError, InputError
+from bert_jax.settings import LoRA
+
+SETTINGS = LoRA(rank=3, alpha=12)  # a scale of 4
+QUERY = "bert.layers.0.attention.query"
+PUBLISHED = "base_model.model.bert.encoder.layer.0.attention.self.query"
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = BertConfig.from_dict(reference.CONFIG | {"num_hidden_layers": 2})
+    skeleton = tree.split(nnx.eval_shape(lambda: BertForSequenceClassification(config, rngs=nnx.Rngs(0))))[1]
+    random = np.random.RandomState(2)
+    params = {
+        path: jnp.asarray(random.normal(path.endswith("norm.weight"), 0.5, spec.shape), jnp.float32)
+        for path, spec in skeleton.specs.items()
+    }
+    return tree.merge(skeleton, tree.unflatten(params))
+
+
+@pytest.fixture(scope="module")
+def flat(model):
+    return tree.flatten(tree.split(model)[0])
+
+
+@pytest.fixture(scope="module")
+def adapters(model):
+    """Adapters as training leaves them: B is not zero."""
+    made = lora.init(SETTINGS, tree.split(model)[1].specs, jax.random.key(0))
+    random = np.random.RandomState(0)
+    return {
+        path: random.normal(size=leaf.shape).astype(np.float32) if path.endswith("_B") else np.asarray(leaf)
+        for path, leaf in made.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def head():
+    random = np.random.RandomState(1)
+    return {
+        "classifier.weight": random.normal(size=(3, 8)).astype(np.float32),
+        "classifier.bias": random.normal(size=3).astype(np.float32),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path, adapters, head):
+    lora.save_adapters(tmp_path / "adapters", adapters | head, SETTINGS, "base", "SEQ_CLS")
+    return tmp_path / "adapters"
+
+
+@pytest.fixture(scope="module")
+def logits(model):
+    """The model's logits with these parameters; one compilation for all tests."""
+    skeleton = tree.split(model)[1]
+    run = jax.jit(lambda params: tree.merge(skeleton, params)(**reference.inputs()).logits)
+    return lambda flat: np.asarray(run(tree.unflatten(flat)))
+
+
+# ── New adapters ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_init(model):
+    settings = LoRA(rank=3, targets=r"bert\.layers\.\d+\.(attention\.query|intermediate)\.weight")
+    made = lora.init(settings, tree.split(model)[1].specs, jax.random.key(0))
+    names = [f"bert.layers.{i}.{name}" for i in range(2) for name in ("attention.query", "intermediate")]
+    assert made.keys() == {f"{name}.lora_{side}" for name in names for side in "AB"}
+    for name in names:
+        a, b = made[f"{name}.lora_A"], made[f"{name}.lora_B"]
+        assert (a.shape, b.shape) == ((3, 8), (16 if name.endswith("intermediate") else 8, 3))
+        assert a.dtype == b.dtype == np.float32
+        np.testing.assert_array_equal(b, 0)
+        assert 0.5 * 8**-0.5 < np.abs(a).max() <= 8**-0.5
+        assert a.min() < 0 < a.max()
+    drawn = [np.asarray(made[f"{name}.lora_A"]) for name in names]
+    assert len({array.tobytes() for array in drawn}) == len(drawn)  # each has numbers of its own
+
+
+def test_new_adapters_change_nothing(model, flat, logits):
+    made = lora.init(LoRA(), tree.split(model)[1].specs, jax.random.key(0))
+    merged = lora.merge(flat | made, 2.0)
+    assert merged.keys() == flat.keys()
+    np.testing.assert_array_equal(logits(merged), logits(flat))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (r"bert\.encoder\..*", "matches no parameter, like bert.embeddings"),
+        ("query", "matches no parameter"),  # a pattern is of the whole path
+        (r".*\.query\..*", "matches bert.layers.0.attention.query.bias, which is no weight of a linear layer"),
+        (r".*word_embeddings\.weight", "matches bert.embeddings.word_embeddings.weight, which is no weight"),
+        (r".*output_norm\.weight", "matches bert.layers.0.output_norm.weight, which is no weight"),
+    ],
+)
+def test_bad_targets(model, targets, message):
+    with pytest.raises(InputError, match=rf"^model\.lora\.targets .*{re.escape(message)}"):
+        lora.init(LoRA(targets=targets), tree.split(model)[1].specs, jax.random.key(0))
+
+
+# ── Merging ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_merge_is_w_and_scale_b_a(flat, adapters):
+    merged = lora.merge(flat | adapters, 0.7)
+    assert merged.keys() == flat.keys()
+    adapted = {path.removesuffix(".lora_A") + ".weight" for path in adapters if path.endswith("_A")}
+    assert len(adapted) == 4
+    for path in flat:
+        expected = np.asarray(flat[path], np.float64)
+        if path in adapted:
+            a, b = (adapters[path.replace("weight", f"lora_{side}")].astype(np.float64) for side in "AB")
+            assert np.abs(b @ a).max() > 0.1
+            expected = expected + 0.7 * b @ a
+            np.testing.assert_allclose(merged[path], expected, rtol=1e-5, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(merged[path], expected)
+
+
+def test_a_gradient_reaches_both_sides(flat, adapters):
+    def loss(adapters):
+        return lora.merge(flat | adapters, 2.0)[f"{QUERY}.weight"].sum()
+
+    gradients = jax.grad(loss)(adapters)
+    a, b = adapters[f"{QUERY}.lora_A"], adapters[f"{QUERY}.lora_B"]
+    np.testing.assert_allclose(gradients[f"{QUERY}.lora_A"], 2 * np.tile(b.sum(0)[:, None], (1, 8)), rtol=1e-5)
+    np.testing.assert_allclose(gradients[f"{QUERY}.lora_B"], 2 * np.tile(a.sum(1), (8, 1)), rtol=1e-5)
+
+
+# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_files_are_pefts(folder, adapters, head):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    modules = [
+        f"base_model.model.bert.encoder.layer.{i}.attention.self.{name}" for i in (0, 1) for name in ("query", "value")
+    ]
+    assert tensors.keys() == {
+        *(f"{module}.lora_{side}.weight" for module in modules for side in "AB"),
+        "base_model.model.classifier.weight",
+        "base_model.model.classifier.bias",
+    }
+    np.testing.assert_array_equal(tensors[f"{PUBLISHED}.lora_A.weight"], adapters[f"{QUERY}.lora_A"])
+    np.testing.assert_array_equal(tensors[f"{PUBLISHED}.lora_B.weight"], adapters[f"{QUERY}.lora_B"])
+    np.testing.assert_array_equal(tensors["base_model.model.classifier.weight"], head["classifier.weight"])
+    assert json.loads((folder / "adapter_config.json").read_text()) == {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "base_model_name_or_path": "base",
+        "r": 3,
+        "lora_alpha": 12,
+        "lora_dropout": 0,
+        "bias": "none",
+        "target_modules": ["attention.self.query", "attention.self.value"],
+        "modules_to_save": ["classifier"],
+    }
+
+
+def test_modules_to_save_are_modules_that_were_trained(tmp_path, adapters, flat, head):
+    trained = adapters | head | {f"bert.pooler.{name}": flat[f"bert.pooler.{name}"] for name in ("weight", "bias")}
+    lora.save_adapters(tmp_path / "adapters", trained, SETTINGS, "base", "SEQ_CLS")
+    saved = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())["modules_to_save"]
+    # `bert` would be a second copy of all the encoder.
+    assert len(saved) == 2
+    assert "classifier" in saved
+    assert set(saved) & {"pooler", "pooler.dense", "bert.pooler", "bert.pooler.dense"}
+
+
+def test_round_trip(folder, model, flat, adapters, head, logits):
+    loaded = lora.load_adapters(folder, model)
+    expected = logits(lora.merge(flat | adapters | head, 4.0))
+    np.testing.assert_array_equal(logits(tree.flatten(tree.split(loaded)[0])), expected)
+    assert np.abs(expected - logits(flat | head)).max() > 1e-2  # the adapters count
+    np.testing.assert_array_equal(logits(tree.flatten(tree.split(model)[0])), logits(flat))  # and the base is as it was
+
+
+def edit(folder, tensors=None, **config):
+    """Changes files of an adapter's folder; a tensor that is None is taken out."""
+    path = folder / "adapter_model.safetensors"
+    changed = load_file(path) | (tensors or {})
+    save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, path)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_damaged_files(folder, model, name):
+    message = f"^{re.escape(str(folder))} holds no adapters: "
+    (folder / name).write_bytes((folder / name).read_bytes()[:-20])
+    with pytest.raises(CheckpointError, match=message):
+        lora.load_adapters(folder, model)
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=message):
+        lora.load_adapters(folder, model)
+
+
+def test_a_missing_folder(tmp_path, model):
+    with pytest.raises(CheckpointError, match="holds no adapters"):
+        lora.load_adapters(tmp_path / "none", model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{PUBLISHED}.lora_magnitude_vector.weight",
+        f"{PUBLISHED.replace('layer.0', 'layer.2')}.lora_A.weight",
+        "base_model.model.qa_outputs.weight",
+    ],
+)
+def test_a_foreign_tensor(folder, model, name):
+    edit(folder, {name: np.zeros((3, 8), np.float32)})
+    with pytest.raises(CheckpointError, match=f"has {re.escape(name)}, which this model has no place for"):
+        lora.load_adapters(folder, model)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {f"{PUBLISHED}.lora_A.weight": np.zeros((3, 9), np.float32)},
+        {f"{PUBLISHED}.lora_A.weight": np.zeros((2, 8), np.float32)},
+        {"base_model.model.classifier.weight": np.zeros((2, 8), np.float32)},
+        {f"{PUBLISHED}.lora_B.weight": None},
+        {f"{PUBLISHED}.lora_A.weight": None},
+    ],
+)
+def test_tensors_that_do_not_fit(folder, model, tensors):
+    edit(folder, tensors)
+    with pytest.raises(CheckpointError):
+        lora.load_adapters(folder, model)
+
+
+# What peft scales otherwise: right numbers or a refusal, but not other numbers in silence.
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"use_rslora": True}, 12 / 3**0.5),
+        ({"alpha_pattern": {"query": 3, "value": 3}}, 1.0),
+        ({"alpha_pattern": {}, "rank_pattern": {}, "use_rslora": False}, 4.0),
+    ],
+)
+def test_pefts_other_scales(folder, model, flat, adapters, head, logits, config, scale):
+    edit(folder, **config)
+    try:
+        loaded = lora.load_adapters(folder, model)
+    except CheckpointError:
+        assert scale != 4.0
+        return
+    expected = logits(lora.merge(flat | adapters | head, scale))
+    np.testing.assert_allclose(logits(tree.flatten(tree.split(loaded)[0])), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_config_without_rank(folder, model):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError):
+        lora.load_adapters(folder, model)

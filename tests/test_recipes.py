@@ -1,0 +1,289 @@
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_training
+from flax import nnx
+from safetensors.numpy import load_file
+
+import bert_jax
+from bert_jax import hub, recipes
+from bert_jax.errors import CheckpointError, InputError
+from bert_jax.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small pretrained model with the published vocabulary."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    config = bert_jax.BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    bert_jax.BertForPreTraining(config, rngs=nnx.Rngs(1)).save_pretrained(folder)
+    bert_jax.Tokenizer.from_pretrained("bert-mini-cased").save_pretrained(folder)
+    return folder
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def tree(base, tmp_path):
+    """Settings of a run of a few steps."""
+    return {
+        "task": "text-classification",
+        "model": {"id": str(base)},
+        "data": {
+            "train": write(tmp_path / "train.jsonl", test_training.rows(40)),
+            "validation": write(tmp_path / "validation.jsonl", test_training.rows(12, seed=1)),
+            "max_length": 32,
+        },
+        "training": {"epochs": 2, "batch_size": 16},
+        "mesh": {"data": 1},
+        "output": {"folder": str(tmp_path / "run")},
+    }
+
+
+def run(tree):
+    return recipes.finetune(Settings.from_dict(tree))
+
+
+def validation(folder):
+    return json.loads((folder / "results.json").read_text())["validation"]
+
+
+def test_a_run_leaves_a_model_and_all_about_it(tree, tmp_path):
+    folder = run(tree)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "README.md", "checkpoints", "config.json", "curve.png", "metrics.jsonl", "model.safetensors",
+        "predictions.jsonl", "results.json", "settings.yaml", "tensorboard", "tokenizer.json", "tokenizer_config.json",
+        "vocab.txt",
+    }  # fmt: skip
+    assert Settings.from_file(folder / "settings.yaml") == Settings.from_dict(tree)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["steps"] == 6
+    assert (
+        results["validation"]["accuracy"]
+        == recipes.evaluate(str(folder), Settings.from_dict(tree), "validation")["accuracy"]
+    )
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    rows = test_training.rows(12, seed=1)
+    assert [line["text"] for line in predictions] == [row["text"] for row in rows]
+    right = [line["prediction"]["label"] == row["label"] for line, row in zip(predictions, rows, strict=True)]
+    assert np.mean(right) == pytest.approx(results["validation"]["accuracy"])
+    # The folder is a model: our pipeline answers as the predictions say.
+    classify = bert_jax.pipeline("text-classification", folder)
+    for line in predictions[:3]:
+        assert classify(line["text"])["label"] == line["prediction"]["label"]
+        assert classify(line["text"])["score"] == pytest.approx(line["prediction"]["score"], abs=1e-5)
+    assert classify.config.id2label == ("no", "yes")
+    assert "| accuracy |" in (folder / "README.md").read_text()
+
+    weights = (folder / "model.safetensors").stat()
+    assert run(tree) == folder  # is finished: nothing happens
+    assert (folder / "model.safetensors").stat() == weights
+
+
+def test_other_settings_in_a_run_s_folder_are_refused(tree):
+    run(tree)
+    tree["optimizer"] = {"learning_rate": 1e-3}
+    with pytest.raises(InputError, match="holds a run with other settings") as error:
+        run(tree)
+    assert "optimizer.learning_rate: 2e-05, 0.001" in str(error.value)
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_a_folder_of_something_else_is_refused(tree, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="holds files of something else"):
+        run(tree)
+    assert os.listdir(tmp_path / "run") == ["thesis.tex"]
+
+
+def test_a_folder_that_cannot_be_made(tree, tmp_path):
+    (tmp_path / "file").write_text("")
+    tree["output"]["folder"] = str(tmp_path / "file" / "run")
+    with pytest.raises(InputError, match="cannot write"):
+        run(tree)
+
+
+def test_pairs_regression_and_several_labels(tree, tmp_path):
+    rows = test_training.rows(24)
+    tree["data"]["train"] = write(tmp_path / "pairs.jsonl", [r | {"other": r["text"][::-1]} for r in rows])
+    tree["data"]["validation"] = tree["data"]["train"]
+    tree["data"]["text_pair"] = "other"
+    tree["training"] = {"max_steps": 1, "batch_size": 16}
+    assert json.loads((run(tree) / "results.json").read_text())["validation"].keys() >= {"accuracy", "matthews"}
+
+    tree["data"]["train"] = write(
+        tmp_path / "numbers.jsonl", [{"text": r["text"], "label": i / 7} for i, r in enumerate(rows)]
+    )
+    tree["data"] |= {"validation": tree["data"]["train"], "text_pair": None}
+    tree["output"]["folder"] = str(tmp_path / "regression")
+    folder = run(tree)
+    assert json.loads((folder / "results.json").read_text())["validation"].keys() == {
+        "loss",
+        "pearson",
+        "spearman",
+        "mse",
+    }
+    assert json.loads((folder / "config.json").read_text())["problem_type"] == "regression"
+
+    tree["data"]["train"] = write(
+        tmp_path / "sets.jsonl", [{"text": r["text"], "labels": ["a", "b"][: i % 3]} for i, r in enumerate(rows)]
+    )
+    tree["data"]["validation"] = tree["data"]["train"]
+    tree["output"]["folder"] = str(tmp_path / "sets")
+    folder = run(tree)
+    assert "f1_micro" in validation(folder)
+    assert bert_jax.BertConfig.from_file(folder / "config.json").problem_type == "multi_label_classification"
+
+
+def test_lora_is_saved_merged_and_apart(tree):
+    tree["model"]["lora"] = {"rank": 2}
+    folder = run(tree)
+    adapters = load_file(folder / "adapters" / "adapter_model.safetensors")
+    assert "base_model.model.classifier.weight" in adapters
+    assert len(adapters) == 2 * 2 * 2 + 2
+    merged = bert_jax.BertForSequenceClassification.from_pretrained(folder)
+    assert not np.array_equal(
+        merged.bert.layers[0].attention.query.weight[...],
+        load_file(Path(tree["model"]["id"]) / "model.safetensors")["bert.encoder.layer.0.attention.self.query.weight"],
+    )
+
+
+def test_top_layers_drawn_anew(tree):
+    tree["model"]["new"] = [r"bert\.layers\.1\..*"]
+    prepared = recipes.prepare(Settings.from_dict(tree))
+    stored = load_file(Path(tree["model"]["id"]) / "model.safetensors")
+    weights = [layer.attention.query.weight[...] for layer in prepared.model.bert.layers]
+    names = [f"bert.encoder.layer.{i}.attention.self.query.weight" for i in range(2)]
+    assert np.array_equal(weights[0], stored[names[0]])
+    assert not np.array_equal(weights[1], stored[names[1]])
+
+
+def test_a_dry_run_says_what_would_happen(tree, tmp_path):
+    report = recipes.dry_run(Settings.from_dict(tree))
+    for part in [
+        "learning_rate: 2.0e-05",
+        "[CLS]",
+        "labels: no, yes",
+        "6 steps, 3 an epoch",
+        "MB of state",
+        "no_decay",
+    ]:
+        assert part in report
+    assert not (tmp_path / "run").exists()
+
+
+# ── Refused ──
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": None}, "data.train is not set"),
+        ({"train": "nowhere.jsonl"}, "Cannot read nowhere.jsonl: No such file"),
+        ({"text": "body"}, r"data.train .*There is no column 'body'; there are 'text', 'label'"),
+        ({"label": "mood"}, "There is no column 'mood'"),
+        ({"labels": ["no", "maybe"]}, "data.train: row .*the label 'yes' is unknown; the labels are no, maybe"),
+        ({"max_length": 1000}, "data.max_length is 1000; the model has 512 positions"),
+    ],
+)
+def test_data_that_cannot_be_used(tree, change, message):
+    tree["data"] |= change
+    with pytest.raises(InputError, match=message):
+        run(tree)
+    assert not Path(tree["output"]["folder"]).exists()
+
+
+def test_splits_that_cannot_be_used(tree, tmp_path):
+    tree["data"]["validation"] = write(
+        tmp_path / "v.jsonl", [{"text": "good", "label": "yes"}, {"text": "bad", "label": "never"}]
+    )
+    with pytest.raises(
+        InputError, match=r"data.validation: row 2: the label 'never' is unknown; the labels are no, yes"
+    ):
+        run(tree)
+    tree["data"]["validation"] = write(tmp_path / "v.jsonl", [])
+    with pytest.raises(InputError, match=r"data.validation .* has no examples"):
+        run(tree)
+    del tree["data"]["validation"]
+    tree["data"]["train"] = write(tmp_path / "t.jsonl", [{"text": "good", "label": "yes"}] * 3)
+    with pytest.raises(InputError, match="expected at least two labels"):
+        run(tree)
+    with pytest.raises(InputError, match=r"data.test is not set"):
+        recipes.evaluate(tree["model"]["id"], Settings.from_dict(tree), "test")
+
+
+def test_a_body_without_a_pooler_says_how_to_draw_one(tree, base, tmp_path):
+    bert_jax.BertForMaskedLM.from_pretrained(base).save_pretrained(tmp_path / "mlm")
+    for name in hub.TOKENIZER_FILES:
+        if (base / name).exists():
+            shutil.copy(base / name, tmp_path / "mlm")
+    tree["model"]["id"] = str(tmp_path / "mlm")
+    with pytest.raises(CheckpointError, match=r"drawn anew: new=\[r'bert\\.pooler\\\.\.\*'\]"):
+        run(tree)
+    tree["model"]["new"] = [r"bert\.pooler\..*"]
+    tree["training"] = {"max_steps": 1}
+    run(tree)
+
+
+# ── The command line ──
+
+
+def command(*arguments, **options):
+    script = [sys.executable, "-m", "bert_jax.cli", *arguments]
+    return subprocess.run(script, capture_output=True, text=True, check=False, **options)
+
+
+def test_the_command_line(tree, tmp_path):
+    (tmp_path / "run.yaml").write_text(json.dumps(tree))  # JSON is YAML
+    wrong = command("finetune", str(tmp_path / "run.yaml"), "training.epoch=1")
+    assert wrong.returncode == 2
+    assert "training.epoch: there is no such setting; did you mean epochs?" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    done = command("finetune", str(tmp_path / "run.yaml"), "training.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "40 train, 12 validation" in done.stdout
+    metrics = command("evaluate", str(tmp_path / "run"), str(tmp_path / "run.yaml"), "--json")
+    assert json.loads(metrics.stdout)["per_class"].keys() == {"no", "yes"}
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_bit_for_bit(tree, tmp_path):
+    """SIGKILL, again and again, the same command each time."""
+    kills = int(os.environ.get("BERT_JAX_KILLS", "5"))
+    tree["training"] = {"max_steps": 400, "batch_size": 8, "save_every": 10, "evaluate_every": 100, "keep": 2}
+    tree["output"]["tensorboard"] = False
+    environment = os.environ | {"BERT_JAX_COMPILATION_CACHE": str(tmp_path / "cache")}
+    (tmp_path / "run.yaml").write_text(json.dumps(tree))
+    arguments = [sys.executable, "-m", "bert_jax.cli", "finetune", str(tmp_path / "run.yaml")]
+    unbroken = command("finetune", str(tmp_path / "run.yaml"), f"output.folder={tmp_path}/unbroken", env=environment)
+    assert unbroken.returncode == 0, unbroken.stderr
+    moment, killed = random.Random(0), 0
+    journal = tmp_path / "run" / "metrics.jsonl"
+    while killed < kills and not (tmp_path / "run" / "results.json").exists():
+        size = journal.stat().st_size if journal.exists() else 0
+        child = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while child.poll() is None and (not journal.exists() or journal.stat().st_size == size):
+            time.sleep(0.01)  # until it trains
+        time.sleep(moment.uniform(0, 1.5))
+        child.send_signal(signal.SIGKILL)
+        killed += child.wait() == -signal.SIGKILL
+    last = command("finetune", str(tmp_path / "run.yaml"), env=environment)
+    assert last.returncode == 0, last.stderr
+    assert killed == kills
+    names = ["model.safetensors", "predictions.jsonl"]
+    for name in names:
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes(), name

@@ -1,0 +1,264 @@
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bert_jax import settings as module
+from bert_jax.errors import InputError
+from bert_jax.settings import Settings
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "finetune").glob("*.yaml"))
+TREE = {"task": "text-classification", "output": {"folder": "out"}}
+
+
+def variants(path):
+    return yaml.safe_load(path.read_text()).get("task_names") or [None]
+
+
+def write(tmp_path, tree):
+    path = tmp_path / "settings.yaml"
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def load(tmp_path, *overrides, **tree):
+    return Settings.from_file(write(tmp_path, TREE | tree), overrides)
+
+
+# ── Files of the repository ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_there_are_configs():
+    assert CONFIGS
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path in CONFIGS for name in variants(path)], ids=str)
+def test_configs_load(path, name):
+    settings = Settings.from_file(path, [f"task_name={name}"] if name else [])
+    tree = yaml.safe_load(path.read_text())
+    for section, given in ((tree.get("task_names") or {}).get(name) or {}).items():
+        for key, value in given.items():
+            assert settings.model_dump(mode="json")[section][key] == value
+    assert settings.data.train
+
+
+# ── What is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"trainig": {}}, "trainig: there is no such setting; did you mean training?"),
+        ({"training": {"epoch": 1}}, "training.epoch: there is no such setting; did you mean epochs?"),
+        ({"training": {"xyzzy": 1}}, "training.xyzzy: there is no such setting; expected one of epochs, max_steps, "),
+        ({"model": {"lora": {"rnk": 1}}}, "model.lora.rnk: there is no such setting; did you mean rank?"),
+        (
+            {"optimizer": {"rates": [{"parameters": "a", "factor": 1, "factr": 1}]}},
+            "optimizer.rates.0.factr: there is no such setting; did you mean factor?",
+        ),
+        ({"training": {"batch_size": 0}}, "training.batch_size: Input should be greater than 0, got 0"),
+        ({"training": {"batch_size": 1.5}}, "training.batch_size: Input should be a valid integer"),
+        ({"training": {"epochs": "many"}}, "training.epochs: Input should be a valid number"),
+        ({"training": {"epochs": float("nan")}}, "training.epochs: "),
+        ({"training": 3}, "training: Input should be a valid dictionary or instance of Training, got 3"),
+        ({"training": {"seed": -1}}, "training.seed: "),
+        ({"model": {"hidden_dropout_prob": 1}}, "model.hidden_dropout_prob: Input should be less than 1, got 1"),
+        ({"optimizer": {"learning_rate": -1}}, "optimizer.learning_rate: Input should be greater than 0, got -1"),
+        ({"optimizer": {"layer_decay": 1.1}}, "optimizer.layer_decay: Input should be less than or equal to 1"),
+        ({"optimizer": {"rates": [{"parameters": "a"}]}}, "optimizer.rates.0.factor: Field required"),
+        ({"schedule": {"name": "linea"}}, "schedule.name: Input should be 'linear', 'cosine'"),
+        ({"mesh": {"data": -2}}, "mesh.data: Input should be greater than or equal to -1, got -2"),
+        ({"task": "translation"}, "task: Input should be 'text-classification', got 'translation'"),
+        ({"output": {}}, "output.folder: Field required"),
+        ({"optimizer": {"frozen": ["a", "("]}}, "optimizer.frozen.1: no regular expression: "),
+        ({"model": {"lora": {"targets": "["}}}, "model.lora.targets: no regular expression: "),
+    ],
+)
+def test_refused(tmp_path, tree, message):
+    with pytest.raises(InputError, match=rf"settings.yaml:\n  {re.escape(message)}"):
+        load(tmp_path, **tree)
+
+
+def test_all_problems_are_named_at_once(tmp_path):
+    with pytest.raises(InputError) as raised:
+        load(tmp_path, training={"epoch": 1, "batch_size": 0}, speed=1)
+    assert [line.split(":")[0].strip() for line in str(raised.value).splitlines()[1:]] == [
+        "training.batch_size",
+        "training.epoch",
+        "speed",
+    ]
+
+
+@pytest.mark.parametrize("missing", ["task", "output"])
+def test_required(tmp_path, missing):
+    path = write(tmp_path, {key: value for key, value in TREE.items() if key != missing})
+    with pytest.raises(InputError, match=f"\n  {missing}: Field required$"):
+        Settings.from_file(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [", "is not YAML"),
+        ("- a\n- b\n", "holds a list; expected a tree of settings"),
+        ("", "holds a NoneType"),
+        ("\0", "is not YAML"),
+    ],
+)
+def test_files_that_are_none(tmp_path, content, message):
+    path = write(tmp_path, content)
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))} {message}"):
+        Settings.from_file(path)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    path = tmp_path / "none.yaml"
+    with pytest.raises(InputError, match=f"^Cannot read {re.escape(str(path))}: No such file"):
+        Settings.from_file(path)
+    with pytest.raises(InputError, match=f"^Cannot read {re.escape(str(tmp_path))}: Is a directory"):
+        Settings.from_file(tmp_path)
+    path.write_bytes(b"task: \xff\xfe")
+    with pytest.raises(InputError, match="is not YAML: 'utf-8' codec"):
+        Settings.from_file(path)
+
+
+# A step count from infinite epochs is an OverflowError, and an infinite rate a loss that is none.
+@pytest.mark.parametrize("key", ["training.epochs", "optimizer.learning_rate"])
+def test_numbers_are_finite(tmp_path, key):
+    with pytest.raises(InputError, match=f"\n  {key}: "):
+        load(tmp_path, f"{key}=.inf")
+
+
+# ── Overrides ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_overrides(tmp_path):
+    settings = load(
+        tmp_path,
+        "training.epochs=1",
+        "optimizer.learning_rate=3e-5",
+        "optimizer.max_grad_norm=null",
+        "data.labels=[no, 'yes=1']".replace("no", "'no'"),
+        "model.lora.rank=2",
+        "model.lora.alpha=4",
+        "optimizer.rates=[{parameters: a, factor: 0.5}]",
+        "training.remat=true",
+        "model.revision=a=b",
+        training={"epochs": 5, "batch_size": 7},
+        model={"lora": None, "id": "there"},
+    )
+    assert settings.training.epochs == 1
+    assert settings.training.batch_size == 7
+    assert settings.training.remat is True
+    assert settings.optimizer.learning_rate == 3e-5
+    assert settings.optimizer.max_grad_norm is None
+    assert settings.optimizer.rates == (module.Rate(parameters="a", factor=0.5),)
+    assert settings.data.labels == ("no", "yes=1")
+    assert settings.model == module.Model(id="there", revision="a=b", lora=module.LoRA(rank=2, alpha=4))
+
+
+def test_the_last_override_counts(tmp_path):
+    assert load(tmp_path, "training.epochs=1", "training.epochs=2").training.epochs == 2
+    assert load(tmp_path, "model.lora.rank=2", "model.lora=null").model.lora is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.epochs", "^'training.epochs' is no override; expected section.key=value.$"),
+        ("training.epochs=[", r"^'training.epochs=\[': the value is not YAML"),
+        ("training.epoch=1", "training.epoch: there is no such setting; did you mean epochs?"),
+        ("training.epochs.a=1", "training.epochs: Input should be a valid number"),
+        ("training=1", "training: Input should be a valid dictionary"),
+    ],
+)
+def test_overrides_that_are_none(tmp_path, override, message):
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, override)
+
+
+# ── Variants ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+VARIED = {
+    "training": {"epochs": 3, "batch_size": 8},
+    "task_names": {"a": {"training": {"epochs": 5}}, "b": {"data": {"name": "b"}}},
+}
+
+
+def test_a_variant_is_laid_over_the_rest_and_overrides_over_it(tmp_path):
+    assert load(tmp_path, **VARIED).training == module.Training(epochs=3, batch_size=8)
+    assert load(tmp_path, "task_name=a", **VARIED).training == module.Training(epochs=5, batch_size=8)
+    assert load(tmp_path, "task_name=b", **VARIED).data.name == "b"
+    assert load(tmp_path, "training.epochs=7", "task_name=a", **VARIED).training.epochs == 7
+
+
+def test_a_variant_by_the_file(tmp_path):
+    assert load(tmp_path, task_name="a", **VARIED).training.epochs == 5
+    settings = load(tmp_path, "task_name=b", task_name="a", **VARIED)
+    assert (settings.training.epochs, settings.data.name) == (3, "b")
+    assert load(tmp_path, "task_name=null", task_name="a", **VARIED).training.epochs == 3
+
+
+def test_variants_that_are_none(tmp_path):
+    with pytest.raises(InputError, match=r"^task_name is 'c'; .*settings.yaml has a, b\.$"):
+        load(tmp_path, "task_name=c", **VARIED)
+    with pytest.raises(InputError, match=r"^task_name is 'a'; .*settings.yaml has none\.$"):
+        load(tmp_path, "task_name=a")
+    with pytest.raises(InputError, match=r"training\.epoch: there is no such setting"):
+        load(tmp_path, "task_name=a", task_names={"a": {"training": {"epoch": 1}}})
+
+
+@pytest.mark.parametrize("tree", [{"task_names": None}, {"task_names": {"a": None}}, {"task_names": {"a": 3}}])
+def test_empty_variants(tmp_path, tree):
+    with pytest.raises(InputError):
+        load(tmp_path, "task_name=a", "training.epochs=0", **tree)
+
+
+# ── Round trip, differences ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_to_yaml_round_trip(tmp_path):
+    settings = Settings.from_dict(
+        TREE
+        | {
+            "model": {"lora": {"rank": 3}, "new": [r"bert\.pooler\..*"]},
+            "data": {"labels": ["größer", "no", "1"], "train": ["a.csv", "b.csv"], "problem_type": "regression"},
+            "optimizer": {"learning_rate": 3e-5, "epsilon": 1e-12, "rates": [{"parameters": "a", "factor": 0.5}]},
+            "training": {"epochs": 0.1},
+        }
+    )
+    text = settings.to_yaml()
+    assert "größer" in text
+    assert "warmup_ratio: 0.0\n" in text  # defaults are written
+    assert Settings.from_file(write(tmp_path, text)) == settings
+
+
+def test_differences():
+    ours = Settings.from_dict(TREE)
+    theirs = Settings.from_dict(TREE | {"training": {"epochs": 1}, "model": {"lora": {"rank": 4}}})
+    assert ours.differences(ours) == []
+    expected = {"training.epochs: 3.0, 1.0", "model.lora.rank: None, 4", "model.lora.alpha: None, 16.0"}
+    assert expected <= set(ours.differences(theirs))
+    assert "training.epochs: 1.0, 3.0" in theirs.differences(ours)
+    assert all(line.startswith(("training.epochs", "model.lora.")) for line in ours.differences(theirs))
+
+
+def test_settings_are_frozen():
+    settings = Settings.from_dict(TREE)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.training.epochs = 1
+
+
+# ── Documentation ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SECTIONS = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, module._Section)]
+
+
+@pytest.mark.parametrize(
+    ("section", "name"), [(s, name) for s in SECTIONS if s is not module._Section for name in s.model_fields]
+)
+def test_each_field_is_described(section, name):
+    field = section.model_fields[name]
+    # What stands for a whole section is described by the section itself.
+    assert field.description or (field.annotation in SECTIONS and field.annotation.__doc__)

@@ -1,0 +1,279 @@
+import functools
+import json
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import bert_jax
+from bert_jax import evaluation, sharding, training, tree
+from bert_jax.data.loader import Loader
+from bert_jax.errors import Interrupted, TrainingError
+from bert_jax.settings import Mesh, Settings
+from bert_jax.tasks.sequence_classification import SequenceClassification
+
+WORDS = ["good", "bad", "fine", "poor", "nice", "awful", "great", "dull", "happy", "sad"]
+
+
+def rows(n, seed=0):
+    """Texts whose first word decides the label."""
+    random = np.random.default_rng(seed)
+    texts = [random.choice(WORDS, random.integers(1, 13)).tolist() for _ in range(n)]
+    return [{"text": " ".join(words), "label": "no" if WORDS.index(words[0]) % 2 else "yes"} for words in texts]
+
+
+def make_settings(folder, **sections):
+    # One of the eight devices, except where a test is about them.
+    base = {"task": "text-classification", "output": {"folder": str(folder)}, "mesh": {"data": 1}}
+    return Settings.from_dict(base | sections)
+
+
+@pytest.fixture(scope="module")
+def make(tokenizer):
+    def make(layers=2, width=8, **config):
+        config = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | config
+        shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2}
+        config = bert_jax.BertConfig(**shape, intermediate_size=2 * width, id2label=("no", "yes"), **config)
+        model = bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0))
+        return model, SequenceClassification(tokenizer, config, 32)
+
+    return make
+
+
+def run_steps(make, settings, batches, steps=3, options=None, mesh=None, **config):
+    """Losses of some steps on the same batch, and the parameters after them."""
+    model, task = make(**config)
+    if options:
+        params, _ = tree.split(model)
+        model = bert_jax.BertForSequenceClassification(model.config, rngs=nnx.Rngs(0), **options)
+        model = tree.merge(tree.split(model)[1], params)
+    plan = training.plan(model, settings, 100)
+    state, put = training.init_state(plan, 0), lambda batch: batch
+    if mesh:
+        state = jax.device_put(state, sharding.replicated(mesh))
+        put = functools.partial(sharding.put_batch, mesh=mesh)
+    step = training.make_step(task, plan, accumulation=settings.training.accumulation)
+    losses = []
+    for n in range(steps):
+        state, metrics = step(state, plan.frozen, put(batches[n % len(batches)]))
+        losses.append(float(metrics["loss"]))
+    return losses, {path: np.asarray(leaf) for path, leaf in state.params.items()}, step
+
+
+# ── The step ──
+
+
+def test_overfits_eight_examples(make, tmp_path):
+    settings = make_settings(
+        tmp_path, optimizer={"learning_rate": 3e-3}, training={"max_steps": 100, "batch_size": 8, "evaluate_every": 100}
+    )
+    model, task = make(width=32)
+    examples = task.featurize(rows(8))
+    trained = training.train(task, model, examples, None, settings)
+    result = evaluation.evaluate(
+        task,
+        evaluation.program(task, tree.split(trained.model)[1]),
+        tree.split(trained.model)[0],
+        examples,
+        batch_size=8,
+        mesh=sharding.mesh(settings.mesh),
+    )
+    assert result.metrics["loss"] < 0.01
+    assert result.metrics["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"settings": {"training": {"accumulation": 4}}},
+        {"options": {"remat": True}},
+        {"options": {"scan_layers": True}},
+        {"mesh": True},
+        {"mesh": True, "settings": {"training": {"accumulation": 2}}},
+        {"padding": 8},
+    ],
+    ids=str,
+)
+def test_ways_to_compute_a_step_agree(make, tmp_path, variant):
+    _, task = make()
+    examples = task.featurize(rows(16))
+    indices = np.arange(16)
+    whole = [examples.batch(indices, rows=16, length=32)]
+    expected, params, _ = run_steps(make, make_settings(tmp_path), whole)
+    settings = make_settings(tmp_path, **variant.get("settings", {}))
+    batches = [examples.batch(indices, rows=16 + variant.get("padding", 0), length=32)]
+    mesh = sharding.mesh(Mesh()) if variant.get("mesh") else None
+    losses, other, _ = run_steps(make, settings, batches, options=variant.get("options"), mesh=mesh)
+    np.testing.assert_allclose(losses, expected, rtol=2e-6)
+    for path, leaf in params.items():
+        np.testing.assert_allclose(other[path], leaf, atol=2e-5, err_msg=path)
+
+
+def test_dropout_differs_from_step_to_step_and_repeats_from_run_to_run(make, tmp_path):
+    _, task = make()
+    batch = task.featurize(rows(16)).batch(np.arange(16), rows=16, length=32)
+    frozen = make_settings(tmp_path, optimizer={"learning_rate": 1e-30})  # the parameters stay
+    losses, _, _ = run_steps(make, frozen, [batch], hidden_dropout_prob=0.5)
+    again, _, _ = run_steps(make, frozen, [batch], hidden_dropout_prob=0.5)
+    assert losses == again
+    assert len(set(losses)) == 3
+
+
+def test_frozen_parameters_stay_and_cost_no_state(make, tmp_path):
+    settings = make_settings(tmp_path, optimizer={"frozen": [r"bert\.embeddings\..*", r"bert\.layers\.0\..*"]})
+    model, task = make()
+    plan = training.plan(model, settings, 10)
+    before = tree.flatten(tree.split(model)[0])
+    batch = task.featurize(rows(8)).batch(np.arange(8), rows=8, length=32)
+    _, params, _ = run_steps(make, settings, [batch])
+    assert {path for path in before if path not in params} == set(plan.frozen)
+    assert all(path.startswith(("bert.embeddings.", "bert.layers.0.")) for path in plan.frozen)
+    state = training.init_state(plan, 0)
+    assert {leaf.size for leaf in jax.tree.leaves(state.opt_state)} <= {1, *(leaf.size for leaf in params.values())}
+    changed = [path for path, leaf in params.items() if not np.array_equal(leaf, before[path])]
+    assert "bert.layers.1.output.weight" in changed
+    assert "classifier.weight" in changed
+
+
+def test_lora_trains_adapters_and_head_alone(make, tmp_path):
+    settings = make_settings(tmp_path, model={"lora": {"rank": 2}}, optimizer={"learning_rate": 5e-2})
+    _, task = make()
+    batch = task.featurize(rows(8)).batch(np.arange(8), rows=8, length=32)
+    losses, params, _ = run_steps(make, settings, [batch], steps=30)
+    assert {path.rpartition(".")[2] for path in params if not path.startswith("classifier.")} == {"lora_A", "lora_B"}
+    assert sorted(path for path in params if path.startswith("classifier.")) == ["classifier.bias", "classifier.weight"]
+    assert losses[-1] < losses[0] - 0.05
+    assert np.abs(params["bert.layers.1.attention.query.lora_B"]).max() > 0
+
+
+def test_a_partial_batch_makes_no_new_program(make, tmp_path):
+    _, task = make()
+    examples = task.featurize(rows(19))
+    loader = Loader(examples, 8, seed=0, rows=8)
+    batches = [loader.batch_at(step) for step in range(loader.steps_per_epoch)]
+    assert sum(batch["weights"].sum() < 8 for batch in batches) == 1
+    _, _, step = run_steps(make, make_settings(tmp_path), batches, steps=9)
+    assert step._cache_size() == len({batch["inputs"]["input_ids"].shape for batch in batches})
+
+
+# ── The loop ──
+
+
+def finish(make, folder, settings=None, examples=64, **sections):
+    """A whole run with dropout, of 12 layers: the trained parameters, and the lines of its journal."""
+    sections = {"training": {"epochs": 2, "batch_size": 16, "log_every": 1, "evaluate_every": 3}} | sections
+    settings = settings or make_settings(folder, **sections)
+    model, task = make(layers=12, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    data, validation = task.featurize(rows(examples)), task.featurize(rows(16, seed=1))
+    trained = training.train(task, model, data, validation, settings)
+    return trained, training.read_journal(folder / training.METRICS)
+
+
+@pytest.fixture(scope="module")
+def unbroken(make, tmp_path_factory):
+    return finish(make, tmp_path_factory.mktemp("unbroken"))
+
+
+def equal(a, b):
+    a, b = (tree.flatten(tree.split(trained.model)[0]) for trained in (a, b))
+    return a.keys() == b.keys() and all(np.array_equal(a[path], b[path]) for path in a)
+
+
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 2), (signal.SIGINT, 5)])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(make, tmp_path, unbroken, monkeypatch, number, at):
+    made = sharding.put_batch
+    calls = []
+
+    def stop(batch, mesh):
+        calls.append(batch)
+        if len(calls) == at:
+            os.kill(os.getpid(), number)
+        return made(batch, mesh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "put_batch", stop)
+        with pytest.raises(Interrupted, match="saved") as stopped:
+            finish(make, tmp_path)
+    assert stopped.value.signal == number
+    trained, journal = finish(make, tmp_path)
+    expected, lines = unbroken
+    assert equal(trained, expected)
+    without_time = [{k: v for k, v in line.items() if k != "examples_per_second"} for line in journal]
+    assert without_time == [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
+    assert list((tmp_path / training.TENSORBOARD).iterdir())
+
+
+def test_a_finished_run_gives_the_same_again(make, tmp_path, unbroken):
+    first, _ = finish(make, tmp_path)
+    again, _ = finish(make, tmp_path)
+    assert equal(first, unbroken[0])
+    assert equal(first, again)
+
+
+def test_the_best_checkpoint_is_what_comes_back(make, tmp_path):
+    training_section = {"epochs": 4, "batch_size": 16, "evaluate_every": 2, "metric": "loss"}
+    trained, journal = finish(make, tmp_path, training=training_section, optimizer={"learning_rate": 3e-2})
+    evaluations = {line["step"]: line["validation"]["loss"] for line in journal if "validation" in line}
+    assert trained.step == min(evaluations, key=evaluations.get)
+    assert trained.metrics["loss"] == evaluations[trained.step]
+    _, task = make(layers=12)
+    params, skeleton = tree.split(trained.model)
+    mesh = sharding.mesh(make_settings(tmp_path).mesh)
+    again = evaluation.evaluate(
+        task, evaluation.program(task, skeleton), params, task.featurize(rows(16, seed=1)), batch_size=16, mesh=mesh
+    )
+    assert again.metrics["loss"] == pytest.approx(evaluations[trained.step], rel=1e-6)
+
+
+def test_patience(make, tmp_path):
+    section = {"epochs": 50, "batch_size": 16, "evaluate_every": 2, "patience": 2}
+    trained, journal = finish(make, tmp_path, training=section, optimizer={"learning_rate": 1e-12})
+    assert (trained.step, trained.steps) == (2, 6)  # nothing changes after the first evaluation
+    assert max(line["step"] for line in journal) == 6
+    again, _ = finish(make, tmp_path, training=section, optimizer={"learning_rate": 1e-12})
+    assert (again.step, again.steps) == (2, 6)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rows(make, tmp_path):
+    section = {"epochs": 3, "batch_size": 16, "save_every": 1}
+    model, task = make()
+    params, skeleton = tree.split(model)
+    params["classifier"]["bias"] = jnp.array([jnp.nan, 0.0])
+    settings = make_settings(tmp_path, training=section)
+    with pytest.raises(
+        TrainingError, match=r"The loss of step 1 is nan, on the examples in rows 1, 2, 3, 4, 5"
+    ) as error:
+        training.train(task, tree.merge(skeleton, params), task.featurize(rows(16)), None, settings)
+    assert "optimizer.learning_rate" in str(error.value)
+    assert not list((tmp_path / training.CHECKPOINTS).iterdir())  # nothing of it is saved
+
+
+def test_a_batch_that_is_too_large_says_what_to_lower(make, tmp_path):
+    model, task = make()
+    task.max_length = 512
+    settings = make_settings(tmp_path, training={"batch_size": 50_000, "max_steps": 1})  # 100 GB of attention a layer
+    examples = task.featurize([{"text": " ".join(WORDS * 60), "label": "no"}])
+    with pytest.raises(TrainingError, match=r"50000 rows of 512 tokens .* Lower training.batch_size"):
+        training.train(task, model, examples, None, settings)
+
+
+def test_a_metric_that_is_not_there(make, tmp_path):
+    with pytest.raises(TrainingError, match=r"training.metric is 'f2'; the evaluation gives loss, accuracy"):
+        finish(make, tmp_path, training={"max_steps": 1, "metric": "f2"})
+
+
+def test_the_journal_has_what_a_curve_needs(unbroken):
+    trained, journal = unbroken
+    losses = [line for line in journal if "loss" in line]
+    assert [line["step"] for line in losses] == list(range(1, 9))
+    assert [line["epoch"] for line in losses] == [n / 4 for n in range(1, 9)]
+    assert all(math.isfinite(line["grad_norm"]) for line in losses)
+    assert losses[0]["learning_rate"] == pytest.approx(2e-5)
+    assert losses[-1]["learning_rate"] == pytest.approx(2e-5 / 8)
+    assert [line["step"] for line in journal if "validation" in line] == [3, 6, 8]
+    assert json.dumps(trained.metrics)

@@ -1,6 +1,7 @@
 """Checkpoints of a run (orbax): the latest and the best, and the newest that can be read."""
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,13 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"Cannot write checkpoints to {folder}: {error.strerror}.") from None
-        policy = [
-            LatestN(keep),
-            BestN(get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False),
-        ]
+        # Among those that were not evaluated, whose score is -inf, the best is the latest.
+        policy = [LatestN(keep), BestN(get_metric_fn=_score, n=1)]
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy(policy),
+                best_fn=_score,  # or the scores are not stored
                 # A write in the background would read arrays that the next step has been given to overwrite.
                 enable_async_checkpointing=False,
                 cleanup_tmp_directories=True,  # of a run that was killed while it wrote
@@ -60,8 +60,9 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dict(progress)))
+        metrics = {"score": -math.inf if score is None else score}
         try:
-            self._manager.save(step, args=args, metrics=None if score is None else {"score": score}, force=True)
+            self._manager.save(step, args=args, metrics=metrics, force=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"Cannot write a checkpoint to {self.folder}: {error}. Earlier ones stand.") from None
 
@@ -109,3 +110,7 @@ class Checkpoints:
 
 def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics["score"]

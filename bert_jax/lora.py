@@ -82,8 +82,8 @@ def save_adapters(folder: Path, params: Mapping[str, Any], settings: LoRA, base:
     whole = [path for path in params if path not in names]
     names |= dict(zip(whole, weights.published_names(whole), strict=True))
     tensors = {f"base_model.model.{names[path]}": np.asarray(params[path]) for path in params}
-    # A module in all layers, `attention.self.query`; peft takes what ends so.
-    modules = {re.sub(r"^bert\.encoder\.layer\.\d+\.|\.lora_[AB]\.weight$", "", names[path]) for path in adapters}
+    # By full names: of shorter ones peft takes all that end so.
+    modules = {re.sub(r"\.lora_[AB]\.weight$", "", names[path]) for path in adapters}
     config = {
         "peft_type": "LORA",
         "task_type": task_type,

@@ -55,7 +55,7 @@ class LoRA(_Section):
     targets: Pattern = r"bert\.layers\.\d+\.attention\.(query|value)\.weight"
     """Weights that get adapters."""
     trained: Pattern = r"(classifier|qa_outputs)\..*"
-    """Parameters that are trained in full beside the adapters: the new head."""
+    """Parameters that are trained in full beside the adapters: the new head. What model.new names is too."""
 
 
 class Model(_Section):

@@ -91,7 +91,7 @@ def plan(model: BertPreTrainedModel, settings: Settings, steps: int) -> Plan:
     adapters: Arrays = {}
     if settings.model.lora:
         adapters = lora.init(settings.model.lora, skeleton.specs, jax.random.key(settings.training.seed))
-        whole = tree.select([settings.model.lora.trained], flat)
+        whole = tree.select([settings.model.lora.trained, *settings.model.new], flat)
         rules = optim.rules(settings.optimizer, [*adapters, *whole])
         rules |= {path: optim.Rule(False, 0.0, 0.0, ("lora",)) for path in flat if path not in rules}
     else:
@@ -235,34 +235,41 @@ def train(
     every = options.evaluate_every or loader.steps_per_epoch
 
     # ── The steps ────────────────────────────────────────────────────────────────────────────────────────────────────
-    step, logged, seen, since = start, [], 0, time.perf_counter()
+    step = start
     flying: list[tuple[int, Arrays]] = []
+    lines: list[dict[str, float]] = []  # of the steps since the journal's last
+    seen, since = 0, time.perf_counter()
 
-    def check(n: int, metrics: Arrays) -> None:
-        values = {name: float(value) for name, value in metrics.items()}
+    def take_in(n: int, metrics: Arrays) -> str | None:
+        """Reads a step's metrics, which waits for it; returns what to show when the journal has got a line."""
+        nonlocal seen, since
+        place = loader.place(n - 1)
+        with _out_of_memory(rows, place.length):
+            values = {name: float(value) for name, value in metrics.items()}
         if not math.isfinite(values["loss"]):
-            place = loader.place(n - 1)
             raise TrainingError(
                 f"The loss of step {n} is {values['loss']}, on the examples in rows "
                 f"{', '.join(str(i + 1) for i in sorted(place.indices.tolist()))} of the training data. "
                 "A lower optimizer.learning_rate or a longer warm-up may help; checkpoints before that step stand."
             )
-        logged.append(values)
+        lines.append(values)
+        seen += len(place.indices)
+        if n % options.log_every and n != steps:
+            return None
+        rate, learning_rate = seen / (time.perf_counter() - since), float(planned.schedule(n - 1))
+        means = {name: float(np.mean([line[name] for line in lines])) for name in values}
+        journal.write(n, {"epoch": n / loader.steps_per_epoch, **means, "learning_rate": learning_rate,
+                          "examples_per_second": rate})  # fmt: skip
+        lines.clear()
+        seen, since = 0, time.perf_counter()
+        return f"loss {means['loss']:.4f}  rate {learning_rate:.1e}  {rate:.0f} examples/s"
 
     with _signals() as received, _progress_bar(console, start, steps) as show:
         for batch in loader.batches(start, steps):
             if _finished(progress, options.patience):
                 break
-            try:
+            with _out_of_memory(rows, loader.place(step).length):
                 state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh))
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                raise TrainingError(
-                    f"A batch of {rows} rows of {loader.place(step).length} tokens does not fit into memory. Lower "
-                    "training.batch_size or data.max_length, raise training.accumulation, or set training.remat."
-                ) from None
-            seen += len(loader.place(step).indices)
             step += 1
             flying.append((step, metrics))
             stopping = bool(received)
@@ -270,14 +277,7 @@ def train(
             save_now = evaluate_now or stopping or bool(options.save_every and step % options.save_every == 0)
             # The loss of the step before: waiting for this one's would leave the device idle meanwhile.
             while flying and (len(flying) > 1 or save_now):
-                check(*flying.pop(0))
-            if logged and (step % options.log_every == 0 or step == steps):
-                rate = seen / (time.perf_counter() - since)
-                means = {name: float(np.mean([line[name] for line in logged])) for name in logged[0]}
-                line = means | {"learning_rate": float(planned.schedule(step - 1)), "examples_per_second": rate}
-                journal.write(step, {"epoch": step / loader.steps_per_epoch, **line})
-                logged, seen, since = [], 0, time.perf_counter()
-                show(step, f"loss {line['loss']:.4f}  rate {line['learning_rate']:.1e}  {rate:.0f} examples/s")
+                show(step, take_in(*flying.pop(0)))
             score = None
             if validation is not None and evaluate_now:
                 paused = time.perf_counter()
@@ -373,6 +373,19 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
+def _out_of_memory(rows: int, length: int) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TrainingError(
+            f"A batch of {rows} rows of {length} tokens does not fit into memory. Lower training.batch_size or "
+            "data.max_length, raise training.accumulation, or set training.remat."
+        ) from None
+
+
+@contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
     """The list that Ctrl-C and SIGTERM put their number in; a second one ends the process as ever."""
     received: list[int] = []
@@ -395,9 +408,15 @@ def _signals() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _progress_bar(console: Console, start: int, steps: int) -> Iterator[Callable[[int, str], None]]:
+def _progress_bar(console: Console, start: int, steps: int) -> Iterator[Callable[[int, str | None], None]]:
     columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
                TimeRemainingColumn()]  # fmt: skip
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=steps, completed=start, text="")
-        yield lambda step, text: bar.update(task, completed=step, text=text)
+
+        def show(step: int, text: str | None) -> None:
+            bar.update(task, completed=step)
+            if text is not None:
+                bar.update(task, text=text)
+
+        yield show

@@ -48,9 +48,19 @@ def test_nothing_to_restore(tmp_path):
 def test_latest_and_best_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     # As the loop does: a score is given to each new best alone.
-    for step, score in enumerate([0.5, 0.7, None, None, None, None], 1):
+    for step, score in enumerate([0.5, 0.7, None, None], 1):
         checkpoints.save(step, state(step), {}, score)
+    checkpoints = Checkpoints(tmp_path, keep=2)  # another process knows the best too
+    for step in (5, 6):
+        checkpoints.save(step, state(step), {}, None)
     assert steps(checkpoints) == [2, 5, 6]
+
+
+def test_without_scores_only_the_latest_stay(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (1, 2, 3):
+        checkpoints.save(step, state(step), {}, None)
+    assert steps(checkpoints) == [3]
 
 
 def test_a_damaged_one_falls_back_to_the_one_before(three, caplog):

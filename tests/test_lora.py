@@ -163,7 +163,9 @@ def test_files_are_pefts(folder, adapters, head):
         "lora_alpha": 12,
         "lora_dropout": 0,
         "bias": "none",
-        "target_modules": ["attention.self.query", "attention.self.value"],
+        "target_modules": [
+            f"bert.encoder.layer.{i}.attention.self.{name}" for i in (0, 1) for name in ("query", "value")
+        ],
         "modules_to_save": ["classifier"],
     }
 

@@ -69,6 +69,8 @@ def folder(tmp_path):
         with torch.no_grad():
             model.classifier.weight.mul_(4.0)
             model.bert.pooler.dense.weight.mul_(2.0)
+            # Around the middle, where a score says most about its logit.
+            model.classifier.bias.sub_(model.eval()(torch.randint(1000, 28000, (64, 24))).logits.mean(0))
         model.save_pretrained(tmp_path)
         for name in ("vocab.txt", "tokenizer_config.json"):
             shutil.copyfile(EMBEDDED / name, tmp_path / name)
@@ -111,5 +113,5 @@ def test_answers(close, folder, task):
         np.array([[entry["score"] for entry in sorted(result, key=lambda e: e["label"])] for result in side])
         for side in (found, expected)
     ]
-    assert np.ptp(scores[1], axis=0).max() > 0.3
+    assert np.ptp(scores[1], axis=0).max() > 0.1  # ten thousand times the tolerance
     close(f"text-classification, {task}: scores", *scores)

@@ -1,5 +1,6 @@
 """Settings -> a fine-tuned model, or a model's metrics: what the command line runs, a step at a time."""
 
+import importlib.util
 import json
 import math
 import time
@@ -163,6 +164,7 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     """
     console, began = console or Console(quiet=True), time.perf_counter()
     folder = Path(settings.output.folder)
+    _check_extra("grain", "sklearn", "matplotlib", "tensorboardX")  # now, and not after hours of training
     if _is_finished(settings, folder):
         console.print(f"{folder} is finished; its {RESULTS} has the metrics. Another output.folder starts a new run.")
         return folder
@@ -217,6 +219,7 @@ def evaluate(model_id: str, settings: Settings, split: str) -> dict[str, Any]:
         InputError: If the split is not set, or its labels are not the model's.
         CheckpointError: If the model has no head for the task.
     """
+    _check_extra("sklearn")
     rows = read_split(settings, split)
     if not rows:
         raise InputError(f"data.{split} is not set.")
@@ -277,6 +280,11 @@ def dry_run(settings: Settings) -> str:
             f"{memory.temp_size_in_bytes / 1e6:,.0f} MB besides"
         )
     return "\n\n".join(parts)
+
+
+def _check_extra(*modules: str) -> None:
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise InputError(f"This needs {', '.join(missing)}: pip install 'bert-jax[train]'.")
 
 
 def _is_finished(settings: Settings, folder: Path) -> bool:

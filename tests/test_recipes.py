@@ -260,6 +260,15 @@ def test_the_command_line(tree, tmp_path):
     assert json.loads(metrics.stdout)["per_class"].keys() == {"no", "yes"}
 
 
+def test_the_script(tree, tmp_path):
+    script = Path(__file__).parents[1] / "scripts" / "finetune.py"
+    data = [tree["data"]["train"], tree["data"]["validation"]]
+    arguments = [sys.executable, str(script), *data, str(tmp_path / "mine"), tree["model"]["id"]]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert bert_jax.pipeline("text-classification", tmp_path / "mine")("good")["label"] in ("no", "yes")
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_bit_for_bit(tree, tmp_path):
     """SIGKILL, again and again, the same command each time."""

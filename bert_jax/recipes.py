@@ -200,7 +200,7 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "versions": {name: metadata.version(name) for name in ("bert-jax", "jax", "flax", "optax")},
     }
-    metric = settings.training.metric or prepared.task.metric
+    metric = settings.training.metric or prepared.task.metrics[0]
     report.learning_curve(training.read_journal(folder / training.METRICS), metric).savefig(folder / CURVE, dpi=120)
     _write(folder / CARD, report.model_card(settings, results))
     _write(folder / RESULTS, json.dumps(results, indent=2) + "\n")  # last: it says that the run is finished

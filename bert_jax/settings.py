@@ -185,7 +185,7 @@ class Training(_Section):
     log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl."""
     metric: str | None = None
-    """Chooses the best checkpoint; the task's by default. `loss` is better lower, all others higher."""
+    """Chooses the best checkpoint; the task's by default. `loss` and `mse` are better lower, others higher."""
     patience: PositiveInt | None = None
     """Stops after so many evaluations without a better metric."""
     keep: PositiveInt = 1

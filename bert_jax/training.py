@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bert_jax import evaluation, lora, optim, sharding, tree
 from bert_jax.checkpoint import Checkpoints
 from bert_jax.data.loader import Batch, Examples, Loader
-from bert_jax.errors import Interrupted, TrainingError
+from bert_jax.errors import InputError, Interrupted, TrainingError
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import Settings
 from bert_jax.tasks.base import TrainableTask
@@ -30,6 +30,7 @@ from bert_jax.tasks.base import TrainableTask
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS, METRICS, TENSORBOARD = "checkpoints", "metrics.jsonl", "tensorboard"
+LOWER_IS_BETTER = ("loss", "mse")
 Arrays = dict[str, jax.Array]
 
 
@@ -206,6 +207,9 @@ def train(
     """
     options, folder = settings.training, Path(settings.output.folder)
     console = console or Console(quiet=True)
+    metric = options.metric or task.metrics[0]
+    if metric not in ("loss", *task.metrics):
+        raise InputError(f"training.metric is {metric!r}; this task has loss, {', '.join(task.metrics)}.")
 
     # ── Devices, parameters, programs ────────────────────────────────────────────────────────────────────────────────
     mesh = sharding.mesh(settings.mesh)
@@ -231,7 +235,6 @@ def train(
         start, state, progress = restored
         console.print(f"going on from step {start} of {steps}")
     journal = Journal(folder, start, tensorboard=settings.output.tensorboard)
-    metric = options.metric or task.metric
     every = options.evaluate_every or loader.steps_per_epoch
 
     # ── The steps ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -307,9 +310,8 @@ def train(
 def _note_best(progress: dict[str, Any], step: int, metrics: dict[str, Any], metric: str) -> float | None:
     """Keeps in mind the best evaluation; the score if this one is it, higher being better."""
     if metric not in metrics:
-        known = ", ".join(name for name, value in metrics.items() if isinstance(value, float))
-        raise TrainingError(f"training.metric is {metric!r}; the evaluation gives {known}.")
-    score = -metrics[metric] if metric == "loss" else metrics[metric]
+        raise InputError("The validation examples have no labels; without them there is no best checkpoint.")
+    score = -metrics[metric] if metric in LOWER_IS_BETTER else metrics[metric]
     if progress["best"] is None or score > progress["best"]["score"]:
         progress["best"] = {"step": step, "score": score, "metrics": metrics}
         progress["evaluations_without_better"] = 0

@@ -13,7 +13,7 @@ from flax import nnx
 import bert_jax
 from bert_jax import evaluation, sharding, training, tree
 from bert_jax.data.loader import Loader
-from bert_jax.errors import Interrupted, TrainingError
+from bert_jax.errors import InputError, Interrupted, TrainingError
 from bert_jax.settings import Mesh, Settings
 from bert_jax.tasks.sequence_classification import SequenceClassification
 
@@ -264,8 +264,9 @@ def test_a_batch_that_is_too_large_says_what_to_lower(make, tmp_path):
 
 
 def test_a_metric_that_is_not_there(make, tmp_path):
-    with pytest.raises(TrainingError, match=r"training.metric is 'f2'; the evaluation gives loss, accuracy"):
+    with pytest.raises(InputError, match=r"training.metric is 'f2'; this task has loss, accuracy, .*, f1\."):
         finish(make, tmp_path, training={"max_steps": 1, "metric": "f2"})
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_journal_has_what_a_curve_needs(unbroken):

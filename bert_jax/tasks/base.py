@@ -55,8 +55,8 @@ class Task(Protocol):
 class TrainableTask(Task, Protocol):
     """What training and evaluation need to know of a task beyond that."""
 
-    metric: str
-    """The one that chooses the best checkpoint."""
+    metrics: tuple[str, ...]
+    """Names of what `evaluate` gives; the first chooses the best checkpoint unless the settings say otherwise."""
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         """Rows of data -> examples; raises `InputError` where a row cannot be used, with its index."""

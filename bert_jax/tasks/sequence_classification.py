@@ -18,6 +18,11 @@ from bert_jax.tasks.base import Outputs, Request, Row
 from bert_jax.tokenizer import Tokenizer
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+METRICS = {
+    SINGLE: ("accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews"),
+    MULTI: ("f1_micro", "f1_macro", "f1_weighted", "accuracy"),
+    REGRESSION: ("pearson", "spearman", "mse"),
+}
 UNKNOWN = -1
 """The label of an example without one, as in GLUE's test sets."""
 
@@ -38,7 +43,9 @@ class SequenceClassification:
         self.scores = {SINGLE: jax.nn.softmax, MULTI: jax.nn.sigmoid, REGRESSION: lambda logits: logits}[
             config.problem_type or independent
         ]
-        self.metric = {SINGLE: "accuracy", MULTI: "f1_micro", REGRESSION: "pearson"}[self.problem_type]
+        self.metrics = METRICS[self.problem_type]
+        if self.problem_type == SINGLE and config.num_labels == 2:
+            self.metrics += ("f1",)
 
     # ── Inference ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -382,7 +382,7 @@ def test_evaluate_numbers(task):
 )
 def test_the_metric_is_one_that_evaluate_gives(task, changes, metric):
     made = task(**changes)
-    assert made.metric == metric
+    assert made.metrics[0] == metric
     scores = np.float32([[0.9], [0.2]]) if changes is ONE else np.eye(3, dtype=np.float32)
     labels = scores if changes else np.arange(3, dtype=np.int32)
     assert made.evaluate({"scores": scores}, {"labels": labels})[metric] == pytest.approx(1)

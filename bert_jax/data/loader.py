@@ -60,22 +60,35 @@ class Examples:
 
     def batch(self, indices: np.ndarray, *, rows: int, length: int) -> Batch:
         """Examples padded to a rectangle of `rows` by `length` tokens."""
-        inputs = {
-            "input_ids": np.full((rows, length), self.pad_token_id, np.int32),
-            "attention_mask": np.zeros((rows, length), np.int32),
-            "token_type_ids": np.zeros((rows, length), np.int32),
-        }
-        for row, i in enumerate(indices):
-            n = len(self.input_ids[i])
-            inputs["input_ids"][row, :n] = self.input_ids[i]
-            inputs["attention_mask"][row, :n] = 1
-            inputs["token_type_ids"][row, :n] = self.token_type_ids[i]
+        ids, types = ([column[i] for i in indices] for column in (self.input_ids, self.token_type_ids))
+        inputs = pad(ids, types, pad_token_id=self.pad_token_id, rows=rows, length=length)
         targets = {}
         for name, values in self.targets.items():
             targets[name] = np.zeros((rows, *values.shape[1:]), values.dtype)
             targets[name][: len(indices)] = values[indices]
         weights = (np.arange(rows) < len(indices)).astype(np.float32)
         return Batch(inputs=inputs, targets=targets, weights=weights)
+
+
+def pad(
+    ids: Sequence[Sequence[int] | np.ndarray],
+    type_ids: Sequence[Sequence[int] | np.ndarray],
+    *,
+    pad_token_id: int,
+    rows: int,
+    length: int,
+) -> dict[str, np.ndarray]:
+    """Rows of ids and token types -> what a model takes, each int32 [rows, length]; added rows attend to nothing."""
+    inputs = {
+        "input_ids": np.full((rows, length), pad_token_id, np.int32),
+        "attention_mask": np.zeros((rows, length), np.int32),
+        "token_type_ids": np.zeros((rows, length), np.int32),
+    }
+    for i, (row, types) in enumerate(zip(ids, type_ids, strict=True)):
+        inputs["input_ids"][i, : len(row)] = row
+        inputs["attention_mask"][i, : len(row)] = 1
+        inputs["token_type_ids"][i, : len(row)] = types
+    return inputs
 
 
 def shuffled(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int) -> list[Place]:

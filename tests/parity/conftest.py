@@ -26,6 +26,17 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(f"{difference:.1e}  {what}")
 
 
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """On tensors this small torch's threads cost more than they give, above all where other processes run."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def close():
     """Asserts that ours is the reference's to 1e-5, and keeps the largest difference for the summary."""

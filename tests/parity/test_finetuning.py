@@ -22,6 +22,8 @@ from bert_jax.data.loader import Examples, Loader
 from bert_jax.settings import LoRA, Schedule, Settings
 from bert_jax.tasks.sequence_classification import MULTI, REGRESSION, SINGLE, UNKNOWN, SequenceClassification
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 SIZES = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96,
          "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
 CONFIG = bert_jax.BertConfig(
@@ -33,15 +35,6 @@ HEAD = r"classifier\..*"
 
 
 # ── Steps ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On tensors this small torch's threads cost more than they give, above all where other processes run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ import transformers
 import bert_jax
 from bert_jax import hub
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 EMBEDDED = hub.EMBEDDED / "bert-mini-cased"
 ODD = ["…", "--", "?!", "(", ")", "\"", "’s", "don't", "1,000.50", "café", "naïvely", "Zürich", "Ελλάδα", "Ђорђе",
        "東京", "中文字", "한국어", "😀", "👩‍🔬", "ﬁ", "ǅ", "e\u0301", "\t", "\n", "\u00a0", "[MASK]", "[SEP]",
@@ -44,15 +46,6 @@ def inputs():
 
 
 INPUTS = inputs()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On tensors this small torch's threads cost more than they give, above all where other processes run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bert_jax import __version__
+from bert_jax import __version__, memory
 from bert_jax.errors import BertJaxError, HubUnreachableError, Interrupted
 from bert_jax.hub import DEFAULT_MODEL
 
@@ -68,7 +68,7 @@ def fill_mask(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the model's name.")] = False,
 ) -> None:
     """Fill the [MASK]s of texts."""
-    _use_compilation_cache()
+    _set_up()
     from bert_jax import hub, pipelines
 
     name = model or DEFAULT_MODEL
@@ -104,7 +104,7 @@ def finetune(
     from bert_jax.settings import Settings
 
     settings = Settings.from_file(config, overrides or ())  # before jax is imported: a mistake shows at once
-    _use_compilation_cache()
+    _set_up()
     from bert_jax import recipes
 
     console = _console()
@@ -130,7 +130,7 @@ def evaluate(
     if split not in ("validation", "test"):
         raise InputError(f"--split is {split!r}; expected validation or test.")
     settings = Settings.from_file(config, overrides or ())
-    _use_compilation_cache()
+    _set_up()
     from rich.markdown import Markdown
 
     from bert_jax import recipes, report
@@ -185,7 +185,7 @@ def verify(
     ] = None,
 ) -> None:
     """Compare with the published outputs of published checkpoints; exit status 1 on a miss."""
-    _use_compilation_cache()
+    _set_up()
     import jax
     from rich.table import Table
 
@@ -236,8 +236,9 @@ def _console() -> "Console":
     return Console()
 
 
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder: the second run of a command does not compile."""
+def _set_up() -> None:
+    """Before JAX starts: keeps freed memory, and compiled programs in the user's cache folder for the next run."""
+    memory.keep_freed()
     place = os.environ.get(CACHE_VARIABLE) or str(
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_jax" / "programs"
     )

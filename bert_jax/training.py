@@ -132,17 +132,19 @@ def make_step(
         out_shardings: Where the results are to live.
     """
 
-    def total_loss(trained: Arrays, frozen: Arrays, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = tree.merge(plan.skeleton, plan.params(trained, frozen))
-        mean, count = task.loss(model, batch, key)
+    def mean_loss(trained: Arrays, frozen: Arrays, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return task.loss(tree.merge(plan.skeleton, plan.params(trained, frozen)), batch, key)
+
+    def total_loss(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        mean, count = mean_loss(*arguments)
         return mean * count, count
 
     def train_step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Arrays]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        gradient = jax.value_and_grad(total_loss, has_aux=True)
         if accumulation == 1:
-            (total, count), gradients = gradient(state.params, frozen, batch, key)
+            (loss, _), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params, frozen, batch, key)
         else:
+            gradient = jax.value_and_grad(total_loss, has_aux=True)
             # Every n-th row to the n-th part, so that padding rows, which come last, are shared out.
             parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch)
 
@@ -151,11 +153,11 @@ def make_step(
 
             zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.params))
             ((total, count), gradients), _ = jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulation)))
-        count = jnp.maximum(count, 1.0)
-        gradients = jax.tree.map(lambda g: g / count, gradients)
+            count = jnp.maximum(count, 1.0)
+            loss, gradients = total / count, jax.tree.map(lambda g: g / count, gradients)
         updates, opt_state = plan.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": total / count, "grad_norm": optax.tree.norm(gradients)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)

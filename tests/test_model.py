@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
+from jax.extend.random import threefry_2x32
 
 import bert_jax
 from bert_jax import BertConfig, losses, model, tree, weights
@@ -281,10 +282,29 @@ def test_dropout_if_and_only_if_a_key(checkpoint, architecture):
     assert not np.array_equal(first(jax.random.key(1)), first())
 
 
-def test_dropout_rate_and_scale():
-    dropped = np.asarray(model._dropout(jnp.ones((1000, 100)), 0.1, jax.random.key(0)))
-    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.9)}
-    assert abs((dropped == 0).mean() - 0.1) < 0.005
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_rate_and_scale(rate):
+    dropped = np.asarray(model._dropout(jnp.ones((1000, 1000)), rate, jax.random.key(0)))
+    assert sorted(set(dropped.ravel().tolist())) == [0.0, pytest.approx(1 / (1 - rate), rel=2e-5)]
+    assert abs((dropped == 0).mean() - rate) < 0.002  # four standard deviations at most
+    # No row, column or quarter of the columns (which have bits of one block) stands out, or goes with another.
+    zeros = (dropped == 0) - rate
+    assert abs(zeros.mean(0)).max() < 0.08
+    assert abs(zeros.mean(1)).max() < 0.08
+    quarters = [zeros[:, i * 250 : (i + 1) * 250] for i in range(4)]
+    together = [(a * b).mean() for i, a in enumerate(quarters) for b in quarters[:i]]
+    assert max(map(abs, together)) < 0.003
+
+
+def test_random_bits_are_those_of_threefry():
+    key, rows, columns = jax.random.key(7), 6, 3
+    ours = np.asarray(model._random_bits(key, (2, 3, 4 * columns)))
+    row, column = np.indices((rows, columns), np.uint32).reshape(2, -1)
+    blocks = threefry_2x32(jax.random.key_data(key), jnp.concatenate([row, column]))
+    x, y = np.asarray(blocks).reshape(2, rows, columns)
+    halves = np.concatenate([x & 0xFFFF, x >> 16, y & 0xFFFF, y >> 16], axis=1)
+    np.testing.assert_array_equal(ours.reshape(rows, -1), halves)
+    assert model._random_bits(key, (2, 3, 10)).shape == (2, 3, 10)
 
 
 def test_no_layer_drops_as_another():

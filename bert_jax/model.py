@@ -384,6 +384,7 @@ class BertPreTrainedModel(nnx.Module):
         attention: str = "plain",
         remat: bool = False,
         scan_layers: bool = False,
+        add_pooling_layer: bool | None = None,
         **config_changes: Any,
     ) -> Self:
         """The model of a checkpoint. What became of each tensor is logged (INFO); `bert-jax info` shows it too.
@@ -398,6 +399,7 @@ class BertPreTrainedModel(nnx.Module):
             attention: See the class.
             remat: See the class.
             scan_layers: See the class.
+            add_pooling_layer: Of `BertModel` alone: False leaves out the pooler, which some checkpoints lack.
             config_changes: Fields of the config to change: `num_labels=6` where the head is new or the config
                 contradicts the file, `hidden_dropout_prob=0.0`.
 
@@ -410,6 +412,8 @@ class BertPreTrainedModel(nnx.Module):
         config = BertConfig.from_file(folder / hub.CONFIG_FILE).replace(**config_changes)
         options: dict[str, Any] = {"compute_dtype": compute_dtype, "attention": attention}
         options |= {"remat": remat, "scan_layers": scan_layers}
+        if add_pooling_layer is not None:
+            options["add_pooling_layer"] = add_pooling_layer
         _, skeleton = tree.split(cls(config, **options))
         arrays, report = weights.load(folder, skeleton.specs, new=new)
         logger.info("%s: %s", model_id, report)

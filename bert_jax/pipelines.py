@@ -16,17 +16,21 @@ import numpy as np
 from bert_jax import tree
 from bert_jax.errors import CheckpointError, InputError
 from bert_jax.hub import DEFAULT_MODEL
-from bert_jax.model import BertPreTrainedModel
+from bert_jax.model import BertModel, BertPreTrainedModel
 from bert_jax.tasks.base import Outputs, Request, Row, Task
+from bert_jax.tasks.feature_extraction import FeatureExtraction
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
 from bert_jax.tasks.sequence_classification import SequenceClassification
+from bert_jax.tasks.token_classification import TokenClassification
 from bert_jax.tokenizer import Tokenizer
 
 TASKS: dict[str, Any] = {
     "fill-mask": FillMask,
     "next-sentence-prediction": NextSentencePrediction,
+    "feature-extraction": FeatureExtraction,
     "text-classification": SequenceClassification,
+    "token-classification": TokenClassification,
 }
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
@@ -58,7 +62,8 @@ def pipeline(
     """A model made ready for a task.
 
     Args:
-        task: "fill-mask", "next-sentence-prediction" or "text-classification".
+        task: "fill-mask", "next-sentence-prediction", "feature-extraction", "text-classification" or
+            "token-classification".
         model: A folder, an id on the Hugging Face Hub, `bert-mini-cased`, or a model in hand.
         tokenizer: For a model in hand; else the checkpoint's own.
         revision: Branch, tag or commit on the Hub.
@@ -80,7 +85,8 @@ def pipeline(
         network = model
     else:
         tokenizer = tokenizer or Tokenizer.from_pretrained(model, revision=revision)
-        network = model_class.from_pretrained(model, revision=revision, compute_dtype=compute_dtype)
+        options = {"add_pooling_layer": False} if model_class is BertModel else {}  # no task reads it
+        network = model_class.from_pretrained(model, revision=revision, compute_dtype=compute_dtype, **options)
     if tokenizer.vocab_size > network.config.vocab_size:
         raise CheckpointError(
             f"The tokenizer has {tokenizer.vocab_size} tokens and the model {network.config.vocab_size}: "

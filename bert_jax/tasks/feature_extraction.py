@@ -1,0 +1,61 @@
+"""feature-extraction: the encoder's vectors, of each token or of a text as a whole."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bert_jax.config import BertConfig
+from bert_jax.errors import InputError
+from bert_jax.model import BertModel
+from bert_jax.tasks.base import Request, Row
+from bert_jax.tokenizer import Tokenizer
+
+POOLING = (None, "cls", "mean")
+
+
+class FeatureExtraction:
+    """Vectors of the last layer."""
+
+    model_class = BertModel
+
+    def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    def forward(self, model: BertModel, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Last hidden states, float32 [B, T, D]."""
+        return {"states": model(**inputs).last_hidden_state.astype(jnp.float32)}
+
+    def request(self, text: Any, *, pooling: str | None = None, normalize: bool = False) -> Request:
+        """Encodes one text.
+
+        Args:
+            text: A text; what is over the model's length is cut off.
+            pooling: None gives each token's vector, "cls" that of [CLS], "mean" the mean over all tokens, [CLS] and
+                [SEP] included (Reimers & Gurevych 2019, arXiv:1908.10084, section 3).
+            normalize: Scales each vector to length 1.
+
+        Returns:
+            float32 [T, D], or [D] where pooled.
+
+        Raises:
+            InputError: If it is no text, or empty, or the pooling is unknown.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"expected a text, got {text!r} ({type(text).__name__}).")
+        if not text.strip():
+            raise InputError("the text is empty.")
+        if pooling not in POOLING:
+            raise InputError(f"pooling is {pooling!r}; expected one of {', '.join(map(repr, POOLING))}.")
+        return self._encode(text, pooling, normalize)
+
+    def _encode(self, text: str, pooling: str | None, normalize: bool) -> Request:
+        encoding = self.tokenizer.encode([text], max_length=self.max_length)[0][0]
+        (output,) = yield [Row(encoding.ids, encoding.type_ids)]
+        states = output["states"][: len(encoding)]
+        vectors = {None: states, "cls": states[0], "mean": states.mean(axis=0)}[pooling]
+        if normalize:
+            return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+        return vectors.copy()  # not a view that keeps the whole batch

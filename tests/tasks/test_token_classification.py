@@ -1,0 +1,166 @@
+"""token-classification: requests fed with labels of our choice, and a small model called directly."""
+
+import re
+
+import numpy as np
+import pytest
+import reference
+
+import bert_jax
+from bert_jax import BertConfig
+from bert_jax.errors import InputError
+from bert_jax.tasks.token_classification import TokenClassification
+
+LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC")
+ARCHITECTURE = "BertForTokenClassification"
+
+
+@pytest.fixture
+def task(tokenizer):
+    def task(max_length=128):
+        config = BertConfig.from_dict(reference.CONFIG | {"id2label": dict(enumerate(LABELS)), "label2id": {}})
+        return TokenClassification(tokenizer, config, max_length)
+
+    return task
+
+
+def label(task, text, *labels, **options):
+    """What becomes of a text of one window whose tokens have these labels, `NAME` or `NAME 0.8`."""
+    request = task.request(text, **options)
+    (row,) = next(request)
+    assert len(row.input_ids) == len(labels) + 2, row.input_ids
+    scores = np.full((len(row.input_ids) + 3, len(LABELS)), np.nan, np.float32)  # padded: what is there is not read
+    for i, (name, _, score) in enumerate(label.partition(" ") for label in labels):
+        top = float(score or 0.9)
+        scores[i + 1] = (1 - top) / (len(LABELS) - 1)
+        scores[i + 1, LABELS.index(name)] = top
+    with pytest.raises(StopIteration) as stopped:
+        request.send([{"scores": scores}])
+    return stopped.value.value
+
+
+def test_tokens(task):
+    first, second = label(task(), "Paris, Texas", "B-LOC 0.75", "O", "I-LOC 0.5")
+    assert first == {"entity": "B-LOC", "score": 0.75, "index": 1, "word": "Paris", "start": 0, "end": 5}
+    assert second == {"entity": "I-LOC", "score": 0.5, "index": 3, "word": "Texas", "start": 7, "end": 12}
+    assert type(first["score"]) is float
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups"),
+    [
+        (["B-PER", "I-PER", "I-PER"], [("PER", "Paris Texas Rome")]),
+        (["I-PER", "I-PER", "B-PER"], [("PER", "Paris Texas"), ("PER", "Rome")]),
+        (["B-PER", "B-PER", "I-PER"], [("PER", "Paris"), ("PER", "Texas Rome")]),
+        (["B-PER", "I-LOC", "I-PER"], [("PER", "Paris"), ("LOC", "Texas"), ("PER", "Rome")]),
+        (["MISC", "MISC", "O"], [("MISC", "Paris Texas")]),
+        (["I-PER", "O", "I-PER"], [("PER", "Paris"), ("PER", "Rome")]),
+        (["O", "O", "O"], []),
+    ],
+)
+def test_groups(task, labels, groups):
+    entities = label(task(), "Paris Texas Rome", *labels, aggregation_strategy="simple")
+    assert [(entity["entity_group"], entity["word"]) for entity in entities] == groups
+    assert all("Paris Texas Rome"[entity["start"] : entity["end"]] == entity["word"] for entity in entities)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("none", [("B-LOC", 0.6), ("I-PER", 0.5), ("I-PER", 0.9)]),
+        ("simple", [("LOC", 0.6), ("PER", 0.7)]),
+        ("first", [("LOC", 0.6)]),
+        ("max", [("PER", 0.9)]),
+        ("average", [("PER", (0.08 + 0.5 + 0.9) / 3)]),
+    ],
+)
+def test_strategies_on_a_word_of_three_pieces(task, tokenizer, strategy, expected):
+    assert tokenizer.encode(["Huggingface"])[0][0].tokens[1:-1] == ["Hu", "##gging", "##face"]
+    entities = label(task(), "Huggingface", "B-LOC 0.6", "I-PER 0.5", "I-PER 0.9", aggregation_strategy=strategy)
+    found = [(entity.get("entity") or entity["entity_group"], entity["score"]) for entity in entities]
+    assert found == [(name, pytest.approx(score, abs=1e-6)) for name, score in expected]
+    if len(entities) == 1:
+        assert {"word": "Huggingface", "start": 0, "end": 11}.items() <= entities[0].items()
+
+
+@pytest.mark.parametrize("text", ["Zoë  saw\t東京 😀 in   Paris", "é e\u0301 ﬁ Paris"])
+def test_characters_are_the_texts(task, tokenizer, text):
+    encoding = tokenizer.encode([text])[0][0]
+    entities = label(task(), text, *["MISC"] * (len(encoding) - 2))
+    assert entities[-1] | {"score": 0} == {
+        "entity": "MISC", "score": 0, "index": len(encoding) - 2, "word": "Paris", "start": len(text) - 5,
+        "end": len(text),
+    }  # fmt: skip
+    shown = [text[entity["start"] : entity["end"]] for entity in entities]
+    assert "".join(shown) == "".join(text.split())
+
+
+def test_words_are_joined_by_a_space(task):
+    # "New York" and "U.S." stay what they are given as; a piece's characters count in the joined text.
+    entities = label(task(), ("in", "U.S.", "Paris"), "O", "B-LOC", "I-LOC", "I-LOC", "I-LOC", "B-LOC",
+                     aggregation_strategy="simple")  # fmt: skip
+    assert [(entity["start"], entity["end"]) for entity in entities] == [(3, 7), (8, 13)]
+
+
+def test_ignored_labels(task):
+    assert len(label(task(), "Paris Rome", "O", "MISC", ignore_labels=[])) == 2
+    assert label(task(), "Paris Rome", "O", "MISC", ignore_labels=["O", "MISC"]) == []
+    grouped = label(task(), "Paris Rome", "I-PER", "MISC", ignore_labels=["PER"], aggregation_strategy="simple")
+    assert [entity["entity_group"] for entity in grouped] == ["MISC"]
+
+
+def test_a_long_text_is_read_in_windows(task):
+    text = " ".join(["Paris"] * 30)
+    request = task(max_length=14).request(text)  # 12 tokens of text a window, of which 3 are the one before's
+    rows = next(request)
+    assert [len(row.input_ids) for row in rows] == [14, 14, 14]
+    outputs = []
+    for n, row in enumerate(rows):  # the label tells the window
+        scores = np.zeros((len(row.input_ids), len(LABELS)), np.float32)
+        scores[:, n + 1] = 1
+        outputs.append({"scores": scores})
+    with pytest.raises(StopIteration) as stopped:
+        request.send(outputs)
+    entities = stopped.value.value
+    assert [entity["index"] for entity in entities] == list(range(1, 31))
+    assert [entity["start"] for entity in entities] == [6 * i for i in range(30)]
+    # Windows begin at the tokens 0, 9 and 18; of three that two share, the middle one is the earlier's.
+    windows = [LABELS.index(entity["entity"]) - 1 for entity in entities]
+    assert windows == [0] * 11 + [1] * 9 + [2] * 10
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_scores_are_the_models(checkpoint, tmp_path, words):
+    config = reference.config(ARCHITECTURE)
+    folder = reference.write(tmp_path, reference.tensors(ARCHITECTURE), config)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(config["vocab_size"] - 5))]
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in vocabulary))
+    texts = ["w1 w2 w3", "w9", " ".join(f"w{i}" for i in range(12))]
+    pipe = bert_jax.pipeline("token-classification", folder)
+    given = [tuple(text.split()) for text in texts] if words else texts
+    results = pipe(given, ignore_labels=[])
+    model, tokenizer = bert_jax.BertForTokenClassification.from_pretrained(folder), pipe.tokenizer
+    for text, result in zip(texts, results, strict=True):
+        logits = np.asarray(model(**tokenizer(text)).logits[0, 1:-1], np.float64)
+        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        assert [entity["score"] for entity in result] == pytest.approx(p.max(-1), abs=1e-5)
+        assert [entity["word"] for entity in result] == text.split()
+    if words:
+        assert pipe(given[0], ignore_labels=[]) == results[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("", {}, "the text is empty"),
+        (" \n", {}, "the text is empty"),
+        ([], {}, "the text is empty"),
+        (7, {}, "expected a text or its words, got 7 (int)"),
+        (["a", 1], {}, "expected a text or its words"),
+        ("a", {"aggregation_strategy": "most"}, "aggregation_strategy is 'most'; expected one of none, simple, first"),
+        ("a", {"ignore_labels": "O"}, "ignore_labels is 'O'; expected a list"),
+    ],
+)
+def test_bad_input(task, text, options, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        task().request(text, **options)

@@ -21,6 +21,7 @@ from bert_jax.tasks.base import Outputs, Request, Row, Task
 from bert_jax.tasks.feature_extraction import FeatureExtraction
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
+from bert_jax.tasks.question_answering import QuestionAnswering
 from bert_jax.tasks.sequence_classification import SequenceClassification
 from bert_jax.tasks.token_classification import TokenClassification
 from bert_jax.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ TASKS: dict[str, Any] = {
     "feature-extraction": FeatureExtraction,
     "text-classification": SequenceClassification,
     "token-classification": TokenClassification,
+    "question-answering": QuestionAnswering,
 }
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
@@ -62,8 +64,8 @@ def pipeline(
     """A model made ready for a task.
 
     Args:
-        task: "fill-mask", "next-sentence-prediction", "feature-extraction", "text-classification" or
-            "token-classification".
+        task: "fill-mask", "next-sentence-prediction", "feature-extraction", "text-classification",
+            "token-classification" or "question-answering".
         model: A folder, an id on the Hugging Face Hub, `bert-mini-cased`, or a model in hand.
         tokenizer: For a model in hand; else the checkpoint's own.
         revision: Branch, tag or commit on the Hub.
@@ -116,7 +118,8 @@ class Pipeline:
         """Predicts.
 
         Args:
-            inputs: One input of the task (a text; a pair as a tuple), a list of them, or another iterable.
+            inputs: One input of the task (a text, a pair as a tuple, a dict with question and context), a list of
+                them, or another iterable.
             parameters: The task's own (fill-mask: top_k, targets, joint).
 
         Returns:
@@ -126,7 +129,7 @@ class Pipeline:
         Raises:
             InputError: Names what cannot be used and, of several inputs, the index.
         """
-        if isinstance(inputs, str | tuple):
+        if isinstance(inputs, str | tuple | dict):
             return self.run([self.task.request(inputs, **parameters)])[0]
         if not isinstance(inputs, Iterable):
             raise InputError(f"expected an input or several, got {inputs!r} ({type(inputs).__name__}).")

@@ -284,27 +284,32 @@ def test_dropout_if_and_only_if_a_key(checkpoint, architecture):
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_rate_and_scale(rate):
-    dropped = np.asarray(model._dropout(jnp.ones((1000, 1000)), rate, jax.random.key(0)))
+    dropped = np.asarray(model._dropout(jnp.ones((100, 100, 100)), rate, jax.random.key(0)))
     assert sorted(set(dropped.ravel().tolist())) == [0.0, pytest.approx(1 / (1 - rate), rel=2e-5)]
-    assert abs((dropped == 0).mean() - rate) < 0.002  # four standard deviations at most
-    # No row, column or quarter of the columns (which have bits of one block) stands out, or goes with another.
+    assert abs((dropped == 0).mean() - rate) < 0.002  # four standard deviations at most, as below
+    # No plane stands out, and no quarter (the four have bits of one block) goes with another.
     zeros = (dropped == 0) - rate
-    assert abs(zeros.mean(0)).max() < 0.08
-    assert abs(zeros.mean(1)).max() < 0.08
-    quarters = [zeros[:, i * 250 : (i + 1) * 250] for i in range(4)]
+    for axes in [(0, 1), (0, 2), (1, 2)]:
+        assert abs(zeros.mean(axes)).max() < 0.02
+    quarters = np.split(zeros, 4, axis=1)
     together = [(a * b).mean() for i, a in enumerate(quarters) for b in quarters[:i]]
     assert max(map(abs, together)) < 0.003
 
 
 def test_random_bits_are_those_of_threefry():
-    key, rows, columns = jax.random.key(7), 6, 3
-    ours = np.asarray(model._random_bits(key, (2, 3, 4 * columns)))
-    row, column = np.indices((rows, columns), np.uint32).reshape(2, -1)
-    blocks = threefry_2x32(jax.random.key_data(key), jnp.concatenate([row, column]))
-    x, y = np.asarray(blocks).reshape(2, rows, columns)
-    halves = np.concatenate([x & 0xFFFF, x >> 16, y & 0xFFFF, y >> 16], axis=1)
-    np.testing.assert_array_equal(ours.reshape(rows, -1), halves)
-    assert model._random_bits(key, (2, 3, 10)).shape == (2, 3, 10)
+    key, batch, rows, columns = jax.random.key(7), 2, 3, 5
+    ours = np.asarray(model._random_bits(key, (batch, 4, rows, columns)))
+    i, j = np.indices((batch, rows * columns), np.uint32).reshape(2, -1)
+    blocks = threefry_2x32(jax.random.key_data(key), jnp.concatenate([i, j]))
+    x, y = np.asarray(blocks).reshape(2, batch, rows, columns)
+    np.testing.assert_array_equal(ours, np.stack([x & 0xFFFF, x >> 16, y & 0xFFFF, y >> 16], axis=1))
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (3, 5, 7), (2, 3, 6, 6)])
+def test_random_bits_of_any_shape(shape):
+    bits = np.asarray(model._random_bits(jax.random.key(7), shape))
+    assert bits.shape == shape
+    assert len(np.unique(bits)) > 0.99 * bits.size
 
 
 def test_no_layer_drops_as_another():

@@ -25,6 +25,7 @@ FLOORS = [
         "tasks.feature_extraction",
         "tasks.sequence_classification",
         "tasks.token_classification",
+        "tasks.question_answering",
     ],
     ["evaluation", "pipelines", "report"],
     ["training", "verify"],

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 
-LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Tokens that a batch is padded to: a program each, a third of padding at worst."""
 WINDOW = 50
 """Batches whose examples are sorted by length together, as in transformers' `group_by_length`."""

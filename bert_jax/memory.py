@@ -14,7 +14,8 @@ def keep_freed() -> None:
     A program on CPU allocates all that it computes in as one block, gigabytes for a training step, and frees it behind
     each call. Left alone, malloc maps and unmaps that block each time, and the kernel clears every page of it anew:
     a third of a training step's time. To be called before JAX computes anything, because a thread keeps the arena that
-    it began with. One small program is no better off: filling a mask takes 30 MB more. Where malloc is not glibc's, or huge pages are not to be had, what is missing is not done.
+    it began with. One small program gains nothing: filling a mask takes 30 MB more by it. Where malloc is not glibc's,
+    or huge pages are not to be had, what is missing is not done.
     """
     try:
         libc = ctypes.CDLL(None)

@@ -32,6 +32,8 @@ from bert_jax.errors import InputError
 logger = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
+FIRST = np.zeros((1, 1), np.int32)
+"""The `positions` of a head that reads [CLS] alone."""
 
 
 # ── What a model returns ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -279,17 +281,22 @@ class SelfAttention(nnx.Module):
         self.output = Linear(size, size, std, rngs)
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None, dropout_key: jax.Array | None
+        self, x: jax.Array, states: jax.Array, mask: jax.Array | None, dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """[B, T, D] -> [B, T, D] and the probabilities [B, N, T, S]; the mask as in `plain_attention`."""
+        """What x [B, T, D] gathers from states [B, S, D]: [B, T, D] and the probabilities [B, N, T, S].
+
+        The mask is as in `plain_attention`.
+        """
         rate = self.config.attention_probs_dropout_prob
         if self.attention != "plain" and dropout_key is not None and rate > 0:
             raise InputError(
                 f"attention={self.attention!r} is a fused kernel and has no attention dropout, and the config has "
                 f"attention_probs_dropout_prob {rate}. Set it to 0, or take attention='plain'."
             )
-        heads = (*x.shape[:-1], self.config.num_attention_heads, -1)
-        query, key, value = (linear(x).reshape(heads) for linear in (self.query, self.key, self.value))  # [B, T, N, H]
+        query, key, value = (
+            linear(source).reshape(*source.shape[:-1], self.config.num_attention_heads, -1)  # [B, T, N, H]
+            for linear, source in ((self.query, x), (self.key, states), (self.value, states))
+        )
         context, probabilities = ATTENTION[self.attention](query, key, value, mask, rate, dropout_key)
         return self.output(context.reshape(x.shape)), probabilities
 
@@ -307,22 +314,32 @@ class BertLayer(nnx.Module):
         self.output_norm = LayerNorm(config.hidden_size, eps, rngs)
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None = None, dropout_key: jax.Array | None = None
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+        positions: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """One layer.
 
         Args:
-            x: [B, T, D].
-            mask: bool, broadcastable to [B, N, T, S].
+            x: [B, S, D].
+            mask: bool, broadcastable to [B, N, S, S].
             dropout_key: PRNG key; without one nothing is dropped.
+            positions: int [B, T] or [1, T], the tokens to go on with; None for all. All are attended to.
 
         Returns:
             [B, T, D] in the dtype of x, and the attention probabilities [B, N, T, S].
         """
         rate = self.config.hidden_dropout_prob
         attention_key, context_key, output_key = _split(dropout_key, 3)
+        states = x
+        if positions is not None:
+            x = jnp.take_along_axis(states, positions[..., None], axis=1)
+            if mask is not None and mask.shape[2] > 1:  # documents of their own: a row of the mask a token
+                mask = jnp.take_along_axis(mask, positions[:, None, :, None], axis=2)
         with jax.named_scope("attention"):
-            context, probabilities = self.attention(x, mask, attention_key)
+            context, probabilities = self.attention(x, states, mask, attention_key)
             x = self.attention_norm(x + _dropout(context, rate, context_key))
         with jax.named_scope("feed_forward"):
             inner = ACTIVATIONS[self.config.hidden_act](self.intermediate(x))  # [B, T, F]
@@ -481,6 +498,7 @@ class BertModel(BertPreTrainedModel):
         position_ids: ArrayLike | None = None,
         document_ids: ArrayLike | None = None,
         *,
+        positions: ArrayLike | None = None,
         dropout_key: jax.Array | None = None,
     ) -> BertModelOutput:
         """Encodes tokens. All models take these arguments.
@@ -491,13 +509,24 @@ class BertModel(BertPreTrainedModel):
             token_type_ids: int [B, T], 0 for the first text and 1 for the second; None for zeros.
             position_ids: int [B, T], or [1, T] for all rows; None for 0, 1, 2, …
             document_ids: int [B, T], for rows that hold several texts: a token attends to its own document alone.
+            positions: int [B, K], or [1, K] for all rows: the tokens that the caller reads. The last layer is computed
+                for these alone, and the last hidden state and attention are [B, K, D] and [B, N, K, S]. The pooler
+                takes the first of them, which has to be [CLS]'s 0. None for all tokens.
             dropout_key: PRNG key; without one nothing is dropped.
 
         Raises:
             InputError: If T is too long, shapes differ, or (outside jit) an id is outside its table.
         """
         input_ids = jnp.asarray(input_ids)
-        _check_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, document_ids)
+        _check_inputs(
+            self.config,
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            document_ids=document_ids,
+            positions=positions,
+        )
         if position_ids is None:
             position_ids = jnp.arange(input_ids.shape[1])[None]
         if token_type_ids is None:
@@ -513,7 +542,9 @@ class BertModel(BertPreTrainedModel):
         with jax.named_scope("embeddings"):
             x = self.embeddings(input_ids, jnp.asarray(token_type_ids), jnp.asarray(position_ids), embeddings_key)
         x = x.astype(self.compute_dtype)
-        hidden_states, attentions = self._encode(x, mask, layers_key)
+        hidden_states, attentions = self._encode(
+            x, mask, layers_key, None if positions is None else jnp.asarray(positions)
+        )
         x = hidden_states[-1]
         pooled: Any = None
         if self.pooler is not None:
@@ -522,73 +553,72 @@ class BertModel(BertPreTrainedModel):
         return BertModelOutput(x, pooled, hidden_states, attentions)
 
     def _encode(
-        self, x: jax.Array, mask: jax.Array | None, key: jax.Array | None
+        self, x: jax.Array, mask: jax.Array | None, key: jax.Array | None, positions: jax.Array | None
     ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array | None, ...]]:
         """The layers, one after another: all hidden states, x before them, and attentions."""
 
-        def run(layer: BertLayer, x: jax.Array, i: ArrayLike) -> tuple[jax.Array, jax.Array | None]:
-            return layer(x, mask, None if key is None else jax.random.fold_in(key, i))
+        def run(layer: BertLayer, x: jax.Array, i: ArrayLike, *positions: Any) -> tuple[jax.Array, jax.Array | None]:
+            return layer(x, mask, None if key is None else jax.random.fold_in(key, i), *positions)
 
         if self.remat:
             run = jax.checkpoint(run)
         n = len(self.layers)
-        if self.scan_layers:
+        # Those that compute all tokens; a last layer that does not has shapes of its own.
+        full = n if positions is None else n - 1
+        hidden_states, probabilities = [x], []
+        if self.scan_layers and full:
 
             def body(x: jax.Array, inputs: Any) -> Any:
                 with jax.named_scope("layer"):
                     y, probabilities = run(inputs[0], x, inputs[1])
                 return y, (y, probabilities)
 
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self.layers)
-            _, (states, attentions) = jax.lax.scan(body, x, (stacked, jnp.arange(n)))
-            each = [None] * n if attentions is None else [attentions[i] for i in range(n)]
-            return (x, *(states[i] for i in range(n))), tuple(each)
-        hidden_states, probabilities = [x], []
-        for i, layer in enumerate(self.layers):
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self.layers[:full])
+            _, (states, attentions) = jax.lax.scan(body, x, (stacked, jnp.arange(full)))
+            hidden_states += [states[i] for i in range(full)]
+            probabilities += [None if attentions is None else attentions[i] for i in range(full)]
+        for i in range(len(probabilities), n):
             with jax.named_scope(f"layer_{i}"):
-                y, p = run(layer, hidden_states[-1], i)
+                y, p = run(self.layers[i], hidden_states[-1], i, *([] if i < full else [positions]))
             hidden_states.append(y)
             probabilities.append(p)
         return tuple(hidden_states), tuple(probabilities)
 
 
-def _check_inputs(
-    config: BertConfig,
-    input_ids: jax.Array,
-    attention_mask: Any,
-    token_type_ids: Any,
-    position_ids: Any,
-    document_ids: Any,
-) -> None:
-    """Refuses shapes that do not go together and, where the values can be seen, ids outside their tables."""
+def _check_inputs(config: BertConfig, input_ids: jax.Array, **others: Any) -> None:
+    """Refuses shapes that do not go together and, where the values can be seen, numbers outside their tables."""
     if input_ids.ndim != 2:
         raise InputError(f"input_ids has the shape {input_ids.shape}; expected [batch, tokens].")
-    if input_ids.shape[1] > config.max_position_embeddings:
+    rows, tokens = input_ids.shape
+    if tokens > config.max_position_embeddings:
         raise InputError(
-            f"input_ids has {input_ids.shape[1]} tokens a row; the model has {config.max_position_embeddings} "
+            f"input_ids has {tokens} tokens a row; the model has {config.max_position_embeddings} "
             "positions (max_position_embeddings). Truncate the texts or cut them into windows."
         )
-    for name, array, limit in [
-        ("input_ids", input_ids, config.vocab_size),
-        ("attention_mask", attention_mask, None),
-        ("token_type_ids", token_type_ids, config.type_vocab_size),
-        ("position_ids", position_ids, config.max_position_embeddings),
-        ("document_ids", document_ids, None),
-    ]:
+    limits = {
+        "input_ids": config.vocab_size,
+        "token_type_ids": config.type_vocab_size,
+        "position_ids": config.max_position_embeddings,
+        "positions": tokens,
+    }
+    for name, array in {"input_ids": input_ids, **others}.items():
         if array is None:
             continue
-        if np.shape(array) != input_ids.shape and (
-            name != "position_ids" or np.shape(array) != (1, input_ids.shape[1])
-        ):
-            raise InputError(f"{name} has the shape {np.shape(array)}; input_ids has {input_ids.shape}.")
-        if limit is None or isinstance(array, jax.core.Tracer):
+        shape = np.shape(array)
+        fits = {
+            "position_ids": shape in ((rows, tokens), (1, tokens)),
+            "positions": len(shape) == 2 and shape[0] in (1, rows),
+        }.get(name, shape == (rows, tokens))
+        if not fits:
+            raise InputError(f"{name} has the shape {shape}; input_ids has {input_ids.shape}.")
+        if name not in limits or isinstance(array, jax.core.Tracer):
             continue
-        outside = np.argwhere((np.asarray(array) < 0) | (np.asarray(array) >= limit))
+        outside = np.argwhere((np.asarray(array) < 0) | (np.asarray(array) >= limits[name]))
         if len(outside):
             row, token = outside[0]
+            hint = " Was the text tokenized for another model?" if name == "input_ids" else ""
             raise InputError(
-                f"{name}[{row}, {token}] is {np.asarray(array)[row, token]}; this model's run from 0 to {limit - 1}. "
-                "Was the text tokenized for another model?"
+                f"{name}[{row}, {token}] is {np.asarray(array)[row, token]}; expected 0 to {limits[name] - 1}.{hint}"
             )
 
 
@@ -604,11 +634,9 @@ class MaskedLMHead(nnx.Module):
         self.layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs)
         self.bias = _new_param(rngs, (config.vocab_size,), jax.nn.initializers.zeros)
 
-    def __call__(self, hidden: jax.Array, word_embeddings: Embedding, masked_positions: ArrayLike | None) -> jax.Array:
-        """[B, T, D] -> float32 [B, T, V], or [B, K, V] at `masked_positions` [B, K], which are gathered first."""
+    def __call__(self, hidden: jax.Array, word_embeddings: Embedding) -> jax.Array:
+        """[B, T, D] -> float32 [B, T, V]."""
         with jax.named_scope("predictions"):
-            if masked_positions is not None:
-                hidden = jnp.take_along_axis(hidden, jnp.asarray(masked_positions)[..., None], axis=1)  # [B, K, D]
             x = self.layer_norm(ACTIVATIONS[self.config.hidden_act](self.transform(hidden)))
             logits = word_embeddings.attend(x)
             return logits + _last_axis(self.bias[...], logits)
@@ -625,8 +653,14 @@ class BertForPreTraining(BertPreTrainedModel):
 
     def __call__(self, *args: Any, masked_positions: ArrayLike | None = None, **kwargs: Any) -> PreTrainingOutput:
         """Arguments of `BertModel`, and `masked_positions`: int [B, K], where to score the vocabulary; None for all."""
-        out = self.bert(*args, **kwargs)
-        logits = self.predictions(out.last_hidden_state, self.bert.embeddings.word_embeddings, masked_positions)
+        if masked_positions is None:
+            out = self.bert(*args, **kwargs)
+            hidden = out.last_hidden_state
+        else:
+            positions = jnp.pad(jnp.asarray(masked_positions), ((0, 0), (1, 0)))  # [CLS] first, for the pooler
+            out = self.bert(*args, positions=positions, **kwargs)
+            hidden = out.last_hidden_state[:, 1:]
+        logits = self.predictions(hidden, self.bert.embeddings.word_embeddings)
         with jax.named_scope("seq_relationship"):
             return PreTrainingOutput(
                 logits, self.seq_relationship(out.pooler_output), out.hidden_states, out.attentions
@@ -647,8 +681,8 @@ class BertForMaskedLM(BertPreTrainedModel):
         Returns:
             Logits float32 [B, T, V], or [B, K, V].
         """
-        out = self.bert(*args, **kwargs)
-        logits = self.predictions(out.last_hidden_state, self.bert.embeddings.word_embeddings, masked_positions)
+        out = self.bert(*args, positions=masked_positions, **kwargs)
+        logits = self.predictions(out.last_hidden_state, self.bert.embeddings.word_embeddings)
         return HeadOutput(logits, out.hidden_states, out.attentions)
 
 

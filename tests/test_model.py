@@ -126,8 +126,9 @@ def test_shapes_of_the_published_sizes(config):
     layers, heads, size = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
     assert out.prediction_logits.shape == (2, 76, 28996)
     assert out.seq_relationship_logits.shape == (2, 2)
-    assert [x.shape for x in out.hidden_states] == [(2, 512, size)] * (layers + 1)
-    assert [x.shape for x in out.attentions] == [(2, heads, 512, 512)] * layers
+    # The last layer at [CLS] and the masked positions alone.
+    assert [x.shape for x in out.hidden_states] == [(2, 512, size)] * layers + [(2, 77, size)]
+    assert [x.shape for x in out.attentions] == [(2, heads, 512, 512)] * (layers - 1) + [(2, heads, 77, 512)]
 
 
 @pytest.mark.parametrize("architecture", HEADS)
@@ -250,6 +251,30 @@ def test_chosen_positions_equal_all(checkpoint):
         close(chosen, np.take_along_axis(np.asarray(everywhere), positions[..., None], axis=1))
 
 
+@pytest.mark.parametrize("options", [{}, {"scan_layers": True}, {"remat": True}])
+def test_the_last_layer_at_chosen_positions_is_the_whole_layer_there(checkpoint, options):
+    given = reference.inputs() | {"document_ids": np.array([[0] * 4 + [1] * 6] * 3)}
+    network = load(checkpoint, "BertModel", **options)
+    params, skeleton = tree.split(network)
+    for positions in ([[0]], [[0, 3], [0, 9], [0, 4]]):
+        everywhere, chosen = network(**given), network(**given, positions=np.array(positions))
+        rows = np.broadcast_to(positions, (3, len(positions[0])))
+        close(chosen.last_hidden_state, np.take_along_axis(np.asarray(everywhere.last_hidden_state), rows[..., None], 1))
+        close(chosen.pooler_output, everywhere.pooler_output)
+        attention = np.asarray(everywhere.attentions[-1])
+        close(chosen.attentions[-1], np.take_along_axis(attention, rows[:, None, :, None], 2))
+        assert len(chosen.hidden_states) == 13
+        close(np.stack(chosen.hidden_states[:-1]), np.stack(everywhere.hidden_states[:-1]))
+        close(np.stack(chosen.attentions[:-1]), np.stack(everywhere.attentions[:-1]))
+
+    def pooled(params, positions):
+        return jnp.sum(tree.merge(skeleton, params)(**given, positions=positions).pooler_output ** 2)
+
+    gradients = [tree.flatten(jax.grad(pooled)(params, positions)) for positions in (None, model.FIRST)]
+    for path, expected in gradients[0].items():
+        close(gradients[1][path], expected)
+
+
 def test_many_tokens_and_few_are_multiplied_alike(checkpoint):
     # Above 128 tokens a product takes its operands the other way round.
     bert = load(checkpoint, "BertModel")
@@ -337,7 +362,7 @@ def test_fused_attention_refuses_dropout_and_gives_no_maps(checkpoint, monkeypat
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"input_ids": np.full((3, 10), 60)}, r"input_ids\[0, 0\] is 60; this model's run from 0 to 59"),
+        ({"input_ids": np.full((3, 10), 60)}, r"input_ids\[0, 0\] is 60; expected 0 to 59. Was the text tokenized"),
         ({"input_ids": np.full((3, 10), -1)}, r"input_ids\[0, 0\] is -1"),
         ({"token_type_ids": np.full((3, 10), 2)}, r"token_type_ids\[0, 0\] is 2"),
         ({"position_ids": np.full((3, 10), 32)}, r"position_ids\[0, 0\] is 32"),
@@ -345,6 +370,8 @@ def test_fused_attention_refuses_dropout_and_gives_no_maps(checkpoint, monkeypat
         ({"input_ids": np.zeros(10, int)}, r"\[batch, tokens\]"),
         ({"attention_mask": np.ones((3, 9))}, r"attention_mask has the shape \(3, 9\)"),
         ({"document_ids": np.ones((1, 10))}, "document_ids"),
+        ({"positions": np.full((1, 1), 10)}, r"positions\[0, 0\] is 10; expected 0 to 9"),
+        ({"positions": np.zeros((2, 1), int)}, r"positions has the shape \(2, 1\)"),
     ],
 )
 def test_bad_inputs_are_refused(checkpoint, change, named):

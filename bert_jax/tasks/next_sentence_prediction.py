@@ -7,7 +7,7 @@ import jax
 
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
-from bert_jax.model import BertForNextSentencePrediction
+from bert_jax.model import FIRST, BertForNextSentencePrediction
 from bert_jax.tasks.base import Request, Row
 from bert_jax.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ class NextSentencePrediction:
 
     def forward(self, model: BertForNextSentencePrediction, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Probabilities of the two labels: float32 [B, 2]."""
-        return {"probabilities": jax.nn.softmax(model(**inputs).logits, axis=-1)}
+        return {"probabilities": jax.nn.softmax(model(**inputs, positions=FIRST).logits, axis=-1)}
 
     def request(self, pair: Sequence[str]) -> Request:
         """Judges one pair.

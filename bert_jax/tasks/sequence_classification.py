@@ -13,7 +13,7 @@ from bert_jax import losses
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
 from bert_jax.errors import InputError
-from bert_jax.model import BertForSequenceClassification
+from bert_jax.model import FIRST, BertForSequenceClassification
 from bert_jax.tasks.base import Outputs, Request, Row
 from bert_jax.tokenizer import Tokenizer
 
@@ -51,7 +51,7 @@ class SequenceClassification:
 
     def forward(self, model: BertForSequenceClassification, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Scores, float32 [B, C]: probabilities over the labels, of each label by itself, or the numbers."""
-        return {"scores": self.scores(model(**inputs).logits)}
+        return {"scores": self.scores(model(**inputs, positions=FIRST).logits)}
 
     def request(self, text: str | Sequence[str], *, top_k: int | None = 1) -> Request:
         """Classifies one text.
@@ -134,7 +134,7 @@ class SequenceClassification:
         self, model: BertForSequenceClassification, batch: Mapping[str, Any], dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         """See `TrainableTask.loss`: cross entropy, binary cross entropy, or squared error, a mean over examples."""
-        logits = model(**batch["inputs"], dropout_key=dropout_key).logits
+        logits = model(**batch["inputs"], positions=FIRST, dropout_key=dropout_key).logits
         labels, weights = batch["targets"]["labels"], batch["weights"]
         if self.problem_type == REGRESSION:
             return losses.squared_error(logits, labels, weights), jnp.sum(weights)

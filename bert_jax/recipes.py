@@ -31,8 +31,7 @@ SETTINGS, RESULTS, PREDICTIONS, CURVE, CARD = (
 )  # fmt: skip
 ADAPTERS = "adapters"
 HEAD = r"classifier\..*"
-# Usual names of columns: those of the model catalogue, of GLUE and of most data sets of the Hub.
-TEXT = ("text", "sentence", "sentence1", "question1", "premise", "question", "review", "content")
+# Usual names.
 LABEL = ("label", "label_string", "labels", "label_name", "class", "score")
 
 
@@ -137,7 +136,7 @@ def read_split(settings: Settings, split: str) -> list[sources.Row]:
     if not rows:
         raise InputError(f"{where} has no examples.")
     try:
-        text = sources.column(rows, data.text, TEXT)
+        text = sources.column(rows, data.text, sources.TEXT)
         pair = sources.column(rows, data.text_pair, ())
         label = sources.column(rows, data.label, LABEL)
     except InputError as error:

@@ -167,7 +167,10 @@ class Tokenizer:
             raise InputError(f"There are {len(text)} texts and {len(text_pair)} second texts; expected one to each.")
         inputs: Any = list(text) if text_pair is None else list(zip(text, text_pair, strict=True))
         options = {"is_pretokenized": is_split_into_words, "add_special_tokens": add_special_tokens}
-        rows = [[encoding] for encoding in self.backend.encode_batch(inputs, **options)]
+        try:
+            rows = [[encoding] for encoding in self.backend.encode_batch(inputs, **options)]
+        except TypeError:
+            raise InputError("a text holds lone surrogates, like \\udc80, which stand for no character.") from None
         if max_length is None:
             return rows
         room = max_length - self.backend.num_special_tokens_to_add(text_pair is not None) * add_special_tokens

@@ -2,11 +2,13 @@
 
 import csv
 import gzip
+import io
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from bert_jax.errors import InputError
 
@@ -20,11 +22,40 @@ FORMATS = {
 }
 """By a file's name, without a `.gz` behind it."""
 
+TEXT = ("text", "sentence", "sentence1", "question1", "premise", "question", "review", "content", "input_string")
+"""Usual names of the column of texts: the model catalogue's, GLUE's, and those of most data sets of the Hub."""
+
 Row = dict[str, Any]
 
 
+class Entry(NamedTuple):
+    """What stands at one place of a file.
+
+    Attributes:
+        line: Of the file, from 1; of Parquet, the row.
+        row: By column or, where there is none to be read, why.
+        position: Bytes of the file that have been read.
+    """
+
+    line: int
+    row: Row | InputError
+    position: int
+
+
 def read(path: str | Path, format: str | None = None) -> Iterator[Row]:
-    """Streams the rows of a file.
+    """Streams the rows of a file; see `entries`.
+
+    Raises:
+        InputError: If the file cannot be read, or names the line that cannot.
+    """
+    for line, row, _ in entries(path, format):
+        if isinstance(row, InputError):
+            raise InputError(f"{path}, line {line}: {row}")
+        yield row
+
+
+def entries(path: str | Path, format: str | None = None) -> Iterator[Entry]:
+    """Streams a file: its rows, and the places where there is something else.
 
     Args:
         path: JSONL, CSV, TSV (both with a header), Parquet, or text; all but Parquet may be gzipped.
@@ -32,84 +63,114 @@ def read(path: str | Path, format: str | None = None) -> Iterator[Row]:
             and its label behind the last semicolon; a header `text;…` is passed over). By the file's name by default.
 
     Raises:
-        InputError: If the file cannot be read, or names the line that cannot.
+        InputError: If the file cannot be read.
     """
     path = Path(path)
-    suffix = Path(path.stem if path.suffix == ".gz" else path).suffix
-    format = format or FORMATS.get(suffix)
-    if format is None:
-        raise InputError(f"{path}: what is in it? Its name ends in none of {', '.join(FORMATS)}; give data.format.")
-    if format == "parquet":
-        yield from _parquet(path)
-        return
-    opened: Any = gzip.open if path.suffix == ".gz" else open
-    parse = {"jsonl": _jsonl, "csv": _csv, "tsv": _tsv, "text": _text, "text;label": _text_and_label}[format]
+    format = format or format_of(path)
+    parse = {"jsonl": _jsonl, "csv": _csv, "tsv": _tsv, "text": _text, "text;label": _text_and_label}
     try:
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as lines:
-            yield from parse(path, lines)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason}).") from None
+        with open(path, "rb") as file:
+            if format == "parquet":
+                yield from _parquet(file)
+                return
+            unpacked: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+            undecodable: list[str] = []
+            with io.TextIOWrapper(unpacked, "utf-8-sig", "surrogateescape", newline="") as text:
+                for line, row in parse[format](_lines(text, undecodable)):
+                    if undecodable:
+                        row = InputError("this is not UTF-8 text.")
+                        undecodable.clear()
+                    yield Entry(line, row, file.tell() if file.seekable() else 0)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from None
 
 
-def _jsonl(path: Path, lines: IO[str]) -> Iterator[Row]:
+def format_of(path: Path) -> str:
+    """What a file holds, by its name.
+
+    Raises:
+        InputError: If that does not say.
+    """
+    suffix = Path(path.stem if path.suffix == ".gz" else path).suffix
+    if suffix not in FORMATS:
+        raise InputError(f"{path}: what is in it? Its name ends in none of {', '.join(FORMATS)}; give the format.")
+    return FORMATS[suffix]
+
+
+def _lines(file: IO[str], undecodable: list[str]) -> Iterator[str]:
+    """Lines, those with bytes that are no text noted down."""
+    for line in file:
+        try:
+            line.encode()
+        except UnicodeEncodeError:
+            undecodable.append(line)
+        yield line
+
+
+def _jsonl(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: no JSON ({error}); expected an object a line.") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: a {type(row).__name__}; expected an object with columns.")
-        yield row
+        except (json.JSONDecodeError, RecursionError) as error:
+            yield number, InputError(f"no JSON ({error}); expected an object a line.")
+            continue
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            yield number, InputError(f"a {type(row).__name__}; expected an object with columns.")
 
 
-def _csv(path: Path, lines: IO[str], **dialect: Any) -> Iterator[Row]:
+def _csv(lines: Iterator[str], **dialect: Any) -> Iterator[tuple[int, Row | InputError]]:
     csv.field_size_limit(2**31 - 1)  # a text may be longer than the default's 131,072 characters
     reader = csv.DictReader(lines, strict=True, **dialect)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise InputError(
-                    f"{path}, line {reader.line_num}: {'more' if None in row else 'fewer'} fields than the header's "
-                    f"{len(reader.fieldnames or ())}."
-                )
-            yield row
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.reader.line_num}: {error}.") from None
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield reader.reader.line_num, InputError(f"{error}.")
+            continue
+        if None in row or None in row.values():
+            count = f"{'more' if None in row else 'fewer'} fields than the header's {len(reader.fieldnames or ())}."
+            yield reader.line_num, InputError(count)
+        else:
+            yield reader.line_num, row
 
 
-def _tsv(path: Path, lines: IO[str]) -> Iterator[Row]:
-    return _csv(path, lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+def _tsv(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
+    return _csv(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _text(path: Path, lines: IO[str]) -> Iterator[Row]:
-    for line in lines:
-        yield {"text": line.rstrip("\r\n")}
+def _text(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
+    for number, line in enumerate(lines, 1):
+        yield number, {"text": line.rstrip("\r\n")}
 
 
-def _text_and_label(path: Path, lines: IO[str]) -> Iterator[Row]:
+def _text_and_label(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
     for number, line in enumerate(lines, 1):
         text, semicolon, label = line.strip().rpartition(";")
         if not line.strip() or (number == 1 and text == "text"):
             continue
-        if not semicolon:
-            raise InputError(f"{path}, line {number}: no semicolon; expected text;label.")
-        yield {"text": text, "label": label}
+        yield number, {"text": text, "label": label} if semicolon else InputError("no semicolon; expected text;label.")
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(file: IO[bytes]) -> Iterator[Entry]:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise InputError("Parquet needs pyarrow: pip install 'bert-jax[data]'.") from None
+    number, size = 0, os.fstat(file.fileno()).st_size
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-            yield from batch.to_pylist()
-    except (OSError, pyarrow.lib.ArrowException) as error:
-        raise InputError(f"Cannot read {path}: {error}.") from None
+        parquet = pyarrow.parquet.ParquetFile(file)
+        for batch in parquet.iter_batches(1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield Entry(number, row, size * number // parquet.metadata.num_rows)
+    except pyarrow.lib.ArrowException as error:
+        raise InputError(f"Cannot read {file.name}: {error}.") from None
 
 
 def read_hub(id: str, name: str | None, split: str, revision: str | None) -> Iterator[Row]:

@@ -159,7 +159,7 @@ def test_unknown_suffix(tmp_path, name):
 def test_undecodable(tmp_path):
     for name, content in CONTENTS.items():
         refused(write(tmp_path, name, content.encode() + b"\xe9t\xe9"), "is not UTF-8 text")
-    refused(write(tmp_path, "rows.txt", "grün;a".encode("latin-1")), "rows.txt is not UTF-8 text (invalid start byte)")
+    refused(write(tmp_path, "rows.txt", "grün;a".encode("latin-1")), "rows.txt, line 1: this is not UTF-8 text.")
 
 
 def test_damaged_gzip(tmp_path):

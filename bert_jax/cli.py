@@ -1,4 +1,7 @@
-"""The command line: `bert-jax fill-mask | finetune | evaluate | info | verify`; each imports what it needs."""
+"""The command line: `bert-jax fill-mask | score | predict | finetune | evaluate | info | verify`.
+
+Each command imports what it needs.
+"""
 
 import json
 import os
@@ -14,6 +17,8 @@ from bert_jax.hub import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+    from bert_jax.pipelines import Pipeline
 
 FALLBACK_MODEL = "bert-mini-cased"
 CACHE_VARIABLE = "BERT_JAX_COMPILATION_CACHE"
@@ -69,17 +74,7 @@ def fill_mask(
 ) -> None:
     """Fill the [MASK]s of texts."""
     _use_compilation_cache()
-    from bert_jax import hub, pipelines
-
-    name = model or DEFAULT_MODEL
-    try:
-        folder = hub.download(name, revision=revision, timeout=10.0 if model else 3.0)
-    except HubUnreachableError:
-        if model or revision:
-            raise
-        print(f"bert-jax: {name} is not cached and the Hub does not answer: {FALLBACK_MODEL} does.", file=sys.stderr)
-        folder = hub.download(name := FALLBACK_MODEL)
-    filler = pipelines.pipeline("fill-mask", folder)
+    name, filler = _pipeline("fill-mask", model, revision)
     results = filler(text, top_k=top_k, targets=target, joint=joint)
     if as_json:
         print(json.dumps({"model": name, "inputs": text, "outputs": results}, ensure_ascii=False, indent=2))
@@ -90,6 +85,77 @@ def fill_mask(
         for n, fillings in enumerate(masks):
             title = entry if len(masks) == 1 else f"{entry}  (mask {n + 1} of {len(masks)})"
             _print_fillings(console, title, fillings)
+
+
+@app.command()
+def score(
+    file: Annotated[Path | None, typer.Argument(help="A request in JSON; stdin by default.")] = None,
+    task: Annotated[str, typer.Option(help="By its name.")] = "fill-mask",
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id; as for fill-mask by default.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+) -> None:
+    """Answer a request of the model catalogue: {"inputs": {"input_string": ["…"]}, "parameters": {"top_k": 2}}."""
+    from bert_jax.errors import InputError
+
+    where = "stdin" if file is None else str(file)
+    try:
+        content = sys.stdin.buffer.read() if file is None else file.read_bytes()
+        request = json.loads(content)
+    except OSError as error:
+        raise InputError(f"Cannot read {where}: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON: {error}") from None
+    _use_compilation_cache()
+    from bert_jax import catalogue
+
+    _, pipe = _pipeline(task, model, revision)
+    print(json.dumps(catalogue.score(pipe, request), ensure_ascii=False))
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="Folder, Hub id, or bert-mini-cased.")],
+    task: Annotated[str, typer.Option(help="By its name: text-classification, …")],
+    text: Annotated[list[str] | None, typer.Argument(help="Texts, instead of --input.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    input: Annotated[
+        list[Path] | None, typer.Option(help="JSONL, CSV, TSV, Parquet or text, perhaps gzipped; may be given again.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL, CSV (perhaps gzipped) or Parquet, by its name.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="The input's column; of pairs, given twice. Usual names by default.")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="Of the inputs, where their names do not say.")] = None,
+    shard: Annotated[str, typer.Option(help="i/n: each n-th row, beginning with the i-th.")] = "1/1",
+    parameter: Annotated[list[str] | None, typer.Option(help="The task's own, name=value: top_k=2")] = None,
+) -> None:
+    """Predict texts, or files row by row; after a kill, the same command goes on."""
+    import re
+
+    from bert_jax.errors import InputError
+    from bert_jax.settings import assignments
+
+    if bool(text) == bool(input) or bool(input) != bool(output):
+        raise InputError("expected texts, or --input and --output.")
+    if not (match := re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shard)) or int(match[1]) > int(match[2]):
+        raise InputError(f"--shard is {shard!r}; expected i/n with i from 1 to n.")
+    parameters = assignments(parameter or ())
+    _use_compilation_cache()
+    _, pipe = _pipeline(task, model, revision)
+    from bert_jax import catalogue, prediction
+
+    if not input or not output:
+        for result in pipe(text, **parameters):
+            print(json.dumps(catalogue.jsonable(result), ensure_ascii=False))
+        return
+    console = _console()
+    counts = prediction.predict_files(
+        pipe, input, output, task=task, model=f"{model}@{revision}" if revision else model, columns=tuple(column or ()),
+        format=format, shard=(int(match[1]), int(match[2])), parameters=parameters, console=console,
+    )  # fmt: skip
+    aside = f"; {counts.rejected:,} set aside in {output}.rejected.jsonl" if counts.rejected else ""
+    programs = f"{len(pipe.programs)} programs"
+    console.print(f"{output}: {counts.predicted:,} rows{aside} ({programs})", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -157,8 +223,7 @@ def info(
 
     folder = hub.download(model, revision=revision)
     config = bert_jax.BertConfig.from_file(folder / hub.CONFIG_FILE)
-    architectures = json.loads((folder / hub.CONFIG_FILE).read_text(encoding="utf-8")).get("architectures") or []
-    known = [name for name in architectures if name in bert_jax.__all__]
+    known = [name for name in hub.architectures(folder) if name in bert_jax.__all__]
     architecture = known[0] if known else "BertModel"
     _, skeleton = tree.split(getattr(bert_jax, architecture)(config))
     console = _console()
@@ -212,6 +277,21 @@ def verify(
     if misses or unreached:
         print(f"bert-jax: {misses} misses, {len(unreached)} models not verified.", file=sys.stderr)
         raise typer.Exit(1 if misses else 2)
+
+
+def _pipeline(task: str, model: str | None, revision: str | None) -> tuple[str, "Pipeline"]:
+    """A model's name and pipeline; of the default model where the Hub is out of reach, the embedded one's."""
+    from bert_jax import hub, pipelines
+
+    name = model or DEFAULT_MODEL
+    try:
+        folder = hub.download(name, revision=revision, timeout=10.0 if model else 3.0)
+    except HubUnreachableError:
+        if model or revision:
+            raise
+        print(f"bert-jax: {name} is not cached and the Hub does not answer: {FALLBACK_MODEL} does.", file=sys.stderr)
+        folder = hub.download(name := FALLBACK_MODEL)
+    return name, pipelines.pipeline(task, folder)
 
 
 def _print_fillings(console: "Console", title: str, fillings: list[dict[str, Any]]) -> None:

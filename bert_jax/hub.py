@@ -54,6 +54,15 @@ def download(model_id: str | os.PathLike[str], *, revision: str | None = None, t
     return _from_hub(str(model_id), revision or "main", timeout)
 
 
+def architectures(folder: Path) -> list[str]:
+    """Names of the classes that a model was saved from, as its config.json has them; empty where it has none."""
+    try:
+        names = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("architectures")
+    except (OSError, ValueError, AttributeError):  # BertConfig says what is wrong with it
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
 def embedded() -> list[str]:
     """Names of the models that ship in the package."""
     return sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())

@@ -4,6 +4,7 @@ fill_mask = bert_jax.pipeline("fill-mask", "google-bert/bert-base-cased")
 fill_mask("Paris is the [MASK] of France.", top_k=2)
 """
 
+import inspect
 import itertools
 import os
 from collections import deque
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bert_jax import tree
+from bert_jax import hub, tree
 from bert_jax.errors import CheckpointError, InputError
 from bert_jax.hub import DEFAULT_MODEL
 from bert_jax.model import BertModel, BertPreTrainedModel
@@ -86,9 +87,21 @@ def pipeline(
             raise InputError("A model in hand brings no tokenizer; pass tokenizer=Tokenizer.from_pretrained(…).")
         network = model
     else:
-        tokenizer = tokenizer or Tokenizer.from_pretrained(model, revision=revision)
+        folder = hub.download(model, revision=revision)
+        tokenizer = tokenizer or Tokenizer.from_pretrained(folder)
         options = {"add_pooling_layer": False} if model_class is BertModel else {}  # no task reads it
-        network = model_class.from_pretrained(model, revision=revision, compute_dtype=compute_dtype, **options)
+        fitting = _tasks_of(hub.architectures(folder))
+        misfit = CheckpointError(
+            f"{model} is a {' and '.join(hub.architectures(folder))}, made for {' and '.join(fitting)}; "
+            f"{task} takes a {model_class.__name__}."
+        )
+        other = bool(fitting) and task not in fitting
+        if other and task in ("text-classification", "token-classification"):  # their heads have tensors of like names
+            raise misfit
+        try:
+            network = model_class.from_pretrained(folder, compute_dtype=compute_dtype, **options)
+        except CheckpointError as error:
+            raise misfit if other else error from None
     if tokenizer.vocab_size > network.config.vocab_size:
         raise CheckpointError(
             f"The tokenizer has {tokenizer.vocab_size} tokens and the model {network.config.vocab_size}: "
@@ -96,6 +109,14 @@ def pipeline(
         )
     max_length = min(tokenizer.model_max_length, network.config.max_position_embeddings)
     return Pipeline(TASKS[task](tokenizer, network.config, max_length), network, tokenizer, max_length)
+
+
+def _tasks_of(architectures: Sequence[str]) -> list[str]:
+    """The tasks that such a model was trained for."""
+    made_for = {task: {TASKS[task].model_class.__name__} for task in TASKS}
+    made_for["fill-mask"].add("BertForPreTraining")
+    made_for["next-sentence-prediction"].add("BertForPreTraining")
+    return [task for task, classes in made_for.items() if classes.intersection(architectures)]
 
 
 class Pipeline:
@@ -107,6 +128,7 @@ class Pipeline:
         self.config = model.config
         self.params, self._skeleton = tree.split(model)
         self._lengths = [*(length for length in LENGTHS if length < max_length), max_length]
+        self._parameters = list(inspect.signature(task.request).parameters)[1:]
         self._programs: dict[Bucket, jax.stages.Compiled] = {}
 
     @property
@@ -130,11 +152,22 @@ class Pipeline:
             InputError: Names what cannot be used and, of several inputs, the index.
         """
         if isinstance(inputs, str | tuple | dict):
-            return self.run([self.task.request(inputs, **parameters)])[0]
+            return self.run([self.request(inputs, **parameters)])[0]
         if not isinstance(inputs, Iterable):
             raise InputError(f"expected an input or several, got {inputs!r} ({type(inputs).__name__}).")
         results = self._stream(iter(inputs), parameters)
         return list(results) if isinstance(inputs, list) else results
+
+    def request(self, entry: Any, **parameters: Any) -> Request:
+        """One input's request, for `run`.
+
+        Raises:
+            InputError: If the input cannot be used, or the task has no such parameter.
+        """
+        if unknown := [name for name in parameters if name not in self._parameters]:
+            known = ", ".join(self._parameters) or "none"
+            raise InputError(f"the parameter {unknown[0]!r} is unknown; this task's are {known}.")
+        return self.task.request(entry, **parameters)
 
     def _stream(self, inputs: Iterator[Any], parameters: dict[str, Any]) -> Iterator[Any]:
         numbered = enumerate(inputs)
@@ -142,7 +175,7 @@ class Pipeline:
             requests = []
             for i, entry in window:
                 try:
-                    requests.append(self.task.request(entry, **parameters))
+                    requests.append(self.request(entry, **parameters))
                 except InputError as error:
                     raise InputError(f"inputs[{i}]: {error}") from None
             yield from self.run(requests)

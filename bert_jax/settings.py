@@ -257,15 +257,7 @@ class Settings(_Section):
             raise InputError(f"{path} is not YAML: {error}") from None
         if not isinstance(tree, dict):
             raise InputError(f"{path} holds a {type(tree).__name__}; expected a tree of settings.")
-        changes: dict[str, Any] = {}
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            if not equals:
-                raise InputError(f"{override!r} is no override; expected section.key=value.")
-            try:
-                changes = _laid_over(changes, _nested(key.split("."), yaml.safe_load(value)))
-            except yaml.YAMLError:
-                raise InputError(f"{override!r}: the value is not YAML; put it in quotes.") from None
+        changes = assignments(overrides)
         variants, name = tree.pop("task_names", None) or {}, tree.pop("task_name", None)
         name = changes.pop("task_name", name)
         if name is not None:
@@ -295,6 +287,24 @@ class Settings(_Section):
             for key in [*mine, *(key for key in theirs if key not in mine)]
             if mine.get(key) != theirs.get(key)
         ]
+
+
+def assignments(texts: Iterable[str]) -> dict[str, Any]:
+    """`section.key=value`, the value in YAML -> a tree.
+
+    Raises:
+        InputError: Names the one that is none.
+    """
+    changes: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"{text!r} gives no value; expected key=value.")
+        try:
+            changes = _laid_over(changes, _nested(key.split("."), yaml.safe_load(value)))
+        except yaml.YAMLError:
+            raise InputError(f"{text!r}: the value is not YAML; put it in quotes.") from None
+    return changes
 
 
 def _nested(keys: list[str], value: Any) -> Any:

@@ -14,10 +14,10 @@ from bert_jax import __version__, hub
 TEXT = "Paris is the [MASK] of France."
 
 
-def run(*arguments, **environment):
+def run(*arguments, stdin="", **environment):
     command = [sys.executable, "-m", "bert_jax.cli", *map(str, arguments)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "BERT_JAX_COMPILATION_CACHE": "off"} | environment
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment, timeout=120)
 
 
 def test_fill_mask_as_a_table():
@@ -127,3 +127,20 @@ def test_verify_reports_a_miss(tmp_path):
     assert "3 misses" in done.stderr
     assert "fashion" in done.stdout
     assert "✗" in done.stdout
+
+
+def test_score(tmp_path):
+    request = {"inputs": {"input_string": [TEXT, "Today is a [MASK] day!"]}, "parameters": {"top_k": 2}}
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    done = run("score", tmp_path / "request.json", "--model", "bert-mini-cased")
+    assert done.returncode == 0
+    response = json.loads(done.stdout)
+    assert [[entry["token_str"] for entry in entries] for entries in response] == [["capital", "city"], ["new", "good"]]
+    done = run("score", "--model", "bert-mini-cased", stdin=json.dumps({"input_data": [TEXT]}))
+    assert json.loads(done.stdout)[0][0]["sequence"] == "Paris is the capital of France."
+    for content, message in [("{", "stdin is not JSON"), ("[" * 100_000, "stdin is not JSON"), ("{}", "no inputs")]:
+        done = run("score", "--model", "bert-mini-cased", stdin=content)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    assert "Cannot read nowhere.json" in run("score", "nowhere.json").stderr

@@ -259,7 +259,9 @@ def test_the_last_layer_at_chosen_positions_is_the_whole_layer_there(checkpoint,
     for positions in ([[0]], [[0, 3], [0, 9], [0, 4]]):
         everywhere, chosen = network(**given), network(**given, positions=np.array(positions))
         rows = np.broadcast_to(positions, (3, len(positions[0])))
-        close(chosen.last_hidden_state, np.take_along_axis(np.asarray(everywhere.last_hidden_state), rows[..., None], 1))
+        close(
+            chosen.last_hidden_state, np.take_along_axis(np.asarray(everywhere.last_hidden_state), rows[..., None], 1)
+        )
         close(chosen.pooler_output, everywhere.pooler_output)
         attention = np.asarray(everywhere.attentions[-1])
         close(chosen.attentions[-1], np.take_along_axis(attention, rows[:, None, :, None], 2))

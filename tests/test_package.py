@@ -28,8 +28,8 @@ FLOORS = [
         "tasks.question_answering",
     ],
     ["evaluation", "pipelines", "report"],
-    ["training", "verify"],
-    ["recipes"],
+    ["training", "verify", "catalogue"],
+    ["recipes", "prediction"],
     ["cli"],
 ]
 

@@ -117,5 +117,37 @@ def test_a_model_in_hand(tokenizer, fill_mask):
 def test_a_checkpoint_without_the_head(checkpoint, tokenizer):
     with pytest.raises(CheckpointError, match=r"missing: cls.predictions.bias"):
         bert_jax.pipeline("fill-mask", checkpoint("BertModel"), tokenizer=tokenizer)
-    with pytest.raises(CheckpointError, match=r"missing: bert.pooler.dense.bias"):
+    with pytest.raises(CheckpointError, match="BertForMaskedLM, made for fill-mask; next-sentence-prediction takes"):
         bert_jax.pipeline("next-sentence-prediction", "bert-mini-cased")
+
+
+def test_a_checkpoint_of_another_task(tmp_path, tokenizer):
+    # Both classifiers have tensors of the same names and shapes: loading alone would not tell.
+    config = bert_jax.BertConfig(vocab_size=28996, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                 intermediate_size=8)  # fmt: skip
+    made = {
+        "text-classification": "BertForSequenceClassification",
+        "token-classification": "BertForTokenClassification",
+    }
+    for task, architecture in made.items():
+        getattr(bert_jax, architecture)(config, rngs=nnx.Rngs(0)).save_pretrained(tmp_path / task)
+        tokenizer.save_pretrained(tmp_path / task)
+    for task, other in zip(made, reversed(made), strict=True):
+        with pytest.raises(CheckpointError, match=f"is a {made[other]}, made for {other}; {task} takes a {made[task]}"):
+            bert_jax.pipeline(task, tmp_path / other)
+        assert bert_jax.pipeline(task, tmp_path / task)("good")
+    assert bert_jax.pipeline("feature-extraction", tmp_path / "text-classification")("good").shape == (3, 8)
+    both = bert_jax.BertForPreTraining(config, rngs=nnx.Rngs(0))
+    both.save_pretrained(tmp_path / "both")
+    tokenizer.save_pretrained(tmp_path / "both")
+    assert bert_jax.pipeline("fill-mask", tmp_path / "both")("A [MASK].")
+    assert bert_jax.pipeline("next-sentence-prediction", tmp_path / "both")(("A.", "B."))
+
+
+def test_few_programs_for_texts_of_all_lengths(fill_mask):
+    random = np.random.RandomState(0)
+    buckets = set()
+    for _ in range(10):
+        queued = [(Row([0] * int(random.randint(3, 513)), [], [1]), i, 0) for i in range(pipelines.WINDOW)]
+        buckets |= {bucket for _, bucket in fill_mask._batches(queued)}
+    assert len(buckets) <= 16

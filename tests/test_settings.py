@@ -166,7 +166,7 @@ def test_the_last_override_counts(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.epochs", "^'training.epochs' is no override; expected section.key=value.$"),
+        ("training.epochs", "^'training.epochs' gives no value; expected key=value.$"),
         ("training.epochs=[", r"^'training.epochs=\[': the value is not YAML"),
         ("training.epoch=1", "training.epoch: there is no such setting; did you mean epochs?"),
         ("training.epochs.a=1", "training.epochs: Input should be a valid number"),

@@ -156,7 +156,9 @@ class FillMask:
 
     def _pieces(self, targets: str | Sequence[str]) -> list[list[int]]:
         """Token ids of each target, without repetitions."""
-        targets = [targets] if isinstance(targets, str) else list(targets)
+        targets = [targets] if isinstance(targets, str) else targets
+        if not isinstance(targets, list | tuple):
+            raise InputError(f"targets is {targets!r}; expected a list of words.")
         if not targets:
             raise InputError("targets is empty; expected at least one word.")
         found = []

@@ -1,0 +1,345 @@
+"""Files -> predictions: row by row in their order, in constant memory, and on after a kill.
+
+Beside the output stand, until it is finished, `….partial` with the rows so far, and for good `….run.json`, which says
+what run this is and how far it is, and `….rejected.jsonl` with the rows that could not be used, if there were any.
+"""
+
+import csv
+import gzip
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bert_jax.catalogue import jsonable
+from bert_jax.data import sources
+from bert_jax.errors import InputError
+from bert_jax.pipelines import WINDOW, Pipeline
+from bert_jax.tasks.base import Request
+
+PREDICTION = "prediction"
+"""The column that is added."""
+OUTPUTS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+TEXTS: list[tuple[str, ...]] = [(name,) for name in sources.TEXT]
+PAIRS: list[tuple[str, ...]] = [("text", "text_pair"), ("sentence1", "sentence2"), ("question1", "question2"),
+                                ("premise", "hypothesis"), ("question", "sentence")]  # fmt: skip
+COLUMNS: dict[str, list[tuple[str, ...]]] = {
+    "question-answering": [("question", "context")],
+    "next-sentence-prediction": PAIRS,
+    "token-classification": [("tokens",), *TEXTS],
+}
+"""Usual names of the columns that make an input; of other tasks, `TEXTS`."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the rows: so many predicted, and so many set aside."""
+
+    predicted: int
+    rejected: int
+
+
+def predict_files(
+    pipe: Pipeline,
+    inputs: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    task: str,
+    model: str,
+    columns: tuple[str, ...] = (),
+    format: str | None = None,
+    shard: tuple[int, int] = (1, 1),
+    parameters: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+) -> Counts:
+    """Predicts each row of files and writes it, the prediction added, to another.
+
+    After a kill the same call goes on; a row whose input cannot be used goes to `….rejected.jsonl` with the reason, and
+    the rest goes on.
+
+    Args:
+        pipe: The model.
+        inputs: Files that `sources.entries` reads.
+        output: A file; its name says how: JSONL, CSV (both perhaps gzipped) or Parquet.
+        task: By its name.
+        model: By its name; a run that goes on must be of the same.
+        columns: Those that make an input: one, or two for a pair; by usual names by default.
+        format: Of the inputs; by their names by default, .txt being a text a line.
+        shard: (i, n): each n-th row, beginning with the i-th, from 1.
+        parameters: The task's own.
+        console: Shows progress.
+
+    Raises:
+        InputError: If a file cannot be read or written, a table lacks the column, or the output is of another run.
+    """
+    output, paths = Path(output), [Path(path) for path in inputs]
+    if not output.name.endswith(OUTPUTS):
+        raise InputError(f"{output}: expected a name that ends in {', '.join(OUTPUTS)}.")
+    if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise InputError("Parquet needs pyarrow: pip install 'bert-jax[data]'.")
+    parameters = dict(parameters or {})
+    try:
+        sizes = {str(path): path.stat().st_size for path in paths}
+    except OSError as error:
+        raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from None
+    run = {"task": task, "model": model, "inputs": sizes, "columns": list(columns), "format": format,
+           "shard": list(shard), "parameters": parameters}  # fmt: skip
+    candidates = [columns] if columns else COLUMNS.get(task, TEXTS)
+    for path in paths:
+        if (kind := _format(path, format)) in ("csv", "tsv", "parquet"):
+            for _, row, _ in islice(sources.entries(path, kind), 1):
+                if not isinstance(row, InputError):
+                    _input(row, candidates)  # a table without the column is no use at all
+    try:
+        journal = _Journal.opened(output, run)
+        if not journal.complete:
+            with _progress(console, sum(sizes.values())) as progress:
+                bar = progress.add_task("", total=sum(sizes.values()), rate="")
+                rows = _entries(paths, format, shard)
+                for _ in islice(rows, journal.read):
+                    pass
+                _predict(pipe, rows, candidates, parameters, journal, progress, bar)
+            journal.complete = True
+            journal.commit()
+        if journal.partial.exists():
+            _convert(journal.partial, output)
+            journal.partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"Cannot write {error.filename or output}: {error.strerror}.") from None
+    return Counts(journal.predicted, journal.read - journal.predicted)
+
+
+@dataclass
+class _Journal:
+    """How far a run is. Both files are cut back to what it says, so that no row is lost or comes twice."""
+
+    output: Path
+    run: dict[str, Any]
+    read: int = 0
+    predicted: int = 0
+    partial_bytes: int = 0
+    rejected_bytes: int = 0
+    complete: bool = False
+
+    @property
+    def partial(self) -> Path:
+        return self.output.with_name(self.output.name + ".partial")
+
+    @property
+    def rejected(self) -> Path:
+        return self.output.with_name(self.output.name + ".rejected.jsonl")
+
+    @property
+    def path(self) -> Path:
+        return self.output.with_name(self.output.name + ".run.json")
+
+    @classmethod
+    def opened(cls, output: Path, run: dict[str, Any]) -> "_Journal":
+        journal = cls(output, run)
+        try:
+            before = json.loads(journal.path.read_text(encoding="utf-8"))
+            before, journal = before["run"], cls(**before | {"output": output})
+        except FileNotFoundError:
+            if output.exists():
+                raise InputError(f"{output} is there already and of no run that could go on; take another.") from None
+            journal.path.parent.mkdir(parents=True, exist_ok=True)
+            journal.commit()
+            before = run
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{journal.path} is damaged; remove it and begin anew.") from None
+        if different := [key for key in run if before.get(key) != run[key]]:
+            shown = "; ".join(f"{key}: {before.get(key)!r}, now {run[key]!r}" for key in different)
+            raise InputError(f"{output} belongs to another run ({shown}). Take another output, or these arguments.")
+        return journal
+
+    def commit(self) -> None:
+        staged = self.path.with_name(self.path.name + ".new")
+        with open(staged, "w", encoding="utf-8") as file:
+            json.dump(vars(self) | {"output": self.output.name}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, self.path)
+
+
+@dataclass
+class _Window:
+    """Rows that are predicted together: those that can be, and what is wrong with the others."""
+
+    read: int
+    position: int
+    rows: list[sources.Row]
+    requests: list[Request]
+    rejected: list[dict[str, Any]]
+
+
+def _predict(
+    pipe: Pipeline,
+    rows: Iterator[tuple[Path, int, sources.Entry]],
+    candidates: Sequence[tuple[str, ...]],
+    parameters: dict[str, Any],
+    journal: _Journal,
+    progress: Progress,
+    bar: Any,
+) -> None:
+    began = journal.read
+    with (
+        open(journal.partial, "ab") as partial,
+        open(journal.rejected, "ab") as rejected,
+        ThreadPoolExecutor(1) as ahead,  # while one window is computed, the next is read and tokenized
+    ):
+        for file, size in ((partial, journal.partial_bytes), (rejected, journal.rejected_bytes)):
+            if file.tell() < size:
+                raise InputError(f"{file.name} is shorter than it was; remove {journal.path} and it, and begin anew.")
+            file.truncate(size)
+        coming = ahead.submit(_window, pipe, rows, candidates, parameters)
+        while window := coming.result():
+            coming = ahead.submit(_window, pipe, rows, candidates, parameters)
+            results = pipe.run(window.requests)
+            for row, result in zip(window.rows, results, strict=True):
+                partial.write(_line(row | {PREDICTION: jsonable(result)}))
+            for row in window.rejected:
+                rejected.write(_line(row))
+            for file in (partial, rejected):
+                file.flush()
+                os.fsync(file.fileno())
+            journal.read += window.read
+            journal.predicted += len(results)
+            journal.partial_bytes, journal.rejected_bytes = partial.tell(), rejected.tell()
+            journal.commit()
+            seconds = progress.tasks[bar].elapsed or 1e-9
+            rate = f"{journal.read:,} rows, {(journal.read - began) / seconds:,.0f} a second"
+            progress.update(bar, completed=window.position, rate=rate)
+    if not journal.rejected_bytes:
+        journal.rejected.unlink()
+
+
+def _window(
+    pipe: Pipeline,
+    entries: Iterator[tuple[Path, int, sources.Entry]],
+    candidates: Sequence[tuple[str, ...]],
+    parameters: dict[str, Any],
+) -> _Window | None:
+    window = _Window(0, 0, [], [], [])
+    for path, before, (line, row, position) in islice(entries, WINDOW):
+        window.read += 1
+        window.position = before + position
+        try:
+            if isinstance(row, InputError):
+                raise row
+            if PREDICTION in row:
+                raise InputError(f"there is a column {PREDICTION!r} already.")
+            request = pipe.request(_input(row, candidates), **parameters)
+        except InputError as error:
+            content = {} if isinstance(row, InputError) else {"row": row}
+            window.rejected.append({"file": str(path), "line": line, "reason": str(error), **content})
+        else:
+            window.rows.append(row)
+            window.requests.append(request)
+    return window if window.read else None
+
+
+def _entries(
+    paths: Sequence[Path], format: str | None, shard: tuple[int, int]
+) -> Iterator[tuple[Path, int, sources.Entry]]:
+    """Rows of all files, each with its file and the bytes of the files before."""
+
+    def every() -> Iterator[tuple[Path, int, sources.Entry]]:
+        before = 0
+        for path in paths:
+            for entry in sources.entries(path, _format(path, format)):
+                yield path, before, entry
+            before += path.stat().st_size
+
+    return islice(every(), shard[0] - 1, None, shard[1])
+
+
+def _format(path: Path, format: str | None) -> str:
+    kind = format or sources.format_of(path)
+    return "text" if format is None and kind == "text;label" else kind
+
+
+def _input(row: sources.Row, candidates: Sequence[tuple[str, ...]]) -> Any:
+    """What the task takes of a row: the first columns that are there."""
+    for names in candidates:
+        if all(name in row for name in names):
+            values = tuple(tuple(v) if isinstance(v := row[name], list) else v for name in names)
+            return values if len(names) > 1 else values[0]
+    wanted = " or ".join(" and ".join(map(repr, names)) for names in candidates[:3])
+    raise InputError(f"there is no column {wanted}; there are {', '.join(map(repr, row))}.")
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode()
+
+
+def _progress(console: Console | None, total: int) -> Progress:
+    return Progress(
+        BarColumn(), TextColumn("{task.percentage:.0f} %"), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+        console=console or Console(quiet=True), disable=console is None, transient=True,
+    )  # fmt: skip
+
+
+def _convert(partial: Path, output: Path) -> None:
+    """The rows as the output's name wants them; it appears when it is whole."""
+    if output.suffix == ".jsonl":
+        os.replace(partial, output)
+        return
+    staged = output.with_name(output.name + ".new")
+    opened: Any = gzip.open if output.suffix == ".gz" else open
+    with open(partial, "rb") as rows:
+        if ".jsonl" in output.suffixes:
+            with opened(staged, "wb") as file:
+                shutil.copyfileobj(rows, file)
+        else:
+            # Twice through the rows: what columns there are, and of what kind, the last row alone may tell.
+            kinds: dict[str, set[type]] = {}
+            for row in map(_flat, rows):
+                for name, value in row.items():
+                    kinds.setdefault(name, set()).add(type(value))
+            rows.seek(0)
+            if output.suffix == ".parquet":
+                _write_parquet(map(_flat, rows), kinds, staged)
+            else:
+                with opened(staged, "wt", encoding="utf-8", newline="") as file:
+                    writer = csv.DictWriter(file, list(kinds))
+                    writer.writeheader()
+                    writer.writerows(map(_flat, rows))
+    os.replace(staged, output)
+
+
+def _flat(line: bytes) -> dict[str, Any]:
+    """A row of a table: `{label, score}` becomes two columns, and what is no number or text is written in JSON."""
+    row = json.loads(line)
+    prediction = row.pop(PREDICTION)
+    parts = prediction if isinstance(prediction, dict) else {"": prediction}
+    row |= {f"{PREDICTION}_{name}".rstrip("_"): value for name, value in parts.items()}
+    return {k: json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict) else v for k, v in row.items()}
+
+
+def _write_parquet(rows: Iterator[dict[str, Any]], kinds: Mapping[str, set[type]], path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    fields = {}
+    for name, found in kinds.items():
+        found = found - {type(None)}
+        numbers = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64()}
+        one = next(iter(found)) if len(found) == 1 else float if found == {int, float} else str
+        fields[name] = numbers.get(one, pyarrow.string())
+    schema = pyarrow.schema(fields)
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        while chunk := list(islice(rows, WINDOW)):
+            for row in chunk:
+                for name, value in row.items():
+                    if fields[name] == pyarrow.string() and value is not None:
+                        row[name] = value if isinstance(value, str) else json.dumps(value)
+            writer.write_table(pyarrow.Table.from_pylist(chunk, schema=schema))

@@ -1,0 +1,282 @@
+"""Files -> predictions: order, formats, rows that cannot be used, shards, and kills."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet
+import pytest
+from flax import nnx
+
+import bert_jax
+from bert_jax import prediction
+from bert_jax.data import sources
+from bert_jax.errors import InputError
+
+WORDS = ("the", "a", "good", "bad", "day", "film", "was", "is", "not", "very", "long", "short", "end", "Paris")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer):
+    config = bert_jax.BertConfig(vocab_size=28996, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                 intermediate_size=16, initializer_range=0.5)  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(model):
+    return bert_jax.pipeline("text-classification", model)
+
+
+def sentences(count, seed=0):
+    chosen = random.Random(seed)
+    return [" ".join(chosen.choices(WORDS, k=chosen.randint(1, 30))) for _ in range(count)]
+
+
+def run(pipe, inputs, output, **options):
+    options = {"task": "text-classification", "model": "m"} | options
+    return prediction.predict_files(pipe, inputs, output, **options)
+
+
+def lines(path):
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_rows_stay_in_order_and_get_what_the_pipeline_gives(pipe, tmp_path):
+    texts = sentences(2500)  # more than two windows
+    (tmp_path / "in.txt").write_text("\n".join(texts))
+    assert run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl") == prediction.Counts(2500, 0)
+    rows = lines(tmp_path / "out.jsonl")
+    assert [row["text"] for row in rows] == texts
+    expected = pipe(texts)
+    assert [row["prediction"]["label"] for row in rows] == [entry["label"] for entry in expected]
+    assert len({entry["label"] for entry in expected}) > 1
+    assert max(abs(r["prediction"]["score"] - e["score"]) for r, e in zip(rows, expected, strict=True)) < 1e-5
+    assert sorted(os.listdir(tmp_path)) == ["in.txt", "out.jsonl", "out.jsonl.run.json"]
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.csv", "in.tsv", "in.parquet", "in.txt", "in.csv.gz", "in.txt.gz"])
+def test_formats_of_inputs(pipe, tmp_path, name):
+    texts = sentences(5)
+    content = {
+        ".jsonl": "".join(json.dumps({"review": text, "n": 1}) + "\n" for text in texts),
+        ".csv": "review,n\n" + "".join(f'"{text}",1\n' for text in texts),
+        ".tsv": "review\tn\n" + "".join(f"{text}\t1\n" for text in texts),
+        ".txt": "".join(f"{text}\n" for text in texts),
+    }
+    path = tmp_path / name
+    if name == "in.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"review": texts, "n": [1] * 5}), path)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(content[f".{name.split('.')[1]}"].encode()))
+    else:
+        path.write_text(content[path.suffix])
+    counts = run(pipe, [path, path], tmp_path / "out.jsonl")
+    assert (counts.predicted, counts.rejected) == (10, 0)
+    assert [row.get("review", row.get("text")) for row in lines(tmp_path / "out.jsonl")] == texts * 2
+
+
+@pytest.mark.parametrize("name", ["out.jsonl.gz", "out.csv", "out.csv.gz", "out.parquet"])
+def test_formats_of_outputs(pipe, tmp_path, name):
+    (tmp_path / "in.jsonl").write_text(
+        '{"text": "good", "n": 1, "t": ["é"]}\n{"text": "bad", "n": 2.5, "late": true}\n'
+    )
+    path = tmp_path / name
+    run(pipe, [tmp_path / "in.jsonl"], path)
+    if name == "out.jsonl.gz":
+        assert [row["prediction"] for row in lines(path)] == pipe(["good", "bad"])
+        return
+    rows = list(sources.read(path))
+    if name == "out.parquet":
+        assert [row["n"] for row in rows] == [1.0, 2.5]
+        assert [row["late"] for row in rows] == [None, True]
+    assert [row["prediction_label"] for row in rows] == [entry["label"] for entry in pipe(["good", "bad"])]
+    assert [float(row["prediction_score"]) for row in rows] == [entry["score"] for entry in pipe(["good", "bad"])]
+    assert rows[0]["t"] == '["é"]'
+    assert list(rows[0]) == ["text", "n", "t", "prediction_label", "prediction_score", "late"]
+
+
+def test_bad_rows_are_set_aside_with_reason_and_line(pipe, tmp_path):
+    content = (
+        b'{"text": "good"}\nno JSON\n{"body": "x"}\n{"text": ""}\n{"text": "\xff"}\n{"text": "a", "prediction": 1}\n'
+    )
+    (tmp_path / "in.jsonl").write_bytes(content + b'{"text": 5}\n[]\n{"text": "bad"}\n')
+    counts = run(pipe, [tmp_path / "in.jsonl"], tmp_path / "out.jsonl")
+    assert (counts.predicted, counts.rejected) == (2, 7)
+    assert [row["text"] for row in lines(tmp_path / "out.jsonl")] == ["good", "bad"]
+    rejected = lines(tmp_path / "out.jsonl.rejected.jsonl")
+    assert [row["line"] for row in rejected] == [2, 3, 4, 5, 6, 7, 8]
+    assert {row["file"] for row in rejected} == {str(tmp_path / "in.jsonl")}
+    reasons = ["no JSON", "no column 'text' or", "the text is empty", "not UTF-8", "'prediction' already",
+               "expected a text", "a list; expected an object"]  # fmt: skip
+    for row, reason in zip(rejected, reasons, strict=True):
+        assert reason in row["reason"]
+    assert rejected[1]["row"] == {"body": "x"}
+
+
+def test_shards_are_the_whole_dealt_out(pipe, tmp_path):
+    texts = sentences(50)
+    (tmp_path / "in.txt").write_text("\n".join(texts))
+    for i in (1, 2, 3):
+        run(pipe, [tmp_path / "in.txt"], tmp_path / f"{i}.jsonl", shard=(i, 3))
+        assert [row["text"] for row in lines(tmp_path / f"{i}.jsonl")] == texts[i - 1 :: 3]
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "columns", "expected"),
+    [
+        ("text-classification", {"text": "a", "label": "b"}, (), "a"),
+        ("text-classification", {"sentence1": "a", "sentence2": "b"}, ("sentence2", "sentence1"), ("b", "a")),
+        ("next-sentence-prediction", {"premise": "a", "hypothesis": "b"}, (), ("a", "b")),
+        ("question-answering", {"question": "a", "context": "b"}, (), ("a", "b")),
+        ("token-classification", {"tokens": ["a", "b"], "text": "c"}, (), ("a", "b")),
+        ("fill-mask", {"input_string": "a"}, (), "a"),
+    ],
+)
+def test_columns(task, row, columns, expected):
+    assert prediction._input(row, [columns] if columns else prediction.COLUMNS.get(task, prediction.TEXTS)) == expected
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL between two instructions: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("place", ["run", "commit", "replace", "unlink", "fsync"])
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv"])
+def test_broken_off_anywhere_it_goes_on(pipe, tmp_path, monkeypatch, place, name):
+    monkeypatch.setattr(prediction, "WINDOW", 4)
+    (tmp_path / "in.txt").write_text("\n".join(sentences(6)) + "\n\n" + "\n".join(sentences(5, seed=1)))
+    run(pipe, [tmp_path / "in.txt"], tmp_path / f"whole_{name}")
+    owner = {"run": type(pipe), "commit": prediction._Journal, "unlink": prediction.Path}.get(place, prediction.os)
+    original, broken = getattr(owner, place), 0
+    for call in range(1, 8):
+        for after in (False, True):
+            output, calls = tmp_path / f"{call}{after}_{name}", 0
+
+            def breaking(*arguments, after=after, call=call, **keywords):
+                nonlocal calls
+                calls += 1
+                if calls == call and not after:
+                    raise Killed
+                result = original(*arguments, **keywords)
+                if calls == call:
+                    raise Killed
+                return result
+
+            with monkeypatch.context() as patched:
+                patched.setattr(owner, place, breaking)
+                try:
+                    run(pipe, [tmp_path / "in.txt"], output)
+                except Killed:
+                    broken += 1
+            assert run(pipe, [tmp_path / "in.txt"], output) == prediction.Counts(11, 1)
+            for suffix in ("", ".rejected.jsonl"):
+                found, whole = (path.with_name(path.name + suffix) for path in (output, tmp_path / f"whole_{name}"))
+                assert found.read_bytes() == whole.read_bytes()
+            assert not list(tmp_path.glob("*.partial"))
+    assert broken >= 2
+
+
+def test_outputs_of_others_are_left_alone(pipe, tmp_path):
+    (tmp_path / "in.txt").write_text("good\n")
+    (tmp_path / "out.jsonl").write_text("mine")
+    with pytest.raises(InputError, match="is there already"):
+        run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == "mine"
+    run(pipe, [tmp_path / "in.txt"], tmp_path / "other.jsonl")
+    before = (tmp_path / "other.jsonl").read_bytes()
+    assert run(pipe, [tmp_path / "in.txt"], tmp_path / "other.jsonl").predicted == 1  # finished: nothing to do
+    with pytest.raises(InputError, match=r"to another run \(parameters: \{\}, now \{'top_k': 2\}\)"):
+        run(pipe, [tmp_path / "in.txt"], tmp_path / "other.jsonl", parameters={"top_k": 2})
+    (tmp_path / "in.txt").write_text("good\nbad\n")
+    with pytest.raises(InputError, match="belongs to another run"):
+        run(pipe, [tmp_path / "in.txt"], tmp_path / "other.jsonl")
+    assert (tmp_path / "other.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("in.csv", "body,label\nx,y\n", {}, "there is no column 'text' or"),
+        ("in.csv", "body,label\nx,y\n", {"columns": ("txt",)}, "there is no column 'txt'; there are 'body', 'label'"),
+        ("in.bin", "x", {}, "what is in it?"),
+        ("missing", None, {}, "Cannot read .*missing: No such file"),
+        ("in.txt", "x", {"output": "out.xlsx"}, r"expected a name that ends in \.jsonl"),
+        ("in.txt", "x", {"output": "in.txt/out.jsonl"}, "Cannot write .*: Not a directory"),
+        ("in.parquet", "x", {}, "Cannot read .*in.parquet"),
+    ],
+)
+def test_bad_arguments(pipe, tmp_path, name, content, options, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    output = tmp_path / options.pop("output", "out.jsonl")
+    with pytest.raises(InputError, match=message):
+        run(pipe, [tmp_path / name], output, **options)
+    assert not output.exists()
+
+
+def predict(*arguments, **environment):
+    command = [sys.executable, "-m", "bert_jax.cli", "predict", *map(str, arguments)]
+    return command, os.environ | {"BERT_JAX_COMPILATION_CACHE": "off"} | environment
+
+
+def test_the_command(model, tmp_path):
+    (tmp_path / "in.txt").write_text("good\n\nbad\n")
+    arguments = [model, "--task", "text-classification", "--input", tmp_path / "in.txt"]
+    command, environment = predict(*arguments, "--output", tmp_path / "out.jsonl", "--parameter", "top_k=2")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 rows; 1 set aside" in done.stdout
+    assert [len(row["prediction"]) for row in lines(tmp_path / "out.jsonl")] == [2, 2]
+    command, environment = predict(model, "good", "bad", "--task", "text-classification")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert [set(json.loads(line)) for line in done.stdout.splitlines()] == [{"label", "score"}] * 2
+    for wrong in (
+        ["--output", "x"],
+        ["--shard", "0/2", "--output", "x.jsonl"],
+        ["--parameter", "x", "--output", "x.jsonl"],
+    ):
+        command, environment = predict(*arguments[:-2], *(["--input", "x"] if len(wrong) > 2 else []), *wrong)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_killed_it_loses_no_line_and_repeats_none(tmp_path):
+    """SIGKILL at random moments, the same command each time; memory that does not grow with the rows."""
+    count, kills = int(os.environ.get("BERT_JAX_ROWS", "10000")), 5
+    texts = [f"{text} [MASK] ." for text in sentences(count)]
+    (tmp_path / "few.txt").write_text("\n".join(texts[:2048]))
+    (tmp_path / "in.txt").write_text("\n".join(texts))
+    arguments = ["bert-mini-cased", "--task", "fill-mask", "--parameter", "top_k=1", "--input"]
+    peaks = {}
+    for name in ("few", "in"):
+        command, environment = predict(*arguments, tmp_path / f"{name}.txt", "--output", tmp_path / f"{name}.jsonl")
+        child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        began = time.monotonic()
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds, peaks[name] = time.monotonic() - began, usage.ru_maxrss
+        child.returncode = os.waitstatus_to_exitcode(status)
+        assert child.returncode == 0
+    assert peaks["in"] < 1.1 * peaks["few"]
+    command, environment = predict(*arguments, tmp_path / "in.txt", "--output", tmp_path / "killed.jsonl")
+    moment, killed = random.Random(0), 0
+    while killed < kills:
+        child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        time.sleep(moment.uniform(0.1, 1.0) * seconds / kills)
+        child.send_signal(signal.SIGKILL)
+        killed += child.wait() == -signal.SIGKILL
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "in.jsonl").read_bytes()
+    print(f"{count} rows, {kills} kills, {seconds:.0f} s unbroken; peak {peaks} kB", file=sys.stderr)

@@ -184,30 +184,46 @@ def finetune(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a fine-tuned model.")],
-    config: Annotated[Path, typer.Argument(help="The YAML file of settings that names the data.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id, or bert-mini-cased.")],
+    config: Annotated[Path, typer.Argument(help="The YAML file of settings that names the task and the data.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
-    split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
+    beside: Annotated[
+        list[str] | None, typer.Option(help="Of fill-mask: another model, in the same table; may be given again.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="validation or test; the one of these that is set.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Leaves JSON, Markdown and PNG in this folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a model's metrics on a data set."""
+    from bert_jax import settings as settings_
     from bert_jax.errors import InputError
-    from bert_jax.settings import Settings
 
-    if split not in ("validation", "test"):
+    if split not in (None, "validation", "test"):
         raise InputError(f"--split is {split!r}; expected validation or test.")
-    settings = Settings.from_file(config, overrides or ())
+    settings = settings_.read(config, overrides or ())
+    split = split or ("validation" if settings.data.validation else "test")
     memory.keep_freed()
     _use_compilation_cache()
+    from rich.console import Console
     from rich.markdown import Markdown
 
-    from bert_jax import recipes, report
+    from bert_jax import heldout, recipes, report
 
-    metrics = recipes.evaluate(model, settings, split)
+    if isinstance(settings, settings_.HeldOut):
+        metrics = heldout.evaluate([model, *(beside or ())], settings, split, console=Console(stderr=True))
+        markdown = report.held_out_markdown(metrics)
+        if output:
+            recipes.check_extra("matplotlib")
+            heldout.leave(output, settings, metrics)
+    elif beside or output:
+        raise InputError(f"--beside and --output go with {' and '.join(settings_.HELD_OUT_TASKS)}.")
+    else:
+        metrics = recipes.evaluate(model, settings, split)
+        markdown = report.markdown(metrics)
     if as_json:
         print(json.dumps(metrics, indent=2))
     else:
-        _console().print(Markdown(report.markdown(metrics)))
+        _console().print(Markdown(markdown))
 
 
 @app.command()

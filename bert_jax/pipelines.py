@@ -237,10 +237,12 @@ class Pipeline:
     def _forward(self, rows: list[Row], bucket: Bucket) -> dict[str, jax.Array]:
         ids, types = [row.input_ids for row in rows], [row.token_type_ids for row in rows]
         inputs = self.tokenizer.pad(ids, types, length=bucket.length, rows=bucket.rows)
-        if bucket.masks:
-            inputs["masked_positions"] = np.zeros((bucket.rows, bucket.masks), np.int32)
-            for i, row in enumerate(rows):
-                inputs["masked_positions"][i, : len(row.masked_positions)] = row.masked_positions
+        for name in ("masked_positions", "labels"):
+            columns = [getattr(row, name) for row in rows]
+            if any(columns):
+                inputs[name] = np.zeros((bucket.rows, bucket.masks), np.int32)
+                for i, column in enumerate(columns):
+                    inputs[name][i, : len(column)] = column
         if bucket not in self._programs:
             self._programs[bucket] = jax.jit(self._step).lower(self.params, inputs).compile()
         return self._programs[bucket](self.params, inputs)

@@ -95,8 +95,8 @@ def predict_files(
            "shard": list(shard), "parameters": parameters}  # fmt: skip
     candidates = [columns] if columns else COLUMNS.get(task, TEXTS)
     for path in paths:
-        if (kind := _format(path, format)) in ("csv", "tsv", "parquet"):
-            for _, row, _ in islice(sources.entries(path, kind), 1):
+        if path.is_file() and (format or sources.format_of(path, False)) in ("csv", "tsv", "parquet"):
+            for _, row, _ in islice(sources.entries(path, format), 1):
                 if not isinstance(row, InputError):
                     _input(row, candidates)  # a table without the column is no use at all
     try:
@@ -255,16 +255,11 @@ def _entries(
     def every() -> Iterator[tuple[Path, int, sources.Entry]]:
         before = 0
         for path in paths:
-            for entry in sources.entries(path, _format(path, format)):
+            for entry in sources.entries(path, format, labelled=False):
                 yield path, before, entry
             before += path.stat().st_size
 
     return islice(every(), shard[0] - 1, None, shard[1])
-
-
-def _format(path: Path, format: str | None) -> str:
-    kind = format or sources.format_of(path)
-    return "text" if format is None and kind == "text;label" else kind
 
 
 def _input(row: sources.Row, candidates: Sequence[tuple[str, ...]]) -> Any:

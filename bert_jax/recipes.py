@@ -21,7 +21,7 @@ from bert_jax.data import sources
 from bert_jax.data.loader import Examples, Loader
 from bert_jax.errors import InputError
 from bert_jax.model import BertPreTrainedModel
-from bert_jax.settings import Settings
+from bert_jax.settings import HeldOut, Settings
 from bert_jax.tasks.base import TrainableTask
 from bert_jax.tasks.sequence_classification import SequenceClassification, label_set
 from bert_jax.tokenizer import Tokenizer
@@ -91,7 +91,7 @@ def prepare(settings: Settings) -> Prepared:
     return Prepared(task, model, tokenizer, rows, featurize(task, rows))
 
 
-def max_length(settings: Settings, config: BertConfig) -> int:
+def max_length(settings: Settings | HeldOut, config: BertConfig) -> int:
     """The settings' length, if the model has so many positions.
 
     Raises:
@@ -115,7 +115,7 @@ def featurize(task: TrainableTask, rows: dict[str, list[sources.Row]]) -> dict[s
     return examples
 
 
-def read_split(settings: Settings, split: str) -> list[sources.Row]:
+def read_split(settings: Settings | HeldOut, split: str) -> list[sources.Row]:
     """Rows of a split, their columns by the names that tasks know; empty where the settings have no such split.
 
     Raises:
@@ -130,7 +130,7 @@ def read_split(settings: Settings, split: str) -> list[sources.Row]:
         if data.id:
             found = sources.read_hub(data.id, data.name, place, data.revision)
         else:
-            found = sources.read(place, data.format)
+            found = sources.read(place, data.format, labelled=isinstance(settings, Settings))
         rows += islice(found, None if data.limit is None else data.limit - len(rows))
     where = f"data.{split} ({places})"
     if not rows:
@@ -163,7 +163,7 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     """
     console, began = console or Console(quiet=True), time.perf_counter()
     folder = Path(settings.output.folder)
-    _check_extra("grain", "sklearn", "matplotlib", "tensorboardX")  # now, and not after hours of training
+    check_extra("grain", "sklearn", "matplotlib", "tensorboardX")  # now, and not after hours of training
     if _is_finished(settings, folder):
         console.print(f"{folder} is finished; its {RESULTS} has the metrics. Another output.folder starts a new run.")
         return folder
@@ -218,7 +218,7 @@ def evaluate(model_id: str, settings: Settings, split: str) -> dict[str, Any]:
         InputError: If the split is not set, or its labels are not the model's.
         CheckpointError: If the model has no head for the task.
     """
-    _check_extra("sklearn")
+    check_extra("sklearn")
     rows = read_split(settings, split)
     if not rows:
         raise InputError(f"data.{split} is not set.")
@@ -281,7 +281,8 @@ def dry_run(settings: Settings) -> str:
     return "\n\n".join(parts)
 
 
-def _check_extra(*modules: str) -> None:
+def check_extra(*modules: str) -> None:
+    """Raises `InputError` where something of the extra `train` is not installed."""
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
         raise InputError(f"This needs {', '.join(missing)}: pip install 'bert-jax[train]'.")
 

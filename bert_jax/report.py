@@ -9,6 +9,8 @@ from bert_jax.settings import Settings
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+CLASSES = {"by_frequency": "times in the texts", "by_position": "position in the row"}
+
 
 def learning_curve(journal: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
     """Loss by step in training and validation and, on a second axis, the metric.
@@ -48,6 +50,54 @@ def markdown(metrics: Mapping[str, Any]) -> str:
             rows = [[name, *map(str, counts)] for name, counts in zip(per_class, confusion, strict=True)]
             parts.append(_table(["is \\ was called", *per_class], rows))
     return "\n\n".join(parts)
+
+
+def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table of measures with their intervals, a column a model, and of fill-mask by frequency and by position."""
+    first = next(iter(results.values()))
+    rows = []
+    for name, entry in first.items():
+        found = [result[name] for result in results.values()]
+        if isinstance(entry, Mapping):
+            rows.append([name, *(f"{each['value']:.4f} ({each['low']:.4f}–{each['high']:.4f})" for each in found)])
+        elif isinstance(entry, int):
+            rows.append([name, *(f"{each:,}" for each in found)])
+    parts = [_table(["", *results], rows)]
+    for name, what in CLASSES.items():
+        if name in first:
+            rows = [
+                [model, _class(part), f"{part['tokens']:,}", f"{part['nll']:.4f}", f"{part['accuracy@1']:.4f}"]
+                for model, result in results.items() for part in result[name]
+            ]  # fmt: skip
+            parts.append(_table(["model", what, "tokens", "nll", "accuracy@1"], rows))
+    return "\n\n".join(parts)
+
+
+def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
+    """Accuracy by how often a token occurs and where it stands, a line a model; of pairs, a bar a model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    names = [name for name in CLASSES if name in next(iter(results.values()))]
+    for n, name in enumerate(names, 1):
+        axes = figure.add_subplot(1, len(names), n, xlabel=CLASSES[name], ylabel="accuracy@1")
+        for model, result in results.items():
+            parts = result[name]
+            axes.plot([_class(part) for part in parts], [part["accuracy@1"] for part in parts], "o-", label=model)
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    if not names:
+        axes = figure.add_subplot(ylabel="accuracy")
+        for model, result in results.items():
+            value, low, high = (result["accuracy"][key] for key in ("value", "low", "high"))
+            axes.errorbar([model], [value], [[value - low], [high - value]], fmt="o", capsize=4)
+        axes.axhline(0.5, color="0.7")
+    return figure
+
+
+def _class(part: Mapping[str, Any]) -> str:
+    low, high = part["from"], part["to"]
+    return f"{low}+" if high is None else f"{low}–{high}" if high > low else f"{low}"
 
 
 def model_card(settings: Settings, results: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -38,7 +38,7 @@ def _compiles(pattern: str) -> str:
 Pattern = Annotated[str, AfterValidator(_compiles)]
 """A regular expression that matches whole parameter paths, `bert.layers.0.attention.query.weight`."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-FINETUNING_TASKS = ("text-classification",)
+HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction")
 
 
 class _Section(BaseModel):
@@ -221,22 +221,11 @@ class Output(_Section):
     """Writes event files for TensorBoard too."""
 
 
-class Settings(_Section):
-    """A run."""
-
-    task: Literal["text-classification"]
-    """By Hugging Face's name."""
-    model: Model = Model()
-    data: Data = Data()
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    training: Training = Training()
-    precision: Precision = Precision()
-    mesh: Mesh = Mesh()
-    output: Output
+class _Root(_Section):
+    """A whole file's tree."""
 
     @classmethod
-    def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Settings":
+    def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
         """Reads a YAML file.
 
         A file may hold variants: where `task_name: mrpc` is given, what stands under `task_names: {mrpc: …}` is laid
@@ -249,25 +238,10 @@ class Settings(_Section):
         Raises:
             InputError: Names each key that is unknown, with the nearest that is not, and each value that is none.
         """
-        try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"Cannot read {path}: {error.strerror}.") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not YAML: {error}") from None
-        if not isinstance(tree, dict):
-            raise InputError(f"{path} holds a {type(tree).__name__}; expected a tree of settings.")
-        changes = assignments(overrides)
-        variants, name = tree.pop("task_names", None) or {}, tree.pop("task_name", None)
-        name = changes.pop("task_name", name)
-        if name is not None:
-            if not isinstance(variants, dict) or not isinstance(variants.get(name), dict):
-                raise InputError(f"task_name is {name!r}; {path} has {', '.join(map(str, variants)) or 'none'}.")
-            tree = _laid_over(tree, variants[name])
-        return cls.from_dict(_laid_over(tree, changes), source=str(path))
+        return cls.from_dict(_tree(path, overrides), source=str(path))
 
     @classmethod
-    def from_dict(cls, tree: Mapping[str, Any], source: str = "settings") -> "Settings":
+    def from_dict(cls, tree: Mapping[str, Any], source: str = "settings") -> Self:
         """Validates a tree; see `from_file` for what is refused."""
         try:
             return cls.model_validate(tree)
@@ -279,7 +253,7 @@ class Settings(_Section):
         """All settings, defaults included: what `from_file` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-    def differences(self, other: "Settings") -> list[str]:
+    def differences(self, other: Self) -> list[str]:
         """What differs, leaf by leaf, `key: ours, theirs`."""
         mine, theirs = (_leaves(settings.model_dump(mode="json")) for settings in (self, other))
         return [
@@ -287,6 +261,71 @@ class Settings(_Section):
             for key in [*mine, *(key for key in theirs if key not in mine)]
             if mine.get(key) != theirs.get(key)
         ]
+
+
+class Settings(_Root):
+    """A run of fine-tuning."""
+
+    task: Literal["text-classification"]
+    """By Hugging Face's name."""
+    model: Model = Model()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    training: Training = Training()
+    precision: Precision = Precision()
+    mesh: Mesh = Mesh()
+    output: Output
+
+
+class Masking(_Section):
+    """Which tokens are hidden from a model that is to fill them."""
+
+    words: Literal["random", "each"] = "random"
+    """`random` hides a share of a text's tokens at once; `each` hides each word by itself, all its pieces together."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Of a text's tokens, at least one."""
+
+
+class HeldOut(_Root):
+    """An evaluation of pretrained models on texts that they have not seen."""
+
+    task: Literal["fill-mask", "next-sentence-prediction"]
+    """By Hugging Face's name."""
+    data: Data = Data()
+    masking: Masking = Masking()
+    seed: NonNegativeInt = 42
+    """Of what is hidden, of which texts are cut and paired, and of the intervals."""
+    resamples: PositiveInt = 1000
+    """Of the texts, by which 95 % intervals are found (bootstrap)."""
+    precision: Precision = Precision()
+
+
+def read(path: str | Path, overrides: Iterable[str] = ()) -> Settings | HeldOut:
+    """Settings of the kind that the file's task asks for; see `Settings.from_file`."""
+    tree = _tree(path, overrides)
+    kind = HeldOut if tree.get("task") in HELD_OUT_TASKS else Settings
+    return kind.from_dict(tree, source=str(path))
+
+
+def _tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
+    """A file with its variant and the overrides laid over it."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} holds a {type(tree).__name__}; expected a tree of settings.")
+    changes = assignments(overrides)
+    variants, name = tree.pop("task_names", None) or {}, tree.pop("task_name", None)
+    name = changes.pop("task_name", name)
+    if name is not None:
+        if not isinstance(variants, dict) or not isinstance(variants.get(name), dict):
+            raise InputError(f"task_name is {name!r}; {path} has {', '.join(map(str, variants)) or 'none'}.")
+        tree = _laid_over(tree, variants[name])
+    return _laid_over(tree, changes)
 
 
 def assignments(texts: Iterable[str]) -> dict[str, Any]:

@@ -10,7 +10,10 @@
     process  `bert-jax fill-mask` as a whole process with warm caches, and a script with transformers' pipeline
     load     memory that loading weights takes at its height, by the size of their file
     step     a step of fine-tuning, dropout on, ours and PyTorch's in turns; its share of the matrix-product rate
+    keras    the same step, ours and KerasHub's (keras, kagglehub, sentencepiece; keras-hub==0.32.0 with --no-deps)
     finetune `bert-jax finetune` as a whole process, one epoch, and transformers' Trainer (needs --finetune)
+
+All but the last two are run unless cases are named.
 
 The weights are random, of the published shapes (base; large for load), made in a temporary folder: nothing comes from
 the Hub. The two sides never share a process, for their thread pools get in each other's way. Exit status 1 says that
@@ -178,7 +181,7 @@ def open_training(side: str, folder: Path, dropout: bool) -> None:
     global _train_step
     if side == "ours":
         memory.keep_freed()  # as `bert-jax finetune` does
-    _train_step = (_our_training if side == "ours" else _their_training)(folder, dropout)
+    _train_step = {"ours": _our_training, "theirs": _their_training, "keras": _keras_training}[side](folder, dropout)
 
 
 def _training_batch(rows: int, tokens: int) -> Any:
@@ -260,6 +263,33 @@ def _their_training(folder: Path, dropout: bool) -> Any:
         optimizer.step()
         optimizer.zero_grad()
         return time.perf_counter() - start, 0.0, float(loss.detach())
+
+    return run
+
+
+def _keras_training(folder: Path, dropout: bool) -> Any:
+    """Random weights: KerasHub's BERT has another GELU than the published one, and its numbers are not compared."""
+    import keras
+    import keras_hub
+    import numpy as np
+
+    shape, rate = SHAPES["base"], 0.1 if dropout else 0.0
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=28996, num_layers=shape["num_hidden_layers"], num_heads=shape["num_attention_heads"],
+        hidden_dim=shape["hidden_size"], intermediate_dim=shape["intermediate_size"], dropout=rate,
+        max_sequence_length=512,
+    )  # fmt: skip
+    model = keras_hub.models.BertTextClassifier(backbone, num_classes=2, dropout=rate, preprocessor=None)
+    optimizer = keras.optimizers.AdamW(2e-5, weight_decay=0.0, global_clipnorm=1.0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=optimizer, loss=loss, jit_compile=True)
+
+    def run(rows: int, tokens: int) -> tuple[float, float, float]:
+        ids, labels = _training_batch(rows, tokens)
+        inputs = {"token_ids": ids, "segment_ids": np.zeros_like(ids), "padding_mask": np.ones_like(ids)}
+        start = time.perf_counter()
+        loss = float(model.train_on_batch(inputs, labels))
+        return time.perf_counter() - start, 0.0, loss
 
     return run
 
@@ -371,11 +401,27 @@ def load(folder: Path, console: Console) -> dict[str, Any]:
 
 
 def step(folder: Path, console: Console) -> dict[str, Any]:
-    table = _comparison(f"step: fine-tuning, ms ({folder.name})")
+    results = _steps("theirs", folder, console)
+    with (
+        _worker(open_training, "ours", folder, False) as ours,
+        _worker(open_training, "theirs", folder, False) as theirs,
+    ):
+        losses = [[loss for _, _, loss in worker.submit(train_steps, 2, 64, 3).result()] for worker in (ours, theirs)]
+    apart = max(abs(a - b) / abs(b) for a, b in zip(*losses, strict=True))
+    return results | {"difference": f"losses without dropout by {apart:.1e}" if not apart <= 1e-4 else None}
+
+
+def keras(folder: Path, console: Console) -> dict[str, Any]:
+    os.environ["KERAS_BACKEND"] = "jax"
+    return _steps("keras", folder, console)
+
+
+def _steps(peer: str, folder: Path, console: Console) -> dict[str, Any]:
+    table = _comparison(f"{'keras' if peer == 'keras' else 'step'}: fine-tuning, ms ({folder.name})")
     shares = Table("", "operations", "rate", "product alone", "share", "must", "aim", "Python", "must", "aim",
                    title="step: the device's and Python's share, best of ours", title_justify="left")  # fmt: skip
     results: dict[str, Any] = {}
-    with _worker(open_training, "ours", folder, True) as ours, _worker(open_training, "theirs", folder, True) as theirs:
+    with _worker(open_training, "ours", folder, True) as ours, _worker(open_training, peer, folder, True) as theirs:
         sides = {"ours": ours, "theirs": theirs}
         for name, (rows, tokens) in STEPS.items():
             runs: dict[str, list[Any]] = {side: [] for side in sides}
@@ -387,7 +433,7 @@ def step(folder: Path, console: Console) -> dict[str, Any]:
                     time.sleep(PAUSE)
                 rates.append(ours.submit(matrix_product_rate).result())
             times = {side: [seconds for seconds, _, _ in runs[side]] for side in sides}
-            _add(table, name, times, 1e3, TARGETS[f"step {name}"])
+            _add(table, name, times, 1e3, TARGETS[f"step {name}"] if peer == "theirs" else NO_TARGET)
             layers, width, inner = (
                 SHAPES["base"][key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size")
             )
@@ -398,14 +444,9 @@ def step(folder: Path, console: Console) -> dict[str, Any]:
                            f"{best / max(rates):.0%}", *TARGETS["rate"], f"{host * 1e3:.1f} ms",
                            *TARGETS["step python"])  # fmt: skip
             results[name] = {"runs": runs, "rates": rates}
-    with (
-        _worker(open_training, "ours", folder, False) as ours,
-        _worker(open_training, "theirs", folder, False) as theirs,
-    ):
-        losses = [[loss for _, _, loss in worker.submit(train_steps, 2, 64, 3).result()] for worker in (ours, theirs)]
-    apart = max(abs(a - b) / abs(b) for a, b in zip(*losses, strict=True))
-    results["difference"] = f"losses without dropout by {apart:.1e}" if not apart <= 1e-4 else None
-    console.print(table, shares)
+    console.print(table)
+    if peer == "theirs":
+        console.print(shares)
     return results
 
 
@@ -433,7 +474,8 @@ def finetune(folder: Path, console: Console) -> dict[str, Any]:
     return results
 
 
-CASES = {"warm": warm, "python": python, "process": process, "load": load, "step": step, "finetune": finetune}
+CASES = {"warm": warm, "python": python, "process": process, "load": load, "step": step, "keras": keras,
+         "finetune": finetune}  # fmt: skip
 FINETUNE: list[str] = []
 """A YAML file and its overrides, from the command line."""
 
@@ -514,7 +556,7 @@ def main() -> None:
     if arguments.model and not (arguments.model / hub.CONFIG_FILE).is_file():
         parser.error(f"{arguments.model} holds no {hub.CONFIG_FILE}")
     FINETUNE[:] = arguments.finetune or []
-    cases = arguments.cases or [name for name in CASES if name != "finetune" or FINETUNE]
+    cases = arguments.cases or [name for name in CASES if name not in ("keras", "finetune")]
     if "finetune" in cases and not FINETUNE:
         parser.error("finetune needs --finetune YAML [KEY=VALUE …] with local files as data")
     os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error",

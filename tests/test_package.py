@@ -30,6 +30,7 @@ FLOORS = [
     ["evaluation", "pipelines", "report"],
     ["training", "verify", "catalogue"],
     ["recipes", "prediction"],
+    ["heldout"],
     ["cli"],
 ]
 

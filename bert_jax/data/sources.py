@@ -42,31 +42,36 @@ class Entry(NamedTuple):
     position: int
 
 
-def read(path: str | Path, format: str | None = None) -> Iterator[Row]:
+def read(path: str | Path, format: str | None = None, *, labelled: bool = True) -> Iterator[Row]:
     """Streams the rows of a file; see `entries`.
 
     Raises:
         InputError: If the file cannot be read, or names the line that cannot.
     """
-    for line, row, _ in entries(path, format):
+    for line, row, _ in entries(path, format, labelled=labelled):
         if isinstance(row, InputError):
             raise InputError(f"{path}, line {line}: {row}")
         yield row
 
 
-def entries(path: str | Path, format: str | None = None) -> Iterator[Entry]:
+def entries(path: str | Path, format: str | None = None, *, labelled: bool = True) -> Iterator[Entry]:
     """Streams a file: its rows, and the places where there is something else.
 
     Args:
-        path: JSONL, CSV, TSV (both with a header), Parquet, or text; all but Parquet may be gzipped.
+        path: JSONL, CSV, TSV (both with a header), Parquet, or text; all but Parquet may be gzipped. Or a folder, whose
+            .txt files, in subfolders too, are a row's `text` each.
         format: "jsonl", "csv", "tsv", "parquet", "text" (a line is a row's `text`) or "text;label" (a line is a text,
             and its label behind the last semicolon; a header `text;…` is passed over). By the file's name by default.
+        labelled: A name in .txt says "text;label", and "text" otherwise.
 
     Raises:
         InputError: If the file cannot be read.
     """
     path = Path(path)
-    format = format or format_of(path)
+    if path.is_dir():
+        yield from _folder(path)
+        return
+    format = format or format_of(path, labelled)
     parse = {"jsonl": _jsonl, "csv": _csv, "tsv": _tsv, "text": _text, "text;label": _text_and_label}
     try:
         with open(path, "rb") as file:
@@ -85,7 +90,7 @@ def entries(path: str | Path, format: str | None = None) -> Iterator[Entry]:
         raise InputError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from None
 
 
-def format_of(path: Path) -> str:
+def format_of(path: Path, labelled: bool) -> str:
     """What a file holds, by its name.
 
     Raises:
@@ -94,7 +99,17 @@ def format_of(path: Path) -> str:
     suffix = Path(path.stem if path.suffix == ".gz" else path).suffix
     if suffix not in FORMATS:
         raise InputError(f"{path}: what is in it? Its name ends in none of {', '.join(FORMATS)}; give the format.")
-    return FORMATS[suffix]
+    return "text" if suffix == ".txt" and not labelled else FORMATS[suffix]
+
+
+def _folder(path: Path) -> Iterator[Entry]:
+    for number, file in enumerate(sorted(path.rglob("*.txt")), 1):
+        try:
+            yield Entry(number, {"text": file.read_text(encoding="utf-8-sig")}, 0)
+        except OSError as error:
+            raise InputError(f"Cannot read {file}: {error.strerror}.") from None
+        except UnicodeDecodeError:
+            yield Entry(number, InputError(f"{file.name} is not UTF-8 text."), 0)
 
 
 def _lines(file: IO[str], undecodable: list[str]) -> Iterator[str]:

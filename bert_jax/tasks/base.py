@@ -23,11 +23,13 @@ class Row:
         input_ids: Token ids, special tokens included.
         token_type_ids: 0 or 1 for each.
         masked_positions: Indices of the tokens at which the vocabulary is wanted; none for other tasks.
+        labels: What stands there in truth, where a model is evaluated.
     """
 
     input_ids: list[int]
     token_type_ids: list[int]
     masked_positions: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
 
 
 Outputs = Mapping[str, np.ndarray]

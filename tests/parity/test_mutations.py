@@ -28,8 +28,8 @@ MUTATIONS = {
     "eps 1e-6": ("model.py", "        self.eps = eps\n", "        self.eps = 1e-6\n"),
     "layers in string order": (
         "model.py",
-        "enumerate(self.layers)",
-        "enumerate(self.layers[int(i)] for i in sorted(map(str, range(len(self.layers)))))",
+        "run(self.layers[i], ",
+        "run(self.layers[int(sorted(map(str, range(n)))[i])], ",
     ),
     "token types dropped": ("model.py", "self.token_type_embeddings(token_type_ids)", "0.0"),
     "mask ignored": (

@@ -195,13 +195,15 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a model's metrics on a data set."""
-    from bert_jax import settings as settings_
     from bert_jax.errors import InputError
+    from bert_jax.settings import HELD_OUT_TASKS, HeldOut, read
 
     if split not in (None, "validation", "test"):
         raise InputError(f"--split is {split!r}; expected validation or test.")
-    settings = settings_.read(config, overrides or ())
+    settings = read(config, overrides or ())
     split = split or ("validation" if settings.data.validation else "test")
+    if (beside or output) and not isinstance(settings, HeldOut):
+        raise InputError(f"--beside and --output go with {' and '.join(HELD_OUT_TASKS)}.")
     memory.keep_freed()
     _use_compilation_cache()
     from rich.console import Console
@@ -209,14 +211,13 @@ def evaluate(
 
     from bert_jax import heldout, recipes, report
 
-    if isinstance(settings, settings_.HeldOut):
+    if isinstance(settings, HeldOut):
+        if output:
+            recipes.check_extra("matplotlib")
         metrics = heldout.evaluate([model, *(beside or ())], settings, split, console=Console(stderr=True))
         markdown = report.held_out_markdown(metrics)
         if output:
-            recipes.check_extra("matplotlib")
             heldout.leave(output, settings, metrics)
-    elif beside or output:
-        raise InputError(f"--beside and --output go with {' and '.join(settings_.HELD_OUT_TASKS)}.")
     else:
         metrics = recipes.evaluate(model, settings, split)
         markdown = report.markdown(metrics)

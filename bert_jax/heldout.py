@@ -114,8 +114,11 @@ def evaluate(
         InputError: If the texts or the model cannot be used.
     """
     texts = [row["text"] for row in recipes.read_split(settings, split)]
-    if bad := next((i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()), None):
-        raise InputError(f"data.{split}: row {bad + 1} is no text, or an empty one.")
+    if not texts:
+        raise InputError(f"data.{split} is not set.")
+    for i, text in enumerate(texts, 1):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"data.{split}: row {i} is no text, or an empty one.")
     measure = _fill_mask if settings.task == "fill-mask" else _next_sentence
     return {model: measure(model, texts, settings, console) for model in models}
 

@@ -186,6 +186,8 @@ def test_the_command_with_two_models_and_a_folder_of_texts(tmp_path):
 @pytest.mark.parametrize(
     ("texts", "changes", "message"),
     [
+        (["", "a"], {}, "data.test: row 1 is no text, or an empty one"),
+        (["a"], {"data": {"test": None}}, "data.test is not set"),
         (["a", ""], {}, "data.test: row 2 is no text, or an empty one"),
         (["a"], {"data": {"max_length": 1000}}, "the model has 512 positions"),
         (["a"], {"task": "next-sentence-prediction"}, "two texts of several sentences"),

@@ -11,9 +11,11 @@
     load     memory that loading weights takes at its height, by the size of their file
     step     a step of fine-tuning, dropout on, ours and PyTorch's in turns; its share of the matrix-product rate
     keras    the same step, ours and KerasHub's (keras, kagglehub, sentencepiece; keras-hub==0.32.0 with --no-deps)
+    peers    logits of two masks a row, of ours and of other runtimes (extra `bench`; scripts/flax_peer.py)
+    texts    1,000 sentences through pipelines: ours, transformers', and the runtimes fed in order, padded per batch
     finetune `bert-jax finetune` as a whole process, one epoch, and transformers' Trainer (needs --finetune)
 
-All but the last two are run unless cases are named.
+The first five are run unless cases are named.
 
 The weights are random, of the published shapes (base; large for load), made in a temporary folder: nothing comes from
 the Hub. The two sides never share a process, for their thread pools get in each other's way. Exit status 1 says that
@@ -22,9 +24,11 @@ their outputs differ; a figure that misses its target (columns must and aim) doe
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import platform
+import random
 import resource
 import shutil
 import statistics
@@ -70,6 +74,14 @@ EMBEDDED = "bert-mini-cased"
 STEPS = {"8 × 128": (8, 128), "4 × 384": (4, 384)}
 """Rows and tokens of a training step."""
 STEP_TURNS, STEP_CALLS = 4, 3
+SHORT, SHAPES_OF_PEERS = "1 × 16", {"1 × 16": (1, 16), "1 × 128": (1, 128), "8 × 128": (8, 128), "4 × 512": (4, 512)}
+PEERS = ["transformers", "onnxruntime all", "onnxruntime gathered", "openvino all", "openvino gathered", "kerashub",
+         "flaxbert"]  # fmt: skip
+PEER_TURNS = 6
+LENGTHS = [3, 8, 11, 14, 16, 18, 20, 21, 23, 25, 27, 29, 31, 33, 36, 38, 41, 46, 51, 61, 215]
+"""Tokens of a sentence of movie reviews (Pang and Lee 2004), every twentieth of them."""
+TEXTS, TEXT_TURNS = 1000, 2
+BATCHES = {"ours": [1], "transformers": [1, 8, 32], "onnxruntime gathered": [8, 32], "openvino gathered": [8, 32]}
 
 
 class Target(NamedTuple):
@@ -88,6 +100,11 @@ TARGETS = {
     "step 4 × 384": Target("0.95", "0.7"),
     "rate": Target("≥ 50 %", "≥ 60 %"),
     "step python": Target("5 ms", "2 ms"),
+    "peers 1 × 16": Target("1.4", "1.1"),
+    "peers 8 × 128": Target("1.15", "1.0"),
+    "peers 4 × 512": Target("1.15", "1.0"),
+    "texts runtime": Target("≥ 1.3", "≥ 1.6"),
+    "texts transformers": Target("≥ 2.5", "≥ 4"),
     "finetune padded": Target("0.3", ""),
     "finetune grouped": Target("0.8", "0.5"),
 }
@@ -298,6 +315,56 @@ def train_steps(rows: int, tokens: int, calls: int) -> list[tuple[float, float, 
     return [_train_step(rows, tokens) for _ in range(calls)]
 
 
+_peer: Any
+"""A worker's `peers.Forward`, or its answers by batch size."""
+
+
+def make_graphs(folder: Path) -> None:
+    import peers
+
+    peers.export(folder)
+
+
+def open_peer(side: str, folder: Path) -> None:
+    global _peer
+    import peers
+
+    _peer = peers.open_peer(side, folder)
+
+
+def open_texts(side: str, folder: Path) -> None:
+    global _peer
+    import peers
+
+    _peer = peers.open_texts(side, folder)
+
+
+def _peer_batch(rows: int, tokens: int) -> Any:
+    import numpy as np
+
+    ids = np.random.default_rng(0).integers(1000, 28000, (rows, tokens))
+    return ids, np.ones_like(ids), np.array([[tokens // 3, tokens // 2]] * rows)
+
+
+def peer_logits(rows: int, tokens: int) -> Any:
+    return _peer(*_peer_batch(rows, tokens))
+
+
+def time_peer(rows: int, tokens: int, seconds: float) -> list[float]:
+    """Calls for so long, and one at least."""
+    batch, times = _peer_batch(rows, tokens), []
+    while not times or sum(times) < seconds:
+        times.append(_seconds(lambda: _peer(*batch)))
+    return times
+
+
+def time_texts(texts: list[str], size: int) -> tuple[float, Any]:
+    answer = _peer(size)
+    start = time.perf_counter()
+    answers = answer(texts)
+    return time.perf_counter() - start, answers
+
+
 def matrix_product_rate() -> float:
     """Floating-point operations a second of a large float32 product through XLA: the best of several."""
     import jax
@@ -474,8 +541,96 @@ def finetune(folder: Path, console: Console) -> dict[str, Any]:
     return results
 
 
+def peers(folder: Path, console: Console) -> dict[str, Any]:
+    os.environ["KERAS_BACKEND"] = "jax"
+    with _worker() as worker:
+        worker.submit(make_graphs, folder).result()
+    sides = ["ours", *(side for side in PEERS if _is_there(side))]
+    table = Table("", *(f"{side}\nbest median" for side in sides), "ours / best\nof gathered", "must", "aim",
+                  title=f"peers: logits of two masks a row, ms ({folder.name})", title_justify="left")  # fmt: skip
+    results: dict[str, Any] = {}
+    differences = []
+    with contextlib.ExitStack() as stack:
+        workers = {side: stack.enter_context(_worker(open_peer, side, folder)) for side in sides}
+        for name, shape in SHAPES_OF_PEERS.items():
+            logits = {side: worker.submit(peer_logits, *shape).result() for side, worker in workers.items()}
+            for side, found in logits.items():
+                apart = abs(found - logits["ours"]).max() / abs(logits["ours"]).max()
+                if side != "kerashub" and not apart <= 1e-4:
+                    differences.append(f"{name}: {side} by {apart:.1e}")
+            times: dict[str, list[float]] = {side: [] for side in sides}
+            for turn in range(-1, PEER_TURNS):
+                for side, worker in workers.items():
+                    found = worker.submit(time_peer, *shape, 0.5).result()
+                    times[side] += found if turn >= 0 else []  # the first turn warms up
+                    time.sleep(PAUSE)
+            medians = {side: statistics.median(values) for side, values in times.items()}
+            rivals = [medians[side] for side in sides if side.endswith("gathered")]
+            ratio = f"{medians['ours'] / min(rivals):.2f}" if rivals else ""
+            cells = [f"{_digits(min(values) * 1e3)} {_digits(medians[side] * 1e3)}" for side, values in times.items()]
+            table.add_row(name, *cells, ratio, *TARGETS.get(f"peers {name}", NO_TARGET))
+            results[name] = times
+    console.print(table)
+    return results | {"difference": "; ".join(differences) or None}
+
+
+def texts(folder: Path, console: Console) -> dict[str, Any]:
+    with _worker() as worker:
+        worker.submit(make_graphs, folder).result()
+    random_ = random.Random(0)
+    words = [word for word in (folder / "vocab.txt").read_text().split("\n") if word.isascii() and word.isalpha()]
+    sentences = []
+    for n in range(TEXTS):
+        place, part = divmod(n / TEXTS * (len(LENGTHS) - 1), 1)
+        length = round(LENGTHS[int(place)] * (1 - part) + LENGTHS[int(place) + 1] * part)
+        chosen = random_.choices(words, k=max(0, length - 3))
+        chosen.insert(random_.randint(0, len(chosen)), "[MASK]")
+        sentences.append(" ".join(chosen))
+    random_.shuffle(sentences)
+    sides = [side for side in BATCHES if side == "ours" or _is_there(side)]
+    times: dict[str, list[float]] = {}
+    answers: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        workers = {side: stack.enter_context(_worker(open_texts, side, folder)) for side in sides}
+        for turn in range(-1, TEXT_TURNS):
+            for side, worker in workers.items():
+                for size in BATCHES[side]:
+                    # To warm up ours needs all texts, for its programs; the others, which have none, a few.
+                    given = sentences if turn >= 0 or side == "ours" else sentences[:64]
+                    seconds, found = worker.submit(time_texts, given, size).result()
+                    if turn >= 0:
+                        times.setdefault(f"{side} {size}", []).append(seconds)
+                        answers[side] = found
+                    time.sleep(PAUSE)
+    table = Table("", "best, s", "median, s", "sentences / s", "ours is faster by", "must", "aim",
+                  title=f"texts: {TEXTS:,} sentences ({folder.name})", title_justify="left")  # fmt: skip
+    ours = statistics.median(times["ours 1"])
+    for name, values in times.items():
+        target = "texts transformers" if name.startswith("transformers") else "texts runtime"
+        median = statistics.median(values)
+        table.add_row(name, f"{min(values):.1f}", f"{median:.1f}", f"{TEXTS / median:.1f}", f"{median / ours:.2f}",
+                      *(TARGETS[target] if not name.startswith("ours") else NO_TARGET))  # fmt: skip
+    console.print(table)
+    differences = []
+    for side, found in answers.items():
+        for mine, theirs in zip(answers["ours"], found, strict=True):
+            scores = dict(theirs)
+            apart = max(abs(score - scores.get(token, 0.0)) for token, score in mine)
+            if not apart <= 1e-4:
+                differences.append(f"{side} by {apart:.1e}")
+    return {"seconds": times, "difference": differences[0] if differences else None}
+
+
+def _is_there(side: str) -> bool:
+    if side == "flaxbert":
+        return "BERT_JAX_FLAX_PYTHON" in os.environ
+    name = {"kerashub": "keras_hub"}.get(side, side.split()[0])
+    return importlib.util.find_spec(name) is not None
+
+
 CASES = {"warm": warm, "python": python, "process": process, "load": load, "step": step, "keras": keras,
-         "finetune": finetune}  # fmt: skip
+         "peers": peers, "texts": texts, "finetune": finetune}  # fmt: skip
+DEFAULT = ("warm", "python", "process", "load", "step")
 FINETUNE: list[str] = []
 """A YAML file and its overrides, from the command line."""
 
@@ -535,12 +690,16 @@ def _machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    packages = ["bert-jax", "jax", "jaxlib", "flax", "torch", "transformers"]
+    packages = ["bert-jax", "jax", "jaxlib", "flax", "torch", "transformers", "onnxruntime", "openvino", "keras-hub"]
+    found = {distribution.name for distribution in metadata.distributions()}
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg(),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in packages if name in found},
+        },
     }
 
 
@@ -556,7 +715,7 @@ def main() -> None:
     if arguments.model and not (arguments.model / hub.CONFIG_FILE).is_file():
         parser.error(f"{arguments.model} holds no {hub.CONFIG_FILE}")
     FINETUNE[:] = arguments.finetune or []
-    cases = arguments.cases or [name for name in CASES if name not in ("keras", "finetune")]
+    cases = arguments.cases or [name for name in CASES if name in DEFAULT]
     if "finetune" in cases and not FINETUNE:
         parser.error("finetune needs --finetune YAML [KEY=VALUE …] with local files as data")
     os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error",
@@ -578,11 +737,8 @@ def main() -> None:
     report["load_average_after"] = os.getloadavg()
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    compared = [
-        *report["cases"].get("warm", {}).get("sentences", ()),
-        report["cases"].get("step", {"difference": None}),
-    ]
-    if differences := [entry["difference"] for entry in compared if entry["difference"]]:
+    compared = [*report["cases"].get("warm", {}).get("sentences", ()), *report["cases"].values()]
+    if differences := [entry["difference"] for entry in compared if entry.get("difference")]:
         sys.exit("\n".join(f"differs: {difference}" for difference in differences))
 
 

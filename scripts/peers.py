@@ -1,10 +1,13 @@
 """Other runtimes' fill-mask for scripts/benchmark.py, each opened in a process of its own.
 
 What is measured is the same work on each side: token ids, a mask and two positions a row go in, logits come out. There
-are two graphs: `all`, as libraries export BertForMaskedLM, gives the vocabulary at every token; `gathered` does what ours
-does, the last layer and the head at the positions alone.
+are two graphs: `all`, as libraries export BertForMaskedLM, gives the vocabulary at every token; `gathered` does what
+ours does, the last layer and the head at the positions alone.
 """
 
+import os
+import pickle
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,12 @@ import numpy as np
 Forward = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """int [B, T], int [B, T], int [B, K] -> float32 logits [B, K, V]."""
 
+Answer = Callable[[list[str]], list[list[tuple[int, float]]]]
+"""Texts with one mask each -> five likeliest tokens and their scores."""
+
 THREADS = 2
+FLAX_PYTHON = "BERT_JAX_FLAX_PYTHON"
+"""Variable that names the Python of FlaxBert's environment."""
 
 
 def export(folder: Path) -> None:
@@ -68,10 +76,50 @@ def export(folder: Path) -> None:
 
 
 def open_peer(side: str, folder: Path) -> Forward:
-    """A runtime by name, `ours`, `transformers`, `kerashub`, or `onnxruntime` or `openvino` with ` all` or ` gathered`."""
+    """A runtime by name: of onnxruntime and openvino, " all" or " gathered" follows."""
     name, _, graph = side.partition(" ")
     return {"ours": _ours, "transformers": _transformers, "kerashub": _kerashub, "onnxruntime": _onnxruntime,
-            "openvino": _openvino}[name](folder, graph)  # fmt: skip
+            "openvino": _openvino, "flaxbert": _flaxbert}[name](folder, graph)  # fmt: skip
+
+
+def open_texts(side: str, folder: Path) -> Callable[[int], Answer]:
+    """Batch size -> texts to answers: `ours`, transformers' pipeline, or a runtime fed in order, padded per batch."""
+    name = side.split()[0]
+    if name == "ours":
+        import bert_jax
+
+        fill_mask = bert_jax.pipeline("fill-mask", folder)
+        return lambda size: lambda texts: [[(e["token"], e["score"]) for e in entry] for entry in fill_mask(texts)]
+    if name == "transformers":
+        import torch
+        import transformers
+
+        torch.set_num_threads(THREADS)
+        theirs = transformers.pipeline("fill-mask", model=str(folder), device="cpu")
+        return lambda size: (
+            lambda texts: [[(e["token"], e["score"]) for e in entry] for entry in theirs(texts, batch_size=size)]
+        )
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    forward = open_peer(side, folder)
+
+    def answer(texts: list[str], size: int) -> list[list[tuple[int, float]]]:
+        found = []
+        for start in range(0, len(texts), size):
+            batch = tokenizer(texts[start : start + size], padding=True, return_tensors="np")
+            ids = batch["input_ids"]
+            # Two positions a row, as ours: of one, ours would be slow and they would not.
+            positions = np.argmax(ids == tokenizer.mask_token_id, axis=1)[:, None].repeat(2, axis=1)
+            logits = forward(ids, batch["attention_mask"], positions)[:, 0].astype(np.float32)
+            p = np.exp(logits - logits.max(-1, keepdims=True))
+            p /= p.sum(-1, keepdims=True)
+            best = np.argpartition(-p, 5, axis=-1)[:, :5]
+            for row, chosen in zip(p, best, strict=True):
+                found.append(sorted(((int(t), float(row[t])) for t in chosen), key=lambda entry: -entry[1]))
+        return found
+
+    return lambda size: lambda texts: answer(texts, size)
 
 
 def _at(logits: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -121,8 +169,28 @@ def _kerashub(folder: Path, graph: str) -> Forward:
     model = keras_hub.models.BertMaskedLM(backbone, preprocessor=None)
 
     def forward(ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        inputs = {"token_ids": ids, "segment_ids": np.zeros_like(ids), "padding_mask": mask, "mask_positions": positions}
+        inputs = {
+            "token_ids": ids,
+            "segment_ids": np.zeros_like(ids),
+            "padding_mask": mask,
+            "mask_positions": positions,
+        }
         return np.asarray(model.predict_on_batch(inputs))
+
+    return forward
+
+
+def _flaxbert(folder: Path, graph: str) -> Forward:
+    """In an environment of its own, see flax_peer.py; the pipe between takes a millisecond."""
+    command = [os.environ[FLAX_PYTHON], str(Path(__file__).with_name("flax_peer.py")), str(folder)]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def forward(ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        assert server.stdin
+        assert server.stdout
+        pickle.dump((ids, mask, positions), server.stdin)
+        server.stdin.flush()
+        return pickle.load(server.stdout)
 
     return forward
 

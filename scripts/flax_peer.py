@@ -1,0 +1,36 @@
+"""transformers' FlaxBert as a server of pickles, for scripts/peers.py: transformers 4.57.6 is the last that has it.
+
+    python3 -m venv flaxbert && flaxbert/bin/pip install "transformers==4.57.6" flax jax safetensors
+    BERT_JAX_FLAX_PYTHON=flaxbert/bin/python python scripts/benchmark.py peers
+
+Reads (ids, mask, positions) from stdin and writes the logits at the positions to stdout.
+"""
+
+import pickle
+import sys
+
+
+def main() -> None:
+    import jax
+    import jax.numpy as jnp
+    import transformers
+
+    model = transformers.FlaxBertForMaskedLM.from_pretrained(sys.argv[1])
+
+    @jax.jit
+    def program(params, ids, mask, positions):
+        logits = model(ids, attention_mask=mask, params=params, train=False).logits
+        return jnp.take_along_axis(logits, positions[..., None], axis=1)
+
+    answers = sys.stdout.buffer
+    while True:
+        try:
+            inputs = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        pickle.dump(jax.device_get(program(model.params, *inputs)), answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -216,8 +216,6 @@ def evaluate(
             recipes.check_extra("matplotlib")
         metrics = heldout.evaluate([model, *(beside or ())], settings, split, console=Console(stderr=True))
         markdown = report.held_out_markdown(metrics)
-        if output:
-            heldout.leave(output, settings, metrics)
     else:
         metrics = recipes.evaluate(model, settings, split)
         markdown = report.markdown(metrics)
@@ -225,6 +223,8 @@ def evaluate(
         print(json.dumps(metrics, indent=2))
     else:
         _console().print(Markdown(markdown))
+    if output and isinstance(settings, HeldOut):  # last, for it may not be writable
+        heldout.leave(output, settings, metrics)
 
 
 @app.command()

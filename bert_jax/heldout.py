@@ -20,7 +20,7 @@ from rich.progress import track
 
 from bert_jax import hub, recipes, report
 from bert_jax.errors import InputError
-from bert_jax.model import BertForMaskedLM
+from bert_jax.model import FIRST, BertForMaskedLM, BertForNextSentencePrediction
 from bert_jax.pipelines import WINDOW, Pipeline, pipeline
 from bert_jax.settings import HeldOut, Masking
 from bert_jax.tasks.base import Request, Row
@@ -59,7 +59,8 @@ class HiddenTokens(FillMask):
         logits = model(**{name: array for name, array in inputs.items() if name != "labels"}).logits  # [B, K, V]
         label = jnp.take_along_axis(logits, labels, axis=-1)
         nll = jax.nn.logsumexp(logits, axis=-1) - label[..., 0]
-        return {"nll": nll, "rank": 1 + jnp.sum(logits > label, axis=-1)}
+        # What is not below the label is above it, NaN too; the label itself is not below either, and makes rank 1.
+        return {"nll": nll, "rank": jnp.sum(~(logits < label), axis=-1)}
 
     def hide(self, text: str, masking: Masking, seed: int) -> Request:
         """Hides tokens of a text, which is cut at the model's length; a request for `Pipeline.run`.
@@ -91,6 +92,28 @@ class HiddenTokens(FillMask):
                 row.labels, row.masked_positions, output["nll"], output["rank"], strict=True
             )
         ]
+
+
+class Following(NextSentencePrediction):
+    """next-sentence-prediction where the answer is known."""
+
+    def forward(self, model: BertForNextSentencePrediction, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Logarithms of the two labels' probabilities: float32 [B, 2]."""
+        return {"log_p": jax.nn.log_softmax(model(**inputs, positions=FIRST).logits)}
+
+    def judge(self, first: str, second: str) -> Request:
+        """A request whose result is `forward`'s for the pair: the end of the first text, the beginning of the second.
+
+        Where both are long each has half of the room.
+        """
+        a, b = (row[0].ids for row in self.tokenizer.encode([first, second], add_special_tokens=False))
+        room = self.max_length - 3
+        keep = min(len(b), max(room // 2, room - len(a)))
+        a = a[len(a) - min(len(a), room - keep) :]
+        start, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        ids: list[Any] = [start, *a, end, *b[:keep], end]
+        (output,) = yield [Row(ids, [0] * (len(a) + 2) + [1] * (keep + 1))]
+        return output["log_p"]
 
 
 def evaluate(
@@ -138,7 +161,7 @@ def leave(folder: Path, settings: HeldOut, results: dict[str, dict[str, Any]]) -
 
 def _fill_mask(model: str, texts: list[str], settings: HeldOut, console: Console | None) -> dict[str, Any]:
     pipe = pipeline("fill-mask", model, compute_dtype=settings.precision.compute_dtype)
-    pipe.task = task = HiddenTokens(pipe.tokenizer, pipe.config, recipes.max_length(settings, pipe.config))
+    pipe.task = task = HiddenTokens(pipe.tokenizer, pipe.config, _length(settings, pipe))
     found: list[list[Hidden]] = []
     for part in _parts(texts, model, console):
         found += pipe.run([task.hide(text, settings.masking, settings.seed) for text in part])
@@ -149,7 +172,7 @@ def _fill_mask(model: str, texts: list[str], settings: HeldOut, console: Console
     owner = np.repeat(np.arange(len(found)), [len(text) for text in found])
     values = {"nll": nll, **{f"accuracy@{k}": rank <= k for k in KS}, "mrr": 1 / rank}
     measures = _means(values, owner, settings)
-    perplexity = {name: math.exp(value) for name, value in measures["nll"].items()}
+    perplexity = {name: math.exp(min(value, 700.0)) for name, value in measures["nll"].items()}
     measures = {"nll": measures.pop("nll"), "pseudo_perplexity": perplexity, **measures}
     encoded = pipe.tokenizer.encode(texts, max_length=task.max_length)
     counts = Counter(t for (encoding,) in encoded for t in encoding.ids)
@@ -165,16 +188,21 @@ def _fill_mask(model: str, texts: list[str], settings: HeldOut, console: Console
 
 def _next_sentence(model: str, texts: list[str], settings: HeldOut, console: Console | None) -> dict[str, Any]:
     pipe = pipeline("next-sentence-prediction", model, compute_dtype=settings.precision.compute_dtype)
-    task = NextSentencePrediction(pipe.tokenizer, pipe.config, recipes.max_length(settings, pipe.config))
-    pipe.task = task
+    pipe.task = task = Following(pipe.tokenizer, pipe.config, _length(settings, pipe))
     cut, follows = pairs(texts, settings.seed)
-    room = task.max_length - 3  # [CLS], [SEP] and [SEP]
-    right = []
-    for part in _parts([_fitted(pipe, *pair, room) for pair in cut], model, console):
-        right += [result["score"] if result["label"] == "IsNext" else 1 - result["score"] for result in pipe(part)]
-    p = np.where(follows, right, 1 - np.array(right))
-    values = {"accuracy": p > 0.5, "nll": -np.log(np.maximum(p, np.finfo(np.float32).tiny))}
+    found: list[np.ndarray] = []
+    for part in _parts(cut, model, console):
+        found += pipe.run([task.judge(*pair) for pair in part])
+    log_p = np.array(found)[np.arange(len(cut)), np.where(follows, 0, 1)]
+    values = {"accuracy": log_p > np.log(0.5), "nll": -log_p}
     return {"pairs": len(cut), **_means(values, np.arange(len(cut)), settings)}
+
+
+def _length(settings: HeldOut, pipe: Pipeline) -> int:
+    length = recipes.max_length(settings, pipe.config)
+    if length > pipe.max_length:
+        raise InputError(f"data.max_length is {length}; the model's tokenizer has {pipe.max_length}.")
+    return length
 
 
 def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.ndarray]:
@@ -196,14 +224,6 @@ def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.nd
     follows = _generator(seed, "").permutation(len(halves)) % 2 == 0
     second = [halves[i if follows[i] else (i + 1) % len(halves)][1] for i in range(len(halves))]
     return [(first, other) for (first, _), other in zip(halves, second, strict=True)], follows
-
-
-def _fitted(pipe: Pipeline, first: str, second: str, room: int) -> tuple[str, str]:
-    """The end of the first text and the beginning of the second, half of the room each where both are long."""
-    a, b = (encodings[0] for encodings in pipe.tokenizer.encode([first, second], add_special_tokens=False))
-    keep_b = min(len(b), max(room // 2, room - len(a)))
-    keep_a = min(len(a), room - keep_b)
-    return first[a.offsets[len(a) - keep_a][0] :], second[: b.offsets[keep_b - 1][1]]
 
 
 def _means(values: dict[str, np.ndarray], owner: np.ndarray, settings: HeldOut) -> dict[str, dict[str, float]]:

@@ -46,7 +46,7 @@ class BertModelOutput:
     """What the encoder returns.
 
     Attributes:
-        last_hidden_state: [B, T, D], in the compute dtype.
+        last_hidden_state: [B, T, D], in the compute dtype; [B, K, D] of `positions`.
         pooler_output: float32 [B, D]; None from a model without a pooler.
         hidden_states: The embeddings' output and then each layer's, L + 1 times [B, T, D].
         attentions: Each layer's attention probabilities, L times float32 [B, N, T, S]; None from a fused kernel.

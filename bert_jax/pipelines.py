@@ -126,6 +126,7 @@ class Pipeline:
         self.task = task
         self.tokenizer = tokenizer
         self.config = model.config
+        self.max_length = max_length
         self.params, self._skeleton = tree.split(model)
         self._lengths = [*(length for length in LENGTHS if length < max_length), max_length]
         self._parameters = list(inspect.signature(task.request).parameters)[1:]
@@ -136,7 +137,7 @@ class Pipeline:
         """The buckets that a program has been compiled for."""
         return sorted(self._programs)
 
-    def __call__(self, inputs: Any, **parameters: Any) -> Any:
+    def __call__(self, inputs: Any, /, **parameters: Any) -> Any:
         """Predicts.
 
         Args:
@@ -158,7 +159,7 @@ class Pipeline:
         results = self._stream(iter(inputs), parameters)
         return list(results) if isinstance(inputs, list) else results
 
-    def request(self, entry: Any, **parameters: Any) -> Request:
+    def request(self, entry: Any, /, **parameters: Any) -> Request:
         """One input's request, for `run`.
 
         Raises:

@@ -5,6 +5,7 @@ what run this is and how far it is, and `….rejected.jsonl` with the rows that 
 """
 
 import csv
+import fcntl
 import gzip
 import importlib.util
 import json
@@ -33,6 +34,7 @@ TEXTS: list[tuple[str, ...]] = [(name,) for name in sources.TEXT]
 PAIRS: list[tuple[str, ...]] = [("text", "text_pair"), ("sentence1", "sentence2"), ("question1", "question2"),
                                 ("premise", "hypothesis"), ("question", "sentence")]  # fmt: skip
 COLUMNS: dict[str, list[tuple[str, ...]]] = {
+    "text-classification": [*PAIRS, *TEXTS],
     "question-answering": [("question", "context")],
     "next-sentence-prediction": PAIRS,
     "token-classification": [("tokens",), *TEXTS],
@@ -88,31 +90,46 @@ def predict_files(
         raise InputError("Parquet needs pyarrow: pip install 'bert-jax[data]'.")
     parameters = dict(parameters or {})
     try:
-        sizes = {str(path): path.stat().st_size for path in paths}
+        sizes = [_size(path) for path in paths]
     except OSError as error:
         raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from None
-    run = {"task": task, "model": model, "inputs": sizes, "columns": list(columns), "format": format,
-           "shard": list(shard), "parameters": parameters}  # fmt: skip
+    files = [[str(path), size] for path, size in zip(paths, sizes, strict=True)]
+    run: dict[str, Any] = {"task": task, "model": model, "inputs": files, "columns": columns, "format": format,
+                           "shard": shard, "parameters": parameters}  # fmt: skip
+    try:
+        run = json.loads(json.dumps(run))  # as it will be read again
+    except TypeError as error:
+        raise InputError(f"a parameter is no number, text or list: {error}.") from None
     candidates = [columns] if columns else COLUMNS.get(task, TEXTS)
+    # What would set all rows aside is found before anything is written.
+    pair = task in ("question-answering", "next-sentence-prediction")
+    if columns and len(columns) not in ((2,) if pair else (1, 2) if task == "text-classification" else (1,)):
+        raise InputError(f"{len(columns)} columns; {task} takes {'two' if pair else 'one'}.")
+    example = f"a {pipe.tokenizer.mask_token}"
+    pipe.request((example, example) if pair else example, **parameters)
+    table = not output.name.endswith(OUTPUTS[:2])
     for path in paths:
-        if path.is_file() and (format or sources.format_of(path, False)) in ("csv", "tsv", "parquet"):
-            for _, row, _ in islice(sources.entries(path, format), 1):
-                if not isinstance(row, InputError):
-                    _input(row, candidates)  # a table without the column is no use at all
+        tried = [
+            _usable(row, candidates, table) for _, row, _ in islice(sources.entries(path, format, labelled=False), 100)
+        ]
+        if tried and all(tried):
+            raise InputError(f"{path}: {tried[0]}")
     try:
         journal = _Journal.opened(output, run)
         if not journal.complete:
-            with _progress(console, sum(sizes.values())) as progress:
-                bar = progress.add_task("", total=sum(sizes.values()), rate="")
+            with _progress(console, sum(sizes)) as progress:
+                bar = progress.add_task("", total=sum(sizes), rate="")
                 rows = _entries(paths, format, shard)
                 for _ in islice(rows, journal.read):
                     pass
-                _predict(pipe, rows, candidates, parameters, journal, progress, bar)
+                _predict(pipe, rows, candidates, parameters, journal, progress, bar, table)
             journal.complete = True
             journal.commit()
         if journal.partial.exists():
             _convert(journal.partial, output)
             journal.partial.unlink(missing_ok=True)
+        elif not output.exists():
+            raise InputError(f"{output} was finished and is gone. Remove {journal.path} to begin anew.")
     except OSError as error:
         raise InputError(f"Cannot write {error.filename or output}: {error.strerror}.") from None
     return Counts(journal.predicted, journal.read - journal.predicted)
@@ -189,6 +206,7 @@ def _predict(
     journal: _Journal,
     progress: Progress,
     bar: Any,
+    table: bool,
 ) -> None:
     began = journal.read
     with (
@@ -200,14 +218,19 @@ def _predict(
             if file.tell() < size:
                 raise InputError(f"{file.name} is shorter than it was; remove {journal.path} and it, and begin anew.")
             file.truncate(size)
-        coming = ahead.submit(_window, pipe, rows, candidates, parameters)
+            file.seek(size)
+        try:
+            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{journal.output} is being written by another process.") from None
+        coming = ahead.submit(_window, pipe, rows, candidates, parameters, table)
         while window := coming.result():
-            coming = ahead.submit(_window, pipe, rows, candidates, parameters)
+            coming = ahead.submit(_window, pipe, rows, candidates, parameters, table)
             results = pipe.run(window.requests)
             for row, result in zip(window.rows, results, strict=True):
                 partial.write(_line(row | {PREDICTION: jsonable(result)}))
             for row in window.rejected:
-                rejected.write(_line(row))
+                rejected.write(_line(row, ascii=True))  # whatever was in it
             for file in (partial, rejected):
                 file.flush()
                 os.fsync(file.fileno())
@@ -227,16 +250,16 @@ def _window(
     entries: Iterator[tuple[Path, int, sources.Entry]],
     candidates: Sequence[tuple[str, ...]],
     parameters: dict[str, Any],
+    table: bool,
 ) -> _Window | None:
     window = _Window(0, 0, [], [], [])
     for path, before, (line, row, position) in islice(entries, WINDOW):
         window.read += 1
         window.position = before + position
         try:
-            if isinstance(row, InputError):
-                raise row
-            if PREDICTION in row:
-                raise InputError(f"there is a column {PREDICTION!r} already.")
+            if problem := _usable(row, candidates, table):
+                raise problem
+            assert not isinstance(row, InputError)
             request = pipe.request(_input(row, candidates), **parameters)
         except InputError as error:
             content = {} if isinstance(row, InputError) else {"row": row}
@@ -257,9 +280,31 @@ def _entries(
         for path in paths:
             for entry in sources.entries(path, format, labelled=False):
                 yield path, before, entry
-            before += path.stat().st_size
+            before += _size(path)
 
     return islice(every(), shard[0] - 1, None, shard[1])
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of a folder's texts."""
+    return sum(file.stat().st_size for file in path.rglob("*.txt")) if path.is_dir() else path.stat().st_size
+
+
+def _usable(row: sources.Row | InputError, candidates: Sequence[tuple[str, ...]], table: bool) -> InputError | None:
+    """What is wrong with a row, before its input is looked at."""
+    try:
+        if isinstance(row, InputError):
+            return row
+        taken = [name for name in row if name == PREDICTION or (table and name.startswith(f"{PREDICTION}_"))]
+        if taken:
+            return InputError(f"there is a column {taken[0]!r} already.")
+        _line(row)
+        _input(row, candidates)
+    except UnicodeEncodeError:
+        return InputError("it holds lone surrogates, like \\udc80, which stand for no character.")
+    except InputError as error:
+        return error
+    return None
 
 
 def _input(row: sources.Row, candidates: Sequence[tuple[str, ...]]) -> Any:
@@ -268,12 +313,12 @@ def _input(row: sources.Row, candidates: Sequence[tuple[str, ...]]) -> Any:
         if all(name in row for name in names):
             values = tuple(tuple(v) if isinstance(v := row[name], list) else v for name in names)
             return values if len(names) > 1 else values[0]
-    wanted = " or ".join(" and ".join(map(repr, names)) for names in candidates[:3])
+    wanted = " or ".join(" and ".join(map(repr, names)) for names in sorted(candidates, key=len)[:3])
     raise InputError(f"there is no column {wanted}; there are {', '.join(map(repr, row))}.")
 
 
-def _line(row: Mapping[str, Any]) -> bytes:
-    return (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode()
+def _line(row: Mapping[str, Any], *, ascii: bool = False) -> bytes:
+    return (json.dumps(row, ensure_ascii=ascii, default=str) + "\n").encode()
 
 
 def _progress(console: Console | None, total: int) -> Progress:
@@ -299,7 +344,8 @@ def _convert(partial: Path, output: Path) -> None:
             kinds: dict[str, set[type]] = {}
             for row in map(_flat, rows):
                 for name, value in row.items():
-                    kinds.setdefault(name, set()).add(type(value))
+                    kind = str if isinstance(value, int) and abs(value) >= 2**63 else type(value)
+                    kinds.setdefault(name, set()).add(kind)
             rows.seek(0)
             if output.suffix == ".parquet":
                 _write_parquet(map(_flat, rows), kinds, staged)
@@ -308,6 +354,8 @@ def _convert(partial: Path, output: Path) -> None:
                     writer = csv.DictWriter(file, list(kinds))
                     writer.writeheader()
                     writer.writerows(map(_flat, rows))
+    with open(staged, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(staged, output)
 
 
@@ -337,4 +385,6 @@ def _write_parquet(rows: Iterator[dict[str, Any]], kinds: Mapping[str, set[type]
                 for name, value in row.items():
                     if fields[name] == pyarrow.string() and value is not None:
                         row[name] = value if isinstance(value, str) else json.dumps(value)
+                    elif fields[name] == pyarrow.float64() and value is not None:
+                        row[name] = float(value)
             writer.write_table(pyarrow.Table.from_pylist(chunk, schema=schema))

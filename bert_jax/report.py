@@ -81,6 +81,8 @@ def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
     names = [name for name in CLASSES if name in next(iter(results.values()))]
     for n, name in enumerate(names, 1):
         axes = figure.add_subplot(1, len(names), n, xlabel=CLASSES[name], ylabel="accuracy@1")
+        every = {part["from"]: _class(part) for result in results.values() for part in result[name]}
+        axes.plot([every[low] for low in sorted(every)], [0.0] * len(every), alpha=0)  # the classes' order
         for model, result in results.items():
             parts = result[name]
             axes.plot([_class(part) for part in parts], [part["accuracy@1"] for part in parts], "o-", label=model)
@@ -90,7 +92,8 @@ def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
         axes = figure.add_subplot(ylabel="accuracy")
         for model, result in results.items():
             value, low, high = (result["accuracy"][key] for key in ("value", "low", "high"))
-            axes.errorbar([model], [value], [[value - low], [high - value]], fmt="o", capsize=4)
+            around = [[max(0.0, value - low)], [max(0.0, high - value)]]
+            axes.errorbar([model], [value], around, fmt="o", capsize=4)
         axes.axhline(0.5, color="0.7")
     return figure
 

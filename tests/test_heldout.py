@@ -144,15 +144,17 @@ def test_next_sentence_prediction(tmp_path, tokenizer):
     run = HeldOut.from_dict({"task": "next-sentence-prediction", "data": data})
     result = heldout.evaluate([str(tmp_path / "model")], run, "test")[str(tmp_path / "model")]
     pairs, follows = heldout.pairs(texts, 42)
-    pipe = bert_jax.pipeline("next-sentence-prediction", tmp_path / "model")
-    p = []
-    for pair, next_ in zip(pairs, follows, strict=True):
-        a, b = heldout._fitted(pipe, *pair, 29)
-        assert pair[0].endswith(a)
-        assert pair[1].startswith(b)
-        assert len(tokenizer.encode([a], [b])[0][0]) <= 32
-        out = pipe((a, b))
-        p.append(out["score"] if (out["label"] == "IsNext") == next_ else 1 - out["score"])
+    network = bert_jax.BertForNextSentencePrediction.from_pretrained(tmp_path / "model")
+    p, cut = [], 0
+    for (first, second), next_ in zip(pairs, follows, strict=True):
+        a, b = (encoding[0].ids for encoding in tokenizer.encode([first, second], add_special_tokens=False))
+        kept = 29 - min(len(b), max(14, 29 - len(a)))  # what the second leaves of 32 tokens, three of them special
+        a, b = a[max(0, len(a) - kept) :], b[: max(14, 29 - len(a))]
+        cut += len(a) + len(b) == 29
+        ids = [101, *a, 102, *b, 102]
+        logits = network(np.array([ids]), None, np.array([[0] * (len(a) + 2) + [1] * (len(b) + 1)])).logits[0]
+        p.append(float(jax.nn.softmax(logits)[0 if next_ else 1]))
+    assert cut > 5
     assert result["accuracy"]["value"] == pytest.approx(np.mean(np.array(p) > 0.5))
     assert result["nll"]["value"] == pytest.approx(np.mean(-np.log(p)), rel=1e-4)
     assert "accuracy" in report.held_out_markdown({"m": result})
@@ -190,6 +192,7 @@ def test_the_command_with_two_models_and_a_folder_of_texts(tmp_path):
         (["a"], {"data": {"test": None}}, "data.test is not set"),
         (["a", ""], {}, "data.test: row 2 is no text, or an empty one"),
         (["a"], {"data": {"max_length": 1000}}, "the model has 512 positions"),
+        (["a"], {"data": {"max_length": 600}}, "the model has 512 positions"),
         (["a"], {"task": "next-sentence-prediction"}, "two texts of several sentences"),
     ],
 )

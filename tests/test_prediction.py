@@ -187,6 +187,53 @@ def test_broken_off_anywhere_it_goes_on(pipe, tmp_path, monkeypatch, place, name
     assert broken >= 2
 
 
+def test_rows_of_all_kinds_of_odd_text(pipe, tmp_path):
+    rows = [
+        '{"text": "good"}',
+        '{"text": "good", "note": "\\ud800"}',
+        '{"text": "bad \\ud800"}',
+        '{"text": "b", "\\udfff": 1}',
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join([*rows, '{"text": "c", "n": ' + "9" * 5000 + "}"]))
+    assert run(pipe, [tmp_path / "in.jsonl"], tmp_path / "out.jsonl") == prediction.Counts(1, 4)
+    assert [row["line"] for row in lines(tmp_path / "out.jsonl.rejected.jsonl")] == [2, 3, 4, 5]
+
+
+def test_a_large_integer_in_parquet(pipe, tmp_path):
+    (tmp_path / "in.jsonl").write_text(f'{{"text": "good", "hash": {2**63}}}\n{{"text": "bad", "hash": 1}}\n')
+    run(pipe, [tmp_path / "in.jsonl"], tmp_path / "out.parquet")
+    assert [row["hash"] for row in sources.read(tmp_path / "out.parquet")] == [str(2**63), "1"]
+
+
+def test_what_was_left_behind_is_cut_away(pipe, tmp_path):
+    (tmp_path / "in.txt").write_text("good\nbad\n")
+    for name in ("out.jsonl.partial", "out.jsonl.rejected.jsonl"):
+        (tmp_path / name).write_text("of a run whose journal was removed\n")
+    assert run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl") == prediction.Counts(2, 0)
+    assert [row["text"] for row in lines(tmp_path / "out.jsonl")] == ["good", "bad"]
+    assert sorted(os.listdir(tmp_path)) == ["in.txt", "out.jsonl", "out.jsonl.run.json"]
+    (tmp_path / "out.jsonl").unlink()
+    with pytest.raises(InputError, match=r"was finished and is gone. Remove .*run.json to begin anew"):
+        run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl")
+
+
+def test_two_at_once(pipe, tmp_path):
+    (tmp_path / "in.txt").write_text("good\n")
+    with open(tmp_path / "out.jsonl.partial", "ab") as other:
+        prediction.fcntl.flock(other, prediction.fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="is being written by another process"):
+            run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl")
+    assert run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl").predicted == 1
+
+
+def test_the_order_of_inputs_belongs_to_the_run(pipe, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n")
+    run(pipe, [tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out.jsonl")
+    with pytest.raises(InputError, match="belongs to another run"):
+        run(pipe, [tmp_path / "b.txt", tmp_path / "a.txt"], tmp_path / "out.jsonl")
+
+
 def test_outputs_of_others_are_left_alone(pipe, tmp_path):
     (tmp_path / "in.txt").write_text("good\n")
     (tmp_path / "out.jsonl").write_text("mine")
@@ -214,6 +261,15 @@ def test_outputs_of_others_are_left_alone(pipe, tmp_path):
         ("in.txt", "x", {"output": "out.xlsx"}, r"expected a name that ends in \.jsonl"),
         ("in.txt", "x", {"output": "in.txt/out.jsonl"}, "Cannot write .*: Not a directory"),
         ("in.parquet", "x", {}, "Cannot read .*in.parquet"),
+        ("in.csv", "text,text\nx,y\n", {}, "in.csv: the header has 'text' twice"),
+        ("in.csv", "text,prediction_label\nx,y\n", {"output": "out.csv"}, "column 'prediction_label' already"),
+        ("in.json", '[{"text": "x"}]', {}, "in.json: a list; expected an object"),
+        ("in.jsonl", '{"body": "x"}\n' * 3, {}, "in.jsonl: there is no column 'text'"),
+        ("in.txt", "x", {"format": "xml"}, "the format 'xml' is unknown; expected one of jsonl, csv"),
+        ("in.txt", "x", {"parameters": {"topk": 2}}, "the parameter 'topk' is unknown; this task's are top_k"),
+        ("in.txt", "x", {"parameters": {"entry": 2}}, "the parameter 'entry' is unknown"),
+        ("in.txt", "x", {"parameters": {"top_k": 0}}, "top_k is 0; expected a whole number"),
+        ("in.txt", "x", {"columns": ("a", "b", "c")}, "3 columns; text-classification takes one"),
     ],
 )
 def test_bad_arguments(pipe, tmp_path, name, content, options, message):
@@ -260,7 +316,7 @@ def test_killed_it_loses_no_line_and_repeats_none(tmp_path):
     (tmp_path / "few.txt").write_text("\n".join(texts[:2048]))
     (tmp_path / "in.txt").write_text("\n".join(texts))
     arguments = ["bert-mini-cased", "--task", "fill-mask", "--parameter", "top_k=1", "--input"]
-    peaks = {}
+    peaks, few = {}, 0.0
     for name in ("few", "in"):
         command, environment = predict(*arguments, tmp_path / f"{name}.txt", "--output", tmp_path / f"{name}.jsonl")
         child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
@@ -269,14 +325,21 @@ def test_killed_it_loses_no_line_and_repeats_none(tmp_path):
         seconds, peaks[name] = time.monotonic() - began, usage.ru_maxrss
         child.returncode = os.waitstatus_to_exitcode(status)
         assert child.returncode == 0
+        few = seconds if name == "few" else few
     assert peaks["in"] < 1.1 * peaks["few"]
     command, environment = predict(*arguments, tmp_path / "in.txt", "--output", tmp_path / "killed.jsonl")
-    moment, killed = random.Random(0), 0
-    while killed < kills:
+    moment, killed, amid = random.Random(0), 0, 0
+    journal = tmp_path / "killed.jsonl.run.json"
+    for _ in range(2 * kills):
         child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        time.sleep(moment.uniform(0.1, 1.0) * seconds / kills)
+        time.sleep(0.5 * few + moment.random() * (seconds - few) / (kills + 1))
         child.send_signal(signal.SIGKILL)
         killed += child.wait() == -signal.SIGKILL
+        amid += journal.exists() and 0 < json.loads(journal.read_text())["read"] < count
+        if killed == kills:
+            break
+    assert killed == kills
+    assert amid >= 2
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "in.jsonl").read_bytes()
     print(f"{count} rows, {kills} kills, {seconds:.0f} s unbroken; peak {peaks} kB", file=sys.stderr)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Encoding
 
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
@@ -49,10 +50,10 @@ class FeatureExtraction:
             raise InputError("the text is empty.")
         if pooling not in POOLING:
             raise InputError(f"pooling is {pooling!r}; expected one of {', '.join(map(repr, POOLING))}.")
-        return self._encode(text, pooling, normalize)
-
-    def _encode(self, text: str, pooling: str | None, normalize: bool) -> Request:
         encoding = self.tokenizer.encode([text], max_length=self.max_length)[0][0]
+        return self._encode(encoding, pooling, normalize)
+
+    def _encode(self, encoding: Encoding, pooling: str | None, normalize: bool) -> Request:
         (output,) = yield [Row(encoding.ids, encoding.type_ids)]
         states = output["states"][: len(encoding)]
         vectors = {None: states, "cls": states[0], "mean": states.mean(axis=0)}[pooling]

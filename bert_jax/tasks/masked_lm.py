@@ -72,6 +72,11 @@ class FillMask:
         if not masks:
             raise InputError(f"the text has no {tokenizer.mask_token}, which marks the word to fill in: {text[:80]!r}")
         if joint:
+            if masks[-1] - masks[0] >= self.max_length - 2:
+                raise InputError(
+                    f"the masks span {masks[-1] - masks[0] + 1} tokens; the model sees {self.max_length} at once, "
+                    "[CLS] and [SEP] included. Without joint, each mask gets a window of its own."
+                )
             return self._fill_jointly(ids, masks, top_k or 5)
         if pieces is not None:
             return self._score_targets(ids, masks, pieces, top_k or len(pieces))
@@ -117,11 +122,6 @@ class FillMask:
         return results[0] if len(masks) == 1 else results
 
     def _fill_jointly(self, ids: list[int], masks: list[int], top_k: int) -> Request:
-        if masks[-1] - masks[0] >= self.max_length - 2:
-            raise InputError(
-                f"the masks span {masks[-1] - masks[0] + 1} tokens; the model sees {self.max_length} at once, "
-                "[CLS] and [SEP] included. Without joint, each mask gets a window of its own."
-            )
         beams: list[tuple[float, list[int]]] = [(1.0, [])]
         for n in range(len(masks)):
             rows = []

@@ -20,11 +20,12 @@ class Evaluation:
 
     Attributes:
         metrics: `loss` (a mean over what counts, in nats or the target's unit squared) and the task's own.
-        outputs: What `Task.forward` returned, first axis the examples in their order.
+        outputs: What `Task.forward` returned, by example in their order: arrays or, where it has an entry a token,
+            lists of arrays, each as long as its example.
     """
 
     metrics: dict[str, Any]
-    outputs: Mapping[str, np.ndarray]
+    outputs: Mapping[str, Any]
 
 
 def program(task: TrainableTask, skeleton: tree.Skeleton) -> Program:
@@ -68,8 +69,10 @@ def evaluate(
         outputs, loss, count = jax.device_get(results)
         total, counted = total + float(loss) * float(count), counted + float(count)
         for name, array in outputs.items():
-            values = collected.setdefault(name, np.zeros((len(examples), *array.shape[1:]), array.dtype))
-            values[indices] = array[: len(indices)]
+            column = collected.setdefault(name, [None] * len(examples))
+            for i, row in zip(indices, array, strict=False):
+                # A copy: a slice would keep the batch.
+                column[i] = row[: examples.lengths[i]].copy() if task.per_token else row
 
     for place in by_length(examples.lengths, batch_size):
         batch = examples.batch(place.indices, rows=rows, length=place.length)
@@ -78,5 +81,7 @@ def evaluate(
             deliver(*flying.pop(0))
     for entry in flying:
         deliver(*entry)
+    if not task.per_token:
+        collected = {name: np.stack(column) for name, column in collected.items()}
     metrics = {"loss": total / counted} if counted else {}
-    return Evaluation(metrics | (task.evaluate(collected, examples.targets) if counted else {}), collected)
+    return Evaluation(metrics | (task.evaluate(collected, examples) if counted else {}), collected)

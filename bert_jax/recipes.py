@@ -23,16 +23,20 @@ from bert_jax.errors import InputError
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import HeldOut, Settings
 from bert_jax.tasks.base import TrainableTask
-from bert_jax.tasks.sequence_classification import SequenceClassification, label_set
+from bert_jax.tasks.question_answering import QuestionAnswering
+from bert_jax.tasks.sequence_classification import SequenceClassification
+from bert_jax.tasks.token_classification import TokenClassification
 from bert_jax.tokenizer import Tokenizer
 
 SETTINGS, RESULTS, PREDICTIONS, CURVE, CARD = (
     "settings.yaml", "results.json", "predictions.jsonl", "curve.png", "README.md",
 )  # fmt: skip
-ADAPTERS = "adapters"
-HEAD = r"classifier\..*"
-# Usual names.
-LABEL = ("label", "label_string", "labels", "label_name", "class", "score")
+ADAPTERS, ANSWERS = "adapters", "answers.json"
+TASKS: dict[str, Any] = {
+    "text-classification": SequenceClassification,
+    "token-classification": TokenClassification,
+    "question-answering": QuestionAnswering,
+}
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,9 @@ class Prepared:
         task: Made for this model.
         model: With its new head.
         tokenizer: The model's.
-        rows: The splits' rows, with `text`, `text_pair` where there are pairs, and `label`.
+        rows: The splits' rows, their columns by the names of the task.
         examples: The same, featurised.
+        found: What people should know of the data.
     """
 
     task: TrainableTask
@@ -52,6 +57,7 @@ class Prepared:
     tokenizer: Tokenizer
     rows: dict[str, list[sources.Row]]
     examples: dict[str, Examples]
+    found: str
 
 
 def prepare(settings: Settings) -> Prepared:
@@ -64,31 +70,33 @@ def prepare(settings: Settings) -> Prepared:
     """
     if settings.data.train is None:
         raise InputError("data.train is not set; expected a file, or the name of a split where data.id is set.")
+    task_class = TASKS[settings.task]
     rows = {split: found for split in ("train", "validation", "test") if (found := read_split(settings, split))}
-    labels = [row.get("label") for row in rows["train"]]
-    if None in labels:
-        raise InputError(f"data.train: row {labels.index(None) + 1} has no label; data.label names the column.")
-    problem_type, names = label_set(labels, settings.data.problem_type)
-    config: dict[str, Any] = {"problem_type": problem_type, "id2label": settings.data.labels or names}
-    config["num_labels"] = len(config["id2label"])
-    if problem_type == "single_label_classification" and len(names) < 2:
-        raise InputError(f"All examples of data.train have the label {names[0]!r}; expected at least two labels.")
+    found = task_class.clean(rows, settings.data)
+    config = task_class.config(rows.get("train", []), settings.data)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
         if (value := getattr(settings.model, name)) is not None:
             config[name] = value
     tokenizer = Tokenizer.from_pretrained(settings.model.id, revision=settings.model.revision)
-    model = SequenceClassification.model_class.from_pretrained(
+    model = task_class.model_class.from_pretrained(
         settings.model.id,
         revision=settings.model.revision,
-        new=[HEAD, *settings.model.new],
+        new=[task_class.head, *settings.model.new],
         rngs=nnx.Rngs(settings.training.seed),
         compute_dtype=settings.precision.compute_dtype,
         remat=settings.training.remat,
         scan_layers=settings.training.scan_layers,
         **config,
     )
-    task = SequenceClassification(tokenizer, model.config, max_length(settings, model.config))
-    return Prepared(task, model, tokenizer, rows, featurize(task, rows))
+    task = make_task(settings, tokenizer, model.config)
+    return Prepared(task, model, tokenizer, rows, featurize(task, rows), found)
+
+
+def make_task(settings: Settings, tokenizer: Tokenizer, config: BertConfig) -> TrainableTask:
+    """The settings' task, for a model."""
+    options = {"answers": settings.answers} if settings.task == "question-answering" else {}
+    task: TrainableTask = TASKS[settings.task](tokenizer, config, max_length(settings, config), **options)
+    return task
 
 
 def max_length(settings: Settings | HeldOut, config: BertConfig) -> int:
@@ -135,15 +143,18 @@ def read_split(settings: Settings | HeldOut, split: str) -> list[sources.Row]:
     where = f"data.{split} ({places})"
     if not rows:
         raise InputError(f"{where} has no examples.")
+    task = TASKS.get(settings.task)
+    usual, required = (task.columns, task.required) if task else ({"text": sources.TEXT}, ("text",))
     try:
-        text = sources.column(rows, data.text, sources.TEXT)
-        pair = sources.column(rows, data.text_pair, ())
-        label = sources.column(rows, data.label, LABEL)
+        wanted = {
+            name: sources.column(rows, None if name == "id" else getattr(data, name), names)
+            for name, names in usual.items()
+        }
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    if text is None:
-        raise InputError(f"{where}: which column is the text? There are {', '.join(rows[0])}; set data.text.")
-    wanted = {"text": text, "text_pair": pair, "label": label}
+    for name in required:
+        if wanted[name] is None:
+            raise InputError(f"{where}: which column is the {name}? There are {', '.join(rows[0])}; set data.{name}.")
     return [{name: row.get(column) for name, column in wanted.items() if column} for row in rows]
 
 
@@ -185,15 +196,22 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     trained.model.save_pretrained(folder)
     prepared.tokenizer.save_pretrained(folder)
     if settings.model.lora:
-        lora.save_adapters(folder / ADAPTERS, trained.trained, settings.model.lora, settings.model.id, "SEQ_CLS")
+        lora.save_adapters(folder / ADAPTERS, trained.trained, settings.model.lora, settings.model.id,
+                           prepared.task.peft_type)  # fmt: skip
     results: dict[str, Any] = {"step": trained.step, "steps": trained.steps, "validation": trained.metrics}
+    if isinstance(prepared.task, QuestionAnswering) and "null_threshold" in trained.metrics:
+        found = {"null_threshold": trained.metrics["null_threshold"]}
+        prepared.task.answers = prepared.task.answers.model_copy(update=found)
     split = "test" if "test" in prepared.examples else "validation"
     if split in prepared.examples:
         result = evaluate_examples(prepared.task, trained.model, prepared.examples[split], settings)
         results[split] = result.metrics
-        predictions = prepared.task.predictions(result.outputs)
+        predictions = prepared.task.predictions(result.outputs, prepared.examples[split])
         lines = [row | {"prediction": p} for row, p in zip(prepared.rows[split], predictions, strict=True)]
         _write(folder / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        if settings.task == "question-answering":  # as the official scripts of SQuAD take it
+            answers = {str(line.get("id", n)): line["prediction"]["answer"] for n, line in enumerate(lines)}
+            _write(folder / ANSWERS, json.dumps(answers, ensure_ascii=False) + "\n")
     results |= {
         "seconds": time.perf_counter() - began,
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
@@ -222,9 +240,11 @@ def evaluate(model_id: str, settings: Settings, split: str) -> dict[str, Any]:
     rows = read_split(settings, split)
     if not rows:
         raise InputError(f"data.{split} is not set.")
+    task_class = TASKS[settings.task]
+    task_class.clean({split: rows}, settings.data)
     tokenizer = Tokenizer.from_pretrained(model_id)
-    model = SequenceClassification.model_class.from_pretrained(model_id, compute_dtype=settings.precision.compute_dtype)
-    task = SequenceClassification(tokenizer, model.config, max_length(settings, model.config))
+    model = task_class.model_class.from_pretrained(model_id, compute_dtype=settings.precision.compute_dtype)
+    task = make_task(settings, tokenizer, model.config)
     return evaluate_examples(task, model, featurize(task, {split: rows})[split], settings).metrics
 
 
@@ -252,8 +272,10 @@ def dry_run(settings: Settings) -> str:
     parts = [settings.to_yaml(), _overview(settings, prepared)]
     for i in range(min(3, len(examples))):
         pieces = " ".join(str(tokenizer.backend.id_to_token(int(token))) for token in examples.input_ids[i])
-        targets = ", ".join(f"{name} {values[i].tolist()}" for name, values in examples.targets.items())
-        parts.append(f"example {i + 1}: {prepared.rows['train'][i]}\n  tokens: {pieces}\n  {targets}")
+        every: dict[str, Any] = {**examples.targets, **examples.token_targets}
+        targets = ", ".join(f"{name} {values[i].tolist()}" for name, values in every.items())
+        row = examples.origins[i][1] if examples.origins else prepared.rows["train"][i]
+        parts.append(f"example {i + 1}: {row}\n  tokens: {pieces}\n  {targets}")
     mesh = sharding.mesh(settings.mesh)
     rows = sharding.rows(settings.training.batch_size, settings.training.accumulation, mesh)
     loader = Loader(examples, settings.training.batch_size, seed=settings.training.seed, rows=rows)
@@ -304,13 +326,15 @@ def _is_finished(settings: Settings, folder: Path) -> bool:
 
 def _overview(settings: Settings, prepared: Prepared) -> str:
     sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in prepared.examples.items())
-    labels = prepared.model.config.labels
+    labels = getattr(prepared.task, "labels", ())
     _, skeleton = tree.split(prepared.model)
     count = sum(spec.size for spec in skeleton.specs.values())
     return (
         f"{settings.task}: {settings.model.id}, {count / 1e6:.1f} M parameters, "
         f"{jax.device_count()} × {jax.devices()[0].device_kind}\n"
-        f"examples: {sizes}; labels: {', '.join(labels[:20])}{', …' if len(labels) > 20 else ''}"
+        f"examples: {sizes}"
+        + (f"; labels: {', '.join(labels[:20])}{', …' if len(labels) > 20 else ''}" if labels else "")
+        + (f"\n{prepared.found}" if prepared.found else "")
     )
 
 

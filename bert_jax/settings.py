@@ -92,7 +92,7 @@ class Data(_Section):
     """Examples to choose the best checkpoint by."""
     test: str | tuple[str, ...] | None = None
     """Examples that are looked at once, at the end."""
-    format: Literal["jsonl", "csv", "tsv", "parquet", "text", "text;label"] | None = None
+    format: Literal["jsonl", "csv", "tsv", "parquet", "conll", "squad", "text", "text;label"] | None = None
     """Of the files; by their names by default, .txt being text;label."""
     text: str | None = None
     """Column of the text; by default the first of text, sentence, sentence1, … that is there."""
@@ -100,6 +100,18 @@ class Data(_Section):
     """Column of the second text; none by default."""
     label: str | None = None
     """Column of the label; by default the first of label, label_string, … that is there."""
+    tokens: str | None = None
+    """Column of a sentence's words; tokens or words by default."""
+    tags: str | None = None
+    """Column of the words' tags; ner_tags, ner_tags_str or tags by default."""
+    question: str | None = None
+    """Column of the question; question by default."""
+    context: str | None = None
+    """Column of the text that holds the answer; context by default."""
+    answers: str | None = None
+    """Column of the answers, their text and answer_start; answers by default. Empty, the question has none."""
+    wrong_answers: Literal["skip", "stop"] = "skip"
+    """What to do about an answer that does not stand where its row says."""
     labels: tuple[str, ...] | None = None
     """Names of the labels in the order of their ids; by default those of the training examples, sorted."""
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
@@ -108,6 +120,23 @@ class Data(_Section):
     """Tokens of an example, special ones included; longer texts are cut."""
     limit: PositiveInt | None = None
     """Takes only so many examples of each split, the first ones."""
+
+
+class Answers(_Section):
+    """question-answering: how contexts are cut into windows, and how answers are read off them."""
+
+    stride: NonNegativeInt | None = None
+    """Tokens by which neighbouring windows of a context overlap; a third of data.max_length by default."""
+    max_question_length: PositiveInt = 64
+    """Tokens of a question; the rest is cut off."""
+    max_answer_length: PositiveInt = 30
+    """Tokens of an answer."""
+    n_best: PositiveInt = 20
+    """First and last tokens that are tried, and answers that are kept."""
+    unanswerable: bool = False
+    """A question may have no answer: SQuAD 2.0."""
+    null_threshold: float = 0.0
+    """Then none is given if its logits exceed the best answer's by more than this; found anew on validation."""
 
 
 class Rate(_Section):
@@ -266,10 +295,11 @@ class _Root(_Section):
 class Settings(_Root):
     """A run of fine-tuning."""
 
-    task: Literal["text-classification"]
+    task: Literal["text-classification", "token-classification", "question-answering"]
     """By Hugging Face's name."""
     model: Model = Model()
     data: Data = Data()
+    answers: Answers = Answers()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     training: Training = Training()
@@ -341,7 +371,7 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
             raise InputError(f"{text!r} gives no value; expected key=value.")
         try:
             changes = _laid_over(changes, _nested(key.split("."), yaml.safe_load(value)))
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: of a date that is none
             raise InputError(f"{text!r}: the value is not YAML; put it in quotes.") from None
     return changes
 

@@ -254,7 +254,7 @@ def train(
         if not math.isfinite(values["loss"]):
             raise TrainingError(
                 f"The loss of step {n} is {values['loss']}, on the examples in rows "
-                f"{', '.join(str(i + 1) for i in sorted(place.indices.tolist()))} of the training data. "
+                f"{', '.join(map(str, examples.rows(place.indices)))} of the training data. "
                 "A lower optimizer.learning_rate or a longer warm-up may help; checkpoints before that step stand."
             )
         lines.append(values)

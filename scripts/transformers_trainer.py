@@ -3,20 +3,22 @@
     pip install -e ".[parity]"
     python scripts/transformers_trainer.py configs/finetune/emotion_minilm.yaml training.seed=1 output.folder=peer
 
-Same model, data, label ids, recipe, and choice of the best epoch, for text classification with one label. Batches are
-padded to their longest and grouped by length, or with `--pad` all padded to data.max_length. Prints JSON.
+Same model, data, label ids, recipe, and choice of the best epoch, for text classification with one label and for token
+classification, whose features are those of transformers' example `run_ner.py`. Batches are padded to their longest and
+grouped by length, or with `--pad` all padded to data.max_length. Prints JSON.
 """
 
 import argparse
 import json
 import time
+from typing import Any
 
 import datasets
 import numpy as np
 import transformers
 from sklearn.metrics import accuracy_score
 
-from bert_jax.data import sources
+from bert_jax import metrics, recipes
 from bert_jax.settings import Settings
 
 
@@ -30,23 +32,48 @@ def main() -> None:
     settings = Settings.from_file(arguments.config, arguments.overrides)
     training, optimizer = settings.training, settings.optimizer
     began = time.perf_counter()
-    splits = {split: list(sources.read(getattr(settings.data, split))) for split in ("train", "validation")}
-    names = sorted({row["label"] for row in splits["train"]})
+    tokens = settings.task == "token-classification"
+    splits = {split: recipes.read_split(settings, split) for split in ("train", "validation")}
+    task = recipes.TASKS[settings.task]
+    task.clean(splits, settings.data)
+    names = list(task.config(splits["train"], settings.data)["id2label"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model.id)
+    options = {"truncation": True, "max_length": settings.data.max_length,
+               "padding": "max_length" if arguments.pad else False}  # fmt: skip
 
-    def featurize(rows: list[dict[str, str]]) -> datasets.Dataset:
-        padding = "max_length" if arguments.pad else False
-        encoded = tokenizer(
-            [row["text"] for row in rows], truncation=True, max_length=settings.data.max_length, padding=padding
-        )
-        labels = [names.index(row["label"]) for row in rows]
-        return datasets.Dataset.from_dict(
-            {**encoded, "labels": labels, "length": [sum(m) for m in encoded["attention_mask"]]}
-        )
+    def featurize(rows: list[dict[str, Any]]) -> datasets.Dataset:
+        if tokens:
+            encoded = tokenizer([row["tokens"] for row in rows], is_split_into_words=True, **options)
+            labels = [tag_ids(encoded.word_ids(i), row["tags"]) for i, row in enumerate(rows)]
+        else:
+            encoded = tokenizer([row["text"] for row in rows], **options)
+            labels = [names.index(row["label"]) for row in rows]
+        lengths = [sum(mask) for mask in encoded["attention_mask"]]
+        return datasets.Dataset.from_dict({**encoded, "labels": labels, "length": lengths})
+
+    def tag_ids(words: list[int | None], tags: list[str]) -> list[int]:
+        before = [None, *words[:-1]]
+        return [
+            -100 if word is None or word == last else names.index(tags[word])
+            for word, last in zip(words, before, strict=True)
+        ]
+
+    def compute_metrics(p: Any) -> dict[str, float]:
+        best = np.argmax(p.predictions, -1)
+        if not tokens:
+            return {"accuracy": accuracy_score(p.label_ids, best)}
+        kept = [row != -100 for row in p.label_ids]
+        truth, found = ([[names[i] for i in row[k]] for row, k in zip(side, kept, strict=True)]
+                        for side in (p.label_ids, best))  # fmt: skip
+        scores = metrics.tagging(truth, found)
+        return {name: scores[name] for name in ("f1", "precision", "recall", "accuracy")}
 
     data = {split: featurize(rows) for split, rows in splits.items()}
     transformers.set_seed(training.seed)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(settings.model.id, num_labels=len(names))
+    network = (
+        transformers.AutoModelForTokenClassification if tokens else transformers.AutoModelForSequenceClassification
+    )
+    model = network.from_pretrained(settings.model.id, num_labels=len(names))
     when = "epoch" if arguments.accuracy else "no"
     trainer = transformers.Trainer(
         model=model,
@@ -67,7 +94,7 @@ def main() -> None:
             save_strategy=when,
             save_total_limit=1,
             load_best_model_at_end=arguments.accuracy,
-            metric_for_best_model="accuracy",
+            metric_for_best_model="f1" if tokens else "accuracy",
             seed=training.seed,
             report_to=[],
             disable_tqdm=True,
@@ -76,7 +103,8 @@ def main() -> None:
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         processing_class=tokenizer,
-        compute_metrics=lambda p: {"accuracy": accuracy_score(p.label_ids, np.argmax(p.predictions, -1))},
+        data_collator=transformers.DataCollatorForTokenClassification(tokenizer) if tokens else None,
+        compute_metrics=compute_metrics,
     )
     trainer.train()
     results = trainer.evaluate()

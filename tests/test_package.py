@@ -14,7 +14,8 @@ PACKAGE = Path(bert_jax.__file__).parent
 # Lowest first; modules of one floor do not import each other.
 FLOORS = [
     ["errors", "memory"],
-    ["config", "tree", "hub", "losses", "metrics", "settings", "data.sources", "data.loader"],
+    ["config", "tree", "hub", "losses", "metrics", "settings", "data.sources"],
+    ["data.loader"],
     ["weights", "tokenizer"],
     ["model"],
     ["sharding", "optim", "lora", "checkpoint"],

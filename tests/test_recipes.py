@@ -269,6 +269,68 @@ def test_the_script(tree, tmp_path):
     assert bert_jax.pipeline("text-classification", tmp_path / "mine")("good")["label"] in ("no", "yes")
 
 
+def test_names(tree, tmp_path):
+    """Token classification, from CoNLL columns to a model that answers."""
+    lines = []
+    for n in range(60):
+        person, place = ("Anna", "Peter", "Mary")[n % 3], ("Paris", "Rome", "Berlin")[n // 3 % 3]
+        lines.append(f"{person} I-PER\nwent O\nto O\n{place} I-LOC\n. O\n")
+    for name, part in (("train", lines[:48]), ("validation", lines[48:])):
+        (tmp_path / f"{name}.conll").write_text("\n".join(part))
+        tree["data"][name] = str(tmp_path / f"{name}.conll")
+    tree |= {"task": "token-classification", "optimizer": {"learning_rate": 2e-2}}
+    tree["data"]["max_length"] = 8  # two windows a sentence or more
+    tree["training"] = {"epochs": 12, "batch_size": 16, "metric": "f1"}
+    overview = recipes.dry_run(Settings.from_dict(tree))
+    assert "tags: IOB1, read as IOB2" in overview
+    assert "labels: O, B-LOC, I-LOC, B-PER, I-PER" in overview
+    folder = run(tree)
+    results = validation(folder)
+    assert results["f1"] == 1.0
+    assert results["per_class"]["PER"]["support"] == 12
+    assert recipes.evaluate(str(folder), Settings.from_dict(tree), "validation")["f1"] == 1.0
+    first = json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])
+    assert first["prediction"]["tags"] == ["B-PER", "O", "O", "B-LOC", "O"]
+    found = bert_jax.pipeline("token-classification", folder)("Mary went to Rome .", aggregation_strategy="first")
+    assert [(entity["entity_group"], entity["word"]) for entity in found] == [("PER", "Mary"), ("LOC", "Rome")]
+
+
+@pytest.mark.parametrize("unanswerable", [True, False])
+def test_answers(tree, tmp_path, unanswerable):
+    """Question answering, from SQuAD's form to a model that answers."""
+    questions = []
+    for n in range(60):
+        person, place = ("Anna", "Peter", "Mary")[n % 3], ("Paris", "Rome", "Berlin")[n // 3 % 3]
+        context = f"{person} went to {place}."
+        entry = {
+            "id": f"q{n}",
+            "question": "Where?",
+            "answers": [{"text": place, "answer_start": context.index(place)}],
+        }
+        if unanswerable and n % 4 == 3:
+            entry |= {"question": "Why not?", "answers": []}
+        questions.append({"context": context, "qas": [entry]})
+    for name, part in (("train", questions[:48]), ("validation", questions[48:])):
+        content = {"version": "x", "data": [{"title": "t", "paragraphs": part}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        tree["data"][name] = str(tmp_path / f"{name}.json")
+    tree |= {"task": "question-answering", "optimizer": {"learning_rate": 2e-2}}
+    tree["answers"] = {"unanswerable": unanswerable, "stride": 4}
+    tree["training"] = {"epochs": 15, "batch_size": 16, "metric": "best_f1"}
+    assert "tokens: [CLS] Where ?" in recipes.dry_run(Settings.from_dict(tree))
+    folder = run(tree)
+    results = validation(folder)
+    assert results["best_f1"] == 100.0
+    assert ("no_answer_f1" in results) == unanswerable
+    answers = json.loads((folder / "answers.json").read_text())
+    assert list(answers) == [f"q{n}" for n in range(48, 60)]
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    expected = [row["answers"]["text"][0] if row["answers"]["text"] else "" for row in rows]
+    assert [row["prediction"]["answer"] for row in rows] == expected
+    found = bert_jax.pipeline("question-answering", folder)(("Where?", "Mary went to Rome."))
+    assert found["answer"].rstrip(".") == "Rome"
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_bit_for_bit(tree, tmp_path):
     """SIGKILL, again and again, the same command each time."""

@@ -2,10 +2,12 @@
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
+
+from bert_jax.losses import IGNORE
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Tokens that a batch is padded to: a program each, a third of padding at worst."""
@@ -42,12 +44,17 @@ class Examples:
         input_ids: Token ids, special tokens included, example by example.
         token_type_ids: Token types, likewise.
         targets: Name -> an entry an example: a number or a vector of equal shape for all.
+        token_targets: Name -> an array an example, with an entry a token; padding gets `losses.IGNORE`.
+        origins: An entry an example, by which the task knows again what it was made of, its row's number first; no
+            program sees it.
         pad_token_id: What rows are padded with.
     """
 
     input_ids: Sequence[np.ndarray]
     token_type_ids: Sequence[np.ndarray]
-    targets: Mapping[str, np.ndarray]
+    targets: Mapping[str, np.ndarray] = field(default_factory=dict)
+    token_targets: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
+    origins: Sequence[Any] = ()
     pad_token_id: int = 0
 
     def __len__(self) -> int:
@@ -58,6 +65,10 @@ class Examples:
         """Tokens of each example: int64 [N]."""
         return np.array([len(ids) for ids in self.input_ids])
 
+    def rows(self, indices: np.ndarray) -> list[int]:
+        """Rows of the data, from 1, that examples were made of."""
+        return sorted({1 + (self.origins[i][0] if self.origins else int(i)) for i in indices})
+
     def batch(self, indices: np.ndarray, *, rows: int, length: int) -> Batch:
         """Examples padded to a rectangle of `rows` by `length` tokens."""
         ids, types = ([column[i] for i in indices] for column in (self.input_ids, self.token_type_ids))
@@ -66,6 +77,10 @@ class Examples:
         for name, values in self.targets.items():
             targets[name] = np.zeros((rows, *values.shape[1:]), values.dtype)
             targets[name][: len(indices)] = values[indices]
+        for name, columns in self.token_targets.items():
+            targets[name] = np.full((rows, length), IGNORE, np.int32)
+            for n, i in enumerate(indices):
+                targets[name][n, : len(columns[i])] = columns[i]
         weights = (np.arange(rows) < len(indices)).astype(np.float32)
         return Batch(inputs=inputs, targets=targets, weights=weights)
 

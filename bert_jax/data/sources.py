@@ -1,10 +1,13 @@
 """Rows of files and of the Hub's data sets, as dicts by column."""
 
+import ast
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +21,7 @@ FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
+    ".conll": "conll",
     ".txt": "text;label",
 }
 """By a file's name, without a `.gz` behind it."""
@@ -61,18 +65,24 @@ def entries(path: str | Path, format: str | None = None, *, labelled: bool = Tru
         path: JSONL, CSV, TSV (both with a header), Parquet, or text; all but Parquet may be gzipped. Or a folder, whose
             .txt files, in subfolders too, are a row's `text` each.
         format: "jsonl", "csv", "tsv", "parquet", "text" (a line is a row's `text`) or "text;label" (a line is a text,
-            and its label behind the last semicolon; a header `text;…` is passed over). By the file's name by default.
+            and its label behind the last semicolon; a header `text;…` is passed over), or "conll" (a line is a word,
+            its tag in the last column; a blank line ends a row of `tokens` and `tags`), or "squad" (SQuAD's JSON, read
+            whole; a question is a row). By the file's name by default; .json is SQuAD's if it begins so, or JSONL.
         labelled: A name in .txt says "text;label", and "text" otherwise.
 
     Raises:
         InputError: If the file cannot be read.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and format in (None, "text"):
         yield from _folder(path)
         return
-    format = format or format_of(path, labelled)
-    parse = {"jsonl": _jsonl, "csv": _csv, "tsv": _tsv, "text": _text, "text;label": _text_and_label}
+    parse: Any = {"jsonl": _jsonl, "csv": _csv, "tsv": _tsv, "text": _text, "text;label": _text_and_label,
+                  "conll": _conll, "squad": _squad}  # fmt: skip
+    if format is None:
+        format = "squad" if path.suffix == ".json" and _begins_as_squad(path) else format_of(path, labelled)
+    if format not in (*parse, "parquet"):
+        raise InputError(f"the format {format!r} is unknown; expected one of {', '.join((*parse, 'parquet'))}.")
     try:
         with open(path, "rb") as file:
             if format == "parquet":
@@ -102,8 +112,20 @@ def format_of(path: Path, labelled: bool) -> str:
     return "text" if suffix == ".txt" and not labelled else FORMATS[suffix]
 
 
+def _begins_as_squad(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(2000)
+    except OSError:
+        return False
+    return re.match(rb'(\xef\xbb\xbf)?\s*\{\s*"(version|data)"\s*:', start) is not None and b'"paragraphs"' in start
+
+
 def _folder(path: Path) -> Iterator[Entry]:
-    for number, file in enumerate(sorted(path.rglob("*.txt")), 1):
+    files = sorted(path.rglob("*.txt"))
+    if not files:
+        raise InputError(f"{path} holds no .txt files.")
+    for number, file in enumerate(files, 1):
         try:
             yield Entry(number, {"text": file.read_text(encoding="utf-8-sig")}, 0)
         except OSError as error:
@@ -128,7 +150,7 @@ def _jsonl(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             yield number, InputError(f"no JSON ({error}); expected an object a line.")
             continue
         if isinstance(row, dict):
@@ -138,21 +160,29 @@ def _jsonl(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
 
 
 def _csv(lines: Iterator[str], **dialect: Any) -> Iterator[tuple[int, Row | InputError]]:
-    csv.field_size_limit(2**31 - 1)  # a text may be longer than the default's 131,072 characters
+    csv.field_size_limit(2**24)  # characters; the default's 131,072 are fewer than a book has
     reader = csv.DictReader(lines, strict=True, **dialect)
+    names = list(reader.fieldnames or ())
+    if repeated := [name for n, name in enumerate(names) if name in names[:n]]:
+        yield 1, InputError(f"the header has {repeated[0]!r} twice.")
+        return
+    if any(re.search("[\ud800-\udfff]", name) for name in names):
+        yield 1, InputError("the header is not UTF-8 text.")
+        return
     while True:
+        begin = reader.line_num + 1
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield reader.reader.line_num, InputError(f"{error}.")
+            yield begin, InputError(f"{error}.")
             continue
         if None in row or None in row.values():
-            count = f"{'more' if None in row else 'fewer'} fields than the header's {len(reader.fieldnames or ())}."
-            yield reader.line_num, InputError(count)
+            count = f"{'more' if None in row else 'fewer'} fields than the header's {len(names)}."
+            yield begin, InputError(count)
         else:
-            yield reader.line_num, row
+            yield begin, row
 
 
 def _tsv(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
@@ -170,6 +200,40 @@ def _text_and_label(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputErro
         if not line.strip() or (number == 1 and text == "text"):
             continue
         yield number, {"text": text, "label": label} if semicolon else InputError("no semicolon; expected text;label.")
+
+
+def _conll(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
+    tokens: list[str] = []
+    tags: list[str] = []
+    number, columns, wrong = 0, 0, ""
+    for number, line in enumerate(itertools.chain(lines, [""]), 1):
+        fields = line.split("\t") if "\t" in line.strip() else line.split(" ")
+        fields = [field.strip() for field in fields if field.strip()]
+        if fields and fields[0] != "-DOCSTART-":
+            if len(fields) < 2 or len(fields) != (columns or len(fields)):
+                wrong = wrong or f"{len(fields)} columns in line {number}; expected {columns or 'a word and its tag'}."
+            columns = columns or len(fields)
+            tokens.append(fields[0])
+            tags.append(fields[-1])
+        elif tokens:
+            yield number, InputError(wrong) if wrong else {"tokens": tokens, "tags": tags}
+            tokens, tags, wrong = [], [], ""
+
+
+def _squad(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
+    try:
+        paragraphs = [
+            paragraph for article in json.loads("".join(lines))["data"] for paragraph in article["paragraphs"]
+        ]
+        rows = [
+            {"id": question["id"], "question": question["question"], "context": paragraph["context"],
+             "answers": question.get("answers")}
+            for paragraph in paragraphs for question in paragraph["qas"]
+        ]  # fmt: skip
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        yield 1, InputError(f"not SQuAD's JSON ({type(error).__name__}: {error}).")
+        return
+    yield from enumerate(rows, 1)
 
 
 def _parquet(file: IO[bytes]) -> Iterator[Entry]:
@@ -203,9 +267,34 @@ def read_hub(id: str, name: str | None, split: str, revision: str | None) -> Ite
     except Exception as error:  # the library raises all kinds
         raise InputError(f"Cannot load {split} of {id}{f' ({name})' if name else ''}: {error}") from None
     names = {column: kind for column, kind in found.features.items() if isinstance(kind, datasets.ClassLabel)}
+    lists = {column: kind.feature for column, kind in found.features.items()
+             if isinstance(getattr(kind, "feature", None), datasets.ClassLabel)}  # fmt: skip
     for row in found:
         # The Hub's test sets without labels have -1.
-        yield row | {column: kind.int2str(row[column]) for column, kind in names.items() if row[column] >= 0}
+        yield (
+            row
+            | {column: kind.int2str(row[column]) for column, kind in names.items() if row[column] >= 0}
+            | {
+                column: None if row[column] is None or min(row[column], default=0) < 0 else kind.int2str(row[column])
+                for column, kind in lists.items()
+            }
+        )
+
+
+def literal(text: str) -> Any:
+    """What a cell of a table stands for, in JSON or in Python's form; an empty one for an empty list.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    try:
+        return json.loads(text) if text.strip() else []
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        raise InputError(f"{text[:80]!r} is no list or object, in JSON or Python's form.") from None
 
 
 def column(rows: Sequence[Row], name: str | None, usual: Iterable[str]) -> str | None:

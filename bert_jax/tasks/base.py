@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from bert_jax.data.loader import Examples
+from bert_jax.settings import Data
 
 
 @dataclass
@@ -57,8 +58,28 @@ class Task(Protocol):
 class TrainableTask(Task, Protocol):
     """What training and evaluation need to know of a task beyond that."""
 
+    columns: Mapping[str, tuple[str, ...]]
+    """What a row has -> usual names of its column; the settings' `data` may name another."""
+    required: tuple[str, ...]
+    """Which of these have to be there."""
+    head: str
+    """Pattern of the parameters that a pretrained checkpoint lacks."""
+    peft_type: str
+    """By which `peft` knows such a model."""
     metrics: tuple[str, ...]
     """Names of what `evaluate` gives; the first chooses the best checkpoint unless the settings say otherwise."""
+    per_token: bool
+    """Whether what `forward` returns has an entry a token, and not an example."""
+
+    @staticmethod
+    def clean(rows: Mapping[str, list[dict[str, Any]]], data: Data) -> str:
+        """Puts splits' rows into the form that `featurize` takes, in place; returns what people should know of it."""
+        ...
+
+    @staticmethod
+    def config(rows: Sequence[Mapping[str, Any]], data: Data) -> dict[str, Any]:
+        """The config's fields that follow from the training rows: their labels."""
+        ...
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         """Rows of data -> examples; raises `InputError` where a row cannot be used, with its index."""
@@ -68,10 +89,10 @@ class TrainableTask(Task, Protocol):
         """The batch's mean loss and how many it is the mean of, rows of padding apart; both float32 []."""
         ...
 
-    def evaluate(self, outputs: Outputs, targets: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
         """Metrics of what `forward` returned for all examples."""
         ...
 
-    def predictions(self, outputs: Outputs) -> list[dict[str, Any]]:
-        """What `forward` returned, example by example, in words."""
+    def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
+        """What `forward` returned, in words, row by row of the data."""
         ...

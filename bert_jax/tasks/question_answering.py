@@ -4,15 +4,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tokenizers import Encoding
 
+from bert_jax import losses
 from bert_jax.config import BertConfig
+from bert_jax.data.loader import Examples
+from bert_jax.data.sources import literal
 from bert_jax.errors import InputError
 from bert_jax.model import BertForQuestionAnswering
+from bert_jax.settings import Answers, Data
 from bert_jax.tasks.base import Outputs, Request, Row
 from bert_jax.tokenizer import Tokenizer
 
+DEFAULTS = Answers()
 NO_ANSWER: dict[str, Any] = {"score": 0.0, "start": 0, "end": 0, "answer": ""}
 
 
@@ -20,10 +26,17 @@ class QuestionAnswering:
     """Reads answers off a context, as transformers' pipeline did up to version 4.57."""
 
     model_class = BertForQuestionAnswering
+    columns = {"id": ("id",), "question": ("question",), "context": ("context",), "answers": ("answers",)}  # noqa: RUF012
+    required = ("question", "context")
+    head, peft_type = r"qa_outputs\..*", "QUESTION_ANS"
+    metrics = ("f1", "exact_match", "best_f1", "best_exact_match")
+    per_token = True
 
-    def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
+    def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int, answers: Answers = DEFAULTS):
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.answers = answers
+        self.stride = max_length // 3 if answers.stride is None else answers.stride
 
     def forward(self, model: BertForQuestionAnswering, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Logits of an answer's first and last token, float32 [B, T] each."""
@@ -78,6 +91,8 @@ class QuestionAnswering:
         ]:  # fmt: skip
             if not isinstance(number, int) or isinstance(number, bool) or number < least:
                 raise InputError(f"{name} is {number!r}; expected a whole number of at least {least}.")
+        if not isinstance(null_threshold, int | float | None) or isinstance(null_threshold, bool):
+            raise InputError(f"null_threshold is {null_threshold!r}; expected a number.")
         if window > self.max_length:
             raise InputError(f"max_seq_len is {window}; the model has {self.max_length} positions.")
         question = self.tokenizer.encode([pair[0]], add_special_tokens=False)[0][0]
@@ -115,6 +130,187 @@ class QuestionAnswering:
         if top_k == 1:
             return entries[0] if entries else dict(NO_ANSWER)
         return entries[:top_k]
+
+    # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @staticmethod
+    def clean(rows: Mapping[str, list[dict[str, Any]]], data: Data) -> str:
+        """See `TrainableTask.clean`: answers become lists of texts and starts; what does not match is dropped."""
+        wrong = []
+        for split, found in rows.items():
+            kept = []
+            for i, row in enumerate(found, 1):
+                try:
+                    row["answers"] = _answers(row, check=split == "train")
+                except InputError as error:
+                    wrong.append(f"data.{split}, row {i}{' ' + str(row['id']) if row.get('id') else ''}: {error}")
+                else:
+                    kept.append(row)
+            found[:] = kept
+        if wrong and (data.wrong_answers == "stop" or not all(rows.values())):
+            raise InputError(f"{wrong[0]} ({len(wrong)} such rows). data.wrong_answers=skip passes over single ones.")
+        return f"passed over {len(wrong)} rows, the first of them: {wrong[0]}" if wrong else ""
+
+    @staticmethod
+    def config(rows: Sequence[Mapping[str, Any]], data: Data) -> dict[str, Any]:
+        """See `TrainableTask.config`: transformers makes the head's two outputs of two labels."""
+        if all(row["answers"] is None for row in rows):
+            raise InputError("data.train: no row has answers; data.answers names the column.")
+        return {"id2label": ("LABEL_0", "LABEL_1"), "num_labels": 2}
+
+    def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
+        """Rows with `question`, `context` and perhaps `answers` -> windows, with the places of the first answer.
+
+        A window that does not hold all of it has [CLS] for an answer.
+
+        Raises:
+            InputError: If a question leaves no room for the context.
+        """
+        longest = self.answers.max_question_length
+        questions = [row["question"] for row in rows]
+        tokens = self.tokenizer.encode(questions, add_special_tokens=False)
+        for n, (encoding,) in enumerate(tokens):
+            if len(encoding) > longest:
+                questions[n] = questions[n][: encoding.offsets[longest - 1][1]]
+        encoded = self.tokenizer.encode(
+            questions, [row["context"] for row in rows], max_length=self.max_length, stride=self.stride,
+            truncate="only_second",
+        )  # fmt: skip
+        windows, starts, ends, origins = [], [], [], []
+        for n, (row, parts) in enumerate(zip(rows, encoded, strict=True)):
+            for part in parts:
+                context = np.array([k for k, side in enumerate(part.sequence_ids) if side == 1], np.int32)
+                offsets = np.array(part.offsets, np.int32)[context].reshape(-1, 2)
+                first, last = _place(row["answers"], context, offsets)
+                windows.append(part)
+                starts.append(first)
+                ends.append(last)
+                origins.append((n, row, context, offsets))
+        return Examples(
+            input_ids=[np.array(window.ids, np.int32) for window in windows],
+            token_type_ids=[np.array(window.type_ids, np.int32) for window in windows],
+            targets={"start": np.array(starts, np.int32), "end": np.array(ends, np.int32)},
+            origins=origins,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+        )
+
+    def loss(
+        self, model: BertForQuestionAnswering, batch: Mapping[str, Any], dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `TrainableTask.loss`: cross entropy of the answer's first and last token, a mean over windows.
+
+        Padding gets no probability, so that the loss of a window does not depend on the batch that it is in.
+        """
+        out = model(**batch["inputs"], dropout_key=dropout_key)
+        tokens = batch["inputs"]["attention_mask"] > 0
+        start, end = (jnp.where(tokens, x, jnp.finfo(jnp.float32).min) for x in (out.start_logits, out.end_logits))
+        counts = batch["weights"] > 0
+        places = (jnp.where(counts, batch["targets"][name], losses.IGNORE) for name in ("start", "end"))
+        return losses.span_cross_entropy(start, end, *places), jnp.sum(counts, dtype=jnp.float32)
+
+    def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
+        """Metrics, see `bert_jax.metrics.answering`; none where the rows have no answers."""
+        from bert_jax import metrics
+
+        rows = {n: row for n, row, *_ in examples.origins}
+        if any(row["answers"] is None for row in rows.values()):
+            return {}
+        golds = [row["answers"]["text"] for row in rows.values()]
+        found = self.predictions(outputs, examples)
+        result = metrics.answering(golds, [entry["answer"] for entry in found])
+        if any(not gold for gold in golds):
+            best = [next((entry["text"] for entry in one["n_best"] if entry["text"]), "") for one in found]
+            searched = metrics.answering(golds, best, [entry["null_over_best"] for entry in found])
+            result |= {name: searched[name] for name in ("best_f1", "best_exact_match", "null_threshold")}
+        else:
+            result |= {f"best_{name}": result[name] for name in ("f1", "exact_match")}
+        return result
+
+    def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
+        """`{answer, null_over_best, n_best}` a row, as run_qa.py of transformers' examples chooses them.
+
+        Where the settings say that questions may have no answer, nothing ("") is one, and is taken if its logits exceed
+        the best answer's by more than `null_threshold`.
+        """
+        count, longest = self.answers.n_best, self.answers.max_answer_length
+        best: dict[int, list[tuple[float, int, int]]] = {}
+        null: dict[int, float] = {}
+        rows: dict[int, Any] = {}
+        for start, end, (n, row, context, offsets) in zip(
+            outputs["start"], outputs["end"], examples.origins, strict=True
+        ):
+            rows[n] = row
+            null[n] = min(null.get(n, np.inf), float(start[0] + end[0]))
+            first = int(context[0]) if len(context) else 0
+            ends = np.argsort(-end, kind="stable")[:count].tolist()
+            found = best.get(n, [])
+            for i in np.argsort(-start, kind="stable")[:count].tolist():
+                for j in ends:
+                    a, b = i - first, j - first
+                    if 0 <= a <= b < len(context) and b - a < longest:
+                        found.append((float(start[i] + end[j]), int(offsets[a][0]), int(offsets[b][1])))
+            best[n] = sorted(found, key=lambda entry: -entry[0])[:count]
+        results = []
+        for n, row in rows.items():
+            entries = [{"text": row["context"][a:b], "start": a, "end": b, "logit": logit} for logit, a, b in best[n]]
+            answered = [entry for entry in entries if entry["text"]]
+            over = null[n] - answered[0]["logit"] if answered else float(np.finfo(np.float32).max)
+            if self.answers.unanswerable or not entries:
+                nothing = {"text": "", "start": 0, "end": 0, "logit": null[n]}
+                entries = sorted([*entries, nothing], key=lambda entry: -entry["logit"])[:count]
+                entries += [] if nothing in entries else [nothing]
+            logits = np.array([entry["logit"] for entry in entries])
+            p = np.exp(logits - logits.max())
+            n_best = [entry | {"probability": float(q)} for entry, q in zip(entries, p / p.sum(), strict=True)]
+            nothing_wins = self.answers.unanswerable and over > self.answers.null_threshold
+            answer = "" if nothing_wins or not answered else answered[0]["text"]
+            results.append({"answer": answer, "null_over_best": float(over), "n_best": n_best})
+        return results
+
+
+def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | None:
+    """A row's answers as lists of texts and starts; empty lists where the question has none.
+
+    Raises:
+        InputError: If question, context or answers are not what they should be or, where it is checked, an answer does
+            not stand where the row says.
+    """
+    for name in ("question", "context"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise InputError(f"the {name} is {row.get(name)!r}; expected a text.")
+    answers = row.get("answers")
+    if answers is None:
+        return None
+    if isinstance(answers, str):  # as CSV has it
+        answers = literal(answers)
+    if isinstance(answers, list | tuple) and all(isinstance(answer, Mapping) for answer in answers):
+        # SQuAD's own form: an object an answer.
+        answers = {name: [answer.get(name) for answer in answers] for name in ("text", "answer_start")}
+    texts, starts = (answers.get(name) if isinstance(answers, Mapping) else None for name in ("text", "answer_start"))
+    texts, starts = ([values] if isinstance(values, str | int) else values for values in (texts, starts))
+    if (
+        not isinstance(texts, Sequence) or not isinstance(starts, Sequence) or len(texts) != len(starts)
+        or not all(isinstance(text, str) for text in texts) or not all(isinstance(start, int) for start in starts)
+    ):  # fmt: skip
+        raise InputError(f"answers is {row['answers']!r}; expected text and answer_start.")
+    for text, start in zip(texts, starts, strict=True) if check else ():
+        if row["context"][start : start + len(text)] != text or start < 0:
+            shown = row["context"][max(0, start) : start + len(text)]
+            raise InputError(f"the answer {text!r} does not stand at {start} of the context, but {shown!r}.")
+    return {"text": list(texts), "answer_start": list(starts)}
+
+
+def _place(answers: Mapping[str, Any] | None, context: np.ndarray, offsets: np.ndarray) -> tuple[int, int]:
+    """First and last token of the first answer in a window, or [CLS] twice, as run_qa.py finds them."""
+    if not answers or not answers["text"] or not len(context):
+        return 0, 0
+    begin = answers["answer_start"][0]
+    end = begin + len(answers["text"][0])
+    if offsets[0][0] > begin or offsets[-1][1] < end:
+        return 0, 0
+    first = int(np.flatnonzero(offsets[:, 0] <= begin)[-1])
+    last = int(np.flatnonzero(offsets[:, 1] >= end)[0])
+    return int(context[first]), int(context[last])
 
 
 def _spans(window: Encoding, output: Outputs, longest: int, count: int) -> tuple[list[tuple[int, int, float]], float]:

@@ -8,12 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Encoding
 
 from bert_jax import losses
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
+from bert_jax.data.sources import TEXT
 from bert_jax.errors import InputError
 from bert_jax.model import FIRST, BertForSequenceClassification
+from bert_jax.settings import Data
 from bert_jax.tasks.base import Outputs, Request, Row
 from bert_jax.tokenizer import Tokenizer
 
@@ -23,6 +26,8 @@ METRICS = {
     MULTI: ("f1_micro", "f1_macro", "f1_weighted", "accuracy"),
     REGRESSION: ("pearson", "spearman", "mse"),
 }
+LABEL = ("label", "label_string", "labels", "label_name", "class", "score")
+"""Usual names of the column of labels."""
 UNKNOWN = -1
 """The label of an example without one, as in GLUE's test sets."""
 
@@ -31,6 +36,10 @@ class SequenceClassification:
     """Classifies: one label a text, any number of labels, or a number instead (`problem_type`, as in transformers)."""
 
     model_class = BertForSequenceClassification
+    columns = {"text": TEXT, "text_pair": (), "label": LABEL}  # noqa: RUF012
+    required = ("text",)
+    head, peft_type = r"classifier\..*", "SEQ_CLS"
+    per_token = False
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         self.tokenizer = tokenizer
@@ -75,17 +84,33 @@ class SequenceClassification:
             raise InputError("the text is empty." if len(texts) == 1 else "a text of the pair is empty.")
         if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
             raise InputError(f"top_k is {top_k!r}; expected a whole number of at least 1, or None.")
-        return self._classify(texts, top_k)
+        encoded = self.tokenizer.encode(texts[:1], texts[1:] or None, max_length=self.max_length)
+        return self._classify(encoded[0][0], top_k)
 
-    def _classify(self, texts: list[str], top_k: int | None) -> Request:
-        pair = [texts[1]] if len(texts) == 2 else None
-        encoding = self.tokenizer.encode(texts[:1], pair, max_length=self.max_length)[0][0]
+    def _classify(self, encoding: Encoding, top_k: int | None) -> Request:
         (output,) = yield [Row(encoding.ids, encoding.type_ids)]
         order = np.argsort(-output["scores"], kind="stable")[:top_k]
         entries = [{"label": self.labels[i], "score": float(output["scores"][i])} for i in order]
         return entries[0] if top_k == 1 else entries
 
     # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @staticmethod
+    def clean(rows: Mapping[str, list[dict[str, Any]]], data: Data) -> str:
+        """See `TrainableTask.clean`: labels are taken as they are."""
+        return ""
+
+    @staticmethod
+    def config(rows: Sequence[Mapping[str, Any]], data: Data) -> dict[str, Any]:
+        """See `TrainableTask.config`: the problem type and the labels' names."""
+        labels = [row.get("label") for row in rows]
+        if None in labels:
+            raise InputError(f"data.train: row {labels.index(None) + 1} has no label; data.label names the column.")
+        problem_type, names = label_set(labels, data.problem_type)
+        if problem_type == SINGLE and len(names) < 2:
+            raise InputError(f"All examples of data.train have the label {names[0]!r}; expected at least two labels.")
+        names = data.labels or names
+        return {"problem_type": problem_type, "id2label": names, "num_labels": len(names)}
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         """Rows with `text`, perhaps `text_pair` and `label` -> examples with the target `labels`.
@@ -145,11 +170,11 @@ class SequenceClassification:
             counts, dtype=jnp.float32
         )
 
-    def evaluate(self, outputs: Outputs, targets: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    def evaluate(self, outputs: Outputs, examples: Examples) -> dict[str, Any]:
         """Metrics, see `bert_jax.metrics`; none where the examples have no labels."""
         from bert_jax import metrics
 
-        labels, scores = targets["labels"], outputs["scores"]
+        labels, scores = examples.targets["labels"], outputs["scores"]
         if self.problem_type == REGRESSION:
             return metrics.regression(labels[:, 0], scores[:, 0])
         if self.problem_type == MULTI:
@@ -157,7 +182,7 @@ class SequenceClassification:
         known = labels != UNKNOWN
         return metrics.classification(labels[known], scores[known].argmax(-1), self.labels) if known.any() else {}
 
-    def predictions(self, outputs: Outputs) -> list[dict[str, Any]]:
+    def predictions(self, outputs: Outputs, examples: Examples) -> list[dict[str, Any]]:
         """`{label, score}` an example; of independent labels, `labels` with all that are likelier than not."""
         if self.problem_type == MULTI:
             return [

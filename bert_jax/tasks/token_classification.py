@@ -1,16 +1,22 @@
 """token-classification: a label for each token or, grouped, a text's entities (Devlin et al. 2018, section 5.3)."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tokenizers import Encoding
 
+from bert_jax import losses
 from bert_jax.config import BertConfig
+from bert_jax.data.loader import Examples
+from bert_jax.data.sources import literal
 from bert_jax.errors import InputError
 from bert_jax.model import BertForTokenClassification
+from bert_jax.settings import Data
 from bert_jax.tasks.base import Outputs, Request, Row
 from bert_jax.tokenizer import Tokenizer
 
@@ -33,12 +39,19 @@ class TokenClassification:
     """Labels tokens and groups them to entities, as transformers' pipeline does."""
 
     model_class = BertForTokenClassification
+    columns = {"tokens": ("tokens", "words"), "tags": ("ner_tags_str", "ner_tags", "tags")}  # noqa: RUF012
+    required = ("tokens",)
+    head, peft_type = r"classifier\..*", "TOKEN_CLS"
+    metrics: tuple[str, ...] = ("f1", "precision", "recall", "accuracy")
+    per_token = True
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.stride = max_length // 4
         self.labels = config.labels
+        if not any(label.startswith(("B-", "I-")) for label in self.labels):  # parts of speech
+            self.metrics = ("accuracy",)
 
     def forward(self, model: BertForTokenClassification, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Probabilities of the labels, float32 [B, T, C]."""
@@ -79,17 +92,19 @@ class TokenClassification:
             raise InputError(
                 f"aggregation_strategy is {aggregation_strategy!r}; expected one of {', '.join(STRATEGIES)}."
             )
-        if isinstance(ignore_labels, str):
+        if not isinstance(ignore_labels, list | tuple) or not all(isinstance(name, str) for name in ignore_labels):
             raise InputError(f"ignore_labels is {ignore_labels!r}; expected a list of labels.")
-        return self._label(text, words, aggregation_strategy, frozenset(ignore_labels))
-
-    def _label(self, text: str, words: list[str] | None, strategy: str, ignored: frozenset[str]) -> Request:
         windows = self.tokenizer.encode(
             [text if words is None else words],
             is_split_into_words=words is not None,
             max_length=self.max_length,
             stride=self.stride,
         )[0]
+        return self._label(text, words, windows, aggregation_strategy, frozenset(ignore_labels))
+
+    def _label(
+        self, text: str, words: list[str] | None, windows: list[Encoding], strategy: str, ignored: frozenset[str]
+    ) -> Request:
         outputs = yield [Row(window.ids, window.type_ids) for window in windows]
         pieces = self._pieces(text, words, windows, outputs)
         if strategy in ("none", "simple"):
@@ -108,30 +123,41 @@ class TokenClassification:
         """The text's tokens, each from the window in which the nearest cut is farthest."""
         # Characters before each word, where the text is its words joined by a space.
         before = np.cumsum([0, *(len(word) + 1 for word in words or [])]).tolist()
-        chosen: dict[int, tuple[float, Piece]] = {}
-        first = 0
-        for n, (window, output) in enumerate(zip(windows, outputs, strict=True)):
-            inside = [i for i, special in enumerate(window.special_tokens_mask) if not special]
-            for k, i in enumerate(inside):
-                start, end = window.offsets[i]
-                if words is not None and window.word_ids[i] is not None:
-                    start, end = start + before[window.word_ids[i]], end + before[window.word_ids[i]]
-                token, shown = window.tokens[i], text[start:end]
-                unknown = window.ids[i] == self.tokenizer.unk_token_id
-                piece = Piece(
+        pieces = []
+        for index, (n, i) in enumerate(self._places(windows), 1):
+            window = windows[n]
+            start, end = window.offsets[i]
+            if words is not None and window.word_ids[i] is not None:
+                start, end = start + before[window.word_ids[i]], end + before[window.word_ids[i]]
+            token, shown = window.tokens[i], text[start:end]
+            unknown = window.ids[i] == self.tokenizer.unk_token_id
+            pieces.append(
+                Piece(
                     token=shown if unknown else token,
                     start=start,
                     end=end,
-                    index=first + k + 1,
-                    scores=output["scores"][i],
+                    index=index,
+                    scores=outputs[n]["scores"][i],
                     continues=not unknown and len(token) != len(shown),  # by the ## that it begins with
                 )
+            )
+        return pieces
+
+    def _places(self, windows: list[Encoding]) -> list[tuple[int, int]]:
+        """Of each token of a text, the window in which the nearest cut is farthest, and its place there."""
+        chosen: list[tuple[float, int, int]] = []
+        first = 0
+        for n, window in enumerate(windows):
+            inside = [i for i, special in enumerate(window.special_tokens_mask) if not special]
+            for k, i in enumerate(inside):
                 left = k if n else np.inf
                 right = len(inside) - 1 - k if n < len(windows) - 1 else np.inf
-                if piece.index not in chosen or min(left, right) > chosen[piece.index][0]:
-                    chosen[piece.index] = (min(left, right), piece)
+                if first + k == len(chosen):
+                    chosen.append((min(left, right), n, i))
+                elif min(left, right) > chosen[first + k][0]:
+                    chosen[first + k] = (min(left, right), n, i)
             first += len(inside) - self.stride
-        return [piece for _, (_, piece) in sorted(chosen.items(), key=lambda entry: entry[0])]
+        return [(n, i) for _, n, i in chosen]
 
     def _word(self, pieces: list[Piece], strategy: str) -> dict[str, Any]:
         if strategy == "first":
@@ -163,6 +189,161 @@ class TokenClassification:
 
     def _joined(self, tokens: list[str]) -> str:
         return str(self.tokenizer.backend.decoder.decode(tokens))
+
+    # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @staticmethod
+    def clean(rows: Mapping[str, list[dict[str, Any]]], data: Data) -> str:
+        """See `TrainableTask.clean`: tags of any scheme become IOB2's, for that is what entities are read from."""
+        for split, found in rows.items():
+            for i, row in enumerate(found, 1):
+                try:
+                    row["tags"] = _tags(row["tokens"], row.get("tags"), data.labels)
+                except InputError as error:
+                    raise InputError(f"data.{split}: row {i}: {error}") from None
+        every = [row for found in rows.values() for row in found if row["tags"] is not None]
+        scheme = _scheme([row["tags"] for row in every])
+        if scheme not in ("IOB1", "BIOES"):
+            return f"tags: {scheme}"
+        for row in every:
+            row["tags"] = iob2(row["tags"])
+        return f"tags: {scheme}, read as IOB2"
+
+    @staticmethod
+    def config(rows: Sequence[Mapping[str, Any]], data: Data) -> dict[str, Any]:
+        """See `TrainableTask.config`: O, then B- and I- of each type, sorted, then what else there is."""
+        tags = {tag for row in rows for tag in row["tags"] or ()}
+        if not tags:
+            raise InputError("data.train: no row has tags; data.tags names the column.")
+        kinds = sorted({tag[2:] for tag in tags if tag.startswith(("B-", "I-"))})
+        usual = ["O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")] if kinds else []
+        names = data.labels or (*usual, *sorted(tags - set(usual)))
+        if unknown := sorted(tags - set(names)):
+            raise InputError(f"data.labels lacks the tag {unknown[0]!r} of data.train; it has {', '.join(names)}.")
+        return {"id2label": names, "num_labels": len(names)}
+
+    def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
+        """Rows with `tokens` and perhaps `tags` -> windows, each word's label at its first piece and in one window.
+
+        Raises:
+            InputError: Names the row whose tag is unknown.
+        """
+        ids = {label: i for i, label in enumerate(self.labels)}
+        encoded = self.tokenizer.encode(
+            [row["tokens"] for row in rows], is_split_into_words=True, max_length=self.max_length, stride=self.stride
+        )
+        windows, labels, origins = [], [], []
+        for n, (row, parts) in enumerate(zip(rows, encoded, strict=True)):
+            tags = row.get("tags")
+            if unknown := [tag for tag in tags or () if tag not in ids]:
+                raise InputError(f"row {n + 1}: the tag {unknown[0]!r} is unknown; there are {', '.join(self.labels)}.")
+            firsts: list[list[tuple[int, int]]] = [[] for _ in parts]  # a window -> places and words
+            last, word_ids = None, [part.word_ids for part in parts]
+            for window, i in self._places(parts):
+                word = word_ids[window][i]
+                if word is not None and word != last:
+                    firsts[window].append((i, word))
+                last = word
+            for part, places in zip(parts, firsts, strict=True):
+                column = np.full(len(part.ids), losses.IGNORE, np.int32)
+                for i, word in places:
+                    if tags:
+                        column[i] = ids[tags[word]]
+                windows.append(part)
+                labels.append(column)
+                origins.append((n, row, places))
+        return Examples(
+            input_ids=[np.array(window.ids, np.int32) for window in windows],
+            token_type_ids=[np.array(window.type_ids, np.int32) for window in windows],
+            token_targets={"labels": labels},
+            origins=origins,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+        )
+
+    def loss(
+        self, model: BertForTokenClassification, batch: Mapping[str, Any], dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `TrainableTask.loss`: cross entropy, a mean over words."""
+        labels = batch["targets"]["labels"]
+        logits = model(**batch["inputs"], dropout_key=dropout_key).logits
+        return losses.cross_entropy(logits, labels), jnp.sum(labels != losses.IGNORE, dtype=jnp.float32)
+
+    def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
+        """Metrics, see `bert_jax.metrics.tagging`; none where the rows have no tags."""
+        from bert_jax import metrics
+
+        truth = {n: row["tags"] for n, row, _ in examples.origins}
+        found = self.predictions(outputs, examples)
+        known = [n for n, tags in truth.items() if tags]
+        if not known:
+            return {}
+        result = metrics.tagging([truth[n] for n in known], [found[n]["tags"] for n in known])
+        return result if "f1" in self.metrics else {"accuracy": result["accuracy"]}
+
+    def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
+        """`{tags}` a row, a tag a word; a word of which the tokenizer leaves nothing is O."""
+        found: dict[int, list[str]] = {}
+        nothing = "O" if "O" in self.labels else self.labels[0]
+        for scores, (n, row, places) in zip(outputs["scores"], examples.origins, strict=True):
+            tags = found.setdefault(n, [nothing] * len(row["tokens"]))
+            for i, word in places:
+                tags[word] = self.labels[int(scores[i].argmax())]
+        return [{"tags": tags} for tags in found.values()]
+
+
+def iob2(tags: Sequence[str]) -> list[str]:
+    """Tags of any scheme -> IOB2: B- at the first word of an entity, I- at the others."""
+    from bert_jax import metrics
+
+    converted = ["O"] * len(tags)
+    for kind, first, last in metrics.entities(tags):
+        converted[first : last + 1] = [f"B-{kind}", *[f"I-{kind}"] * (last - first)]
+    return converted
+
+
+def _tags(tokens: Any, tags: Any, names: Sequence[str] | None) -> list[str] | None:
+    """A row's tags as strings, None where it has none; numbers are indices of the names."""
+    if not isinstance(tokens, list | tuple) or not all(isinstance(token, str) for token in tokens):
+        raise InputError(f"tokens is {tokens!r}; expected a list of words.")
+    if not tokens:
+        raise InputError("there are no tokens.")
+    if tags is None:
+        return None
+    if isinstance(tags, str):  # as CSV has it
+        tags = literal(tags)
+    if not isinstance(tags, list | tuple) or len(tags) != len(tokens):
+        count = len(tags) if isinstance(tags, list | tuple) else "no list of"
+        raise InputError(f"{len(tokens)} tokens and {count} tags; expected one to each.")
+    named = []
+    for tag in tags:
+        if isinstance(tag, int):
+            if not names:
+                raise InputError("tags are numbers; data.labels has to name them, in their order.")
+            if not 0 <= tag < len(names):
+                raise InputError(f"the tag {tag} is outside data.labels, which has {len(names)}.")
+            tag = names[tag]
+        named.append(str(tag))
+    return named
+
+
+def _scheme(sentences: Sequence[Sequence[str]]) -> str:
+    """IOB1, IOB2 or BIOES; "none" where no tag has a prefix.
+
+    Raises:
+        InputError: If some tags have one and others do not.
+    """
+    tags = {tag for sentence in sentences for tag in sentence}
+    marked = {tag for tag in tags if re.fullmatch(r"[BIES]-.+", tag)}
+    if not marked:
+        return "none"
+    if stray := sorted(tags - marked - {"O"}):
+        raise InputError(f"the tag {stray[0]!r} follows no scheme; expected O, or B-, I-, E- or S- and a type.")
+    if any(tag[0] in "ES" for tag in marked):
+        return "BIOES"
+    from bert_jax import metrics
+
+    begins = [sentence[first][0] for sentence in sentences for _, first, _ in metrics.entities(sentence)]
+    return "IOB2" if begins.count("B") > len(begins) / 2 else "IOB1"  # IOB1 has B- between neighbours alone
 
 
 def _words(pieces: Iterable[Piece]) -> list[list[Piece]]:

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bert_jax.data.sources import column, read
+from bert_jax.data.sources import column, literal, read
 from bert_jax.errors import InputError
 
 ROWS = [{"text": "grün, ja", "label": "a"}, {"text": "x", "label": "b"}]
@@ -148,12 +148,17 @@ def test_missing_files(tmp_path, name):
 
 def test_a_folder(tmp_path):
     refused(tmp_path, f"Cannot read {tmp_path}: Is a directory.", "csv")
+    refused(tmp_path, f"{tmp_path} holds no .txt files.")
+    (tmp_path / "b").mkdir()
+    write(tmp_path / "b", "1.txt", "one\ntwo")
+    write(tmp_path, "c.txt", "three")
+    assert list(read(tmp_path)) == [{"text": "one\ntwo"}, {"text": "three"}]
 
 
 @pytest.mark.parametrize("name", ["rows.xml", "rows", "rows.gz", "rows.xml.gz"])
 def test_unknown_suffix(tmp_path, name):
     path = write(tmp_path, name, "")
-    refused(path, f"{path}: what is in it? Its name ends in none of .jsonl, .json, .csv, .tsv, .parquet, .txt;")
+    refused(path, f"{path}: what is in it? Its name ends in none of .jsonl, .json, .csv, .tsv, .parquet, .conll, .txt;")
 
 
 def test_undecodable(tmp_path):
@@ -221,3 +226,42 @@ def test_column():
     assert column(rows, "label", ("text",)) == "label"
     with pytest.raises(InputError, match=r"^There is no column 'labl'; there are 'sentence', 'label', 'text'\.$"):
         column(rows, "labl", ("label",))
+
+
+def test_conll(tmp_path):
+    content = "-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n\n\nPeter NNP B-PER\n"
+    assert list(read(write(tmp_path, "rows.conll", content))) == [
+        {"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]},
+        {"tokens": ["Peter"], "tags": ["B-PER"]},
+    ]
+    tabs = "New York\tB-LOC\n!\tO\n\t\nand\tO\n"
+    rows = list(read(write(tmp_path, "rows.iob", tabs), "conll"))
+    assert [row["tokens"] for row in rows] == [["New York", "!"], ["and"]]
+    refused(write(tmp_path, "bad.conll", "a O\n\nb\nc O\n"), "bad.conll, line 5: 1 columns in line 3; expected 2.")
+    refused(write(tmp_path, "worse.conll", "word\n"), "1 columns in line 1; expected a word and its tag.")
+
+
+def test_squad(tmp_path):
+    answered = {"id": "a", "question": "Who?", "answers": [{"text": "Anna", "answer_start": 0}]}
+    unknown = {"id": "b", "question": "Why?", "answers": [], "is_impossible": True}
+    asked = [answered, unknown, {"id": "c", "question": "When?"}]
+    data = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": "Anna sings.", "qas": asked}]}]}
+    rows = list(read(write(tmp_path, "dev.json", json.dumps(data, indent=2))))
+    assert [row["id"] for row in rows] == ["a", "b", "c"]
+    assert [row["answers"] for row in rows] == [answered["answers"], [], None]
+    assert rows[0]["context"] == "Anna sings."
+    assert list(read(write(tmp_path, "lines.json", '{"data": 1}\n{"data": 2}\n'))) == [{"data": 1}, {"data": 2}]
+    refused(write(tmp_path, "bad.json", '{"data": [{"paragraphs": 3}]}'), "bad.json, line 1: not SQuAD's JSON")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("[1, 2]", [1, 2]), ("['a', \"b'c\"]", ["a", "b'c"]), ("", []), ('["\\ud83d\\ude00"]', ["😀"])],
+)
+def test_literal(text, expected):
+    assert literal(text) == expected
+
+
+def test_no_literal():
+    with pytest.raises(InputError, match=r"'\[a b\]' is no list or object"):
+        literal("[a b]")

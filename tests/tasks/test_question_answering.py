@@ -1,5 +1,7 @@
 """question-answering against the answers of transformers 4.57.6, and requests fed with logits of our choice."""
 
+import json
+import random
 import re
 
 import numpy as np
@@ -10,6 +12,7 @@ import reference
 import bert_jax
 from bert_jax import BertConfig
 from bert_jax.errors import InputError
+from bert_jax.settings import Answers, Data
 from bert_jax.tasks.question_answering import QuestionAnswering
 
 CONTEXT = "Norman castles stand in Paris, Rome and Huggingface today."
@@ -166,3 +169,209 @@ def test_a_long_question_is_cut(task):
 def test_bad_input(task, inputs, options, message):
     with pytest.raises(InputError, match=re.escape(message)):
         task.request(inputs, **options)
+
+
+# ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def rows(count=60, seed=3):
+    """Questions whose answers are words of their contexts; every fifth has none."""
+    source = random.Random(seed)
+    found = []
+    for n, case in enumerate(questions.cases()[:count]):
+        words = [match.span() for match in re.finditer(r"\S+", case["context"])]
+        first = source.randrange(len(words))
+        last = min(len(words) - 1, first + source.randint(0, 4))
+        start, end = words[first][0], words[last][1]
+        answers = {"text": [case["context"][start:end]], "answer_start": [start]}
+        found.append({"id": n, "question": case["question"], "context": case["context"],
+                      "answers": {"text": [], "answer_start": []} if n % 5 == 4 else answers})  # fmt: skip
+    return found
+
+
+def places_of_run_qa(row, window):
+    """A literal reading of transformers' examples/pytorch/question-answering/run_qa.py."""
+    answers, offsets, sequence_ids = row["answers"], window.offsets, window.sequence_ids
+    if len(answers["answer_start"]) == 0:
+        return 0, 0
+    start_char = answers["answer_start"][0]
+    end_char = start_char + len(answers["text"][0])
+    token_start_index = 0
+    while sequence_ids[token_start_index] != 1:
+        token_start_index += 1
+    token_end_index = len(window.ids) - 1
+    while sequence_ids[token_end_index] != 1:
+        token_end_index -= 1
+    if not (offsets[token_start_index][0] <= start_char and offsets[token_end_index][1] >= end_char):
+        return 0, 0
+    while token_start_index < len(offsets) and offsets[token_start_index][0] <= start_char:
+        if sequence_ids[token_start_index] != 1:
+            break  # beyond the context; the script reads on there, where offsets are 0, to the end of the row
+        token_start_index += 1
+    while offsets[token_end_index][1] >= end_char:
+        token_end_index -= 1
+    return token_start_index - 1, token_end_index + 1
+
+
+@pytest.mark.parametrize(("length", "stride"), [(384, 128), (64, 16), (40, 0)])
+def test_features_are_those_of_run_qa(tokenizer, length, stride):
+    task = QuestionAnswering(tokenizer, BertConfig.from_dict(reference.CONFIG), length, Answers(stride=stride))
+    given = rows()
+    assert QuestionAnswering.clean({"train": given}, Data()) == ""
+    examples = task.featurize(given)
+    place, inside = 0, 0
+    for row in given:
+        windows = tokenizer.encode(
+            [row["question"]], [row["context"]], max_length=length, stride=stride, truncate="only_second"
+        )[0]
+        for window in windows:
+            assert examples.input_ids[place].tolist() == window.ids
+            assert examples.token_type_ids[place].tolist() == window.type_ids
+            expected = places_of_run_qa(row, window)
+            assert (examples.targets["start"][place], examples.targets["end"][place]) == expected
+            inside += expected != (0, 0)
+            place += 1
+    assert place == len(examples)
+    assert inside >= 30
+
+
+def postprocessed(row, features, starts, ends, *, n_best, longest, threshold, version_2):
+    """A literal reading of postprocess_qa_predictions in transformers' examples (utils_qa.py)."""
+    prelim, null = [], None
+    for (context, offsets), start_logits, end_logits in zip(features, starts, ends, strict=True):
+        mapping = dict(zip(context.tolist(), offsets.tolist(), strict=True))
+        null_score = start_logits[0] + end_logits[0]
+        if null is None or null["score"] > null_score:
+            null = {"offsets": (0, 0), "score": null_score}
+        for start_index in np.argsort(start_logits)[-1 : -n_best - 1 : -1].tolist():
+            for end_index in np.argsort(end_logits)[-1 : -n_best - 1 : -1].tolist():
+                if start_index not in mapping or end_index not in mapping:
+                    continue
+                if end_index < start_index or end_index - start_index + 1 > longest:
+                    continue
+                prelim.append({"offsets": (mapping[start_index][0], mapping[end_index][1]),
+                               "score": start_logits[start_index] + end_logits[end_index]})  # fmt: skip
+    if version_2:
+        prelim.append(null)
+    predictions = sorted(prelim, key=lambda entry: entry["score"], reverse=True)[:n_best]
+    if version_2 and not any(entry["offsets"] == (0, 0) for entry in predictions):
+        predictions.append(null)
+    for entry in predictions:
+        entry["text"] = row["context"][entry["offsets"][0] : entry["offsets"][1]]
+    if not predictions or (len(predictions) == 1 and predictions[0]["text"] == ""):
+        return "", float(np.finfo(np.float32).max)
+    if not version_2:
+        return predictions[0]["text"], None
+    best = next(entry for entry in predictions if entry["text"] != "")
+    over = null["score"] - best["score"]
+    return ("" if over > threshold else best["text"]), over
+
+
+@pytest.mark.parametrize("unanswerable", [True, False])
+@pytest.mark.parametrize("threshold", [0.0, -3.0])
+def test_answers_are_those_of_run_qa(tokenizer, unanswerable, threshold):
+    options = Answers(
+        stride=16, max_answer_length=7, n_best=5, null_threshold=threshold, unanswerable=unanswerable
+    )  # fmt: skip
+    task = QuestionAnswering(tokenizer, BertConfig.from_dict(reference.CONFIG), 64, options)
+    given = [row for row in rows() if unanswerable or row["answers"]["text"]]
+    QuestionAnswering.clean({"train": given}, Data())
+    examples = task.featurize(given)
+    source = np.random.default_rng(0)
+    outputs = {name: [source.normal(0, 3, len(ids)) for ids in examples.input_ids] for name in ("start", "end")}
+    for name in outputs:  # [CLS] is sometimes the likeliest
+        for logits in outputs[name]:
+            logits[0] = source.normal(5, 3)
+    found = task.predictions(outputs, examples)
+    assert len(found) == len(given)
+    empty = 0
+    for n, (row, one) in enumerate(zip(given, found, strict=True)):
+        which = [i for i, (owner, *_) in enumerate(examples.origins) if owner == n]
+        features = [examples.origins[i][2:] for i in which]
+        starts, ends = ([outputs[name][i] for i in which] for name in ("start", "end"))
+        answer, over = postprocessed(row, features, starts, ends, n_best=5, longest=7, threshold=threshold,
+                                     version_2=unanswerable)  # fmt: skip
+        assert one["answer"] == answer
+        if unanswerable:
+            assert one["null_over_best"] == pytest.approx(over)
+        assert one["answer"] in row["context"]
+        assert sum(entry["probability"] for entry in one["n_best"]) == pytest.approx(1)
+        assert len(one["n_best"]) <= 5 + unanswerable
+        for entry in one["n_best"]:
+            assert row["context"][entry["start"] : entry["end"]] == entry["text"]
+        empty += answer == ""
+    assert (empty > 5) == unanswerable
+    metrics = task.evaluate(outputs, examples)
+    assert ("null_threshold" in metrics) == unanswerable
+    assert metrics["best_f1"] >= metrics["f1"] - 1e-9
+
+
+def test_the_loss_of_a_window_does_not_depend_on_its_padding(tokenizer, checkpoint):
+    config = BertConfig.from_dict(questions.CONFIG)
+    model = bert_jax.BertForQuestionAnswering(config, rngs=bert_jax.model.nnx.Rngs(0))
+    task = QuestionAnswering(tokenizer, config, 64, Answers(stride=16))
+    given = rows(4)
+    QuestionAnswering.clean({"train": given}, Data())
+    examples = task.featurize(given)
+    indices = np.arange(3)
+    losses_ = [task.loss(model, examples.batch(indices, rows=n, length=length), None) for n, length in
+               ((3, 64), (3, 96), (8, 64))]  # fmt: skip
+    for loss, count in losses_:
+        assert float(count) == 3
+        assert float(loss) == pytest.approx(float(losses_[0][0]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context": ""}, "the context is ''; expected a text"),
+        ({"question": None}, "the question is None; expected a text"),
+        (
+            {"answers": {"text": ["Rome"], "answer_start": [0]}},
+            "the answer 'Rome' does not stand at 0 of the context, but",
+        ),
+        ({"answers": {"text": ["Rome"], "answer_start": [-5]}}, "does not stand at -5"),
+        ({"answers": ["Rome"]}, "answers is ['Rome']; expected text and answer_start"),
+        ({"answers": {"text": ["Rome"]}}, "expected text and answer_start"),
+        ({"answers": [{"text": "Rome"}]}, "expected text and answer_start"),
+        ({"answers": {"text": ["Rome"], "answer_start": []}}, "expected text and answer_start"),
+        ({"answers": {"text": [5], "answer_start": [0]}}, "expected text and answer_start"),
+        ({"answers": "[Rome"}, "'[Rome' is no list or object"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_counted_and_named(change, message):
+    good = {"id": "a", "question": "Where?", "context": CONTEXT, "answers": {"text": ["Paris"], "answer_start": [24]}}
+    given = {"train": [dict(good), good | {"id": "b"} | change, dict(good)]}
+    said = QuestionAnswering.clean(given, Data())
+    assert said.startswith("passed over 1 rows, the first of them: data.train, row 2 b: ")
+    assert message in said
+    assert [row["id"] for row in given["train"]] == ["a", "a"]
+    with pytest.raises(InputError, match=r"\(1 such rows\)\. data\.wrong_answers=skip passes over single ones"):
+        QuestionAnswering.clean({"train": [good | change]}, Data(wrong_answers="stop"))
+
+
+def test_forms_of_answers():
+    row = {"question": "Where?", "context": CONTEXT}
+    expected = {"text": ["Paris"], "answer_start": [24]}
+    for answers in (expected, [{"text": "Paris", "answer_start": 24}], json.dumps(expected), str(expected),
+                    {"text": "Paris", "answer_start": 24}):  # fmt: skip
+        given = [row | {"answers": answers}]
+        assert QuestionAnswering.clean({"train": given}, Data()) == ""
+        assert given[0]["answers"] == expected
+    far = [row | {"answers": {"text": ["Rome"], "answer_start": [0]}}]  # counts for its text where nothing is learnt
+    assert QuestionAnswering.clean({"train": [row | {"answers": []}], "validation": far}, Data()) == ""
+    assert far[0]["answers"]["text"] == ["Rome"]
+    given = [row | {"answers": []}]
+    QuestionAnswering.clean({"train": given}, Data())
+    assert given[0]["answers"] == {"text": [], "answer_start": []}
+
+
+def test_a_question_longer_than_the_window(tokenizer):
+    task = QuestionAnswering(tokenizer, BertConfig.from_dict(reference.CONFIG), 32, Answers(stride=8))
+    row = {"question": "why " * 50, "context": CONTEXT, "answers": None}
+    with pytest.raises(InputError, match=r"max_length=32 with stride=8 leaves no room for text\[0\]"):
+        task.featurize([row])
+    short = QuestionAnswering(
+        tokenizer, BertConfig.from_dict(reference.CONFIG), 32, Answers(stride=8, max_question_length=4)
+    )
+    assert short.featurize([row]).input_ids[0].tolist().count(tokenizer.sep_token_id) == 2

@@ -8,6 +8,7 @@ from flax import nnx
 
 import bert_jax
 from bert_jax import tree
+from bert_jax.data.loader import Examples
 from bert_jax.errors import InputError
 from bert_jax.tasks.sequence_classification import MULTI, REGRESSION, SINGLE, UNKNOWN, SequenceClassification, label_set
 
@@ -353,26 +354,32 @@ def test_dropout_reaches_the_model(task, models):
 # ── Evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def examples(targets):
+    return Examples([], [], targets)
+
+
 def test_evaluate_passes_over_what_has_no_label(task):
     scores = np.array([[0.1, 0.8, 0.1], [0.9, 0.1, 0], [0.2, 0.3, 0.5], [0.6, 0.2, 0.2]])
     labels = np.array([1, UNKNOWN, 0, 0], np.int32)
-    result = task().evaluate({"scores": scores}, {"labels": labels})
+    result = task().evaluate({"scores": scores}, examples({"labels": labels}))
     assert result["accuracy"] == pytest.approx(2 / 3)
     assert list(result["per_class"]) == list(NAMES)
     assert result["confusion"] == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
-    assert task().evaluate({"scores": scores}, {"labels": np.full(4, UNKNOWN, np.int32)}) == {}
+    assert task().evaluate({"scores": scores}, examples({"labels": np.full(4, UNKNOWN, np.int32)})) == {}
 
 
 def test_evaluate_several_labels(task):
     scores = np.array([[0.6, 0.9, 0.1], [0.4, 0.2, 0.7]])
-    result = task(problem_type=MULTI).evaluate({"scores": scores}, {"labels": np.float32([[1, 1, 0], [1, 0, 1]])})
+    result = task(problem_type=MULTI).evaluate(
+        {"scores": scores}, examples({"labels": np.float32([[1, 1, 0], [1, 0, 1]])})
+    )
     assert result["accuracy"] == 1 / 2
     assert result["f1_micro"] == pytest.approx(2 * 3 / (3 + 4))
 
 
 def test_evaluate_numbers(task):
     scores, labels = np.float32([[1], [2], [4]]), np.float32([[1], [2], [3]])
-    result = task(problem_type=REGRESSION, **ONE).evaluate({"scores": scores}, {"labels": labels})
+    result = task(problem_type=REGRESSION, **ONE).evaluate({"scores": scores}, examples({"labels": labels}))
     assert result["mse"] == pytest.approx(1 / 3)
     assert result["spearman"] == pytest.approx(1)
 
@@ -385,19 +392,20 @@ def test_the_metric_is_one_that_evaluate_gives(task, changes, metric):
     assert made.metrics[0] == metric
     scores = np.float32([[0.9], [0.2]]) if changes is ONE else np.eye(3, dtype=np.float32)
     labels = scores if changes else np.arange(3, dtype=np.int32)
-    assert made.evaluate({"scores": scores}, {"labels": labels})[metric] == pytest.approx(1)
+    assert made.evaluate({"scores": scores}, examples({"labels": labels}))[metric] == pytest.approx(1)
 
 
 def test_predictions(task):
     scores = np.float32([[0.25, 0.625, 0.125], [0.5, 0.25, 0.25]])
-    assert task().predictions({"scores": scores}) == [
+    assert task().predictions({"scores": scores}, examples({})) == [
         {"label": "joy", "score": 0.625},
         {"label": "anger", "score": 0.5},
     ]
-    assert task(problem_type=MULTI).predictions({"scores": np.float32([[0.75, 0.625, 0.125], [0.25, 0.5, 0.25]])}) == [
+    several = np.float32([[0.75, 0.625, 0.125], [0.25, 0.5, 0.25]])
+    assert task(problem_type=MULTI).predictions({"scores": several}, examples({})) == [
         {"labels": ["anger", "joy"], "scores": [0.75, 0.625, 0.125]},
         {"labels": [], "scores": [0.25, 0.5, 0.25]},
     ]
-    assert task(problem_type=REGRESSION, **ONE).predictions({"scores": np.float32([[-2.5]])}) == [
+    assert task(problem_type=REGRESSION, **ONE).predictions({"scores": np.float32([[-2.5]])}, examples({})) == [
         {"label": "LABEL_0", "score": -2.5}
     ]

@@ -7,8 +7,9 @@ import pytest
 import reference
 
 import bert_jax
-from bert_jax import BertConfig
+from bert_jax import BertConfig, losses
 from bert_jax.errors import InputError
+from bert_jax.settings import Data
 from bert_jax.tasks.token_classification import TokenClassification
 
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC")
@@ -164,3 +165,129 @@ def test_scores_are_the_models(checkpoint, tmp_path, words):
 def test_bad_input(task, text, options, message):
     with pytest.raises(InputError, match=re.escape(message)):
         task().request(text, **options)
+
+
+# ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SENTENCE = {"tokens": ["Mrs", "Unbelievably", "\u200b", "lives", "here"], "tags": ["B-PER", "I-PER", "O", "O", "B-LOC"]}
+
+
+def clean(rows, **data):
+    said = TokenClassification.clean({"train": rows}, Data(**data))
+    return said, [row["tags"] for row in rows]
+
+
+def rows_of(*sentences):
+    return [{"tokens": ["w"] * len(tags), "tags": tags} for tags in sentences]
+
+
+def test_a_label_stands_at_a_words_first_piece(task):
+    examples = task().featurize([SENTENCE])
+    (ids,), (labels,) = examples.input_ids, examples.token_targets["labels"]
+    pieces = [task().tokenizer.backend.id_to_token(int(i)) for i in ids]
+    words = {"Mrs": "B-PER", "lives": "O", "here": "B-LOC"}
+    assert len(labels) == len(ids)
+    found = {piece: LABELS[label] for piece, label in zip(pieces, labels, strict=True) if label != losses.IGNORE}
+    first = next(piece for piece in pieces if "Unbelievably".startswith(piece) and piece != "[CLS]")
+    assert found == words | {first: "I-PER"}
+    assert sum(labels == losses.IGNORE) == len(ids) - 4  # special tokens and further pieces; one word has no piece
+    batch = examples.batch(np.array([0]), rows=2, length=32)
+    assert batch["targets"]["labels"].shape == (2, 32)
+    assert (batch["targets"]["labels"][0, : len(ids)] == labels).all()
+    assert (batch["targets"]["labels"][0, len(ids) :] == losses.IGNORE).all()
+    assert (batch["targets"]["labels"][1] == losses.IGNORE).all()
+
+
+@pytest.mark.parametrize("length", [8, 11, 16, 40])
+def test_windows_label_and_predict_every_word_once(task, length):
+    source = np.random.RandomState(0)
+    words = ["Paris", "Unbelievably", "went", "jumping", "kangaroos", "to"]
+    rows = []
+    for n in (1, 3, 20, 57):
+        tokens = [words[i] for i in source.randint(0, len(words), n)]
+        rows.append({"tokens": tokens, "tags": [LABELS[i] for i in source.randint(0, 5, n)]})
+    windows = task(length)
+    examples = windows.featurize(rows)
+    assert max(map(len, examples.input_ids)) <= length
+    counts = [0] * len(rows)
+    for labels, (n, _, _) in zip(examples.token_targets["labels"], examples.origins, strict=True):
+        counts[n] += sum(labels != losses.IGNORE)
+    assert counts == [len(row["tokens"]) for row in rows]
+    # Scores that say what the labels are give the tags back.
+    scores = []
+    for labels in examples.token_targets["labels"]:
+        scores.append(np.full((len(labels), len(LABELS)), 0.0))
+        scores[-1][np.arange(len(labels)), np.where(labels == losses.IGNORE, 5, labels)] = 1.0
+    assert [p["tags"] for p in windows.predictions({"scores": scores}, examples)] == [row["tags"] for row in rows]
+    metrics = windows.evaluate({"scores": scores}, examples)
+    assert (metrics["f1"], metrics["accuracy"]) == (1.0, 1.0)
+    alone = task().featurize(rows[:1])
+    assert windows.featurize(rows[:1]).token_targets["labels"][0].tolist() == alone.token_targets["labels"][0].tolist()
+
+
+def test_a_word_of_no_token_is_o(task):
+    examples = task().featurize([SENTENCE])
+    scores = [np.eye(len(LABELS))[np.where(examples.token_targets["labels"][0] == losses.IGNORE, 1, 2)]]
+    (prediction,) = task().predictions({"scores": scores}, examples)
+    assert prediction["tags"] == ["I-PER", "I-PER", "O", "I-PER", "I-PER"]
+
+
+@pytest.mark.parametrize(
+    ("said", "given", "expected"),
+    [
+        ("tags: IOB2", ["B-A", "I-A", "O", "B-A", "B-A"], ["B-A", "I-A", "O", "B-A", "B-A"]),
+        ("tags: IOB1, read as IOB2", ["I-A", "I-A", "B-A", "O", "I-B"], ["B-A", "I-A", "B-A", "O", "B-B"]),
+        ("tags: BIOES, read as IOB2", ["B-A", "I-A", "E-A", "S-B", "O"], ["B-A", "I-A", "I-A", "B-B", "O"]),
+        ("tags: none", ["NN", "VB", "."], ["NN", "VB", "."]),
+    ],
+)
+def test_schemes(said, given, expected):
+    assert clean(rows_of(given)) == (said, [expected])
+
+
+def test_tags_by_number_as_text_and_missing():
+    assert clean(rows_of([0, 1, 2]), labels=("O", "B-A", "I-A"))[1] == [["O", "B-A", "I-A"]]
+    rows = [{"tokens": ["a", "b"], "tags": "['O', 'B-creative-work']"}, {"tokens": ["a"], "tags": None}]
+    assert clean(rows)[1] == [["O", "B-creative-work"], None]
+    config = TokenClassification.config(rows, Data())
+    assert config == {"id2label": ("O", "B-creative-work", "I-creative-work"), "num_labels": 3}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (rows_of(["O"], ["B-A", "X"]), "the tag 'X' follows no scheme; expected O, or B-"),
+        ([{"tokens": ["a", "b"], "tags": ["O"]}], "data.train: row 1: 2 tokens and 1 tags; expected one to each"),
+        ([{"tokens": "a b", "tags": ["O", "O"]}], "row 1: tokens is 'a b'; expected a list of words"),
+        ([{"tokens": [], "tags": []}], "row 1: there are no tokens"),
+        (rows_of([0, 1]), "tags are numbers; data.labels has to name them"),
+    ],
+)
+def test_bad_rows(rows, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        clean(rows)
+
+
+def test_names_of_labels_in_the_settings():
+    rows = [{"tokens": ["a", "b"], "tags": ["O", "B-A"]}]
+    assert TokenClassification.config(rows, Data(labels=("B-A", "O")))["id2label"] == ("B-A", "O")
+    with pytest.raises(InputError, match=r"data\.labels lacks the tag 'B-A' of data.train; it has O, B-B"):
+        TokenClassification.config(rows, Data(labels=("O", "B-B")))
+    with pytest.raises(InputError, match=r"the tag 7 is outside data\.labels, which has 2"):
+        clean(rows_of([7]), labels=("O", "B-B"))
+
+
+def test_parts_of_speech_have_no_entities(tokenizer):
+    config = BertConfig.from_dict(reference.CONFIG | {"id2label": {0: "NN", 1: "VB"}, "label2id": {}})
+    task = TokenClassification(tokenizer, config, 32)
+    assert task.metrics == ("accuracy",)
+    examples = task.featurize([{"tokens": ["dogs", "bark"], "tags": ["NN", "VB"]}])
+    scores = [np.tile([1.0, 0.0], (len(examples.input_ids[0]), 1))]
+    assert task.evaluate({"scores": scores}, examples) == {"accuracy": 0.5}
+
+
+def test_an_unknown_tag_and_no_tags(task):
+    with pytest.raises(InputError, match="row 1: the tag 'B-X' is unknown; there are O, B-PER"):
+        task().featurize([{"tokens": ["a"], "tags": ["B-X"]}])
+    with pytest.raises(InputError, match="no row has tags"):
+        TokenClassification.config([{"tokens": ["a"], "tags": None}], Data())

@@ -204,9 +204,13 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
         prepared.task.answers = prepared.task.answers.model_copy(update=found)
     split = "test" if "test" in prepared.examples else "validation"
     if split in prepared.examples:
-        result = evaluate_examples(prepared.task, trained.model, prepared.examples[split], settings)
-        results[split] = result.metrics
-        predictions = prepared.task.predictions(result.outputs, prepared.examples[split])
+        examples, outputs = prepared.examples[split], trained.outputs
+        if split == "test" or outputs is None:
+            result = evaluate_examples(prepared.task, trained.model, examples, settings)
+            results[split], outputs = result.metrics, result.outputs
+        else:
+            results[split] = trained.metrics | prepared.task.evaluate(outputs, examples)
+        predictions = prepared.task.predictions(outputs, examples)
         lines = [row | {"prediction": p} for row, p in zip(prepared.rows[split], predictions, strict=True)]
         _write(folder / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         if settings.task == "question-answering":  # as the official scripts of SQuAD take it

@@ -173,6 +173,7 @@ class Trained:
         step: Steps of that checkpoint.
         steps: Steps done in all.
         metrics: Of validation at that checkpoint.
+        outputs: And what `Task.forward` returned there; None if an earlier process did that evaluation.
     """
 
     model: BertPreTrainedModel
@@ -180,6 +181,7 @@ class Trained:
     step: int
     steps: int
     metrics: dict[str, Any]
+    outputs: Mapping[str, Any] | None
 
 
 def train(
@@ -243,6 +245,7 @@ def train(
     step = start
     flying: list[tuple[int, Arrays]] = []
     lines: list[dict[str, float]] = []  # of the steps since the journal's last
+    outputs: Mapping[str, Any] | None = None  # of the best evaluation
     seen, since = 0, time.perf_counter()
 
     def take_in(n: int, metrics: Arrays) -> str | None:
@@ -291,6 +294,7 @@ def train(
                     task, evaluate_batch, params, validation, batch_size=options.evaluation_batch_size, mesh=mesh
                 )
                 score = _note_best(progress, step, result.metrics, metric)
+                outputs = outputs if score is None else result.outputs
                 journal.write(step, {"validation": result.metrics})
                 console.print(f"step {step}: {_in_words(result.metrics)}{'  (best)' if score is not None else ''}")
                 since += time.perf_counter() - paused
@@ -306,7 +310,7 @@ def train(
     checkpoints.close()
     journal.close()
     trained_model = tree.merge(planned.skeleton, combine(state.params, frozen))
-    return Trained(trained_model, state.params, best["step"], step, best["metrics"])
+    return Trained(trained_model, state.params, best["step"], step, best["metrics"], outputs)
 
 
 def _note_best(progress: dict[str, Any], step: int, metrics: dict[str, Any], metric: str) -> float | None:

@@ -311,7 +311,7 @@ def test_the_command(model, tmp_path):
 @pytest.mark.slow
 def test_killed_it_loses_no_line_and_repeats_none(tmp_path):
     """SIGKILL at random moments, the same command each time; memory that does not grow with the rows."""
-    count, kills = int(os.environ.get("BERT_JAX_ROWS", "10000")), 5
+    count, kills = int(os.environ.get("BERT_JAX_ROWS", "6000")), 5
     texts = [f"{text} [MASK] ." for text in sentences(count)]
     (tmp_path / "few.txt").write_text("\n".join(texts[:2048]))
     (tmp_path / "in.txt").write_text("\n".join(texts))

@@ -305,7 +305,7 @@ def _keras_training(folder: Path, dropout: bool) -> Any:
         ids, labels = _training_batch(rows, tokens)
         inputs = {"token_ids": ids, "segment_ids": np.zeros_like(ids), "padding_mask": np.ones_like(ids)}
         start = time.perf_counter()
-        loss = float(model.train_on_batch(inputs, labels))
+        loss = float(model.train_on_batch(inputs, labels, return_dict=True)["loss"])
         return time.perf_counter() - start, 0.0, loss
 
     return run

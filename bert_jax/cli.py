@@ -188,7 +188,7 @@ def evaluate(
     config: Annotated[Path, typer.Argument(help="The YAML file of settings that names the task and the data.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
     beside: Annotated[
-        list[str] | None, typer.Option(help="Of fill-mask: another model, in the same table; may be given again.")
+        list[str] | None, typer.Option(help="Of pretrained models: another, in the same table; may be given again.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="validation or test; the one of these that is set.")] = None,
     output: Annotated[Path | None, typer.Option(help="Leaves JSON, Markdown and PNG in this folder.")] = None,

@@ -48,8 +48,9 @@ class BertModelOutput:
     Attributes:
         last_hidden_state: [B, T, D], in the compute dtype; [B, K, D] of `positions`.
         pooler_output: float32 [B, D]; None from a model without a pooler.
-        hidden_states: The embeddings' output and then each layer's, L + 1 times [B, T, D].
-        attentions: Each layer's attention probabilities, L times float32 [B, N, T, S]; None from a fused kernel.
+        hidden_states: The embeddings' output and then each layer's, L + 1 times [B, T, D], the last as above.
+        attentions: Each layer's attention probabilities, L times float32 [B, N, T, S], the last [B, N, K, S] of
+            `positions`; None from a fused kernel.
     """
 
     last_hidden_state: jax.Array

@@ -6,12 +6,13 @@ what run this is and how far it is, and `….rejected.jsonl` with the rows that 
 
 import csv
 import fcntl
+import functools
 import gzip
 import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -122,7 +123,8 @@ def predict_files(
                 rows = _entries(paths, format, shard)
                 for _ in islice(rows, journal.read):
                     pass
-                _predict(pipe, rows, candidates, parameters, journal, progress, bar, table)
+                next_window = functools.partial(_window, pipe, rows, candidates, parameters, table)
+                _predict(pipe, next_window, journal, progress, bar)
             journal.complete = True
             journal.commit()
         if journal.partial.exists():
@@ -199,14 +201,7 @@ class _Window:
 
 
 def _predict(
-    pipe: Pipeline,
-    rows: Iterator[tuple[Path, int, sources.Entry]],
-    candidates: Sequence[tuple[str, ...]],
-    parameters: dict[str, Any],
-    journal: _Journal,
-    progress: Progress,
-    bar: Any,
-    table: bool,
+    pipe: Pipeline, next_window: Callable[[], _Window | None], journal: _Journal, progress: Progress, bar: Any
 ) -> None:
     began = journal.read
     with (
@@ -214,18 +209,18 @@ def _predict(
         open(journal.rejected, "ab") as rejected,
         ThreadPoolExecutor(1) as ahead,  # while one window is computed, the next is read and tokenized
     ):
+        try:
+            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before anything is cut away
+        except OSError:
+            raise InputError(f"{journal.output} is being written by another process.") from None
         for file, size in ((partial, journal.partial_bytes), (rejected, journal.rejected_bytes)):
             if file.tell() < size:
                 raise InputError(f"{file.name} is shorter than it was; remove {journal.path} and it, and begin anew.")
             file.truncate(size)
             file.seek(size)
-        try:
-            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{journal.output} is being written by another process.") from None
-        coming = ahead.submit(_window, pipe, rows, candidates, parameters, table)
+        coming = ahead.submit(next_window)
         while window := coming.result():
-            coming = ahead.submit(_window, pipe, rows, candidates, parameters, table)
+            coming = ahead.submit(next_window)
             results = pipe.run(window.requests)
             for row, result in zip(window.rows, results, strict=True):
                 partial.write(_line(row | {PREDICTION: jsonable(result)}))

@@ -221,8 +221,11 @@ def test_two_at_once(pipe, tmp_path):
     (tmp_path / "in.txt").write_text("good\n")
     with open(tmp_path / "out.jsonl.partial", "ab") as other:
         prediction.fcntl.flock(other, prediction.fcntl.LOCK_EX)
+        other.write(b"rows that the other process has written, and not yet noted down\n")
+        other.flush()
         with pytest.raises(InputError, match="is being written by another process"):
             run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl")
+        assert (tmp_path / "out.jsonl.partial").stat().st_size == other.tell()
     assert run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl").predicted == 1
 
 

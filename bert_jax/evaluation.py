@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from bert_jax import sharding, tree
-from bert_jax.data.loader import Batch, Examples, by_length
+from bert_jax.data.loader import Batch, Examples, Loader, Place
 from bert_jax.tasks.base import TrainableTask
 
 Program = Callable[[tree.Params, Batch], tuple[dict[str, jax.Array], jax.Array, jax.Array]]
@@ -35,7 +35,7 @@ def program(task: TrainableTask, skeleton: tree.Skeleton) -> Program:
     def evaluate_batch(params: tree.Params, batch: Any) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
         model = tree.merge(skeleton, params)
         loss, count = task.loss(model, batch, None)
-        return task.forward(model, batch["inputs"]), loss, count
+        return task.forward(model, batch["inputs"], batch["starts"]), loss, count
 
     return evaluate_batch
 
@@ -47,9 +47,10 @@ def evaluate(
     examples: Examples,
     *,
     batch_size: int,
+    packing: int | None,
     mesh: jax.sharding.Mesh,
 ) -> Evaluation:
-    """Runs a model over examples, each once; rows of padding weigh nothing.
+    """Runs a model over examples, each once; padding weighs nothing.
 
     Args:
         task: Says what outputs mean.
@@ -57,26 +58,27 @@ def evaluate(
         params: The model's parameters.
         examples: All of them.
         batch_size: Examples at a time, over all devices.
+        packing: Tokens that a row may have if it may hold several examples; None for one example a row.
         mesh: The devices.
     """
-    rows = sharding.rows(batch_size, 1, mesh)
+    loader = Loader(examples, batch_size, seed=0, share=mesh.shape["data"], packing=packing)
     collected: dict[str, Any] = {}
     total = counted = 0.0
-    flying: list[tuple[np.ndarray, Any]] = []
+    flying: list[tuple[Place, Any]] = []
 
-    def deliver(indices: np.ndarray, results: Any) -> None:
+    def deliver(place: Place, results: Any) -> None:
         nonlocal total, counted
         outputs, loss, count = jax.device_get(results)
         total, counted = total + float(loss) * float(count), counted + float(count)
         for name, array in outputs.items():
             column = collected.setdefault(name, [None] * len(examples))
-            for i, row in zip(indices, array, strict=False):
+            for i, row, n, at in examples.spots(place):
                 # A copy: a slice would keep the batch.
-                column[i] = row[: examples.lengths[i]].copy() if task.per_token else row
+                column[i] = array[row, at : at + examples.lengths[i]].copy() if task.per_token else array[row, n]
 
-    for place in by_length(examples.lengths, batch_size):
-        batch = examples.batch(place.indices, rows=rows, length=place.length)
-        flying.append((place.indices, evaluate_batch(params, sharding.put_batch(batch, mesh))))
+    for step in range(loader.steps_per_epoch):
+        batch = sharding.put_batch(loader.batch_at(step), mesh)
+        flying.append((loader.place(step), evaluate_batch(params, batch)))
         if len(flying) > 1:  # the device computes one while the host takes in the one before
             deliver(*flying.pop(0))
     for entry in flying:

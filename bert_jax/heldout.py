@@ -99,7 +99,7 @@ class Following(NextSentencePrediction):
 
     def forward(self, model: BertForNextSentencePrediction, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Logarithms of the two labels' probabilities: float32 [B, 2]."""
-        return {"log_p": jax.nn.log_softmax(model(**inputs, positions=FIRST).logits)}
+        return {"log_p": jax.nn.log_softmax(model(**inputs, positions=FIRST).logits[:, 0])}
 
     def judge(self, first: str, second: str) -> Request:
         """A request whose result is `forward`'s for the pair: the end of the first text, the beginning of the second.

@@ -47,7 +47,8 @@ class BertModelOutput:
 
     Attributes:
         last_hidden_state: [B, T, D], in the compute dtype; [B, K, D] of `positions`.
-        pooler_output: float32 [B, D]; None from a model without a pooler.
+        pooler_output: float32 [B, D] of the first token, or [B, K, D] of `positions`; None from a model without a
+            pooler.
         hidden_states: The embeddings' output and then each layer's, L + 1 times [B, T, D], the last as above.
         attentions: Each layer's attention probabilities, L times float32 [B, N, T, S], the last [B, N, K, S] of
             `positions`; None from a fused kernel.
@@ -511,8 +512,8 @@ class BertModel(BertPreTrainedModel):
             position_ids: int [B, T], or [1, T] for all rows; None for 0, 1, 2, …
             document_ids: int [B, T], for rows that hold several texts: a token attends to its own document alone.
             positions: int [B, K], or [1, K] for all rows: the tokens that the caller reads. The last layer is computed
-                for these alone, and the last hidden state and attention are [B, K, D] and [B, N, K, S]. The pooler
-                takes the first of them, which has to be [CLS]'s 0. None for all tokens.
+                for these alone, and the last hidden state, the pooler's output and the attention are [B, K, D],
+                [B, K, D] and [B, N, K, S]. None for all tokens.
             dropout_key: PRNG key; without one nothing is dropped.
 
         Raises:
@@ -550,7 +551,8 @@ class BertModel(BertPreTrainedModel):
         pooled: Any = None
         if self.pooler is not None:
             with jax.named_scope("pooler"):
-                pooled = jnp.tanh(self.pooler(x[:, 0].astype(jnp.float32)))  # [B, D]
+                first = x[:, 0] if positions is None else x
+                pooled = jnp.tanh(self.pooler(first.astype(jnp.float32)))  # [B, D] or [B, K, D]
         return BertModelOutput(x, pooled, hidden_states, attentions)
 
     def _encode(
@@ -658,14 +660,13 @@ class BertForPreTraining(BertPreTrainedModel):
             out = self.bert(*args, **kwargs)
             hidden = out.last_hidden_state
         else:
-            positions = jnp.pad(jnp.asarray(masked_positions), ((0, 0), (1, 0)))  # [CLS] first, for the pooler
+            positions = jnp.pad(jnp.asarray(masked_positions), ((0, 0), (1, 0)))  # [CLS] first
             out = self.bert(*args, positions=positions, **kwargs)
             hidden = out.last_hidden_state[:, 1:]
         logits = self.predictions(hidden, self.bert.embeddings.word_embeddings)
         with jax.named_scope("seq_relationship"):
-            return PreTrainingOutput(
-                logits, self.seq_relationship(out.pooler_output), out.hidden_states, out.attentions
-            )
+            pooled = out.pooler_output if masked_positions is None else out.pooler_output[:, 0]
+            return PreTrainingOutput(logits, self.seq_relationship(pooled), out.hidden_states, out.attentions)
 
 
 class BertForMaskedLM(BertPreTrainedModel):
@@ -688,7 +689,7 @@ class BertForMaskedLM(BertPreTrainedModel):
 
 
 class BertForNextSentencePrediction(BertPreTrainedModel):
-    """The encoder with the next-sentence head: logits float32 [B, 2]; 0 is "B follows A"."""
+    """The encoder with the next-sentence head: logits float32 [B, 2], or [B, K, 2]; 0 is "B follows A"."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
         self.config = config
@@ -703,7 +704,7 @@ class BertForNextSentencePrediction(BertPreTrainedModel):
 
 
 class BertForSequenceClassification(BertPreTrainedModel):
-    """The encoder with a classifier over the pooled first token: logits float32 [B, C]."""
+    """The encoder with a classifier over the pooled first token, or `positions`: logits float32 [B, C] or [B, K, C]."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
         self.config = config

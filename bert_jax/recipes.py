@@ -18,7 +18,7 @@ from rich.console import Console
 from bert_jax import evaluation, hub, lora, report, sharding, training, tree
 from bert_jax.config import BertConfig
 from bert_jax.data import sources
-from bert_jax.data.loader import Examples, Loader
+from bert_jax.data.loader import Examples
 from bert_jax.errors import InputError
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import HeldOut, Settings
@@ -259,9 +259,14 @@ def evaluate_examples(
     mesh = sharding.mesh(settings.mesh)
     params, skeleton = tree.split(model)
     params = jax.device_put(params, sharding.replicated(mesh))
-    batch_size = settings.training.evaluation_batch_size
     return evaluation.evaluate(
-        task, evaluation.program(task, skeleton), params, examples, batch_size=batch_size, mesh=mesh
+        task,
+        evaluation.program(task, skeleton),
+        params,
+        examples,
+        batch_size=settings.training.evaluation_batch_size,
+        packing=model.config.max_position_embeddings if settings.data.packing else None,
+        mesh=mesh,
     )
 
 
@@ -281,23 +286,30 @@ def dry_run(settings: Settings) -> str:
         row = examples.origins[i][1] if examples.origins else prepared.rows["train"][i]
         parts.append(f"example {i + 1}: {row}\n  tokens: {pieces}\n  {targets}")
     mesh = sharding.mesh(settings.mesh)
-    rows = sharding.rows(settings.training.batch_size, settings.training.accumulation, mesh)
-    loader = Loader(examples, settings.training.batch_size, seed=settings.training.seed, rows=rows)
+    loader = training.make_loader(examples, prepared.model, settings, mesh)
     steps = settings.training.max_steps or math.ceil(settings.training.epochs * loader.steps_per_epoch)
     planned = training.plan(prepared.model, settings, steps)
     counts: Counter[str] = Counter()
     for path, rule in planned.rules.items():
         counts[str(rule)] += (planned.trained if rule.trained else planned.frozen)[path].size
     parts.append("parameters:\n" + "\n".join(f"  {n:,}: {rule}" for rule, n in counts.most_common()))
-    lengths = Counter(loader.place(step).length for step in range(min(steps, loader.steps_per_epoch)))
+    places = [loader.place(step) for step in range(min(steps, loader.steps_per_epoch))]
     step = training.make_step(prepared.task, planned, accumulation=settings.training.accumulation)
-    place = next(p for n in range(loader.steps_per_epoch) if (p := loader.place(n)).length == max(lengths))
-    batch = examples.batch(place.indices, rows=rows, length=place.length)
+    batch = examples.batch(max(places, key=lambda place: place.shape.rows * place.shape.length))
     state = training.init_state(planned, settings.training.seed)
     memory = step.lower(state, planned.frozen, batch).compile().memory_analysis()  # type: ignore[attr-defined]
-    programs = [f"  [{rows}, {length}]: {n} steps an epoch" for length, n in sorted(lengths.items())]
+    shapes = sorted(Counter((place.shape.rows, place.shape.length) for place in places).items())
+    programs = [f"  [{rows}, {length}]: {n} steps an epoch" for (rows, length), n in shapes]
+    used = sum(int(examples.lengths[place.indices].sum()) for place in places)
+    used_of = sum(place.shape.rows * place.shape.length for place in places)
     parts.append(
-        "\n".join([f"{steps} steps, {loader.steps_per_epoch} an epoch; programs by [rows, tokens]:", *programs])
+        "\n".join(
+            [
+                f"{steps} steps, {loader.steps_per_epoch} an epoch, {used / used_of:.0%} of their tokens examples'; "
+                "programs by [rows, tokens]:",
+                *programs,
+            ]
+        )
     )
     if memory is not None:
         parts.append(

@@ -118,6 +118,8 @@ class Data(_Section):
     """What labels are; by default lists make it multi-label, numbers with a fraction regression."""
     max_length: PositiveInt = 128
     """Tokens of an example, special ones included; longer texts are cut."""
+    packing: bool = True
+    """Lays several examples into a row, each attending to itself alone: hardly any padding, and one program."""
     limit: PositiveInt | None = None
     """Takes only so many examples of each split, the first ones."""
 

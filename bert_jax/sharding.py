@@ -40,9 +40,3 @@ def put_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
-
-
-def rows(batch_size: int, parts: int, mesh: jax.sharding.Mesh) -> int:
-    """Rows that a batch is padded to, so that each part of it divides among the devices."""
-    share = parts * mesh.shape["data"]
-    return -(-batch_size // share) * share

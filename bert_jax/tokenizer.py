@@ -15,7 +15,6 @@ import tokenizers
 from tokenizers import Encoding, decoders, models, normalizers, pre_tokenizers, processors
 
 from bert_jax import hub
-from bert_jax.data.loader import pad
 from bert_jax.errors import CheckpointError, InputError
 
 SPECIAL_TOKENS = {
@@ -269,7 +268,17 @@ class Tokenizer:
         length = longest if length is None else length
         if longest > length:
             raise InputError(f"A row has {longest} tokens; cannot pad to length={length}.")
-        return pad(ids, type_ids, pad_token_id=self.pad_token_id or 0, rows=max(rows, len(ids)), length=length)
+        shape = (max(rows, len(ids)), length)
+        inputs = {
+            "input_ids": np.full(shape, self.pad_token_id or 0, np.int32),
+            "attention_mask": np.zeros(shape, np.int32),
+            "token_type_ids": np.zeros(shape, np.int32),
+        }
+        for i, (row, types) in enumerate(zip(ids, type_ids, strict=True)):
+            inputs["input_ids"][i, : len(row)] = row
+            inputs["attention_mask"][i, : len(row)] = 1
+            inputs["token_type_ids"][i, : len(row)] = types
+        return inputs
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids: pieces joined, spaces before punctuation taken out."""

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bert_jax import evaluation, lora, optim, sharding, tree
 from bert_jax.checkpoint import Checkpoints
-from bert_jax.data.loader import Batch, Examples, Loader
+from bert_jax.data.loader import Batch, Examples, Loader, Shape
 from bert_jax.errors import InputError, Interrupted, TrainingError
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import Settings
@@ -163,6 +163,18 @@ def make_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
+def make_loader(examples: Examples, model: BertPreTrainedModel, settings: Settings, mesh: jax.sharding.Mesh) -> Loader:
+    """The batches of a run."""
+    return Loader(
+        examples,
+        settings.training.batch_size,
+        seed=settings.training.seed,
+        share=settings.training.accumulation * mesh.shape["data"],
+        packing=model.config.max_position_embeddings if settings.data.packing else None,
+        process=(jax.process_index(), jax.process_count()),
+    )
+
+
 @dataclass(frozen=True)
 class Trained:
     """What training gives.
@@ -218,9 +230,7 @@ def train(
     # ── Devices, parameters, programs ────────────────────────────────────────────────────────────────────────────────
     mesh = sharding.mesh(settings.mesh)
     everywhere = sharding.replicated(mesh)
-    rows = sharding.rows(options.batch_size, options.accumulation, mesh)
-    process = (jax.process_index(), jax.process_count())
-    loader = Loader(examples, options.batch_size, seed=options.seed, rows=rows, process=process)
+    loader = make_loader(examples, model, settings, mesh)
     steps = options.max_steps or math.ceil(options.epochs * loader.steps_per_epoch)
     planned = plan(model, settings, steps)
     for path, rule in planned.rules.items():
@@ -252,7 +262,7 @@ def train(
         """Reads a step's metrics, which waits for it; returns what to show when the journal has got a line."""
         nonlocal seen, since
         place = loader.place(n - 1)
-        with _out_of_memory(rows, place.length):
+        with _out_of_memory(place.shape):
             values = {name: float(value) for name, value in metrics.items()}
         if not math.isfinite(values["loss"]):
             raise TrainingError(
@@ -276,7 +286,7 @@ def train(
         for batch in loader.batches(start, steps):
             if _finished(progress, options.patience):
                 break
-            with _out_of_memory(rows, loader.place(step).length):
+            with _out_of_memory(loader.place(step).shape):
                 state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh))
             step += 1
             flying.append((step, metrics))
@@ -291,7 +301,13 @@ def train(
                 paused = time.perf_counter()
                 params = combine(state.params, frozen)
                 result = evaluation.evaluate(
-                    task, evaluate_batch, params, validation, batch_size=options.evaluation_batch_size, mesh=mesh
+                    task,
+                    evaluate_batch,
+                    params,
+                    validation,
+                    batch_size=options.evaluation_batch_size,
+                    packing=loader.packing,
+                    mesh=mesh,
                 )
                 score = _note_best(progress, step, result.metrics, metric)
                 outputs = outputs if score is None else result.outputs
@@ -381,15 +397,15 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _out_of_memory(rows: int, length: int) -> Iterator[None]:
+def _out_of_memory(shape: Shape) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise TrainingError(
-            f"A batch of {rows} rows of {length} tokens does not fit into memory. Lower training.batch_size or "
-            "data.max_length, raise training.accumulation, or set training.remat."
+            f"A batch of {shape.rows} rows of {shape.length} tokens does not fit into memory. Lower "
+            "training.batch_size or data.max_length, raise training.accumulation, or set training.remat."
         ) from None
 
 

@@ -16,13 +16,6 @@ def test_mesh_takes_all_devices_or_as_many_as_asked():
         sharding.mesh(Mesh(data=0))
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "parts", "expected"), [(32, 1, 32), (30, 1, 32), (1, 1, 8), (32, 4, 32), (33, 2, 48)]
-)
-def test_rows_divide_among_parts_and_devices(batch_size, parts, expected):
-    assert sharding.rows(batch_size, parts, sharding.mesh(Mesh())) == expected
-
-
 def test_a_batch_is_shared_out_and_parameters_are_whole_everywhere():
     mesh = sharding.mesh(Mesh())
     batch = sharding.put_batch({"inputs": {"input_ids": np.arange(32).reshape(16, 2)}}, mesh)

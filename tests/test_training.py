@@ -12,7 +12,7 @@ from flax import nnx
 
 import bert_jax
 from bert_jax import evaluation, sharding, training, tree
-from bert_jax.data.loader import Loader
+from bert_jax.data.loader import Loader, one_a_row
 from bert_jax.errors import InputError, Interrupted, TrainingError
 from bert_jax.settings import Mesh, Settings
 from bert_jax.tasks.sequence_classification import SequenceClassification
@@ -82,6 +82,7 @@ def test_overfits_eight_examples(make, tmp_path):
         tree.split(trained.model)[0],
         examples,
         batch_size=8,
+        packing=512,
         mesh=sharding.mesh(settings.mesh),
     )
     assert result.metrics["loss"] < 0.01
@@ -104,10 +105,10 @@ def test_ways_to_compute_a_step_agree(make, tmp_path, variant):
     _, task = make()
     examples = task.featurize(rows(16))
     indices = np.arange(16)
-    whole = [examples.batch(indices, rows=16, length=32)]
+    whole = [examples.batch(one_a_row(indices, 16, 32))]
     expected, params, _ = run_steps(make, make_settings(tmp_path), whole)
     settings = make_settings(tmp_path, **variant.get("settings", {}))
-    batches = [examples.batch(indices, rows=16 + variant.get("padding", 0), length=32)]
+    batches = [examples.batch(one_a_row(indices, 16 + variant.get("padding", 0), 32))]
     mesh = sharding.mesh(Mesh()) if variant.get("mesh") else None
     losses, other, _ = run_steps(make, settings, batches, options=variant.get("options"), mesh=mesh)
     np.testing.assert_allclose(losses, expected, rtol=2e-6)
@@ -117,7 +118,7 @@ def test_ways_to_compute_a_step_agree(make, tmp_path, variant):
 
 def test_dropout_differs_from_step_to_step_and_repeats_from_run_to_run(make, tmp_path):
     _, task = make()
-    batch = task.featurize(rows(16)).batch(np.arange(16), rows=16, length=32)
+    batch = task.featurize(rows(16)).batch(one_a_row(np.arange(16), 16, 32))
     frozen = make_settings(tmp_path, optimizer={"learning_rate": 1e-30})  # the parameters stay
     losses, _, _ = run_steps(make, frozen, [batch], hidden_dropout_prob=0.5)
     again, _, _ = run_steps(make, frozen, [batch], hidden_dropout_prob=0.5)
@@ -130,7 +131,7 @@ def test_frozen_parameters_stay_and_cost_no_state(make, tmp_path):
     model, task = make()
     plan = training.plan(model, settings, 10)
     before = tree.flatten(tree.split(model)[0])
-    batch = task.featurize(rows(8)).batch(np.arange(8), rows=8, length=32)
+    batch = task.featurize(rows(8)).batch(one_a_row(np.arange(8), 8, 32))
     _, params, _ = run_steps(make, settings, [batch])
     assert {path for path in before if path not in params} == set(plan.frozen)
     assert all(path.startswith(("bert.embeddings.", "bert.layers.0.")) for path in plan.frozen)
@@ -144,7 +145,7 @@ def test_frozen_parameters_stay_and_cost_no_state(make, tmp_path):
 def test_lora_trains_adapters_and_head_alone(make, tmp_path):
     settings = make_settings(tmp_path, model={"lora": {"rank": 2}}, optimizer={"learning_rate": 5e-2})
     _, task = make()
-    batch = task.featurize(rows(8)).batch(np.arange(8), rows=8, length=32)
+    batch = task.featurize(rows(8)).batch(one_a_row(np.arange(8), 8, 32))
     losses, params, _ = run_steps(make, settings, [batch], steps=30)
     assert {path.rpartition(".")[2] for path in params if not path.startswith("classifier.")} == {"lora_A", "lora_B"}
     assert sorted(path for path in params if path.startswith("classifier.")) == ["classifier.bias", "classifier.weight"]
@@ -155,7 +156,7 @@ def test_lora_trains_adapters_and_head_alone(make, tmp_path):
 def test_a_partial_batch_makes_no_new_program(make, tmp_path):
     _, task = make()
     examples = task.featurize(rows(19))
-    loader = Loader(examples, 8, seed=0, rows=8)
+    loader = Loader(examples, 8, seed=0)
     batches = [loader.batch_at(step) for step in range(loader.steps_per_epoch)]
     assert sum(batch["weights"].sum() < 8 for batch in batches) == 1
     _, _, step = run_steps(make, make_settings(tmp_path), batches, steps=9)
@@ -225,9 +226,8 @@ def test_the_best_checkpoint_is_what_comes_back(make, tmp_path):
     _, task = make(layers=12)
     params, skeleton = tree.split(trained.model)
     mesh = sharding.mesh(make_settings(tmp_path).mesh)
-    again = evaluation.evaluate(
-        task, evaluation.program(task, skeleton), params, task.featurize(rows(16, seed=1)), batch_size=16, mesh=mesh
-    )
+    program, examples = evaluation.program(task, skeleton), task.featurize(rows(16, seed=1))
+    again = evaluation.evaluate(task, program, params, examples, batch_size=16, packing=512, mesh=mesh)
     assert again.metrics["loss"] == pytest.approx(evaluations[trained.step], rel=1e-6)
 
 
@@ -257,7 +257,8 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(make, tmp_path):
 def test_a_batch_that_is_too_large_says_what_to_lower(make, tmp_path):
     model, task = make()
     task.max_length = 512
-    settings = make_settings(tmp_path, training={"batch_size": 50_000, "max_steps": 1})  # 100 GB of attention a layer
+    section = {"batch_size": 50_000, "max_steps": 1}  # 100 GB of attention a layer
+    settings = make_settings(tmp_path, training=section, data={"packing": False})
     examples = task.featurize([{"text": " ".join(WORDS * 60), "label": "no"}])
     with pytest.raises(TrainingError, match=r"50000 rows of 512 tokens .* Lower training.batch_size"):
         training.train(task, model, examples, None, settings)

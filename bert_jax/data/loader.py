@@ -1,6 +1,7 @@
 """Examples -> batches. An epoch's batches are a pure function of seed, epoch and lengths; the place is the step."""
 
 import functools
+import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypedDict
@@ -10,30 +11,53 @@ import numpy as np
 from bert_jax.losses import IGNORE
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Tokens that a batch is padded to: a program each, a third of padding at worst."""
+"""Tokens that a batch without packing is padded to: a program each, a third of padding at worst."""
 WINDOW = 50
 """Batches whose examples are sorted by length together, as in transformers' `group_by_length`."""
 
 
 class Batch(TypedDict):
-    """Rows of one length, of which some may be padding.
+    """Rows of one length that hold examples, one each or, packed, several one after another, and padding.
 
     Attributes:
-        inputs: What the model takes, each [B, T]: input_ids, attention_mask, token_type_ids.
-        targets: What the task's loss takes, first axis B.
-        weights: float32 [B], 1 for an example, 0 for a row of padding.
+        inputs: What the model takes, each [B, T]: input_ids, token_type_ids and attention_mask or, where rows are
+            packed, document_ids (0 for padding) and position_ids.
+        targets: What the task's loss takes: [B, K, …] by example or [B, T] by token.
+        starts: int32 [B, K], the first token of each example in its row.
+        weights: float32 [B, K], 1 for an example, 0 where a row has none.
     """
 
     inputs: dict[str, np.ndarray]
     targets: dict[str, np.ndarray]
+    starts: np.ndarray
     weights: np.ndarray
 
 
+class Shape(NamedTuple):
+    """Of a batch, and so of a program: rows, tokens a row, and examples that a row may hold."""
+
+    rows: int
+    length: int
+    examples: int
+
+
 class Place(NamedTuple):
-    """What a batch is made of: indices of examples, and the tokens they are padded to."""
+    """What a batch is made of.
+
+    Attributes:
+        indices: Of examples, int64 [n].
+        rows: The row that each lies in, int64 [n]; those of one row lie in it in this order.
+        shape: Of the batch.
+    """
 
     indices: np.ndarray
-    length: int
+    rows: np.ndarray
+    shape: Shape
+
+
+def one_a_row(indices: np.ndarray, rows: int, length: int) -> Place:
+    """The place of examples that each have a row of their own."""
+    return Place(indices, np.arange(len(indices)), Shape(rows, length, 1))
 
 
 @dataclass(frozen=True)
@@ -69,66 +93,62 @@ class Examples:
         """Rows of the data, from 1, that examples were made of."""
         return sorted({1 + (self.origins[i][0] if self.origins else int(i)) for i in indices})
 
-    def batch(self, indices: np.ndarray, *, rows: int, length: int) -> Batch:
-        """Examples padded to a rectangle of `rows` by `length` tokens."""
-        ids, types = ([column[i] for i in indices] for column in (self.input_ids, self.token_type_ids))
-        inputs = pad(ids, types, pad_token_id=self.pad_token_id, rows=rows, length=length)
-        targets = {}
-        for name, values in self.targets.items():
-            targets[name] = np.zeros((rows, *values.shape[1:]), values.dtype)
-            targets[name][: len(indices)] = values[indices]
-        for name, columns in self.token_targets.items():
-            targets[name] = np.full((rows, length), IGNORE, np.int32)
-            for n, i in enumerate(indices):
-                targets[name][n, : len(columns[i])] = columns[i]
-        weights = (np.arange(rows) < len(indices)).astype(np.float32)
-        return Batch(inputs=inputs, targets=targets, weights=weights)
+    def spots(self, place: Place) -> Iterator[tuple[int, int, int, int]]:
+        """Where a place's examples lie, one after another: index, row, number within the row, and first token."""
+        count, used = (np.zeros(place.shape.rows, int) for _ in range(2))
+        for index, row in zip(place.indices.tolist(), place.rows.tolist(), strict=True):
+            yield index, row, int(count[row]), int(used[row])
+            count[row] += 1
+            used[row] += self.lengths[index]
+
+    def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
+        """The batch of a place or, of a process (its index, and how many there are), its share of the rows."""
+        size = place.shape.rows // part[1]
+        shape, first = (size, place.shape.length), part[0] * size
+        spots = [(i, row - first, n, at) for i, row, n, at in self.spots(place) if 0 <= row - first < size]
+        packed = place.shape.examples > 1
+        inputs = {
+            "input_ids": np.full(shape, self.pad_token_id, np.int32),
+            "token_type_ids": np.zeros(shape, np.int32),
+            "document_ids" if packed else "attention_mask": np.zeros(shape, np.int32),
+        }
+        if packed:
+            inputs["position_ids"] = np.zeros(shape, np.int32)
+        by_example = (size, place.shape.examples)
+        targets = {
+            **{name: np.zeros((*by_example, *column.shape[1:]), column.dtype) for name, column in self.targets.items()},
+            **{name: np.full(shape, IGNORE, np.int32) for name in self.token_targets},
+        }
+        starts, weights = np.zeros(by_example, np.int32), np.zeros(by_example, np.float32)
+        for i, row, n, at in spots:
+            here = row, slice(at, at + len(self.input_ids[i]))
+            inputs["input_ids"][here] = self.input_ids[i]
+            inputs["token_type_ids"][here] = self.token_type_ids[i]
+            inputs["document_ids" if packed else "attention_mask"][here] = n + 1
+            if packed:
+                inputs["position_ids"][here] = np.arange(len(self.input_ids[i]))
+            for name, values in self.targets.items():
+                targets[name][row, n] = values[i]
+            for name, columns in self.token_targets.items():
+                targets[name][here] = columns[i]
+            starts[row, n], weights[row, n] = at, 1
+        return Batch(inputs=inputs, targets=targets, starts=starts, weights=weights)
 
 
-def pad(
-    ids: Sequence[Sequence[int] | np.ndarray],
-    type_ids: Sequence[Sequence[int] | np.ndarray],
-    *,
-    pad_token_id: int,
-    rows: int,
-    length: int,
-) -> dict[str, np.ndarray]:
-    """Rows of ids and token types -> what a model takes, each int32 [rows, length]; added rows attend to nothing."""
-    inputs = {
-        "input_ids": np.full((rows, length), pad_token_id, np.int32),
-        "attention_mask": np.zeros((rows, length), np.int32),
-        "token_type_ids": np.zeros((rows, length), np.int32),
-    }
-    for i, (row, types) in enumerate(zip(ids, type_ids, strict=True)):
-        inputs["input_ids"][i, : len(row)] = row
-        inputs["attention_mask"][i, : len(row)] = 1
-        inputs["token_type_ids"][i, : len(row)] = types
-    return inputs
+# ── Which examples go together ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def shuffled(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int) -> list[Place]:
-    """An epoch's batches in random order, examples of like length together, each example once.
-
-    Args:
-        lengths: Tokens of each example.
-        batch_size: Examples a batch; one batch has the rest.
-        seed: Of the run.
-        epoch: Counted from 0.
-    """
-    random = np.random.default_rng((seed, epoch))
+def bucketed(lengths: np.ndarray, batch_size: int, rows: int, random: np.random.Generator) -> list[Place]:
+    """Batches in random order, one example a row, examples of like length together; one batch has the rest."""
     order = random.permutation(len(lengths))
     window = WINDOW * batch_size
     order = np.concatenate([
         part[np.argsort(-lengths[part], kind="stable")]
         for part in (order[start : start + window] for start in range(0, len(order), window))
     ])  # fmt: skip
-    batches = _cut(order, lengths, batch_size)
-    return [batches[i] for i in random.permutation(len(batches))]
-
-
-def by_length(lengths: np.ndarray, batch_size: int) -> list[Place]:
-    """All examples once, longest first: for evaluation, where the order does not matter."""
-    return _cut(np.argsort(-lengths, kind="stable"), lengths, batch_size)
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    places = [one_a_row(part, rows, padded_length(int(lengths[part].max()))) for part in parts]
+    return [places[i] for i in random.permutation(len(places))]
 
 
 def padded_length(tokens: int) -> int:
@@ -136,9 +156,78 @@ def padded_length(tokens: int) -> int:
     return next((length for length in LENGTHS if length >= tokens), tokens)
 
 
-def _cut(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> list[Place]:
-    parts = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
-    return [Place(part, padded_length(int(lengths[part].max()))) for part in parts]
+def balanced(lengths: np.ndarray, batch_size: int, random: np.random.Generator) -> list[np.ndarray]:
+    """Batches in random order, of nearly as many tokens each: one example of every stratum of lengths.
+
+    Args:
+        lengths: Tokens of each example.
+        batch_size: Examples a batch; where they do not divide, some batches have one less.
+        random: Draws them.
+
+    Returns:
+        Indices of each batch, longest example first.
+    """
+    count = -(-len(lengths) // batch_size)
+    order = random.permutation(len(lengths))
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    order = np.concatenate([order, np.full(-len(order) % count, -1)]).reshape(-1, count)
+    batches = random.permuted(order, axis=1).T
+    return [batch[batch >= 0] for batch in batches]
+
+
+def packed(lengths: np.ndarray, indices: np.ndarray, rows: int) -> tuple[np.ndarray, int, int]:
+    """Lays examples, longest first, each into the row that is emptiest so far.
+
+    Returns:
+        The row of each, and the most tokens and the most examples that a row then has.
+    """
+    heap = [(0, row) for row in range(rows)]
+    chosen, count = np.zeros(len(indices), int), np.zeros(rows, int)
+    longest = 0
+    for n, tokens in enumerate(lengths[indices].tolist()):
+        used, row = heap[0]
+        heapq.heapreplace(heap, (used + tokens, row))
+        chosen[n] = row
+        count[row] += 1
+        longest = max(longest, used + tokens)
+    return chosen, longest, int(count.max())
+
+
+def packed_shape(lengths: np.ndarray, batches: Sequence[np.ndarray], share: int, limit: int) -> Shape:
+    """The shape that holds any of some batches in the least work.
+
+    Args:
+        lengths: Tokens of each example.
+        batches: Indices of each.
+        share: What the rows have to be a multiple of.
+        limit: Tokens that a row may have, as many as the model has positions.
+    """
+    most, longest = max(int(lengths[batch].sum()) for batch in batches), int(lengths.max())
+    candidates = []
+    for length in range(-(-longest // 8) * 8, max(longest, min(limit, 2 * longest)) + 8, 8):
+        length = min(length, max(longest, limit))
+        rows = -(-most // length // share) * share
+        candidates.append((_work(rows, length), rows, length))
+    best: tuple[int, Shape] | None = None
+    for least, rows, length in sorted(candidates):
+        if best and least >= best[0]:
+            break
+        while True:
+            laid = [packed(lengths, batch, rows) for batch in batches]
+            if max(tokens for _, tokens, _ in laid) <= length:
+                break
+            rows += share
+        if best is None or _work(rows, length) < best[0]:
+            examples = max(count for *_, count in laid)
+            # Some to spare: a batch of a later epoch that does not fit takes a program of its own.
+            best = _work(rows, length), Shape(rows, length, 1 if examples == 1 else examples + 2)
+    assert best is not None
+    return best[1]
+
+
+def _work(rows: int, length: int) -> int:
+    """Of a batch, in parts of a thousand of a token's: each token it attends to is about one (measured, 384 wide)."""
+    return rows * length * (1000 + length)
 
 
 class Loader:
@@ -148,17 +237,45 @@ class Loader:
         examples: What to learn from.
         batch_size: Examples a batch, over all processes.
         seed: Of their order.
-        rows: Rows a batch is padded to: `batch_size`, or what divides among the devices.
+        share: What the rows of a batch have to be a multiple of, to be shared out.
+        packing: Tokens that a row may have if it may hold several examples; None for one example a row.
         process: This process's index, and how many there are.
     """
 
-    def __init__(self, examples: Examples, batch_size: int, *, seed: int, rows: int, process: tuple[int, int] = (0, 1)):
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        *,
+        seed: int,
+        share: int = 1,
+        packing: int | None = None,
+        process: tuple[int, int] = (0, 1),
+    ):
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self.rows, self.process = rows, process
+        self.share, self.packing, self.process = share, packing, process
         self.steps_per_epoch = -(-len(examples) // batch_size)
-        self._epoch = functools.lru_cache(maxsize=2)(
-            lambda epoch: shuffled(examples.lengths, batch_size, seed=seed, epoch=epoch)
-        )
+        self._epoch = functools.lru_cache(maxsize=2)(self._places)
+
+    @functools.cached_property
+    def _shape(self) -> Shape:
+        """What the first epoch's batches fit into."""
+        batches = balanced(self.examples.lengths, self.batch_size, np.random.default_rng((self.seed, 0)))
+        return packed_shape(self.examples.lengths, batches, self.share, self.packing or 0)
+
+    def _places(self, epoch: int) -> list[Place]:
+        lengths, random = self.examples.lengths, np.random.default_rng((self.seed, epoch))
+        if self.packing is None:
+            return bucketed(lengths, self.batch_size, -(-self.batch_size // self.share) * self.share, random)
+        return [self._place(indices) for indices in balanced(lengths, self.batch_size, random)]
+
+    def _place(self, indices: np.ndarray) -> Place:
+        shape = self._shape
+        while True:
+            rows, tokens, examples = packed(self.examples.lengths, indices, shape.rows)
+            if tokens <= shape.length and examples <= shape.examples:
+                return Place(indices, rows, shape)
+            shape = shape._replace(rows=shape.rows + self.share)
 
     def place(self, step: int) -> Place:
         """What a step's batch is made of, in all processes."""
@@ -167,10 +284,7 @@ class Loader:
 
     def batch_at(self, step: int) -> Batch:
         """This process's rows of a step's batch."""
-        indices, length = self.place(step)
-        index, count = self.process
-        share = self.rows // count
-        return self.examples.batch(indices[index * share : (index + 1) * share], rows=share, length=length)
+        return self.examples.batch(self.place(step), self.process)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of some steps, made ahead by a thread."""

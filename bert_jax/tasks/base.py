@@ -71,6 +71,16 @@ class TrainableTask(Task, Protocol):
     per_token: bool
     """Whether what `forward` returns has an entry a token, and not an example."""
 
+    def forward(
+        self, model: Any, inputs: dict[str, jax.Array], starts: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """See `Task.forward`.
+
+        Rows may hold several examples that begin at `starts`, int [B, K]; then arrays are [B, T, …] where outputs are
+        per token, else [B, K, …].
+        """
+        ...
+
     @staticmethod
     def clean(rows: Mapping[str, list[dict[str, Any]]], data: Data) -> str:
         """Puts splits' rows into the form that `featurize` takes, in place; returns what people should know of it."""

@@ -26,7 +26,7 @@ class NextSentencePrediction:
 
     def forward(self, model: BertForNextSentencePrediction, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Probabilities of the two labels: float32 [B, 2]."""
-        return {"probabilities": jax.nn.softmax(model(**inputs, positions=FIRST).logits, axis=-1)}
+        return {"probabilities": jax.nn.softmax(model(**inputs, positions=FIRST).logits[:, 0])}
 
     def request(self, pair: Sequence[str]) -> Request:
         """Judges one pair.

@@ -38,7 +38,9 @@ class QuestionAnswering:
         self.answers = answers
         self.stride = max_length // 3 if answers.stride is None else answers.stride
 
-    def forward(self, model: BertForQuestionAnswering, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def forward(
+        self, model: BertForQuestionAnswering, inputs: dict[str, jax.Array], starts: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
         """Logits of an answer's first and last token, float32 [B, T] each."""
         out = model(**inputs)
         return {"start": out.start_logits, "end": out.end_logits}
@@ -199,13 +201,17 @@ class QuestionAnswering:
     ) -> tuple[jax.Array, jax.Array]:
         """See `TrainableTask.loss`: cross entropy of the answer's first and last token, a mean over windows.
 
-        Padding gets no probability, so that the loss of a window does not depend on the batch that it is in.
+        Only a window's own tokens get probability, so that its loss does not depend on the batch that it is in.
         """
-        out = model(**batch["inputs"], dropout_key=dropout_key)
-        tokens = batch["inputs"]["attention_mask"] > 0
-        start, end = (jnp.where(tokens, x, jnp.finfo(jnp.float32).min) for x in (out.start_logits, out.end_logits))
+        inputs, starts = batch["inputs"], batch["starts"]
+        out = model(**inputs, dropout_key=dropout_key)
+        windows = inputs.get("document_ids", inputs.get("attention_mask"))[:, None]  # 0 is padding
+        own = windows == 1 + jnp.arange(starts.shape[1])[None, :, None]  # [B, K, T]
+        start, end = (
+            jnp.where(own, x[:, None], jnp.finfo(jnp.float32).min) for x in (out.start_logits, out.end_logits)
+        )
         counts = batch["weights"] > 0
-        places = (jnp.where(counts, batch["targets"][name], losses.IGNORE) for name in ("start", "end"))
+        places = (jnp.where(counts, starts + batch["targets"][name], losses.IGNORE) for name in ("start", "end"))
         return losses.span_cross_entropy(start, end, *places), jnp.sum(counts, dtype=jnp.float32)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:

@@ -58,9 +58,16 @@ class SequenceClassification:
 
     # ── Inference ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def forward(self, model: BertForSequenceClassification, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Scores, float32 [B, C]: probabilities over the labels, of each label by itself, or the numbers."""
-        return {"scores": self.scores(model(**inputs, positions=FIRST).logits)}
+    def forward(
+        self, model: BertForSequenceClassification, inputs: dict[str, jax.Array], starts: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """Scores, float32 [B, C], or [B, K, C] of the texts that begin at `starts`.
+
+        They are probabilities over the labels, of each label by itself, or the numbers.
+        """
+        if starts is None:
+            return {"scores": self.scores(model(**inputs, positions=FIRST).logits[:, 0])}
+        return {"scores": self.scores(model(**inputs, positions=starts).logits)}
 
     def request(self, text: str | Sequence[str], *, top_k: int | None = 1) -> Request:
         """Classifies one text.
@@ -159,7 +166,7 @@ class SequenceClassification:
         self, model: BertForSequenceClassification, batch: Mapping[str, Any], dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         """See `TrainableTask.loss`: cross entropy, binary cross entropy, or squared error, a mean over examples."""
-        logits = model(**batch["inputs"], positions=FIRST, dropout_key=dropout_key).logits
+        logits = model(**batch["inputs"], positions=batch["starts"], dropout_key=dropout_key).logits  # [B, K, C]
         labels, weights = batch["targets"]["labels"], batch["weights"]
         if self.problem_type == REGRESSION:
             return losses.squared_error(logits, labels, weights), jnp.sum(weights)

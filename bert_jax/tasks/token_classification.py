@@ -53,7 +53,9 @@ class TokenClassification:
         if not any(label.startswith(("B-", "I-")) for label in self.labels):  # parts of speech
             self.metrics = ("accuracy",)
 
-    def forward(self, model: BertForTokenClassification, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def forward(
+        self, model: BertForTokenClassification, inputs: dict[str, jax.Array], starts: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
         """Probabilities of the labels, float32 [B, T, C]."""
         return {"scores": jax.nn.softmax(model(**inputs).logits)}
 

@@ -18,7 +18,7 @@ from flax import nnx
 
 import bert_jax
 from bert_jax import hub, lora, optim, recipes, training
-from bert_jax.data.loader import Examples, Loader
+from bert_jax.data.loader import Examples, Loader, one_a_row
 from bert_jax.settings import LoRA, Schedule, Settings
 from bert_jax.tasks.sequence_classification import MULTI, REGRESSION, SINGLE, UNKNOWN, SequenceClassification
 
@@ -81,7 +81,7 @@ def batches(problem_type, steps, *, padding=False):
             targets={"labels": labels},
         )
         examples = 5 if padding and step % 2 else ROWS
-        found.append(rows.batch(np.arange(examples), rows=ROWS, length=TOKENS))
+        found.append(rows.batch(one_a_row(np.arange(examples), ROWS, TOKENS)))
         assert (found[-1]["inputs"]["attention_mask"] == 0).any()
         assert found[-1]["weights"].sum() == examples
     return found
@@ -228,10 +228,10 @@ def test_20_steps_from_trained_weights(close, tmp_path):
         {"text": text.format(place), "label": f"LABEL_{i}"}
         for (i, text), place in itertools.product(enumerate(WEATHER), PLACES)
     ]
-    loader = Loader(task.featurize(rows), 8, seed=0, rows=8)
+    loader = Loader(task.featurize(rows), 8, seed=0)
     # A single shape, which compiles once.
     examples = loader.examples
-    given = [examples.batch(loader.place(step).indices, rows=8, length=32) for step in range(20)]
+    given = [examples.batch(one_a_row(loader.place(step).indices, 8, 32)) for step in range(20)]
     ours = our_steps(tmp_path, tokenizer, settings(), given)
     compare(close, "20 steps of MiniLM", ours, their_steps(tmp_path, given))
 

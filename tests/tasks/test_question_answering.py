@@ -11,6 +11,7 @@ import reference
 
 import bert_jax
 from bert_jax import BertConfig
+from bert_jax.data.loader import one_a_row
 from bert_jax.errors import InputError
 from bert_jax.settings import Answers, Data
 from bert_jax.tasks.question_answering import QuestionAnswering
@@ -314,7 +315,7 @@ def test_the_loss_of_a_window_does_not_depend_on_its_padding(tokenizer, checkpoi
     QuestionAnswering.clean({"train": given}, Data())
     examples = task.featurize(given)
     indices = np.arange(3)
-    losses_ = [task.loss(model, examples.batch(indices, rows=n, length=length), None) for n, length in
+    losses_ = [task.loss(model, examples.batch(one_a_row(indices, n, length)), None) for n, length in
                ((3, 64), (3, 96), (8, 64))]  # fmt: skip
     for loss, count in losses_:
         assert float(count) == 3

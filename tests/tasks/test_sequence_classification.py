@@ -8,7 +8,7 @@ from flax import nnx
 
 import bert_jax
 from bert_jax import tree
-from bert_jax.data.loader import Examples
+from bert_jax.data.loader import Examples, one_a_row
 from bert_jax.errors import InputError
 from bert_jax.tasks.sequence_classification import MULTI, REGRESSION, SINGLE, UNKNOWN, SequenceClassification, label_set
 
@@ -325,7 +325,7 @@ def test_loss_is_the_mean_over_examples_that_count(task, models, logits, problem
         for i, text in enumerate(texts)
         if problem_type != SINGLE or y[i] != UNKNOWN
     ]
-    batch = found.batch(np.arange(4), rows=6, length=16)
+    batch = found.batch(one_a_row(np.arange(4), 6, 16))
     run = jax.jit(lambda model, batch: task(**changes).loss(model, batch, None))
     loss, count = run(models(**changes), batch)
     assert (float(loss), float(count)) == (pytest.approx(np.mean(each), rel=1e-4), len(each))
@@ -345,7 +345,7 @@ def test_loss_is_the_mean_over_examples_that_count(task, models, logits, problem
 
 def test_dropout_reaches_the_model(task, models):
     found = task().featurize([{"text": "I love it.", "label": "joy"}])
-    batch = found.batch(np.arange(1), rows=1, length=16)
+    batch = found.batch(one_a_row(np.arange(1), 1, 16))
     run = jax.jit(lambda key: task().loss(models(), batch, key)[0])
     losses = {float(run(jax.random.key(seed))) for seed in range(3)}
     assert len(losses) == 3

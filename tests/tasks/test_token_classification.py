@@ -8,6 +8,7 @@ import reference
 
 import bert_jax
 from bert_jax import BertConfig, losses
+from bert_jax.data.loader import one_a_row
 from bert_jax.errors import InputError
 from bert_jax.settings import Data
 from bert_jax.tasks.token_classification import TokenClassification
@@ -191,7 +192,7 @@ def test_a_label_stands_at_a_words_first_piece(task):
     first = next(piece for piece in pieces if "Unbelievably".startswith(piece) and piece != "[CLS]")
     assert found == words | {first: "I-PER"}
     assert sum(labels == losses.IGNORE) == len(ids) - 4  # special tokens and further pieces; one word has no piece
-    batch = examples.batch(np.array([0]), rows=2, length=32)
+    batch = examples.batch(one_a_row(np.array([0]), 2, 32))
     assert batch["targets"]["labels"].shape == (2, 32)
     assert (batch["targets"]["labels"][0, : len(ids)] == labels).all()
     assert (batch["targets"]["labels"][0, len(ids) :] == losses.IGNORE).all()

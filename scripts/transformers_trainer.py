@@ -3,14 +3,17 @@
     pip install -e ".[parity]"
     python scripts/transformers_trainer.py configs/finetune/emotion_minilm.yaml training.seed=1 output.folder=peer
 
-Same model, data, label ids, recipe, and choice of the best epoch, for text classification with one label and for token
-classification, whose features are those of transformers' example `run_ner.py`. Batches are padded to their longest and
-grouped by length, or with `--pad` all padded to data.max_length. Prints JSON.
+Same model, data, label ids and recipe, for text classification with one label, and for token classification and
+question answering, whose features, and answers read off the logits, are those of transformers' examples `run_ner.py`
+and `run_qa.py`. Batches are padded to their longest and grouped by length, in random order with `--random`, or with
+`--pad` all padded to data.max_length. Classifiers choose the best epoch, as ours; question answering takes the last, as
+`run_qa.py` (ours does with `training.evaluate_every` of many steps). Prints JSON.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -21,46 +24,119 @@ from sklearn.metrics import accuracy_score
 from bert_jax import metrics, recipes
 from bert_jax.settings import Settings
 
+Features = dict[str, list[Any]]
+
+
+def classified(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], settings: Settings) -> Features:
+    encoded = tokenizer([row["text"] for row in rows], truncation=True, max_length=settings.data.max_length)
+    return {**encoded, "labels": [names.index(row["label"]) for row in rows]}
+
+
+def tagged(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], settings: Settings) -> Features:
+    """`tokenize_and_align_labels` of run_ner.py."""
+    encoded = tokenizer(
+        [row["tokens"] for row in rows], is_split_into_words=True, truncation=True, max_length=settings.data.max_length
+    )
+    labels = []
+    for i, row in enumerate(rows):
+        words = encoded.word_ids(i)
+        labels.append([
+            -100 if word is None or word == last else names.index(row["tags"][word])
+            for word, last in zip(words, [None, *words[:-1]], strict=True)
+        ])  # fmt: skip
+    return {**encoded, "labels": labels}
+
+
+def asked(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], settings: Settings) -> Features:
+    """`prepare_train_features` of run_qa.py, and what `answers` needs of `prepare_validation_features`."""
+    encoded = tokenizer(
+        [row["question"].lstrip() for row in rows], [row["context"] for row in rows], truncation="only_second",
+        max_length=settings.data.max_length, stride=settings.answers.stride or settings.data.max_length // 3,
+        return_overflowing_tokens=True, return_offsets_mapping=True,
+    )  # fmt: skip
+    features: Features = {**encoded, "start_positions": [], "end_positions": []}
+    features["row"] = features.pop("overflow_to_sample_mapping")
+    offset_mapping = features.pop("offset_mapping")
+    features["offsets"] = [
+        [place if sequence == 1 else None for place, sequence in zip(offsets, encoded.sequence_ids(i), strict=True)]
+        for i, offsets in enumerate(offset_mapping)
+    ]
+    for i, offsets in enumerate(offset_mapping):
+        cls_index = features["input_ids"][i].index(tokenizer.cls_token_id)
+        start = end = cls_index
+        answers = rows[features["row"][i]]["answers"]
+        if answers["text"]:
+            start_char = answers["answer_start"][0]
+            end_char = start_char + len(answers["text"][0])
+            sequence_ids = encoded.sequence_ids(i)
+            token_start, token_end = sequence_ids.index(1), len(sequence_ids) - 1 - sequence_ids[::-1].index(1)
+            if offsets[token_start][0] <= start_char and offsets[token_end][1] >= end_char:
+                while token_start < len(offsets) and offsets[token_start][0] <= start_char:
+                    token_start += 1
+                while offsets[token_end][1] >= end_char:
+                    token_end -= 1
+                start, end = token_start - 1, token_end + 1
+        features["start_positions"].append(start)
+        features["end_positions"].append(end)
+    return features
+
+
+def answers(rows: list[dict[str, Any]], features: Any, logits: Any, settings: Settings) -> list[str]:
+    """`postprocess_qa_predictions` of transformers' utils_qa.py."""
+    by_row: dict[int, list[int]] = {}
+    for i, row in enumerate(features["row"]):
+        by_row.setdefault(row, []).append(i)
+    found = []
+    for n, row in enumerate(rows):
+        null, candidates = np.inf, []
+        for i in by_row[n]:
+            start, end, offsets = logits[0][i], logits[1][i], features["offsets"][i]
+            null = min(null, start[0] + end[0])
+            for a in np.argsort(start)[: -settings.answers.n_best - 1 : -1].tolist():
+                for b in np.argsort(end)[: -settings.answers.n_best - 1 : -1].tolist():
+                    inside = b < len(offsets) and a <= b < a + settings.answers.max_answer_length
+                    if inside and offsets[a] and offsets[b]:
+                        text = row["context"][offsets[a][0] : offsets[b][1]]
+                        candidates.append((start[a] + end[b], text))
+        best = max(((score, text) for score, text in candidates if text), default=(-np.inf, ""))
+        no_answer = settings.answers.unanswerable and null - best[0] > settings.answers.null_threshold
+        found.append("" if no_answer else best[1])
+    return found
+
+
+TASKS: dict[str, tuple[Any, Callable[..., Features], str]] = {
+    "text-classification": (transformers.AutoModelForSequenceClassification, classified, "accuracy"),
+    "token-classification": (transformers.AutoModelForTokenClassification, tagged, "f1"),
+    "question-answering": (transformers.AutoModelForQuestionAnswering, asked, ""),
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--pad", action="store_true", help="pad all examples to data.max_length")
+    parser.add_argument("--random", action="store_true", help="do not group examples by length")
     parser.add_argument("--accuracy", action="store_true", help="evaluate and keep checkpoints, not only train")
     arguments = parser.parse_args()
     settings = Settings.from_file(arguments.config, arguments.overrides)
     training, optimizer = settings.training, settings.optimizer
     began = time.perf_counter()
-    tokens = settings.task == "token-classification"
-    splits = {split: recipes.read_split(settings, split) for split in ("train", "validation")}
+    network, featurize, metric = TASKS[settings.task]
+    splits = {split: recipes.read_split(settings, split) for split in ("train", "validation", "test")}
+    splits = {split: rows for split, rows in splits.items() if rows}
     task = recipes.TASKS[settings.task]
     task.clean(splits, settings.data)
-    names = list(task.config(splits["train"], settings.data)["id2label"])
+    names = list(task.config(splits["train"], settings.data).get("id2label", ()))
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model.id)
-    options = {"truncation": True, "max_length": settings.data.max_length,
-               "padding": "max_length" if arguments.pad else False}  # fmt: skip
-
-    def featurize(rows: list[dict[str, Any]]) -> datasets.Dataset:
-        if tokens:
-            encoded = tokenizer([row["tokens"] for row in rows], is_split_into_words=True, **options)
-            labels = [tag_ids(encoded.word_ids(i), row["tags"]) for i, row in enumerate(rows)]
-        else:
-            encoded = tokenizer([row["text"] for row in rows], **options)
-            labels = [names.index(row["label"]) for row in rows]
-        lengths = [sum(mask) for mask in encoded["attention_mask"]]
-        return datasets.Dataset.from_dict({**encoded, "labels": labels, "length": lengths})
-
-    def tag_ids(words: list[int | None], tags: list[str]) -> list[int]:
-        before = [None, *words[:-1]]
-        return [
-            -100 if word is None or word == last else names.index(tags[word])
-            for word, last in zip(words, before, strict=True)
-        ]
+    data = {}
+    for split, rows in splits.items():
+        features = featurize(rows, tokenizer, names, settings)
+        data[split] = datasets.Dataset.from_dict(features | {"length": [len(ids) for ids in features["input_ids"]]})
 
     def compute_metrics(p: Any) -> dict[str, float]:
         best = np.argmax(p.predictions, -1)
-        if not tokens:
+        if settings.task == "text-classification":
             return {"accuracy": accuracy_score(p.label_ids, best)}
         kept = [row != -100 for row in p.label_ids]
         truth, found = ([[names[i] for i in row[k]] for row, k in zip(side, kept, strict=True)]
@@ -68,13 +144,16 @@ def main() -> None:
         scores = metrics.tagging(truth, found)
         return {name: scores[name] for name in ("f1", "precision", "recall", "accuracy")}
 
-    data = {split: featurize(rows) for split, rows in splits.items()}
     transformers.set_seed(training.seed)
-    network = (
-        transformers.AutoModelForTokenClassification if tokens else transformers.AutoModelForSequenceClassification
+    options = {"num_labels": len(names)} if names else {}
+    model = network.from_pretrained(settings.model.id, **options)
+    when = "epoch" if arguments.accuracy and metric else "no"
+    pad = {"padding": "max_length", "max_length": settings.data.max_length} if arguments.pad else {}
+    collator = (
+        transformers.DataCollatorForTokenClassification(tokenizer, **pad)
+        if settings.task == "token-classification"
+        else transformers.DataCollatorWithPadding(tokenizer, **pad)
     )
-    model = network.from_pretrained(settings.model.id, num_labels=len(names))
-    when = "epoch" if arguments.accuracy else "no"
     trainer = transformers.Trainer(
         model=model,
         args=transformers.TrainingArguments(
@@ -89,12 +168,12 @@ def main() -> None:
             max_grad_norm=optimizer.max_grad_norm,
             lr_scheduler_type=settings.schedule.name,
             warmup_steps=settings.schedule.warmup_steps or settings.schedule.warmup_ratio,
-            train_sampling_strategy="random" if arguments.pad else "group_by_length",
+            train_sampling_strategy="random" if arguments.pad or arguments.random else "group_by_length",
             eval_strategy=when,
             save_strategy=when,
             save_total_limit=1,
-            load_best_model_at_end=arguments.accuracy,
-            metric_for_best_model="f1" if tokens else "accuracy",
+            load_best_model_at_end=when == "epoch",
+            metric_for_best_model=metric or None,
             seed=training.seed,
             report_to=[],
             disable_tqdm=True,
@@ -103,11 +182,17 @@ def main() -> None:
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         processing_class=tokenizer,
-        data_collator=transformers.DataCollatorForTokenClassification(tokenizer) if tokens else None,
-        compute_metrics=compute_metrics,
+        data_collator=collator,
+        compute_metrics=compute_metrics if metric else None,
     )
     trainer.train()
-    results = trainer.evaluate()
+    results: dict[str, Any] = {}
+    for split in data.keys() - {"train"}:
+        if metric:
+            results |= trainer.evaluate(data[split], metric_key_prefix=split)
+        else:
+            found = answers(splits[split], data[split], trainer.predict(data[split]).predictions, settings)
+            results[split] = metrics.answering([row["answers"]["text"] for row in splits[split]], found)
     print(json.dumps({"seed": training.seed, "seconds": time.perf_counter() - began, **results}))
 
 

@@ -53,9 +53,8 @@ def test_tagged(body):
     folder = Path(SHARED) / "data" / "wnut17"
     data = {"train": "wnut17train.conll", "validation": "emerging.dev.conll", "test": "emerging.test.annotated"}
     data = {split: str(folder / name) for split, name in data.items()} | {"format": "conll"}
-    data["max_length"] = (
-        512  # two sentences have more than 128 tokens, which run_ner.py cuts off and we read in windows
-    )
+    # Two sentences have more than 128 tokens, which run_ner.py cuts off and we read in windows.
+    data["max_length"] = 512
     settings, task, splits = task_and_rows("token-classification", body, data)
     tokenizer = transformers.AutoTokenizer.from_pretrained(body)
     assert [len(rows) for rows in splits.values()] == [3394, 1009, 1287]

@@ -61,7 +61,7 @@ def evaluate(
         packing: Tokens that a row may have if it may hold several examples; None for one example a row.
         mesh: The devices.
     """
-    loader = Loader(examples, batch_size, seed=0, share=mesh.shape["data"], packing=packing)
+    loader = Loader(examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing)
     collected: dict[str, Any] = {}
     total = counted = 0.0
     flying: list[tuple[Place, Any]] = []
@@ -78,7 +78,8 @@ def evaluate(
 
     for step in range(loader.steps_per_epoch):
         batch = sharding.put_batch(loader.batch_at(step), mesh)
-        flying.append((loader.place(step), evaluate_batch(params, batch)))
+        with jax.set_mesh(mesh):
+            flying.append((loader.place(step), evaluate_batch(params, batch)))
         if len(flying) > 1:  # the device computes one while the host takes in the one before
             deliver(*flying.pop(0))
     for entry in flying:

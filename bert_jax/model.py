@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from bert_jax import hub, tree, weights
+from bert_jax import hub, sharding, tree, weights
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
 
@@ -543,7 +543,7 @@ class BertModel(BertPreTrainedModel):
         embeddings_key, layers_key = _split(dropout_key, 2)
         with jax.named_scope("embeddings"):
             x = self.embeddings(input_ids, jnp.asarray(token_type_ids), jnp.asarray(position_ids), embeddings_key)
-        x = x.astype(self.compute_dtype)
+        x = sharding.by_rows(x.astype(self.compute_dtype))
         hidden_states, attentions = self._encode(
             x, mask, layers_key, None if positions is None else jnp.asarray(positions)
         )
@@ -574,6 +574,7 @@ class BertModel(BertPreTrainedModel):
             def body(x: jax.Array, inputs: Any) -> Any:
                 with jax.named_scope("layer"):
                     y, probabilities = run(inputs[0], x, inputs[1])
+                y = sharding.by_rows(y)
                 return y, (y, probabilities)
 
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *self.layers[:full])
@@ -583,7 +584,7 @@ class BertModel(BertPreTrainedModel):
         for i in range(len(probabilities), n):
             with jax.named_scope(f"layer_{i}"):
                 y, p = run(self.layers[i], hidden_states[-1], i, *([] if i < full else [positions]))
-            hidden_states.append(y)
+            hidden_states.append(sharding.by_rows(y))
             probabilities.append(p)
         return tuple(hidden_states), tuple(probabilities)
 

@@ -258,7 +258,8 @@ def evaluate_examples(
     """A model in hand over examples."""
     mesh = sharding.mesh(settings.mesh)
     params, skeleton = tree.split(model)
-    params = jax.device_put(params, sharding.replicated(mesh))
+    flat = tree.flatten(params)
+    params = tree.unflatten(jax.device_put(flat, sharding.placements(mesh, flat)))
     return evaluation.evaluate(
         task,
         evaluation.program(task, skeleton),

@@ -240,7 +240,11 @@ class Mesh(_Section):
     """Axes that the devices are laid along."""
 
     data: Annotated[int, Field(ge=-1)] = -1
-    """Devices that share out a batch's examples; -1 for all there are."""
+    """Groups of devices that share out a batch's examples; -1 for as many as there are devices for."""
+    fsdp: PositiveInt = 1
+    """Devices that share out a group's examples, and the parameters, gradients and optimizer's state with them."""
+    tensor: PositiveInt = 1
+    """Devices that share out the heads and the inside of the feed-forward; fast links between them pay."""
 
 
 class Output(_Section):

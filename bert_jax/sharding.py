@@ -1,5 +1,12 @@
-"""Where arrays live: devices laid along named axes, and what is shared out along which."""
+"""Where arrays live: devices laid along named axes, and what is shared out along which.
 
+`data` shares out the rows of a batch, `fsdp` those and the parameters with their gradients and the optimizer's state
+(Rajbhandari et al. 2020, "ZeRO", stage 3), `tensor` the heads and the feed-forward's inside (Shoeybi et al. 2019,
+"Megatron-LM", section 3).
+"""
+
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,35 +15,94 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bert_jax import settings
+from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
+
+ROWS = ("data", "fsdp")
+"""The axes that share out a batch."""
+
+# Paths of parameters -> the axes of the mesh that share out theirs; the first match counts, and what none matches is
+# whole on every device, as is an axis that does not divide. Linear weights are [out, in].
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r".*\.(query|key|value|intermediate)\.weight", PartitionSpec("tensor", "fsdp")),
+    (r".*\.(query|key|value|intermediate)\.bias", PartitionSpec("tensor")),
+    (r".*\.output\.weight", PartitionSpec("fsdp", "tensor")),
+    (r".*\.word_embeddings\.weight", PartitionSpec("tensor", "fsdp")),
+    (r".*\.(position_embeddings|pooler|transform)\.weight", PartitionSpec("fsdp")),
+)
 
 
 def mesh(axes: settings.Mesh) -> jax.sharding.Mesh:
-    """The devices of all processes, along the axis `data`.
+    """The devices of all processes along the axes `data`, `fsdp` and `tensor`.
 
     Raises:
-        InputError: If the axis asks for more devices than there are.
+        InputError: If the axes do not go into the devices.
     """
     devices = jax.devices()
-    data = len(devices) if axes.data == -1 else axes.data
-    if not 0 < data <= len(devices):
-        raise InputError(f"mesh.data is {axes.data}; there are {len(devices)} devices (-1 takes all).")
-    return jax.sharding.Mesh(np.array(devices[:data]), ("data",), axis_types=(AxisType.Auto,))
+    sizes = {"data": axes.data, "fsdp": axes.fsdp, "tensor": axes.tensor}
+    shape = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+    rest = axes.fsdp * axes.tensor
+    if axes.data == -1:
+        sizes["data"] = len(devices) // rest
+        if len(devices) % rest:
+            raise InputError(f"mesh is {{{shape}}}; there are {len(devices)} devices, which {rest} does not divide.")
+    count = math.prod(sizes.values())
+    if not 0 < count <= len(devices):
+        raise InputError(f"mesh is {{{shape}}}; there are {len(devices)} devices (data: -1 takes all).")
+    array = np.array(devices[:count]).reshape(tuple(sizes.values()))
+    return jax.sharding.Mesh(array, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def check(mesh: jax.sharding.Mesh, config: BertConfig) -> None:
+    """Raises `InputError` where the mesh does not divide the model."""
+    for name in ("num_attention_heads", "intermediate_size"):
+        if getattr(config, name) % mesh.shape["tensor"]:
+            raise InputError(
+                f"mesh.tensor is {mesh.shape['tensor']}, which does not divide {name}, {getattr(config, name)}."
+            )
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Whole on every device: parameters and the optimizer's state."""
+    """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batched(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Rows shared out along `data`: batches."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def placement(mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where a parameter lives."""
+    spec = next((spec for pattern, spec in RULES if re.fullmatch(pattern, path)), PartitionSpec())
+    fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False)]
+    return NamedSharding(mesh, PartitionSpec(*fitting))
+
+
+def placements(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Where a pytree lives that has dicts of parameters by path, such as a state with its optimizer's."""
+
+    def of(path: Any, leaf: Any) -> NamedSharding:
+        name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
+        return placement(mesh, name, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def put_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
     """Puts a batch, of which each process brings its own rows, on the devices."""
-    sharding = batched(mesh)
+    sharding = NamedSharding(mesh, PartitionSpec(ROWS))
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def share(mesh: jax.sharding.Mesh) -> int:
+    """What the rows of a batch have to be a multiple of."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """Activations between layers: their rows are shared out, and all else is whole. Compilers might choose otherwise.
+
+    Does nothing where no mesh is set (`jax.set_mesh`), or one of a single device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))

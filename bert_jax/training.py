@@ -169,7 +169,7 @@ def make_loader(examples: Examples, model: BertPreTrainedModel, settings: Settin
         examples,
         settings.training.batch_size,
         seed=settings.training.seed,
-        share=settings.training.accumulation * mesh.shape["data"],
+        share=settings.training.accumulation * sharding.share(mesh),
         packing=model.config.max_position_embeddings if settings.data.packing else None,
         process=(jax.process_index(), jax.process_count()),
     )
@@ -229,17 +229,22 @@ def train(
 
     # ── Devices, parameters, programs ────────────────────────────────────────────────────────────────────────────────
     mesh = sharding.mesh(settings.mesh)
-    everywhere = sharding.replicated(mesh)
+    sharding.check(mesh, model.config)
     loader = make_loader(examples, model, settings, mesh)
     steps = options.max_steps or math.ceil(options.epochs * loader.steps_per_epoch)
     planned = plan(model, settings, steps)
     for path, rule in planned.rules.items():
         logger.info("%s: %s", path, rule)
-    state = jax.device_put(init_state(planned, options.seed), everywhere)
-    frozen = jax.device_put(planned.frozen, everywhere)
-    step_fn = make_step(task, planned, accumulation=options.accumulation, out_shardings=everywhere)
+    state = init_state(planned, options.seed)
+    layout = sharding.placements(mesh, state)
+    state = jax.device_put(state, layout)
+    frozen = jax.device_put(planned.frozen, sharding.placements(mesh, planned.frozen))
+    step_fn = make_step(
+        task, planned, accumulation=options.accumulation, out_shardings=(layout, sharding.replicated(mesh))
+    )
     evaluate_batch = evaluation.program(task, planned.skeleton)
-    combine = jax.jit(planned.params)
+    whole = tree.unflatten(sharding.placements(mesh, dict(planned.skeleton.specs)))
+    combine = jax.jit(planned.params, out_shardings=whole)
 
     # ── Where the run stands ─────────────────────────────────────────────────────────────────────────────────────────
     checkpoints = Checkpoints(folder / CHECKPOINTS, options.keep)
@@ -282,7 +287,7 @@ def train(
         seen, since = 0, time.perf_counter()
         return f"loss {means['loss']:.4f}  rate {learning_rate:.1e}  {rate:.0f} examples/s"
 
-    with _signals() as received, _progress_bar(console, start, steps) as show:
+    with _signals() as received, _progress_bar(console, start, steps) as show, jax.set_mesh(mesh):
         for batch in loader.batches(start, steps):
             if _finished(progress, options.patience):
                 break

@@ -16,9 +16,9 @@ FLOORS = [
     ["errors", "memory"],
     ["config", "tree", "hub", "losses", "metrics", "settings", "data.sources"],
     ["data.loader"],
-    ["weights", "tokenizer"],
+    ["weights", "tokenizer", "sharding"],
     ["model"],
-    ["sharding", "optim", "lora", "checkpoint"],
+    ["optim", "lora", "checkpoint"],
     ["tasks.base"],
     [
         "tasks.masked_lm",

@@ -1,19 +1,30 @@
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
 
-from bert_jax import sharding
+import bert_jax
+from bert_jax import sharding, training, tree
+from bert_jax.checkpoint import Checkpoints
+from bert_jax.data.loader import Examples
 from bert_jax.errors import InputError
-from bert_jax.settings import Mesh
+from bert_jax.settings import Mesh, Settings
+from bert_jax.tasks.sequence_classification import SequenceClassification
+
+LAYOUTS = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 1, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
 def test_mesh_takes_all_devices_or_as_many_as_asked():
-    assert sharding.mesh(Mesh()).shape == {"data": 8}
-    assert sharding.mesh(Mesh(data=2)).shape == {"data": 2}
-    with pytest.raises(InputError, match=r"mesh.data is 9; there are 8 devices"):
-        sharding.mesh(Mesh(data=9))
-    with pytest.raises(InputError, match=r"mesh.data is 0"):
-        sharding.mesh(Mesh(data=0))
+    assert sharding.mesh(Mesh()).shape == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert sharding.mesh(Mesh(data=2)).shape == {"data": 2, "fsdp": 1, "tensor": 1}
+    assert sharding.mesh(Mesh(fsdp=2, tensor=2)).shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    for sizes in ({"data": 9}, {"data": 0}, {"data": 4, "fsdp": 4}, {"tensor": 3}):
+        with pytest.raises(InputError, match=r"mesh is {data: .*}; there are 8 devices"):
+            sharding.mesh(Mesh(**sizes))
 
 
 def test_a_batch_is_shared_out_and_parameters_are_whole_everywhere():
@@ -24,3 +35,122 @@ def test_a_batch_is_shared_out_and_parameters_are_whole_everywhere():
     np.testing.assert_array_equal(ids, np.arange(32).reshape(16, 2))
     weight = jax.device_put(np.ones(3), sharding.replicated(mesh))
     assert [shard.data.shape for shard in weight.addressable_shards] == [(3,)] * 8
+
+
+# ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer):
+    """Ten steps of a small model in some layout: losses, the state after them, its shardings, and the step."""
+    config = bert_jax.BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, num_labels=2,
+        hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
+    )  # fmt: skip
+    source = np.random.default_rng(0)
+    ids = [source.integers(1000, 20000, n).astype(np.int32) for n in source.integers(3, 30, 64)]
+    labels = {"labels": np.array([len(row) % 2 for row in ids], np.int32)}
+    examples = Examples(ids, [np.zeros_like(row) for row in ids], labels)
+    done = {}
+
+    def steps(packing=True, scan_layers=False, **mesh):
+        key = (packing, scan_layers, *mesh.items())
+        if key in done:
+            return done[key]
+        settings = Settings.from_dict({
+            "task": "text-classification", "mesh": mesh, "output": {"folder": ""}, "data": {"packing": packing},
+            "training": {"batch_size": 16}, "optimizer": {"learning_rate": 1e-3},
+        })  # fmt: skip
+        model = bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0), scan_layers=scan_layers)
+        task, devices = SequenceClassification(tokenizer, config, 32), sharding.mesh(settings.mesh)
+        plan = training.plan(model, settings, 10)
+        state = training.init_state(plan, 0)
+        layout = sharding.placements(devices, state)
+        state = jax.device_put(state, layout)
+        step = training.make_step(task, plan, out_shardings=(layout, sharding.replicated(devices)))
+        # The same batches for all, of rows that eight devices can share.
+        eight = sharding.mesh(Mesh())
+        loader = training.make_loader(examples, model, settings, eight)
+        losses = []
+        with jax.set_mesh(devices):
+            text = step.lower(state, plan.frozen, sharding.put_batch(loader.batch_at(0), devices)).compile().as_text()
+            for n in range(10):
+                state, metrics = step(state, plan.frozen, sharding.put_batch(loader.batch_at(n), devices))
+                losses.append(float(metrics["loss"]))
+        done[key] = losses, state, layout, text
+        return done[key]
+
+    return steps
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layouts_agree_with_one_device(run, layout):
+    losses, state, *_ = run(data=1)
+    found, other, shardings, _ = run(**layout)
+    assert max(losses) - min(losses) > 0.01
+    np.testing.assert_allclose(found, losses, rtol=1e-6)
+    for path, leaf in state.params.items():
+        np.testing.assert_allclose(other.params[path], leaf, atol=1e-5, err_msg=path)
+    jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim) or pytest.fail(str(place)),
+                 other, shardings)  # fmt: skip
+
+
+def test_scanned_layers_and_unpacked_rows_agree_too(run):
+    for options in ({"scan_layers": True}, {"packing": False}):
+        losses, *_ = run(data=1, **options)
+        found, *_ = run(data=2, fsdp=2, tensor=2, **options)
+        np.testing.assert_allclose(found, losses, rtol=1e-6)
+
+
+def test_parameters_and_the_optimizers_state_are_shared_out(run):
+    _, state, *_ = run(data=2, fsdp=2, tensor=2)
+    query, output = (f"bert.layers.1.attention.{name}.weight" for name in ("query", "output"))
+    for leaves in (state.params, state.opt_state[1].mu, state.opt_state[1].nu):
+        assert leaves[query].sharding.spec == PartitionSpec("tensor", "fsdp")
+        assert leaves[output].sharding.spec == PartitionSpec("fsdp", "tensor")
+        assert {shard.data.shape for shard in leaves[query].addressable_shards} == {(8, 8)}
+    assert state.params["bert.layers.0.output_norm.weight"].sharding.is_fully_replicated
+
+
+def test_every_pattern_is_of_some_parameter():
+    config = bert_jax.BertConfig(hidden_size=16, num_hidden_layers=12, num_attention_heads=4, intermediate_size=32)
+    _, skeleton = tree.split(bert_jax.BertForPreTraining(config))
+    for pattern, spec in sharding.RULES:
+        found = tree.select([pattern], skeleton.specs)
+        assert found, pattern
+        assert all(len(skeleton.specs[path].shape) >= len(spec) for path in found)
+
+
+def test_an_axis_that_does_not_divide_is_whole():
+    mesh = sharding.mesh(Mesh(data=1, fsdp=1, tensor=8))
+    assert sharding.placement(mesh, "bert.embeddings.word_embeddings.weight", (28996, 16)).is_fully_replicated
+    assert not sharding.placement(mesh, "bert.embeddings.word_embeddings.weight", (28992, 16)).is_fully_replicated
+
+
+def collectives(text):
+    return set(re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text))
+
+
+def test_data_parallel_steps_only_add_up(run):
+    assert collectives(run(data=1)[3]) == set()
+    assert collectives(run(data=8)[3]) == {"all-reduce"}
+    assert "all-gather" in collectives(run(data=1, fsdp=8)[3])
+
+
+def test_a_checkpoint_goes_into_every_layout(run, tmp_path):
+    _, state, *_ = run(data=2, fsdp=2, tensor=2)
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(10, state, {}, None)
+    for layout in (*LAYOUTS, {"data": 1}):
+        shardings = run(**layout)[2]
+        like = jax.tree.map(lambda leaf, place: jax.device_put(jnp.zeros_like(leaf), place), state, shardings)
+        _, restored, _ = checkpoints.restore(like)
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
+        assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(lambda leaf: leaf.sharding, like)
+    checkpoints.close()
+
+
+def test_a_mesh_that_does_not_divide_the_model():
+    config = bert_jax.BertConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=6, intermediate_size=32)
+    with pytest.raises(InputError, match=r"mesh.tensor is 4, which does not divide num_attention_heads, 6"):
+        sharding.check(sharding.mesh(Mesh(tensor=4)), config)

@@ -100,9 +100,13 @@ def share(mesh: jax.sharding.Mesh) -> int:
 def by_rows(x: jax.Array) -> jax.Array:
     """Activations between layers: their rows are shared out, and all else is whole. Compilers might choose otherwise.
 
-    Does nothing where no mesh is set (`jax.set_mesh`), or one of a single device.
+    Args:
+        x: [B, …].
+
+    Returns:
+        x; as it was where no mesh of ours is set (`jax.set_mesh`), or one of a single device.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or not set(ROWS) <= set(mesh.axis_names):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))

@@ -279,12 +279,13 @@ def train(
         seen += len(place.indices)
         if n % options.log_every and n != steps:
             return None
-        rate, learning_rate = seen / (time.perf_counter() - since), float(planned.schedule(n - 1))
+        now = time.perf_counter()  # once: what follows waits for the step in flight, which would be nobody's time
+        rate, seen, since = seen / (now - since), 0, now
+        learning_rate = float(planned.schedule(n - 1))
         means = {name: float(np.mean([line[name] for line in lines])) for name in values}
         journal.write(n, {"epoch": n / loader.steps_per_epoch, **means, "learning_rate": learning_rate,
                           "examples_per_second": rate})  # fmt: skip
         lines.clear()
-        seen, since = 0, time.perf_counter()
         return f"loss {means['loss']:.4f}  rate {learning_rate:.1e}  {rate:.0f} examples/s"
 
     with _signals() as received, _progress_bar(console, start, steps) as show, jax.set_mesh(mesh):

@@ -150,6 +150,12 @@ def test_a_checkpoint_goes_into_every_layout(run, tmp_path):
     checkpoints.close()
 
 
+def test_a_mesh_of_someone_elses_is_left_alone():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(jax.jit(sharding.by_rows)(jnp.ones((3, 2))), np.ones((3, 2)))
+
+
 def test_a_mesh_that_does_not_divide_the_model():
     config = bert_jax.BertConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=6, intermediate_size=32)
     with pytest.raises(InputError, match=r"mesh.tensor is 4, which does not divide num_attention_heads, 6"):

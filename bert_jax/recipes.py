@@ -266,7 +266,7 @@ def evaluate_examples(
         params,
         examples,
         batch_size=settings.training.evaluation_batch_size,
-        packing=model.config.max_position_embeddings if settings.data.packing else None,
+        packing=training.packing(model, settings),
         mesh=mesh,
     )
 

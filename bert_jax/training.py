@@ -163,6 +163,11 @@ def make_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
+def packing(model: BertPreTrainedModel, settings: Settings) -> int | None:
+    """Tokens that a row of several examples may have, as many as the model has positions; None without packing."""
+    return model.config.max_position_embeddings if settings.data.packing else None
+
+
 def make_loader(examples: Examples, model: BertPreTrainedModel, settings: Settings, mesh: jax.sharding.Mesh) -> Loader:
     """The batches of a run."""
     return Loader(
@@ -170,7 +175,7 @@ def make_loader(examples: Examples, model: BertPreTrainedModel, settings: Settin
         settings.training.batch_size,
         seed=settings.training.seed,
         share=settings.training.accumulation * sharding.share(mesh),
-        packing=model.config.max_position_embeddings if settings.data.packing else None,
+        packing=packing(model, settings),
         process=(jax.process_index(), jax.process_count()),
     )
 

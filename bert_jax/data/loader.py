@@ -107,10 +107,11 @@ class Examples:
         shape, first = (size, place.shape.length), part[0] * size
         spots = [(i, row - first, n, at) for i, row, n, at in self.spots(place) if 0 <= row - first < size]
         packed = place.shape.examples > 1
+        mask = "document_ids" if packed else "attention_mask"
         inputs = {
             "input_ids": np.full(shape, self.pad_token_id, np.int32),
             "token_type_ids": np.zeros(shape, np.int32),
-            "document_ids" if packed else "attention_mask": np.zeros(shape, np.int32),
+            mask: np.zeros(shape, np.int32),
         }
         if packed:
             inputs["position_ids"] = np.zeros(shape, np.int32)
@@ -124,7 +125,7 @@ class Examples:
             here = row, slice(at, at + len(self.input_ids[i]))
             inputs["input_ids"][here] = self.input_ids[i]
             inputs["token_type_ids"][here] = self.token_type_ids[i]
-            inputs["document_ids" if packed else "attention_mask"][here] = n + 1
+            inputs[mask][here] = n + 1
             if packed:
                 inputs["position_ids"][here] = np.arange(len(self.input_ids[i]))
             for name, values in self.targets.items():

@@ -1,7 +1,7 @@
 """Examples -> batches. An epoch's batches are a pure function of seed, epoch and lengths; the place is the step."""
 
+import bisect
 import functools
-import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypedDict
@@ -176,22 +176,25 @@ def balanced(lengths: np.ndarray, batch_size: int, random: np.random.Generator) 
     return [batch[batch >= 0] for batch in batches]
 
 
-def packed(lengths: np.ndarray, indices: np.ndarray, rows: int) -> tuple[np.ndarray, int, int]:
-    """Lays examples, longest first, each into the row that is emptiest so far.
+def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.ndarray, Shape]:
+    """Lays examples, longest first, each into the fullest row that still has room for it (best fit decreasing).
+
+    Args:
+        lengths: Tokens of each example.
+        indices: Of those to lay, longest first.
+        length: Tokens that a row has.
 
     Returns:
-        The row of each, and the most tokens and the most examples that a row then has.
+        The row of each, and the shape that holds them.
     """
-    heap = [(0, row) for row in range(rows)]
-    chosen, count = np.zeros(len(indices), int), np.zeros(rows, int)
-    longest = 0
-    for n, tokens in enumerate(lengths[indices].tolist()):
-        used, row = heap[0]
-        heapq.heapreplace(heap, (used + tokens, row))
-        chosen[n] = row
-        count[row] += 1
-        longest = max(longest, used + tokens)
-    return chosen, longest, int(count.max())
+    room: list[tuple[int, int]] = []  # that rows have left, the fullest first
+    chosen: list[int] = []
+    for tokens in lengths[indices].tolist():
+        place = bisect.bisect(room, (tokens, -1))
+        left, row = room.pop(place) if place < len(room) else (length, len(room))
+        bisect.insort(room, (left - tokens, row))
+        chosen.append(row)
+    return np.array(chosen), Shape(len(room), length, int(np.bincount(chosen).max()))
 
 
 def packed_shape(lengths: np.ndarray, batches: Sequence[np.ndarray], share: int, limit: int) -> Shape:
@@ -199,31 +202,29 @@ def packed_shape(lengths: np.ndarray, batches: Sequence[np.ndarray], share: int,
 
     Args:
         lengths: Tokens of each example.
-        batches: Indices of each.
+        batches: Indices of each, longest first.
         share: What the rows have to be a multiple of.
         limit: Tokens that a row may have, as many as the model has positions.
     """
     most, longest = max(int(lengths[batch].sum()) for batch in batches), int(lengths.max())
-    candidates = []
-    for length in range(-(-longest // 8) * 8, max(longest, min(limit, 2 * longest)) + 8, 8):
-        length = min(length, max(longest, limit))
-        rows = -(-most // length // share) * share
-        candidates.append((_work(rows, length), rows, length))
-    best: tuple[int, Shape] | None = None
-    for least, rows, length in sorted(candidates):
-        if best and least >= best[0]:
+
+    def least(length: int) -> int:
+        """Work that any shape with rows of so many tokens is."""
+        return _work(-(-most // length // share) * share, length)
+
+    steps = range(-(-longest // 8) * 8, max(longest, min(limit, 2 * longest)) + 8, 8)
+    best: Shape | None = None
+    for length in sorted((min(length, max(longest, limit)) for length in steps), key=least):
+        if best and least(length) >= _work(best.rows, best.length):
             break
-        while True:
-            laid = [packed(lengths, batch, rows) for batch in batches]
-            if max(tokens for _, tokens, _ in laid) <= length:
-                break
-            rows += share
-        if best is None or _work(rows, length) < best[0]:
-            examples = max(count for *_, count in laid)
+        shapes = [packed(lengths, batch, length)[1] for batch in batches]
+        rows = -(-max(shape.rows for shape in shapes) // share) * share
+        if best is None or _work(rows, length) < _work(best.rows, best.length):
+            examples = max(shape.examples for shape in shapes)
             # Some to spare: a batch of a later epoch that does not fit takes a program of its own.
-            best = _work(rows, length), Shape(rows, length, 1 if examples == 1 else examples + 2)
+            best = Shape(rows, length, 1 if examples == 1 else examples + 2)
     assert best is not None
-    return best[1]
+    return best
 
 
 def _work(rows: int, length: int) -> int:
@@ -271,12 +272,10 @@ class Loader:
         return [self._place(indices) for indices in balanced(lengths, self.batch_size, random)]
 
     def _place(self, indices: np.ndarray) -> Place:
-        shape = self._shape
-        while True:
-            rows, tokens, examples = packed(self.examples.lengths, indices, shape.rows)
-            if tokens <= shape.length and examples <= shape.examples:
-                return Place(indices, rows, shape)
-            shape = shape._replace(rows=shape.rows + self.share)
+        rows, needed = packed(self.examples.lengths, indices, self._shape.length)
+        more = max(0, -(-(needed.rows - self._shape.rows) // self.share)) * self.share
+        examples = max(needed.examples, self._shape.examples)
+        return Place(indices, rows, self._shape._replace(rows=self._shape.rows + more, examples=examples))
 
     def place(self, step: int) -> Place:
         """What a step's batch is made of, in all processes."""

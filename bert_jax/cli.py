@@ -1,4 +1,4 @@
-"""The command line: `bert-jax fill-mask | score | predict | finetune | evaluate | info | verify`.
+"""The command line: `bert-jax fill-mask | score | predict | finetune | pretrain | evaluate | info | verify`.
 
 Each command imports what it needs.
 """
@@ -180,6 +180,24 @@ def finetune(
         return
     folder = recipes.finetune(settings, console=console)
     console.print(f"{folder}: the model, its card, metrics and predictions", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def pretrain(
+    config: Annotated[Path, typer.Argument(help="A YAML file of settings, like configs/pretrain/continue.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value: training.max_steps=1000")] = None,
+) -> None:
+    """Pretrain a model on texts; the same command goes on after a stop."""
+    from bert_jax.settings import Pretraining
+
+    settings = Pretraining.from_file(config, overrides or ())
+    memory.keep_freed()
+    _use_compilation_cache()
+    from bert_jax import recipes
+
+    console = _console()
+    folder = recipes.pretrain(settings, console=console)
+    console.print(f"{folder}: the model, its card and metrics", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import numpy as np
 
 from bert_jax import sharding, tree
 from bert_jax.data.loader import Batch, Examples, Loader, Place
-from bert_jax.tasks.base import TrainableTask
+from bert_jax.tasks.base import Objective
 
 Program = Callable[[tree.Params, Batch], tuple[dict[str, jax.Array], jax.Array, jax.Array]]
 
@@ -20,7 +20,7 @@ class Evaluation:
 
     Attributes:
         metrics: `loss` (a mean over what counts, in nats or the target's unit squared) and the task's own.
-        outputs: What `Task.forward` returned, by example in their order: arrays or, where it has an entry a token,
+        outputs: What `Objective.outputs` returned, by example in their order: arrays or, where it has an entry a token,
             lists of arrays, each as long as its example.
     """
 
@@ -28,20 +28,20 @@ class Evaluation:
     outputs: Mapping[str, Any]
 
 
-def program(task: TrainableTask, skeleton: tree.Skeleton) -> Program:
+def program(task: Objective, skeleton: tree.Skeleton) -> Program:
     """The compiled function of a batch: outputs, mean loss, and what that is the mean of."""
 
     @jax.jit
     def evaluate_batch(params: tree.Params, batch: Any) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
         model = tree.merge(skeleton, params)
         loss, count = task.loss(model, batch, None)
-        return task.forward(model, batch["inputs"], batch["starts"]), loss, count
+        return task.outputs(model, batch), loss, count
 
     return evaluate_batch
 
 
 def evaluate(
-    task: TrainableTask,
+    task: Objective,
     evaluate_batch: Program,
     params: tree.Params,
     examples: Examples,

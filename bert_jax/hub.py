@@ -84,6 +84,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         yield staging
         for path in staging.iterdir():
+            path.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         staging.chmod(0o777 & ~_umask())

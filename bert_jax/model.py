@@ -76,8 +76,8 @@ class PreTrainingOutput:
     """What `BertForPreTraining` returns.
 
     Attributes:
-        prediction_logits: float32 [B, T, V], or [B, K, V] at the chosen positions.
-        seq_relationship_logits: float32 [B, 2]; 0 is "B follows A".
+        prediction_logits: float32 [B, T, V], or [B, P, V] at the chosen positions.
+        seq_relationship_logits: float32 [B, 2], or [B, K, 2] of the chosen first tokens; 0 is "B follows A".
         hidden_states: As in `BertModelOutput`.
         attentions: As in `BertModelOutput`.
     """
@@ -655,18 +655,30 @@ class BertForPreTraining(BertPreTrainedModel):
         self.predictions = MaskedLMHead(config, rngs)
         self.seq_relationship = Linear(config.hidden_size, 2, config.initializer_range, rngs)
 
-    def __call__(self, *args: Any, masked_positions: ArrayLike | None = None, **kwargs: Any) -> PreTrainingOutput:
-        """Arguments of `BertModel`, and `masked_positions`: int [B, K], where to score the vocabulary; None for all."""
+    def __call__(
+        self,
+        *args: Any,
+        masked_positions: ArrayLike | None = None,
+        first_positions: ArrayLike | None = None,
+        **kwargs: Any,
+    ) -> PreTrainingOutput:
+        """Arguments of `BertModel`; `masked_positions`: int [B, P], where to score the vocabulary; None for all.
+
+        With these goes `first_positions`, int [B, K]: of rows that hold several examples, where each begins; the
+        next-sentence logits are [B, K, 2] then.
+        """
         if masked_positions is None:
             out = self.bert(*args, **kwargs)
-            hidden = out.last_hidden_state
+            hidden, pooled = out.last_hidden_state, out.pooler_output
         else:
-            positions = jnp.pad(jnp.asarray(masked_positions), ((0, 0), (1, 0)))  # [CLS] first
-            out = self.bert(*args, positions=positions, **kwargs)
-            hidden = out.last_hidden_state[:, 1:]
+            masked = jnp.asarray(masked_positions)
+            first = jnp.zeros((len(masked), 1), masked.dtype) if first_positions is None else first_positions
+            n = np.shape(first)[1]
+            out = self.bert(*args, positions=jnp.concatenate([first, masked], axis=1), **kwargs)
+            hidden = out.last_hidden_state[:, n:]
+            pooled = out.pooler_output[:, 0] if first_positions is None else out.pooler_output[:, :n]
         logits = self.predictions(hidden, self.bert.embeddings.word_embeddings)
         with jax.named_scope("seq_relationship"):
-            pooled = out.pooler_output if masked_positions is None else out.pooler_output[:, 0]
             return PreTrainingOutput(logits, self.seq_relationship(pooled), out.hidden_states, out.attentions)
 
 

@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from bert_jax import evaluation, hub, lora, report, sharding, training, tree
+from bert_jax import evaluation, hub, lora, report, sharding, training, tree, vocabulary
 from bert_jax.config import BertConfig
-from bert_jax.data import sources
+from bert_jax.data import corpus, sources
 from bert_jax.data.loader import Examples
+from bert_jax.data.masking import MaskedExamples
 from bert_jax.errors import InputError
 from bert_jax.model import BertPreTrainedModel
-from bert_jax.settings import HeldOut, Settings
+from bert_jax.settings import HeldOut, Pretraining, Settings
 from bert_jax.tasks.base import TrainableTask
+from bert_jax.tasks.pretraining import MaskedLanguageModeling, PreTraining
 from bert_jax.tasks.question_answering import QuestionAnswering
 from bert_jax.tasks.sequence_classification import SequenceClassification
 from bert_jax.tasks.token_classification import TokenClassification
@@ -30,6 +34,9 @@ from bert_jax.tokenizer import Tokenizer
 
 SETTINGS, RESULTS, PREDICTIONS, CURVE, CARD = (
     "settings.yaml", "results.json", "predictions.jsonl", "curve.png", "README.md",
+)  # fmt: skip
+WORDS, BIAS, TRANSFORM = (
+    "bert.embeddings.word_embeddings.weight", "predictions.bias", "predictions.transform.weight",
 )  # fmt: skip
 ADAPTERS, ANSWERS = "adapters", "answers.json"
 TASKS: dict[str, Any] = {
@@ -99,7 +106,7 @@ def make_task(settings: Settings, tokenizer: Tokenizer, config: BertConfig) -> T
     return task
 
 
-def max_length(settings: Settings | HeldOut, config: BertConfig) -> int:
+def max_length(settings: Settings | HeldOut | Pretraining, config: BertConfig) -> int:
     """The settings' length, if the model has so many positions.
 
     Raises:
@@ -174,17 +181,11 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     """
     console, began = console or Console(quiet=True), time.perf_counter()
     folder = Path(settings.output.folder)
-    check_extra("grain", "sklearn", "matplotlib", "tensorboardX")  # now, and not after hours of training
-    if _is_finished(settings, folder):
-        console.print(f"{folder} is finished; its {RESULTS} has the metrics. Another output.folder starts a new run.")
+    if is_finished(settings, console):
         return folder
     prepared = prepare(settings)
     console.print(_overview(settings, prepared), highlight=False)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SETTINGS).write_text(settings.to_yaml(), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"output.folder: cannot write {folder}: {error.strerror}.") from None
+    begin(settings)
     trained = training.train(
         prepared.task,
         prepared.model,
@@ -216,16 +217,155 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
         if settings.task == "question-answering":  # as the official scripts of SQuAD take it
             answers = {str(line.get("id", n)): line["prediction"]["answer"] for n, line in enumerate(lines)}
             _write(folder / ANSWERS, json.dumps(answers, ensure_ascii=False) + "\n")
+    end(settings, results, settings.training.metric or prepared.task.metrics[0], began)
+    return folder
+
+
+def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
+    """Pretrains a model and leaves all about it in `settings.output.folder`.
+
+    The same call after a kill goes on where it stood, in tokenizing and in training; after the end it does nothing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: If the settings, the texts or the folder cannot be used.
+        TrainingError: See `training.train`, as for the following.
+        Interrupted: After Ctrl-C or SIGTERM.
+        CheckpointError: If a shard is damaged, or a file cannot be written.
+    """
+    console, began = console or Console(quiet=True), time.perf_counter()
+    folder = Path(settings.output.folder)
+    if is_finished(settings, console):
+        return folder
+    source = settings.model.tokenizer or settings.model.id
+    if source is None:
+        raise InputError("model.tokenizer is not set; a network that begins anew needs a vocabulary.")
+    tokenizer = Tokenizer.from_pretrained(source)
+    examples = {split: read_corpus(settings, split, tokenizer, console) for split in ("train", "validation")}
+    task = PreTraining() if settings.data.next_sentence else MaskedLanguageModeling()
+    model, carried = starting_model(settings, tokenizer, task.model_class)
+    max_length(settings, model.config)
+    train = examples["train"]
+    assert train is not None
+    console.print(
+        f"pretraining: {settings.model.id or 'a new network'}, {_sizes(model)}\n"
+        f"examples: {len(train):,} of {int(train.lengths.sum()):,} tokens{carried}",
+        highlight=False,
+    )
+    begin(settings)
+    trained = training.train(task, model, train, examples["validation"], settings, console=console)
+    trained.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    results = {"step": trained.step, "steps": trained.steps, "validation": trained.metrics}
+    end(settings, results, settings.training.metric or task.metrics[0], began)
+    return folder
+
+
+def read_corpus(settings: Pretraining, split: str, tokenizer: Tokenizer, console: Console) -> MaskedExamples | None:
+    """A split's examples; its shards are made first where they are not there. None where it is not set.
+
+    Raises:
+        InputError: See `corpus.tokenize`.
+        CheckpointError: If a shard is damaged.
+    """
+    places = getattr(settings.data, split)
+    if not places:
+        return None
+    folder = Path(settings.data.shards or f"{settings.output.folder}.shards") / split
+    files = [Path(place) for place in ([places] if isinstance(places, str) else places)]
+    shards = corpus.tokenize(files, folder, tokenizer, settings.data, settings.training.seed, console)
+    if replaced := shards.manifest["replaced"]:
+        console.print(f"data.{split}: {replaced:,} characters that are no UTF-8 are U+FFFD now.")
+    return MaskedExamples.of(shards, tokenizer, settings.data.masked, settings.training.seed)
+
+
+def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any) -> tuple[BertPreTrainedModel, str]:
+    """The model that training begins with, and what people should know of it.
+
+    Raises:
+        ConfigError: If model.config names no field of a config, or values that make no network.
+        ModelNotFoundError: If there is no such checkpoint.
+        CheckpointError: If it does not fit; `model.new` names what is to be drawn anew.
+    """
+    options: dict[str, Any] = {
+        "compute_dtype": settings.precision.compute_dtype,
+        "remat": settings.training.remat,
+        "scan_layers": settings.training.scan_layers,
+    }
+    changes = dict(settings.model.config)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if (value := getattr(settings.model, name)) is not None:
+            changes[name] = value
+    rngs = nnx.Rngs(settings.training.seed)
+    if settings.model.id is None:
+        config = BertConfig.base_cased().replace(**{"vocab_size": tokenizer.vocab_size, **changes})
+        return model_class(config, rngs=rngs, **options), ""
+    model = model_class.from_pretrained(
+        settings.model.id, revision=settings.model.revision, new=settings.model.new, rngs=rngs, **options, **changes
+    )
+    params, skeleton = tree.split(model)
+    flat, notes = tree.flatten(params), ""
+    if TRANSFORM in tree.select(settings.model.new, flat):
+        # Beside a pretrained encoder a head that changes nothing is a better beginning than one drawn at random.
+        flat[TRANSFORM] = jnp.eye(model.config.hidden_size)
+    before = Tokenizer.from_pretrained(settings.model.id, revision=settings.model.revision)
+    if before.backend.get_vocab() != tokenizer.backend.get_vocab():
+        sources, counts = vocabulary.carry(before, tokenizer)
+        flat |= {path: jnp.asarray(vocabulary.rows(np.asarray(flat[path]), sources)) for path in (WORDS, BIAS)}
+        config = model.config.replace(vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_token_id)
+        _, skeleton = tree.split(model_class(config, **options))
+        notes = "\nvocabulary: " + ", ".join(f"{n:,} {how}" for how, n in counts.items())
+    return tree.merge(skeleton, tree.unflatten(flat)), notes
+
+
+def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
+    """Whether a run's folder has its results, which the console is told.
+
+    Raises:
+        InputError: If the folder holds something else or the run of other settings, or the run could not end for
+            something that is not installed.
+    """
+    check_extra("grain", "sklearn", "matplotlib", "tensorboardX")  # now, and not after hours of training
+    folder = Path(settings.output.folder)
+    if not (folder / SETTINGS).exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"output.folder: {folder} holds files of something else; expected a new folder.")
+        return False
+    before = type(settings).from_file(folder / SETTINGS)
+    if different := [line for line in before.differences(settings) if not line.startswith("output.")]:
+        raise InputError(
+            f"output.folder: {folder} holds a run with other settings (then, now):\n  " + "\n  ".join(different)
+            + "\nTake another folder, or these settings."
+        )  # fmt: skip
+    if not (folder / RESULTS).exists():
+        return False
+    console.print(f"{folder} is finished; its {RESULTS} has the metrics. Another output.folder starts a new run.")
+    return True
+
+
+def begin(settings: Settings | Pretraining) -> None:
+    """Makes a run's folder, its settings in it."""
+    folder = Path(settings.output.folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SETTINGS).write_text(settings.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"output.folder: cannot write {folder}: {error.strerror}.") from None
+
+
+def end(settings: Settings | Pretraining, results: dict[str, Any], metric: str, began: float) -> None:
+    """Leaves a run's curve, model card and, last, its results, which say that it is finished."""
+    folder = Path(settings.output.folder)
     results |= {
         "seconds": time.perf_counter() - began,
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "versions": {name: metadata.version(name) for name in ("bert-jax", "jax", "flax", "optax")},
     }
-    metric = settings.training.metric or prepared.task.metrics[0]
     report.learning_curve(training.read_journal(folder / training.METRICS), metric).savefig(folder / CURVE, dpi=120)
     _write(folder / CARD, report.model_card(settings, results))
-    _write(folder / RESULTS, json.dumps(results, indent=2) + "\n")  # last: it says that the run is finished
-    return folder
+    _write(folder / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
 def evaluate(model_id: str, settings: Settings, split: str) -> dict[str, Any]:
@@ -326,33 +466,21 @@ def check_extra(*modules: str) -> None:
         raise InputError(f"This needs {', '.join(missing)}: pip install 'bert-jax[train]'.")
 
 
-def _is_finished(settings: Settings, folder: Path) -> bool:
-    """Whether the folder has this run's results; raises where it holds something else."""
-    if not (folder / SETTINGS).exists():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise InputError(f"output.folder: {folder} holds files of something else; expected a new folder.")
-        return False
-    before = Settings.from_file(folder / SETTINGS)
-    if different := [line for line in before.differences(settings) if not line.startswith("output.")]:
-        raise InputError(
-            f"output.folder: {folder} holds a run with other settings (then, now):\n  " + "\n  ".join(different)
-            + "\nTake another folder, or these settings."
-        )  # fmt: skip
-    return (folder / RESULTS).exists()
-
-
 def _overview(settings: Settings, prepared: Prepared) -> str:
     sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in prepared.examples.items())
     labels = getattr(prepared.task, "labels", ())
-    _, skeleton = tree.split(prepared.model)
-    count = sum(spec.size for spec in skeleton.specs.values())
     return (
-        f"{settings.task}: {settings.model.id}, {count / 1e6:.1f} M parameters, "
-        f"{jax.device_count()} × {jax.devices()[0].device_kind}\n"
+        f"{settings.task}: {settings.model.id}, {_sizes(prepared.model)}\n"
         f"examples: {sizes}"
         + (f"; labels: {', '.join(labels[:20])}{', …' if len(labels) > 20 else ''}" if labels else "")
         + (f"\n{prepared.found}" if prepared.found else "")
     )
+
+
+def _sizes(model: BertPreTrainedModel) -> str:
+    _, skeleton = tree.split(model)
+    count = sum(spec.size for spec in skeleton.specs.values())
+    return f"{count / 1e6:.1f} M parameters, {jax.device_count()} × {jax.devices()[0].device_kind}"
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_jax.settings import Settings
+from bert_jax.settings import Pretraining, Settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,28 +103,32 @@ def _class(part: Mapping[str, Any]) -> str:
     return f"{low}+" if high is None else f"{low}–{high}" if high > low else f"{low}"
 
 
-def model_card(settings: Settings, results: Mapping[str, Any]) -> str:
-    """The README.md of a fine-tuned model: what it is, its numbers, and how it was made.
+def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> str:
+    """The README.md of a model: what it is, its numbers, and how it was made.
 
     Args:
         settings: Of the run.
         results: What `results.json` holds.
     """
     name, base = Path(settings.output.folder).absolute().name, settings.model.id
-    front = ["---", f"pipeline_tag: {settings.task}", "library_name: transformers", "tags: [bert, jax]"]
-    if not Path(base).exists():
+    task = settings.task if isinstance(settings, Settings) else "fill-mask"
+    front = ["---", f"pipeline_tag: {task}", "library_name: transformers", "tags: [bert, jax]"]
+    if base and not Path(base).exists():
         front.append(f"base_model: {base}")
-    if settings.data.id:
-        front.append(f"datasets: [{settings.data.id}]")
     places = [place for split in (settings.data.train, settings.data.validation) if split
               for place in ([split] if isinstance(split, str) else split)]  # fmt: skip
-    data = settings.data.id or ", ".join(places)
+    data = ", ".join(places)
+    if isinstance(settings, Settings):
+        if settings.data.id:
+            front.append(f"datasets: [{settings.data.id}]")
+        made = f"`{base}` fine-tuned for {settings.task} on {settings.data.id or data}"
+    else:
+        made = f"{f'`{base}`' if base else 'A new network'}, pretrained on {data}"
     parts = [
         "\n".join([*front, "---"]),
         f"# {name}",
-        f"`{base}` fine-tuned for {settings.task} on {data} with "
-        f"[bert_jax](https://pypi.org/project/bert-jax) {results['versions']['bert-jax']}.",
-        f'```python\nimport bert_jax\n\nbert_jax.pipeline("{settings.task}", "{name}")\n```',
+        f"{made} with [bert_jax](https://pypi.org/project/bert-jax) {results['versions']['bert-jax']}.",
+        f'```python\nimport bert_jax\n\nbert_jax.pipeline("{task}", "{name}")\n```',
     ]
     for split in ("validation", "test"):
         if metrics := results.get(split):

@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
@@ -58,9 +58,7 @@ class LoRA(_Section):
     """Parameters that are trained in full beside the adapters: the new head. What model.new names is too."""
 
 
-class Model(_Section):
-    """Which checkpoint to start from, and what of it."""
-
+class _Start(_Section):
     id: str = "google-bert/bert-base-cased"
     """A folder, an id on the Hugging Face Hub, or bert-mini-cased."""
     revision: str | None = None
@@ -71,10 +69,27 @@ class Model(_Section):
     """Dropout of embeddings, attention's output and feed-forward; the checkpoint's by default."""
     attention_probs_dropout_prob: Fraction | None = None
     """Dropout of attention probabilities; the checkpoint's by default."""
+
+
+class Model(_Start):
+    """Which checkpoint to start from, and what of it."""
+
     classifier_dropout: Fraction | None = None
     """Dropout before the classifier; the checkpoint's, or hidden_dropout_prob."""
     lora: LoRA | None = None
     """Train low-rank adapters and the head, and nothing else."""
+
+
+class PretrainingModel(_Start):
+    """Which checkpoint to go on from, or what network to begin with."""
+
+    id: str | None = None  # type: ignore[assignment]
+    """A folder, an id on the Hugging Face Hub, or bert-mini-cased; none draws all parameters anew."""
+    config: dict[str, Any] = {}
+    """Fields of config.json; of a new network those that differ from BERT-base's."""
+    tokenizer: str | None = None
+    """Whose vocabulary to use, a folder or an id; the checkpoint's by default. Rows of another are carried over."""
+    lora: ClassVar[None] = None
 
 
 class Data(_Section):
@@ -122,6 +137,43 @@ class Data(_Section):
     """Lays several examples into a row, each attending to itself alone: hardly any padding, and one program."""
     limit: PositiveInt | None = None
     """Takes only so many examples of each split, the first ones."""
+
+
+class Masked(_Section):
+    """Which tokens of an example are to be guessed."""
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Of its tokens, at least one."""
+    most: PositiveInt = 20
+    """Of an example; the original has 20 of 128 tokens and 76 of 512 (max_predictions_per_seq)."""
+    whole_words: bool = False
+    """Chooses all pieces of a word together."""
+
+
+class Corpus(_Section):
+    """Texts to pretrain on: an empty line between documents, or JSON lines with one each; perhaps gzipped."""
+
+    train: str | tuple[str, ...]
+    """Files to learn from."""
+    validation: str | tuple[str, ...] | None = None
+    """Files to choose the best checkpoint by."""
+    format: Literal["text", "jsonl"] | None = None
+    """Of the files; by their names by default."""
+    text: str = "text"
+    """What the text is called in JSON lines."""
+    shards: str | None = None
+    """Folder for the tokenized texts, which several runs may share; beside the output by default."""
+    processes: PositiveInt | None = None
+    """That tokenize; as many as there are processors by default."""
+    next_sentence: bool = True
+    """Lays out pairs of segments and learns whether they follow each other; off, it is masked tokens alone."""
+    max_length: Annotated[int, Field(ge=8)] = 128
+    """Tokens of an example, special ones included."""
+    short: Fraction = 0.1
+    """Share of pairs that are made shorter than that, of 2 tokens at least."""
+    masked: Masked = Masked()
+    packing: bool = True
+    """Lays several short examples into a row, each attending to itself alone."""
 
 
 class Answers(_Section):
@@ -288,7 +340,7 @@ class _Root(_Section):
         """All settings, defaults included: what `from_file` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-    def differences(self, other: Self) -> list[str]:
+    def differences(self, other: "_Root") -> list[str]:
         """What differs, leaf by leaf, `key: ours, theirs`."""
         mine, theirs = (_leaves(settings.model_dump(mode="json")) for settings in (self, other))
         return [
@@ -306,6 +358,20 @@ class Settings(_Root):
     model: Model = Model()
     data: Data = Data()
     answers: Answers = Answers()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    training: Training = Training()
+    precision: Precision = Precision()
+    mesh: Mesh = Mesh()
+    output: Output
+
+
+class Pretraining(_Root):
+    """A run of pretraining."""
+
+    task: Literal["pretraining"]
+    model: PretrainingModel = PretrainingModel()
+    data: Corpus
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     training: Training = Training()

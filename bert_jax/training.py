@@ -24,13 +24,13 @@ from bert_jax.checkpoint import Checkpoints
 from bert_jax.data.loader import Batch, Examples, Loader, Shape
 from bert_jax.errors import InputError, Interrupted, TrainingError
 from bert_jax.model import BertPreTrainedModel
-from bert_jax.settings import Settings
-from bert_jax.tasks.base import TrainableTask
+from bert_jax.settings import Pretraining, Settings
+from bert_jax.tasks.base import Objective
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS, METRICS, TENSORBOARD = "checkpoints", "metrics.jsonl", "tensorboard"
-LOWER_IS_BETTER = ("loss", "mse")
+LOWER_IS_BETTER = ("loss", "mse", "mlm_loss", "nsp_loss", "pseudo_perplexity")
 Arrays = dict[str, jax.Array]
 
 
@@ -81,7 +81,7 @@ class Plan:
         return tree.unflatten(lora.merge({**frozen, **trained}, self.lora_scale))
 
 
-def plan(model: BertPreTrainedModel, settings: Settings, steps: int) -> Plan:
+def plan(model: BertPreTrainedModel, settings: Settings | Pretraining, steps: int) -> Plan:
     """Sorts a model's parameters into trained and frozen ones, and makes the optimizer.
 
     Raises:
@@ -118,7 +118,7 @@ def init_state(plan: Plan, seed: int) -> TrainState:
 
 
 def make_step(
-    task: TrainableTask, plan: Plan, *, accumulation: int = 1, out_shardings: Any = None
+    task: Objective, plan: Plan, *, accumulation: int = 1, out_shardings: Any = None
 ) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, Arrays]]:
     """The compiled step: state, frozen parameters and batch -> the next state, and `loss` and `grad_norm`.
 
@@ -163,12 +163,14 @@ def make_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
-def packing(model: BertPreTrainedModel, settings: Settings) -> int | None:
+def packing(model: BertPreTrainedModel, settings: Settings | Pretraining) -> int | None:
     """Tokens that a row of several examples may have, as many as the model has positions; None without packing."""
     return model.config.max_position_embeddings if settings.data.packing else None
 
 
-def make_loader(examples: Examples, model: BertPreTrainedModel, settings: Settings, mesh: jax.sharding.Mesh) -> Loader:
+def make_loader(
+    examples: Examples, model: BertPreTrainedModel, settings: Settings | Pretraining, mesh: jax.sharding.Mesh
+) -> Loader:
     """The batches of a run."""
     return Loader(
         examples,
@@ -190,7 +192,7 @@ class Trained:
         step: Steps of that checkpoint.
         steps: Steps done in all.
         metrics: Of validation at that checkpoint.
-        outputs: And what `Task.forward` returned there; None if an earlier process did that evaluation.
+        outputs: And what `Objective.outputs` returned there; None if an earlier process did that evaluation.
     """
 
     model: BertPreTrainedModel
@@ -202,11 +204,11 @@ class Trained:
 
 
 def train(
-    task: TrainableTask,
+    task: Objective,
     model: BertPreTrainedModel,
     examples: Examples,
     validation: Examples | None,
-    settings: Settings,
+    settings: Settings | Pretraining,
     *,
     console: Console | None = None,
 ) -> Trained:

@@ -17,7 +17,8 @@ FLOORS = [
     ["config", "tree", "hub", "losses", "metrics", "settings", "data.sources"],
     ["data.loader"],
     ["weights", "tokenizer", "sharding"],
-    ["model"],
+    ["model", "data.corpus", "vocabulary"],
+    ["data.masking"],
     ["optim", "lora", "checkpoint"],
     ["tasks.base"],
     [
@@ -27,6 +28,7 @@ FLOORS = [
         "tasks.sequence_classification",
         "tasks.token_classification",
         "tasks.question_answering",
+        "tasks.pretraining",
     ],
     ["evaluation", "pipelines", "report"],
     ["training", "verify", "catalogue"],

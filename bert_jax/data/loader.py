@@ -48,11 +48,13 @@ class Place(NamedTuple):
         indices: Of examples, int64 [n].
         rows: The row that each lies in, int64 [n]; those of one row lie in it in this order.
         shape: Of the batch.
+        epoch: That it is of, where examples look different in each.
     """
 
     indices: np.ndarray
     rows: np.ndarray
     shape: Shape
+    epoch: int = 0
 
 
 def one_a_row(indices: np.ndarray, rows: int, length: int) -> Place:
@@ -101,11 +103,16 @@ class Examples:
             count[row] += 1
             used[row] += self.lengths[index]
 
+    def share(self, place: Place, part: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+        """The spots in the rows of a process: its index, and how many there are."""
+        size = place.shape.rows // part[1]
+        first = part[0] * size
+        return [(i, row - first, n, at) for i, row, n, at in self.spots(place) if 0 <= row - first < size]
+
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
         """The batch of a place or, of a process (its index, and how many there are), its share of the rows."""
         size = place.shape.rows // part[1]
-        shape, first = (size, place.shape.length), part[0] * size
-        spots = [(i, row - first, n, at) for i, row, n, at in self.spots(place) if 0 <= row - first < size]
+        shape = size, place.shape.length
         packed = place.shape.examples > 1
         mask = "document_ids" if packed else "attention_mask"
         inputs = {
@@ -121,7 +128,7 @@ class Examples:
             **{name: np.full(shape, IGNORE, np.int32) for name in self.token_targets},
         }
         starts, weights = np.zeros(by_example, np.int32), np.zeros(by_example, np.float32)
-        for i, row, n, at in spots:
+        for i, row, n, at in self.share(place, part):
             here = row, slice(at, at + len(self.input_ids[i]))
             inputs["input_ids"][here] = self.input_ids[i]
             inputs["token_type_ids"][here] = self.token_type_ids[i]
@@ -280,7 +287,7 @@ class Loader:
     def place(self, step: int) -> Place:
         """What a step's batch is made of, in all processes."""
         epoch, n = divmod(step, self.steps_per_epoch)
-        return self._epoch(epoch)[n]
+        return self._epoch(epoch)[n]._replace(epoch=epoch)
 
     def batch_at(self, step: int) -> Batch:
         """This process's rows of a step's batch."""

@@ -55,8 +55,29 @@ class Task(Protocol):
         ...
 
 
-class TrainableTask(Task, Protocol):
-    """What training and evaluation need to know of a task beyond that."""
+class Objective(Protocol):
+    """What training and evaluation need to know of what is to be learnt."""
+
+    metrics: tuple[str, ...]
+    """Names of what `evaluate` gives; the first chooses the best checkpoint unless the settings say otherwise."""
+    per_token: bool
+    """Whether `outputs` has an entry a token, and not an example."""
+
+    def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """The batch's mean loss and how many it is the mean of, rows of padding apart; both float32 []."""
+        ...
+
+    def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """What `evaluate` reads of a batch, each [B, T, …] where it is per token, else [B, K, …]."""
+        ...
+
+    def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
+        """Metrics of the `outputs` of all examples."""
+        ...
+
+
+class TrainableTask(Task, Objective, Protocol):
+    """A task that pretrained models are fine-tuned for."""
 
     columns: Mapping[str, tuple[str, ...]]
     """What a row has -> usual names of its column; the settings' `data` may name another."""
@@ -66,10 +87,6 @@ class TrainableTask(Task, Protocol):
     """Pattern of the parameters that a pretrained checkpoint lacks."""
     peft_type: str
     """By which `peft` knows such a model."""
-    metrics: tuple[str, ...]
-    """Names of what `evaluate` gives; the first chooses the best checkpoint unless the settings say otherwise."""
-    per_token: bool
-    """Whether what `forward` returns has an entry a token, and not an example."""
 
     def forward(
         self, model: Any, inputs: dict[str, jax.Array], starts: jax.Array | None = None
@@ -95,13 +112,9 @@ class TrainableTask(Task, Protocol):
         """Rows of data -> examples; raises `InputError` where a row cannot be used, with its index."""
         ...
 
-    def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The batch's mean loss and how many it is the mean of, rows of padding apart; both float32 []."""
-        ...
-
-    def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """Metrics of what `forward` returned for all examples."""
-        ...
+    def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """What `forward` returns."""
+        return self.forward(model, batch["inputs"], batch["starts"])
 
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
         """What `forward` returned, in words, row by row of the data."""

@@ -15,14 +15,14 @@ from bert_jax.data.sources import literal
 from bert_jax.errors import InputError
 from bert_jax.model import BertForQuestionAnswering
 from bert_jax.settings import Answers, Data
-from bert_jax.tasks.base import Outputs, Request, Row
+from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask
 from bert_jax.tokenizer import Tokenizer
 
 DEFAULTS = Answers()
 NO_ANSWER: dict[str, Any] = {"score": 0.0, "start": 0, "end": 0, "answer": ""}
 
 
-class QuestionAnswering:
+class QuestionAnswering(TrainableTask):
     """Reads answers off a context, as transformers' pipeline did up to version 4.57."""
 
     model_class = BertForQuestionAnswering

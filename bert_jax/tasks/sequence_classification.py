@@ -17,7 +17,7 @@ from bert_jax.data.sources import TEXT
 from bert_jax.errors import InputError
 from bert_jax.model import FIRST, BertForSequenceClassification
 from bert_jax.settings import Data
-from bert_jax.tasks.base import Outputs, Request, Row
+from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask
 from bert_jax.tokenizer import Tokenizer
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -32,7 +32,7 @@ UNKNOWN = -1
 """The label of an example without one, as in GLUE's test sets."""
 
 
-class SequenceClassification:
+class SequenceClassification(TrainableTask):
     """Classifies: one label a text, any number of labels, or a number instead (`problem_type`, as in transformers)."""
 
     model_class = BertForSequenceClassification

@@ -17,7 +17,7 @@ from bert_jax.data.sources import literal
 from bert_jax.errors import InputError
 from bert_jax.model import BertForTokenClassification
 from bert_jax.settings import Data
-from bert_jax.tasks.base import Outputs, Request, Row
+from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask
 from bert_jax.tokenizer import Tokenizer
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
@@ -35,7 +35,7 @@ class Piece:
     continues: bool
 
 
-class TokenClassification:
+class TokenClassification(TrainableTask):
     """Labels tokens and groups them to entities, as transformers' pipeline does."""
 
     model_class = BertForTokenClassification

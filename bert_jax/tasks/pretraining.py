@@ -1,0 +1,120 @@
+"""Pretraining: what was masked, and whether the second segment follows the first (Devlin et al. 2018, section 3.1)."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bert_jax.data.loader import Examples
+from bert_jax.losses import IGNORE, cross_entropy
+from bert_jax.model import BertForMaskedLM, BertForPreTraining
+from bert_jax.tasks.base import Objective
+
+
+class MaskedLanguageModeling(Objective):
+    """The masked tokens alone, of a `BertForMaskedLM`."""
+
+    model_class: Any = BertForMaskedLM
+    metrics: tuple[str, ...] = ("loss", "mlm_accuracy", "pseudo_perplexity")
+    per_token = False
+
+    def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Mean over the masked tokens, nats, and how many there are."""
+        logits, _ = self._logits(model, batch, dropout_key)
+        return self._mlm_loss(logits, batch)
+
+    def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Of each example, float32 [B, K]: `masked` tokens, `mlm_nll` (their sum, nats) and `mlm_correct`."""
+        return self._mlm_outputs(self._logits(model, batch, None)[0], batch)
+
+    def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
+        """`mlm_loss` in nats, `mlm_accuracy`, and `pseudo_perplexity`, the exponential of the loss."""
+        masked = float(outputs["masked"].sum())
+        loss = float(outputs["mlm_nll"].sum()) / masked
+        return {
+            "mlm_loss": loss,
+            "mlm_accuracy": float(outputs["mlm_correct"].sum()) / masked,
+            "pseudo_perplexity": math.exp(min(loss, 700.0)),
+        }
+
+    def _logits(
+        self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """float32 [B, P, V] of the masked tokens, and [B, K, 2] of the examples where the task has them."""
+        positions = batch["targets"]["masked_positions"]
+        out = model(**batch["inputs"], masked_positions=positions, dropout_key=dropout_key)
+        return out.logits, None
+
+    def _mlm_loss(self, logits: jax.Array, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        labels = batch["targets"]["labels"]
+        return cross_entropy(logits, labels), jnp.sum(labels != IGNORE).astype(jnp.float32)
+
+    def _mlm_outputs(self, logits: jax.Array, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        labels, guessed_in = batch["targets"]["labels"], batch["targets"]["guessed_in"]
+        counts = labels != IGNORE
+        examples = jnp.arange(batch["starts"].shape[1])[None, :, None]
+        belongs = (counts & (labels >= 0))[:, None, :] & (guessed_in[:, None, :] == examples)  # [B, K, P]
+        chosen = jnp.take_along_axis(logits, jnp.where(counts, labels, 0)[..., None], axis=-1)[..., 0]
+        nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+        correct = jnp.argmax(logits, axis=-1) == labels
+
+        def by_example(values: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(belongs, values[:, None, :], 0.0), axis=-1)
+
+        return {
+            "masked": by_example(counts.astype(jnp.float32)),
+            "mlm_nll": by_example(nll),
+            "mlm_correct": by_example(correct.astype(jnp.float32)),
+        }
+
+
+class PreTraining(MaskedLanguageModeling):
+    """Both objectives, of a `BertForPreTraining`; the loss is their sum, as in the paper.
+
+    Where a batch is computed in parts (`training.accumulation`), next-sentence prediction's mean is over the parts,
+    weighted by their masked tokens.
+    """
+
+    model_class: Any = BertForPreTraining
+    metrics = (*MaskedLanguageModeling.metrics, "nsp_accuracy")
+
+    def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """The sum of both means, nats, and the number of masked tokens."""
+        logits, following = self._logits(model, batch, dropout_key)
+        assert following is not None
+        loss, count = self._mlm_loss(logits, batch)
+        labels = jnp.where(batch["weights"] > 0, batch["targets"]["next_sentence_label"], IGNORE)
+        return loss + cross_entropy(following, labels), count
+
+    def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Beside those of masked tokens, `nsp_nll` (nats) and `nsp_correct`, float32 [B, K]."""
+        logits, following = self._logits(model, batch, None)
+        assert following is not None
+        label = batch["targets"]["next_sentence_label"]
+        log_p = jax.nn.log_softmax(following)
+        return self._mlm_outputs(logits, batch) | {
+            "nsp_nll": -jnp.take_along_axis(log_p, label[..., None], axis=-1)[..., 0],
+            "nsp_correct": (jnp.argmax(following, axis=-1) == label).astype(jnp.float32),
+        }
+
+    def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
+        """And `nsp_loss` in nats and `nsp_accuracy`."""
+        following = {
+            "nsp_loss": float(np.mean(outputs["nsp_nll"])),
+            "nsp_accuracy": float(np.mean(outputs["nsp_correct"])),
+        }
+        return super().evaluate(outputs, examples) | following
+
+    def _logits(
+        self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        out = model(
+            **batch["inputs"],
+            masked_positions=batch["targets"]["masked_positions"],
+            first_positions=batch["starts"],
+            dropout_key=dropout_key,
+        )
+        return out.prediction_logits, out.seq_relationship_logits

@@ -370,6 +370,7 @@ class Pretraining(_Root):
     """A run of pretraining."""
 
     task: Literal["pretraining"]
+    """The one there is."""
     model: PretrainingModel = PretrainingModel()
     data: Corpus
     optimizer: Optimizer = Optimizer()

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import random
@@ -8,16 +9,22 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
+import optax
 import pytest
 import test_training
 from flax import nnx
+from rich.console import Console
 from safetensors.numpy import load_file
 
 import bert_jax
 from bert_jax import hub, recipes
-from bert_jax.errors import CheckpointError, InputError
-from bert_jax.settings import Settings
+from bert_jax import tree as tree_module
+from bert_jax.data.loader import Loader
+from bert_jax.errors import CheckpointError, ConfigError, InputError
+from bert_jax.settings import Pretraining, Settings
+from bert_jax.tasks.pretraining import PreTraining
 
 
 @pytest.fixture(scope="module")
@@ -331,16 +338,155 @@ def test_answers(tree, tmp_path, unanswerable):
     assert found["answer"].rstrip(".") == "Rome"
 
 
+# ── Pretraining ──
+
+
+TEXTS = [
+    f"The {n}th house stands here. It is {'big ' * (n % 5)}.\nNobody lives in house {n}. Why is that?"
+    for n in range(40)
+]
+
+
+@pytest.fixture
+def pretraining(base, tmp_path):
+    """Settings of a run of a few steps."""
+    (tmp_path / "train.txt").write_text("\n\n".join(TEXTS))
+    (tmp_path / "validation.txt").write_text("\n\n".join(TEXTS[::3]))
+    return {
+        "task": "pretraining",
+        "model": {"id": str(base)},
+        "data": {name: str(tmp_path / f"{name}.txt") for name in ("train", "validation")}
+        | {"max_length": 32, "processes": 1},
+        "training": {"max_steps": 4, "batch_size": 8, "evaluate_every": 2},
+        "mesh": {"data": 1},
+        "output": {"folder": str(tmp_path / "run")},
+    }
+
+
+def pretrain(tree):
+    return recipes.pretrain(Pretraining.from_dict(tree))
+
+
+@pytest.mark.parametrize("next_sentence", [True, False])
+def test_pretraining_leaves_a_model_that_fills_masks(pretraining, next_sentence):
+    pretraining["data"]["next_sentence"] = next_sentence
+    folder = pretrain(pretraining)
+    found = validation(folder)
+    assert found.keys() >= {"loss", "mlm_loss", "mlm_accuracy", "pseudo_perplexity"}
+    assert ("nsp_accuracy" in found) == next_sentence
+    assert found["loss"] == pytest.approx(found["mlm_loss"] + found.get("nsp_loss", 0.0), rel=1e-2)
+    assert bert_jax.pipeline("fill-mask", folder)("The house is [MASK].", top_k=2)[1]["score"] > 0
+    stored = load_file(folder / "model.safetensors")
+    assert ("cls.seq_relationship.weight" in stored) == next_sentence
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: fill-mask" in card
+    assert "pretrained on" in card
+    weights = (folder / "model.safetensors").stat()
+    assert pretrain(pretraining) == folder
+    assert (folder / "model.safetensors").stat() == weights
+
+
+def test_pretraining_a_new_network(pretraining, base):
+    pretraining["model"] = {"tokenizer": str(base)}
+    with pytest.raises(ConfigError, match="layers"):
+        pretrain(pretraining | {"model": {"tokenizer": str(base), "config": {"layers": 2}}})
+    pretraining["model"]["config"] = {
+        "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+    }  # fmt: skip
+    assert bert_jax.BertForPreTraining.from_pretrained(pretrain(pretraining)).config.num_hidden_layers == 1
+    with pytest.raises(InputError, match=r"model.tokenizer is not set"):
+        pretrain(pretraining | {"model": {}, "output": {"folder": f"{base}.other"}})
+
+
+def test_pretraining_with_another_vocabulary(pretraining, base, tmp_path):
+    (tmp_path / "vocabulary").mkdir()
+    (tmp_path / "vocabulary" / "config.json").write_text("{}")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "house", "House", "houseboatman", ".", "##s", "The", "here"]
+    (tmp_path / "vocabulary" / "vocab.txt").write_text("\n".join(pieces))
+    pretraining["model"] |= {"tokenizer": str(tmp_path / "vocabulary"), "new": [r"predictions\..*"]}
+    settings = Pretraining.from_dict(pretraining)
+    tokenizer = bert_jax.Tokenizer.from_pretrained(tmp_path / "vocabulary")
+    model, notes = recipes.starting_model(settings, tokenizer, bert_jax.BertForPreTraining)
+    assert "11 the same piece, 0 in lower case, 1 the mean of their old pieces, 0 the mean of all" in notes
+    assert model.config.vocab_size == len(pieces)
+    before = bert_jax.BertForPreTraining.from_pretrained(base)
+    old = bert_jax.Tokenizer.from_pretrained(base)
+    rows, old_rows = (m.bert.embeddings.word_embeddings.weight[...] for m in (model, before))
+    np.testing.assert_array_equal(rows[6], old_rows[old.token_to_id("House")])
+    np.testing.assert_array_equal(model.predictions.transform.weight[...], np.eye(16))
+    assert bert_jax.BertConfig.from_file(pretrain(pretraining) / "config.json").vocab_size == len(pieces)
+
+
+def test_pretraining_refuses(pretraining, base, tmp_path):
+    pretraining["data"]["max_length"] = 1000
+    with pytest.raises(InputError, match=r"data.max_length is 1000; the model has 512 positions"):
+        pretrain(pretraining)
+    pretraining["data"]["max_length"] = 32
+    (tmp_path / "train.txt").write_bytes(b"One document. \xff Of some sentences. And one more.")
+    pretraining["data"]["shards"] = str(tmp_path / "shards")
+    with pytest.raises(InputError, match=r"one document.*data.next_sentence=false"):
+        pretrain(pretraining)
+    assert not Path(pretraining["output"]["folder"]).exists()
+    pretraining["data"] |= {"next_sentence": False, "shards": str(tmp_path / "shards2")}
+    console = Console(file=io.StringIO(), width=200)
+    recipes.pretrain(Pretraining.from_dict(pretraining), console=console)
+    assert "data.train: 1 characters that are no UTF-8 are U+FFFD now" in console.file.getvalue()
+
+
+def test_the_command_line_pretrains(pretraining, tmp_path):
+    (tmp_path / "run.yaml").write_text(json.dumps(pretraining))
+    wrong = command("pretrain", str(tmp_path / "run.yaml"), "data.masked.mots=3")
+    assert (wrong.returncode, "did you mean most?" in wrong.stderr) == (2, True)
+    done = command("pretrain", str(tmp_path / "run.yaml"), "data.processes=2", "training.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "step 2: loss" in done.stdout
+
+
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_bit_for_bit(tree, tmp_path):
+def test_sixty_four_examples_are_learnt_by_heart(pretraining, tmp_path):
+    """Masks that are drawn once, a constant rate: both losses go to nothing."""
+    texts = "\n\n".join(f"{name} {does} the {thing}.\nThen {name} slept." for name in ("Anna", "Peter", "Mary", "John")
+                       for does in ("sees", "takes") for thing in ("house", "boat", "dog", "book"))  # fmt: skip
+    (tmp_path / "train.txt").write_text(texts)
+    pretraining["model"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    settings = Pretraining.from_dict(pretraining)
+    tokenizer = bert_jax.Tokenizer.from_pretrained(pretraining["model"]["id"])
+    examples = recipes.read_corpus(settings, "train", tokenizer, Console(quiet=True))
+    fixed = Loader(examples, 64, seed=0, packing=64).batch_at(0)
+    config = bert_jax.BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+                                 hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+    params, skeleton = tree_module.split(bert_jax.BertForPreTraining(config, rngs=nnx.Rngs(0)))
+    optimizer, task = optax.adam(3e-3), PreTraining()
+
+    @jax.jit
+    def step(params, state):
+        loss, gradients = jax.value_and_grad(lambda p: task.loss(tree_module.merge(skeleton, p), fixed, None)[0])(
+            params
+        )
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(params, updates), state, loss
+
+    state = optimizer.init(params)
+    for _ in range(300):
+        params, state, _ = step(params, state)
+    outputs = task.outputs(tree_module.merge(skeleton, params), fixed)
+    weights = fixed["weights"]
+    assert float((outputs["mlm_nll"] * weights).sum() / (outputs["masked"] * weights).sum()) < 0.05
+    assert float((outputs["nsp_correct"] * weights).sum()) == weights.sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["finetune", "pretrain"])
+def test_killed_at_random_moments_it_ends_bit_for_bit(tree, pretraining, tmp_path, task):
     """SIGKILL, again and again, the same command each time."""
     kills = int(os.environ.get("BERT_JAX_KILLS", "5"))
+    tree = tree if task == "finetune" else pretraining
     tree["training"] = {"max_steps": 400, "batch_size": 8, "save_every": 10, "evaluate_every": 100, "keep": 2}
     tree["output"]["tensorboard"] = False
     environment = os.environ | {"BERT_JAX_COMPILATION_CACHE": str(tmp_path / "cache")}
     (tmp_path / "run.yaml").write_text(json.dumps(tree))
-    arguments = [sys.executable, "-m", "bert_jax.cli", "finetune", str(tmp_path / "run.yaml")]
-    unbroken = command("finetune", str(tmp_path / "run.yaml"), f"output.folder={tmp_path}/unbroken", env=environment)
+    arguments = [sys.executable, "-m", "bert_jax.cli", task, str(tmp_path / "run.yaml")]
+    unbroken = command(task, str(tmp_path / "run.yaml"), f"output.folder={tmp_path}/unbroken", env=environment)
     assert unbroken.returncode == 0, unbroken.stderr
     moment, killed = random.Random(0), 0
     journal = tmp_path / "run" / "metrics.jsonl"
@@ -352,9 +498,9 @@ def test_killed_at_random_moments_it_ends_bit_for_bit(tree, tmp_path):
         time.sleep(moment.uniform(0, 1.5))
         child.send_signal(signal.SIGKILL)
         killed += child.wait() == -signal.SIGKILL
-    last = command("finetune", str(tmp_path / "run.yaml"), env=environment)
+    last = command(task, str(tmp_path / "run.yaml"), env=environment)
     assert last.returncode == 0, last.stderr
     assert killed == kills
-    names = ["model.safetensors", "predictions.jsonl"]
+    names = ["model.safetensors", "predictions.jsonl"] if task == "finetune" else ["model.safetensors"]
     for name in names:
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes(), name

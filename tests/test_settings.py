@@ -6,9 +6,10 @@ import yaml
 
 from bert_jax import settings as module
 from bert_jax.errors import InputError
-from bert_jax.settings import Settings
+from bert_jax.settings import Pretraining, Settings
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "finetune").glob("*.yaml"))
+PRETRAINING = sorted((Path(__file__).parents[1] / "configs" / "pretrain").glob("*.yaml"))
 TREE = {"task": "text-classification", "output": {"folder": "out"}}
 
 
@@ -31,6 +32,7 @@ def load(tmp_path, *overrides, **tree):
 
 def test_there_are_configs():
     assert CONFIGS
+    assert PRETRAINING
 
 
 @pytest.mark.parametrize(("path", "name"), [(path, name) for path in CONFIGS for name in variants(path)], ids=str)
@@ -41,6 +43,13 @@ def test_configs_load(path, name):
         for key, value in given.items():
             assert settings.model_dump(mode="json")[section][key] == value
     assert settings.data.train
+
+
+@pytest.mark.parametrize(("path", "name"), [(p, n) for p in PRETRAINING for n in {None, *variants(p)}], ids=str)
+def test_pretraining_configs_load(path, name):
+    settings = Pretraining.from_file(path, [f"task_name={name}"] if name else [])
+    assert (settings.data.max_length == 512) == (name == "phase2")
+    assert Pretraining.from_dict(yaml.safe_load(settings.to_yaml())) == settings
 
 
 # ── What is refused ──────────────────────────────────────────────────────────────────────────────────────────────────

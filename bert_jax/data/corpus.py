@@ -9,6 +9,7 @@ import concurrent.futures
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -33,7 +34,7 @@ SHARD = 2**24
 PIECE = 100_000
 """Characters that are tokenized at once; a longer line is cut at a space."""
 WHOLE, PARTS = "manifest.json", "corpus.json"
-SENTENCE_END = re.compile(r"(?<=[.!?])[\"'’”)\]]*\s+(?=[\"'‘“(\[]*[A-Z0-9])")
+SENTENCE_END = re.compile(r"(?<=[.!?])[\"'’”)\]]*(?=\s+[\"'‘“(\[]*[A-Z0-9])")
 
 Document = list[list[int]]
 """Sentences, each the ids of its tokens."""
@@ -93,11 +94,13 @@ class Reader:
 
 def sentences(line: str) -> Iterator[str]:
     """A line's sentences, by their punctuation; none is longer than `PIECE`."""
-    for sentence in SENTENCE_END.split(line):
+    ends = [match.end() for match in SENTENCE_END.finditer(line)]
+    for start, end in itertools.pairwise([0, *ends, len(line)]):
+        sentence = line[start:end]
         while len(sentence) > PIECE:
-            end = sentence.rfind(" ", 1, PIECE) + 1 or PIECE
-            yield sentence[:end]
-            sentence = sentence[end:]
+            cut = sentence.rfind(" ", 1, PIECE) + 1 or PIECE
+            yield sentence[:cut]
+            sentence = sentence[cut:]
         if sentence.strip():
             yield sentence
 

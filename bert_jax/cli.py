@@ -1,8 +1,9 @@
-"""The command line: `bert-jax fill-mask | score | predict | finetune | pretrain | evaluate | info | verify`.
+"""The command line: `bert-jax fill-mask | score | predict | serve | finetune | pretrain | evaluate | info | verify`.
 
 Each command imports what it needs.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bert_jax import __version__, memory
-from bert_jax.errors import BertJaxError, HubUnreachableError, Interrupted
+from bert_jax.errors import BertJaxError, CheckpointError, HubUnreachableError, Interrupted, check_extra
 from bert_jax.hub import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ def evaluate(
 
     if isinstance(settings, HeldOut):
         if output:
-            recipes.check_extra("matplotlib")
+            check_extra("train", "matplotlib")
         metrics = heldout.evaluate([model, *(beside or ())], settings, split, console=Console(stderr=True))
         markdown = report.held_out_markdown(metrics)
     else:
@@ -243,6 +244,37 @@ def evaluate(
         _console().print(Markdown(markdown))
     if output and isinstance(settings, HeldOut):  # last, for it may not be writable
         heldout.leave(output, settings, metrics)
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id; as for fill-mask by default.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings, like configs/serve.yaml.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="By its name, may be given again; the first at /score.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen at; this machine's own by default.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen at; 8000 by default.")] = None,
+) -> None:
+    """Answer over HTTP: the model catalogue's JSON at /score, typed bodies at /v1/…, and a page to look at."""
+    from bert_jax.settings import Serving
+
+    given = {"model": model, "tasks": task, "host": host, "port": port}
+    changes = {name: value for name, value in given.items() if value is not None}
+    tree = Serving.from_file(config).model_dump() if config else {}
+    settings = Serving.from_dict(tree | changes, source=str(config or "serve"))
+    check_extra("serve", "fastapi", "uvicorn", "prometheus_client")
+    _use_compilation_cache()
+    from bert_jax import hub, pipelines, serve
+
+    name, folder = _model(settings.model, settings.revision)
+    tasks = settings.tasks or pipelines.tasks_of(hub.architectures(folder)) or ["fill-mask"]
+    pipes = {name: pipelines.pipeline(name, folder, compute_dtype=settings.compute_dtype) for name in tasks}
+    if not settings.tasks and "next-sentence-prediction" not in pipes:  # published models have it and do not say so
+        with contextlib.suppress(CheckpointError):
+            second = pipelines.pipeline("next-sentence-prediction", folder, compute_dtype=settings.compute_dtype)
+            pipes["next-sentence-prediction"] = second
+    serve.serve(name, pipes, settings)
 
 
 @app.command()
@@ -315,8 +347,15 @@ def verify(
 
 
 def _pipeline(task: str, model: str | None, revision: str | None) -> tuple[str, "Pipeline"]:
-    """A model's name and pipeline; of the default model where the Hub is out of reach, the embedded one's."""
-    from bert_jax import hub, pipelines
+    from bert_jax import pipelines
+
+    name, folder = _model(model, revision)
+    return name, pipelines.pipeline(task, folder)
+
+
+def _model(model: str | None, revision: str | None) -> tuple[str, Path]:
+    """A model's name and folder; of the default model where the Hub is out of reach, the embedded one's."""
+    from bert_jax import hub
 
     name = model or DEFAULT_MODEL
     try:
@@ -326,7 +365,7 @@ def _pipeline(task: str, model: str | None, revision: str | None) -> tuple[str, 
             raise
         print(f"bert-jax: {name} is not cached and the Hub does not answer: {FALLBACK_MODEL} does.", file=sys.stderr)
         folder = hub.download(name := FALLBACK_MODEL)
-    return name, pipelines.pipeline(task, folder)
+    return name, folder
 
 
 def _print_fillings(console: "Console", title: str, fillings: list[dict[str, Any]]) -> None:

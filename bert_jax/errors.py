@@ -3,6 +3,8 @@
 Each message names what was given, what was expected and what to do. The command line prints it without a traceback.
 """
 
+import importlib.util
+
 
 class BertJaxError(Exception):
     """Base of all errors that the user can mend."""
@@ -44,3 +46,9 @@ class Interrupted(BertJaxError):
     def __init__(self, step: int, folder: object, signal: int):
         super().__init__(f"stopped at step {step}, which is saved in {folder}; the same command goes on from there.")
         self.signal = signal
+
+
+def check_extra(extra: str, *modules: str) -> None:
+    """Raises `InputError` where modules of an extra are not installed."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise InputError(f"This needs {', '.join(missing)}: pip install 'bert-jax[{extra}]'.")

@@ -9,6 +9,7 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -90,7 +91,7 @@ def pipeline(
         folder = hub.download(model, revision=revision)
         tokenizer = tokenizer or Tokenizer.from_pretrained(folder)
         options = {"add_pooling_layer": False} if model_class is BertModel else {}  # no task reads it
-        fitting = _tasks_of(hub.architectures(folder))
+        fitting = tasks_of(hub.architectures(folder))
         misfit = CheckpointError(
             f"{model} is a {' and '.join(hub.architectures(folder))}, made for {' and '.join(fitting)}; "
             f"{task} takes a {model_class.__name__}."
@@ -111,7 +112,7 @@ def pipeline(
     return Pipeline(TASKS[task](tokenizer, network.config, max_length), network, tokenizer, max_length)
 
 
-def _tasks_of(architectures: Sequence[str]) -> list[str]:
+def tasks_of(architectures: Sequence[str]) -> list[str]:
     """The tasks that such a model was trained for."""
     made_for = {task: {TASKS[task].model_class.__name__} for task in TASKS}
     made_for["fill-mask"].add("BertForPreTraining")
@@ -131,6 +132,16 @@ class Pipeline:
         self._lengths = [*(length for length in LENGTHS if length < max_length), max_length]
         self._parameters = list(inspect.signature(task.request).parameters)[1:]
         self._programs: dict[Bucket, jax.stages.Compiled] = {}
+
+    def warm_up(self) -> None:
+        """Compiles the programs of all buckets, several at a time, so that no input will wait for one."""
+        buckets = []
+        for length in self._lengths:
+            most = max(1, TOKENS // length)
+            masks = sorted(set(_masks(length))) if isinstance(self.task, FillMask) else [0]
+            buckets += [Bucket(rows, length, n) for rows in {*ROWS, most} if rows <= most for n in masks]
+        with ThreadPoolExecutor(os.cpu_count()) as compilers:
+            list(compilers.map(self._program, buckets))
 
     @property
     def programs(self) -> list[Bucket]:
@@ -230,9 +241,7 @@ class Pipeline:
             batch, queued = queued[:rows], queued[rows:]
             masks = max(len(row.masked_positions) for row, _, _ in batch)
             if masks:
-                # Two at least: of one row a product is a slow matrix-vector product on CPU. Then a quarter of the
-                # tokens, which holds what training masks, or all of them.
-                masks = next(k for k in (2, length // 4, length) if k >= masks)
+                masks = next(k for k in _masks(length) if k >= masks)
             yield batch, Bucket(rows, length, masks)
 
     def _forward(self, rows: list[Row], bucket: Bucket) -> dict[str, jax.Array]:
@@ -244,9 +253,31 @@ class Pipeline:
                 inputs[name] = np.zeros((bucket.rows, bucket.masks), np.int32)
                 for i, column in enumerate(columns):
                     inputs[name][i, : len(column)] = column
+        return self._program(bucket, "labels" in inputs)(self.params, inputs)
+
+    def _program(self, bucket: Bucket, labelled: bool = False) -> jax.stages.Compiled:
         if bucket not in self._programs:
+            shapes = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (bucket.rows, bucket.length))
+            if bucket.masks:
+                shapes |= dict.fromkeys(
+                    ["masked_positions", *(["labels"] if labelled else [])], (bucket.rows, bucket.masks)
+                )
+            inputs = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in shapes.items()}
             self._programs[bucket] = jax.jit(self._step).lower(self.params, inputs).compile()
-        return self._programs[bucket](self.params, inputs)
+        return self._programs[bucket]
 
     def _step(self, params: tree.Params, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return self.task.forward(tree.merge(self._skeleton, params), inputs)
+        return self.task.forward(self.model(params), inputs)
+
+    def model(self, params: tree.Params) -> Any:
+        """The model with these parameters, its own or traced ones."""
+        return tree.merge(self._skeleton, params)
+
+
+def _masks(length: int) -> tuple[int, int, int]:
+    """Masked positions that rows are padded to.
+
+    Two at least: of one row a product is a slow matrix-vector product on CPU. Then a quarter of the tokens, which holds
+    what training masks, or all of them.
+    """
+    return 2, length // 4, length

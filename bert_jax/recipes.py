@@ -1,6 +1,5 @@
 """Settings -> a fine-tuned model, or a model's metrics: what the command line runs, a step at a time."""
 
-import importlib.util
 import json
 import math
 import time
@@ -22,7 +21,7 @@ from bert_jax.config import BertConfig
 from bert_jax.data import corpus, sources
 from bert_jax.data.loader import Examples
 from bert_jax.data.masking import MaskedExamples
-from bert_jax.errors import InputError
+from bert_jax.errors import InputError, check_extra
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import HeldOut, Pretraining, Settings
 from bert_jax.tasks.base import TrainableTask
@@ -327,7 +326,7 @@ def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
         InputError: If the folder holds something else or the run of other settings, or the run could not end for
             something that is not installed.
     """
-    check_extra("grain", "sklearn", "matplotlib", "tensorboardX")  # now, and not after hours of training
+    check_extra("train", "grain", "sklearn", "matplotlib", "tensorboardX")  # now, and not after hours of training
     folder = Path(settings.output.folder)
     if not (folder / SETTINGS).exists():
         if folder.is_dir() and any(folder.iterdir()):
@@ -380,7 +379,7 @@ def evaluate(model_id: str, settings: Settings, split: str) -> dict[str, Any]:
         InputError: If the split is not set, or its labels are not the model's.
         CheckpointError: If the model has no head for the task.
     """
-    check_extra("sklearn")
+    check_extra("train", "sklearn")
     rows = read_split(settings, split)
     if not rows:
         raise InputError(f"data.{split} is not set.")
@@ -458,12 +457,6 @@ def dry_run(settings: Settings) -> str:
             f"{memory.temp_size_in_bytes / 1e6:,.0f} MB besides"
         )
     return "\n\n".join(parts)
-
-
-def check_extra(*modules: str) -> None:
-    """Raises `InputError` where something of the extra `train` is not installed."""
-    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        raise InputError(f"This needs {', '.join(missing)}: pip install 'bert-jax[train]'.")
 
 
 def _overview(settings: Settings, prepared: Prepared) -> str:

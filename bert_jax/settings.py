@@ -404,6 +404,37 @@ class HeldOut(_Root):
     precision: Precision = Precision()
 
 
+class Serving(_Root):
+    """A server of one model."""
+
+    model: str | None = None
+    """A folder, an id on the Hub, or bert-mini-cased; by default as for `bert-jax fill-mask`."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    tasks: tuple[str, ...] = ()
+    """Those that it answers, the first at /score; by default what the model was trained for."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 is all of the machine's."""
+    port: Annotated[int, Field(ge=0, lt=2**16)] = 8000
+    """Port to listen at; 0 takes a free one."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the activations."""
+    batch: PositiveInt = 64
+    """Inputs that are computed together."""
+    wait: NonNegativeFloat = 0.002
+    """Seconds that an input waits for others to share its batch with, where the model is idle."""
+    queue: PositiveInt = 512
+    """Inputs that may wait; beyond, requests are refused with 429."""
+    timeout: PositiveFloat = 30.0
+    """Seconds until a request that is not answered ends with 504."""
+    max_body: PositiveInt = 2**20
+    """Bytes of a request."""
+    max_inputs: PositiveInt = 128
+    """Inputs of a request."""
+    max_characters: PositiveInt = 20_000
+    """Characters of an input."""
+
+
 def read(path: str | Path, overrides: Iterable[str] = ()) -> Settings | HeldOut:
     """Settings of the kind that the file's task asks for; see `Settings.from_file`."""
     tree = _tree(path, overrides)

@@ -32,7 +32,7 @@ FLOORS = [
     ],
     ["evaluation", "pipelines", "report"],
     ["training", "verify", "catalogue"],
-    ["recipes", "prediction"],
+    ["recipes", "prediction", "serve"],
     ["heldout"],
     ["cli"],
 ]

@@ -264,6 +264,7 @@ def serve(
     tree = Serving.from_file(config).model_dump() if config else {}
     settings = Serving.from_dict(tree | changes, source=str(config or "serve"))
     check_extra("serve", "fastapi", "uvicorn", "prometheus_client")
+    memory.keep_freed()
     _use_compilation_cache()
     from bert_jax import hub, pipelines, serve
 

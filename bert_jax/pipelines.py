@@ -134,7 +134,10 @@ class Pipeline:
         self._programs: dict[Bucket, jax.stages.Compiled] = {}
 
     def warm_up(self) -> None:
-        """Compiles the programs of all buckets, several at a time, so that no input will wait for one."""
+        """Compiles the programs of all buckets, several at a time, and runs the one that takes the most memory.
+
+        No input will wait for a compiler then, and memory has been at its height.
+        """
         buckets = []
         for length in self._lengths:
             most = max(1, TOKENS // length)
@@ -142,6 +145,9 @@ class Pipeline:
             buckets += [Bucket(rows, length, n) for rows in {*ROWS, most} if rows <= most for n in masks]
         with ThreadPoolExecutor(os.cpu_count()) as compilers:
             list(compilers.map(self._program, buckets))
+        largest = max(buckets, key=lambda bucket: (bucket.masks * bucket.rows, bucket.length * bucket.rows))
+        inputs = {name: np.zeros(shape, np.int32) for name, shape in self._shapes(largest).items()}
+        jax.block_until_ready(self._program(largest)(self.params, inputs))
 
     @property
     def programs(self) -> list[Bucket]:
@@ -234,10 +240,13 @@ class Pipeline:
             queued, key=lambda entry: (len(entry[0].input_ids), len(entry[0].masked_positions)), reverse=True
         )
         while queued:
-            length = next(length for length in self._lengths if length >= len(queued[0][0].input_ids))
+            shorter, length = next(
+                (a, b) for a, b in itertools.pairwise([0, *self._lengths]) if b >= len(queued[0][0].input_ids)
+            )
             most = max(1, TOKENS // length)
-            # The largest batch that would be more than half full.
-            rows = max(rows for rows in {*ROWS, most} if rows <= most and len(queued) > rows // 2)
+            # The largest batch that those rows fill by more than half which need its length; shorter ones fill it up.
+            needing = sum(len(row.input_ids) > shorter for row, *_ in queued)
+            rows = max(rows for rows in {*ROWS, most} if rows <= most and needing > rows // 2)
             batch, queued = queued[:rows], queued[rows:]
             masks = max(len(row.masked_positions) for row, _, _ in batch)
             if masks:
@@ -257,14 +266,18 @@ class Pipeline:
 
     def _program(self, bucket: Bucket, labelled: bool = False) -> jax.stages.Compiled:
         if bucket not in self._programs:
-            shapes = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (bucket.rows, bucket.length))
-            if bucket.masks:
-                shapes |= dict.fromkeys(
-                    ["masked_positions", *(["labels"] if labelled else [])], (bucket.rows, bucket.masks)
-                )
+            shapes = self._shapes(bucket, labelled)
             inputs = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in shapes.items()}
             self._programs[bucket] = jax.jit(self._step).lower(self.params, inputs).compile()
         return self._programs[bucket]
+
+    def _shapes(self, bucket: Bucket, labelled: bool = False) -> dict[str, tuple[int, int]]:
+        shapes = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (bucket.rows, bucket.length))
+        if bucket.masks:
+            shapes["masked_positions"] = (bucket.rows, bucket.masks)
+        if labelled:
+            shapes["labels"] = (bucket.rows, bucket.masks)
+        return shapes
 
     def _step(self, params: tree.Params, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return self.task.forward(self.model(params), inputs)

@@ -270,7 +270,7 @@ class Server:
         app.add_exception_handler(Refused, _refused)
         app.add_exception_handler(HTTPException, _no_such_route)
         app.add_exception_handler(Exception, _fault)
-        app.middleware("http")(self._count)
+        app.add_middleware(Counting, server=self)
         app.get("/health")(self._health)
         app.get("/metrics")(self._metrics)
         app.get("/", include_in_schema=False)(lambda: FileResponse(STATIC / "index.html"))
@@ -303,14 +303,6 @@ class Server:
             raise
         self.ready = True
         logger.info("ready after %.0f s of compiling", time.perf_counter() - began)
-
-    async def _count(self, request: Request, call_next: Any) -> Response:
-        began = time.perf_counter()
-        response: Response = await call_next(request)
-        route = getattr(request.scope.get("route"), "path", "other")
-        self.requests.labels(route, response.status_code).inc()
-        self.seconds.labels(route).observe(time.perf_counter() - began)
-        return response
 
     # ── Routes ──
 
@@ -417,6 +409,32 @@ class Server:
         finally:
             for task in (answer, left):
                 task.cancel()
+
+
+class Counting:
+    """Counts requests and their time; around all else, and cheaper than the framework's own middleware."""
+
+    def __init__(self, app: Any, server: Server):
+        self.app, self.server = app, server
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Passes a request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 500
+
+        async def watched(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.server.requests.labels(route, status).inc()
+            self.server.seconds.labels(route).observe(time.perf_counter() - began)
 
 
 async def _left(request: Request) -> None:

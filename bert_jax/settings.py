@@ -421,7 +421,7 @@ class Serving(_Root):
     """Of the activations."""
     batch: PositiveInt = 64
     """Inputs that are computed together."""
-    wait: NonNegativeFloat = 0.002
+    wait: NonNegativeFloat = 0.0005
     """Seconds that an input waits for others to share its batch with, where the model is idle."""
     queue: PositiveInt = 512
     """Inputs that may wait; beyond, requests are refused with 429."""

@@ -172,7 +172,7 @@ def test_many_clients_get_their_own_answers(port, pipes):
 
 
 def programs(port):
-    return re.search(r"bert_jax_programs (\S+)", ask(port, "GET", "/metrics")[2].decode())[1]
+    return float(re.search(r"\nbert_jax_programs (\S+)", ask(port, "GET", "/metrics")[2].decode())[1])
 
 
 # ── Refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────

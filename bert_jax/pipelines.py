@@ -244,9 +244,10 @@ class Pipeline:
                 (a, b) for a, b in itertools.pairwise([0, *self._lengths]) if b >= len(queued[0][0].input_ids)
             )
             most = max(1, TOKENS // length)
-            # The largest batch that those rows fill by more than half which need its length; shorter ones fill it up.
-            needing = sum(len(row.input_ids) > shorter for row, *_ in queued)
-            rows = max(rows for rows in {*ROWS, most} if rows <= most and needing > rows // 2)
+            # The largest batch that would be more than half full; of what one batch could hold, full of those rows that
+            # need its length, for the others have a shorter one of their own.
+            filling = queued if len(queued) > most else [entry for entry in queued if len(entry[0].input_ids) > shorter]
+            rows = max(rows for rows in {*ROWS, most} if rows <= most and len(filling) > rows // 2)
             batch, queued = queued[:rows], queued[rows:]
             masks = max(len(row.masked_positions) for row, _, _ in batch)
             if masks:

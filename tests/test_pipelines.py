@@ -151,3 +151,21 @@ def test_few_programs_for_texts_of_all_lengths(fill_mask):
         queued = [(Row([0] * int(random.randint(3, 513)), [], [1]), i, 0) for i in range(pipelines.WINDOW)]
         buckets |= {bucket for _, bucket in fill_mask._batches(queued)}
     assert len(buckets) <= 16
+
+
+def test_a_few_long_rows_do_not_lengthen_the_others(fill_mask):
+    queued = [(Row([0] * (30 if i < 5 else 9), [], [1]), i, 0) for i in range(64)]
+    buckets = [bucket for _, bucket in fill_mask._batches(queued)]
+    assert [(bucket.rows, bucket.length) for bucket in buckets] == [(4, 32), (1, 32), (64, 16)]
+
+
+def test_warm_up_compiles_all_that_inputs_will_need(tmp_path, checkpoint, tokenizer):
+    config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+                                 max_position_embeddings=32)  # fmt: skip
+    model = bert_jax.BertForMaskedLM(config, rngs=nnx.Rngs(0))
+    pipe = bert_jax.pipeline("fill-mask", model, tokenizer=tokenizer)
+    pipe.warm_up()
+    programs = pipe.programs
+    for texts in (["a [MASK]"], ["[MASK] " * 25] * 3, ["a [MASK] b [MASK] c [MASK]"] * 70, ["one [MASK] " * 9] * 20):
+        pipe(texts)
+    assert pipe.programs == programs

@@ -83,6 +83,7 @@ def run(tokenizer):
     return steps
 
 
+@pytest.mark.slow  # half a minute of compiling each
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layouts_agree_with_one_device(run, layout):
     losses, state, *_ = run(data=1)
@@ -95,6 +96,7 @@ def test_layouts_agree_with_one_device(run, layout):
                  other, shardings)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_scanned_layers_and_unpacked_rows_agree_too(run):
     for options in ({"scan_layers": True}, {"packing": False}):
         losses, *_ = run(data=1, **options)
@@ -137,6 +139,7 @@ def test_data_parallel_steps_only_add_up(run):
     assert "all-gather" in collectives(run(data=1, fsdp=8)[3])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_into_every_layout(run, tmp_path):
     _, state, *_ = run(data=2, fsdp=2, tensor=2)
     checkpoints = Checkpoints(tmp_path, 1)

@@ -32,7 +32,7 @@ FLOORS = [
     ],
     ["evaluation", "pipelines", "report"],
     ["training", "verify", "catalogue"],
-    ["recipes", "prediction", "serve"],
+    ["recipes", "prediction", "serve", "viz"],
     ["heldout"],
     ["cli"],
 ]

@@ -2,6 +2,7 @@
 
 import asyncio
 import http.client
+import importlib.util
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from flax import nnx
@@ -383,3 +385,19 @@ def test_who_waits_too_long_is_told_and_dropped():
     found = jobs(serve.Serving(batch=1, timeout=0.1), work, [1, 1, 1])
     assert [error.status for error in found] == [504] * 3
     assert len(computed) == 1
+
+
+# ── Azure ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_scoring_script(folder, pipes, monkeypatch):
+    path = Path(__file__).parents[1] / "scripts" / "azure" / "score.py"
+    spec = importlib.util.spec_from_file_location("score", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setenv("AZUREML_MODEL_DIR", str(folder.parent / "nowhere" / ".." / folder.name))
+    (folder.parent / "nowhere").mkdir(exist_ok=True)
+    script.init()
+    assert same(script.run(json.dumps(CARD)), catalogue.score(pipes["fill-mask"], CARD))
+    assert "no [MASK]" in script.run('{"inputs": ["x"]}')["error"]
+    assert list(script.run("{")) == ["error"]

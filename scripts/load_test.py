@@ -50,7 +50,7 @@ def served(model: str, **settings: Any) -> Iterator[tuple[int, int]]:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "serve.yaml"
         config.write_text(json.dumps(settings))
-        command = [sys.executable, "-m", "bert_jax.cli", "serve", model, "--config", str(config), "--port", "0"]
+        command = [sys.executable, "-m", "bert_jax.cli", "serve", model, str(config), "--port", "0"]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             try:
                 port = int(re.search(r":(\d+) answers", process.stderr.readline())[1])  # type: ignore[union-attr,index]

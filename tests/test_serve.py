@@ -275,7 +275,7 @@ def test_malformed_bodies(port):
 
 def config(tmp_path, **settings):
     (tmp_path / "serve.yaml").write_text(json.dumps(settings))
-    return "--config", tmp_path / "serve.yaml"
+    return (tmp_path / "serve.yaml",)
 
 
 def test_too_many_are_told_to_come_again(folder, tmp_path):
@@ -338,7 +338,7 @@ def test_not_ready_before_everything_is_compiled(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["nowhere"], "nowhere"), (["--config", "none.yaml"], "Cannot read none.yaml"), (["--task", "chess"], "chess")],
+    [(["nowhere"], "nowhere"), (["none.yaml"], "Cannot read none.yaml"), (["--task", "chess"], "chess")],
 )
 def test_a_mistake_on_the_command_line(arguments, words):
     command = [sys.executable, "-m", "bert_jax.cli", "serve", *arguments]

@@ -260,7 +260,7 @@ def serve(
     from bert_jax.settings import Serving
 
     if model and not config and model.endswith((".yaml", ".yml")):
-        model, config = None, Path(model)
+        config, model = Path(model), None
     given = {"model": model, "tasks": task, "host": host, "port": port}
     changes = {name: value for name, value in given.items() if value is not None}
     tree = Serving.from_file(config).model_dump() if config else {}

@@ -71,6 +71,18 @@ def our_fine_tuning(folder: Path, dropout: bool) -> Any:
     return run
 
 
+def torch_step(model: Any, optimizer: Any, **inputs: Any) -> tuple[float, float, float]:
+    import torch
+
+    start = time.perf_counter()
+    loss = model(**inputs).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.perf_counter() - start, 0.0, float(loss.detach())
+
+
 def their_fine_tuning(folder: Path, dropout: bool) -> Any:
     import torch
     import transformers
@@ -82,13 +94,7 @@ def their_fine_tuning(folder: Path, dropout: bool) -> Any:
 
     def run(rows: int, tokens: int) -> tuple[float, float, float]:
         ids, labels = (torch.from_numpy(array).long() for array in classified(rows, tokens))
-        start = time.perf_counter()
-        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.perf_counter() - start, 0.0, float(loss.detach())
+        return torch_step(model, optimizer, input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
 
     return run
 
@@ -182,13 +188,7 @@ def their_pretraining(folder: Path, dropout: bool) -> Any:
     def run(rows: int, tokens: int) -> tuple[float, float, float]:
         ids, positions, labels = (torch.from_numpy(array).long() for array in masked(rows, tokens))
         targets = torch.full_like(ids, -100).scatter(1, positions, labels)
-        start = time.perf_counter()
-        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=targets).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.perf_counter() - start, 0.0, float(loss.detach())
+        return torch_step(model, optimizer, input_ids=ids, attention_mask=torch.ones_like(ids), labels=targets)
 
     return run
 

@@ -19,7 +19,8 @@ BROWSER = next(
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The page of a small model with both heads, open and ready; what it logs as an error fails the test."""
-    playwright = pytest.importorskip("playwright.sync_api")
+    from playwright.sync_api import sync_playwright  # of the extra `browser`; asked for, it must be there
+
     assert BROWSER, "there is no Chromium: apt-get install chromium"
     folder = tmp_path_factory.mktemp("model")
     config = bert_jax.BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
@@ -28,7 +29,7 @@ def page(tmp_path_factory):
     bert_jax.Tokenizer.from_pretrained("bert-mini-cased").save_pretrained(folder)
     process, port = test_serve.start(folder)
     try:
-        with playwright.sync_playwright() as started:
+        with sync_playwright() as started:
             browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
             errors, asked = [], []

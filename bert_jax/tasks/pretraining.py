@@ -56,7 +56,7 @@ class MaskedLanguageModeling(Objective):
         labels, guessed_in = batch["targets"]["labels"], batch["targets"]["guessed_in"]
         counts = labels != IGNORE
         examples = jnp.arange(batch["starts"].shape[1])[None, :, None]
-        belongs = (counts & (labels >= 0))[:, None, :] & (guessed_in[:, None, :] == examples)  # [B, K, P]
+        belongs = counts[:, None, :] & (guessed_in[:, None, :] == examples)  # [B, K, P]
         chosen = jnp.take_along_axis(logits, jnp.where(counts, labels, 0)[..., None], axis=-1)[..., 0]
         nll = jax.nn.logsumexp(logits, axis=-1) - chosen
         correct = jnp.argmax(logits, axis=-1) == labels

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 
 FALLBACK_MODEL = "bert-mini-cased"
 CACHE_VARIABLE = "BERT_JAX_COMPILATION_CACHE"
+
+Processes = Annotated[
+    str | None,
+    typer.Option(
+        help="The same command on several hosts: auto (TPU pods, SLURM), or i/n@host:port, the first's address."
+    ),
+]
 
 app = typer.Typer(
     help="BERT on JAX: the published checkpoints, number for number.",
@@ -166,6 +174,7 @@ def finetune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show settings, examples, shapes, memory and programs, and leave.")
     ] = False,
+    processes: Processes = None,
 ) -> None:
     """Fine-tune a model; the same command goes on after a stop."""
     from bert_jax.settings import Settings
@@ -173,20 +182,21 @@ def finetune(
     settings = Settings.from_file(config, overrides or ())  # before jax is imported: a mistake shows at once
     memory.keep_freed()
     _use_compilation_cache()
-    from bert_jax import recipes
+    with _joined(processes) as console:
+        from bert_jax import recipes
 
-    console = _console()
-    if dry_run:
-        console.print(recipes.dry_run(settings), highlight=False, markup=False, soft_wrap=True)
-        return
-    folder = recipes.finetune(settings, console=console)
-    console.print(f"{folder}: the model, its card, metrics and predictions", highlight=False, soft_wrap=True)
+        if dry_run:
+            console.print(recipes.dry_run(settings), highlight=False, markup=False, soft_wrap=True)
+            return
+        folder = recipes.finetune(settings, console=console)
+        console.print(f"{folder}: the model, its card, metrics and predictions", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def pretrain(
     config: Annotated[Path, typer.Argument(help="A YAML file of settings, like configs/pretrain/continue.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value: training.max_steps=1000")] = None,
+    processes: Processes = None,
 ) -> None:
     """Pretrain a model on texts; the same command goes on after a stop."""
     from bert_jax.settings import Pretraining
@@ -194,11 +204,11 @@ def pretrain(
     settings = Pretraining.from_file(config, overrides or ())
     memory.keep_freed()
     _use_compilation_cache()
-    from bert_jax import recipes
+    with _joined(processes) as console:
+        from bert_jax import recipes
 
-    console = _console()
-    folder = recipes.pretrain(settings, console=console)
-    console.print(f"{folder}: the model, its card and metrics", highlight=False, soft_wrap=True)
+        folder = recipes.pretrain(settings, console=console)
+        console.print(f"{folder}: the model, its card and metrics", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -393,6 +403,27 @@ def _console() -> "Console":
     from rich.console import Console
 
     return Console()
+
+
+@contextlib.contextmanager
+def _joined(given: str | None) -> Iterator["Console"]:
+    """Joins the other processes, if there are any; gives the console, which only the first one writes to."""
+    from rich.console import Console
+
+    if given is None:
+        yield Console()
+        return
+    from bert_jax import processes
+
+    processes.start(given)
+    try:
+        with processes.lost_ones_named():
+            yield Console(quiet=not processes.first())
+    except Interrupted:
+        raise
+    except BertJaxError as error:
+        print(f"bert-jax: {processes.name()}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # at once: JAX's own way out waits for the others, and these wait for this one
 
 
 def _use_compilation_cache() -> None:

@@ -1,11 +1,13 @@
 """A model over examples: what it returns for each of them, and the metrics of that."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from bert_jax import sharding, tree
 from bert_jax.data.loader import Batch, Examples, Loader, Place
@@ -29,9 +31,9 @@ class Evaluation:
 
 
 def program(task: Objective, skeleton: tree.Skeleton) -> Program:
-    """The compiled function of a batch: outputs, mean loss, and what that is the mean of."""
+    """The compiled function of a batch: outputs, mean loss, and what that is the mean of; whole on every device."""
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=PartitionSpec())
     def evaluate_batch(params: tree.Params, batch: Any) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
         model = tree.merge(skeleton, params)
         loss, count = task.loss(model, batch, None)
@@ -61,7 +63,7 @@ def evaluate(
         packing: Tokens that a row may have if it may hold several examples; None for one example a row.
         mesh: The devices.
     """
-    loader = Loader(examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing)
+    loader = Loader(examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing, part=sharding.part(mesh))
     collected: dict[str, Any] = {}
     total = counted = 0.0
     flying: list[tuple[Place, Any]] = []

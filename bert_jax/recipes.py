@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
@@ -16,7 +17,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from bert_jax import evaluation, hub, lora, report, sharding, training, tree, vocabulary
+from bert_jax import evaluation, hub, lora, processes, report, sharding, training, tree, vocabulary
 from bert_jax.config import BertConfig
 from bert_jax.data import corpus, sources
 from bert_jax.data.loader import Examples
@@ -180,10 +181,12 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     """
     console, began = console or Console(quiet=True), time.perf_counter()
     folder = Path(settings.output.folder)
+    processes.agree("The settings", settings.to_yaml())
     if is_finished(settings, console):
         return folder
     prepared = prepare(settings)
     console.print(_overview(settings, prepared), highlight=False)
+    processes.agree("The training examples", prepared.examples["train"].digest())
     begin(settings)
     trained = training.train(
         prepared.task,
@@ -193,29 +196,34 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
         settings,
         console=console,
     )
-    trained.model.save_pretrained(folder)
-    prepared.tokenizer.save_pretrained(folder)
-    if settings.model.lora:
-        lora.save_adapters(folder / ADAPTERS, trained.trained, settings.model.lora, settings.model.id,
-                           prepared.task.peft_type)  # fmt: skip
     results: dict[str, Any] = {"step": trained.step, "steps": trained.steps, "validation": trained.metrics}
     if isinstance(prepared.task, QuestionAnswering) and "null_threshold" in trained.metrics:
         found = {"null_threshold": trained.metrics["null_threshold"]}
         prepared.task.answers = prepared.task.answers.model_copy(update=found)
     split = "test" if "test" in prepared.examples else "validation"
-    if split in prepared.examples:
-        examples, outputs = prepared.examples[split], trained.outputs
-        if split == "test" or outputs is None:
+    examples = prepared.examples.get(split)
+    outputs: Mapping[str, Any] = {}
+    if examples is not None:
+        if split == "test" or trained.outputs is None:
             result = evaluate_examples(prepared.task, trained.model, examples, settings)
             results[split], outputs = result.metrics, result.outputs
         else:
+            outputs = trained.outputs
             results[split] = trained.metrics | prepared.task.evaluate(outputs, examples)
+    if not processes.first():
+        return folder
+    if examples is not None:
         predictions = prepared.task.predictions(outputs, examples)
         lines = [row | {"prediction": p} for row, p in zip(prepared.rows[split], predictions, strict=True)]
         _write(folder / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         if settings.task == "question-answering":  # as the official scripts of SQuAD take it
             answers = {str(line.get("id", n)): line["prediction"]["answer"] for n, line in enumerate(lines)}
             _write(folder / ANSWERS, json.dumps(answers, ensure_ascii=False) + "\n")
+    trained.model.save_pretrained(folder)
+    prepared.tokenizer.save_pretrained(folder)
+    if settings.model.lora:
+        lora.save_adapters(folder / ADAPTERS, trained.trained, settings.model.lora, settings.model.id,
+                           prepared.task.peft_type)  # fmt: skip
     end(settings, results, settings.training.metric or prepared.task.metrics[0], began)
     return folder
 
@@ -236,6 +244,7 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
     """
     console, began = console or Console(quiet=True), time.perf_counter()
     folder = Path(settings.output.folder)
+    processes.agree("The settings", settings.to_yaml())
     if is_finished(settings, console):
         return folder
     source = settings.model.tokenizer or settings.model.id
@@ -255,6 +264,8 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
     )
     begin(settings)
     trained = training.train(task, model, train, examples["validation"], settings, console=console)
+    if not processes.first():
+        return folder
     trained.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     results = {"step": trained.step, "steps": trained.steps, "validation": trained.metrics}
@@ -274,7 +285,11 @@ def read_corpus(settings: Pretraining, split: str, tokenizer: Tokenizer, console
         return None
     folder = Path(settings.data.shards or f"{settings.output.folder}.shards") / split
     files = [Path(place) for place in ([places] if isinstance(places, str) else places)]
+    if not processes.first():
+        processes.wait(split)
     shards = corpus.tokenize(files, folder, tokenizer, settings.data, settings.training.seed, console)
+    if processes.first():
+        processes.wait(split)
     if replaced := shards.manifest["replaced"]:
         console.print(f"data.{split}: {replaced:,} characters that are no UTF-8 are U+FFFD now.")
     return MaskedExamples.of(shards, tokenizer, settings.data.masked, settings.training.seed)
@@ -347,11 +362,13 @@ def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
 def begin(settings: Settings | Pretraining) -> None:
     """Makes a run's folder, its settings in it."""
     folder = Path(settings.output.folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SETTINGS).write_text(settings.to_yaml(), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"output.folder: cannot write {folder}: {error.strerror}.") from None
+    if processes.first():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SETTINGS).write_text(settings.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"output.folder: cannot write {folder}: {error.strerror}.") from None
+    processes.share_folder(folder, SETTINGS)
 
 
 def end(settings: Settings | Pretraining, results: dict[str, Any], metric: str, began: float) -> None:
@@ -398,7 +415,7 @@ def evaluate_examples(
     mesh = sharding.mesh(settings.mesh)
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
-    params = tree.unflatten(jax.device_put(flat, sharding.placements(mesh, flat)))
+    params = tree.unflatten(sharding.put(flat, sharding.placements(mesh, flat)))
     return evaluation.evaluate(
         task,
         evaluation.program(task, skeleton),

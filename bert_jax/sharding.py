@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from bert_jax import settings
+from bert_jax import processes, settings
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
 
@@ -38,7 +38,7 @@ def mesh(axes: settings.Mesh) -> jax.sharding.Mesh:
     Raises:
         InputError: If the axes do not go into the devices.
     """
-    devices = jax.devices()
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     sizes = {"data": axes.data, "fsdp": axes.fsdp, "tensor": axes.tensor}
     shape = ", ".join(f"{name}: {size}" for name, size in sizes.items())
     rest = axes.fsdp * axes.tensor
@@ -51,6 +51,26 @@ def mesh(axes: settings.Mesh) -> jax.sharding.Mesh:
         raise InputError(f"mesh is {{{shape}}}; there are {len(devices)} devices (data: -1 takes all).")
     array = np.array(devices[:count]).reshape(tuple(sizes.values()))
     return jax.sharding.Mesh(array, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """Which part of a batch's rows this process's devices hold, and of how many.
+
+    Processes that an axis other than `ROWS` joins hold the same part.
+
+    Raises:
+        InputError: If the mesh leaves this process without devices, or parts would be of different sizes.
+    """
+    owners = mesh.devices.reshape(share(mesh), -1)
+    groups = [n for n, row in enumerate(owners) if jax.process_index() in {device.process_index for device in row}]
+    count = len(groups)
+    if not count or share(mesh) % count or groups[0] % count or groups[-1] - groups[0] >= count:
+        sizes = ", ".join(f"{name}: {size}" for name, size in mesh.shape.items())
+        raise InputError(
+            f"mesh is {{{sizes}}}, of which {processes.name()} holds the rows' "
+            f"parts {groups}; expected a mesh of all devices whose axes divide a process's, or are divided by them."
+        )
+    return groups[0] // count, share(mesh) // count
 
 
 def check(mesh: jax.sharding.Mesh, config: BertConfig) -> None:
@@ -82,6 +102,17 @@ def placements(mesh: jax.sharding.Mesh, tree: Any) -> Any:
         return placement(mesh, name, leaf.shape)
 
     return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def put(arrays: Any, layout: Any) -> Any:
+    """Puts a pytree of arrays, which every process has whole, where they are to live."""
+    if jax.process_count() == 1:
+        return jax.device_put(arrays, layout)
+
+    def place(array: Any, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, np.asarray(array).__getitem__)
+
+    return jax.tree.map(place, arrays, layout)
 
 
 def put_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bert_jax import evaluation, lora, optim, sharding, tree
+from bert_jax import evaluation, lora, optim, processes, sharding, tree
 from bert_jax.checkpoint import Checkpoints
 from bert_jax.data.loader import Batch, Examples, Loader, Shape
 from bert_jax.errors import InputError, Interrupted, TrainingError
@@ -178,7 +179,7 @@ def make_loader(
         seed=settings.training.seed,
         share=settings.training.accumulation * sharding.share(mesh),
         packing=packing(model, settings),
-        process=(jax.process_index(), jax.process_count()),
+        part=sharding.part(mesh),
     )
 
 
@@ -244,8 +245,8 @@ def train(
         logger.info("%s: %s", path, rule)
     state = init_state(planned, options.seed)
     layout = sharding.placements(mesh, state)
-    state = jax.device_put(state, layout)
-    frozen = jax.device_put(planned.frozen, sharding.placements(mesh, planned.frozen))
+    state = sharding.put(state, layout)
+    frozen = sharding.put(planned.frozen, sharding.placements(mesh, planned.frozen))
     step_fn = make_step(
         task, planned, accumulation=options.accumulation, out_shardings=(layout, sharding.replicated(mesh))
     )
@@ -260,7 +261,7 @@ def train(
     if restored := checkpoints.restore(state):
         start, state, progress = restored
         console.print(f"going on from step {start} of {steps}")
-    journal = Journal(folder, start, tensorboard=settings.output.tensorboard)
+    journal = Journal(folder, start, tensorboard=settings.output.tensorboard) if processes.first() else None
     every = options.evaluate_every or loader.steps_per_epoch
 
     # ── The steps ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -290,8 +291,9 @@ def train(
         rate, seen, since = seen / (now - since), 0, now
         learning_rate = float(planned.schedule(n - 1))
         means = {name: float(np.mean([line[name] for line in lines])) for name in values}
-        journal.write(n, {"epoch": n / loader.steps_per_epoch, **means, "learning_rate": learning_rate,
-                          "examples_per_second": rate})  # fmt: skip
+        if journal:
+            journal.write(n, {"epoch": n / loader.steps_per_epoch, **means, "learning_rate": learning_rate,
+                              "examples_per_second": rate})  # fmt: skip
         lines.clear()
         return f"loss {means['loss']:.4f}  rate {learning_rate:.1e}  {rate:.0f} examples/s"
 
@@ -303,7 +305,7 @@ def train(
                 state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh))
             step += 1
             flying.append((step, metrics))
-            stopping = bool(received)
+            stopping = bool(received) or processes.asked_to_stop(step)
             evaluate_now = step % every == 0 or step == steps
             save_now = evaluate_now or stopping or bool(options.save_every and step % options.save_every == 0)
             # The loss of the step before: waiting for this one's would leave the device idle meanwhile.
@@ -324,22 +326,24 @@ def train(
                 )
                 score = _note_best(progress, step, result.metrics, metric)
                 outputs = outputs if score is None else result.outputs
-                journal.write(step, {"validation": result.metrics})
+                if journal:
+                    journal.write(step, {"validation": result.metrics})
                 console.print(f"step {step}: {_in_words(result.metrics)}{'  (best)' if score is not None else ''}")
                 since += time.perf_counter() - paused
             if save_now:
                 checkpoints.save(step, state, progress, score)
             if stopping:
-                raise Interrupted(step, folder, received[0])
+                raise Interrupted(step, folder, received[0] if received else signal.SIGTERM)
 
     # ── The best ─────────────────────────────────────────────────────────────────────────────────────────────────────
     best = progress["best"] or {"step": step, "metrics": {}}
     if best["step"] != step and (restored := checkpoints.restore(state, best["step"])):
         state = restored[1]
     checkpoints.close()
-    journal.close()
-    trained_model = tree.merge(planned.skeleton, combine(state.params, frozen))
-    return Trained(trained_model, state.params, best["step"], step, best["metrics"], outputs)
+    if journal:
+        journal.close()
+    params, trained = jax.device_put((combine(state.params, frozen), state.params), sharding.replicated(mesh))
+    return Trained(tree.merge(planned.skeleton, params), trained, best["step"], step, best["metrics"], outputs)
 
 
 def _note_best(progress: dict[str, Any], step: int, metrics: dict[str, Any], metric: str) -> float | None:
@@ -424,18 +428,26 @@ def _out_of_memory(shape: Shape) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The list that Ctrl-C and SIGTERM put their number in; a second one ends the process as ever."""
+    """The list that Ctrl-C and SIGTERM put their number in; a second one ends the process as ever.
+
+    Of several processes, JAX takes in SIGTERM (`processes.asked_to_stop`), and Ctrl-C becomes one.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only that one may ask
         yield received
         return
     before: dict[signal.Signals, Any] = {}
 
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+    alone = jax.process_count() == 1
 
-    for asked in (signal.SIGINT, signal.SIGTERM):
+    def note(number: int, frame: Any) -> None:
+        signal.signal(number, before[signal.Signals(number)])
+        if alone:
+            received.append(number)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for asked in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
         before[asked] = signal.signal(asked, note)
     try:
         yield received

@@ -2,6 +2,7 @@
 
 import bisect
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypedDict
@@ -91,6 +92,10 @@ class Examples:
         """Tokens of each example: int64 [N]."""
         return np.array([len(ids) for ids in self.input_ids])
 
+    def digest(self) -> str:
+        """SHA-256 of the tokens."""
+        return hashlib.sha256(b"".join(ids.tobytes() + b"." for ids in self.input_ids)).hexdigest()
+
     def rows(self, indices: np.ndarray) -> list[int]:
         """Rows of the data, from 1, that examples were made of."""
         return sorted({1 + (self.origins[i][0] if self.origins else int(i)) for i in indices})
@@ -104,13 +109,13 @@ class Examples:
             used[row] += self.lengths[index]
 
     def share(self, place: Place, part: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-        """The spots in the rows of a process: its index, and how many there are."""
+        """The spots in a part of the rows: which, and of how many."""
         size = place.shape.rows // part[1]
         first = part[0] * size
         return [(i, row - first, n, at) for i, row, n, at in self.spots(place) if 0 <= row - first < size]
 
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
-        """The batch of a place or, of a process (its index, and how many there are), its share of the rows."""
+        """The batch of a place, or a part of its rows: which, and of how many."""
         size = place.shape.rows // part[1]
         shape = size, place.shape.length
         packed = place.shape.examples > 1
@@ -240,7 +245,7 @@ def _work(rows: int, length: int) -> int:
 
 
 class Loader:
-    """The batches of a run by their step, of which each process makes its own rows.
+    """The batches of a run by their step, of whose rows each process makes a part.
 
     Args:
         examples: What to learn from.
@@ -248,7 +253,7 @@ class Loader:
         seed: Of their order.
         share: What the rows of a batch have to be a multiple of, to be shared out.
         packing: Tokens that a row may have if it may hold several examples; None for one example a row.
-        process: This process's index, and how many there are.
+        part: Which part of the rows to make, and of how many.
     """
 
     def __init__(
@@ -259,10 +264,10 @@ class Loader:
         seed: int,
         share: int = 1,
         packing: int | None = None,
-        process: tuple[int, int] = (0, 1),
+        part: tuple[int, int] = (0, 1),
     ):
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self.share, self.packing, self.process = share, packing, process
+        self.share, self.packing, self.part = share, packing, part
         self.steps_per_epoch = -(-len(examples) // batch_size)
         self._epoch = functools.lru_cache(maxsize=2)(self._places)
 
@@ -290,8 +295,8 @@ class Loader:
         return self._epoch(epoch)[n]._replace(epoch=epoch)
 
     def batch_at(self, step: int) -> Batch:
-        """This process's rows of a step's batch."""
-        return self.examples.batch(self.place(step), self.process)
+        """Our part of the rows of a step's batch."""
+        return self.examples.batch(self.place(step), self.part)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of some steps, made ahead by a thread."""

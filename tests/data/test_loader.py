@@ -242,7 +242,7 @@ def test_rows_divide_among_devices(batch_size, share, rows):
 def test_the_processes_rows_are_together_the_whole_batch(share, processes, packing):
     data = examples(TOKENS[:21])
     whole = Loader(data, B, seed=5, share=share, packing=packing)
-    loaders = [Loader(data, B, seed=5, share=share, packing=packing, process=(i, processes)) for i in range(processes)]
+    loaders = [Loader(data, B, seed=5, share=share, packing=packing, part=(i, processes)) for i in range(processes)]
     for step in range(6):
         parts = [loader.batch_at(step) for loader in loaders]
         assert {len(part["weights"]) for part in parts} == {whole.place(step).shape.rows // processes}

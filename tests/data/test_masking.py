@@ -22,13 +22,13 @@ def shards(tmp_path_factory, tokenizer):
     return corpus.tokenize([folder / "text.txt"], folder / "shards", tokenizer, data, seed=3)
 
 
-def loader(shards, tokenizer, *, packing=None, process=(0, 1), seed=5, **masked):
+def loader(shards, tokenizer, *, packing=None, part=(0, 1), seed=5, **masked):
     return Loader(
         MaskedExamples.of(shards, tokenizer, Masked(**masked), seed),
         8,
         seed=seed,
         packing=packing,
-        process=process,
+        part=part,
         share=2,
     )
 
@@ -128,7 +128,7 @@ def test_masks_differ_by_epoch_and_seed_and_by_nothing_else(shards, tokenizer):
 
 def test_processes_make_the_rows_of_one_batch(shards, tokenizer):
     whole = loader(shards, tokenizer, packing=96).batch_at(1)
-    parts = [loader(shards, tokenizer, packing=96, process=(n, 2)).batch_at(1) for n in range(2)]
+    parts = [loader(shards, tokenizer, packing=96, part=(n, 2)).batch_at(1) for n in range(2)]
     for kind in ("inputs", "targets"):
         for name, array in whole[kind].items():
             np.testing.assert_array_equal(array, np.concatenate([part[kind][name] for part in parts]))

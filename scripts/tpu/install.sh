@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs this checkout, as committed, on all hosts of a slice; see create.sh.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+git archive --prefix=bert_jax/ -o /tmp/bert_jax.tar.gz HEAD
+gcloud compute tpus tpu-vm scp /tmp/bert_jax.tar.gz "${TPU:?}:" --zone "${ZONE:?}" --worker=all
+gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker=all --command "
+    set -eu
+    ${NFS:+sudo apt-get install -y -q nfs-common && sudo mkdir -p /mnt/share && sudo mount $NFS /mnt/share}
+    tar xzf bert_jax.tar.gz
+    pip install -q --user uv  # the images' own Python is too old
+    .local/bin/uv venv -q --python 3.12 .venv
+    .local/bin/uv pip install -q -p .venv -e 'bert_jax[tpu,train,data]'"

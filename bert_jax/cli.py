@@ -238,11 +238,13 @@ def evaluate(
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from bert_jax import heldout, recipes, report
+    from bert_jax import heldout, hub, recipes, report
 
     if isinstance(settings, HeldOut):
         if output:
             check_extra("train", "matplotlib")
+            with hub.replacing(output):  # now, and not after the evaluation: whether it can be written
+                pass
         metrics = heldout.evaluate([model, *(beside or ())], settings, split, console=Console(stderr=True))
         markdown = report.held_out_markdown(metrics)
     else:

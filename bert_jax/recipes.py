@@ -477,7 +477,11 @@ def dry_run(settings: Settings) -> str:
 
 
 def _overview(settings: Settings, prepared: Prepared) -> str:
-    sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in prepared.examples.items())
+    sizes = ", ".join(
+        f"{len(rows):,} {split}"
+        + (f" ({windows:,} windows)" if (windows := len(prepared.examples[split])) != len(rows) else "")
+        for split, rows in prepared.rows.items()
+    )
     labels = getattr(prepared.task, "labels", ())
     return (
         f"{settings.task}: {settings.model.id}, {_sizes(prepared.model)}\n"

@@ -183,6 +183,10 @@ def test_the_command_with_two_models_and_a_folder_of_texts(tmp_path):
     wrong = subprocess.run([*command, "masking.share=2"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "masking.share: Input should be less than 1, got 2" in wrong.stderr
+    place = str(tmp_path / "run.yaml" / "out")  # a file is no folder, which is said before texts are looked for
+    wrong = subprocess.run([*command, "data.test=none", "--output", place], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "Cannot write" in wrong.stderr
 
 
 @pytest.mark.parametrize(

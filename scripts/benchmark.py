@@ -14,6 +14,7 @@
     peers    logits of two masks a row, of ours and of other runtimes (extra `bench`; scripts/flax_peer.py)
     texts    1,000 sentences through pipelines: ours, transformers', and the runtimes fed in order, padded per batch
     pretrain a step of pretraining the embedded model's shape, 64 × 64, ours and PyTorch's in turns
+    packing  tokens that count per second, training and prediction, of rows padded to 128, by length, and packed
     finetune `bert-jax finetune` as a whole process, one epoch, and transformers' Trainer (needs --finetune)
 
 The first five are run unless cases are named.
@@ -83,6 +84,7 @@ PEER_TURNS = 6
 LENGTHS = [3, 8, 11, 14, 16, 18, 20, 21, 23, 25, 27, 29, 31, 33, 36, 38, 41, 46, 51, 61, 215]
 """Tokens of a sentence of movie reviews (Pang and Lee 2004), every twentieth of them."""
 TEXTS, TEXT_TURNS = 1000, 2
+PACKED, PACKING_TURNS = 256, 3
 BATCHES = {"ours": [1], "transformers": [1, 8, 32], "onnxruntime gathered": [8, 32], "openvino gathered": [8, 32]}
 
 
@@ -108,6 +110,7 @@ TARGETS = {
     "texts runtime": Target("≥ 1.3", "≥ 1.6"),
     "texts transformers": Target("≥ 2.5", "≥ 4"),
     "pretrain": Target("0.7", "0.5"),
+    "packing": Target("≥ 1.7", "≥ 3"),
     "finetune padded": Target("0.3", ""),
     "finetune grouped": Target("0.8", "0.5"),
 }
@@ -208,6 +211,22 @@ def open_training(side: str, folder: Path, dropout: bool) -> None:
 
 def train_steps(rows: int, tokens: int, calls: int) -> list[tuple[float, float, float]]:
     return [_train_step(rows, tokens) for _ in range(calls)]
+
+
+_epochs: dict[str, Callable[[], tuple[int, float]]]
+"""A worker's passes over the same examples: what is done with them -> tokens and seconds."""
+
+
+def open_packing(folder: Path, lengths: list[int]) -> None:
+    global _epochs
+    memory.keep_freed()
+    import steps
+
+    _epochs = steps.arrangements(folder, lengths)
+
+
+def time_epoch(name: str) -> tuple[int, float]:
+    return _epochs[name]()
 
 
 _peer: Any
@@ -437,6 +456,28 @@ def pretrain(folder: Path, console: Console) -> dict[str, Any]:
     return {"runs": runs, "difference": f"losses without dropout by {apart:.1e}" if not apart <= 1e-4 else None}
 
 
+def packing(folder: Path, console: Console) -> dict[str, Any]:
+    """The same sentences in three arrangements; that their numbers are the same is what tests show."""
+    lengths = [min(length, 128) for length in _sentence_lengths(PACKED)]
+    names = [f"{what}, {how}" for what in ("training", "prediction") for how in ("padded", "by length", "packed")]
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    with _worker(open_packing, folder, lengths) as worker:
+        for turn in range(-1, PACKING_TURNS):
+            for name in names:
+                tokens, seconds = worker.submit(time_epoch, name).result()
+                if turn >= 0:
+                    rates[name].append(tokens / seconds)
+    table = Table("", "best", "median", "packed is faster by", "must", "aim",
+                  title=f"packing: tokens / s of {PACKED} sentences, {sum(lengths):,} tokens ({folder.name})",
+                  title_justify="left")  # fmt: skip
+    for name, values in rates.items():
+        ratio = statistics.median(rates[f"{name.partition(',')[0]}, packed"]) / statistics.median(values)
+        target = TARGETS["packing"] if name.endswith("padded") else NO_TARGET
+        table.add_row(name, f"{max(values):.0f}", f"{statistics.median(values):.0f}", f"{ratio:.2f}", *target)
+    console.print(table)
+    return {"rates": rates}
+
+
 def finetune(folder: Path, console: Console) -> dict[str, Any]:
     """Whole processes of a YAML file of settings, in turns, one run each."""
     script = Path(sys.executable).with_name("bert-jax")
@@ -500,9 +541,7 @@ def texts(folder: Path, console: Console) -> dict[str, Any]:
     random_ = random.Random(0)
     words = [word for word in (folder / "vocab.txt").read_text().split("\n") if word.isascii() and word.isalpha()]
     sentences = []
-    for n in range(TEXTS):
-        place, part = divmod(n / TEXTS * (len(LENGTHS) - 1), 1)
-        length = round(LENGTHS[int(place)] * (1 - part) + LENGTHS[int(place) + 1] * part)
+    for length in _sentence_lengths(TEXTS):
         chosen = random_.choices(words, k=max(0, length - 3))
         chosen.insert(random_.randint(0, len(chosen)), "[MASK]")
         sentences.append(" ".join(chosen))
@@ -541,6 +580,15 @@ def texts(folder: Path, console: Console) -> dict[str, Any]:
     return {"seconds": times, "difference": differences[0] if differences else None}
 
 
+def _sentence_lengths(count: int) -> list[int]:
+    """Tokens of so many sentences, as `LENGTHS` has them."""
+    found = []
+    for n in range(count):
+        place, part = divmod(n / count * (len(LENGTHS) - 1), 1)
+        found.append(round(LENGTHS[int(place)] * (1 - part) + LENGTHS[int(place) + 1] * part))
+    return found
+
+
 def _is_there(side: str) -> bool:
     if side == "flaxbert":
         return "BERT_JAX_FLAX_PYTHON" in os.environ
@@ -549,8 +597,7 @@ def _is_there(side: str) -> bool:
 
 
 CASES = {"warm": warm, "python": python, "process": process, "load": load, "step": step, "keras": keras,
-         "pretrain": pretrain,
-         "peers": peers, "texts": texts, "finetune": finetune}  # fmt: skip
+         "pretrain": pretrain, "packing": packing, "peers": peers, "texts": texts, "finetune": finetune}  # fmt: skip
 DEFAULT = ("warm", "python", "process", "load", "step")
 FINETUNE: list[str] = []
 """A YAML file and its overrides, from the command line."""

@@ -1,6 +1,7 @@
 """A training step of each side of `benchmark.py`: (rows, tokens) -> seconds, what of these calling takes, the loss."""
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,11 @@ def classified(rows: int, tokens: int) -> Any:
     return ids.astype(np.int32), labels.astype(np.int32)
 
 
-def our_fine_tuning(folder: Path, dropout: bool) -> Any:
-    import jax
+def classifier(folder: Path, dropout: bool) -> Any:
+    """Our task, its settings, and a model that begins with a head of zeros."""
     from flax import nnx
 
     import bert_jax
-    from bert_jax import sharding, training
-    from bert_jax.data.loader import Examples, one_a_row
     from bert_jax.settings import Settings
     from bert_jax.tasks.sequence_classification import SequenceClassification
 
@@ -37,6 +36,16 @@ def our_fine_tuning(folder: Path, dropout: bool) -> Any:
     params["classifier"]["weight"] = params["classifier"]["weight"] * 0
     model = bert_jax.tree.merge(bert_jax.tree.split(model)[1], params)
     task = SequenceClassification(bert_jax.Tokenizer.from_pretrained(folder), model.config, 512)
+    return task, settings, model
+
+
+def our_fine_tuning(folder: Path, dropout: bool) -> Any:
+    import jax
+
+    from bert_jax import sharding, training
+    from bert_jax.data.loader import Examples, one_a_row
+
+    task, settings, model = classifier(folder, dropout)
     planned, mesh = training.plan(model, settings, 1000), sharding.mesh(settings.mesh)
     everywhere = sharding.replicated(mesh)
     state = jax.device_put(training.init_state(planned, 0), everywhere)
@@ -69,6 +78,59 @@ def our_fine_tuning(folder: Path, dropout: bool) -> Any:
         return time.perf_counter() - start, host, loss
 
     return run
+
+
+def arrangements(folder: Path, lengths: Sequence[int]) -> dict[str, Callable[[], tuple[int, float]]]:
+    """Passes over sentences of such lengths, trained on or predicted, by how they are laid into rows.
+
+    Returns:
+        Name -> what makes a pass, which gives the sentences' tokens and the seconds.
+    """
+    import jax
+    import numpy as np
+
+    from bert_jax import evaluation, sharding, training, tree
+    from bert_jax.data.loader import Examples, Loader, one_a_row
+
+    size, padded = 16, 128
+    random = np.random.default_rng(0)
+    ids = [random.integers(1000, 28000, n).astype(np.int32) for n in random.permutation(lengths)]
+    labels = {"labels": random.integers(0, 2, len(ids)).astype(np.int32)}
+    examples = Examples(ids, [np.zeros_like(row) for row in ids], labels)
+    places = {"padded": [one_a_row(part, size, padded) for part in np.split(np.arange(len(ids)), len(ids) // size)]}
+    for name, packing in (("by length", None), ("packed", 512)):
+        loader = Loader(examples, size, seed=0, packing=packing)
+        places[name] = [loader.place(n) for n in range(loader.steps_per_epoch)]
+    batches = {name: [examples.batch(place) for place in found] for name, found in places.items()}
+
+    task, settings, model = classifier(folder, dropout=True)
+    planned, mesh = training.plan(model, settings, 1000), sharding.mesh(settings.mesh)
+    everywhere = sharding.replicated(mesh)
+    state = jax.device_put(training.init_state(planned, 0), everywhere)
+    step = training.make_step(task, planned, out_shardings=everywhere)
+    params, skeleton = tree.split(model)
+    predict = evaluation.program(task, skeleton)
+
+    def train(name: str) -> Any:
+        nonlocal state
+        for batch in batches[name]:
+            state, metrics = step(state, {}, sharding.put_batch(batch, mesh))
+        return state, metrics
+
+    def look(name: str) -> Any:
+        return [predict(params, sharding.put_batch(batch, mesh)) for batch in batches[name]]
+
+    def timed(work: Callable[[str], Any], name: str) -> tuple[int, float]:
+        with jax.set_mesh(mesh):
+            start = time.perf_counter()
+            jax.block_until_ready(work(name))
+            return sum(lengths), time.perf_counter() - start
+
+    return {
+        f"{what}, {name}": lambda work=work, name=name: timed(work, name)
+        for what, work in {"training": train, "prediction": look}.items()
+        for name in batches
+    }
 
 
 def torch_step(model: Any, optimizer: Any, **inputs: Any) -> tuple[float, float, float]:

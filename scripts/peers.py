@@ -207,7 +207,7 @@ def _flaxbert(folder: Path, graph: str) -> Forward:
 def _onnxruntime(folder: Path, graph: str) -> Forward:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
+    options = onnxruntime.SessionOptions()  # all graph optimizations are on; its offline ones for BERT gain nothing
     options.intra_op_num_threads = THREADS
     session = onnxruntime.InferenceSession(folder / f"{graph}.onnx", options, providers=["CPUExecutionProvider"])
 

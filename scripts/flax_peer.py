@@ -1,7 +1,9 @@
 """transformers' FlaxBert as a server of pickles, for scripts/peers.py: transformers 4.57.6 is the last that has it.
 
-    python3 -m venv flaxbert && flaxbert/bin/pip install "transformers==4.57.6" flax jax safetensors
+    python3 -m venv flaxbert && flaxbert/bin/pip install transformers==4.57.6 jax flax
     BERT_JAX_FLAX_PYTHON=flaxbert/bin/python python scripts/benchmark.py peers
+
+(Not transformers[flax], which wants a JAX of 2023. Seen working: Python 3.11, jax 0.10.2, flax 0.12.8.)
 
 Reads (ids, mask, positions) from stdin and writes the logits at the positions to stdout.
 """

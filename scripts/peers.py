@@ -1,8 +1,9 @@
 """Other runtimes' fill-mask for scripts/benchmark.py, each opened in a process of its own.
 
-What is measured is the same work on each side: token ids, a mask and two positions a row go in, logits come out. There
-are two graphs: `all`, as libraries export BertForMaskedLM, gives the vocabulary at every token; `gathered` does what
-ours does, the last layer and the head at the positions alone.
+Token ids, a mask and two positions a row go in, NumPy arrays all, and the logits at the positions come out. What is
+computed for that differs, and each side's name ends in it: `all` the vocabulary at every token, as libraries have
+BertForMaskedLM and export it; `head` all layers in full, the head at the positions; `gathered` what ours does, the last
+layer and the head at the positions. Only `gathered` is the same work as ours.
 """
 
 import os
@@ -20,9 +21,8 @@ Forward = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 Answer = Callable[[list[str]], list[list[tuple[int, float]]]]
 """Texts with one mask each -> five likeliest tokens and their scores."""
 
-THREADS = 2
-FLAX_PYTHON = "BERT_JAX_FLAX_PYTHON"
-"""Variable that names the Python of FlaxBert's environment."""
+THREADS = os.cpu_count() or 1
+"""Of PyTorch, ONNX Runtime and OpenVINO: as many as XLA takes."""
 
 
 def export(folder: Path) -> None:
@@ -60,23 +60,24 @@ def export(folder: Path) -> None:
         def forward(self, input_ids: Any, attention_mask: Any) -> Any:
             return self.model(input_ids, attention_mask=attention_mask).logits
 
-    model = transformers.BertForMaskedLM.from_pretrained(folder).eval()
-    ids = torch.ones((2, 16), dtype=torch.long)
-    batch, tokens, count = (torch.export.Dim(name, min=1, max=most) for name, most in
-                            (("batch", 512), ("tokens", 512), ("count", 512)))  # fmt: skip
+    # Exported from sdpa, a layer also looks for rows that may attend to nothing, which the runtimes do not fuse away.
+    model = transformers.BertForMaskedLM.from_pretrained(folder, attn_implementation="eager")
+    # Three tensors: of one that is given twice, an export takes the second for the first.
+    ids, mask, positions = (torch.ones(shape, dtype=torch.long) for shape in ((2, 16), (2, 16), (2, 3)))
+    batch, tokens, count = (torch.export.Dim(name, min=1, max=512) for name in ("batch", "tokens", "count"))
     whole = {0: batch, 1: tokens}
     for name, network, inputs, shapes in [
-        ("all", Everything(model), (ids, ids), (whole, whole)),
-        ("gathered", Gathered(model), (ids, ids, ids[:, :2]), (whole, whole, {0: batch, 1: count})),
+        ("all", Everything(model), (ids, mask), (whole, whole)),
+        ("gathered", Gathered(model), (ids, mask, positions), (whole, whole, {0: batch, 1: count})),
     ]:
         torch.onnx.export(
-            network, inputs, folder / f"{name}.onnx", dynamo=True, dynamic_shapes=shapes, verbose=False,
+            network.eval(), inputs, folder / f"{name}.onnx", dynamo=True, dynamic_shapes=shapes, verbose=False,
             input_names=["input_ids", "attention_mask", "positions"][: len(inputs)], output_names=["logits"],
         )  # fmt: skip
 
 
 def open_peer(side: str, folder: Path) -> Forward:
-    """A runtime by name: of onnxruntime and openvino, " all" or " gathered" follows."""
+    """A side by name: "ours", or a peer and what it computes."""
     name, _, graph = side.partition(" ")
     return {"ours": _ours, "transformers": _transformers, "kerashub": _kerashub, "onnxruntime": _onnxruntime,
             "openvino": _openvino, "flaxbert": _flaxbert}[name](folder, graph)  # fmt: skip
@@ -109,13 +110,11 @@ def open_texts(side: str, folder: Path) -> Callable[[int], Answer]:
         for start in range(0, len(texts), size):
             batch = tokenizer(texts[start : start + size], padding=True, return_tensors="np")
             ids = batch["input_ids"]
-            # Two positions a row, as ours: of one, ours would be slow and they would not.
-            positions = np.argmax(ids == tokenizer.mask_token_id, axis=1)[:, None].repeat(2, axis=1)
-            logits = forward(ids, batch["attention_mask"], positions)[:, 0].astype(np.float32)
+            # One position a row; ours takes two, for XLA is slow at one.
+            logits = forward(ids, batch["attention_mask"], np.argmax(ids == tokenizer.mask_token_id, 1)[:, None])[:, 0]
             p = np.exp(logits - logits.max(-1, keepdims=True))
             p /= p.sum(-1, keepdims=True)
-            best = np.argpartition(-p, 5, axis=-1)[:, :5]
-            for row, chosen in zip(p, best, strict=True):
+            for row, chosen in zip(p, np.argpartition(-p, 5, axis=-1)[:, :5], strict=True):
                 found.append(sorted(((int(t), float(row[t])) for t in chosen), key=lambda entry: -entry[1]))
         return found
 
@@ -130,12 +129,13 @@ def _ours(folder: Path, graph: str) -> Forward:
     import jax
 
     import bert_jax
+    from bert_jax import tree
 
-    params, skeleton = bert_jax.tree.split(bert_jax.BertForMaskedLM.from_pretrained(folder))
+    params, skeleton = tree.split(bert_jax.BertForMaskedLM.from_pretrained(folder))
 
     @jax.jit
     def program(params: Any, ids: Any, mask: Any, positions: Any) -> Any:
-        return bert_jax.tree.merge(skeleton, params)(ids, mask, masked_positions=positions).logits
+        return tree.merge(skeleton, params)(ids, mask, masked_positions=positions).logits
 
     def forward(ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
         inputs = (array.astype(np.int32) for array in (ids, mask, positions))
@@ -159,14 +159,23 @@ def _transformers(folder: Path, graph: str) -> Forward:
 
 
 def _kerashub(folder: Path, graph: str) -> Forward:
-    """Random weights of the shape: KerasHub's GELU is another, and its numbers cannot be compared."""
+    """Its GELU is the tanh approximation, and its head's LayerNorm has another epsilon: its numbers are near ours."""
+    import jax
     import keras_hub
 
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=28996, num_layers=12, num_heads=12, hidden_dim=768, intermediate_dim=3072,
-        max_sequence_length=512,
-    )  # fmt: skip
-    model = keras_hub.models.BertMaskedLM(backbone, preprocessor=None)
+    import bert_jax
+
+    model = keras_hub.models.BertMaskedLM(keras_hub.models.BertBackbone.from_preset(str(folder)), preprocessor=None)
+    ours = bert_jax.BertForMaskedLM.from_pretrained(folder)  # KerasHub reads all but the head from a checkpoint
+    dense, norm = ours.predictions.transform, ours.predictions.layer_norm
+    words = ours.bert.embeddings.word_embeddings.weight
+    model.masked_lm_head.set_weights(
+        [ours.predictions.bias[...], words[...], dense.weight[...].T, dense.bias[...], norm.weight[...], norm.bias[...]]
+    )
+    # Not predict_on_batch, which carries the weights in and out of each call.
+    state = [[variable.value for variable in variables]
+             for variables in (model.trainable_variables, model.non_trainable_variables)]  # fmt: skip
+    program = jax.jit(lambda state, inputs: model.stateless_call(*state, inputs, training=False)[0])
 
     def forward(ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
         inputs = {
@@ -175,14 +184,14 @@ def _kerashub(folder: Path, graph: str) -> Forward:
             "padding_mask": mask,
             "mask_positions": positions,
         }
-        return np.asarray(model.predict_on_batch(inputs))
+        return np.asarray(program(state, inputs))
 
     return forward
 
 
 def _flaxbert(folder: Path, graph: str) -> Forward:
     """In an environment of its own, see flax_peer.py; the pipe between takes a millisecond."""
-    command = [os.environ[FLAX_PYTHON], str(Path(__file__).with_name("flax_peer.py")), str(folder)]
+    command = [os.environ["BERT_JAX_FLAX_PYTHON"], str(Path(__file__).with_name("flax_peer.py")), str(folder)]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def forward(ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -198,7 +207,7 @@ def _flaxbert(folder: Path, graph: str) -> Forward:
 def _onnxruntime(folder: Path, graph: str) -> Forward:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
+    options = onnxruntime.SessionOptions()  # all graph optimizations are on; its offline ones for BERT gain nothing
     options.intra_op_num_threads = THREADS
     session = onnxruntime.InferenceSession(folder / f"{graph}.onnx", options, providers=["CPUExecutionProvider"])
 
@@ -214,12 +223,13 @@ def _onnxruntime(folder: Path, graph: str) -> Forward:
 def _openvino(folder: Path, graph: str) -> Forward:
     import openvino
 
+    # Its default is bfloat16 where the CPU has that. Streams for throughput would share the cores out among requests.
     properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
     model = openvino.compile_model(openvino.Core().read_model(folder / f"{graph}.onnx"), "CPU", properties)
 
     def forward(ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
         inputs = [ids, mask] if graph == "all" else [ids, mask, positions]
-        logits = model(inputs)[0]
-        return _at(logits, positions) if graph == "all" else logits
+        logits = model(inputs, share_outputs=True)[0]  # which a call writes again: to copy all logits takes long
+        return _at(logits, positions) if graph == "all" else logits.copy()
 
     return forward

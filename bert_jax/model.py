@@ -11,6 +11,7 @@ dtype and accumulate in float32; softmax, LayerNorm and logits are float32 throu
 Reference: google-research/bert modeling.py, and transformers' modeling_bert.py, whose class names these are.
 """
 
+import functools
 import logging
 import math
 import os
@@ -202,13 +203,32 @@ def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def _random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """16 random bits an element, uint32 of `shape`: enough to meet a rate to 1e-5.
+    """16 random bits an element, uint32 of `shape`: enough to meet a rate to 1e-5. Whose depends on the platform."""
+    key = jax.random.key_data(key)[:2]
+    return jax.lax.platform_dependent(
+        key, tpu=functools.partial(_rbg, shape=shape), default=functools.partial(_threefry, shape=shape)
+    )
 
-    Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2), as jax.random has
+
+def _rbg(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The TPU's own generator, `jax.random`'s "rbg": a tenth less memory, and no part of the vector unit's time.
+
+    Other layouts of devices draw other bits.
+    """
+
+    def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        _, bits = jax.lax.rng_bit_generator(jnp.concatenate([key, key]), shape, dtype=jnp.uint16)
+        return bits.astype(jnp.uint32)
+
+    return sharding.draw_by_rows(draw, key, shape)
+
+
+def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2), as jax.random has
     it, over the place in the batch and within the row. A block of 64 bits serves four elements; jax.random spends one
     on each and, on CPU, a loop of passes over memory on all of them: five times as long, a tenth of a training step.
     """
-    first, second = jax.random.key_data(key)[:2]
+    first, second = key
     keys = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
     batch, *middle, last = shape
     rows = math.prod(middle)

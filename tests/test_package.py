@@ -17,7 +17,7 @@ FLOORS = [
     ["config", "tree", "hub", "losses", "metrics", "settings", "data.sources"],
     ["data.loader"],
     ["weights", "tokenizer", "sharding"],
-    ["model", "data.corpus", "vocabulary"],
+    ["model", "targets", "data.corpus", "vocabulary"],
     ["data.masking"],
     ["optim", "lora", "checkpoint"],
     ["tasks.base"],

@@ -89,6 +89,7 @@ def prepare(settings: Settings) -> Prepared:
         new=[task_class.head, *settings.model.new],
         rngs=nnx.Rngs(settings.training.seed),
         compute_dtype=settings.precision.compute_dtype,
+        attention=settings.model.attention,
         remat=settings.training.remat,
         scan_layers=settings.training.scan_layers,
         **config,
@@ -289,6 +290,7 @@ def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any
     """
     options: dict[str, Any] = {
         "compute_dtype": settings.precision.compute_dtype,
+        "attention": settings.model.attention,
         "remat": settings.training.remat,
         "scan_layers": settings.training.scan_layers,
     }
@@ -405,6 +407,7 @@ def evaluate_examples(
         examples,
         batch_size=settings.training.evaluation_batch_size,
         packing=training.packing(model, settings),
+        multiple=training.multiple(settings),
         mesh=mesh,
     )
 

@@ -165,8 +165,8 @@ class Check:
     def __str__(self) -> str:
         devices = f"{len(self.target.devices)} × {self.target.devices[0].device_kind}"
         lines = [
-            f"{'compiles' if self.fits else 'does not compile'} for {self.target.name} ({devices}), {self.seconds:.0f} s; "
-            "never run on it",
+            f"{'compiles' if self.fits else 'does not compile'} for {self.target.name} ({devices}), "
+            f"{self.seconds:.0f} s; never run on it",
             f"memory: {self.line}"
             + (f", {self.resident / GIB:.2f} of it for state, parameters and batch" if self.fits else ""),
             "products: " + _listed(self.products, lambda n, flops: f"{n}, {flops / 1e12:.2f} TFLOP"),
@@ -306,7 +306,7 @@ def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
         if high and high[0] - low[0] <= step:
             return low[0]
         (n1, memory1), (n2, memory2) = (low, high) if high else ((0, first.resident), low)
-        pointed = min(n1 + (limit - memory1) * (n2 - n1) / max(memory2 - memory1, 1), 8 * n2)
+        pointed = min(n1 + (limit - memory1) * (n2 - n1) / max(memory2 - memory1, 1), 64 * n2)
         if high:  # halfway to the middle, for the line may be far from straight
             pointed = min((2 * pointed + low[0] + high[0]) / 4, high[0] - 1)
         n = int(max(pointed, low[0] + step))

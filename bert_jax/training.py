@@ -19,7 +19,7 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bert_jax import evaluation, lora, optim, sharding, tree
+from bert_jax import evaluation, kernels, lora, optim, sharding, tree
 from bert_jax.checkpoint import Checkpoints
 from bert_jax.data.loader import Batch, Examples, Loader, Place, Shape
 from bert_jax.errors import InputError, Interrupted, TrainingError
@@ -168,6 +168,11 @@ def packing(model: BertPreTrainedModel, settings: Settings | Pretraining) -> int
     return model.config.max_position_embeddings if settings.data.packing else None
 
 
+def multiple(settings: Settings | Pretraining) -> int:
+    """What the tokens of a row have to be a multiple of."""
+    return kernels.SPLASH_BLOCK if settings.model.attention == "splash" else 1
+
+
 def make_loader(
     examples: Examples, model: BertPreTrainedModel, settings: Settings | Pretraining, mesh: jax.sharding.Mesh
 ) -> Loader:
@@ -178,6 +183,7 @@ def make_loader(
         seed=settings.training.seed,
         share=settings.training.accumulation * sharding.share(mesh),
         packing=packing(model, settings),
+        multiple=multiple(settings),
         process=(jax.process_index(), jax.process_count()),
     )
 
@@ -228,6 +234,12 @@ def set_up(
     options = settings.training
     mesh = sharding.mesh(settings.mesh, devices)
     sharding.check(mesh, model.config)
+    kernels.check(
+        settings.model.attention,
+        platform=mesh.devices.flat[0].platform,
+        compute_dtype=settings.precision.compute_dtype,
+        packed=settings.data.packing,
+    )
     loader = make_loader(examples, model, settings, mesh)
     steps = options.max_steps or math.ceil(options.epochs * loader.steps_per_epoch)
     planned = plan(model, settings, steps)
@@ -374,6 +386,7 @@ def train(
                     validation,
                     batch_size=options.evaluation_batch_size,
                     packing=loader.packing,
+                    multiple=loader.multiple,
                     mesh=mesh,
                 )
                 score = _note_best(progress, step, result.metrics, metric)

@@ -17,6 +17,7 @@ FLOORS = [
     ["config", "tree", "hub", "losses", "metrics", "settings", "data.sources"],
     ["data.loader"],
     ["weights", "tokenizer", "sharding"],
+    ["kernels"],
     ["model", "targets", "data.corpus", "vocabulary"],
     ["data.masking"],
     ["optim", "lora", "checkpoint"],

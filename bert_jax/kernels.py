@@ -150,5 +150,13 @@ def cudnn(
                 "attention is 'cudnn', which takes padding on the right; attention_mask has it before tokens."
             )
         lengths = jnp.sum(attended.keys, axis=1, dtype=jnp.int32)
-    context = jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, implementation="cudnn")
+    try:
+        context = jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, implementation="cudnn")
+    except RuntimeError as error:
+        if "cuDNN not found" not in str(error):
+            raise
+        raise InputError(
+            "attention is 'cudnn', and cuDNN is not installed: pip install 'bert-jax[cuda]', or nvidia-cudnn-cu13 "
+            "alone to compile for a GPU that is not here."
+        ) from None
     return context, None

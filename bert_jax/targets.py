@@ -323,22 +323,18 @@ def train_flops(config: BertConfig, rows: int, length: int) -> float:
     return 6.0 * rows * length * config.num_hidden_layers * per_token
 
 
-def bound(check: Check, flops: float) -> dict[str, float]:
+def bound(check: Check) -> dict[str, float]:
     """Seconds that a program takes at the least, by each of a chip's published rates; the longest is the roofline.
 
-    `products` at the peak rate of bfloat16; `memory` moves arguments and results once; `links` carry an all-reduce
-    twice, less the own share, as a ring does, and any other collective's result once.
-
-    Args:
-        check: Of the program.
-        flops: Its operations on all devices.
+    `products` (those of custom kernels apart) at the peak rate of bfloat16; `memory` moves arguments and results once;
+    `links` carry an all-reduce twice, less the own share, as a ring does, and any other collective's result once.
     """
     n, chip = len(check.target.devices), check.target.chip
     sent = sum(
         size * (2.0 if name == "all-reduce" else 1.0) * (n - 1) / n for name, (_, size) in check.collectives.items()
     )
     return {
-        "products": flops / n / chip.flops,
+        "products": sum(flops for _, flops in check.products.values()) / n / chip.flops,
         "memory": (check.resident + check.aliased) / chip.memory_rate,
         "links": sent / chip.link_rate,
     }

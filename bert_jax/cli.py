@@ -175,18 +175,30 @@ def finetune(
         bool, typer.Option("--dry-run", help="Show settings, examples, shapes, memory and programs, and leave.")
     ] = False,
     processes: Processes = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="With --dry-run: chips to compile the step for, here or not: v5e:2x4, v6e:2x4, v5p:2x2x2, h100:8."
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a model; the same command goes on after a stop."""
+    from bert_jax.errors import InputError
     from bert_jax.settings import Settings
 
     settings = Settings.from_file(config, overrides or ())  # before jax is imported: a mistake shows at once
+    if target and not dry_run:
+        raise InputError("--target goes with --dry-run: it says what to compile for, and nothing can run there.")
+    if target:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # a compiler for chips that this process must not take
     memory.keep_freed()
     _use_compilation_cache()
     with _joined(processes) as console:
         from bert_jax import recipes
 
         if dry_run:
-            console.print(recipes.dry_run(settings), highlight=False, markup=False, soft_wrap=True)
+            found = recipes.dry_run(settings, target, console=console)
+            console.print(found, highlight=False, markup=False, soft_wrap=True)
             return
         folder = recipes.finetune(settings, console=console)
         console.print(f"{folder}: the model, its card, metrics and predictions", highlight=False, soft_wrap=True)

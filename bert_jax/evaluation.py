@@ -50,6 +50,7 @@ def evaluate(
     *,
     batch_size: int,
     packing: int | None,
+    multiple: int = 1,
     mesh: jax.sharding.Mesh,
 ) -> Evaluation:
     """Runs a model over examples, each once; padding weighs nothing.
@@ -61,9 +62,13 @@ def evaluate(
         examples: All of them.
         batch_size: Examples at a time, over all devices.
         packing: Tokens that a row may have if it may hold several examples; None for one example a row.
+        multiple: What the tokens of a row have to be a multiple of.
         mesh: The devices.
     """
-    loader = Loader(examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing, part=sharding.part(mesh))
+    loader = Loader(
+        examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing, multiple=multiple,
+        part=sharding.part(mesh),
+    )  # fmt: skip
     collected: dict[str, Any] = {}
     total = counted = 0.0
     flying: list[tuple[Place, Any]] = []

@@ -11,6 +11,7 @@ dtype and accumulate in float32; softmax, LayerNorm and logits are float32 throu
 Reference: google-research/bert modeling.py, and transformers' modeling_bert.py, whose class names these are.
 """
 
+import functools
 import logging
 import math
 import os
@@ -25,9 +26,10 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from bert_jax import hub, sharding, tree, weights
+from bert_jax import hub, kernels, sharding, tree, weights
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
+from bert_jax.kernels import Attended
 
 logger = logging.getLogger(__name__)
 
@@ -168,12 +170,39 @@ def _truncated_normal(std: float) -> Callable[..., jax.Array]:
 
 
 def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """An einsum with operands in the dtype of x and a float32 result.
+    """An einsum with operands in the dtype of x and a float32 result, forward and backward.
 
     Where x is float32, so is the product: left to the default, TPUs take bfloat16 and recent GPUs TF32.
     """
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jnp.einsum(equation, x, y.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+    if x.dtype != jnp.float32:
+        return _low_product(equation, x, y)
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum(equation, x, y.astype(x.dtype), precision=highest, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _low_product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """An einsum in x's dtype, less than float32; left to itself, the backward pass multiplies in the result's."""
+    return jnp.einsum(equation, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _low_product_forward(equation: str, x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _low_product(equation, x, y), (x, y)
+
+
+def _low_product_backward(
+    equation: str, operands: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, y = operands
+    axes = equation.replace("...", "ABCDEF"[: x.ndim + 3 - len(equation.split(",")[0])])
+    (of_x, of_y), of_result = axes.split("->")[0].split(","), axes.split("->")[1]
+    gradient = gradient.astype(x.dtype)
+    to_x = _low_product(f"{of_result},{of_y}->{of_x}", gradient, y)
+    to_y = _low_product(f"{of_x},{of_result}->{of_y}", x, gradient)
+    return to_x.astype(x.dtype), to_y.astype(y.dtype)
+
+
+_low_product.defvjp(_low_product_forward, _low_product_backward)
 
 
 def _last_axis(vector: jax.Array, like: jax.Array) -> jax.Array:
@@ -202,13 +231,32 @@ def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def _random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """16 random bits an element, uint32 of `shape`: enough to meet a rate to 1e-5.
+    """16 random bits an element, uint32 of `shape`: enough to meet a rate to 1e-5. Whose depends on the platform."""
+    key = jax.random.key_data(key)[:2]
+    return jax.lax.platform_dependent(
+        key, tpu=functools.partial(_rbg, shape=shape), default=functools.partial(_threefry, shape=shape)
+    )
 
-    Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2), as jax.random has
+
+def _rbg(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The TPU's own generator, `jax.random`'s "rbg": a tenth less memory, and no part of the vector unit's time.
+
+    Other layouts of devices draw other bits.
+    """
+
+    def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        _, bits = jax.lax.rng_bit_generator(jnp.concatenate([key, key]), shape, dtype=jnp.uint16)
+        return bits.astype(jnp.uint32)
+
+    return sharding.draw_by_rows(draw, key, shape)
+
+
+def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2), as jax.random has
     it, over the place in the batch and within the row. A block of 64 bits serves four elements; jax.random spends one
     on each and, on CPU, a loop of passes over memory on all of them: five times as long, a tenth of a training step.
     """
-    first, second = jax.random.key_data(key)[:2]
+    first, second = key
     keys = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
     batch, *middle, last = shape
     rows = math.prod(middle)
@@ -237,7 +285,7 @@ def plain_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    mask: jax.Array | None,
+    attended: Attended | None,
     dropout_rate: float,
     dropout_key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -247,8 +295,7 @@ def plain_attention(
         query: [B, T, N, H].
         key: [B, S, N, H].
         value: [B, S, N, H].
-        mask: bool, broadcastable to [B, N, T, S], True where a token may be attended to. A row without any attends
-            to all alike.
+        attended: Who attends to whom; None for all to all. A row without any attends to all alike.
         dropout_rate: Share of the probabilities that is dropped where there is a `dropout_key`.
         dropout_key: PRNG key, or None.
 
@@ -258,8 +305,8 @@ def plain_attention(
     # Heads first, once and for all: left inside the products, CPUs turn them around anew in the backward pass.
     query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))  # [B, N, T, H]
     scores = _product("bnth,bnsh->bnts", query, key) * query.shape[-1] ** -0.5
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    if attended is not None:
+        scores = jnp.where(attended.mask(), scores, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(scores, axis=-1)
     dropped = _dropout(probabilities, dropout_rate, dropout_key).astype(value.dtype)
     context = _product("bnts,bnsh->bnth", dropped, value).astype(value.dtype)
@@ -267,7 +314,11 @@ def plain_attention(
 
 
 # Name -> kernel. A fused kernel has the same signature and returns None for the probabilities that it never holds.
-ATTENTION: dict[str, Callable[..., tuple[jax.Array, jax.Array | None]]] = {"plain": plain_attention}
+ATTENTION: dict[str, Callable[..., tuple[jax.Array, jax.Array | None]]] = {
+    "plain": plain_attention,
+    "splash": kernels.splash,
+    "cudnn": kernels.cudnn,
+}
 
 
 class SelfAttention(nnx.Module):
@@ -283,11 +334,11 @@ class SelfAttention(nnx.Module):
         self.output = Linear(size, size, std, rngs)
 
     def __call__(
-        self, x: jax.Array, states: jax.Array, mask: jax.Array | None, dropout_key: jax.Array | None
+        self, x: jax.Array, states: jax.Array, attended: Attended | None, dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """What x [B, T, D] gathers from states [B, S, D]: [B, T, D] and the probabilities [B, N, T, S].
 
-        The mask is as in `plain_attention`.
+        Where x is not all of the states there is little to fuse, and attention is plain.
         """
         rate = self.config.attention_probs_dropout_prob
         if self.attention != "plain" and dropout_key is not None and rate > 0:
@@ -299,7 +350,8 @@ class SelfAttention(nnx.Module):
             linear(source).reshape(*source.shape[:-1], self.config.num_attention_heads, -1)  # [B, T, N, H]
             for linear, source in ((self.query, x), (self.key, states), (self.value, states))
         )
-        context, probabilities = ATTENTION[self.attention](query, key, value, mask, rate, dropout_key)
+        kernel = ATTENTION[self.attention if x is states else "plain"]
+        context, probabilities = kernel(query, key, value, attended, rate, dropout_key)
         return self.output(context.reshape(x.shape)), probabilities
 
 
@@ -318,7 +370,7 @@ class BertLayer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array | None = None,
+        attended: Attended | None = None,
         dropout_key: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
@@ -326,7 +378,7 @@ class BertLayer(nnx.Module):
 
         Args:
             x: [B, S, D].
-            mask: bool, broadcastable to [B, N, S, S].
+            attended: Who attends to whom; None for all to all.
             dropout_key: PRNG key; without one nothing is dropped.
             positions: int [B, T] or [1, T], the tokens to go on with; None for all. All are attended to.
 
@@ -338,10 +390,10 @@ class BertLayer(nnx.Module):
         states = x
         if positions is not None:
             x = jnp.take_along_axis(states, positions[..., None], axis=1)
-            if mask is not None and mask.shape[2] > 1:  # documents of their own: a row of the mask a token
-                mask = jnp.take_along_axis(mask, positions[:, None, :, None], axis=2)
+            if attended is not None and attended.queries.shape[1] > 1:  # documents of their own
+                attended = attended._replace(queries=jnp.take_along_axis(attended.queries, positions, axis=1))
         with jax.named_scope("attention"):
-            context, probabilities = self.attention(x, states, mask, attention_key)
+            context, probabilities = self.attention(x, states, attended, attention_key)
             x = self.attention_norm(x + _dropout(context, rate, context_key))
         with jax.named_scope("feed_forward"):
             inner = ACTIVATIONS[self.config.hidden_act](self.intermediate(x))  # [B, T, F]
@@ -482,6 +534,7 @@ class BertModel(BertPreTrainedModel):
             raise InputError(f"attention is {attention!r}; expected one of {', '.join(ATTENTION)}.")
         self.config = config
         self.compute_dtype = compute_dtype
+        self.attention = attention
         self.remat = remat
         self.scan_layers = scan_layers
         self.embeddings = BertEmbeddings(config, rngs)
@@ -533,19 +586,27 @@ class BertModel(BertPreTrainedModel):
             position_ids = jnp.arange(input_ids.shape[1])[None]
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(input_ids)
-        mask = None
+        attended = None
         if attention_mask is not None:
-            mask = jnp.asarray(attention_mask).astype(bool)[:, None, None, :]  # [B, 1, 1, S]
+            keys = jnp.asarray(attention_mask).astype(bool).astype(jnp.int32)
+            attended = Attended(jnp.ones_like(keys[:, :1]), keys)
         if document_ids is not None:
-            document_ids = jnp.asarray(document_ids)
-            same = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]  # [B, 1, T, S]
-            mask = same if mask is None else mask & same
+            documents = jnp.asarray(document_ids)
+            keys = documents if attended is None else jnp.where(attended.keys > 0, documents, documents.min() - 1)
+            attended = Attended(documents, keys)
+        kernels.check(
+            self.attention,
+            platform=kernels.platform(),
+            compute_dtype=self.compute_dtype,
+            packed=document_ids is not None,
+            length=input_ids.shape[1],
+        )
         embeddings_key, layers_key = _split(dropout_key, 2)
         with jax.named_scope("embeddings"):
             x = self.embeddings(input_ids, jnp.asarray(token_type_ids), jnp.asarray(position_ids), embeddings_key)
         x = sharding.by_rows(x.astype(self.compute_dtype))
         hidden_states, attentions = self._encode(
-            x, mask, layers_key, None if positions is None else jnp.asarray(positions)
+            x, attended, layers_key, None if positions is None else jnp.asarray(positions)
         )
         x = hidden_states[-1]
         pooled: Any = None
@@ -556,12 +617,12 @@ class BertModel(BertPreTrainedModel):
         return BertModelOutput(x, pooled, hidden_states, attentions)
 
     def _encode(
-        self, x: jax.Array, mask: jax.Array | None, key: jax.Array | None, positions: jax.Array | None
+        self, x: jax.Array, attended: Attended | None, key: jax.Array | None, positions: jax.Array | None
     ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array | None, ...]]:
         """The layers, one after another: all hidden states, x before them, and attentions."""
 
         def run(layer: BertLayer, x: jax.Array, i: ArrayLike, *positions: Any) -> tuple[jax.Array, jax.Array | None]:
-            return layer(x, mask, None if key is None else jax.random.fold_in(key, i), *positions)
+            return layer(x, attended, None if key is None else jax.random.fold_in(key, i), *positions)
 
         if self.remat:
             run = jax.checkpoint(run)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bert_jax import hub, tree
+from bert_jax import hub, sharding, tree
 from bert_jax.errors import CheckpointError, InputError
 from bert_jax.hub import DEFAULT_MODEL
 from bert_jax.model import BertModel, BertPreTrainedModel
@@ -267,10 +267,18 @@ class Pipeline:
 
     def _program(self, bucket: Bucket, labelled: bool = False) -> jax.stages.Compiled:
         if bucket not in self._programs:
-            shapes = self._shapes(bucket, labelled)
-            inputs = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in shapes.items()}
-            self._programs[bucket] = jax.jit(self._step).lower(self.params, inputs).compile()
+            self._programs[bucket] = self.trace(bucket, labelled).lower().compile()
         return self._programs[bucket]
+
+    def trace(self, bucket: Bucket, labelled: bool = False, device: Any = None) -> jax.stages.Traced:
+        """The program of a bucket, for a compiler; for a device that need not be there, or the default one."""
+        shapes = self._shapes(bucket, labelled)
+        inputs = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in shapes.items()}
+        params = self.params
+        if device is not None:
+            params, inputs = sharding.abstract((params, inputs), jax.sharding.SingleDeviceSharding(device))
+        traced: jax.stages.Traced = jax.jit(self._step).trace(params, inputs)
+        return traced
 
     def _shapes(self, bucket: Bucket, labelled: bool = False) -> dict[str, tuple[int, int]]:
         shapes = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (bucket.rows, bucket.length))

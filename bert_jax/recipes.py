@@ -1,7 +1,6 @@
 """Settings -> a fine-tuned model, or a model's metrics: what the command line runs, a step at a time."""
 
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -17,10 +16,10 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from bert_jax import evaluation, hub, lora, processes, report, sharding, training, tree, vocabulary
+from bert_jax import evaluation, hub, lora, processes, report, sharding, targets, training, tree, vocabulary
 from bert_jax.config import BertConfig
 from bert_jax.data import corpus, sources
-from bert_jax.data.loader import Examples
+from bert_jax.data.loader import Examples, Shape
 from bert_jax.data.masking import MaskedExamples
 from bert_jax.errors import InputError, check_extra
 from bert_jax.model import BertPreTrainedModel
@@ -91,6 +90,7 @@ def prepare(settings: Settings) -> Prepared:
         new=[task_class.head, *settings.model.new],
         rngs=nnx.Rngs(settings.training.seed),
         compute_dtype=settings.precision.compute_dtype,
+        attention=settings.model.attention,
         remat=settings.training.remat,
         scan_layers=settings.training.scan_layers,
         **config,
@@ -305,6 +305,7 @@ def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any
     """
     options: dict[str, Any] = {
         "compute_dtype": settings.precision.compute_dtype,
+        "attention": settings.model.attention,
         "remat": settings.training.remat,
         "scan_layers": settings.training.scan_layers,
     }
@@ -423,57 +424,82 @@ def evaluate_examples(
         examples,
         batch_size=settings.training.evaluation_batch_size,
         packing=training.packing(model, settings),
+        multiple=training.multiple(settings),
         mesh=mesh,
     )
 
 
-def dry_run(settings: Settings) -> str:
+def dry_run(settings: Settings, target: str | None = None, *, console: Console | None = None) -> str:
     """What a run would do, without a step: settings, first examples in words, shapes, parameters, memory, programs.
 
+    Args:
+        settings: Of the run.
+        target: Chips to compile the step for that need not be here, `v5e:2x4`; this machine's devices by default.
+        console: Where a target's programs are shown as they are compiled; nowhere by default.
+
     Raises:
-        InputError: As `finetune`.
+        InputError: As `finetune`, or if there is no such target.
     """
+    chips = targets.get(target) if target else None
     prepared = prepare(settings)
     examples, tokenizer = prepared.examples["train"], prepared.tokenizer
     parts = [settings.to_yaml(), _overview(settings, prepared)]
     for i in range(min(3, len(examples))):
         pieces = " ".join(str(tokenizer.backend.id_to_token(int(token))) for token in examples.input_ids[i])
         every: dict[str, Any] = {**examples.targets, **examples.token_targets}
-        targets = ", ".join(f"{name} {values[i].tolist()}" for name, values in every.items())
+        values = ", ".join(f"{name} {values[i].tolist()}" for name, values in every.items())
         row = examples.origins[i][1] if examples.origins else prepared.rows["train"][i]
-        parts.append(f"example {i + 1}: {row}\n  tokens: {pieces}\n  {targets}")
-    mesh = sharding.mesh(settings.mesh)
-    loader = training.make_loader(examples, prepared.model, settings, mesh)
-    steps = settings.training.max_steps or math.ceil(settings.training.epochs * loader.steps_per_epoch)
-    planned = training.plan(prepared.model, settings, steps)
+        parts.append(f"example {i + 1}: {row}\n  tokens: {pieces}\n  {values}")
+    run = training.set_up(prepared.task, prepared.model, examples, settings, chips.devices if chips else None)
+    loader, planned = run.loader, run.plan
     counts: Counter[str] = Counter()
     for path, rule in planned.rules.items():
         counts[str(rule)] += (planned.trained if rule.trained else planned.frozen)[path].size
     parts.append("parameters:\n" + "\n".join(f"  {n:,}: {rule}" for rule, n in counts.most_common()))
-    places = [loader.place(step) for step in range(min(steps, loader.steps_per_epoch))]
-    step = training.make_step(prepared.task, planned, accumulation=settings.training.accumulation)
-    batch = examples.batch(max(places, key=lambda place: place.shape.rows * place.shape.length))
-    state = training.init_state(planned, settings.training.seed)
-    memory = step.lower(state, planned.frozen, batch).compile().memory_analysis()  # type: ignore[attr-defined]
-    shapes = sorted(Counter((place.shape.rows, place.shape.length) for place in places).items())
-    programs = [f"  [{rows}, {length}]: {n} steps an epoch" for (rows, length), n in shapes]
+    places = [loader.place(step) for step in range(min(run.steps, loader.steps_per_epoch))]
+    shapes = sorted(Counter(place.shape for place in places).items())
+    programs = [f"  [{shape.rows}, {shape.length}]: {n} steps an epoch" for shape, n in shapes]
     used = sum(int(examples.lengths[place.indices].sum()) for place in places)
     used_of = sum(place.shape.rows * place.shape.length for place in places)
     parts.append(
         "\n".join(
             [
-                f"{steps} steps, {loader.steps_per_epoch} an epoch, {used / used_of:.0%} of their tokens examples'; "
-                "programs by [rows, tokens]:",
+                f"{run.steps} steps, {loader.steps_per_epoch} an epoch, {used / used_of:.0%} of their tokens "
+                "examples'; programs by [rows, tokens]:",
                 *programs,
             ]
         )
     )
-    if memory is not None:
+    shape = max((shape for shape, _ in shapes), key=lambda shape: shape.rows * shape.length)
+    if chips:
+        parts.append(compile_for(chips, run, shape, prepared.model.config, console or Console(quiet=True)))
+    elif (memory := run.trace(shape).lower().compile().memory_analysis()) is not None:
         parts.append(
             f"memory of the largest: {(memory.argument_size_in_bytes) / 1e6:,.0f} MB of state and batch, "
             f"{memory.temp_size_in_bytes / 1e6:,.0f} MB besides"
         )
     return "\n\n".join(parts)
+
+
+def compile_for(chips: targets.Target, run: training.Run, shape: Shape, config: BertConfig, console: Console) -> str:
+    """What a target's compiler says of a run's step on a batch of some shape, and how many rows a batch may have."""
+    share, per_device = run.loader.share, len(chips.devices)
+
+    def check(n: int) -> targets.Check:
+        found = targets.check(run.trace(shape._replace(rows=n * share)), chips)
+        console.print(f"[{n * share}, {shape.length}]: {found.line}", highlight=False)
+        return found
+
+    first = check(shape.rows // share)
+    flops = targets.train_flops(config, shape.rows, shape.length)
+    most = share * targets.largest(check, shape.rows // share, first)
+    return "\n".join(
+        [
+            f"the step on [{shape.rows}, {shape.length}] {first}",
+            f"by formula, 6·B·T·L·(4D² + 2DF + 2TD): {flops / 1e12:.2f} TFLOP",
+            f"the largest batch that fits: [{most}, {shape.length}], {most // per_device} rows a device",
+        ]
+    )
 
 
 def _overview(settings: Settings, prepared: Prepared) -> str:

@@ -69,6 +69,8 @@ class _Start(_Section):
     """Dropout of embeddings, attention's output and feed-forward; the checkpoint's by default."""
     attention_probs_dropout_prob: Fraction | None = None
     """Dropout of attention probabilities; the checkpoint's by default."""
+    attention: Literal["plain", "splash", "cudnn"] = "plain"
+    """Fused kernels need less memory: splash on TPUs, cudnn on GPUs, both in bfloat16 without attention dropout."""
 
 
 class Model(_Start):

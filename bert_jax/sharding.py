@@ -7,7 +7,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,13 +32,15 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
-def mesh(axes: settings.Mesh) -> jax.sharding.Mesh:
-    """The devices of all processes along the axes `data`, `fsdp` and `tensor`.
+def mesh(axes: settings.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The devices of all processes, or those given, along the axes `data`, `fsdp` and `tensor`.
 
     Raises:
         InputError: If the axes do not go into the devices.
     """
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    devices = sorted(
+        jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id)
+    )
     sizes = {"data": axes.data, "fsdp": axes.fsdp, "tensor": axes.tensor}
     shape = ", ".join(f"{name}: {size}" for name, size in sizes.items())
     rest = axes.fsdp * axes.tensor
@@ -87,6 +89,11 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def by_row(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Rows of a batch, shared out."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
 def placement(mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     """Where a parameter lives."""
     spec = next((spec for pattern, spec in RULES if re.fullmatch(pattern, path)), PartitionSpec())
@@ -115,9 +122,16 @@ def put(arrays: Any, layout: Any) -> Any:
     return jax.tree.map(place, arrays, layout)
 
 
+def abstract(tree: Any, places: Any) -> Any:
+    """What a pytree's arrays are and where they live, without their values: all in one place, or each in its own."""
+    if isinstance(places, jax.sharding.Sharding):
+        places = jax.tree.map(lambda _: places, tree)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+
+
 def put_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
     """Puts a batch, of which each process brings its own rows, on the devices."""
-    sharding = NamedSharding(mesh, PartitionSpec(ROWS))
+    sharding = by_row(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
@@ -137,7 +151,32 @@ def by_rows(x: jax.Array) -> jax.Array:
     Returns:
         x; as it was where no mesh of ours is set (`jax.set_mesh`), or one of a single device.
     """
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS)) if _shares() > 1 else x
+
+
+def draw_by_rows(draw: Callable[..., jax.Array], key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What `draw(key, shape)` gives; where rows are shared out, each device draws its own, with a key of its own.
+
+    Compilers share out no generator of random bits: left alone, every device would draw the whole batch's.
+
+    Args:
+        draw: Of key and shape.
+        key: uint32 [2].
+        shape: Of the result, rows first.
+    """
+    shares = _shares()
+    if shares == 1 or shape[0] % shares:
+        return draw(key, shape)
+
+    def part(key: jax.Array) -> jax.Array:
+        own = key.at[1].add(jax.lax.axis_index(ROWS).astype(key.dtype))
+        return draw(own, (shape[0] // shares, *shape[1:]))
+
+    spec = PartitionSpec(ROWS)
+    return jax.shard_map(part, in_specs=PartitionSpec(), out_specs=spec, axis_names=set(ROWS), check_vma=False)(key)
+
+
+def _shares() -> int:
+    """How many the rows of a batch are shared out to under the mesh that is set; 1 where it is none of ours."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or not set(ROWS) <= set(mesh.axis_names):
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
+    return math.prod(mesh.shape[axis] for axis in ROWS) if set(ROWS) <= set(mesh.axis_names) else 1

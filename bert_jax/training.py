@@ -8,10 +8,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bert_jax import evaluation, lora, optim, processes, sharding, tree
+from bert_jax import evaluation, kernels, lora, optim, processes, sharding, tree
 from bert_jax.checkpoint import Checkpoints
-from bert_jax.data.loader import Batch, Examples, Loader, Shape
+from bert_jax.data.loader import Batch, Examples, Loader, Place, Shape
 from bert_jax.errors import InputError, Interrupted, TrainingError
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import Pretraining, Settings
@@ -169,6 +169,11 @@ def packing(model: BertPreTrainedModel, settings: Settings | Pretraining) -> int
     return model.config.max_position_embeddings if settings.data.packing else None
 
 
+def multiple(settings: Settings | Pretraining) -> int:
+    """What the tokens of a row have to be a multiple of."""
+    return kernels.SPLASH_BLOCK if settings.model.attention == "splash" else 1
+
+
 def make_loader(
     examples: Examples, model: BertPreTrainedModel, settings: Settings | Pretraining, mesh: jax.sharding.Mesh
 ) -> Loader:
@@ -179,8 +184,78 @@ def make_loader(
         seed=settings.training.seed,
         share=settings.training.accumulation * sharding.share(mesh),
         packing=packing(model, settings),
+        multiple=multiple(settings),
         part=sharding.part(mesh),
     )
+
+
+class Run(NamedTuple):
+    """What a run's steps are made of, on devices that are there or not.
+
+    Attributes:
+        mesh: The devices.
+        loader: The batches.
+        steps: Of the whole run.
+        plan: Of the parameters.
+        layout: Where the state lives: a `TrainState` of shardings.
+        step: The compiled step, see `make_step`.
+    """
+
+    mesh: jax.sharding.Mesh
+    loader: Loader
+    steps: int
+    plan: Plan
+    layout: TrainState
+    step: Any
+
+    def trace(self, shape: Shape) -> jax.stages.Traced:
+        """The step on a batch of some shape, for a compiler; needs no more of the devices than their description."""
+        plan, examples = self.plan, self.loader.examples
+        place = Place(np.zeros(1, int), np.zeros(1, int), shape)  # any example will do
+        state = sharding.abstract(_state_shapes(plan), self.layout)
+        frozen = sharding.abstract(plan.frozen, sharding.placements(self.mesh, plan.frozen))
+        batch = sharding.abstract(examples.batch(place), sharding.by_row(self.mesh))
+        with jax.set_mesh(self.mesh):
+            traced: jax.stages.Traced = self.step.trace(state, frozen, batch)
+        return traced
+
+
+def set_up(
+    task: Objective,
+    model: BertPreTrainedModel,
+    examples: Examples,
+    settings: Settings | Pretraining,
+    devices: Sequence[Any] | None = None,
+) -> Run:
+    """Makes what `train` runs, for the devices of all processes or for those given.
+
+    Raises:
+        InputError: If the settings do not fit the model or the devices.
+    """
+    options = settings.training
+    mesh = sharding.mesh(settings.mesh, devices)
+    sharding.check(mesh, model.config)
+    kernels.check(
+        settings.model.attention,
+        platform=mesh.devices.flat[0].platform,
+        compute_dtype=settings.precision.compute_dtype,
+        packed=settings.data.packing,
+    )
+    loader = make_loader(examples, model, settings, mesh)
+    steps = options.max_steps or math.ceil(options.epochs * loader.steps_per_epoch)
+    planned = plan(model, settings, steps)
+    layout = sharding.placements(mesh, _state_shapes(planned))
+    step = make_step(
+        task, planned, accumulation=options.accumulation, out_shardings=(layout, sharding.replicated(mesh))
+    )
+    return Run(mesh, loader, steps, planned, layout, step)
+
+
+def _state_shapes(plan: Plan) -> TrainState:
+    def state(trained: Arrays) -> TrainState:
+        return init_state(replace(plan, trained=trained), 0)
+
+    return jax.eval_shape(state, plan.trained)
 
 
 @dataclass(frozen=True)
@@ -236,20 +311,11 @@ def train(
         raise InputError(f"training.metric is {metric!r}; this task has loss, {', '.join(task.metrics)}.")
 
     # ── Devices, parameters, programs ────────────────────────────────────────────────────────────────────────────────
-    mesh = sharding.mesh(settings.mesh)
-    sharding.check(mesh, model.config)
-    loader = make_loader(examples, model, settings, mesh)
-    steps = options.max_steps or math.ceil(options.epochs * loader.steps_per_epoch)
-    planned = plan(model, settings, steps)
+    mesh, loader, steps, planned, layout, step_fn = set_up(task, model, examples, settings)
     for path, rule in planned.rules.items():
         logger.info("%s: %s", path, rule)
-    state = init_state(planned, options.seed)
-    layout = sharding.placements(mesh, state)
-    state = sharding.put(state, layout)
+    state = sharding.put(init_state(planned, options.seed), layout)
     frozen = sharding.put(planned.frozen, sharding.placements(mesh, planned.frozen))
-    step_fn = make_step(
-        task, planned, accumulation=options.accumulation, out_shardings=(layout, sharding.replicated(mesh))
-    )
     evaluate_batch = evaluation.program(task, planned.skeleton)
     whole = tree.unflatten(sharding.placements(mesh, dict(planned.skeleton.specs)))
     combine = jax.jit(planned.params, out_shardings=whole)
@@ -322,6 +388,7 @@ def train(
                     validation,
                     batch_size=options.evaluation_batch_size,
                     packing=loader.packing,
+                    multiple=loader.multiple,
                     mesh=mesh,
                 )
                 score = _note_best(progress, step, result.metrics, metric)

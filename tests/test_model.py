@@ -333,6 +333,32 @@ def test_random_bits_are_those_of_threefry():
     np.testing.assert_array_equal(ours, np.stack([x & 0xFFFF, x >> 16, y & 0xFFFF, y >> 16], axis=1))
 
 
+@pytest.mark.parametrize(
+    ("equation", "x", "y"),
+    [
+        ("...i,oi->o...", (2, 3, 4), (5, 4)),
+        ("...i,oi->...o", (3, 4), (5, 4)),
+        ("...d,vd->...v", (2, 3, 4), (5, 4)),
+        ("bnth,bnsh->bnts", (2, 3, 4, 5), (2, 3, 6, 5)),
+        ("bnts,bnsh->bnth", (2, 3, 4, 5), (2, 3, 5, 6)),
+    ],
+)
+def test_gradients_of_products_in_bfloat16(equation, x, y):
+    x, y = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate((x, y)))
+
+    def gradients(x, y):
+        def loss(x, y):
+            return jnp.sum(jnp.sin(model._product(equation, x, y)))
+
+        return jax.grad(loss, argnums=(0, 1))(x, y)
+
+    low = gradients(x.astype(jnp.bfloat16), y)
+    assert [leaf.dtype for leaf in low] == [jnp.bfloat16, jnp.float32]  # a weight's is not rounded
+    rounded = x.astype(jnp.bfloat16).astype(jnp.float32), y.astype(jnp.bfloat16).astype(jnp.float32)
+    for found, expected in zip(low, gradients(*rounded), strict=True):
+        np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.05, rtol=0.02)
+
+
 @pytest.mark.parametrize("shape", [(4, 8), (3, 5, 7), (2, 3, 6, 6)])
 def test_random_bits_of_any_shape(shape):
     bits = np.asarray(model._random_bits(jax.random.key(7), shape))

@@ -197,6 +197,19 @@ def test_a_dry_run_says_what_would_happen(tree, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"attention": "splash"}, "attention is 'splash', a fused kernel for TPUs; these devices are cpu"),
+        ({"attention": "flash"}, "model.attention: Input should be 'plain', 'splash' or 'cudnn', got 'flash'"),
+    ],
+)
+def test_attention_that_cannot_be_had(tree, model, message):
+    tree["model"] |= model
+    with pytest.raises(InputError, match=message):
+        recipes.dry_run(Settings.from_dict(tree))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"train": None}, "data.train is not set"),

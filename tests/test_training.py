@@ -2,6 +2,7 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 
 import bert_jax
 from bert_jax import evaluation, sharding, training, tree
-from bert_jax.data.loader import Loader, one_a_row
+from bert_jax.data.loader import Loader, Shape, one_a_row
 from bert_jax.errors import InputError, Interrupted, TrainingError
 from bert_jax.settings import Mesh, Settings
 from bert_jax.tasks.sequence_classification import SequenceClassification
@@ -280,3 +281,55 @@ def test_the_journal_has_what_a_curve_needs(unbroken):
     assert losses[-1]["learning_rate"] == pytest.approx(2e-5 / 8)
     assert [line["step"] for line in journal if "validation" in line] == [3, 6, 8]
     assert json.dumps(trained.metrics)
+
+
+# ── The program ──
+
+
+@pytest.fixture(scope="module")
+def bfloat16_step(tokenizer):
+    """The step of a small model in bfloat16, traced, and its arguments."""
+    config = bert_jax.BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                                 num_labels=2)  # fmt: skip
+    settings = make_settings("", precision={"compute_dtype": "bfloat16"})
+    model = bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0), compute_dtype="bfloat16")
+    task = SequenceClassification(tokenizer, config, 32)
+    run = training.set_up(task, model, task.featurize([{"text": "a text", "label": "LABEL_0"}] * 8), settings)
+    return run, run.trace(Shape(8, 32, 1))
+
+
+def test_products_take_bfloat16_and_give_float32(bfloat16_step):
+    text = bfloat16_step[1].lower().as_text()
+    products = re.findall(
+        r"stablehlo.dot_general .* : \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\) -> tensor<[\dx]*(\w+)>", text
+    )
+    inside = [kinds for kinds in products if "bf16" in kinds]
+    assert {tuple(kinds) for kinds in inside} == {("bf16", "bf16", "f32")}
+    # The pooler and the head, on a vector a text; forward, and two products backward for each.
+    assert products.count(("f32", "f32", "f32")) <= 6
+    assert len(inside) >= 3 * 2 * 8 - 2
+
+
+def test_softmax_layer_norm_and_loss_are_float32(bfloat16_step):
+    text = bfloat16_step[1].lower().as_text()
+    for operation, shape in {"exponential": "8x2x32x32", "rsqrt": "8x32x1", "log": ""}.items():
+        kinds = re.findall(rf"stablehlo\.{operation} .*tensor<{shape}x?(?:\d+x)*(\w+)>\s*$", text, re.MULTILINE)
+        assert kinds
+        assert set(kinds) == {"f32"}, operation
+
+
+def test_the_state_is_overwritten(bfloat16_step):
+    run, traced = bfloat16_step
+    sizes = traced.lower().compile().memory_analysis()
+    state = sum(leaf.size * 4 for leaf in jax.tree.leaves((run.plan.trained,) * 3))
+    assert state <= sizes.alias_size_in_bytes <= sizes.output_size_in_bytes < 1.01 * state
+
+
+def test_a_step_moves_nothing_between_host_and_device(bfloat16_step):
+    run, _ = bfloat16_step
+    state = jax.device_put(training.init_state(run.plan, 0), run.layout)
+    batch = sharding.put_batch(run.loader.batch_at(0), run.mesh)
+    with jax.set_mesh(run.mesh), jax.transfer_guard("disallow"):
+        state, metrics = run.step(state, {}, batch)
+        jax.block_until_ready((state, metrics))
+    assert np.isfinite(float(metrics["loss"]))

@@ -151,7 +151,9 @@ class Examples:
 # ── Which examples go together ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def bucketed(lengths: np.ndarray, batch_size: int, rows: int, random: np.random.Generator) -> list[Place]:
+def bucketed(
+    lengths: np.ndarray, batch_size: int, rows: int, random: np.random.Generator, multiple: int = 1
+) -> list[Place]:
     """Batches in random order, one example a row, examples of like length together; one batch has the rest."""
     order = random.permutation(len(lengths))
     window = WINDOW * batch_size
@@ -160,13 +162,13 @@ def bucketed(lengths: np.ndarray, batch_size: int, rows: int, random: np.random.
         for part in (order[start : start + window] for start in range(0, len(order), window))
     ])  # fmt: skip
     parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    places = [one_a_row(part, rows, padded_length(int(lengths[part].max()))) for part in parts]
+    places = [one_a_row(part, rows, padded_length(int(lengths[part].max()), multiple)) for part in parts]
     return [places[i] for i in random.permutation(len(places))]
 
 
-def padded_length(tokens: int) -> int:
+def padded_length(tokens: int, multiple: int = 1) -> int:
     """The length of the program that takes so many tokens."""
-    return next((length for length in LENGTHS if length >= tokens), tokens)
+    return -(-next((length for length in LENGTHS if length >= tokens), tokens) // multiple) * multiple
 
 
 def balanced(lengths: np.ndarray, batch_size: int, random: np.random.Generator) -> list[np.ndarray]:
@@ -209,7 +211,9 @@ def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.nd
     return np.array(chosen), Shape(len(room), length, int(np.bincount(chosen).max()))
 
 
-def packed_shape(lengths: np.ndarray, batches: Sequence[np.ndarray], share: int, limit: int) -> Shape:
+def packed_shape(
+    lengths: np.ndarray, batches: Sequence[np.ndarray], share: int, limit: int, multiple: int = 1
+) -> Shape:
     """The shape that holds any of some batches in the least work.
 
     Args:
@@ -217,6 +221,7 @@ def packed_shape(lengths: np.ndarray, batches: Sequence[np.ndarray], share: int,
         batches: Indices of each, longest first.
         share: What the rows have to be a multiple of.
         limit: Tokens that a row may have, as many as the model has positions.
+        multiple: What the tokens of a row have to be a multiple of.
     """
     most, longest = max(int(lengths[batch].sum()) for batch in batches), int(lengths.max())
 
@@ -224,7 +229,8 @@ def packed_shape(lengths: np.ndarray, batches: Sequence[np.ndarray], share: int,
         """Work that any shape with rows of so many tokens is."""
         return _work(-(-most // length // share) * share, length)
 
-    steps = range(-(-longest // 8) * 8, max(longest, min(limit, 2 * longest)) + 8, 8)
+    step = max(8, multiple)
+    steps = range(-(-longest // step) * step, max(longest, min(limit, 2 * longest)) + step, step)
     best: Shape | None = None
     for length in sorted((min(length, max(longest, limit)) for length in steps), key=least):
         if best and least(length) >= _work(best.rows, best.length):
@@ -253,6 +259,7 @@ class Loader:
         seed: Of their order.
         share: What the rows of a batch have to be a multiple of, to be shared out.
         packing: Tokens that a row may have if it may hold several examples; None for one example a row.
+        multiple: What the tokens of a row have to be a multiple of.
         part: Which part of the rows to make, and of how many.
     """
 
@@ -264,10 +271,11 @@ class Loader:
         seed: int,
         share: int = 1,
         packing: int | None = None,
+        multiple: int = 1,
         part: tuple[int, int] = (0, 1),
     ):
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self.share, self.packing, self.part = share, packing, part
+        self.share, self.packing, self.multiple, self.part = share, packing, multiple, part
         self.steps_per_epoch = -(-len(examples) // batch_size)
         self._epoch = functools.lru_cache(maxsize=2)(self._places)
 
@@ -275,12 +283,13 @@ class Loader:
     def _shape(self) -> Shape:
         """What the first epoch's batches fit into."""
         batches = balanced(self.examples.lengths, self.batch_size, np.random.default_rng((self.seed, 0)))
-        return packed_shape(self.examples.lengths, batches, self.share, self.packing or 0)
+        return packed_shape(self.examples.lengths, batches, self.share, self.packing or 0, self.multiple)
 
     def _places(self, epoch: int) -> list[Place]:
         lengths, random = self.examples.lengths, np.random.default_rng((self.seed, epoch))
         if self.packing is None:
-            return bucketed(lengths, self.batch_size, -(-self.batch_size // self.share) * self.share, random)
+            rows = -(-self.batch_size // self.share) * self.share
+            return bucketed(lengths, self.batch_size, rows, random, self.multiple)
         return [self._place(indices) for indices in balanced(lengths, self.batch_size, random)]
 
     def _place(self, indices: np.ndarray) -> Place:

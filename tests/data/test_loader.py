@@ -165,6 +165,14 @@ def test_the_shape_is_the_one_of_least_work():
     assert packed_shape(np.full(64, 10), [np.arange(8), np.arange(8, 16)], 1, 16) == (8, 16, 1)
 
 
+@pytest.mark.parametrize("packing", [None, 512])
+def test_rows_of_a_multiple_of_tokens(packing):
+    loader = Loader(examples(), 8, seed=0, packing=packing, multiple=128)
+    lengths = {loader.place(step).shape.length for step in range(2 * loader.steps_per_epoch)}
+    assert lengths
+    assert not any(length % 128 for length in lengths)
+
+
 def test_a_packed_batch():
     data = examples([3, 2, 4], pad_token_id=9)
     tags = [np.arange(1, n + 1, dtype=np.int32) for n in data.lengths]

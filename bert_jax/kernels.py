@@ -1,0 +1,162 @@
+"""Attention by name: written out, and the fused kernels that TPUs and GPUs have, which never hold the probabilities.
+
+A kernel is a function of query [B, T, N, H], key and value [B, S, N, H] in the compute dtype, who attends to whom
+(`Attended`), and dropout's rate and key; it returns the context [B, T, N, H] and the probabilities, float32
+[B, N, T, S], or None where it has none.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from bert_jax import sharding
+from bert_jax.errors import InputError
+
+FUSED = {"splash": ("TPUs", "tpu"), "cudnn": ("NVIDIA GPUs", "gpu")}
+"""Fused kernels: what they are for, in words and by JAX's name."""
+SPLASH_BLOCK = 128
+"""Tokens that splash attention takes at a time: rows have to be a multiple of it."""
+
+
+class Attended(NamedTuple):
+    """Which tokens are attended to: those whose number is the asking token's.
+
+    Attributes:
+        queries: int32 [B, T], or [B, 1] where all tokens of a row ask for the same.
+        keys: int32 [B, S].
+    """
+
+    queries: jax.Array
+    keys: jax.Array
+
+    def mask(self) -> jax.Array:
+        """The same as a mask: bool [B, 1, T or 1, S]."""
+        return (self.queries[:, :, None] == self.keys[:, None, :])[:, None]
+
+
+def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length: int | None = None) -> None:
+    """Raises `InputError` where a kernel would be wrong, or cannot run.
+
+    Args:
+        name: Of the kernel.
+        platform: Of the devices, by JAX's name.
+        compute_dtype: Of the activations.
+        packed: Whether rows hold several texts.
+        length: Tokens a row; None if they are not known yet.
+    """
+    if name not in FUSED:
+        return
+    kind, needed = FUSED[name]
+    instead = "Take attention 'plain'."
+    if platform != needed:
+        raise InputError(f"attention is {name!r}, a fused kernel for {kind}; these devices are {platform}. {instead}")
+    if compute_dtype != "bfloat16":
+        raise InputError(
+            f"attention is {name!r}, which computes in bfloat16; compute_dtype is {compute_dtype}. {instead}"
+        )
+    if name == "cudnn" and packed:
+        raise InputError(
+            "attention is 'cudnn', which knows rows of one text each, and these hold several. Set data.packing to "
+            "false (pass no document_ids), or take attention 'plain'."
+        )
+    if name == "splash" and length is not None and length % SPLASH_BLOCK:
+        raise InputError(
+            f"attention is 'splash', which takes rows of a multiple of {SPLASH_BLOCK} tokens; these have {length}. "
+            "Pad them, or take attention 'plain'."
+        )
+
+
+def platform() -> str:
+    """Of the devices that a program is made for: those of the mesh that is set, or the default ones."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else str(device.platform)
+
+
+def splash(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    attended: Attended | None,
+    dropout_rate: float,
+    dropout_key: jax.Array | None,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, None]:
+    """Splash attention, JAX's block-wise kernel for TPUs (Dao et al. 2022, "FlashAttention", in Pallas).
+
+    Rows and heads are computed where they live: compilers share out no custom kernel.
+
+    Args:
+        query: [B, T, N, H], T a multiple of `SPLASH_BLOCK`.
+        key: [B, S, N, H], S likewise.
+        value: [B, S, N, H].
+        attended: Who attends to whom; None for all to all.
+        dropout_rate: Not used: callers refuse it.
+        dropout_key: Not used.
+        interpret: Runs it without a TPU, slowly, for tests.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    rows, length, heads, size = query.shape
+    if attended is None:
+        attended = Attended(jnp.ones((rows, 1), jnp.int32), jnp.ones((rows, key.shape[1]), jnp.int32))
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = set(sharding.ROWS) <= set(mesh.axis_names) and mesh.size > 1
+    shares = mesh.shape["tensor"] if ours else 1
+    block = next(block for block in (512, 384, 256, 128) if length % block == 0 and key.shape[1] % block == 0)
+    kernel = library.make_splash_mha_single_device(
+        masks.MultiHeadMask([masks.FullMask((length, key.shape[1]))] * (heads // shares)),
+        block_sizes=library.BlockSizes(
+            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+        ),
+        interpret=interpret,
+    )
+
+    def one_device(
+        query: jax.Array, key: jax.Array, value: jax.Array, asking: jax.Array, asked: jax.Array
+    ) -> jax.Array:
+        context: jax.Array = jax.vmap(kernel)(query, key, value, segment_ids=library.SegmentIds(asking, asked))
+        return context
+
+    if ours:
+        by_head, by_row = PartitionSpec(sharding.ROWS, "tensor"), PartitionSpec(sharding.ROWS)
+        one_device = jax.shard_map(
+            one_device, in_specs=(by_head, by_head, by_head, by_row, by_row), out_specs=by_head, check_vma=False
+        )
+    query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query * size**-0.5, key, value))  # [B, N, T, H]
+    asking = jnp.broadcast_to(attended.queries, (rows, length))
+    context = one_device(query, key, value, asking, attended.keys)
+    return jnp.moveaxis(context, 1, 2).astype(value.dtype), None
+
+
+def cudnn(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    attended: Attended | None,
+    dropout_rate: float,
+    dropout_key: jax.Array | None,
+) -> tuple[jax.Array, None]:
+    """cuDNN's fused attention (Dao et al. 2022) for rows of one text each, padded on the right."""
+    lengths = None
+    if attended is not None:
+        seen = not isinstance(attended.keys, jax.core.Tracer)
+        if seen and np.any(np.diff(np.asarray(attended.keys), axis=1) > 0):
+            raise InputError(
+                "attention is 'cudnn', which takes padding on the right; attention_mask has it before tokens."
+            )
+        lengths = jnp.sum(attended.keys, axis=1, dtype=jnp.int32)
+    try:
+        context = jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, implementation="cudnn")
+    except RuntimeError as error:
+        if "cuDNN not found" not in str(error):
+            raise
+        raise InputError(
+            "attention is 'cudnn', and cuDNN is not installed: pip install 'bert-jax[cuda]', or nvidia-cudnn-cu13 "
+            "alone to compile for a GPU that is not here."
+        ) from None
+    return context, None

@@ -1,0 +1,280 @@
+"""Compiles the shipped recipes' programs for TPUs and GPUs that are not here, and writes docs/accelerators.md.
+
+    python scripts/aot_check.py             # all targets; an hour on two cores
+    python scripts/aot_check.py v5e change  # those with one of these in their names
+
+What has been compiled with these versions is kept in docs/accelerators.json and not compiled again.
+"""
+
+import json
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+
+from bert_jax import BertConfig, recipes, targets, training
+from bert_jax.data.loader import Examples, Loader, Shape
+from bert_jax.pipelines import TASKS, Bucket, Pipeline
+from bert_jax.settings import Settings
+from bert_jax.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+PAGE, RESULTS = ROOT / "docs" / "accelerators.md", ROOT / "docs" / "accelerators.json"
+SIZES = {"base": BertConfig.base_cased(), "large": BertConfig.large_cased()}
+CHIPS = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:8")
+LAYOUTS = {"data": {}, "fsdp": {"data": 1, "fsdp": 8}}
+# A step's rows and tokens by recipe: as many tokens a device as keep its units of products busy.
+RECIPES = {"emotion": (256, 128), "squad": (64, 384)}
+WORDS = "the quick brown fox jumps over the lazy dog and " * 60
+ROWS = {
+    "emotion": [{"text": WORDS, "label": "LABEL_0"}],
+    "squad": [{"question": "who jumps", "context": WORDS, "answers": {"text": ["fox"], "answer_start": [16]}}],
+}
+
+
+def make_run(recipe: str, size: str, chips: targets.Target, **changes: Any) -> training.Run:
+    """What `bert-jax finetune configs/finetune/RECIPE.yaml` would run, its parameters' shapes alone.
+
+    Args:
+        recipe: Name of the file.
+        size: Of the published model.
+        chips: To compile for.
+        changes: Settings of sections, laid over the file's.
+    """
+    settings = Settings.from_file(
+        ROOT / "configs" / "finetune" / f"{recipe}.yaml", ["precision.compute_dtype=bfloat16"]
+    )
+    tree = settings.model_dump()
+    for section, values in changes.items():
+        tree[section] |= values
+    settings = Settings.from_dict(tree)
+    dropout = (
+        {} if (rate := settings.model.attention_probs_dropout_prob) is None else {"attention_probs_dropout_prob": rate}
+    )
+    config = SIZES[size].replace(num_labels=6, **dropout)
+    tokenizer = Tokenizer.from_pretrained("bert-mini-cased")  # its vocabulary is the published one
+    model = recipes.TASKS[settings.task].model_class(
+        config,
+        compute_dtype=settings.precision.compute_dtype,
+        attention=settings.model.attention,
+        remat=settings.training.remat,
+        scan_layers=settings.training.scan_layers,
+    )
+    task = recipes.make_task(settings, tokenizer, config)
+    return training.set_up(task, model, task.featurize(ROWS[recipe]), settings, chips.devices)
+
+
+def finetune(chips: targets.Target, recipe: str, size: str, shape: Shape, **changes: Any) -> dict[str, Any]:
+    """A step of fine-tuning, compiled."""
+    run = make_run(recipe, size, chips, **changes)
+    check = targets.check(run.trace(shape), chips)
+    flops = targets.train_flops(SIZES[size], shape.rows, shape.length)
+    gradients = sum(leaf.size * 4 for leaf in run.plan.trained.values())
+    return entry(check, flops) | {"gradient_bytes": gradients}
+
+
+def fill_mask(chips: targets.Target, size: str, bucket: Bucket) -> dict[str, Any]:
+    """The program of `bert-jax fill-mask` for a bucket, on one device."""
+    kind, config = TASKS["fill-mask"], SIZES[size]
+    tokenizer = Tokenizer.from_pretrained("bert-mini-cased")
+    pipe = Pipeline(kind(tokenizer, config, 512), kind.model_class(config, compute_dtype="bfloat16"), tokenizer, 512)
+    check = targets.check(pipe.trace(bucket, device=chips.devices[0]), chips)
+    return entry(check, targets.train_flops(config, bucket.rows, bucket.length) / 3)
+
+
+def entry(check: targets.Check, flops: float) -> dict[str, Any]:
+    return {
+        "fits": check.fits,
+        "memory": check.memory,
+        "resident": check.resident,
+        "aliased": check.aliased,
+        "seconds": round(check.seconds, 1),
+        "flops": flops,
+        "products": check.products,
+        "collectives": check.collectives,
+        "kernels": check.kernels,
+        "bound": targets.bound(check) if check.fits else None,
+    }
+
+
+def largest(chips: targets.Target, size: str, length: int, **changes: Any) -> dict[str, Any]:
+    """The most rows of so many tokens that fit, in programs with rows of several texts."""
+    run = make_run("squad", size, chips, data={"max_length": length}, **changes)
+    n = len(chips.devices)
+    tried: dict[int, bool] = {}
+
+    def check(rows: int) -> targets.Check:
+        found = targets.check(run.trace(Shape(rows * n, length, 2)), chips)
+        tried[rows] = found.fits
+        print("   ", rows, "rows a device:", found.line, flush=True)
+        return found
+
+    return {"rows": targets.largest(check, 48, check(48)), "tried": tried}
+
+
+def packing(chips: targets.Target, lengths: np.ndarray, packed: bool) -> dict[str, Any]:
+    """A step on 256 examples of some lengths, in rows of several or one a row of 128 tokens."""
+    run = make_run("emotion", "base", chips, data={"packing": packed}, training={"batch_size": 256})
+    ids = [np.ones(n, np.int32) for n in lengths]
+    examples = Examples(ids, ids, {"labels": np.zeros(len(ids), np.int32)})
+    loader = Loader(examples, 256, seed=0, share=run.loader.share, packing=run.loader.packing)
+    shape = loader.place(0).shape if packed else Shape(256, 128, 1)
+    return finetune(chips, "emotion", "base", shape, data={"packing": packed}) | {"shape": shape}
+
+
+def programs() -> dict[str, Any]:
+    """Name -> what compiles it, those of the table first."""
+    found: dict[str, Any] = {}
+    for name in CHIPS:
+        for recipe, (rows, length) in RECIPES.items():
+            for size in SIZES:
+                for layout, mesh in LAYOUTS.items():
+                    key = f"{name} finetune {recipe} {size} {layout} {rows}x{length}"
+                    shape = Shape(rows, length, 4)
+                    found[key] = lambda c, r=recipe, s=size, m=mesh, h=shape: finetune(c, r, s, h, mesh=m)
+        for size in SIZES:
+            bucket = Bucket(16, 128, 2)
+            found[f"{name} fill-mask {size} one 16x128"] = lambda c, s=size, b=bucket: fill_mask(c, s, b)
+    fused = {"attention_probs_dropout_prob": 0.0}  # no fused kernel has attention's dropout
+    for name, what, changes in (
+        ("v5e:2x4", "plain", {"model": fused}),
+        ("v5e:2x4", "remat", {"model": fused, "training": {"remat": True}}),
+        ("v5e:2x4", "splash", {"model": fused | {"attention": "splash"}}),
+        ("v5e:2x4", "splash and remat", {"model": fused | {"attention": "splash"}, "training": {"remat": True}}),
+        ("h100:8", "plain", {"model": fused}),
+        ("h100:8", "remat", {"model": fused, "training": {"remat": True}}),
+        ("h100:8", "cudnn", {"model": fused | {"attention": "cudnn"}, "data": {"packing": False}}),
+    ):
+        shape = Shape(256, 512, 1 if what == "cudnn" else 4)
+        changes = {"data": {"max_length": 512}} | changes
+        found[f"{name} change {what}"] = lambda c, h=shape, k=changes: finetune(c, "squad", "base", h, **k)
+    remat = {"training": {"remat": True}}
+    found["v5e:2x4 largest large 512 remat"] = lambda c: largest(c, "large", 512, **remat)
+    for size in SIZES:
+        shape = Shape(256 * 32, 128, 4)
+        found[f"v5e:16x16 finetune emotion {size} data 8192x128"] = lambda c, s=size, h=shape: finetune(
+            c, "emotion", s, h
+        )
+    # Packing: the examples of a batch of 256 padded to 128 tokens, or in rows of several.
+    lengths = np.random.default_rng(0).gamma(3.2, 7.0, 256 * 8).clip(4, 128).astype(int)
+    for packed in (False, True):
+        found[f"v5e:2x4 packing {packed}"] = lambda c, p=packed: packing(c, lengths, p)
+    found["v5e:2x4 too much"] = lambda c: finetune(c, "squad", "large", Shape(512, 512, 4), data={"max_length": 512})
+    return found
+
+
+# ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def page(versions: dict[str, str], results: dict[str, Any]) -> str:
+    """docs/accelerators.md of what was found."""
+    gib = targets.GIB
+    parts = [
+        "# TPUs and GPUs",
+        "Programs of this package compile for TPU v5e, v6e and v5p and for H100 with those chips' own compilers, on a "
+        "machine that has none of them. **They have never been run on one**: what follows is what compilers say of "
+        "memory, communication and types, and bounds on paper; it says nothing of speed.",
+        "```sh\npip install '.[aot]'\n"
+        "bert-jax finetune configs/finetune/emotion.yaml precision.compute_dtype=bfloat16 --dry-run --target v5e:2x4\n"
+        "python scripts/aot_check.py    # writes this page\n```",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + ". Activations are bfloat16, parameters and optimizer float32, state donated, rows hold several texts unless "
+        "said otherwise. TPU programs are compiled with `exec_time_optimization_effort` −1, H100's without autotuning.",
+    ]  # fmt: skip
+    table = ["| program | layout | " + " | ".join(CHIPS) + " |", "|---|---|" + "---|" * len(CHIPS)]
+    kinds = list(
+        dict.fromkeys(name.split(" ", 1)[1] for name in programs() if name.split()[1] in ("finetune", "fill-mask"))
+    )
+    for kind in kinds:
+        task, *recipe, size, layout, shape = kind.split()
+        cells = [results.get(f"{chip} {kind}") for chip in CHIPS]
+        if any(cells):
+            words = [f"{'' if c['fits'] else '**does not fit** '}{c['memory'] / gib:.2f}" if c else "" for c in cells]
+            rows = f"{' '.join([task, *recipe])}, {size}, [{shape.replace('x', ', ')}]"
+            table.append(f"| {rows} | {layout} | " + " | ".join(words) + " |")
+    room = ", ".join(f"{chip} {targets.CHIPS[chip.split(':')[0]].memory / gib:.2f}" for chip in CHIPS)
+    parts += [f"## Memory of a device, GiB\n\nOf {room}. Shapes are rows and tokens on all devices.", "\n".join(table)]
+
+    lines = ["| program | collectives (MB a device) | gradients, MB | products in bfloat16 |", "|---|---|---|---|"]
+    for name, found in results.items():
+        if " finetune " in name and found["fits"]:
+            said = ", ".join(f"{n} {kind} ({size / 1e6:,.1f})" for kind, (n, size) in found["collectives"].items())
+            flops = {kinds.split()[0]: flops for kinds, (_, flops) in found["products"].items()}
+            share = flops["bfloat16"] / sum(flops.values())
+            lines.append(f"| {name} | {said} | {found['gradient_bytes'] / 1e6:,.1f} | {share:.2%} |")
+    parts += ["## What devices tell each other\n\nData-parallel steps only add up gradients.", "\n".join(lines)]
+
+    lines = [
+        "| target | change | GiB a device | TFLOP in products, all devices | custom kernels |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in results.items():
+        if " change " in name:
+            chip, what = name.split(" change ")
+            kernels = ", ".join(f"{n} × `{kernel}`" for kernel, n in found["kernels"].items()) or "none"
+            flops = sum(flops for _, flops in found["products"].values()) / 1e12
+            fits = "" if found["fits"] else "**does not fit** "
+            lines.append(f"| {chip} | {what} | {fits}{found['memory'] / gib:.2f} | {flops:.1f} | {kernels} |")
+    parts += [
+        "## What fused attention, remat and packing change\n\nA step of base on [256, 512] over eight devices, without "
+        "attention dropout. Products inside custom kernels are not counted.",
+        "\n".join(lines),
+    ]
+    padded, packed = (results.get(f"v5e:2x4 packing {packed}") for packed in (False, True))
+    if padded and packed:
+        parts.append(
+            "Packing: a batch of 256 texts of 4 to 128 tokens, 22 on average, is "
+            f"{padded['shape'][:2]} padded and {packed['shape'][:2]} packed: "
+            f"{padded['memory'] / gib:.2f} and {packed['memory'] / gib:.2f} GiB a device of v5e:2x4, "
+            f"{padded['flops'] / 1e12:.1f} and {packed['flops'] / 1e12:.1f} TFLOP by formula."
+        )
+    if found := results.get("v5e:2x4 largest large 512 remat"):
+        parts.append(f"The largest batch of large at 512 tokens with remat on v5e:2x4: {found['rows']} rows a chip.")
+    if found := results.get("v5e:2x4 too much"):
+        parts.append(
+            f"Large on [512, 512] without remat {'fits' if found['fits'] else 'does not fit'} v5e:2x4: it wants "
+            f"{found['memory'] / gib:.1f} GiB a chip, as the compiler says."
+        )
+    lines = ["| program | products | memory | links | no step is shorter than |", "|---|---|---|---|---|"]
+    for name, found in results.items():
+        if (
+            found.get("bound")
+            and " finetune emotion " in name
+            and " data " in name
+            and name.startswith(("v5e", "h100"))
+        ):
+            seconds = found["bound"]
+            cells = " | ".join(f"{1e3 * value:.2f}" for value in seconds.values())
+            lines.append(f"| {name} | {cells} | {1e3 * max(seconds.values()):.2f} |")
+    parts += [
+        "## A bound, on paper\n\nMilliseconds that a step cannot be shorter than, by published rates of each chip "
+        "alone (`bert_jax.targets.CHIPS`): the program's products at the peak of bfloat16, its arguments and results "
+        "through memory once, its all-reduces through the links. A bound on what is possible; no measurement, and no promise.",
+        "\n".join(lines),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax")}
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = kept.get("results", {}) if kept.get("versions") == versions else {}
+    for name, compile_it in programs().items():
+        target = name.split()[0]
+        if name in results or not any(word in name for word in sys.argv[1:] or [""]):
+            continue
+        results[name] = compile_it(targets.get(target))
+        print(name, {k: v for k, v in results[name].items() if k in ("fits", "memory", "seconds", "rows")}, flush=True)
+        jax.clear_caches()
+        RESULTS.write_text(json.dumps({"versions": versions, "results": results}, indent=1) + "\n")
+    PAGE.write_text(page(versions, results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

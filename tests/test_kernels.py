@@ -1,0 +1,119 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import bert_jax
+from bert_jax import kernels, model, sharding
+from bert_jax.errors import InputError
+from bert_jax.kernels import Attended
+from bert_jax.model import plain_attention
+from bert_jax.settings import Mesh
+
+TOKENS = 256
+splash = functools.partial(kernels.splash, interpret=True)
+
+
+def operands(rows=2, heads=4, size=16, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(key, (rows, TOKENS, heads, size), dtype) for key in keys]
+
+
+def attended(kind, rows=2):
+    lengths = np.linspace(TOKENS, 3, rows).astype(int)
+    keys = (np.arange(TOKENS)[None] < lengths[:, None]).astype(np.int32)
+    if kind == "padded":
+        return Attended(jnp.ones((rows, 1), jnp.int32), jnp.asarray(keys))
+    documents = jnp.asarray(keys * (1 + np.arange(TOKENS)[None] // 50))
+    return Attended(documents, documents) if kind == "packed" else None
+
+
+@pytest.mark.parametrize("kind", ["full", "padded", "packed"])
+def test_splash_is_plain_attention_and_so_are_its_gradients(kind):
+    def loss(kernel, *arrays):
+        context, _ = kernel(*arrays, attended(kind), 0.0, None)
+        return jnp.sum(jnp.sin(context)), context
+
+    results = [
+        jax.jit(jax.value_and_grad(functools.partial(loss, kernel), argnums=(0, 1, 2), has_aux=True))(*operands())
+        for kernel in (plain_attention, splash)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
+
+
+def test_splash_takes_rows_and_heads_where_they_live():
+    mesh = sharding.mesh(Mesh(data=2, fsdp=2, tensor=2))
+    arrays, who = operands(rows=4), attended("packed", rows=4)
+    expected, _ = plain_attention(*arrays, who, 0.0, None)
+    with jax.set_mesh(mesh):
+        program = jax.jit(lambda *arrays: splash(*arrays, who, 0.0, None)[0]).lower(*arrays).compile()
+        np.testing.assert_allclose(program(*arrays), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_of_numbers():
+    who = Attended(jnp.array([[1], [1]]), jnp.array([[1, 1, 0], [1, 0, 0]]))
+    np.testing.assert_array_equal(who.mask(), np.array([[[[1, 1, 0]]], [[[1, 0, 0]]]], bool))
+
+
+@pytest.mark.parametrize("options", [{}, {"remat": True, "scan_layers": True}], ids=str)
+def test_a_model_with_splash_is_the_model(monkeypatch, options):
+    """Packed rows, and a last layer that computes the first tokens alone."""
+    monkeypatch.setitem(model.ATTENTION, "splash", splash)
+    monkeypatch.setattr(kernels, "check", lambda *_, **__: None)
+    config = bert_jax.BertConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=16,
+        attention_probs_dropout_prob=0.0,
+    )
+    ids = np.random.default_rng(0).integers(1000, 20000, (2, 128))
+    inputs = {"document_ids": np.arange(128)[None] // [[30], [50]], "positions": np.array([[0, 30], [0, 50]])}
+    logits = [
+        bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0), attention=name, **options)(
+            ids, **inputs, dropout_key=jax.random.key(1)
+        ).logits
+        for name in ("plain", "splash")
+    ]
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
+
+
+# ── Refused ──
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("splash", {"platform": "cpu"}, "a fused kernel for TPUs; these devices are cpu"),
+        ("splash", {"platform": "gpu"}, "a fused kernel for TPUs; these devices are gpu"),
+        ("cudnn", {"platform": "tpu"}, "a fused kernel for NVIDIA GPUs; these devices are tpu"),
+        ("splash", {"compute_dtype": "float32"}, "computes in bfloat16; compute_dtype is float32"),
+        ("cudnn", {"compute_dtype": "float32"}, "computes in bfloat16; compute_dtype is float32"),
+        ("cudnn", {"packed": True}, "Set data.packing to false"),
+        ("splash", {"length": 200}, "a multiple of 128 tokens; these have 200"),
+    ],
+)
+def test_where_a_kernel_would_be_wrong(name, changes, message):
+    right = {"platform": kernels.FUSED[name][1], "compute_dtype": "bfloat16", "packed": False, "length": 256}
+    kernels.check(name, **right)
+    with pytest.raises(InputError, match=message):
+        kernels.check(name, **(right | changes))
+
+
+@pytest.mark.parametrize("name", kernels.FUSED)
+def test_models_refuse_on_cpu_also_under_jit(name):
+    config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    network = bert_jax.BertModel(config, rngs=nnx.Rngs(0), attention=name, compute_dtype="bfloat16")
+    for call in (network, jax.jit(lambda ids: network(ids).last_hidden_state)):
+        with pytest.raises(InputError, match="these devices are cpu"):
+            call(np.ones((1, 128), np.int32))
+
+
+def test_cudnn_wants_padding_on_the_right():
+    query, key, value = operands(dtype=jnp.bfloat16)
+    left = Attended(jnp.ones((2, 1), jnp.int32), attended("padded").keys[:, ::-1])
+    with pytest.raises(InputError, match="attention_mask has it before tokens"):
+        kernels.cudnn(query, key, value, left, 0.0, None)

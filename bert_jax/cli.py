@@ -189,10 +189,11 @@ def finetune(
     settings = Settings.from_file(config, overrides or ())  # before jax is imported: a mistake shows at once
     if target and not dry_run:
         raise InputError("--target goes with --dry-run: it says what to compile for, and nothing can run there.")
-    if target:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # a compiler for chips that this process must not take
     memory.keep_freed()
-    _use_compilation_cache()
+    if target:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # only compilers are asked; programs for other chips cannot be cached
+    else:
+        _use_compilation_cache()
     with _joined(processes) as console:
         from bert_jax import recipes
 

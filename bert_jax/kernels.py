@@ -69,6 +69,15 @@ def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length:
         )
 
 
+def check_dropout(name: str, rate: float) -> None:
+    """Raises `InputError` where a fused kernel is to drop attention probabilities, which it never holds."""
+    if name != "plain" and rate > 0:
+        raise InputError(
+            f"attention is {name!r}, a fused kernel without attention dropout, and the config has "
+            f"attention_probs_dropout_prob {rate}. Set it to 0, or take attention 'plain'."
+        )
+
+
 def platform() -> str:
     """Of the devices that a program is made for: those of the mesh that is set, or the default ones."""
     device = jax.sharding.get_abstract_mesh().abstract_device

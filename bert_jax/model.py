@@ -341,11 +341,8 @@ class SelfAttention(nnx.Module):
         Where x is not all of the states there is little to fuse, and attention is plain.
         """
         rate = self.config.attention_probs_dropout_prob
-        if self.attention != "plain" and dropout_key is not None and rate > 0:
-            raise InputError(
-                f"attention={self.attention!r} is a fused kernel and has no attention dropout, and the config has "
-                f"attention_probs_dropout_prob {rate}. Set it to 0, or take attention='plain'."
-            )
+        if dropout_key is not None:
+            kernels.check_dropout(self.attention, rate)
         query, key, value = (
             linear(source).reshape(*source.shape[:-1], self.config.num_attention_heads, -1)  # [B, T, N, H]
             for linear, source in ((self.query, x), (self.key, states), (self.value, states))

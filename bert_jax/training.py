@@ -241,6 +241,7 @@ def set_up(
         compute_dtype=settings.precision.compute_dtype,
         packed=settings.data.packing,
     )
+    kernels.check_dropout(settings.model.attention, model.config.attention_probs_dropout_prob)
     loader = make_loader(examples, model, settings, mesh)
     steps = options.max_steps or math.ceil(options.epochs * loader.steps_per_epoch)
     planned = plan(model, settings, steps)

@@ -255,7 +255,8 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
     parts += [
         "## A bound, on paper\n\nMilliseconds that a step cannot be shorter than, by published rates of each chip "
         "alone (`bert_jax.targets.CHIPS`): the program's products at the peak of bfloat16, its arguments and results "
-        "through memory once, its all-reduces through the links. A bound on what is possible; no measurement, and no promise.",
+        "through memory once, its all-reduces through the links. A bound on what is possible; "
+        "no measurement, and no promise.",
         "\n".join(lines),
     ]
     return "\n\n".join(parts) + "\n"

@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import reference
 
 from bert_jax import __version__, hub
 
+EMOTION = str(Path(__file__).parents[1] / "configs" / "finetune" / "emotion.yaml")
 TEXT = "Paris is the [MASK] of France."
 
 
@@ -73,6 +75,11 @@ def broken(tmp_path):
         (["fill-mask", TEXT, "--target", ""], "targets has ''"),
         (["info", "owner/nothing"], "owner/nothing (revision main) is not in the cache"),
         (["info", "./not/here/at/all"], "neither a folder nor a model id"),
+        (["finetune", EMOTION, "--target", "v5e:2x4"], "--target goes with --dry-run"),
+        (
+            ["finetune", EMOTION, "--dry-run", "--target", "v4"],
+            "The target 'v4' is unknown; expected a chip and how many",
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, named):

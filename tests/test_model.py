@@ -366,6 +366,15 @@ def test_random_bits_of_any_shape(shape):
     assert len(np.unique(bits)) > 0.99 * bits.size
 
 
+def test_tpus_draw_bits_with_their_own_generator():
+    traced = jax.jit(lambda key: model._random_bits(key, (8, 4, 16))).trace(jax.random.key(0))
+    text = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu", "cuda")}
+    assert "rng_bit_generator" in text["tpu"]
+    assert "xor" not in text["tpu"]  # the written-out one's
+    for platform in ("cpu", "cuda"):
+        assert "rng_bit_generator" not in text[platform]
+
+
 def test_no_layer_drops_as_another():
     # All layers alike, no attention dropout: were two keys the same, two masks would be.
     keys = [model._split(jax.random.fold_in(jax.random.key(0), i), 3) for i in range(12)]

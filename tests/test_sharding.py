@@ -153,6 +153,21 @@ def test_a_checkpoint_goes_into_every_layout(run, tmp_path):
     checkpoints.close()
 
 
+def test_devices_draw_for_their_own_rows():
+    def draw(key, shape):
+        return jnp.broadcast_to(key[None, :, None], shape)
+
+    key = jnp.array([7, 1], jnp.uint32)
+    whole = jax.jit(lambda key: sharding.draw_by_rows(draw, key, (8, 2, 3)))
+    np.testing.assert_array_equal(whole(key), jnp.broadcast_to(key[None, :, None], (8, 2, 3)))
+    with jax.set_mesh(sharding.mesh(Mesh(data=2, fsdp=2, tensor=2))):
+        found = np.asarray(jax.jit(lambda key: sharding.draw_by_rows(draw, key, (8, 2, 3)))(key))
+        odd = jax.jit(lambda key: sharding.draw_by_rows(draw, key, (6, 2, 3)))(key)
+    np.testing.assert_array_equal(found[:, 0], 7)
+    np.testing.assert_array_equal(found[:, 1, 0], [1, 1, 2, 2, 3, 3, 4, 4])
+    assert odd.shape == (6, 2, 3)  # rows that do not divide are drawn whole
+
+
 def test_a_mesh_of_someone_elses_is_left_alone():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):

@@ -1,12 +1,15 @@
 """Programs compiled by the TPU's and the GPU's own compilers (extra `aot`); nothing of them is run."""
 
+import dataclasses
 import importlib.util
+import io
 import json
 from pathlib import Path
 
 import pytest
 import test_training
 from flax import nnx
+from rich.console import Console
 
 import bert_jax
 from bert_jax import recipes, targets
@@ -65,8 +68,10 @@ def test_what_does_not_fit_is_seen():
     assert found["memory"] > targets.CHIPS["v5e"].memory
 
 
-@pytest.mark.parametrize("name", ["v5e:2x2", "h100:2"])
-def test_a_dry_run_says_what_the_compiler_says(tmp_path, name):
+@pytest.mark.parametrize("name", ["v5e:2x2"])
+def test_a_dry_run_says_what_the_compiler_says(tmp_path, monkeypatch, name):
+    kind = name.split(":")[0]  # of which a small model soon has too much
+    monkeypatch.setitem(targets.CHIPS, kind, dataclasses.replace(targets.CHIPS[kind], memory=2**25))
     config = bert_jax.BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     bert_jax.BertForPreTraining(config, rngs=nnx.Rngs(1)).save_pretrained(tmp_path / "base")
     bert_jax.Tokenizer.from_pretrained("bert-mini-cased").save_pretrained(tmp_path / "base")
@@ -81,6 +86,9 @@ def test_a_dry_run_says_what_the_compiler_says(tmp_path, name):
             "output": {"folder": str(tmp_path / "run")},
         }
     )
-    report = recipes.dry_run(settings, name)
+    shown = io.StringIO()
+    report = recipes.dry_run(settings, name, console=Console(file=shown, width=200))
+    assert "fits, " in shown.getvalue()
+    assert "DOES NOT FIT, " in shown.getvalue()
     for part in [f"compiles for {name}", "never run on it", "GiB a device", "all-reduce", "rows a device"]:
         assert part in report

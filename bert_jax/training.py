@@ -211,7 +211,7 @@ class Run(NamedTuple):
     def trace(self, shape: Shape) -> jax.stages.Traced:
         """The step on a batch of some shape, for a compiler; needs no more of the devices than their description."""
         plan, examples = self.plan, self.loader.examples
-        place = Place(np.zeros(1, int), np.zeros(1, int), shape)  # any example will do
+        place = Place(np.zeros(0, int), np.zeros(0, int), shape)  # of padding alone
         state = sharding.abstract(_state_shapes(plan), self.layout)
         frozen = sharding.abstract(plan.frozen, sharding.placements(self.mesh, plan.frozen))
         batch = sharding.abstract(examples.batch(place), sharding.by_row(self.mesh))

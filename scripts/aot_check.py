@@ -175,6 +175,7 @@ def programs() -> dict[str, Any]:
 def page(versions: dict[str, str], results: dict[str, Any]) -> str:
     """docs/accelerators.md of what was found."""
     gib = targets.GIB
+    results = {name: results[name] for name in programs() if name in results}
     parts = [
         "# TPUs and GPUs",
         "Programs of this package compile for TPU v5e, v6e and v5p and for H100 with those chips' own compilers, on a "

@@ -187,6 +187,7 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     prepared = prepare(settings)
     console.print(_overview(settings, prepared), highlight=False)
     processes.agree("The training examples", prepared.examples["train"].digest())
+    training.set_up(prepared.task, prepared.model, prepared.examples["train"], settings)  # or the folder is not made
     begin(settings)
     trained = training.train(
         prepared.task,
@@ -262,6 +263,7 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
         f"examples: {len(train):,} of {int(train.lengths.sum()):,} tokens{carried}",
         highlight=False,
     )
+    training.set_up(task, model, train, settings)
     begin(settings)
     trained = training.train(task, model, train, examples["validation"], settings, console=console)
     if not processes.first():

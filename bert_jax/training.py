@@ -233,6 +233,8 @@ def set_up(
         InputError: If the settings do not fit the model or the devices.
     """
     options = settings.training
+    if options.metric not in (None, "loss", *task.metrics):
+        raise InputError(f"training.metric is {options.metric!r}; this task has loss, {', '.join(task.metrics)}.")
     mesh = sharding.mesh(settings.mesh, devices)
     sharding.check(mesh, model.config)
     kernels.check(
@@ -308,8 +310,6 @@ def train(
     options, folder = settings.training, Path(settings.output.folder)
     console = console or Console(quiet=True)
     metric = options.metric or task.metrics[0]
-    if metric not in ("loss", *task.metrics):
-        raise InputError(f"training.metric is {metric!r}; this task has loss, {', '.join(task.metrics)}.")
 
     # ── Devices, parameters, programs ────────────────────────────────────────────────────────────────────────────────
     mesh, loader, steps, planned, layout, step_fn = set_up(task, model, examples, settings)

@@ -3,7 +3,8 @@
     python scripts/aot_check.py             # all targets; an hour on two cores
     python scripts/aot_check.py v5e change  # those with one of these in their names
 
-What has been compiled with these versions is kept in docs/accelerators.json and not compiled again.
+It needs the extra `aot`, and for the program with cuDNN's attention nvidia-cudnn-cu13. What has been compiled with
+these versions is kept in docs/accelerators.json and not compiled again.
 """
 
 import json

@@ -197,16 +197,19 @@ def test_a_dry_run_says_what_would_happen(tree, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("section", "change", "message"),
     [
-        ({"attention": "splash"}, "attention is 'splash', a fused kernel for TPUs; these devices are cpu"),
-        ({"attention": "flash"}, "model.attention: Input should be 'plain', 'splash' or 'cudnn', got 'flash'"),
+        ("model", {"attention": "splash"}, "attention is 'splash', a fused kernel for TPUs; these devices are cpu"),
+        ("model", {"attention": "flash"}, "model.attention: Input should be 'plain', 'splash' or 'cudnn', got 'flash'"),
+        ("mesh", {"data": 9}, "mesh is {data: 9, fsdp: 1, tensor: 1}; there are 8 devices"),
+        ("training", {"metric": "bleu"}, "training.metric is 'bleu'; this task has loss, accuracy"),
     ],
 )
-def test_attention_that_cannot_be_had(tree, model, message):
-    tree["model"] |= model
+def test_settings_that_do_not_fit(tree, section, change, message):
+    tree[section] = tree.get(section, {}) | change
     with pytest.raises(InputError, match=message):
-        recipes.dry_run(Settings.from_dict(tree))
+        run(tree)
+    assert not Path(tree["output"]["folder"]).exists()
 
 
 @pytest.mark.parametrize(

@@ -287,10 +287,10 @@ def _kernels(text: str) -> dict[str, int]:
 
 
 def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
-    """The most that fits, to within a sixteenth or one; 0 if none does.
+    """The most that fits, to within an eighth or one; 0 if none does.
 
     Memory grows nearly in line with what lies beside the state, so that a line through two programs' needs points to
-    where to look: three or four programs are compiled, and not the ten that halving would take.
+    where to look; near the limit compilers save it, and what the line points to is left behind in larger steps.
 
     Args:
         try_out: Compiles the program of so many.
@@ -302,14 +302,14 @@ def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
     high: tuple[int, int] | None = None  # does not
     while True:
         low, high = ((n, check.memory), high) if check.fits else (low, (n, check.memory))
-        step = max(1, low[0] // 16)
+        step = max(1, low[0] // 8)
         if high and high[0] - low[0] <= step:
             return low[0]
         (n1, memory1), (n2, memory2) = (low, high) if high else ((0, first.resident), low)
         pointed = min(n1 + (limit - memory1) * (n2 - n1) / max(memory2 - memory1, 1), 64 * n2)
         if high:  # halfway to the middle, for the line may be far from straight
             pointed = min((2 * pointed + low[0] + high[0]) / 4, high[0] - 1)
-        n = int(max(pointed, low[0] + step))
+        n = int(max(pointed, low[0] + (step if high else 4 * step)))
         check = try_out(n)
 
 

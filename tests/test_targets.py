@@ -92,7 +92,13 @@ def a_check(memory, resident=100, limit=1000):
 
 
 @pytest.mark.parametrize(
-    "need", [lambda n: 100 + 3 * n, lambda n: 100 + n**2 // 50, lambda n: 100 + 7 * n + n**2 // 90]
+    "need",
+    [
+        lambda n: 100 + 3 * n,
+        lambda n: 100 + n**2 // 50,
+        lambda n: 100 + 7 * n + n**2 // 90,
+        lambda n: 100 + 9 * n if n < 95 else 930 + n // 4,  # as where a compiler saves memory near the limit
+    ],
 )
 @pytest.mark.parametrize("first", [1, 4, 60, 1000])
 def test_the_largest_is_found_in_few_programs(need, first):
@@ -104,7 +110,7 @@ def test_the_largest_is_found_in_few_programs(need, first):
 
     found = targets.largest(try_out, first, a_check(need(first)))
     best = max(n for n in range(2000) if need(n) <= 1000)
-    assert best - max(1, best // 16) <= found <= best
+    assert best - max(1, best // 8) <= found <= best
     assert len(tried) <= 8
 
 

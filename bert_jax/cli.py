@@ -414,26 +414,24 @@ def _print_fillings(console: "Console", title: str, fillings: list[dict[str, Any
     console.print(Text(title, "bold"), table, "", sep="\n")
 
 
-def _console() -> "Console":
+def _console(quiet: bool = False) -> "Console":
     from rich.console import Console
 
-    return Console()
+    return Console(quiet=quiet)
 
 
 @contextlib.contextmanager
 def _joined(given: str | None) -> Iterator["Console"]:
     """Joins the other processes, if there are any; gives the console, which only the first one writes to."""
-    from rich.console import Console
-
     if given is None:
-        yield Console()
+        yield _console()
         return
     from bert_jax import processes
 
     processes.start(given)
     try:
         with processes.lost_ones_named():
-            yield Console(quiet=not processes.first())
+            yield _console(quiet=not processes.first())
     except Interrupted:
         raise
     except BertJaxError as error:

@@ -150,7 +150,19 @@ def cudnn(
     dropout_rate: float,
     dropout_key: jax.Array | None,
 ) -> tuple[jax.Array, None]:
-    """cuDNN's fused attention (Dao et al. 2022) for rows of one text each, padded on the right."""
+    """cuDNN's fused attention (Dao et al. 2022) for rows of one text each, padded on the right.
+
+    Args:
+        query: bfloat16 [B, T, N, H].
+        key: bfloat16 [B, S, N, H].
+        value: bfloat16 [B, S, N, H].
+        attended: Who attends to whom, of which each row's number of keys is read; None for all to all.
+        dropout_rate: Not used: callers refuse it.
+        dropout_key: Not used.
+
+    Raises:
+        InputError: If padding comes before tokens, where that can be seen, or cuDNN is not installed.
+    """
     lengths = None
     if attended is not None:
         seen = not isinstance(attended.keys, jax.core.Tracer)

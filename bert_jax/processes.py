@@ -7,7 +7,9 @@ of which each writes what its devices hold.
 import contextlib
 import difflib
 import re
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from bert_jax.errors import InputError, TrainingError
 
 HEARTBEAT = 30
 """Seconds without a sign of life after which a process counts as lost, and ends the others."""
+JOIN = 300
+"""Seconds that the others are waited for."""
 
 
 def start(given: str) -> None:
@@ -38,13 +42,29 @@ def start(given: str) -> None:
             raise InputError(f"--processes is {given!r}; expected auto, or i/n@host:port with i from 1 to n.")
         place = {"coordinator_address": match[3], "num_processes": int(match[2]), "process_id": int(match[1]) - 1}
     try:
-        jax.distributed.initialize(**place, heartbeat_timeout_seconds=HEARTBEAT)
-    except (ValueError, RuntimeError) as error:  # the latter of addresses at which nobody answers
+        if place.get("process_id"):
+            _reach(place["coordinator_address"])
+        jax.distributed.initialize(**place, initialization_timeout=JOIN, heartbeat_timeout_seconds=HEARTBEAT)
+    except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: JAX has been used before
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"--processes {given}: cannot join the other processes: {reason} "
             "(auto knows TPU pods, SLURM and Open MPI; elsewhere give i/n@host:port)."
         ) from None
+
+
+def _reach(address: str) -> None:
+    """Waits until somebody answers there; raises `OSError` if nobody does, where JAX would end with a dump."""
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + JOIN
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=JOIN).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
 
 
 def first() -> bool:
@@ -57,15 +77,15 @@ def name() -> str:
     return f"process {jax.process_index() + 1} of {jax.process_count()}"
 
 
-def agree(what: str, text: str) -> None:
-    """Compares a text over all processes, each of which calls this.
+def agree(what: str, text: Callable[[], str]) -> None:
+    """Compares a text over all processes, each of which calls this; of one alone it is not even made.
 
     Raises:
         InputError: In all of them, if one has another text than the first; names lines that differ.
     """
     if jax.process_count() == 1:
         return
-    content = np.frombuffer(text.encode(), np.uint8)
+    content = np.frombuffer(text().encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(content)))
     padded = np.zeros(max(lengths), np.uint8)
     padded[: len(content)] = content

@@ -181,12 +181,12 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     """
     console, began = console or Console(quiet=True), time.perf_counter()
     folder = Path(settings.output.folder)
-    processes.agree("The settings", settings.to_yaml())
+    processes.agree("The settings", settings.to_yaml)
     if is_finished(settings, console):
         return folder
     prepared = prepare(settings)
     console.print(_overview(settings, prepared), highlight=False)
-    processes.agree("The training examples", prepared.examples["train"].digest())
+    processes.agree("The training examples", prepared.examples["train"].digest)
     training.set_up(prepared.task, prepared.model, prepared.examples["train"], settings)  # or the folder is not made
     begin(settings)
     trained = training.train(
@@ -213,6 +213,11 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
             results[split] = trained.metrics | prepared.task.evaluate(outputs, examples)
     if not processes.first():
         return folder
+    trained.model.save_pretrained(folder)
+    prepared.tokenizer.save_pretrained(folder)
+    if settings.model.lora:
+        lora.save_adapters(folder / ADAPTERS, trained.trained, settings.model.lora, settings.model.id,
+                           prepared.task.peft_type)  # fmt: skip
     if examples is not None:
         predictions = prepared.task.predictions(outputs, examples)
         lines = [row | {"prediction": p} for row, p in zip(prepared.rows[split], predictions, strict=True)]
@@ -220,11 +225,6 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
         if settings.task == "question-answering":  # as the official scripts of SQuAD take it
             answers = {str(line.get("id", n)): line["prediction"]["answer"] for n, line in enumerate(lines)}
             _write(folder / ANSWERS, json.dumps(answers, ensure_ascii=False) + "\n")
-    trained.model.save_pretrained(folder)
-    prepared.tokenizer.save_pretrained(folder)
-    if settings.model.lora:
-        lora.save_adapters(folder / ADAPTERS, trained.trained, settings.model.lora, settings.model.id,
-                           prepared.task.peft_type)  # fmt: skip
     end(settings, results, settings.training.metric or prepared.task.metrics[0], began)
     return folder
 
@@ -245,7 +245,7 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
     """
     console, began = console or Console(quiet=True), time.perf_counter()
     folder = Path(settings.output.folder)
-    processes.agree("The settings", settings.to_yaml())
+    processes.agree("The settings", settings.to_yaml)
     if is_finished(settings, console):
         return folder
     source = settings.model.tokenizer or settings.model.id

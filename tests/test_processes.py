@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 import bert_jax
 from bert_jax import processes, recipes, sharding
 from bert_jax.errors import InputError
-from bert_jax.settings import Mesh, Settings
+from bert_jax.settings import Mesh, Pretraining, Settings
 
 LONGEST = 180  # seconds that any of these may take
 
@@ -39,29 +39,28 @@ def data(tmp_path_factory, tokenizer):
     return folder
 
 
-def write_settings(data, folder, name="settings.yaml", **changes):
-    (data / name).write_text(
+def write_settings(place, folder, name="settings.yaml", **changes):
+    (place / name).write_text(
         json.dumps({
-            "task": "text-classification", "model": {"id": str(data / "model")}, "output": {"folder": str(folder)},
-            "data": {"train": str(data / "train.txt"), "validation": str(data / "validation.txt")},
+            "task": "text-classification", "model": {"id": str(place / "model")}, "output": {"folder": str(folder)},
+            "data": {"train": str(place / "train.txt"), "validation": str(place / "validation.txt")},
             "optimizer": {"learning_rate": 1e-3},
             "training": {"epochs": 2, "batch_size": 16, "log_every": 1}, **changes,
         })
     )  # fmt: skip
-    return data / name
+    return place / name
 
 
-def start(files, devices=2):
-    """Processes of a run, each with settings of its own."""
+def start(files, command="finetune", folders=(None, None)):
+    """Processes of a run, each with settings, and a folder to work in, of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    command = [sys.executable, "-m", "bert_jax.cli", "finetune"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     return [
-        subprocess.Popen([*command, file, "--processes", f"{i}/{len(files)}@{address}"], env=environment, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for i, file in enumerate(files, 1)
+        subprocess.Popen([sys.executable, "-m", "bert_jax.cli", command, file, "--processes", f"{i}/2@{address}"],
+                         env=environment, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for i, (file, folder) in enumerate(zip(files, folders, strict=True), 1)
     ]  # fmt: skip
 
 
@@ -108,6 +107,30 @@ def test_two_processes_learn_what_one_does(data, tmp_path, mesh):
     assert [json.loads(line)["prediction"]["label"] for line in predictions[0]] == [
         json.loads(line)["prediction"]["label"] for line in predictions[1]
     ]
+
+
+def test_two_processes_pretrain_as_one_does(data, tmp_path):
+    """The first one makes the shards, and both read them."""
+    words = np.random.default_rng(1).choice(["good", "bad", "film", "day", "Paris"], (30, 3, 8))
+    texts = "\n\n".join("\n".join(" ".join(line) + "." for line in document) for document in words)
+    (data / "texts.txt").write_text(texts)
+    tree = {
+        "task": "pretraining", "output": {"folder": str(tmp_path / "two")},
+        "model": {"id": str(data / "model"), "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0},
+        "data": {"train": str(data / "texts.txt"), "validation": str(data / "texts.txt"), "max_length": 32,
+                 "processes": 1},
+        "training": {"max_steps": 6, "batch_size": 8, "log_every": 1, "evaluate_every": 6},
+    }  # fmt: skip
+    (data / "pretrain.yaml").write_text(json.dumps(tree))
+    statuses, errors = finish(start([data / "pretrain.yaml"] * 2, command="pretrain"))
+    assert statuses == [0, 0], errors
+    recipes.pretrain(Pretraining.from_dict(tree | {"mesh": {"data": 1}, "output": {"folder": str(tmp_path / "one")}}))
+    for (step, loss, validation), other in zip(journal(tmp_path / "one"), journal(tmp_path / "two"), strict=True):
+        assert other[0] == step
+        assert (other[1] or other[2]["loss"]) == pytest.approx(loss or validation["loss"], rel=1e-6)
+    weights, others = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, weight in weights.items():
+        np.testing.assert_allclose(others[name], weight, atol=1e-5, err_msg=name)
 
 
 def test_all_stop_at_the_same_step_and_go_on(data, tmp_path):
@@ -162,6 +185,14 @@ def test_what_is_not_the_same_is_refused(data, tmp_path):
         assert "-   compute_dtype: float32" in error
         assert "+   compute_dtype: bfloat16" in error
         assert "Traceback" not in error
+    (data / "other.txt").write_text((data / "train.txt").read_text().replace("film", "book"))
+    for name in ("one", "two"):  # the same settings, and another file behind the same name
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.txt").write_text((data / ("train.txt", "other.txt")[name == "two"]).read_text())
+    same = write_settings(data, tmp_path / "run", "same.yaml", data={"train": "train.txt"})
+    statuses, errors = finish(start([same, same], folders=[tmp_path / "one", tmp_path / "two"]))
+    assert statuses == [2, 2]
+    assert "The training examples of process 2 differ from the first one's" in errors[1]
     assert not (tmp_path / "run").exists()
     missing = write_settings(data, tmp_path / "run", "missing.yaml", mesh={"data": 2})
     statuses, errors = finish(start([missing] * 2))
@@ -169,12 +200,18 @@ def test_what_is_not_the_same_is_refused(data, tmp_path):
     assert "a mesh of all devices" in errors[1]
 
 
-def test_bad_arguments(monkeypatch):
+def test_bad_arguments(data, tmp_path, monkeypatch):
     for given in ("2", "0/2@h:1", "3/2@h:1", "1/2@h", "all"):
         with pytest.raises(InputError, match="expected auto, or i/n@host:port"):
             processes.start(given)
-    with pytest.raises(InputError, match=r"cannot join the other processes.*auto knows"):
-        processes.start("auto")
+    monkeypatch.setattr(processes, "JOIN", 0.2)
+    with pytest.raises(InputError, match=r"2/2@127.0.0.1:1: cannot join the other processes: .*refused"):
+        processes.start("2/2@127.0.0.1:1")
+    command = [sys.executable, "-m", "bert_jax.cli", "finetune", write_settings(data, tmp_path / "run")]
+    done = subprocess.run([*command, "--processes", "auto"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--processes auto: cannot join the other processes" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_parts_of_one_process():

@@ -93,8 +93,12 @@ class Examples:
         return np.array([len(ids) for ids in self.input_ids])
 
     def digest(self) -> str:
-        """SHA-256 of the tokens."""
-        return hashlib.sha256(b"".join(ids.tobytes() + b"." for ids in self.input_ids)).hexdigest()
+        """SHA-256 of the tokens and of what is to be learnt of them."""
+        found = hashlib.sha256()
+        for arrays in (self.input_ids, self.targets.values(), *self.token_targets.values()):
+            for array in arrays:
+                found.update(np.int64(len(array)).tobytes() + array.tobytes())
+        return found.hexdigest()
 
     def rows(self, indices: np.ndarray) -> list[int]:
         """Rows of the data, from 1, that examples were made of."""

@@ -45,7 +45,9 @@ def test_configs_load(path, name):
     assert settings.data.train
 
 
-@pytest.mark.parametrize(("path", "name"), [(p, n) for p in PRETRAINING for n in {None, *variants(p)}], ids=str)
+@pytest.mark.parametrize(
+    ("path", "name"), [(p, n) for p in PRETRAINING for n in dict.fromkeys([None, *variants(p)])], ids=str
+)
 def test_pretraining_configs_load(path, name):
     settings = Pretraining.from_file(path, [f"task_name={name}"] if name else [])
     assert (settings.data.max_length == 512) == (name == "phase2")

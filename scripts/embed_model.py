@@ -55,7 +55,7 @@ def blanks(folder: Path, path: Path) -> list[tuple[str, list[str], bool]]:
 def measured(folders: dict[str, Path], texts: Path, sentences: Path) -> dict[str, dict[str, Any]]:
     """Of each model: the loss and accuracies on every third text, the blanks, and what Paris is of France."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as third:
-        lines = [line.strip() for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in texts.read_text(encoding="utf-8").split("\n") if line.strip()]
         third.write("\n".join(lines[::3]))
         third.flush()
         settings = HeldOut.from_dict({"task": "fill-mask", "data": {"test": third.name, "max_length": 128}})

@@ -4,7 +4,8 @@
     python scripts/embed_model.py … --write          # puts it into bert_jax/embedded/bert-mini-cased
 
 `--texts` has a text a line, of which every third is taken; `--blanks` sentences with [MASK], a tab, and the words that
-count. Both are held out: `scripts/build_corpus.py --without` leaves out what shares five words with the blanks.
+count. Both are held out: `scripts/build_corpus.py --without` leaves out what shares five words with the blanks. The
+model stands beside the one of `--beside`, by default the one that it replaces.
 """
 
 import argparse
@@ -133,13 +134,14 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--texts", type=Path, required=True, metavar="FILE")
     parser.add_argument("--blanks", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--beside", type=Path, default=hub.EMBEDDED / NAME, metavar="FOLDER")
     parser.add_argument("--write", action="store_true", help="replaces the embedded model")
     arguments = parser.parse_args()
     sources = json.loads((arguments.corpus / "sources.json").read_text())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         converted(arguments.run, folder)
-        found = measured({"before": hub.EMBEDDED / NAME, NAME: folder}, arguments.texts, arguments.blanks)
+        found = measured({"before": arguments.beside, NAME: folder}, arguments.texts, arguments.blanks)
         (folder / "README.md").write_text(card(arguments.run, sources, found), encoding="utf-8")
         Console().print((folder / "README.md").read_text(), markup=False, highlight=False)
         if arguments.write:

@@ -114,11 +114,14 @@ def test_a_model_in_hand(tokenizer, fill_mask):
         bert_jax.pipeline("fill-mask", small, tokenizer=tokenizer)
 
 
-def test_a_checkpoint_without_the_head(checkpoint, tokenizer):
+def test_a_checkpoint_without_the_head(checkpoint, tmp_path, tokenizer):
     with pytest.raises(CheckpointError, match=r"missing: cls.predictions.bias"):
         bert_jax.pipeline("fill-mask", checkpoint("BertModel"), tokenizer=tokenizer)
+    config = bert_jax.BertConfig(vocab_size=28996, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                                 intermediate_size=8)  # fmt: skip
+    bert_jax.BertForMaskedLM(config, rngs=nnx.Rngs(0)).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="BertForMaskedLM, made for fill-mask; next-sentence-prediction takes"):
-        bert_jax.pipeline("next-sentence-prediction", "bert-mini-cased")
+        bert_jax.pipeline("next-sentence-prediction", tmp_path, tokenizer=tokenizer)
 
 
 def test_a_checkpoint_of_another_task(tmp_path, tokenizer):

@@ -28,7 +28,7 @@ SPLIT = {"columns": ["input_string"], "index": [0, 1], "data": [[text] for text 
 )
 def test_all_forms_of_a_request_give_the_cards_response(fill_mask, request_):
     response = json.loads(json.dumps(catalogue.score(fill_mask, request_)))
-    assert [[entry["token_str"] for entry in entries] for entries in response] == [["capital", "city"], ["new", "good"]]
+    assert [[entry["token_str"] for entry in entries] for entries in response] == [["capital", "center"], ["good", "great"]]
     first = response[0][0]
     assert list(first) == ["score", "token", "token_str", "sequence"]
     assert first["token"] == 2364

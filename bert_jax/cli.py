@@ -149,6 +149,8 @@ def predict(
     if not (match := re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shard)) or int(match[1]) > int(match[2]):
         raise InputError(f"--shard is {shard!r}; expected i/n with i from 1 to n.")
     parameters = assignments(parameter or ())
+    if input:
+        memory.keep_freed()
     _use_compilation_cache()
     _, pipe = _pipeline(task, model, revision)
     from bert_jax import catalogue, prediction

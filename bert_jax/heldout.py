@@ -20,7 +20,7 @@ from rich.progress import track
 
 from bert_jax import hub, recipes, report
 from bert_jax.errors import InputError
-from bert_jax.model import FIRST, BertForMaskedLM, BertForNextSentencePrediction
+from bert_jax.model import BertForMaskedLM, BertForNextSentencePrediction
 from bert_jax.pipelines import WINDOW, Pipeline, pipeline
 from bert_jax.settings import HeldOut, Masking
 from bert_jax.tasks.base import Request, Row
@@ -53,10 +53,10 @@ class Hidden(NamedTuple):
 class HiddenTokens(FillMask):
     """fill-mask where what stood under the mask is known."""
 
-    def forward(self, model: BertForMaskedLM, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Of each masked position: `nll` float32 [B, K] in nats, and `rank` int32 [B, K]."""
+    def forward(self, model: BertForMaskedLM, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
+        """Of each masked position: `nll` float32 [B, P] in nats, and `rank` int32 [B, P]."""
         labels = inputs["labels"][..., None]
-        logits = model(**{name: array for name, array in inputs.items() if name != "labels"}).logits  # [B, K, V]
+        logits = model(**{name: array for name, array in inputs.items() if name != "labels"}).logits  # [B, P, V]
         label = jnp.take_along_axis(logits, labels, axis=-1)
         nll = jax.nn.logsumexp(logits, axis=-1) - label[..., 0]
         # What is not below the label is above it, NaN too; the label itself is not below either, and makes rank 1.
@@ -97,9 +97,11 @@ class HiddenTokens(FillMask):
 class Following(NextSentencePrediction):
     """next-sentence-prediction where the answer is known."""
 
-    def forward(self, model: BertForNextSentencePrediction, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Logarithms of the two labels' probabilities: float32 [B, 2]."""
-        return {"log_p": jax.nn.log_softmax(model(**inputs, positions=FIRST).logits[:, 0])}
+    def forward(
+        self, model: BertForNextSentencePrediction, inputs: dict[str, jax.Array], starts: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Logarithms of the two labels' probabilities: float32 [B, K, 2]."""
+        return {"log_p": jax.nn.log_softmax(model(**inputs, positions=starts).logits)}
 
     def judge(self, first: str, second: str) -> Request:
         """A request whose result is `forward`'s for the pair: the end of the first text, the beginning of the second.

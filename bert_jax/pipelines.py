@@ -1,4 +1,4 @@
-"""Texts -> predictions: rows of many requests in padded buckets, one compiled program a bucket.
+"""Texts -> predictions: rows of many requests, one each or packed, in buckets of one compiled program each.
 
 fill_mask = bert_jax.pipeline("fill-mask", "google-bert/bert-base-cased")
 fill_mask("Paris is the [MASK] of France.", top_k=2)
@@ -13,12 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bert_jax import hub, sharding, tree
+from bert_jax.data.loader import best_fit
 from bert_jax.errors import CheckpointError, InputError
 from bert_jax.hub import DEFAULT_MODEL
-from bert_jax.model import BertModel, BertPreTrainedModel
+from bert_jax.model import FIRST, BertModel, BertPreTrainedModel
 from bert_jax.tasks.base import Outputs, Request, Row, Task
 from bert_jax.tasks.feature_extraction import FeatureExtraction
 from bert_jax.tasks.masked_lm import FillMask
@@ -40,19 +42,35 @@ TASKS: dict[str, Any] = {
 LENGTHS = (16, 32, 64, 128, 256, 512)
 """Tokens that rows are padded to."""
 ROWS = (1, 4, 16, 64)
-"""Rows that a batch is padded to, beside the most that TOKENS allows."""
+"""Rows that a batch with one text a row is padded to."""
 TOKENS = 2048
-"""Tokens of a full batch."""
+"""Tokens of a full batch, padding included. Where more than these wait, rows hold several texts."""
+PACKED = (128, 256, 384, 512)
+"""Tokens that rows of several texts are padded to; of texts, a row holds an eighth of that at most."""
 WINDOW = 1024
 """Inputs of a stream that are sorted by length together."""
 
 
 class Bucket(NamedTuple):
-    """The shape of a program: rows, tokens a row, and masked positions a row (0 for tasks without)."""
+    """The shape of a program: rows, tokens a row, masked positions a row (0 for tasks without), and texts a row."""
 
     rows: int
     length: int
     masks: int
+    texts: int = 1
+
+
+class Spot(NamedTuple):
+    """Where a row that a task asked for lies: row of the batch, number in there, first token, first masked position."""
+
+    row: int
+    text: int
+    token: int
+    mask: int
+
+
+Entry = tuple[Row, int, int]
+"""A row that a task asked for, its request, and its place among the request's rows."""
 
 
 def pipeline(
@@ -130,6 +148,10 @@ class Pipeline:
         self.max_length = max_length
         self.params, self._skeleton = tree.split(model)
         self._lengths = [*(length for length in LENGTHS if length < max_length), max_length]
+        encoder = model if isinstance(model, BertModel) else model.bert
+        self._packed = [*(length for length in PACKED if length < max_length), max_length]
+        if encoder.attention == "cudnn":  # which knows no rows of several texts
+            self._packed = []
         self._parameters = list(inspect.signature(task.request).parameters)[1:]
         self._programs: dict[Bucket, jax.stages.Compiled] = {}
 
@@ -138,11 +160,12 @@ class Pipeline:
 
         No input will wait for a compiler then, and memory has been at its height.
         """
+        shapes = [(rows, length, 1) for length in self._lengths for rows in ROWS if rows <= _most(length)]
+        shapes += [(_most(length), length, length // 8) for length in self._packed]
         buckets = []
-        for length in self._lengths:
-            most = max(1, TOKENS // length)
-            masks = sorted(set(_masks(length))) if isinstance(self.task, FillMask) else [0]
-            buckets += [Bucket(rows, length, n) for rows in {*ROWS, most} if rows <= most for n in masks]
+        for rows, length, texts in shapes:
+            masks = sorted(set(_masks(length, texts))) if isinstance(self.task, FillMask) else [0]
+            buckets += [Bucket(rows, length, n, texts) for n in masks]
         with ThreadPoolExecutor(os.cpu_count()) as compilers:
             list(compilers.map(self._program, buckets))
         largest = max(buckets, key=lambda bucket: (bucket.masks * bucket.rows, bucket.length * bucket.rows))
@@ -202,7 +225,7 @@ class Pipeline:
         """Carries requests to their results, batching the rows of all of them; results in the requests' order."""
         results: list[Any] = [None] * len(requests)
         waiting: dict[int, list[Outputs | None]] = {}  # request -> outputs of its rows so far
-        queued: list[tuple[Row, int, int]] = []  # row, its request, its place among the request's rows
+        queued: list[Entry] = []
 
         def advance(i: int, outputs: Any) -> None:
             try:
@@ -213,11 +236,15 @@ class Pipeline:
             waiting[i] = [None] * len(rows)
             queued.extend((row, i, place) for place, row in enumerate(rows))
 
-        def deliver(batch: list[tuple[Row, int, int]], arrays: dict[str, jax.Array]) -> None:
+        def deliver(batch: list[list[Entry]], arrays: dict[str, jax.Array]) -> None:
             on_host = {name: np.asarray(array) for name, array in arrays.items()}
-            for n, (row, i, place) in enumerate(batch):
-                k = len(row.masked_positions) or None
-                waiting[i][place] = {name: array[n, :k] for name, array in on_host.items()}
+            for spot, (row, i, place) in _spots(batch):
+                where: Any = spot.text
+                if row.masked_positions:
+                    where = slice(spot.mask, spot.mask + len(row.masked_positions))
+                elif self.task.per_token:
+                    where = slice(spot.token, spot.token + len(row.input_ids))
+                waiting[i][place] = {name: array[spot.row, where] for name, array in on_host.items()}
                 if all(output is not None for output in waiting[i]):
                     advance(i, waiting.pop(i))
 
@@ -225,45 +252,62 @@ class Pipeline:
             advance(i, None)
         while queued:
             round_, queued[:] = list(queued), []
-            flying: deque[tuple[list[tuple[Row, int, int]], dict[str, jax.Array]]] = deque()
+            flying: deque[tuple[list[list[Entry]], dict[str, jax.Array]]] = deque()
             for batch, bucket in self._batches(round_):
-                flying.append((batch, self._forward([row for row, _, _ in batch], bucket)))
+                flying.append((batch, self._forward(batch, bucket)))
                 if len(flying) > 1:  # while the device computes one batch, the host decodes the one before
                     deliver(*flying.popleft())
             while flying:
                 deliver(*flying.popleft())
         return results
 
-    def _batches(self, queued: list[tuple[Row, int, int]]) -> Iterator[tuple[list[tuple[Row, int, int]], Bucket]]:
-        """Cuts rows into batches, longest first, each with the bucket that holds it."""
+    def _batches(self, queued: list[Entry]) -> Iterator[tuple[list[list[Entry]], Bucket]]:
+        """Cuts rows into batches, each with what goes into a row of it and the bucket that holds it."""
         queued = sorted(
             queued, key=lambda entry: (len(entry[0].input_ids), len(entry[0].masked_positions)), reverse=True
         )
         while queued:
-            shorter, length = next(
-                (a, b) for a, b in itertools.pairwise([0, *self._lengths]) if b >= len(queued[0][0].input_ids)
-            )
-            most = max(1, TOKENS // length)
-            # The largest batch that would be more than half full; of what one batch could hold, full of those rows that
-            # need its length, for the others have a shorter one of their own.
-            filling = queued if len(queued) > most else [entry for entry in queued if len(entry[0].input_ids) > shorter]
-            rows = max(rows for rows in {*ROWS, most} if rows <= most and len(filling) > rows // 2)
-            batch, queued = queued[:rows], queued[rows:]
-            masks = max(len(row.masked_positions) for row, _, _ in batch)
+            lengths = [len(row.input_ids) for row, _, _ in queued]
+            if self._packed and sum(lengths) > TOKENS:
+                length = next(length for length in self._packed if length >= lengths[0])
+                rows, texts = _most(length), length // 8
+                batch: list[list[Entry]] = [[] for _ in range(rows)]
+                left: list[Entry] = []
+                for entry, row in zip(queued, best_fit(lengths, length, rows=rows, examples=texts), strict=True):
+                    (left if row < 0 else batch[row]).append(entry)
+                queued = left
+            else:
+                # The largest batch that would be more than half full of rows that need its length: the others have a
+                # shorter one of their own.
+                shorter, length = next((a, b) for a, b in itertools.pairwise([0, *self._lengths]) if b >= lengths[0])
+                filling = sum(tokens > shorter for tokens in lengths)
+                rows, texts = max(rows for rows in ROWS if rows <= _most(length) and filling > rows // 2), 1
+                batch, queued = [[entry] for entry in queued[:rows]], queued[rows:]
+            masks = max(sum(len(row.masked_positions) for row, _, _ in together) for together in batch)
             if masks:
-                masks = next(k for k in _masks(length) if k >= masks)
-            yield batch, Bucket(rows, length, masks)
+                masks = next(n for n in _masks(length, texts) if n >= masks)
+            yield batch, Bucket(rows, length, masks, texts)
 
-    def _forward(self, rows: list[Row], bucket: Bucket) -> dict[str, jax.Array]:
-        ids, types = [row.input_ids for row in rows], [row.token_type_ids for row in rows]
-        inputs = self.tokenizer.pad(ids, types, length=bucket.length, rows=bucket.rows)
-        for name in ("masked_positions", "labels"):
-            columns = [getattr(row, name) for row in rows]
-            if any(columns):
-                inputs[name] = np.zeros((bucket.rows, bucket.masks), np.int32)
-                for i, column in enumerate(columns):
-                    inputs[name][i, : len(column)] = column
-        return self._program(bucket, "labels" in inputs)(self.params, inputs)
+    def _forward(self, batch: list[list[Entry]], bucket: Bucket) -> dict[str, jax.Array]:
+        labelled = any(row.labels for together in batch for row, _, _ in together)
+        inputs = {name: np.zeros(shape, np.int32) for name, shape in self._shapes(bucket, labelled).items()}
+        inputs["input_ids"][:] = self.tokenizer.pad_token_id or 0
+        for spot, (row, _, _) in _spots(batch):
+            here = spot.row, slice(spot.token, spot.token + len(row.input_ids))
+            inputs["input_ids"][here] = row.input_ids
+            inputs["token_type_ids"][here] = row.token_type_ids
+            if bucket.texts == 1:
+                inputs["attention_mask"][here] = 1
+            else:
+                inputs["document_ids"][here] = spot.text + 1
+                inputs["position_ids"][here] = np.arange(len(row.input_ids))
+                inputs["starts"][spot.row, spot.text] = spot.token
+            masks = spot.row, slice(spot.mask, spot.mask + len(row.masked_positions))
+            if row.masked_positions:
+                inputs["masked_positions"][masks] = spot.token + np.array(row.masked_positions)
+            if row.labels:
+                inputs["labels"][masks] = row.labels
+        return self._program(bucket, labelled)(self.params, inputs)
 
     def _program(self, bucket: Bucket, labelled: bool = False) -> jax.stages.Compiled:
         if bucket not in self._programs:
@@ -281,7 +325,11 @@ class Pipeline:
         return traced
 
     def _shapes(self, bucket: Bucket, labelled: bool = False) -> dict[str, tuple[int, int]]:
-        shapes = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (bucket.rows, bucket.length))
+        names = ["input_ids", "token_type_ids"]
+        names += ["document_ids", "position_ids"] if bucket.texts > 1 else ["attention_mask"]
+        shapes = dict.fromkeys(names, (bucket.rows, bucket.length))
+        if bucket.texts > 1:
+            shapes["starts"] = (bucket.rows, bucket.texts)
         if bucket.masks:
             shapes["masked_positions"] = (bucket.rows, bucket.masks)
         if labelled:
@@ -289,17 +337,33 @@ class Pipeline:
         return shapes
 
     def _step(self, params: tree.Params, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return self.task.forward(self.model(params), inputs)
+        starts = inputs.pop("starts", jnp.asarray(FIRST))
+        return self.task.forward(self.model(params), inputs, starts)
 
     def model(self, params: tree.Params) -> Any:
         """The model with these parameters, its own or traced ones."""
         return tree.merge(self._skeleton, params)
 
 
-def _masks(length: int) -> tuple[int, int, int]:
+def _spots(batch: list[list[Entry]]) -> Iterator[tuple[Spot, Entry]]:
+    """Where each of a batch's entries lies: those of one row one after another."""
+    for i, texts in enumerate(batch):
+        token = mask = 0
+        for n, entry in enumerate(texts):
+            yield Spot(i, n, token, mask), entry
+            token += len(entry[0].input_ids)
+            mask += len(entry[0].masked_positions)
+
+
+def _most(length: int) -> int:
+    """Rows of a full batch."""
+    return max(1, TOKENS // length)
+
+
+def _masks(length: int, texts: int) -> tuple[int, int, int]:
     """Masked positions that rows are padded to.
 
-    Two at least: of one row a product is a slow matrix-vector product on CPU. Then a quarter of the tokens, which holds
-    what training masks, or all of them.
+    A few: two at least, for of one row a product is a slow matrix-vector product on CPU. Then a quarter of the tokens,
+    which holds what training masks, or all of them.
     """
-    return 2, length // 4, length
+    return 2 if texts == 1 else max(2, length // 16), length // 4, length

@@ -251,6 +251,8 @@ def make_graphs(folder: Path) -> None:
 
 def open_peer(side: str, folder: Path) -> None:
     global _peer
+    if side == "ours":
+        memory.keep_freed()  # as `bert-jax predict` does
     import peers
 
     _peer = peers.open_peer(side, folder)
@@ -258,6 +260,8 @@ def open_peer(side: str, folder: Path) -> None:
 
 def open_texts(side: str, folder: Path) -> None:
     global _peer
+    if side == "ours":
+        memory.keep_freed()
     import peers
 
     _peer = peers.open_texts(side, folder)

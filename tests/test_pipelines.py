@@ -73,19 +73,28 @@ def test_one_program_a_bucket():
 
 def test_batches_hold_each_row_once(fill_mask):
     random = np.random.RandomState(0)
-    for count in (1, 2, 3, 7, 64, 65, 300):
+    for count, longest in itertools.product((1, 2, 3, 7, 64, 65, 300), (20, 512)):
         rows = []
         for i in range(count):
-            length = int(random.randint(3, 513))
+            length = int(random.randint(5, longest + 1))
             rows.append((Row([0] * length, [0] * length, list(range(random.randint(1, 4)))), i, 0))
         seen = []
         for batch, bucket in fill_mask._batches(rows):
-            seen += [i for _, i, _ in batch]
-            assert bucket.rows // 2 < len(batch) <= bucket.rows
-            assert max(len(row.input_ids) for row, _, _ in batch) <= bucket.length
-            assert max(len(row.masked_positions) for row, _, _ in batch) <= bucket.masks
+            seen += [i for together in batch for _, i, _ in together]
+            assert len(batch) <= bucket.rows
+            for together in batch:
+                assert len(together) <= bucket.texts
+                assert sum(len(row.input_ids) for row, _, _ in together) <= bucket.length
+                assert sum(len(row.masked_positions) for row, _, _ in together) <= bucket.masks
             assert bucket.rows * bucket.length <= pipelines.TOKENS
         assert sorted(seen) == list(range(count))
+
+
+def test_many_texts_leave_little_padding(fill_mask):
+    lengths = np.random.RandomState(0).gamma(3, 10, pipelines.WINDOW).astype(int) + 3  # about those of sentences
+    queued = [(Row([0] * int(length), [], [1]), i, 0) for i, length in enumerate(lengths)]
+    buckets = [bucket for _, bucket in fill_mask._batches(queued)]
+    assert sum(bucket.rows * bucket.length for bucket in buckets) < 1.06 * lengths.sum()
 
 
 def test_errors_name_the_input(fill_mask):
@@ -160,6 +169,40 @@ def test_a_few_long_rows_do_not_lengthen_the_others(fill_mask):
     queued = [(Row([0] * (30 if i < 5 else 9), [], [1]), i, 0) for i in range(64)]
     buckets = [bucket for _, bucket in fill_mask._batches(queued)]
     assert [(bucket.rows, bucket.length) for bucket in buckets] == [(4, 32), (1, 32), (64, 16)]
+
+
+def test_several_texts_a_row_or_one(tokenizer):
+    """Every task gives of many texts what it gives of each alone."""
+    config = bert_jax.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                                 num_labels=4, initializer_range=0.2)  # fmt: skip
+    texts = [" ".join(f"word {n}" for n in range(i % 7, i % 7 + 3 + i % 23)) for i in range(150)]
+    inputs = {
+        "fill-mask": [f"{text} [MASK]" + " and [MASK]" * (i % 3 == 0) for i, text in enumerate(texts)],
+        "next-sentence-prediction": list(itertools.pairwise(texts)),
+        "question-answering": [("Which word?", text) for text in texts],
+    }
+    numbers = {
+        "fill-mask": lambda result: [score for _, score in scores([result])],
+        "feature-extraction": np.ravel,
+        "token-classification": lambda result: [entry["score"] for entry in result],
+    }
+    for task, made in pipelines.TASKS.items():
+        model = made.model_class(config, rngs=nnx.Rngs(0))
+        pipe = bert_jax.pipeline(task, model, tokenizer=tokenizer)
+        given = inputs.get(task, texts)
+        together = pipe(given)
+        assert any(bucket.texts > 1 for bucket in pipe.programs), task
+        number = numbers.get(task, lambda result: result["score"])
+        for entry, result in zip(given, together, strict=True):
+            np.testing.assert_allclose(number(result), number(pipe(entry)), rtol=1e-4, atol=1e-5, err_msg=task)
+
+
+def test_a_kernel_that_cannot_pack_gets_one_text_a_row(tokenizer):
+    config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    model = bert_jax.BertForMaskedLM(config, rngs=nnx.Rngs(0), attention="cudnn")
+    pipe = bert_jax.pipeline("fill-mask", model, tokenizer=tokenizer)
+    queued = [(Row([0] * 30, [0] * 30, [1]), i, 0) for i in range(300)]
+    assert {bucket.texts for _, bucket in pipe._batches(queued)} == {1}
 
 
 def test_warm_up_compiles_all_that_inputs_will_need(tmp_path, checkpoint, tokenizer):

@@ -195,7 +195,7 @@ def balanced(lengths: np.ndarray, batch_size: int, random: np.random.Generator) 
 
 
 def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.ndarray, Shape]:
-    """Lays examples, longest first, each into the fullest row that still has room for it (best fit decreasing).
+    """Lays examples into as few rows as `best_fit` finds.
 
     Args:
         lengths: Tokens of each example.
@@ -205,14 +205,39 @@ def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.nd
     Returns:
         The row of each, and the shape that holds them.
     """
+    rows = best_fit(lengths[indices].tolist(), length)
+    return np.array(rows), Shape(max(rows) + 1, length, int(np.bincount(rows).max()))
+
+
+def best_fit(tokens: Sequence[int], length: int, *, rows: int | None = None, examples: int | None = None) -> list[int]:
+    """Lays examples one after another, each into the fullest row that still has room for it.
+
+    Args:
+        tokens: Of each example, the most first (best fit decreasing).
+        length: Tokens that a row has.
+        rows: How many rows there are; None for as many as it takes.
+        examples: How many a row may hold; None for any number.
+
+    Returns:
+        The row of each; -1 where it has room in none.
+    """
     room: list[tuple[int, int]] = []  # that rows have left, the fullest first
+    count: list[int] = []
     chosen: list[int] = []
-    for tokens in lengths[indices].tolist():
-        place = bisect.bisect(room, (tokens, -1))
-        left, row = room.pop(place) if place < len(room) else (length, len(room))
-        bisect.insort(room, (left - tokens, row))
+    for size in tokens:
+        place = bisect.bisect(room, (size, -1))
+        if place == len(room):
+            if len(count) == rows:
+                chosen.append(-1)
+                continue
+            room.append((length, len(count)))
+            count.append(0)
+        left, row = room.pop(place)
+        count[row] += 1
+        if count[row] != examples:
+            bisect.insort(room, (left - size, row))
         chosen.append(row)
-    return np.array(chosen), Shape(len(room), length, int(np.bincount(chosen).max()))
+    return chosen
 
 
 def packed_shape(

@@ -34,7 +34,7 @@ class Row:
 
 
 Outputs = Mapping[str, np.ndarray]
-"""A row's share of what `Task.forward` returned, with the padding of masked positions and of rows cut off."""
+"""A row's share of what `Task.forward` returned: of its masked positions or its tokens, without padding, or its own."""
 
 Request = Generator[list[Row], list[Outputs], Any]
 
@@ -44,9 +44,20 @@ class Task(Protocol):
 
     model_class: Any
     """The model whose head it reads."""
+    per_token: bool
+    """Whether outputs have an entry a token, and not a text."""
 
-    def forward(self, model: Any, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """From a padded batch to arrays whose first axis is the batch; pure, and compiled once a bucket."""
+    def forward(self, model: Any, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
+        """From a batch to arrays; pure, and compiled once a bucket.
+
+        Args:
+            model: Of `model_class`.
+            inputs: What it takes.
+            starts: int [B, K], or [1, K] for all rows: the first token of each text in its row.
+
+        Returns:
+            Arrays [B, P, …] where inputs have masked positions, else [B, T, …] where they are per token, or [B, K, …].
+        """
         ...
 
     @property
@@ -61,7 +72,7 @@ class Objective(Protocol):
     metrics: tuple[str, ...]
     """Names of what `evaluate` gives; the first chooses the best checkpoint unless the settings say otherwise."""
     per_token: bool
-    """Whether `outputs` has an entry a token, and not an example."""
+    """Whether outputs have an entry a token, and not an example."""
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """The batch's mean loss and how many it is the mean of, rows of padding apart; both float32 []."""
@@ -87,16 +98,6 @@ class TrainableTask(Task, Objective, Protocol):
     """Pattern of the parameters that a pretrained checkpoint lacks."""
     peft_type: str
     """By which `peft` knows such a model."""
-
-    def forward(
-        self, model: Any, inputs: dict[str, jax.Array], starts: jax.Array | None = None
-    ) -> dict[str, jax.Array]:
-        """See `Task.forward`.
-
-        Rows may hold several examples that begin at `starts`, int [B, K]; then arrays are [B, T, …] where outputs are
-        per token, else [B, K, …].
-        """
-        ...
 
     @staticmethod
     def clean(rows: Mapping[str, list[dict[str, Any]]], data: Data) -> str:

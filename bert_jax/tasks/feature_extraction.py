@@ -20,12 +20,13 @@ class FeatureExtraction:
     """Vectors of the last layer."""
 
     model_class = BertModel
+    per_token = True
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         self.tokenizer = tokenizer
         self.max_length = max_length
 
-    def forward(self, model: BertModel, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def forward(self, model: BertModel, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
         """Last hidden states, float32 [B, T, D]."""
         return {"states": model(**inputs).last_hidden_state.astype(jnp.float32)}
 
@@ -55,7 +56,7 @@ class FeatureExtraction:
 
     def _encode(self, encoding: Encoding, pooling: str | None, normalize: bool) -> Request:
         (output,) = yield [Row(encoding.ids, encoding.type_ids)]
-        states = output["states"][: len(encoding)]
+        states = output["states"]
         vectors = {None: states, "cls": states[0], "mean": states.mean(axis=0)}[pooling]
         if normalize:
             return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

@@ -20,6 +20,7 @@ class FillMask:
     """Fills masks as Hugging Face's pipeline does, and beyond it ranks targets of any length and fills jointly."""
 
     model_class = BertForMaskedLM
+    per_token = False
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         if tokenizer.mask_token_id is None:
@@ -28,8 +29,8 @@ class FillMask:
         self.mask_id: int = tokenizer.mask_token_id
         self.max_length = max_length
 
-    def forward(self, model: BertForMaskedLM, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Probabilities of the whole vocabulary at each masked position: float32 [B, K, V]."""
+    def forward(self, model: BertForMaskedLM, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
+        """Probabilities of the whole vocabulary at each masked position: float32 [B, P, V]."""
         return {"probabilities": jax.nn.softmax(model(**inputs).logits, axis=-1)}
 
     def request(

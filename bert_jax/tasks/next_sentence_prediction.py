@@ -7,7 +7,7 @@ import jax
 
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
-from bert_jax.model import FIRST, BertForNextSentencePrediction
+from bert_jax.model import BertForNextSentencePrediction
 from bert_jax.tasks.base import Request, Row
 from bert_jax.tokenizer import Tokenizer
 
@@ -19,14 +19,17 @@ class NextSentencePrediction:
     """Tells whether the second text of a pair follows the first."""
 
     model_class = BertForNextSentencePrediction
+    per_token = False
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         self.tokenizer = tokenizer
         self.max_length = max_length
 
-    def forward(self, model: BertForNextSentencePrediction, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Probabilities of the two labels: float32 [B, 2]."""
-        return {"probabilities": jax.nn.softmax(model(**inputs, positions=FIRST).logits[:, 0])}
+    def forward(
+        self, model: BertForNextSentencePrediction, inputs: dict[str, jax.Array], starts: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Probabilities of the two labels: float32 [B, K, 2]."""
+        return {"probabilities": jax.nn.softmax(model(**inputs, positions=starts).logits)}
 
     def request(self, pair: Sequence[str]) -> Request:
         """Judges one pair.

@@ -39,7 +39,7 @@ class QuestionAnswering(TrainableTask):
         self.stride = max_length // 3 if answers.stride is None else answers.stride
 
     def forward(
-        self, model: BertForQuestionAnswering, inputs: dict[str, jax.Array], starts: jax.Array | None = None
+        self, model: BertForQuestionAnswering, inputs: dict[str, jax.Array], starts: jax.Array
     ) -> dict[str, jax.Array]:
         """Logits of an answer's first and last token, float32 [B, T] each."""
         out = model(**inputs)

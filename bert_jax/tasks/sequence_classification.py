@@ -15,7 +15,7 @@ from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
 from bert_jax.data.sources import TEXT
 from bert_jax.errors import InputError
-from bert_jax.model import FIRST, BertForSequenceClassification
+from bert_jax.model import BertForSequenceClassification
 from bert_jax.settings import Data
 from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask
 from bert_jax.tokenizer import Tokenizer
@@ -59,14 +59,9 @@ class SequenceClassification(TrainableTask):
     # ── Inference ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def forward(
-        self, model: BertForSequenceClassification, inputs: dict[str, jax.Array], starts: jax.Array | None = None
+        self, model: BertForSequenceClassification, inputs: dict[str, jax.Array], starts: jax.Array
     ) -> dict[str, jax.Array]:
-        """Scores, float32 [B, C], or [B, K, C] of the texts that begin at `starts`.
-
-        They are probabilities over the labels, of each label by itself, or the numbers.
-        """
-        if starts is None:
-            return {"scores": self.scores(model(**inputs, positions=FIRST).logits[:, 0])}
+        """Scores, float32 [B, K, C]: probabilities over the labels, of each label by itself, or the numbers."""
         return {"scores": self.scores(model(**inputs, positions=starts).logits)}
 
     def request(self, text: str | Sequence[str], *, top_k: int | None = 1) -> Request:

@@ -54,7 +54,7 @@ class TokenClassification(TrainableTask):
             self.metrics = ("accuracy",)
 
     def forward(
-        self, model: BertForTokenClassification, inputs: dict[str, jax.Array], starts: jax.Array | None = None
+        self, model: BertForTokenClassification, inputs: dict[str, jax.Array], starts: jax.Array
     ) -> dict[str, jax.Array]:
         """Probabilities of the labels, float32 [B, T, C]."""
         return {"scores": jax.nn.softmax(model(**inputs).logits)}

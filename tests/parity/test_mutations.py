@@ -34,7 +34,7 @@ MUTATIONS = {
     "token types dropped": ("model.py", "self.token_type_embeddings(token_type_ids)", "0.0"),
     "mask ignored": (
         "model.py",
-        "    if mask is not None:\n        scores",
+        "    if attended is not None:\n        scores",
         "    if False:\n        scores",
     ),
     "a square kernel transposed": (

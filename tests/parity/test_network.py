@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import bert_jax
 from bert_jax import losses, tree, weights
+from bert_jax.kernels import Attended
 
 SHAPES = {
     # Weights as much wider as the layers are narrower, so that activations are of the size of base's.
@@ -109,7 +110,8 @@ def test_submodules(folder, shape, close):
     for name, module in reference_model.named_modules():
         module.register_forward_hook(keep(name), with_kwargs=True)
     out = reference_model(**as_torch(given), output_attentions=True)
-    mask = given["attention_mask"].astype(bool)[:, None, None]
+    keys = jnp.asarray(given["attention_mask"])
+    attended = Attended(jnp.ones_like(keys[:, :1]), keys)
     close(
         f"{shape} embeddings",
         bert.embeddings(given["input_ids"], given["token_type_ids"], np.arange(24)[None]),
@@ -126,12 +128,12 @@ def test_submodules(folder, shape, close):
             ("intermediate", lambda x, layer=layer: bert_jax.model._gelu(layer.intermediate(x)), ()),
             ("output.dense", layer.output, ()),
             ("output.LayerNorm", layer.output_norm, ()),
-            ("", lambda x, layer=layer: layer(x, mask)[0], ()),
+            ("", lambda x, layer=layer: layer(x, attended)[0], ()),
         ]:
             x, y = seen[f"encoder.layer.{i}.{part}".rstrip(".")]
             close(f"{shape} layer {part}".strip(), module(jnp.asarray(x.numpy()), *arguments), numpy(y))
         x, _ = seen[f"encoder.layer.{i}"]
-        close(f"{shape} layer attention maps", layer(jnp.asarray(x.numpy()), mask)[1], numpy(out.attentions[i]))
+        close(f"{shape} layer attention maps", layer(jnp.asarray(x.numpy()), attended)[1], numpy(out.attentions[i]))
     x, y = seen["pooler"]
     close(f"{shape} pooler", jnp.tanh(bert.pooler(jnp.asarray(x.numpy())[:, 0])), numpy(y))
     theirs.cache_clear()  # its hooks hold on to every activation

@@ -330,13 +330,13 @@ def test_memory_does_not_grow_with_the_rows(pipe, tmp_path):
 
 @pytest.mark.slow
 def test_killed_it_loses_no_line_and_repeats_none(tmp_path):
-    """SIGKILL at random moments, the same command each time."""
+    """SIGKILL at random moments, one while it starts and the others on the way, the same command each time."""
     count, kills = int(os.environ.get("BERT_JAX_ROWS", "6000")), 5
     texts = [f"{text} [MASK] ." for text in sentences(count)]
     (tmp_path / "few.txt").write_text("\n".join(texts[:2048]))
     (tmp_path / "in.txt").write_text("\n".join(texts))
     arguments = ["bert-mini-cased", "--task", "fill-mask", "--parameter", "top_k=1", "--input"]
-    peaks, few = {}, 0.0
+    peaks = {}
     for name in ("few", "in"):
         command, environment = predict(*arguments, tmp_path / f"{name}.txt", "--output", tmp_path / f"{name}.jsonl")
         child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
@@ -345,20 +345,22 @@ def test_killed_it_loses_no_line_and_repeats_none(tmp_path):
         seconds, peaks[name] = time.monotonic() - began, usage.ru_maxrss
         child.returncode = os.waitstatus_to_exitcode(status)
         assert child.returncode == 0
-        few = seconds if name == "few" else few
     command, environment = predict(*arguments, tmp_path / "in.txt", "--output", tmp_path / "killed.jsonl")
-    moment, killed, amid = random.Random(0), 0, 0
     journal = tmp_path / "killed.jsonl.run.json"
-    for _ in range(2 * kills):
+    moment = random.Random(0)
+
+    def read():
+        return json.loads(journal.read_text())["read"] if journal.exists() else 0
+
+    for n in range(kills):
         child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        time.sleep(0.5 * few + moment.random() * (seconds - few) / (kills + 1))
+        until = (n - 1 + moment.random()) * count / kills
+        while n and child.poll() is None and read() < until:
+            time.sleep(0.05)
+        time.sleep(2 * moment.random())
         child.send_signal(signal.SIGKILL)
-        killed += child.wait() == -signal.SIGKILL
-        amid += journal.exists() and 0 < json.loads(journal.read_text())["read"] < count
-        if killed == kills:
-            break
-    assert killed == kills
-    assert amid >= 2
+        assert child.wait() == -signal.SIGKILL
+        assert n == 0 or 0 < read() < count
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "in.jsonl").read_bytes()
     print(f"{count} rows, {kills} kills, {seconds:.0f} s unbroken; peak {peaks} kB", file=sys.stderr)

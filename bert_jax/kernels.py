@@ -17,6 +17,8 @@ from bert_jax.errors import InputError
 
 FUSED = {"splash": ("TPUs", "tpu"), "cudnn": ("NVIDIA GPUs", "gpu")}
 """Fused kernels: what they are for, in words and by JAX's name."""
+UNPACKED = ("cudnn",)
+"""Those of them that know rows of one text each alone."""
 SPLASH_BLOCK = 128
 """Tokens that splash attention takes at a time: rows have to be a multiple of it."""
 
@@ -57,9 +59,9 @@ def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length:
         raise InputError(
             f"attention is {name!r}, which computes in bfloat16; compute_dtype is {compute_dtype}. {instead}"
         )
-    if name == "cudnn" and packed:
+    if name in UNPACKED and packed:
         raise InputError(
-            "attention is 'cudnn', which knows rows of one text each, and these hold several. Set data.packing to "
+            f"attention is {name!r}, which knows rows of one text each, and these hold several. Set data.packing to "
             "false (pass no document_ids), or take attention 'plain'."
         )
     if name == "splash" and length is not None and length % SPLASH_BLOCK:

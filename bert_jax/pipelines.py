@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bert_jax import hub, sharding, tree
+from bert_jax import hub, kernels, sharding, tree
 from bert_jax.data.loader import best_fit
 from bert_jax.errors import CheckpointError, InputError
 from bert_jax.hub import DEFAULT_MODEL
@@ -149,9 +149,8 @@ class Pipeline:
         self.params, self._skeleton = tree.split(model)
         self._lengths = [*(length for length in LENGTHS if length < max_length), max_length]
         encoder = model if isinstance(model, BertModel) else model.bert
-        self._packed = [*(length for length in PACKED if length < max_length), max_length]
-        if encoder.attention == "cudnn":  # which knows no rows of several texts
-            self._packed = []
+        packs = encoder.attention not in kernels.UNPACKED
+        self._packed = [*(length for length in PACKED if length < max_length), max_length] if packs else []
         self._parameters = list(inspect.signature(task.request).parameters)[1:]
         self._programs: dict[Bucket, jax.stages.Compiled] = {}
 

@@ -119,6 +119,7 @@ TARGETS = {
     "packing": Target("≥ 1.7", "≥ 3"),
     "finetune padded": Target("0.3", ""),
     "finetune grouped": Target("0.8", "0.5"),
+    "finetune dynamic": Target("0.8", "0.5"),
 }
 NO_TARGET = Target("", "")
 PACKAGES = ["bert-jax", "jax", "jaxlib", "flax", "torch", "transformers", "onnx", "onnxruntime", "openvino", "keras",
@@ -503,17 +504,16 @@ def finetune(folder: Path, console: Console) -> dict[str, Any]:
     peer = [sys.executable, str(Path(__file__).with_name("transformers_trainer.py"))]
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        for name, command in {
-            "ours": [str(script), "finetune"], "ours again": [str(script), "finetune"],
-            "grouped": [*peer, "--accuracy"], "padded": [*peer, "--accuracy", "--pad"],
-        }.items():  # fmt: skip
+        commands = {name: [str(script), "finetune"] for name in ("ours", "ours again")}
+        commands |= {name: [*peer, "--accuracy", *ARRANGEMENTS[name]] for name in AGAINST}
+        for name, command in commands.items():
             output = f"output.folder={temporary}/{name.replace(' ', '_')}"
             command = [*command, *FINETUNE, "training.epochs=1", output]
             results[name], _ = _run(command, os.environ | {"BERT_JAX_COMPILATION_CACHE": f"{temporary}/cache"})
             console.print(f"finetune, {name}: {results[name]:.0f} s", highlight=False)
     table = Table("", "ours", "with a warm cache", "theirs", "ratio", "warm", "must", "aim",
                   title=f"finetune: one epoch of {FINETUNE[0]}, whole process, s", title_justify="left")  # fmt: skip
-    for name in ("grouped", "padded"):
+    for name in AGAINST:
         seconds = [results[key] for key in ("ours", "ours again", name)]
         table.add_row(f"Trainer, {name}", *(f"{value:.0f}" for value in seconds), f"{seconds[0] / seconds[2]:.2f}",
                       f"{seconds[1] / seconds[2]:.2f}", *TARGETS[f"finetune {name}"])  # fmt: skip
@@ -627,7 +627,9 @@ CASES = {"warm": warm, "python": python, "process": process, "load": load, "step
          "pretrain": pretrain, "packing": packing, "peers": peers, "texts": texts, "finetune": finetune}  # fmt: skip
 DEFAULT = ("warm", "python", "process", "load", "step")
 FINETUNE: list[str] = []
-"""A YAML file and its overrides, from the command line."""
+"""A YAML file and its overrides, from the command line; `AGAINST` likewise."""
+AGAINST: list[str] = []
+ARRANGEMENTS = {"grouped": [], "dynamic": ["--random"], "padded": ["--pad"]}
 
 
 @contextlib.contextmanager
@@ -752,6 +754,9 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}; all by default")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="weights to take instead of random ones")
     parser.add_argument("--finetune", nargs="+", metavar=("YAML", "KEY=VALUE"), help="settings for the case finetune")
+    parser.add_argument("--against", nargs="+", choices=ARRANGEMENTS, default=["grouped", "padded"],
+                        help="how Trainer pads: to a batch's longest, of examples grouped by length or in random order "
+                        "(dynamic), or to data.max_length; grouped and padded by default")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes every time that was measured")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="draws the cases peers and texts")
     arguments = parser.parse_args()
@@ -759,7 +764,7 @@ def main() -> None:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; expected {', '.join(CASES)}")
     if arguments.model and not (arguments.model / hub.CONFIG_FILE).is_file():
         parser.error(f"{arguments.model} holds no {hub.CONFIG_FILE}")
-    FINETUNE[:] = arguments.finetune or []
+    FINETUNE[:], AGAINST[:] = arguments.finetune or [], arguments.against
     cases = arguments.cases or [name for name in CASES if name in DEFAULT]
     if "finetune" in cases and not FINETUNE:
         parser.error("finetune needs --finetune YAML [KEY=VALUE …] with local files as data")

@@ -7,13 +7,15 @@ Same model, data, label ids and recipe, for text classification with one label, 
 question answering, whose features, and answers read off the logits, are those of transformers' examples `run_ner.py`
 and `run_qa.py`. Batches are padded to their longest and grouped by length, in random order with `--random`, or with
 `--pad` all padded to data.max_length. Classifiers choose the best epoch, as ours; question answering takes the last, as
-`run_qa.py` (ours does with `training.evaluate_every` of many steps). Prints JSON.
+`run_qa.py` (ours does with `training.evaluate_every` of many steps). Prints JSON, and leaves that and a journal in
+output.folder as our runs do: `scripts/compare_runs.py` tells of both.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -23,6 +25,7 @@ from sklearn.metrics import accuracy_score
 
 from bert_jax import metrics, recipes
 from bert_jax.settings import Settings
+from bert_jax.training import METRICS
 
 Features = dict[str, list[Any]]
 
@@ -118,7 +121,7 @@ def main() -> None:
     parser.add_argument("--pad", action="store_true", help="pad all examples to data.max_length")
     parser.add_argument("--random", action="store_true", help="do not group examples by length")
     parser.add_argument("--accuracy", action="store_true", help="evaluate and keep checkpoints, not only train")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     settings = Settings.from_file(arguments.config, arguments.overrides)
     training, optimizer = settings.training, settings.optimizer
     began = time.perf_counter()
@@ -177,6 +180,7 @@ def main() -> None:
             seed=training.seed,
             report_to=[],
             disable_tqdm=True,
+            logging_steps=training.log_every,
             use_cpu=True,
         ),
         train_dataset=data["train"],
@@ -186,14 +190,24 @@ def main() -> None:
         compute_metrics=compute_metrics if metric else None,
     )
     trainer.train()
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"seed": training.seed}
     for split in data.keys() - {"train"}:
         if metric:
-            results |= trainer.evaluate(data[split], metric_key_prefix=split)
+            found = trainer.evaluate(data[split], metric_key_prefix=split)
+            results[split] = {name.removeprefix(f"{split}_"): value for name, value in found.items()}
         else:
             found = answers(splits[split], data[split], trainer.predict(data[split]).predictions, settings)
             results[split] = metrics.answering([row["answers"]["text"] for row in splits[split]], found)
-    print(json.dumps({"seed": training.seed, "seconds": time.perf_counter() - began, **results}))
+    results["seconds"] = time.perf_counter() - began
+    folder = Path(settings.output.folder)
+    with (folder / METRICS).open("w", encoding="utf-8") as file:
+        for line in trainer.state.log_history:
+            scores = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+            entry = {"validation": scores} if scores else {"loss": line["loss"]} if "loss" in line else {}
+            if entry:
+                file.write(json.dumps({"step": line["step"], **entry}) + "\n")
+    (folder / recipes.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""Metrics and curves of our runs beside those of transformers' Trainer, seed by seed.
+
+    python scripts/compare_runs.py --ours runs/ours_* --theirs runs/trainer_* --chart curves.png
+
+The folders are of `bert-jax finetune` and of `scripts/transformers_trainer.py`, one a seed. Prints a table in Markdown.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from bert_jax import recipes, training
+
+COLORS = {"ours": "C0", "theirs": "C1"}
+
+
+def scores(run: Path) -> dict[str, Any]:
+    """Metrics of a run by split; of validation those of its journal, at the settings' null_threshold, not one found."""
+    results: dict[str, Any] = json.loads((run / recipes.RESULTS).read_text())
+    for line in training.read_journal(run / training.METRICS):
+        if "validation" in line and line["step"] == results.get("step"):
+            results["validation"] = line["validation"]
+    return results
+
+
+def table(sides: dict[str, list[Path]]) -> str:
+    """A line for each metric that both sides have: its mean, and by seed."""
+    results = {side: [scores(run) for run in runs] for side, runs in sides.items()}
+    lines = ["| | ours, mean | by seed | theirs, mean | by seed | ours − theirs |", "|---|---|---|---|---|---|"]
+    for split in ("validation", "test"):
+        found = [[one[split] for one in many if split in one] for many in results.values()]
+        if not all(found):
+            continue
+        for name, value in found[0][0].items():
+            if not isinstance(value, float) or not all(name in one for many in found for one in many):
+                continue
+            ours, theirs = ([one[name] for one in many] for many in found)
+            mean, their_mean = statistics.mean(ours), statistics.mean(theirs)
+            cells = [f"{mean:.4f}", _by_seed(ours), f"{their_mean:.4f}", _by_seed(theirs), f"{mean - their_mean:+.4f}"]
+            lines.append(f"| {split} {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _by_seed(values: list[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
+
+
+def chart(sides: dict[str, list[Path]], metric: str | None) -> Figure:
+    """Loss by step and, where epochs were evaluated, a metric of validation: thin lines are seeds."""
+    journals = {side: [training.read_journal(run / training.METRICS) for run in runs] for side, runs in sides.items()}
+    figure = Figure(figsize=(10 if metric else 5.5, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2 if metric else 1, squeeze=False)[0]
+    for side, many in journals.items():
+        _lines(axes[0], side, [[(line["step"], line["loss"]) for line in one if "loss" in line] for one in many])
+        if metric:
+            evaluations = [[line for line in one if "validation" in line] for one in many]
+            points = [[(line["step"], line["validation"][metric]) for line in one] for one in evaluations]
+            _lines(axes[1], side, points, marker="o")
+    for panel, name in zip(axes, ("loss", f"{metric} on validation"), strict=False):
+        panel.set_title(name, fontsize="medium", loc="left")
+        panel.set_xlabel("step")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False)
+    return figure
+
+
+def _lines(panel: Any, side: str, runs: list[list[tuple[int, float]]], **style: Any) -> None:
+    for points in runs:
+        panel.plot(*zip(*points, strict=True), color=COLORS[side], alpha=0.25, linewidth=0.8)
+    shared = sorted(set.intersection(*({step for step, _ in points} for points in runs)))
+    means = [np.mean([dict(points)[step] for points in runs]) for step in shared]
+    panel.plot(shared, means, color=COLORS[side], label=side, **style)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for side in COLORS:
+        parser.add_argument(f"--{side}", nargs="+", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--metric", help="of validation, beside the loss in the chart")
+    parser.add_argument("--chart", type=Path, metavar="PNG")
+    arguments = parser.parse_args()
+    sides = {side: getattr(arguments, side) for side in COLORS}
+    for run in (run for runs in sides.values() for run in runs):
+        if not (run / recipes.RESULTS).exists():
+            parser.error(f"{run} has no {recipes.RESULTS}; expected the folder of a run that has ended")
+    print(table(sides))
+    if arguments.chart:
+        chart(sides, arguments.metric).savefig(arguments.chart, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,9 @@
 """Checkpoints of a run (orbax): the latest and the best, and the newest that can be read."""
 
+import json
 import logging
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,12 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"Cannot write checkpoints to {folder}: {error.strerror}.") from None
+        for file in folder.glob("*/metrics/metrics"):
+            try:
+                json.loads(file.read_text())
+            except ValueError:  # orbax would not open the others then
+                logger.warning("The checkpoint of step %s is damaged (its score).", file.parts[-3])
+                shutil.rmtree(file.parents[1])
         # Among those that were not evaluated, whose score is -inf, the best is the latest.
         policy = [LatestN(keep), BestN(get_metric_fn=_score, n=1)]
         self._manager = ocp.CheckpointManager(
@@ -76,28 +84,28 @@ class Checkpoints:
             step: The step; None for the newest.
 
         Returns:
-            Steps done, the state and the progress; None if there is no checkpoint.
+            Steps done, the state and the progress; None if there is no checkpoint, or that of the step is damaged.
 
         Raises:
             CheckpointError: If there are checkpoints and none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         damaged = []
-        for step in steps:
+        for n in steps:
             args = ocp.args.Composite(
                 state=ocp.args.StandardRestore(jax.tree.map(_spec, like)), progress=ocp.args.JsonRestore()
             )
             try:
-                restored = self._manager.restore(step, args=args)
+                restored = self._manager.restore(n, args=args)
             except Exception as error:  # whatever a damaged file makes of it
-                logger.warning("The checkpoint of step %d is damaged (%s).", step, str(error).partition("\n")[0][:200])
-                damaged.append(step)
+                logger.warning("The checkpoint of step %d is damaged (%s).", n, str(error).partition("\n")[0][:200])
+                damaged.append(n)
                 continue
             for bad in damaged:
-                logger.warning("Going on from step %d instead of %d.", step, bad)
+                logger.warning("Going on from step %d instead of %d.", n, bad)
                 self._manager.delete(bad)
-            return step, restored["state"], restored["progress"]
-        if damaged:
+            return n, restored["state"], restored["progress"]
+        if damaged and step is None:
             raise CheckpointError(
                 f"None of the checkpoints in {self.folder} can be read. Remove the folder to start from the beginning."
             )

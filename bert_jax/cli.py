@@ -55,6 +55,9 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (OSError, MemoryError) as error:  # a path that is too long, a folder that is locked, a batch of millions
+        print(f"bert-jax: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)
@@ -204,7 +207,9 @@ def finetune(
             console.print(found, highlight=False, markup=False, soft_wrap=True)
             return
         folder = recipes.finetune(settings, console=console)
-        console.print(f"{folder}: the model, its card, metrics and predictions", highlight=False, soft_wrap=True)
+        console.print(
+            f"{folder}: the model, its card, metrics and predictions", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 @app.command()
@@ -223,7 +228,7 @@ def pretrain(
         from bert_jax import recipes
 
         folder = recipes.pretrain(settings, console=console)
-        console.print(f"{folder}: the model, its card and metrics", highlight=False, soft_wrap=True)
+        console.print(f"{folder}: the model, its card and metrics", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -263,7 +268,7 @@ def evaluate(
         metrics = heldout.evaluate([model, *(beside or ())], settings, split, console=Console(stderr=True))
         markdown = report.held_out_markdown(metrics)
     else:
-        metrics = recipes.evaluate(model, settings, split)
+        metrics = recipes.evaluate(model, settings, split, console=Console(stderr=True))
         markdown = report.markdown(metrics)
     if as_json:
         print(json.dumps(metrics, indent=2))

@@ -1,7 +1,8 @@
 """A model over examples: what it returns for each of them, and the metrics of that."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from bert_jax import sharding, tree
-from bert_jax.data.loader import Batch, Examples, Loader, Place
+from bert_jax.data.loader import Batch, Examples, Loader, Place, Shape
+from bert_jax.errors import TrainingError
 from bert_jax.tasks.base import Objective
 
 Program = Callable[[tree.Params, Batch], tuple[dict[str, jax.Array], jax.Array, jax.Array]]
@@ -64,18 +66,23 @@ def evaluate(
         packing: Tokens that a row may have if it may hold several examples; None for one example a row.
         multiple: What the tokens of a row have to be a multiple of.
         mesh: The devices.
+
+    Raises:
+        TrainingError: If a batch does not fit into memory.
     """
     loader = Loader(
         examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing, multiple=multiple,
         part=sharding.part(mesh),
     )  # fmt: skip
+    remedy = "Lower training.evaluation_batch_size or data.max_length."
     collected: dict[str, Any] = {}
     total = counted = 0.0
     flying: list[tuple[Place, Any]] = []
 
     def deliver(place: Place, results: Any) -> None:
         nonlocal total, counted
-        outputs, loss, count = jax.device_get(results)
+        with out_of_memory(place.shape, remedy):
+            outputs, loss, count = jax.device_get(results)
         total, counted = total + float(loss) * float(count), counted + float(count)
         for name, array in outputs.items():
             column = collected.setdefault(name, [None] * len(examples))
@@ -84,8 +91,8 @@ def evaluate(
                 column[i] = array[row, at : at + examples.lengths[i]].copy() if task.per_token else array[row, n]
 
     for step in range(loader.steps_per_epoch):
-        batch = sharding.put_batch(loader.batch_at(step), mesh)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), out_of_memory(loader.place(step).shape, remedy):
+            batch = sharding.put_batch(loader.batch_at(step), mesh)
             flying.append((loader.place(step), evaluate_batch(params, batch)))
         if len(flying) > 1:  # the device computes one while the host takes in the one before
             deliver(*flying.pop(0))
@@ -95,3 +102,16 @@ def evaluate(
         collected = {name: np.stack(column) for name, column in collected.items()}
     metrics = {"loss": total / counted} if counted else {}
     return Evaluation(metrics | (task.evaluate(collected, examples) if counted else {}), collected)
+
+
+@contextlib.contextmanager
+def out_of_memory(shape: Shape, remedy: str) -> Iterator[None]:
+    """Says which batch does not fit into memory, and what to do."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TrainingError(
+            f"A batch of {shape.rows} rows of {shape.length} tokens does not fit into memory. {remedy}"
+        ) from None

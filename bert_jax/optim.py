@@ -46,7 +46,8 @@ def rules(settings: Optimizer, paths: Iterable[str]) -> dict[str, Rule]:
     paths = list(paths)
     layers = 1 + max((int(match[1]) for path in paths if (match := re.search(r"\blayers\.(\d+)\.", path))), default=-1)
     rates = [rate.parameters for rate in settings.rates]
-    for name, patterns in [("frozen", settings.frozen), ("rates", rates)]:
+    no_decay = set(settings.no_decay) - set(Optimizer().no_decay)  # LoRA has none that those of old match
+    for name, patterns in [("frozen", settings.frozen), ("rates", rates), ("no_decay", no_decay)]:
         for pattern in patterns:
             if not _first([pattern], *paths):
                 raise InputError(f"optimizer.{name} has {pattern!r}, which matches no parameter, like {paths[0]}.")
@@ -57,8 +58,8 @@ def rules(settings: Optimizer, paths: Iterable[str]) -> dict[str, Rule]:
             found[path] = Rule(False, 0.0, 0.0, (f"frozen: {frozen}",))
             continue
         decay = settings.weight_decay
-        if no_decay := _first(settings.no_decay, path):
-            decay, reasons = 0.0, [f"no_decay: {no_decay}"]
+        if without := _first(settings.no_decay, path):
+            decay, reasons = 0.0, [f"no_decay: {without}"]
         factor = 1.0
         if rate := _first(rates, path):
             factor = settings.rates[rates.index(rate)].factor

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 from flax import nnx
 from rich.console import Console
 
@@ -185,9 +186,15 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     if is_finished(settings, console):
         return folder
     prepared = prepare(settings)
-    console.print(_overview(settings, prepared), highlight=False)
+    console.print(_overview(settings, prepared), highlight=False, markup=False)
     processes.agree("The training examples", prepared.examples["train"].digest)
-    training.set_up(prepared.task, prepared.model, prepared.examples["train"], settings)  # or the folder is not made
+    # Before the folder is made, which is bound to these settings.
+    training.set_up(prepared.task, prepared.model, prepared.examples["train"], settings)
+    if "validation" in prepared.examples and not prepared.task.labelled(prepared.examples["validation"]):
+        raise InputError(
+            f"data.validation ({settings.data.validation}) has no labels, by which the best checkpoint would be "
+            "chosen. Give it as data.test, or leave it out."
+        )
     begin(settings)
     trained = training.train(
         prepared.task,
@@ -198,9 +205,7 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
         console=console,
     )
     results: dict[str, Any] = {"step": trained.step, "steps": trained.steps, "validation": trained.metrics}
-    if isinstance(prepared.task, QuestionAnswering) and "null_threshold" in trained.metrics:
-        found = {"null_threshold": trained.metrics["null_threshold"]}
-        prepared.task.answers = prepared.task.answers.model_copy(update=found)
+    prepared.task.adopt(trained.metrics)
     split = "test" if "test" in prepared.examples else "validation"
     examples = prepared.examples.get(split)
     outputs: Mapping[str, Any] = {}
@@ -221,9 +226,11 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     if examples is not None:
         predictions = prepared.task.predictions(outputs, examples)
         lines = [row | {"prediction": p} for row, p in zip(prepared.rows[split], predictions, strict=True)]
-        _write(folder / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        texts = [json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines]  # of Parquet, dates too
+        _write(folder / PREDICTIONS, "".join(texts))
         if settings.task == "question-answering":  # as the official scripts of SQuAD take it
-            answers = {str(line.get("id", n)): line["prediction"]["answer"] for n, line in enumerate(lines)}
+            ids = [line["row"] - 1 if line.get("id") is None else line["id"] for line in lines]
+            answers = {str(id): line["prediction"]["answer"] for id, line in zip(ids, lines, strict=True)}
             _write(folder / ANSWERS, json.dumps(answers, ensure_ascii=False) + "\n")
     end(settings, results, settings.training.metric or prepared.task.metrics[0], began)
     return folder
@@ -350,6 +357,9 @@ def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
         if folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"output.folder: {folder} holds files of something else; expected a new folder.")
         return False
+    kind = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8")).get("task")
+    if kind != settings.task:
+        raise InputError(f"output.folder: {folder} holds a run of {kind}; expected a new folder.")
     before = type(settings).from_file(folder / SETTINGS)
     if different := [line for line in before.differences(settings) if not line.startswith("output.")]:
         raise InputError(
@@ -358,12 +368,19 @@ def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
         )  # fmt: skip
     if not (folder / RESULTS).exists():
         return False
-    console.print(f"{folder} is finished; its {RESULTS} has the metrics. Another output.folder starts a new run.")
+    console.print(f"{folder} is finished; its {RESULTS} has the metrics. Another output.folder starts a new run.",
+                  markup=False)  # fmt: skip
     return True
 
 
 def begin(settings: Settings | Pretraining) -> None:
-    """Makes a run's folder, its settings in it."""
+    """Makes a run's folder, its settings in it.
+
+    Raises:
+        InputError: If evaluations are to be counted and there are none, or the folder cannot be written.
+    """
+    if settings.training.patience and settings.data.validation is None:
+        raise InputError("training.patience counts evaluations; expected data.validation, or no patience.")
     folder = Path(settings.output.folder)
     if processes.first():
         try:
@@ -387,16 +404,17 @@ def end(settings: Settings | Pretraining, results: dict[str, Any], metric: str, 
     _write(folder / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
-def evaluate(model_id: str, settings: Settings, split: str) -> dict[str, Any]:
-    """Metrics of a fine-tuned model on a split of the settings' data.
+def evaluate(model_id: str, settings: Settings, split: str, *, console: Console | None = None) -> dict[str, Any]:
+    """Metrics of a fine-tuned model on a split of the settings' data; what its run found on validation counts.
 
     Args:
         model_id: A folder or an id on the Hub.
         settings: Say which data, how long, and how many at a time.
         split: "validation" or "test".
+        console: Is told what people should know of the data; nobody by default.
 
     Raises:
-        InputError: If the split is not set, or its labels are not the model's.
+        InputError: If the split is not set, has no labels, or not the model's.
         CheckpointError: If the model has no head for the task.
     """
     check_extra("train", "sklearn")
@@ -404,11 +422,18 @@ def evaluate(model_id: str, settings: Settings, split: str) -> dict[str, Any]:
     if not rows:
         raise InputError(f"data.{split} is not set.")
     task_class = TASKS[settings.task]
-    task_class.clean({split: rows}, settings.data)
+    found = task_class.clean({split: rows}, settings.data)
     tokenizer = Tokenizer.from_pretrained(model_id)
     model = task_class.model_class.from_pretrained(model_id, compute_dtype=settings.precision.compute_dtype)
     task = make_task(settings, tokenizer, model.config)
-    return evaluate_examples(task, model, featurize(task, {split: rows})[split], settings).metrics
+    examples = featurize(task, {split: rows})[split]
+    if not task.labelled(examples):
+        raise InputError(f"data.{split} has no labels; `bert-jax predict` does without.")
+    if (results := Path(model_id) / RESULTS).is_file():
+        task.adopt(json.loads(results.read_text(encoding="utf-8"))["validation"])
+    if console and found:
+        console.print(found, highlight=False, markup=False)
+    return evaluate_examples(task, model, examples, settings).metrics
 
 
 def evaluate_examples(

@@ -120,7 +120,7 @@ class Data(_Section):
     tokens: str | None = None
     """Column of a sentence's words; tokens or words by default."""
     tags: str | None = None
-    """Column of the words' tags; ner_tags, ner_tags_str or tags by default."""
+    """Column of the words' tags; ner_tags_str, ner_tags or tags by default."""
     question: str | None = None
     """Column of the question; question by default."""
     context: str | None = None

@@ -31,6 +31,7 @@ from bert_jax.tasks.base import Objective
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS, METRICS, TENSORBOARD = "checkpoints", "metrics.jsonl", "tensorboard"
+LESS_MEMORY = "Lower training.batch_size or data.max_length, raise training.accumulation, or set training.remat."
 LOWER_IS_BETTER = ("loss", "mse", "mlm_loss", "nsp_loss", "pseudo_perplexity")
 Arrays = dict[str, jax.Array]
 
@@ -94,6 +95,8 @@ def plan(model: BertPreTrainedModel, settings: Settings | Pretraining, steps: in
     if settings.model.lora:
         adapters = lora.init(settings.model.lora, skeleton.specs, jax.random.key(settings.training.seed))
         whole = tree.select([settings.model.lora.trained, *settings.model.new], flat)
+        if not tree.select([settings.model.lora.trained], flat):
+            raise InputError(f"model.lora.trained is {settings.model.lora.trained!r}, which matches no parameter.")
         rules = optim.rules(settings.optimizer, [*adapters, *whole])
         rules |= {path: optim.Rule(False, 0.0, 0.0, ("lora",)) for path in flat if path not in rules}
     else:
@@ -323,10 +326,21 @@ def train(
 
     # ── Where the run stands ─────────────────────────────────────────────────────────────────────────────────────────
     checkpoints = Checkpoints(folder / CHECKPOINTS, options.keep)
-    progress: dict[str, Any] = {"best": None, "evaluations_without_better": 0}
+    progress: dict[str, Any] = {
+        "examples": examples.digest(),
+        "best": None,
+        "evaluations_without_better": 0,
+        "lines": [],  # metrics of the steps since the journal's last line
+    }
     start = 0
     if restored := checkpoints.restore(state):
-        start, state, progress = restored
+        start, state, before = restored
+        if before.get("examples") != progress["examples"]:
+            raise InputError(
+                f"The training examples are not those that the run in {folder} began with. Go on with those, or take "
+                "another output.folder."
+            )
+        progress |= before
         console.print(f"going on from step {start} of {steps}")
     journal = Journal(folder, start, tensorboard=settings.output.tensorboard) if processes.first() else None
     every = options.evaluate_every or loader.steps_per_epoch
@@ -334,7 +348,7 @@ def train(
     # ── The steps ────────────────────────────────────────────────────────────────────────────────────────────────────
     step = start
     flying: list[tuple[int, Arrays]] = []
-    lines: list[dict[str, float]] = []  # of the steps since the journal's last
+    lines: list[dict[str, float]] = progress["lines"]
     outputs: Mapping[str, Any] | None = None  # of the best evaluation
     seen, since = 0, time.perf_counter()
 
@@ -342,7 +356,7 @@ def train(
         """Reads a step's metrics, which waits for it; returns what to show when the journal has got a line."""
         nonlocal seen, since
         place = loader.place(n - 1)
-        with _out_of_memory(place.shape):
+        with evaluation.out_of_memory(place.shape, LESS_MEMORY):
             values = {name: float(value) for name, value in metrics.items()}
         if not math.isfinite(values["loss"]):
             raise TrainingError(
@@ -368,7 +382,7 @@ def train(
         for batch in loader.batches(start, steps):
             if _finished(progress, options.patience):
                 break
-            with _out_of_memory(loader.place(step).shape):
+            with evaluation.out_of_memory(loader.place(step).shape, LESS_MEMORY):
                 state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh))
             step += 1
             flying.append((step, metrics))
@@ -405,8 +419,12 @@ def train(
 
     # ── The best ─────────────────────────────────────────────────────────────────────────────────────────────────────
     best = progress["best"] or {"step": step, "metrics": {}}
-    if best["step"] != step and (restored := checkpoints.restore(state, best["step"])):
-        state = restored[1]
+    if best["step"] != step:
+        if restored := checkpoints.restore(state, best["step"]):
+            state = restored[1]
+        else:
+            console.print(f"the best checkpoint, of step {best['step']}, is damaged; the last one takes its place")
+            best, outputs = {"step": step, "metrics": {}}, None
     checkpoints.close()
     if journal:
         journal.close()
@@ -479,19 +497,6 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
     return lines
-
-
-@contextlib.contextmanager
-def _out_of_memory(shape: Shape) -> Iterator[None]:
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise TrainingError(
-            f"A batch of {shape.rows} rows of {shape.length} tokens does not fit into memory. Lower "
-            "training.batch_size or data.max_length, raise training.accumulation, or set training.remat."
-        ) from None
 
 
 @contextlib.contextmanager

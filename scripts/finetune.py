@@ -19,7 +19,7 @@ from bert_jax.training import train
 def main(train_file: str, validation_file: str, folder: str, model_id: str = "google-bert/bert-base-cased") -> None:
     memory.keep_freed()  # before JAX starts: on CPU, a third of a step's time
     rows = {"train": list(sources.read(train_file)), "validation": list(sources.read(validation_file))}
-    labels = sorted({row["label"] for row in rows["train"]})
+    labels = sorted({str(row["label"]) for row in rows["train"]})
     tokenizer = Tokenizer.from_pretrained(model_id)
     model = BertForSequenceClassification.from_pretrained(
         model_id, new=[r"classifier\..*"], rngs=nnx.Rngs(0), num_labels=len(labels), id2label=labels

@@ -74,6 +74,19 @@ def test_a_damaged_one_falls_back_to_the_one_before(three, caplog):
     assert float(three.restore(state(0))[1]["params"]["a.0.weight"][0, 0]) == 30
 
 
+def test_a_damaged_score_does_not_hide_the_others(three, caplog):
+    damage(three, 3)
+    again = Checkpoints(three.folder, keep=3)
+    assert "The checkpoint of step 3 is damaged (its score)" in caplog.text
+    assert again.restore(state(0))[0] == 2
+
+
+def test_a_damaged_one_that_is_asked_for(three):
+    damage(three, 1)
+    assert three.restore(state(0), 1) is None
+    assert three.restore(state(0))[0] == 3
+
+
 def test_all_damaged_is_an_error(three):
     for step in (1, 2, 3):
         damage(three, step)

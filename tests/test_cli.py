@@ -76,6 +76,7 @@ def broken(tmp_path):
         (["info", "owner/nothing"], "owner/nothing (revision main) is not in the cache"),
         (["info", "./not/here/at/all"], "neither a folder nor a model id"),
         (["finetune", EMOTION, "--target", "v5e:2x4"], "--target goes with --dry-run"),
+        (["finetune", EMOTION, "output.folder=" + 300 * "x"], "File name too long"),
         (
             ["finetune", EMOTION, "--dry-run", "--target", "v4"],
             "The target 'v4' is unknown; expected a chip and how many",

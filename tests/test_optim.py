@@ -41,10 +41,15 @@ def test_biases_and_norms_do_not_decay(paths):
 
 
 def test_no_decay_is_a_setting(paths):
-    rules = optim.rules(Optimizer(weight_decay=0.5, no_decay=(r".*embeddings\.weight", "there is none")), paths)
+    rules = optim.rules(Optimizer(weight_decay=0.5, no_decay=(r".*embeddings\.weight",)), paths)
     assert {path for path, rule in rules.items() if not rule.weight_decay} == {
         f"bert.embeddings.{name}_embeddings.weight" for name in ("word", "position", "token_type")
     }
+
+
+def test_a_pattern_of_no_decay_that_matches_nothing(paths):
+    with pytest.raises(InputError, match=r"optimizer\.no_decay has 'nrom.*', which matches no parameter"):
+        optim.rules(Optimizer(no_decay=("nrom.*",)), paths)
 
 
 def test_frozen(paths):

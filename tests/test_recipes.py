@@ -137,7 +137,11 @@ def test_pairs_regression_and_several_labels(tree, tmp_path):
     )
     tree["data"] |= {"validation": tree["data"]["train"], "text_pair": None}
     tree["output"]["folder"] = str(tmp_path / "regression")
+    tree["data"]["test"] = write(tmp_path / "unknown.jsonl", [{"text": r["text"]} for r in rows])
     folder = run(tree)
+    assert json.loads((folder / "results.json").read_text())["test"] == {}
+    assert "score" in (folder / "predictions.jsonl").read_text()
+    tree["data"]["test"] = None
     assert json.loads((folder / "results.json").read_text())["validation"].keys() == {
         "loss",
         "pearson",
@@ -249,6 +253,42 @@ def test_splits_that_cannot_be_used(tree, tmp_path):
         recipes.evaluate(tree["model"]["id"], Settings.from_dict(tree), "test")
 
 
+def test_labels_are_not_taken_for_markup(tree, tmp_path):
+    tree["data"] |= {
+        "train": write(tmp_path / "tags.jsonl", [{"text": "a", "label": "[/s]"}, {"text": "b", "label": "s"}])
+    }
+    tree["data"]["validation"], tree["training"] = None, {"max_steps": 1}
+    told = io.StringIO()
+    recipes.finetune(Settings.from_dict(tree), console=Console(file=told))
+    assert "labels: [/s], s" in told.getvalue()
+
+
+def test_patience_without_validation_is_refused(tree):
+    tree["data"]["validation"], tree["training"]["patience"] = None, 2
+    with pytest.raises(InputError, match=r"training\.patience counts evaluations; expected data\.validation"):
+        run(tree)
+    assert not Path(tree["output"]["folder"]).exists()
+
+
+def test_a_run_of_another_kind_is_named(tree, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.yaml").write_text("task: pretraining\n")
+    with pytest.raises(InputError, match="holds a run of pretraining; expected a new folder"):
+        run(tree)
+
+
+def test_validation_without_labels_is_refused_before_a_step(tree, tmp_path):
+    tree["data"]["validation"] = write(tmp_path / "v.jsonl", [{"text": "good"}, {"text": "bad"}])
+    with pytest.raises(InputError, match=r"data\.validation .* has no labels, by which the best checkpoint"):
+        run(tree)
+    assert not Path(tree["output"]["folder"]).exists()
+    tree["data"] |= {"validation": None, "test": tree["data"]["validation"]}
+    tree["training"] = {"max_steps": 1}
+    folder = run(tree)
+    with pytest.raises(InputError, match=r"data\.test has no labels; `bert-jax predict` does without"):
+        recipes.evaluate(str(folder), Settings.from_dict(tree), "test")
+
+
 def test_a_body_without_a_pooler_says_how_to_draw_one(tree, base, tmp_path):
     bert_jax.BertForMaskedLM.from_pretrained(base).save_pretrained(tmp_path / "mlm")
     for name in hub.TOKENIZER_FILES:
@@ -347,6 +387,10 @@ def test_answers(tree, tmp_path, unanswerable):
     assert ("no_answer_f1" in results) == unanswerable
     answers = json.loads((folder / "answers.json").read_text())
     assert list(answers) == [f"q{n}" for n in range(48, 60)]
+    again = recipes.evaluate(str(folder), Settings.from_dict(tree), "validation")  # at the threshold found
+    assert {name: again[name] for name in again if name != "loss"} == {
+        name: results[name] for name in results if name != "loss"
+    }
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     expected = [row["answers"]["text"][0] if row["answers"]["text"] else "" for row in rows]
     assert [row["prediction"]["answer"] for row in rows] == expected

@@ -169,7 +169,7 @@ def test_a_partial_batch_makes_no_new_program(make, tmp_path):
 
 def finish(make, folder, settings=None, examples=64, **sections):
     """A whole run with dropout, of 12 layers: the trained parameters, and the lines of its journal."""
-    sections = {"training": {"epochs": 2, "batch_size": 16, "log_every": 1, "evaluate_every": 3}} | sections
+    sections = {"training": {"epochs": 2, "batch_size": 16, "log_every": 2, "evaluate_every": 3}} | sections
     settings = settings or make_settings(folder, **sections)
     model, task = make(layers=12, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     data, validation = task.featurize(rows(examples)), task.featurize(rows(16, seed=1))
@@ -232,6 +232,25 @@ def test_the_best_checkpoint_is_what_comes_back(make, tmp_path):
     assert again.metrics["loss"] == pytest.approx(evaluations[trained.step], rel=1e-6)
 
 
+def test_without_the_best_checkpoint_the_last_one_comes_back(make, tmp_path, capsys):
+    section = {"epochs": 4, "batch_size": 16, "evaluate_every": 2, "metric": "loss"}
+    best, _ = finish(make, tmp_path, training=section, optimizer={"learning_rate": 3e-2})
+    assert best.step < best.steps
+    for file in (tmp_path / training.CHECKPOINTS / str(best.step)).rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:16])
+    again, _ = finish(make, tmp_path, training=section, optimizer={"learning_rate": 3e-2})
+    assert (again.step, again.metrics, again.outputs) == (best.steps, {}, None)
+
+
+def test_other_examples_than_the_run_began_with(make, tmp_path):
+    model, task = make()
+    settings = make_settings(tmp_path, training={"max_steps": 1, "batch_size": 16})
+    training.train(task, model, task.featurize(rows(16)), None, settings)
+    with pytest.raises(InputError, match=f"not those that the run in {tmp_path} began with"):
+        training.train(task, model, task.featurize(rows(16, seed=1)), None, settings)
+
+
 def test_patience(make, tmp_path):
     section = {"epochs": 50, "batch_size": 16, "evaluate_every": 2, "patience": 2}
     trained, journal = finish(make, tmp_path, training=section, optimizer={"learning_rate": 1e-12})
@@ -265,6 +284,21 @@ def test_a_batch_that_is_too_large_says_what_to_lower(make, tmp_path):
         training.train(task, model, examples, None, settings)
 
 
+def test_an_evaluation_that_is_too_large_says_what_to_lower(make, tmp_path):
+    model, task = make()
+    task.max_length = 512
+    section = {"batch_size": 1, "max_steps": 1, "evaluation_batch_size": 50_000}
+    settings = make_settings(tmp_path, training=section, data={"packing": False})
+    examples = task.featurize([{"text": " ".join(WORDS * 60), "label": "no"}])
+    with pytest.raises(TrainingError, match=r"50000 rows of 512 tokens .* Lower training.evaluation_batch_size"):
+        training.train(task, model, examples, examples, settings)
+
+
+def test_an_adapter_s_head_that_is_not_there(make, tmp_path):
+    with pytest.raises(InputError, match=r"model\.lora\.trained is 'clasifier', which matches no parameter"):
+        finish(make, tmp_path, model={"lora": {"trained": "clasifier"}}, training={"max_steps": 1})
+
+
 def test_a_metric_that_is_not_there(make, tmp_path):
     with pytest.raises(InputError, match=r"training.metric is 'f2'; this task has loss, accuracy, .*, f1\."):
         finish(make, tmp_path, training={"max_steps": 1, "metric": "f2"})
@@ -274,10 +308,10 @@ def test_a_metric_that_is_not_there(make, tmp_path):
 def test_the_journal_has_what_a_curve_needs(unbroken):
     trained, journal = unbroken
     losses = [line for line in journal if "loss" in line]
-    assert [line["step"] for line in losses] == list(range(1, 9))
-    assert [line["epoch"] for line in losses] == [n / 4 for n in range(1, 9)]
+    assert [line["step"] for line in losses] == [2, 4, 6, 8]
+    assert [line["epoch"] for line in losses] == [0.5, 1.0, 1.5, 2.0]
     assert all(math.isfinite(line["grad_norm"]) for line in losses)
-    assert losses[0]["learning_rate"] == pytest.approx(2e-5)
+    assert losses[0]["learning_rate"] == pytest.approx(2e-5 * 7 / 8)
     assert losses[-1]["learning_rate"] == pytest.approx(2e-5 / 8)
     assert [line["step"] for line in journal if "validation" in line] == [3, 6, 8]
     assert json.dumps(trained.metrics)

@@ -1,5 +1,6 @@
 """Which tokens a model is to guess, and what stands in their place (Devlin et al. 2018, appendix A.1)."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,6 +126,10 @@ class MaskedExamples(Examples):
         )
         vars(examples)["lengths"] = lengths.astype(np.int64)  # known, where each example would have to be read
         return examples
+
+    def digest(self) -> str:
+        """SHA-256 of the lengths; the shards have hashes of their own."""
+        return hashlib.sha256(self.lengths.tobytes()).hexdigest()
 
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
         """See `Examples.batch`."""

@@ -80,7 +80,7 @@ def entries(path: str | Path, format: str | None = None, *, labelled: bool = Tru
     parse: Any = {"jsonl": _jsonl, "csv": _csv, "tsv": _tsv, "text": _text, "text;label": _text_and_label,
                   "conll": _conll, "squad": _squad}  # fmt: skip
     if format is None:
-        format = "squad" if path.suffix == ".json" and _begins_as_squad(path) else format_of(path, labelled)
+        format = "squad" if _begins_as_squad(path) else format_of(path, labelled)
     if format not in (*parse, "parquet"):
         raise InputError(f"the format {format!r} is unknown; expected one of {', '.join((*parse, 'parquet'))}.")
     try:
@@ -113,10 +113,12 @@ def format_of(path: Path, labelled: bool) -> str:
 
 
 def _begins_as_squad(path: Path) -> bool:
+    if not path.name.endswith((".json", ".json.gz")):
+        return False
     try:
-        with open(path, "rb") as file:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             start = file.read(2000)
-    except OSError:
+    except (OSError, EOFError, zlib.error):
         return False
     return re.match(rb'(\xef\xbb\xbf)?\s*\{\s*"(version|data)"\s*:', start) is not None and b'"paragraphs"' in start
 
@@ -273,7 +275,7 @@ def read_hub(id: str, name: str | None, split: str, revision: str | None) -> Ite
         # The Hub's test sets without labels have -1.
         yield (
             row
-            | {column: kind.int2str(row[column]) for column, kind in names.items() if row[column] >= 0}
+            | {column: kind.int2str(n) for column, kind in names.items() if (n := row[column]) is not None and n >= 0}
             | {
                 column: None if row[column] is None or min(row[column], default=0) < 0 else kind.int2str(row[column])
                 for column, kind in lists.items()
@@ -303,8 +305,9 @@ def column(rows: Sequence[Row], name: str | None, usual: Iterable[str]) -> str |
     Raises:
         InputError: If the one that is named is not there.
     """
+    there = dict.fromkeys(column for row in rows for column in row)  # JSON's rows need not all have the same ones
     if name is None:
-        return next((candidate for candidate in usual if candidate in rows[0]), None)
-    if name not in rows[0]:
-        raise InputError(f"There is no column {name!r}; there are {', '.join(map(repr, rows[0]))}.")
+        return next((candidate for candidate in usual if candidate in there), None)
+    if name not in there:
+        raise InputError(f"There is no column {name!r}; there are {', '.join(map(repr, there))}.")
     return name

@@ -109,6 +109,13 @@ class TrainableTask(Task, Objective, Protocol):
         """The config's fields that follow from the training rows: their labels."""
         ...
 
+    def labelled(self, examples: Examples) -> bool:
+        """Whether any has what `evaluate` holds outputs against."""
+        ...
+
+    def adopt(self, metrics: Mapping[str, Any]) -> None:
+        """Takes over what an evaluation has found, for predictions; nothing by default."""
+
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         """Rows of data -> examples; raises `InputError` where a row cannot be used, with its index."""
         ...

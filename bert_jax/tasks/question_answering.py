@@ -1,5 +1,6 @@
 """question-answering: the span of a context that answers a question (Devlin et al. 2018, sections 4.2 and 4.3)."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -138,7 +139,7 @@ class QuestionAnswering(TrainableTask):
     @staticmethod
     def clean(rows: Mapping[str, list[dict[str, Any]]], data: Data) -> str:
         """See `TrainableTask.clean`: answers become lists of texts and starts; what does not match is dropped."""
-        wrong = []
+        wrong, notes = [], []
         for split, found in rows.items():
             kept = []
             for i, row in enumerate(found, 1):
@@ -147,18 +148,29 @@ class QuestionAnswering(TrainableTask):
                 except InputError as error:
                     wrong.append(f"data.{split}, row {i}{' ' + str(row['id']) if row.get('id') else ''}: {error}")
                 else:
-                    kept.append(row)
+                    kept.append(row | {"row": i})
             found[:] = kept
+            counts = Counter(row["id"] for row in kept if row.get("id") is not None)
+            if repeated := [id for id, count in counts.items() if count > 1]:
+                raise InputError(f"data.{split}: the id {repeated[0]!r} stands at {counts[repeated[0]]} questions.")
+            if nothing := sum(row["answers"] is not None and not row["answers"]["text"] for row in kept):
+                notes.append(f"{nothing:,} questions of data.{split} have no answer")
         if wrong and (data.wrong_answers == "stop" or not all(rows.values())):
             raise InputError(f"{wrong[0]} ({len(wrong)} such rows). data.wrong_answers=skip passes over single ones.")
-        return f"passed over {len(wrong)} rows, the first of them: {wrong[0]}" if wrong else ""
+        notes = ["; ".join(notes) + " (answers.unanswerable lets a model say so)"] if notes else []
+        return "\n".join(
+            [*notes, *([f"passed over {len(wrong)} rows, the first of them: {wrong[0]}"] if wrong else [])]
+        )
 
     @staticmethod
     def config(rows: Sequence[Mapping[str, Any]], data: Data) -> dict[str, Any]:
         """See `TrainableTask.config`: transformers makes the head's two outputs of two labels."""
-        if all(row["answers"] is None for row in rows):
-            raise InputError("data.train: no row has answers; data.answers names the column.")
         return {"id2label": ("LABEL_0", "LABEL_1"), "num_labels": 2}
+
+    def adopt(self, metrics: Mapping[str, Any]) -> None:
+        """See `TrainableTask.adopt`: the threshold of no answer."""
+        if "null_threshold" in metrics:
+            self.answers = self.answers.model_copy(update={"null_threshold": metrics["null_threshold"]})
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         """Rows with `question`, `context` and perhaps `answers` -> windows, with the places of the first answer.
@@ -171,15 +183,23 @@ class QuestionAnswering(TrainableTask):
         longest = self.answers.max_question_length
         questions = [row["question"] for row in rows]
         tokens = self.tokenizer.encode(questions, add_special_tokens=False)
+        room = self.max_length - self.tokenizer.backend.num_special_tokens_to_add(True) - self.stride
         for n, (encoding,) in enumerate(tokens):
             if len(encoding) > longest:
                 questions[n] = questions[n][: encoding.offsets[longest - 1][1]]
+            if (size := min(len(encoding), longest)) >= room:
+                raise InputError(
+                    f"row {rows[n].get('row', n + 1)}: a question of {size} tokens leaves no room in windows of "
+                    f"{self.max_length} that overlap by {self.stride}. Raise data.max_length, or lower "
+                    "answers.max_question_length or answers.stride."
+                )
         encoded = self.tokenizer.encode(
             questions, [row["context"] for row in rows], max_length=self.max_length, stride=self.stride,
             truncate="only_second",
         )  # fmt: skip
         windows, starts, ends, origins = [], [], [], []
-        for n, (row, parts) in enumerate(zip(rows, encoded, strict=True)):
+        for i, (row, parts) in enumerate(zip(rows, encoded, strict=True)):
+            n = row.get("row", i + 1) - 1  # of the data, of which some may have been passed over
             for part in parts:
                 context = np.array([k for k, side in enumerate(part.sequence_ids) if side == 1], np.int32)
                 offsets = np.array(part.offsets, np.int32)[context].reshape(-1, 2)
@@ -214,26 +234,35 @@ class QuestionAnswering(TrainableTask):
         places = (jnp.where(counts, starts + batch["targets"][name], losses.IGNORE) for name in ("start", "end"))
         return losses.span_cross_entropy(start, end, *places), jnp.sum(counts, dtype=jnp.float32)
 
+    def labelled(self, examples: Examples) -> bool:
+        """See `TrainableTask.labelled`."""
+        return any(row["answers"] is not None for _, row, *_ in examples.origins)
+
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """Metrics, see `bert_jax.metrics.answering`; none where the rows have no answers."""
+        """Metrics, see `bert_jax.metrics.answering`, of the rows that have answers; none where none has."""
         from bert_jax import metrics
 
-        rows = {n: row for n, row, *_ in examples.origins}
-        if any(row["answers"] is None for row in rows.values()):
+        if not self.labelled(examples):
             return {}
-        golds = [row["answers"]["text"] for row in rows.values()]
-        found = self.predictions(outputs, examples)
+        rows = {n: row["answers"] for n, row, *_ in examples.origins}
+        known = [
+            (answers["text"], entry)
+            for answers, entry in zip(rows.values(), self.predictions(outputs, examples), strict=True)
+            if answers is not None
+        ]
+        golds, found = [gold for gold, _ in known], [entry for _, entry in known]
         result = metrics.answering(golds, [entry["answer"] for entry in found])
-        if any(not gold for gold in golds):
-            best = [next((entry["text"] for entry in one["n_best"] if entry["text"]), "") for one in found]
-            searched = metrics.answering(golds, best, [entry["null_over_best"] for entry in found])
+        if not all(golds):
+            searched = metrics.answering(
+                golds, [entry["best_answer"] for entry in found], [entry["null_over_best"] for entry in found]
+            )
             result |= {name: searched[name] for name in ("best_f1", "best_exact_match", "null_threshold")}
         else:
             result |= {f"best_{name}": result[name] for name in ("f1", "exact_match")}
         return result
 
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
-        """`{answer, null_over_best, n_best}` a row, as run_qa.py of transformers' examples chooses them.
+        """`{answer, best_answer, null_over_best, n_best}` a row, as run_qa.py of transformers' examples chooses them.
 
         Where the settings say that questions may have no answer, nothing ("") is one, and is taken if its logits exceed
         the best answer's by more than `null_threshold`.
@@ -260,17 +289,21 @@ class QuestionAnswering(TrainableTask):
         for n, row in rows.items():
             entries = [{"text": row["context"][a:b], "start": a, "end": b, "logit": logit} for logit, a, b in best[n]]
             answered = [entry for entry in entries if entry["text"]]
+            best_answer = answered[0]["text"] if answered else ""
             over = null[n] - answered[0]["logit"] if answered else float(np.finfo(np.float32).max)
             if self.answers.unanswerable or not entries:
                 nothing = {"text": "", "start": 0, "end": 0, "logit": null[n]}
                 entries = sorted([*entries, nothing], key=lambda entry: -entry["logit"])[:count]
-                entries += [] if nothing in entries else [nothing]
+                if nothing not in entries:
+                    entries.append(nothing)
             logits = np.array([entry["logit"] for entry in entries])
             p = np.exp(logits - logits.max())
             n_best = [entry | {"probability": float(q)} for entry, q in zip(entries, p / p.sum(), strict=True)]
             nothing_wins = self.answers.unanswerable and over > self.answers.null_threshold
-            answer = "" if nothing_wins or not answered else answered[0]["text"]
-            results.append({"answer": answer, "null_over_best": float(over), "n_best": n_best})
+            answer = "" if nothing_wins else best_answer
+            results.append(
+                {"answer": answer, "best_answer": best_answer, "null_over_best": float(over), "n_best": n_best}
+            )
         return results
 
 
@@ -286,6 +319,11 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
             raise InputError(f"the {name} is {row.get(name)!r}; expected a text.")
     answers = row.get("answers")
     if answers is None:
+        if check:
+            raise InputError(
+                "it has no answers (data.answers names the column); expected text and answer_start, empty lists where "
+                "the question has none."
+            )
         return None
     if isinstance(answers, str):  # as CSV has it
         answers = literal(answers)
@@ -303,7 +341,8 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
         if row["context"][start : start + len(text)] != text or start < 0:
             shown = row["context"][max(0, start) : start + len(text)]
             raise InputError(f"the answer {text!r} does not stand at {start} of the context, but {shown!r}.")
-    return {"text": list(texts), "answer_start": list(starts)}
+    there = [(text, start) for text, start in zip(texts, starts, strict=True) if text]
+    return {"text": [text for text, _ in there], "answer_start": [start for _, start in there]}
 
 
 def _place(answers: Mapping[str, Any] | None, context: np.ndarray, offsets: np.ndarray) -> tuple[int, int]:

@@ -29,7 +29,7 @@ METRICS = {
 LABEL = ("label", "label_string", "labels", "label_name", "class", "score")
 """Usual names of the column of labels."""
 UNKNOWN = -1
-"""The label of an example without one, as in GLUE's test sets."""
+"""The label of an example without one, as in GLUE's test sets; where labels are vectors it is NaN."""
 
 
 class SequenceClassification(TrainableTask):
@@ -106,9 +106,10 @@ class SequenceClassification(TrainableTask):
     def config(rows: Sequence[Mapping[str, Any]], data: Data) -> dict[str, Any]:
         """See `TrainableTask.config`: the problem type and the labels' names."""
         labels = [row.get("label") for row in rows]
-        if None in labels:
-            raise InputError(f"data.train: row {labels.index(None) + 1} has no label; data.label names the column.")
         problem_type, names = label_set(labels, data.problem_type)
+        for i, label in enumerate(labels, 1):
+            if label is None or (label == "" and problem_type != MULTI):
+                raise InputError(f"data.train: row {i} has no label; data.label names the column.")
         if problem_type == SINGLE and len(names) < 2:
             raise InputError(f"All examples of data.train have the label {names[0]!r}; expected at least two labels.")
         names = data.labels or names
@@ -117,7 +118,7 @@ class SequenceClassification(TrainableTask):
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         """Rows with `text`, perhaps `text_pair` and `label` -> examples with the target `labels`.
 
-        Targets are int32 [N] (`UNKNOWN` where a row has none), float32 [N, C] of 0 and 1, or float32 [N, 1].
+        Targets are int32 [N], float32 [N, C] of 0 and 1, or float32 [N, 1]; `UNKNOWN` or NaN where a row has none.
 
         Raises:
             InputError: Names the row whose text or label cannot be used.
@@ -129,60 +130,71 @@ class SequenceClassification(TrainableTask):
         pairs = [row["text_pair"] for row in rows] if "text_pair" in rows[0] else None
         encoded = self.tokenizer.encode([row["text"] for row in rows], pairs, max_length=self.max_length)
         ids = {label: i for i, label in enumerate(self.labels)}
-        targets = {"labels": np.array([self._target(row.get("label"), ids, i) for i, row in enumerate(rows)])}
+        labels = []
+        for i, row in enumerate(rows, 1):
+            try:
+                labels.append(self._target(row.get("label"), ids))
+            except InputError as error:
+                raise InputError(f"row {i}: {error}") from None
         return Examples(
             input_ids=[np.array(row.ids, np.int32) for row, *_ in encoded],
             token_type_ids=[np.array(row.type_ids, np.int32) for row, *_ in encoded],
-            targets=targets,
+            targets={"labels": np.array(labels)},
             pad_token_id=self.tokenizer.pad_token_id or 0,
         )
 
-    def _target(self, label: Any, ids: Mapping[str, int], i: int) -> Any:
-        known = f"the labels are {', '.join(self.labels[:20])}{', …' if len(self.labels) > 20 else ''}"
+    def _target(self, label: Any, ids: Mapping[str, int]) -> Any:
+        if label is None or (label in ("", UNKNOWN) and self.problem_type == SINGLE and str(label) not in ids):
+            width = {SINGLE: None, MULTI: len(ids), REGRESSION: 1}[self.problem_type]
+            return np.int32(UNKNOWN) if width is None else np.full(width, np.nan, np.float32)
         if self.problem_type == REGRESSION:
-            with contextlib.suppress(TypeError, ValueError):
-                if math.isfinite(number := float(label)):
-                    return np.array([number], np.float32)
-            raise InputError(f"row {i + 1}: the label is {label!r}; regression expects a number.")
-        if self.problem_type == MULTI:
-            target = np.zeros(len(ids), np.float32)
-            for name in names_of(label):
-                if name not in ids:
-                    raise InputError(f"row {i + 1}: the label {name!r} is unknown; {known}.")
-                target[ids[name]] = 1
-            return target
-        if str(label) in ids:
+            if (number := _number(label)) is not None:
+                return np.array([number], np.float32)
+            raise InputError(f"the label is {label!r}; regression expects a number.")
+        names = names_of(label) if self.problem_type == MULTI else [label]
+        if unknown := [name for name in names if str(name) not in ids]:
+            known = f"{', '.join(self.labels[:20])}{', …' if len(self.labels) > 20 else ''}"
+            raise InputError(f"the label {unknown[0]!r} is unknown; the labels are {known}.")
+        if self.problem_type == SINGLE:
             return np.int32(ids[str(label)])
-        if label is None or label == UNKNOWN:
-            return np.int32(UNKNOWN)
-        raise InputError(f"row {i + 1}: the label {label!r} is unknown; {known}.")
+        target = np.zeros(len(ids), np.float32)
+        target[[ids[name] for name in names]] = 1
+        return target
+
+    def _known(self, labels: Any) -> Any:
+        """Which examples have a label: bool [N] or, of a batch, [B, K]."""
+        return labels != UNKNOWN if self.problem_type == SINGLE else ~(labels != labels).any(-1)  # NaN is not NaN
 
     def loss(
         self, model: BertForSequenceClassification, batch: Mapping[str, Any], dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         """See `TrainableTask.loss`: cross entropy, binary cross entropy, or squared error, a mean over examples."""
         logits = model(**batch["inputs"], positions=batch["starts"], dropout_key=dropout_key).logits  # [B, K, C]
-        labels, weights = batch["targets"]["labels"], batch["weights"]
-        if self.problem_type == REGRESSION:
-            return losses.squared_error(logits, labels, weights), jnp.sum(weights)
-        if self.problem_type == MULTI:
-            return losses.binary_cross_entropy(logits, labels, weights), jnp.sum(weights)
-        counts = (weights > 0) & (labels != UNKNOWN)
-        return losses.cross_entropy(logits, jnp.where(counts, labels, losses.IGNORE)), jnp.sum(
-            counts, dtype=jnp.float32
-        )
+        labels = batch["targets"]["labels"]
+        counts = (batch["weights"] > 0) & self._known(labels)
+        count = jnp.sum(counts, dtype=jnp.float32)
+        if self.problem_type == SINGLE:
+            return losses.cross_entropy(logits, jnp.where(counts, labels, losses.IGNORE)), count
+        loss = losses.squared_error if self.problem_type == REGRESSION else losses.binary_cross_entropy
+        return loss(logits, jnp.where(counts[..., None], labels, 0.0), counts.astype(jnp.float32)), count
+
+    def labelled(self, examples: Examples) -> bool:
+        """See `TrainableTask.labelled`."""
+        return bool(self._known(examples.targets["labels"]).any())
 
     def evaluate(self, outputs: Outputs, examples: Examples) -> dict[str, Any]:
-        """Metrics, see `bert_jax.metrics`; none where the examples have no labels."""
+        """Metrics, see `bert_jax.metrics`, of the examples that have labels; none where none has."""
         from bert_jax import metrics
 
-        labels, scores = examples.targets["labels"], outputs["scores"]
+        if not self.labelled(examples):
+            return {}
+        known = self._known(examples.targets["labels"])
+        labels, scores = examples.targets["labels"][known], outputs["scores"][known]
         if self.problem_type == REGRESSION:
             return metrics.regression(labels[:, 0], scores[:, 0])
         if self.problem_type == MULTI:
             return metrics.multi_label(labels, scores > 0.5, self.labels)
-        known = labels != UNKNOWN
-        return metrics.classification(labels[known], scores[known].argmax(-1), self.labels) if known.any() else {}
+        return metrics.classification(labels, scores.argmax(-1), self.labels)
 
     def predictions(self, outputs: Outputs, examples: Examples) -> list[dict[str, Any]]:
         """`{label, score}` an example; of independent labels, `labels` with all that are likelier than not."""
@@ -198,6 +210,13 @@ class SequenceClassification(TrainableTask):
         ]
 
 
+def _number(label: Any) -> float | None:
+    with contextlib.suppress(TypeError, ValueError):
+        if math.isfinite(number := float(label)):
+            return number
+    return None
+
+
 def names_of(label: Any) -> list[str]:
     """The labels of a row that may have several: a list, or a text with commas."""
     parts = label.split(",") if isinstance(label, str) else label or []
@@ -207,11 +226,13 @@ def names_of(label: Any) -> list[str]:
 def label_set(labels: Sequence[Any], problem_type: str | None) -> tuple[str, tuple[str, ...]]:
     """What the labels of training examples are: the problem type, unless it is given, and the names, sorted.
 
-    Lists are sets of labels, numbers with a fraction are a regression's, anything else is one label of several.
+    Lists are sets of labels, numbers some of which have a fraction are a regression's, anything else is one label of
+    several.
     """
     if problem_type is None:
         several = any(isinstance(label, list | tuple) for label in labels)
-        fractions = any(isinstance(label, float) and not label.is_integer() for label in labels)
+        numbers = [_number(label) for label in labels]  # of a table, too, whose cells are texts
+        fractions = all(number is not None for number in numbers) and any(number % 1 for number in numbers if number)
         problem_type = MULTI if several else REGRESSION if fractions else SINGLE
     if problem_type == REGRESSION:
         return REGRESSION, ("LABEL_0",)

@@ -200,16 +200,24 @@ class TokenClassification(TrainableTask):
         for split, found in rows.items():
             for i, row in enumerate(found, 1):
                 try:
-                    row["tags"] = _tags(row["tokens"], row.get("tags"), data.labels)
+                    row["tokens"], row["tags"] = _words_and_tags(row["tokens"], row.get("tags"), data.labels)
                 except InputError as error:
                     raise InputError(f"data.{split}: row {i}: {error}") from None
-        every = [row for found in rows.values() for row in found if row["tags"] is not None]
-        scheme = _scheme([row["tags"] for row in every])
-        if scheme not in ("IOB1", "BIOES"):
-            return f"tags: {scheme}"
-        for row in every:
-            row["tags"] = iob2(row["tags"])
-        return f"tags: {scheme}, read as IOB2"
+        schemes = {}
+        for split, found in rows.items():
+            tagged = [row for row in found if row["tags"] is not None]
+            try:
+                scheme = _scheme([row["tags"] for row in tagged])
+            except InputError as error:
+                raise InputError(f"data.{split}: {error}") from None
+            if scheme in ("IOB1", "BIOES"):
+                scheme += ", read as IOB2"
+                for row in tagged:
+                    row["tags"] = iob2(row["tags"])
+            if tagged:
+                schemes[split] = scheme
+        alike = len(set(schemes.values())) == 1
+        return "tags: " + "; ".join([*schemes.values()][:1] if alike else [f"{a} {b}" for a, b in schemes.items()])
 
     @staticmethod
     def config(rows: Sequence[Mapping[str, Any]], data: Data) -> dict[str, Any]:
@@ -270,16 +278,22 @@ class TokenClassification(TrainableTask):
         logits = model(**batch["inputs"], dropout_key=dropout_key).logits
         return losses.cross_entropy(logits, labels), jnp.sum(labels != losses.IGNORE, dtype=jnp.float32)
 
+    def labelled(self, examples: Examples) -> bool:
+        """See `TrainableTask.labelled`."""
+        return any(row["tags"] for _, row, _ in examples.origins)
+
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
         """Metrics, see `bert_jax.metrics.tagging`; none where the rows have no tags."""
         from bert_jax import metrics
 
+        if not self.labelled(examples):
+            return {}
         truth = {n: row["tags"] for n, row, _ in examples.origins}
         found = self.predictions(outputs, examples)
         known = [n for n, tags in truth.items() if tags]
-        if not known:
-            return {}
-        result = metrics.tagging([truth[n] for n in known], [found[n]["tags"] for n in known])
+        bioes = any(label.startswith(("E-", "S-")) for label in self.labels)  # as others train; the truth is IOB2
+        tags = [iob2(found[n]["tags"]) if bioes else found[n]["tags"] for n in known]
+        result = metrics.tagging([truth[n] for n in known], tags)
         return result if "f1" in self.metrics else {"accuracy": result["accuracy"]}
 
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
@@ -303,16 +317,15 @@ def iob2(tags: Sequence[str]) -> list[str]:
     return converted
 
 
-def _tags(tokens: Any, tags: Any, names: Sequence[str] | None) -> list[str] | None:
-    """A row's tags as strings, None where it has none; numbers are indices of the names."""
+def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str] | None) -> tuple[list[str], list[str] | None]:
+    """A row's words, and its tags as strings, None where it has none; numbers are indices of the names."""
+    tokens, tags = (literal(cell) if isinstance(cell, str) else cell for cell in (tokens, tags))  # as CSV has them
     if not isinstance(tokens, list | tuple) or not all(isinstance(token, str) for token in tokens):
         raise InputError(f"tokens is {tokens!r}; expected a list of words.")
     if not tokens:
         raise InputError("there are no tokens.")
     if tags is None:
-        return None
-    if isinstance(tags, str):  # as CSV has it
-        tags = literal(tags)
+        return list(tokens), None
     if not isinstance(tags, list | tuple) or len(tags) != len(tokens):
         count = len(tags) if isinstance(tags, list | tuple) else "no list of"
         raise InputError(f"{len(tokens)} tokens and {count} tags; expected one to each.")
@@ -325,21 +338,22 @@ def _tags(tokens: Any, tags: Any, names: Sequence[str] | None) -> list[str] | No
                 raise InputError(f"the tag {tag} is outside data.labels, which has {len(names)}.")
             tag = names[tag]
         named.append(str(tag))
-    return named
+    return list(tokens), named
 
 
 def _scheme(sentences: Sequence[Sequence[str]]) -> str:
     """IOB1, IOB2 or BIOES; "none" where no tag has a prefix.
 
     Raises:
-        InputError: If some tags have one and others do not.
+        InputError: If some tags have one and others do not, or have another one.
     """
     tags = {tag for sentence in sentences for tag in sentence}
     marked = {tag for tag in tags if re.fullmatch(r"[BIES]-.+", tag)}
+    others = sorted(tags - marked - {"O"})
+    if stray := [tag for tag in others if marked or ("O" in tags and re.fullmatch(r"\w-.+", tag))]:
+        raise InputError(f"the tag {stray[0]!r} follows no scheme; expected O, or B-, I-, E- or S- and a type.")
     if not marked:
         return "none"
-    if stray := sorted(tags - marked - {"O"}):
-        raise InputError(f"the tag {stray[0]!r} follows no scheme; expected O, or B-, I-, E- or S- and a type.")
     if any(tag[0] in "ES" for tag in marked):
         return "BIOES"
     from bert_jax import metrics

@@ -226,6 +226,7 @@ def test_column():
     assert column(rows, "label", ("text",)) == "label"
     with pytest.raises(InputError, match=r"^There is no column 'labl'; there are 'sentence', 'label', 'text'\.$"):
         column(rows, "labl", ("label",))
+    assert column([{"text": "a"}, {"text": "b", "tags": []}], None, ("tags",)) == "tags"
 
 
 def test_conll(tmp_path):
@@ -248,6 +249,8 @@ def test_squad(tmp_path):
     data = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": "Anna sings.", "qas": asked}]}]}
     rows = list(read(write(tmp_path, "dev.json", json.dumps(data, indent=2))))
     assert [row["id"] for row in rows] == ["a", "b", "c"]
+    (tmp_path / "dev.json.gz").write_bytes(gzip.compress((tmp_path / "dev.json").read_bytes()))
+    assert list(read(tmp_path / "dev.json.gz")) == rows
     assert [row["answers"] for row in rows] == [answered["answers"], [], None]
     assert rows[0]["context"] == "Anna sings."
     assert list(read(write(tmp_path, "lines.json", '{"data": 1}\n{"data": 2}\n'))) == [{"data": 1}, {"data": 2}]

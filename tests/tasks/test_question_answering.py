@@ -218,7 +218,7 @@ def places_of_run_qa(row, window):
 def test_features_are_those_of_run_qa(tokenizer, length, stride):
     task = QuestionAnswering(tokenizer, BertConfig.from_dict(reference.CONFIG), length, Answers(stride=stride))
     given = rows()
-    assert QuestionAnswering.clean({"train": given}, Data()) == ""
+    assert "questions of data.train have no answer" in QuestionAnswering.clean({"train": given}, Data())
     examples = task.featurize(given)
     place, inside = 0, 0
     for row in given:
@@ -307,6 +307,27 @@ def test_answers_are_those_of_run_qa(tokenizer, unanswerable, threshold):
     assert metrics["best_f1"] >= metrics["f1"] - 1e-9
 
 
+def test_the_best_answer_counts_where_nothing_is_likelier(tokenizer):
+    options = Answers(n_best=2, unanswerable=True)
+    task = QuestionAnswering(tokenizer, BertConfig.from_dict(reference.CONFIG), 64, options)
+    asked = {"question": "Where?", "context": CONTEXT}
+    given = [asked | {"answers": {"text": ["Paris"], "answer_start": [24]}}, asked | {"answers": []},
+             asked | {"answers": None}]  # fmt: skip
+    QuestionAnswering.clean({"validation": given}, Data())
+    examples = task.featurize(given)
+    outputs = {}
+    for name, place in examples.targets.items():
+        outputs[name] = [np.full(len(ids), -9.0) for ids in examples.input_ids]
+        for logits, null in zip(outputs[name], (1.0, 5.0, 1.0), strict=True):
+            logits[0], logits[place[0]] = null, 0.5
+    found = task.predictions(outputs, examples)
+    assert [(one["answer"], one["best_answer"]) for one in found] == [("", "Paris")] * 3
+    metrics = task.evaluate(outputs, examples)  # of the two that have a truth
+    assert (metrics["f1"], metrics["best_f1"], metrics["null_threshold"]) == (50.0, 100.0, 1.0)
+    task.adopt(metrics)
+    assert task.evaluate(outputs, examples)["f1"] == 100.0
+
+
 def test_the_loss_of_a_window_does_not_depend_on_its_padding(tokenizer, checkpoint):
     config = BertConfig.from_dict(questions.CONFIG)
     model = bert_jax.BertForQuestionAnswering(config, rngs=bert_jax.model.nnx.Rngs(0))
@@ -342,11 +363,11 @@ def test_the_loss_of_a_window_does_not_depend_on_its_padding(tokenizer, checkpoi
 )
 def test_rows_that_cannot_be_used_are_counted_and_named(change, message):
     good = {"id": "a", "question": "Where?", "context": CONTEXT, "answers": {"text": ["Paris"], "answer_start": [24]}}
-    given = {"train": [dict(good), good | {"id": "b"} | change, dict(good)]}
+    given = {"train": [dict(good), good | {"id": "b"} | change, good | {"id": "c"}]}
     said = QuestionAnswering.clean(given, Data())
     assert said.startswith("passed over 1 rows, the first of them: data.train, row 2 b: ")
     assert message in said
-    assert [row["id"] for row in given["train"]] == ["a", "a"]
+    assert [(row["id"], row["row"]) for row in given["train"]] == [("a", 1), ("c", 3)]
     with pytest.raises(InputError, match=r"\(1 such rows\)\. data\.wrong_answers=skip passes over single ones"):
         QuestionAnswering.clean({"train": [good | change]}, Data(wrong_answers="stop"))
 
@@ -360,18 +381,35 @@ def test_forms_of_answers():
         assert QuestionAnswering.clean({"train": given}, Data()) == ""
         assert given[0]["answers"] == expected
     far = [row | {"answers": {"text": ["Rome"], "answer_start": [0]}}]  # counts for its text where nothing is learnt
-    assert QuestionAnswering.clean({"train": [row | {"answers": []}], "validation": far}, Data()) == ""
+    said = QuestionAnswering.clean({"train": [row | {"answers": []}], "validation": far}, Data())
+    assert said == "1 questions of data.train have no answer (answers.unanswerable lets a model say so)"
     assert far[0]["answers"]["text"] == ["Rome"]
-    given = [row | {"answers": []}]
-    QuestionAnswering.clean({"train": given}, Data())
-    assert given[0]["answers"] == {"text": [], "answer_start": []}
+    for nothing in ([], {"text": [], "answer_start": []}, {"text": [""], "answer_start": [0]}, ""):
+        given = [row | {"answers": nothing}]
+        QuestionAnswering.clean({"train": given}, Data())
+        assert given[0]["answers"] == {"text": [], "answer_start": []}
+
+
+def test_questions_without_answers_are_not_trained_on_unasked():
+    row = {"question": "Where?", "context": CONTEXT, "answers": None}
+    with pytest.raises(InputError, match=r"data\.train, row 1: it has no answers .*\(1 such rows\)"):
+        QuestionAnswering.clean({"train": [dict(row)]}, Data())
+    given = [dict(row)]  # to be predicted
+    assert QuestionAnswering.clean({"validation": given}, Data()) == ""
+    assert given[0]["answers"] is None
+
+
+def test_an_id_stands_for_one_question():
+    row = {"id": "a", "question": "Where?", "context": CONTEXT, "answers": []}
+    with pytest.raises(InputError, match=r"data\.validation: the id 'a' stands at 2 questions"):
+        QuestionAnswering.clean({"validation": [dict(row), dict(row)]}, Data())
 
 
 def test_a_question_longer_than_the_window(tokenizer):
     task = QuestionAnswering(tokenizer, BertConfig.from_dict(reference.CONFIG), 32, Answers(stride=8))
     row = {"question": "why " * 50, "context": CONTEXT, "answers": None}
-    with pytest.raises(InputError, match=r"max_length=32 with stride=8 leaves no room for text\[0\]"):
-        task.featurize([row])
+    with pytest.raises(InputError, match=r"row 7: a question of 50 tokens leaves no room in windows of 32 .* by 8\."):
+        task.featurize([row | {"row": 7}])
     short = QuestionAnswering(
         tokenizer, BertConfig.from_dict(reference.CONFIG), 32, Answers(stride=8, max_question_length=4)
     )

@@ -218,7 +218,8 @@ def test_minus_one_may_be_a_label(task):
 def test_several_labels(task):
     given = [["joy", "anger"], "love, joy", [], None, ["love"]]
     labels = task(problem_type=MULTI).featurize([{"text": "a", "label": label} for label in given]).targets["labels"]
-    expected = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 1]], np.float32)
+    unknown = [np.nan] * 3
+    expected = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 0], unknown, [0, 0, 1]], np.float32)
     np.testing.assert_array_equal(labels, expected, strict=True)
 
 
@@ -257,7 +258,6 @@ def test_pairs_have_token_types(task, tokenizer):
         ({}, {"text": "a", "label": 1}, "row 2: the label 1 is unknown; the labels are anger, joy, love."),
         ({"problem_type": MULTI}, {"text": "a", "label": ["joy", "hate"]}, "row 2: the label 'hate' is unknown; "),
         (ONE, {"text": "a", "label": "much"}, "row 2: the label is 'much'; regression expects a number."),
-        (ONE, {"text": "a"}, "row 2: the label is None; regression expects a number."),
         (ONE, {"text": "a", "label": "nan"}, "row 2: the label is 'nan'; regression expects a number."),
         ({}, {"text": 3, "label": "joy"}, "row 2: text is 3; expected a text."),
         ({}, {"text": None, "label": "joy"}, "row 2: text is None; expected a text."),
@@ -290,6 +290,9 @@ def test_many_labels_are_not_all_named(task):
         ([0.5, 1.0], None, (REGRESSION, ("LABEL_0",))),
         ([0.0, 1.0], REGRESSION, (REGRESSION, ("LABEL_0",))),
         ([0, 5], REGRESSION, (REGRESSION, ("LABEL_0",))),
+        (["0.5", "1", "-2.0"], None, (REGRESSION, ("LABEL_0",))),  # cells of a table
+        (["1.0", "2.0"], None, (SINGLE, ("1.0", "2.0"))),
+        (["0.5", "none"], None, (SINGLE, ("0.5", "none"))),
     ],
 )
 def test_label_set(labels, problem_type, expected):
@@ -300,8 +303,8 @@ def test_label_set(labels, problem_type, expected):
 
 LABELS = {
     SINGLE: ["joy", None, "anger", "love"],
-    MULTI: [["joy"], [], ["joy", "love"], ["anger"]],
-    REGRESSION: [1, 2, 3, 4],
+    MULTI: [["joy"], [], None, ["anger", "joy"]],
+    REGRESSION: [1, 2, None, 4],
 }
 
 
@@ -323,7 +326,7 @@ def test_loss_is_the_mean_over_examples_that_count(task, models, logits, problem
     each = [
         expected_loss(problem_type, logits(text, **changes), y[i])
         for i, text in enumerate(texts)
-        if problem_type != SINGLE or y[i] != UNKNOWN
+        if LABELS[problem_type][i] is not None
     ]
     batch = found.batch(one_a_row(np.arange(4), 6, 16))
     run = jax.jit(lambda model, batch: task(**changes).loss(model, batch, None))
@@ -366,6 +369,11 @@ def test_evaluate_passes_over_what_has_no_label(task):
     assert list(result["per_class"]) == list(NAMES)
     assert result["confusion"] == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
     assert task().evaluate({"scores": scores}, examples({"labels": np.full(4, UNKNOWN, np.int32)})) == {}
+    for changes, labels in (({"problem_type": MULTI}, [[0, 1, 0], [np.nan] * 3]), (ONE, [[0.5], [np.nan]])):
+        labels, scores = np.float32(labels), np.float32(labels[:1] * 2)
+        result = task(**changes).evaluate({"scores": scores}, examples({"labels": labels}))
+        assert result.get("accuracy", 1 - result.get("mse", 0)) == 1
+        assert not task(**changes).labelled(examples({"labels": labels[1:]}))
 
 
 def test_evaluate_several_labels(task):

@@ -261,7 +261,8 @@ def test_tags_by_number_as_text_and_missing():
     [
         (rows_of(["O"], ["B-A", "X"]), "the tag 'X' follows no scheme; expected O, or B-"),
         ([{"tokens": ["a", "b"], "tags": ["O"]}], "data.train: row 1: 2 tokens and 1 tags; expected one to each"),
-        ([{"tokens": "a b", "tags": ["O", "O"]}], "row 1: tokens is 'a b'; expected a list of words"),
+        ([{"tokens": "a b", "tags": ["O", "O"]}], "row 1: 'a b' is no list or object"),
+        ([{"tokens": "7", "tags": ["O", "O"]}], "row 1: tokens is 7; expected a list of words"),
         ([{"tokens": [], "tags": []}], "row 1: there are no tokens"),
         (rows_of([0, 1]), "tags are numbers; data.labels has to name them"),
     ],
@@ -269,6 +270,31 @@ def test_tags_by_number_as_text_and_missing():
 def test_bad_rows(rows, message):
     with pytest.raises(InputError, match=re.escape(message)):
         clean(rows)
+
+
+def test_each_split_has_a_scheme_of_its_own():
+    rows = {
+        "train": rows_of(["I-A", "O"], ["I-A", "B-A"]),
+        "validation": rows_of(["B-A", "O"], ["B-A", "I-A"]),
+        "test": [{"tokens": ["a"]}],
+    }
+    assert TokenClassification.clean(rows, Data()) == "tags: train IOB1, read as IOB2; validation IOB2"
+    assert [row["tags"] for row in rows["train"]] == [["B-A", "O"], ["B-A", "B-A"]]
+    rows["validation"][1]["tags"][1] = "X"
+    with pytest.raises(InputError, match=r"^data\.validation: the tag 'X' follows no scheme"):
+        TokenClassification.clean(rows, Data())
+
+
+def test_prefixes_of_no_scheme():
+    for tag in ("U-PER", "b-per"):
+        with pytest.raises(InputError, match=f"the tag '{tag}' follows no scheme"):
+            clean(rows_of(["O", tag]))
+    assert clean(rows_of(["X-Y", "NN"]))[0] == "tags: none"  # without an O they may be anything
+
+
+def test_words_of_a_table():
+    said, tags = clean([{"tokens": '["Anna", "runs"]', "tags": "['B-PER', 'O']"}])
+    assert (said, tags) == ("tags: IOB2", [["B-PER", "O"]])
 
 
 def test_names_of_labels_in_the_settings():

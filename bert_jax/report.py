@@ -32,9 +32,10 @@ def learning_curve(journal: Sequence[Mapping[str, Any]], metric: str) -> "Figure
         if metric != "loss":
             right = axes.twinx()
             right.set_ylabel(f"validation {metric}")
-            right.plot(x, [line["validation"][metric] for line in tested], "s-", color="C1", label=metric)
-            right.legend(loc="center right")
-    axes.legend(loc="upper right")
+            right.plot(
+                x, [line["validation"][metric] for line in tested], "s-", color="C1", label=f"validation {metric}"
+            )
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 

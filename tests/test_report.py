@@ -41,9 +41,10 @@ def test_learning_curve():
     assert losses.keys() == {"training loss", "validation loss"}
     np.testing.assert_array_equal(losses["training loss"], [[10, 2.0], [20, 1.5], [30, 1.0]])
     np.testing.assert_array_equal(losses["validation loss"], [[25, 1.6], [50, 1.2]])
-    np.testing.assert_array_equal(lines(right)["accuracy"], [[25, 0.5], [50, 0.75]])
+    np.testing.assert_array_equal(lines(right)["validation accuracy"], [[25, 0.5], [50, 0.75]])
     assert (left.get_xlabel(), left.get_ylabel(), right.get_ylabel()) == ("step", "loss", "validation accuracy")
-    assert all(axes.get_legend() for axes in figure.axes)
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 3
 
 
 def test_learning_curve_where_the_metric_is_the_loss():

@@ -61,6 +61,7 @@ def chart(sides: dict[str, list[Path]], metric: str | None) -> Figure:
             evaluations = [[line for line in one if "validation" in line] for one in many]
             points = [[(line["step"], line["validation"][metric]) for line in one] for one in evaluations]
             _lines(axes[1], side, points, marker="o")
+    axes[0].set_yscale("log")
     for panel, name in zip(axes, ("loss", f"{metric} on validation"), strict=False):
         panel.set_title(name, fontsize="medium", loc="left")
         panel.set_xlabel("step")

@@ -6,6 +6,7 @@ Each command imports what it needs.
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,9 @@ def main() -> None:
     except BertJaxError as error:
         print(f"bert-jax: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("bert-jax: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -127,7 +131,9 @@ def score(
 @app.command()
 def predict(
     model: Annotated[str, typer.Argument(help="Folder, Hub id, or bert-mini-cased.")],
-    task: Annotated[str, typer.Option(help="By its name: text-classification, …")],
+    task: Annotated[
+        str, typer.Option(help="fill-mask, text-classification, token-classification, question-answering, …")
+    ],
     text: Annotated[list[str] | None, typer.Argument(help="Texts, instead of --input.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     input: Annotated[
@@ -137,7 +143,9 @@ def predict(
     column: Annotated[
         list[str] | None, typer.Option(help="The input's column; of pairs, given twice. Usual names by default.")
     ] = None,
-    format: Annotated[str | None, typer.Option(help="Of the inputs, where their names do not say.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Of the inputs: jsonl, csv, tsv, parquet, text, text;label; by their names.")
+    ] = None,
     shard: Annotated[str, typer.Option(help="i/n: each n-th row, beginning with the i-th.")] = "1/1",
     parameter: Annotated[list[str] | None, typer.Option(help="The task's own, name=value: top_k=2")] = None,
 ) -> None:
@@ -206,10 +214,7 @@ def finetune(
             found = recipes.dry_run(settings, target, console=console)
             console.print(found, highlight=False, markup=False, soft_wrap=True)
             return
-        folder = recipes.finetune(settings, console=console)
-        console.print(
-            f"{folder}: the model, its card, metrics and predictions", highlight=False, markup=False, soft_wrap=True
-        )
+        recipes.finetune(settings, console=console)
 
 
 @app.command()
@@ -227,8 +232,7 @@ def pretrain(
     with _joined(processes) as console:
         from bert_jax import recipes
 
-        folder = recipes.pretrain(settings, console=console)
-        console.print(f"{folder}: the model, its card and metrics", highlight=False, markup=False, soft_wrap=True)
+        recipes.pretrain(settings, console=console)
 
 
 @app.command()

@@ -50,7 +50,10 @@ def rules(settings: Optimizer, paths: Iterable[str]) -> dict[str, Rule]:
     for name, patterns in [("frozen", settings.frozen), ("rates", rates), ("no_decay", no_decay)]:
         for pattern in patterns:
             if not _first([pattern], *paths):
-                raise InputError(f"optimizer.{name} has {pattern!r}, which matches no parameter, like {paths[0]}.")
+                raise InputError(
+                    f"optimizer.{name} has {pattern!r}, which matches no parameter; expected a regular expression of "
+                    f"whole paths, {re.escape(paths[0].rpartition('.')[0])}.* for {paths[0]} and the like."
+                )
     found = {}
     for path in paths:
         reasons = []

@@ -143,6 +143,14 @@ def read_split(settings: Settings | HeldOut, split: str) -> list[sources.Row]:
         return []
     rows: list[sources.Row] = []
     for place in [places] if isinstance(places, str) else places:
+        named = Path(place).suffix in sources.FORMATS
+        if data.id and named and Path(place).is_file():
+            raise InputError(f"data.{split} is the file {place}, and data.id {data.id}; for files set data.id=null.")
+        if not data.id and not named and data.format is None and not Path(place).exists():
+            raise InputError(
+                f"data.{split}: there is no file {place!r}. If it is a split of the Hub's, set data.id; "
+                f"data.{split}=null goes without."
+            )
         if data.id:
             found = sources.read_hub(data.id, data.name, place, data.revision)
         else:
@@ -160,7 +168,8 @@ def read_split(settings: Settings | HeldOut, split: str) -> list[sources.Row]:
         }
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    for name in required:
+    needed = [*required, task.target] if task and split == "train" else required
+    for name in needed:
         if wanted[name] is None:
             raise InputError(f"{where}: which column is the {name}? There are {', '.join(rows[0])}; set data.{name}.")
     return [{name: row.get(column) for name, column in wanted.items() if column} for row in rows]
@@ -223,7 +232,9 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     if settings.model.lora:
         lora.save_adapters(folder / ADAPTERS, trained.trained, settings.model.lora, settings.model.id,
                            prepared.task.peft_type)  # fmt: skip
+    left = ["the model", "its card", "metrics"]
     if examples is not None:
+        left.append(f"predictions of {split}")
         predictions = prepared.task.predictions(outputs, examples)
         lines = [row | {"prediction": p} for row, p in zip(prepared.rows[split], predictions, strict=True)]
         texts = [json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines]  # of Parquet, dates too
@@ -232,7 +243,7 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
             ids = [line["row"] - 1 if line.get("id") is None else line["id"] for line in lines]
             answers = {str(id): line["prediction"]["answer"] for id, line in zip(ids, lines, strict=True)}
             _write(folder / ANSWERS, json.dumps(answers, ensure_ascii=False) + "\n")
-    end(settings, results, settings.training.metric or prepared.task.metrics[0], began)
+    end(settings, results, settings.training.metric or prepared.task.metrics[0], began, left, console)
     return folder
 
 
@@ -278,7 +289,8 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
     trained.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     results = {"step": trained.step, "steps": trained.steps, "validation": trained.metrics}
-    end(settings, results, settings.training.metric or task.metrics[0], began)
+    left = ["the model", "its card", "metrics"]
+    end(settings, results, settings.training.metric or task.metrics[0], began, left, console)
     return folder
 
 
@@ -364,11 +376,12 @@ def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
     if different := [line for line in before.differences(settings) if not line.startswith("output.")]:
         raise InputError(
             f"output.folder: {folder} holds a run with other settings (then, now):\n  " + "\n  ".join(different)
-            + "\nTake another folder, or these settings."
+            + "\nTake another folder, or the settings of then."
         )  # fmt: skip
     if not (folder / RESULTS).exists():
         return False
-    console.print(f"{folder} is finished; its {RESULTS} has the metrics. Another output.folder starts a new run.",
+    console.print(f"{folder} is finished and stays as it is, whatever has become of its data; its {RESULTS} has the "
+                  "metrics. Another output.folder starts a new run.",
                   markup=False)  # fmt: skip
     return True
 
@@ -391,8 +404,15 @@ def begin(settings: Settings | Pretraining) -> None:
     processes.share_folder(folder, SETTINGS)
 
 
-def end(settings: Settings | Pretraining, results: dict[str, Any], metric: str, began: float) -> None:
-    """Leaves a run's curve, model card and, last, its results, which say that it is finished."""
+def end(
+    settings: Settings | Pretraining,
+    results: dict[str, Any],
+    metric: str,
+    began: float,
+    left: list[str],
+    console: Console,
+) -> None:
+    """Leaves a run's curve, model card and, last, its results, which say that it is finished; tells what is there."""
     folder = Path(settings.output.folder)
     results |= {
         "seconds": time.perf_counter() - began,
@@ -402,6 +422,10 @@ def end(settings: Settings | Pretraining, results: dict[str, Any], metric: str, 
     report.learning_curve(training.read_journal(folder / training.METRICS), metric).savefig(folder / CURVE, dpi=120)
     _write(folder / CARD, report.model_card(settings, results))
     _write(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+    if test := results.get("test"):
+        console.print(f"test: {training.in_words(test)}", soft_wrap=True)
+    which = f"step {results['step']} of {results['steps']}"
+    console.print(f"{folder}: {', '.join(left)}, of {which}", highlight=False, markup=False, soft_wrap=True)
 
 
 def evaluate(model_id: str, settings: Settings, split: str, *, console: Console | None = None) -> dict[str, Any]:

@@ -116,9 +116,8 @@ def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> 
     front = ["---", f"pipeline_tag: {task}", "library_name: transformers", "tags: [bert, jax]"]
     if base and not Path(base).exists():
         front.append(f"base_model: {base}")
-    places = [place for split in (settings.data.train, settings.data.validation) if split
-              for place in ([split] if isinstance(split, str) else split)]  # fmt: skip
-    data = ", ".join(places)
+    train = settings.data.train or ()
+    data = ", ".join([train] if isinstance(train, str) else train)
     if isinstance(settings, Settings):
         if settings.data.id:
             front.append(f"datasets: [{settings.data.id}]")
@@ -129,7 +128,7 @@ def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> 
         "\n".join([*front, "---"]),
         f"# {name}",
         f"{made} with [bert_jax](https://pypi.org/project/bert-jax) {results['versions']['bert-jax']}.",
-        f'```python\nimport bert_jax\n\nbert_jax.pipeline("{task}", "{name}")\n```',
+        f"```python\nimport bert_jax\n\n{_snippet(task, settings.output.folder, results)}\n```",
     ]
     for split in ("validation", "test"):
         if metrics := results.get(split):
@@ -140,6 +139,14 @@ def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> 
         f"Step {results['step']} of {results['steps']}, {results['seconds']:.0f} s on {results['device']}; {versions}."
     )
     return "\n\n".join(parts) + "\n"
+
+
+def _snippet(task: str, folder: str, results: Mapping[str, Any]) -> str:
+    pipeline = f'bert_jax.pipeline("{task}", "{folder}")'
+    threshold = results.get("validation", {}).get("null_threshold")
+    if threshold is None:
+        return pipeline
+    return f'answer = {pipeline}\nanswer(("question", "context"), null_threshold={threshold:.4f})  # "" is no answer'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

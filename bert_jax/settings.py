@@ -15,6 +15,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -37,6 +38,8 @@ def _compiles(pattern: str) -> str:
 
 Pattern = Annotated[str, AfterValidator(_compiles)]
 """A regular expression that matches whole parameter paths, `bert.layers.0.attention.query.weight`."""
+Patterns = Annotated[tuple[Pattern, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
+"""Several, or one."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction")
 
@@ -63,7 +66,7 @@ class _Start(_Section):
     """A folder, an id on the Hugging Face Hub, or bert-mini-cased."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
-    new: tuple[Pattern, ...] = ()
+    new: Patterns = ()
     """Parameters to draw anew beside the task's head: top layers, the pooler."""
     hidden_dropout_prob: Fraction | None = None
     """Dropout of embeddings, attention's output and feed-forward; the checkpoint's by default."""
@@ -211,7 +214,7 @@ class Optimizer(_Section):
     """Peak, a step."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled, times the learning rate."""
-    no_decay: tuple[Pattern, ...] = (r".*\bbias", r".*norm\.weight")
+    no_decay: Patterns = (r".*\bbias", r".*norm\.weight")
     """Parameters without weight decay."""
     beta1: Fraction = 0.9
     """Decay of the gradients' mean, a step."""
@@ -223,7 +226,7 @@ class Optimizer(_Section):
     """Off is BERT's original optimizer; on small data keep it on (Zhang et al. 2020, Mosbach et al. 2020)."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this global norm."""
-    frozen: tuple[Pattern, ...] = ()
+    frozen: Patterns = ()
     """Parameters that stay as they are; they get neither gradient nor optimizer state."""
     rates: tuple[Rate, ...] = ()
     """Parameters with a learning rate of their own."""
@@ -327,7 +330,9 @@ class _Root(_Section):
         Raises:
             InputError: Names each key that is unknown, with the nearest that is not, and each value that is none.
         """
-        return cls.from_dict(_tree(path, overrides), source=str(path))
+        overrides = list(overrides)
+        source = f"{path}{' and the command line' if overrides else ''}"
+        return cls.from_dict(_tree(path, overrides), source=source)
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any], source: str = "settings") -> Self:
@@ -478,7 +483,7 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
         try:
             changes = _laid_over(changes, _nested(key.split("."), yaml.safe_load(value)))
         except (yaml.YAMLError, ValueError):  # ValueError: of a date that is none
-            raise InputError(f"{text!r}: the value is not YAML; put it in quotes.") from None
+            raise InputError(f"{text!r}: the value is not YAML; single quotes keep what is in them.") from None
     return changes
 
 

@@ -378,7 +378,7 @@ def train(
         lines.clear()
         return f"loss {means['loss']:.4f}  rate {learning_rate:.1e}  {rate:.0f} examples/s"
 
-    with _signals() as received, _progress_bar(console, start, steps) as show, jax.set_mesh(mesh):
+    with _signals(console) as received, _progress_bar(console, start, steps) as show, jax.set_mesh(mesh):
         for batch in loader.batches(start, steps):
             if _finished(progress, options.patience):
                 break
@@ -410,7 +410,9 @@ def train(
                 outputs = outputs if score is None else result.outputs
                 if journal:
                     journal.write(step, {"validation": result.metrics})
-                console.print(f"step {step}: {_in_words(result.metrics)}{'  (best)' if score is not None else ''}")
+                console.print(
+                    f"step {step}: {in_words(result.metrics)}{'  (best)' if score is not None else ''}", soft_wrap=True
+                )
                 since += time.perf_counter() - paused
             if save_now:
                 checkpoints.save(step, state, progress, score)
@@ -449,7 +451,8 @@ def _finished(progress: dict[str, Any], patience: int | None) -> bool:
     return patience is not None and progress["evaluations_without_better"] >= patience
 
 
-def _in_words(metrics: Mapping[str, Any]) -> str:
+def in_words(metrics: Mapping[str, Any]) -> str:
+    """The numbers of some metrics, on a line."""
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
 
 
@@ -500,8 +503,8 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The list that Ctrl-C and SIGTERM put their number in; a second one ends the process as ever.
+def _signals(console: Console) -> Iterator[list[int]]:
+    """The list that Ctrl-C and SIGTERM put their number in; a third one ends the process as ever, saved or not.
 
     Of several processes, JAX takes in SIGTERM (`processes.asked_to_stop`), and Ctrl-C becomes one.
     """
@@ -514,8 +517,11 @@ def _signals() -> Iterator[list[int]]:
     alone = jax.process_count() == 1
 
     def note(number: int, frame: Any) -> None:
-        signal.signal(number, before[signal.Signals(number)])
-        if alone:
+        if received:
+            console.print("still saving; once more ends the run at once, and it goes on from the checkpoint before")
+            signal.signal(number, before[signal.Signals(number)])
+        elif alone:
+            console.print("stopping after this step, which is saved")
             received.append(number)
         else:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -221,6 +221,11 @@ def test_settings_that_do_not_fit(tree, section, change, message):
     [
         ({"train": None}, "data.train is not set"),
         ({"train": "nowhere.jsonl"}, "Cannot read nowhere.jsonl: No such file"),
+        ({"test": "test"}, r"data\.test: there is no file 'test'. If it is a split of the Hub's, .* data\.test=null"),
+        (
+            {"id": "dair-ai/emotion"},
+            r"data\.train is the file .*, and data\.id dair-ai/emotion; for files set data\.id=null",
+        ),
         ({"text": "body"}, r"data.train .*There is no column 'body'; there are 'text', 'label'"),
         ({"label": "mood"}, "There is no column 'mood'"),
         ({"labels": ["no", "maybe"]}, "data.train: row .*the label 'yes' is unknown; the labels are no, maybe"),
@@ -248,6 +253,9 @@ def test_splits_that_cannot_be_used(tree, tmp_path):
     del tree["data"]["validation"]
     tree["data"]["train"] = write(tmp_path / "t.jsonl", [{"text": "good", "label": "yes"}] * 3)
     with pytest.raises(InputError, match="expected at least two labels"):
+        run(tree)
+    tree["data"]["train"] = write(tmp_path / "t.jsonl", [{"text": "good", "mood": "yes"}] * 3)
+    with pytest.raises(InputError, match=r"which column is the label\? There are text, mood; set data\.label"):
         run(tree)
     with pytest.raises(InputError, match=r"data.test is not set"):
         recipes.evaluate(tree["model"]["id"], Settings.from_dict(tree), "test")

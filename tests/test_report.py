@@ -116,7 +116,7 @@ def test_model_card():
     }
     assert body.startswith("\n# mine\n")
     assert "`google-bert/bert-base-cased` fine-tuned for text-classification on dair-ai/emotion with " in body
-    assert 'bert_jax.pipeline("text-classification", "mine")' in body
+    assert 'bert_jax.pipeline("text-classification", "runs/mine")' in body
     assert f"## Validation\n\n{report.markdown(METRICS)}\n" in body
     assert "## Test" not in body
     assert "](curve.png)" in body
@@ -135,7 +135,12 @@ def test_model_card_of_files_and_a_local_model(tmp_path):
     _, front, body = card(model={"id": str(tmp_path)}, data={"train": "train.txt", "validation": "val.txt"})
     assert "base_model" not in front  # would be an id of the Hub
     assert "datasets" not in front
-    assert "on train.txt, val.txt with " in body
+    assert "on train.txt with " in body
+
+
+def test_the_card_of_a_model_that_may_say_nothing_tells_its_threshold():
+    _, _, body = card(RESULTS | {"validation": {"f1": 50.0, "null_threshold": -0.25}}, task="question-answering")
+    assert 'answer(("question", "context"), null_threshold=-0.2500)' in body
 
 
 def test_model_card_of_several_files():

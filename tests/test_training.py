@@ -187,15 +187,16 @@ def equal(a, b):
     return a.keys() == b.keys() and all(np.array_equal(a[path], b[path]) for path in a)
 
 
-@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 2), (signal.SIGINT, 5)])
-def test_a_run_that_is_stopped_goes_on_bit_for_bit(make, tmp_path, unbroken, monkeypatch, number, at):
+@pytest.mark.parametrize(("number", "at", "times"), [(signal.SIGTERM, 2, 1), (signal.SIGINT, 5, 2)])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(make, tmp_path, unbroken, monkeypatch, number, at, times):
     made = sharding.put_batch
     calls = []
 
     def stop(batch, mesh):
         calls.append(batch)
         if len(calls) == at:
-            os.kill(os.getpid(), number)
+            for _ in range(times):  # an impatient user
+                os.kill(os.getpid(), number)
         return made(batch, mesh)
 
     with monkeypatch.context() as patch:

@@ -94,6 +94,8 @@ class TrainableTask(Task, Objective, Protocol):
     """What a row has -> usual names of its column; the settings' `data` may name another."""
     required: tuple[str, ...]
     """Which of these have to be there."""
+    target: str
+    """Which of these is learnt."""
     head: str
     """Pattern of the parameters that a pretrained checkpoint lacks."""
     peft_type: str

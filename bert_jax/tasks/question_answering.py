@@ -28,7 +28,7 @@ class QuestionAnswering(TrainableTask):
 
     model_class = BertForQuestionAnswering
     columns = {"id": ("id",), "question": ("question",), "context": ("context",), "answers": ("answers",)}  # noqa: RUF012
-    required = ("question", "context")
+    required, target = ("question", "context"), "answers"
     head, peft_type = r"qa_outputs\..*", "QUESTION_ANS"
     metrics = ("f1", "exact_match", "best_f1", "best_exact_match")
     per_token = True
@@ -139,7 +139,7 @@ class QuestionAnswering(TrainableTask):
     @staticmethod
     def clean(rows: Mapping[str, list[dict[str, Any]]], data: Data) -> str:
         """See `TrainableTask.clean`: answers become lists of texts and starts; what does not match is dropped."""
-        wrong, notes = [], []
+        wrong, notes, count = [], [], sum(map(len, rows.values()))
         for split, found in rows.items():
             kept = []
             for i, row in enumerate(found, 1):
@@ -156,10 +156,11 @@ class QuestionAnswering(TrainableTask):
             if nothing := sum(row["answers"] is not None and not row["answers"]["text"] for row in kept):
                 notes.append(f"{nothing:,} questions of data.{split} have no answer")
         if wrong and (data.wrong_answers == "stop" or not all(rows.values())):
-            raise InputError(f"{wrong[0]} ({len(wrong)} such rows). data.wrong_answers=skip passes over single ones.")
-        notes = ["; ".join(notes) + " (answers.unanswerable lets a model say so)"] if notes else []
+            left = "" if all(rows.values()) else " None that can be used is left."
+            raise InputError(f"{wrong[0]} ({len(wrong)} of {count} rows cannot be used.{left})")
+        notes = ["; ".join(notes) + " (with answers.unanswerable the model may say so)"] if notes else []
         return "\n".join(
-            [*notes, *([f"passed over {len(wrong)} rows, the first of them: {wrong[0]}"] if wrong else [])]
+            [*notes, *([f"passed over {len(wrong)} of {count} rows, the first of them: {wrong[0]}"] if wrong else [])]
         )
 
     @staticmethod

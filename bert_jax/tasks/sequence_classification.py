@@ -37,7 +37,7 @@ class SequenceClassification(TrainableTask):
 
     model_class = BertForSequenceClassification
     columns = {"text": TEXT, "text_pair": (), "label": LABEL}  # noqa: RUF012
-    required = ("text",)
+    required, target = ("text",), "label"
     head, peft_type = r"classifier\..*", "SEQ_CLS"
     per_token = False
 
@@ -200,8 +200,10 @@ class SequenceClassification(TrainableTask):
         """`{label, score}` an example; of independent labels, `labels` with all that are likelier than not."""
         if self.problem_type == MULTI:
             return [
-                {"labels": [name for name, p in zip(self.labels, row, strict=True) if p > 0.5]}
-                | {"scores": [float(p) for p in row]}
+                {
+                    "labels": [name for name, p in zip(self.labels, row, strict=True) if p > 0.5],
+                    "scores": {name: float(p) for name, p in zip(self.labels, row, strict=True)},
+                }
                 for row in outputs["scores"]
             ]
         best = outputs["scores"].argmax(-1)

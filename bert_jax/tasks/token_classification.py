@@ -40,7 +40,7 @@ class TokenClassification(TrainableTask):
 
     model_class = BertForTokenClassification
     columns = {"tokens": ("tokens", "words"), "tags": ("ner_tags_str", "ner_tags", "tags")}  # noqa: RUF012
-    required = ("tokens",)
+    required, target = ("tokens",), "tags"
     head, peft_type = r"classifier\..*", "TOKEN_CLS"
     metrics: tuple[str, ...] = ("f1", "precision", "recall", "accuracy")
     per_token = True

@@ -365,10 +365,10 @@ def test_rows_that_cannot_be_used_are_counted_and_named(change, message):
     good = {"id": "a", "question": "Where?", "context": CONTEXT, "answers": {"text": ["Paris"], "answer_start": [24]}}
     given = {"train": [dict(good), good | {"id": "b"} | change, good | {"id": "c"}]}
     said = QuestionAnswering.clean(given, Data())
-    assert said.startswith("passed over 1 rows, the first of them: data.train, row 2 b: ")
+    assert said.startswith("passed over 1 of 3 rows, the first of them: data.train, row 2 b: ")
     assert message in said
     assert [(row["id"], row["row"]) for row in given["train"]] == [("a", 1), ("c", 3)]
-    with pytest.raises(InputError, match=r"\(1 such rows\)\. data\.wrong_answers=skip passes over single ones"):
+    with pytest.raises(InputError, match=r"\(1 of 1 rows cannot be used\. None that can be used is left\.\)$"):
         QuestionAnswering.clean({"train": [good | change]}, Data(wrong_answers="stop"))
 
 
@@ -382,7 +382,7 @@ def test_forms_of_answers():
         assert given[0]["answers"] == expected
     far = [row | {"answers": {"text": ["Rome"], "answer_start": [0]}}]  # counts for its text where nothing is learnt
     said = QuestionAnswering.clean({"train": [row | {"answers": []}], "validation": far}, Data())
-    assert said == "1 questions of data.train have no answer (answers.unanswerable lets a model say so)"
+    assert said == "1 questions of data.train have no answer (with answers.unanswerable the model may say so)"
     assert far[0]["answers"]["text"] == ["Rome"]
     for nothing in ([], {"text": [], "answer_start": []}, {"text": [""], "answer_start": [0]}, ""):
         given = [row | {"answers": nothing}]
@@ -392,7 +392,7 @@ def test_forms_of_answers():
 
 def test_questions_without_answers_are_not_trained_on_unasked():
     row = {"question": "Where?", "context": CONTEXT, "answers": None}
-    with pytest.raises(InputError, match=r"data\.train, row 1: it has no answers .*\(1 such rows\)"):
+    with pytest.raises(InputError, match=r"data\.train, row 1: it has no answers .*\(1 of 1 rows"):
         QuestionAnswering.clean({"train": [dict(row)]}, Data())
     given = [dict(row)]  # to be predicted
     assert QuestionAnswering.clean({"validation": given}, Data()) == ""

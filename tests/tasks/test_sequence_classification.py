@@ -411,8 +411,8 @@ def test_predictions(task):
     ]
     several = np.float32([[0.75, 0.625, 0.125], [0.25, 0.5, 0.25]])
     assert task(problem_type=MULTI).predictions({"scores": several}, examples({})) == [
-        {"labels": ["anger", "joy"], "scores": [0.75, 0.625, 0.125]},
-        {"labels": [], "scores": [0.25, 0.5, 0.25]},
+        {"labels": ["anger", "joy"], "scores": {"anger": 0.75, "joy": 0.625, "love": 0.125}},
+        {"labels": [], "scores": {"anger": 0.25, "joy": 0.5, "love": 0.25}},
     ]
     assert task(problem_type=REGRESSION, **ONE).predictions({"scores": np.float32([[-2.5]])}, examples({})) == [
         {"label": "LABEL_0", "score": -2.5}

@@ -524,6 +524,7 @@ def _signals(console: Console) -> Iterator[list[int]]:
             console.print("stopping after this step, which is saved")
             received.append(number)
         else:
+            signal.signal(number, before[signal.Signals(number)])
             os.kill(os.getpid(), signal.SIGTERM)
 
     for asked in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):

@@ -150,9 +150,9 @@ class QuestionAnswering(TrainableTask):
                 else:
                     kept.append(row | {"row": i})
             found[:] = kept
-            counts = Counter(row["id"] for row in kept if row.get("id") is not None)
-            if repeated := [id for id, count in counts.items() if count > 1]:
-                raise InputError(f"data.{split}: the id {repeated[0]!r} stands at {counts[repeated[0]]} questions.")
+            ids = Counter(row["id"] for row in kept if row.get("id") is not None)
+            if repeated := [id for id, times in ids.items() if times > 1]:
+                raise InputError(f"data.{split}: the id {repeated[0]!r} stands at {ids[repeated[0]]} questions.")
             if nothing := sum(row["answers"] is not None and not row["answers"]["text"] for row in kept):
                 notes.append(f"{nothing:,} questions of data.{split} have no answer")
         if wrong and (data.wrong_answers == "stop" or not all(rows.values())):

@@ -104,9 +104,7 @@ def test_patterns_that_match_nothing(paths, name):
     patterns = (r"bert\..*", pattern)
     if name == "rates":
         patterns = tuple(Rate(parameters=each, factor=1) for each in patterns)
-    with pytest.raises(
-        InputError, match=rf"^optimizer\.{name} has '.*encoder.*', which matches no parameter; "
-    ):
+    with pytest.raises(InputError, match=rf"^optimizer\.{name} has '.*encoder.*', which matches no parameter; "):
         optim.rules(Optimizer(**{name: patterns}), paths)
 
 

@@ -46,7 +46,7 @@ def rules(settings: Optimizer, paths: Iterable[str]) -> dict[str, Rule]:
     paths = list(paths)
     layers = 1 + max((int(match[1]) for path in paths if (match := re.search(r"\blayers\.(\d+)\.", path))), default=-1)
     rates = [rate.parameters for rate in settings.rates]
-    no_decay = set(settings.no_decay) - set(Optimizer().no_decay)  # LoRA has none that those of old match
+    no_decay = set(settings.no_decay) - set(Optimizer().no_decay)  # the defaults may: LoRA's are no biases
     for name, patterns in [("frozen", settings.frozen), ("rates", rates), ("no_decay", no_decay)]:
         for pattern in patterns:
             if not _first([pattern], *paths):

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
 from flax import nnx
 from rich.console import Console
 
@@ -159,11 +158,12 @@ def read_split(settings: Settings | HeldOut, split: str) -> list[sources.Row]:
     where = f"data.{split} ({places})"
     if not rows:
         raise InputError(f"{where} has no examples.")
+    there = dict.fromkeys(name for row in rows for name in row)  # rows of JSON need not all have the same ones
     task = TASKS.get(settings.task)
     usual, required = (task.columns, task.required) if task else ({"text": sources.TEXT}, ("text",))
     try:
         wanted = {
-            name: sources.column(rows, None if name == "id" else getattr(data, name), names)
+            name: sources.column(there, None if name == "id" else getattr(data, name), names)
             for name, names in usual.items()
         }
     except InputError as error:
@@ -171,7 +171,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> list[sources.Row]:
     needed = [*required, task.target] if task and split == "train" else required
     for name in needed:
         if wanted[name] is None:
-            raise InputError(f"{where}: which column is the {name}? There are {', '.join(rows[0])}; set data.{name}.")
+            raise InputError(f"{where}: which column is the {name}? There are {', '.join(there)}; set data.{name}.")
     return [{name: row.get(column) for name, column in wanted.items() if column} for row in rows]
 
 
@@ -232,9 +232,8 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     if settings.model.lora:
         lora.save_adapters(folder / ADAPTERS, trained.trained, settings.model.lora, settings.model.id,
                            prepared.task.peft_type)  # fmt: skip
-    left = ["the model", "its card", "metrics"]
     if examples is not None:
-        left.append(f"predictions of {split}")
+        results["predictions"] = split
         predictions = prepared.task.predictions(outputs, examples)
         lines = [row | {"prediction": p} for row, p in zip(prepared.rows[split], predictions, strict=True)]
         texts = [json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines]  # of Parquet, dates too
@@ -243,7 +242,7 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
             ids = [line["row"] - 1 if line.get("id") is None else line["id"] for line in lines]
             answers = {str(id): line["prediction"]["answer"] for id, line in zip(ids, lines, strict=True)}
             _write(folder / ANSWERS, json.dumps(answers, ensure_ascii=False) + "\n")
-    end(settings, results, settings.training.metric or prepared.task.metrics[0], began, left, console)
+    end(settings, results, settings.training.metric or prepared.task.metrics[0], began, console)
     return folder
 
 
@@ -289,8 +288,7 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
     trained.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     results = {"step": trained.step, "steps": trained.steps, "validation": trained.metrics}
-    left = ["the model", "its card", "metrics"]
-    end(settings, results, settings.training.metric or task.metrics[0], began, left, console)
+    end(settings, results, settings.training.metric or task.metrics[0], began, console)
     return folder
 
 
@@ -369,10 +367,12 @@ def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
         if folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"output.folder: {folder} holds files of something else; expected a new folder.")
         return False
-    kind = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8")).get("task")
-    if kind != settings.task:
-        raise InputError(f"output.folder: {folder} holds a run of {kind}; expected a new folder.")
-    before = type(settings).from_file(folder / SETTINGS)
+    try:
+        before = type(settings).from_file(folder / SETTINGS)
+    except InputError as error:
+        raise InputError(
+            f"output.folder: {folder} holds a run of another kind; expected a new folder. {error}"
+        ) from None
     if different := [line for line in before.differences(settings) if not line.startswith("output.")]:
         raise InputError(
             f"output.folder: {folder} holds a run with other settings (then, now):\n  " + "\n  ".join(different)
@@ -409,7 +409,6 @@ def end(
     results: dict[str, Any],
     metric: str,
     began: float,
-    left: list[str],
     console: Console,
 ) -> None:
     """Leaves a run's curve, model card and, last, its results, which say that it is finished; tells what is there."""
@@ -424,8 +423,11 @@ def end(
     _write(folder / RESULTS, json.dumps(results, indent=2) + "\n")
     if test := results.get("test"):
         console.print(f"test: {training.in_words(test)}", soft_wrap=True)
-    which = f"step {results['step']} of {results['steps']}"
-    console.print(f"{folder}: {', '.join(left)}, of {which}", highlight=False, markup=False, soft_wrap=True)
+    predicted = f", predictions of {results['predictions']}" if "predictions" in results else ""
+    console.print(
+        f"{folder}: the model of step {results['step']} of {results['steps']}, its card, metrics{predicted}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def evaluate(model_id: str, settings: Settings, split: str, *, console: Console | None = None) -> dict[str, Any]:

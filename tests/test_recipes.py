@@ -278,10 +278,17 @@ def test_patience_without_validation_is_refused(tree):
     assert not Path(tree["output"]["folder"]).exists()
 
 
+def test_columns_that_the_first_row_lacks(tree, tmp_path):
+    rows = [{"text": "good"}, *test_training.rows(12)]
+    tree["data"]["validation"] = write(tmp_path / "v.jsonl", rows)
+    found = recipes.read_split(Settings.from_dict(tree), "validation")
+    assert [row["label"] for row in found] == [row.get("label") for row in rows]
+
+
 def test_a_run_of_another_kind_is_named(tree, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "settings.yaml").write_text("task: pretraining\n")
-    with pytest.raises(InputError, match="holds a run of pretraining; expected a new folder"):
+    with pytest.raises(InputError, match="holds a run of another kind; expected a new folder"):
         run(tree)
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -299,13 +299,12 @@ def literal(text: str) -> Any:
         raise InputError(f"{text[:80]!r} is no list or object, in JSON or Python's form.") from None
 
 
-def column(rows: Sequence[Row], name: str | None, usual: Iterable[str]) -> str | None:
+def column(there: Collection[str], name: str | None, usual: Iterable[str]) -> str | None:
     """The column to take: the one that is named or else the first usual one that is there, None if none is.
 
     Raises:
         InputError: If the one that is named is not there.
     """
-    there = dict.fromkeys(column for row in rows for column in row)  # JSON's rows need not all have the same ones
     if name is None:
         return next((candidate for candidate in usual if candidate in there), None)
     if name not in there:

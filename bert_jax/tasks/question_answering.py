@@ -139,7 +139,7 @@ class QuestionAnswering(TrainableTask):
     @staticmethod
     def clean(rows: Mapping[str, list[dict[str, Any]]], data: Data) -> str:
         """See `TrainableTask.clean`: answers become lists of texts and starts; what does not match is dropped."""
-        wrong, notes, count = [], [], sum(map(len, rows.values()))
+        wrong, nothing, count = [], [], sum(map(len, rows.values()))
         for split, found in rows.items():
             kept = []
             for i, row in enumerate(found, 1):
@@ -153,15 +153,17 @@ class QuestionAnswering(TrainableTask):
             ids = Counter(row["id"] for row in kept if row.get("id") is not None)
             if repeated := [id for id, times in ids.items() if times > 1]:
                 raise InputError(f"data.{split}: the id {repeated[0]!r} stands at {ids[repeated[0]]} questions.")
-            if nothing := sum(row["answers"] is not None and not row["answers"]["text"] for row in kept):
-                notes.append(f"{nothing:,} questions of data.{split} have no answer")
+            if n := sum(row["answers"] is not None and not row["answers"]["text"] for row in kept):
+                nothing.append(f"{n:,} of data.{split}")
         if wrong and (data.wrong_answers == "stop" or not all(rows.values())):
             left = "" if all(rows.values()) else " None that can be used is left."
             raise InputError(f"{wrong[0]} ({len(wrong)} of {count} rows cannot be used.{left})")
-        notes = ["; ".join(notes) + " (with answers.unanswerable the model may say so)"] if notes else []
-        return "\n".join(
-            [*notes, *([f"passed over {len(wrong)} of {count} rows, the first of them: {wrong[0]}"] if wrong else [])]
-        )
+        said = []
+        if nothing:
+            said.append(f"without an answer: {', '.join(nothing)} (with answers.unanswerable the model may say so)")
+        if wrong:
+            said.append(f"passed over {len(wrong)} of {count} rows, the first of them: {wrong[0]}")
+        return "\n".join(said)
 
     @staticmethod
     def config(rows: Sequence[Mapping[str, Any]], data: Data) -> dict[str, Any]:

@@ -216,8 +216,9 @@ class TokenClassification(TrainableTask):
                     row["tags"] = iob2(row["tags"])
             if tagged:
                 schemes[split] = scheme
-        alike = len(set(schemes.values())) == 1
-        return "tags: " + "; ".join([*schemes.values()][:1] if alike else [f"{a} {b}" for a, b in schemes.items()])
+        if len(every := set(schemes.values())) == 1:
+            return f"tags: {every.pop()}"
+        return "; ".join(f"tags of {split}: {scheme}" for split, scheme in schemes.items())
 
     @staticmethod
     def config(rows: Sequence[Mapping[str, Any]], data: Data) -> dict[str, Any]:

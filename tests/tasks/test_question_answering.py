@@ -218,7 +218,7 @@ def places_of_run_qa(row, window):
 def test_features_are_those_of_run_qa(tokenizer, length, stride):
     task = QuestionAnswering(tokenizer, BertConfig.from_dict(reference.CONFIG), length, Answers(stride=stride))
     given = rows()
-    assert "questions of data.train have no answer" in QuestionAnswering.clean({"train": given}, Data())
+    assert "without an answer: " in QuestionAnswering.clean({"train": given}, Data())
     examples = task.featurize(given)
     place, inside = 0, 0
     for row in given:
@@ -382,7 +382,7 @@ def test_forms_of_answers():
         assert given[0]["answers"] == expected
     far = [row | {"answers": {"text": ["Rome"], "answer_start": [0]}}]  # counts for its text where nothing is learnt
     said = QuestionAnswering.clean({"train": [row | {"answers": []}], "validation": far}, Data())
-    assert said == "1 questions of data.train have no answer (with answers.unanswerable the model may say so)"
+    assert said == "without an answer: 1 of data.train (with answers.unanswerable the model may say so)"
     assert far[0]["answers"]["text"] == ["Rome"]
     for nothing in ([], {"text": [], "answer_start": []}, {"text": [""], "answer_start": [0]}, ""):
         given = [row | {"answers": nothing}]

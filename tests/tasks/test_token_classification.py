@@ -278,7 +278,7 @@ def test_each_split_has_a_scheme_of_its_own():
         "validation": rows_of(["B-A", "O"], ["B-A", "I-A"]),
         "test": [{"tokens": ["a"]}],
     }
-    assert TokenClassification.clean(rows, Data()) == "tags: train IOB1, read as IOB2; validation IOB2"
+    assert TokenClassification.clean(rows, Data()) == "tags of train: IOB1, read as IOB2; tags of validation: IOB2"
     assert [row["tags"] for row in rows["train"]] == [["B-A", "O"], ["B-A", "B-A"]]
     rows["validation"][1]["tags"][1] = "X"
     with pytest.raises(InputError, match=r"^data\.validation: the tag 'X' follows no scheme"):

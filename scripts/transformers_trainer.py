@@ -190,13 +190,17 @@ def main() -> None:
         compute_metrics=compute_metrics if metric else None,
     )
     trainer.train()
+    trainer.save_model()
     results: dict[str, Any] = {"seed": training.seed}
     for split in data.keys() - {"train"}:
         if metric:
             found = trainer.evaluate(data[split], metric_key_prefix=split)
             results[split] = {name.removeprefix(f"{split}_"): value for name, value in found.items()}
         else:
-            found = answers(splits[split], data[split], trainer.predict(data[split]).predictions, settings)
+            trainer.args.train_sampling_strategy = "random"  # or it would give predictions in another order than data
+            predicted = trainer.predict(data[split])
+            assert (predicted.label_ids[0] == data[split]["start_positions"]).all()
+            found = answers(splits[split], data[split], predicted.predictions, settings)
             results[split] = metrics.answering([row["answers"]["text"] for row in splits[split]], found)
     results["seconds"] = time.perf_counter() - began
     folder = Path(settings.output.folder)

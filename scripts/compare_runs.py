@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from bert_jax import recipes, training
 
@@ -62,6 +63,9 @@ def chart(sides: dict[str, list[Path]], metric: str | None) -> Figure:
             points = [[(line["step"], line["validation"][metric]) for line in one] for one in evaluations]
             _lines(axes[1], side, points, marker="o")
     axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
     for panel, name in zip(axes, ("loss", f"{metric} on validation"), strict=False):
         panel.set_title(name, fontsize="medium", loc="left")
         panel.set_xlabel("step")

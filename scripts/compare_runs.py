@@ -63,7 +63,7 @@ def chart(sides: dict[str, list[Path]], metric: str | None) -> Figure:
             points = [[(line["step"], line["validation"][metric]) for line in one] for one in evaluations]
             _lines(axes[1], side, points, marker="o")
     axes[0].set_yscale("log")
-    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # of 0.2 and 0.5, and not 2 × 10⁻¹
     axes[0].yaxis.set_major_formatter("{x:g}")
     axes[0].yaxis.set_minor_formatter(NullFormatter())
     for panel, name in zip(axes, ("loss", f"{metric} on validation"), strict=False):

@@ -7,8 +7,8 @@ Same model, data, label ids and recipe, for text classification with one label, 
 question answering, whose features, and answers read off the logits, are those of transformers' examples `run_ner.py`
 and `run_qa.py`. Batches are padded to their longest and grouped by length, in random order with `--random`, or with
 `--pad` all padded to data.max_length. Classifiers choose the best epoch, as ours; question answering takes the last, as
-`run_qa.py` (ours does with `training.evaluate_every` of many steps). Prints JSON, and leaves that and a journal in
-output.folder as our runs do: `scripts/compare_runs.py` tells of both.
+`run_qa.py` (ours does with `training.evaluate_every` of many steps). Prints JSON, and leaves that, a journal and the
+model in output.folder as our runs do: `scripts/compare_runs.py` tells of both.
 """
 
 import argparse

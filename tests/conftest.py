@@ -3,15 +3,16 @@
 import os
 from pathlib import Path
 
-# Most of the time goes into compiling small programs, so LLVM does not optimise them. XLA_FLAGS of one's own win: the
-# slow and the parity suites of `.ci/run` compile as users do.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the time goes into compiling small programs, so they are compiled the quickest way there is. XLA_FLAGS of
+# one's own win: the slow and the parity suites of `.ci/run` compile as users do.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Programs that take long to compile are kept between tests, workers, Pythons and runs.
+# Programs are kept between tests, workers, Pythons and runs.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "programs"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("BERT_JAX_COMPILATION_CACHE", os.environ["JAX_COMPILATION_CACHE_DIR"])  # of the command line
 
 import jax
 import pytest

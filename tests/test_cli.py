@@ -18,7 +18,7 @@ TEXT = "Paris is the [MASK] of France."
 
 def run(*arguments, stdin="", **environment):
     command = [sys.executable, "-m", "bert_jax.cli", *map(str, arguments)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "BERT_JAX_COMPILATION_CACHE": "off"} | environment
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment, timeout=120)
 
 
@@ -117,8 +117,9 @@ def test_compilation_cache(tmp_path):
         assert len(programs) >= 1
         first = locals().get("first", programs)
         assert programs == first  # the second run adds none
-    assert run("fill-mask", TEXT, "--model", "bert-mini-cased", XDG_CACHE_HOME=str(tmp_path / "xdg")).returncode == 0
-    assert not (tmp_path / "xdg" / "bert_jax").exists()  # switched off
+    switched_off = {"BERT_JAX_COMPILATION_CACHE": "off", "XDG_CACHE_HOME": str(tmp_path / "xdg")}
+    assert run("fill-mask", TEXT, "--model", "bert-mini-cased", **switched_off).returncode == 0
+    assert not (tmp_path / "xdg" / "bert_jax").exists()
 
 
 def test_verify_out_of_reach():

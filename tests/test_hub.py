@@ -91,10 +91,10 @@ def python(tmp_path):
     """Runs code or a command line under a Hub's address with a cache of its own."""
 
     def python(arguments, url, **environment):
-        environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0",
-                                    "BERT_JAX_COMPILATION_CACHE": "off"} | environment  # fmt: skip
+        served = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
         arguments = ["-c", arguments] if isinstance(arguments, str) else arguments
-        run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=60)
+        run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60,
+                             env=os.environ | served | environment)  # fmt: skip
         assert "Traceback" not in run.stderr, run.stderr
         return run
 

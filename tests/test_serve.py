@@ -29,10 +29,7 @@ CARD = serve.SAMPLE
 def start(*arguments, wait=True, **environment):
     """A server at a free port: its process and port."""
     command = [sys.executable, "-m", "bert_jax.cli", "serve", *map(str, arguments), "--port", "0"]
-    flags = {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "BERT_JAX_COMPILATION_CACHE": os.environ["JAX_COMPILATION_CACHE_DIR"],
-    }
+    flags = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")}
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | flags | environment
     )

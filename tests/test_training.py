@@ -167,19 +167,19 @@ def test_a_partial_batch_makes_no_new_program(make, tmp_path):
 # ── The loop ──
 
 
-def finish(make, folder, settings=None, examples=64, **sections):
-    """A whole run with dropout, of 12 layers: the trained parameters, and the lines of its journal."""
+def finish(make, folder, layers=2, **sections):
+    """A whole run with dropout: the trained parameters, and the lines of its journal."""
     sections = {"training": {"epochs": 2, "batch_size": 16, "log_every": 2, "evaluate_every": 3}} | sections
-    settings = settings or make_settings(folder, **sections)
-    model, task = make(layers=12, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
-    data, validation = task.featurize(rows(examples)), task.featurize(rows(16, seed=1))
+    settings = make_settings(folder, **sections)
+    model, task = make(layers=layers, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    data, validation = task.featurize(rows(64)), task.featurize(rows(16, seed=1))
     trained = training.train(task, model, data, validation, settings)
     return trained, training.read_journal(folder / training.METRICS)
 
 
 @pytest.fixture(scope="module")
 def unbroken(make, tmp_path_factory):
-    return finish(make, tmp_path_factory.mktemp("unbroken"))
+    return finish(make, tmp_path_factory.mktemp("unbroken"), layers=12)
 
 
 def equal(a, b):
@@ -202,9 +202,9 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(make, tmp_path, unbroken, mon
     with monkeypatch.context() as patch:
         patch.setattr(sharding, "put_batch", stop)
         with pytest.raises(Interrupted, match="saved") as stopped:
-            finish(make, tmp_path)
+            finish(make, tmp_path, layers=12)
     assert stopped.value.signal == number
-    trained, journal = finish(make, tmp_path)
+    trained, journal = finish(make, tmp_path, layers=12)
     expected, lines = unbroken
     assert equal(trained, expected)
     without_time = [{k: v for k, v in line.items() if k != "examples_per_second"} for line in journal]
@@ -212,10 +212,9 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(make, tmp_path, unbroken, mon
     assert list((tmp_path / training.TENSORBOARD).iterdir())
 
 
-def test_a_finished_run_gives_the_same_again(make, tmp_path, unbroken):
+def test_a_finished_run_gives_the_same_again(make, tmp_path):
     first, _ = finish(make, tmp_path)
     again, _ = finish(make, tmp_path)
-    assert equal(first, unbroken[0])
     assert equal(first, again)
 
 
@@ -225,7 +224,7 @@ def test_the_best_checkpoint_is_what_comes_back(make, tmp_path):
     evaluations = {line["step"]: line["validation"]["loss"] for line in journal if "validation" in line}
     assert trained.step == min(evaluations, key=evaluations.get)
     assert trained.metrics["loss"] == evaluations[trained.step]
-    _, task = make(layers=12)
+    _, task = make()
     params, skeleton = tree.split(trained.model)
     mesh = sharding.mesh(make_settings(tmp_path).mesh)
     program, examples = evaluation.program(task, skeleton), task.featurize(rows(16, seed=1))

@@ -26,6 +26,13 @@ def flat(model):
     return tree.flatten(tree.split(model)[0])
 
 
+def assert_equal(model, same):
+    arrays, expected = flat(model), flat(same)
+    assert arrays.keys() == expected.keys()
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(array, expected[path], err_msg=path)
+
+
 @pytest.fixture
 def write(tmp_path):
     """Writes a changed copy of a class's checkpoint: `change` takes and gives a dict of tensors."""
@@ -94,8 +101,7 @@ def with_buffers(tensors):
 def test_published_forms(checkpoint, write, change):
     same = bert_jax.BertForPreTraining.from_pretrained(checkpoint("BertForPreTraining"))
     model = bert_jax.BertForPreTraining.from_pretrained(write("BertForPreTraining", change))
-    for path, array in flat(model).items():
-        np.testing.assert_array_equal(array, flat(same)[path], err_msg=path)
+    assert_equal(model, same)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
@@ -124,8 +130,7 @@ def test_shards(checkpoint, write):
     shard(folder, reference.tensors("BertForMaskedLM"))
     model = bert_jax.BertForMaskedLM.from_pretrained(folder)
     same = bert_jax.BertForMaskedLM.from_pretrained(checkpoint("BertForMaskedLM"))
-    for path, array in flat(model).items():
-        np.testing.assert_array_equal(array, flat(same)[path])
+    assert_equal(model, same)
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors is missing"):
         bert_jax.BertForMaskedLM.from_pretrained(folder)
@@ -268,8 +273,7 @@ def test_load_save_load_is_bitwise(checkpoint, tmp_path, architecture):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [architecture]
     again = getattr(bert_jax, architecture).from_pretrained(tmp_path / "out")
     assert again.config == model.config
-    for path, array in flat(again).items():
-        np.testing.assert_array_equal(array, flat(model)[path])
+    assert_equal(again, model)
 
 
 def test_saving_over_a_checkpoint_keeps_other_files(checkpoint, write):

@@ -338,14 +338,16 @@ def test_killed_it_loses_no_line_and_repeats_none(tmp_path):
     arguments = ["bert-mini-cased", "--task", "fill-mask", "--parameter", "top_k=1", "--input"]
     peaks = {}
     for name in ("few", "in"):
-        command, environment = predict(*arguments, tmp_path / f"{name}.txt", "--output", tmp_path / f"{name}.jsonl")
+        files = [tmp_path / f"{name}.txt", "--output", tmp_path / f"{name}.jsonl"]
+        command, environment = predict(*arguments, *files, XLA_FLAGS="")  # compiled as users' are
         child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         began = time.monotonic()
         _, status, usage = os.wait4(child.pid, 0)
         seconds, peaks[name] = time.monotonic() - began, usage.ru_maxrss
         child.returncode = os.waitstatus_to_exitcode(status)
         assert child.returncode == 0
-    command, environment = predict(*arguments, tmp_path / "in.txt", "--output", tmp_path / "killed.jsonl")
+    files[-1] = tmp_path / "killed.jsonl"
+    command, environment = predict(*arguments, *files, XLA_FLAGS="")
     journal = tmp_path / "killed.jsonl.run.json"
     moment = random.Random(0)
 

@@ -56,7 +56,7 @@ def start(files, command="finetune", folders=(None, None)):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")}
     return [
         subprocess.Popen([sys.executable, "-m", "bert_jax.cli", command, file, "--processes", f"{i}/2@{address}"],
                          env=environment, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -558,7 +558,7 @@ def test_killed_at_random_moments_it_ends_bit_for_bit(tree, pretraining, tmp_pat
     tree = tree if task == "finetune" else pretraining
     tree["training"] = {"max_steps": 400, "batch_size": 8, "save_every": 10, "evaluate_every": 100, "keep": 2}
     tree["output"]["tensorboard"] = False
-    environment = os.environ | {"BERT_JAX_COMPILATION_CACHE": str(tmp_path / "cache")}
+    environment = os.environ | {"XLA_FLAGS": "", "BERT_JAX_COMPILATION_CACHE": str(tmp_path / "cache")}  # as users' are
     (tmp_path / "run.yaml").write_text(json.dumps(tree))
     arguments = [sys.executable, "-m", "bert_jax.cli", task, str(tmp_path / "run.yaml")]
     unbroken = command(task, str(tmp_path / "run.yaml"), f"output.folder={tmp_path}/unbroken", env=environment)

@@ -1,11 +1,17 @@
 """What every test runs under: 8 simulated devices, no implicit promotion of rank, no network."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 # Most of the time goes into compiling small programs, so they are compiled the quickest way there is. XLA_FLAGS of
 # one's own win: the slow and the parity suites of `.ci/run` compile as users do.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    # Later ones have no such flag, and one that is unknown ends the process.
+    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
+)
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Most of the time goes into compiling small programs, so they are compiled the quickest way there is. XLA_FLAGS of
-# one's own win: the slow and the parity suites of `.ci/run` compile as users do.
+# one's own win: the parity suite of `.ci/run` compiles as users do.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0"

@@ -83,7 +83,7 @@ def run(tokenizer):
     return steps
 
 
-@pytest.mark.slow  # half a minute of compiling each
+@pytest.mark.slow  # of compiling
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layouts_agree_with_one_device(run, layout):
     losses, state, *_ = run(data=1)

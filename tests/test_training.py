@@ -40,7 +40,7 @@ def make(tokenizer):
         config = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | config
         shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2}
         config = bert_jax.BertConfig(**shape, intermediate_size=2 * width, id2label=("no", "yes"), **config)
-        # A dozen layers, whose paths sort wrongly as strings, compile in time as one.
+        # A dozen layers compile in time as one.
         model = bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0), scan_layers=layers > 2)
         return model, SequenceClassification(tokenizer, config, 32)
 
@@ -179,6 +179,7 @@ def finish(make, folder, layers=2, **sections):
 
 @pytest.fixture(scope="module")
 def unbroken(make, tmp_path_factory):
+    # A dozen layers, for their paths sort wrongly as strings.
     return finish(make, tmp_path_factory.mktemp("unbroken"), layers=12)
 
 

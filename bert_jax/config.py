@@ -1,11 +1,12 @@
 """`BertConfig`: the hyperparameters of `config.json`, by their names, and nothing that the network does not do."""
 
 import dataclasses
-import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bert_jax.errors import ConfigError
+from bert_jax import hub
+from bert_jax.errors import ConfigError, quoted
 
 # What else a config.json may ask for that would change the numbers: key -> the one value the network has.
 _FIXED = {
@@ -20,7 +21,19 @@ _FIXED = {
 }
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-HIDDEN_ACTS = ("gelu", "gelu_new", "relu")
+HIDDEN_ACTS = ("gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh", "relu")
+
+# The largest sizes that are taken: well above any published BERT, and small enough to be refused before they are built.
+_LIMITS = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**16,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 2**16,
+    "intermediate_size": 2**20,
+    "max_position_embeddings": 2**20,
+    "type_vocab_size": 2**16,
+    "num_labels": 2**20,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,40 +63,51 @@ class BertConfig:
     pad_token_id: int | None = 0
     classifier_dropout: float | None = None
     """Dropout before a classifier; None takes `hidden_dropout_prob`."""
-    num_labels: int = 2
-    id2label: tuple[str, ...] | None = None
-    """Names of the labels by id; None names them LABEL_0, LABEL_1, …"""
+    num_labels: int = -1
+    """How many labels a classifier has. By default as many as `id2label` or `label2id` name, or 2."""
+    id2label: Mapping[int | str, str] | Sequence[str] | None = None
+    """The labels' names by id, as a dict or in order; held as a tuple. None names them LABEL_0, LABEL_1, …"""
+    label2id: Mapping[str, int] | None = dataclasses.field(default=None, compare=False, repr=False)
+    """The inverse of `id2label`, which may be given instead."""
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
-        if self.id2label is not None:
-            object.__setattr__(self, "id2label", tuple(self.id2label))  # hashable: a config is static under jit
-        sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
-        for name in [*sizes, "max_position_embeddings", "type_vocab_size", "num_labels"]:
+        for name, limit in _LIMITS.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1.")
+            if name == "num_labels" and value == -1:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+                raise ConfigError(f"{name} is {quoted(value)}; expected a whole number from 1 to {limit}.")
         for name in ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"]:
             value = getattr(self, name)
-            if value is None and name == "classifier_dropout":
-                continue
-            if not isinstance(value, int | float) or not 0 <= value < 1:
-                raise ConfigError(f"{name} is {value!r}; expected a probability: 0 or more and below 1.")
+            if not (name == "classifier_dropout" and value is None) and not (_is_number(value) and 0 <= value < 1):
+                raise ConfigError(f"{name} is {quoted(value)}; expected a probability: 0 or more and below 1.")
         for name in ["initializer_range", "layer_norm_eps"]:
             value = getattr(self, name)
-            if not isinstance(value, int | float) or value <= 0:
-                raise ConfigError(f"{name} is {value!r}; expected a number above 0.")
+            if not _is_number(value) or not 0 < value <= 1:
+                raise ConfigError(f"{name} is {quoted(value)}; expected a number above 0 and at most 1.")
+        pad = self.pad_token_id
+        if pad is not None and (not isinstance(pad, int) or isinstance(pad, bool) or not 0 <= pad < self.vocab_size):
+            raise ConfigError(f"pad_token_id is {quoted(pad)}; expected a token id below vocab_size, or None.")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
                 "every head takes an equal share."
             )
         if self.hidden_act not in HIDDEN_ACTS:
-            raise ConfigError(f"hidden_act is {self.hidden_act!r}; this network has {', '.join(HIDDEN_ACTS)}.")
-        if self.id2label is not None and len(self.id2label) != self.num_labels:
-            raise ConfigError(f"id2label names {len(self.id2label)} labels where num_labels is {self.num_labels}.")
+            raise ConfigError(f"hidden_act is {quoted(self.hidden_act)}; expected one of {', '.join(HIDDEN_ACTS)}.")
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
-            raise ConfigError(f"problem_type is {self.problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}.")
+            raise ConfigError(
+                f"problem_type is {quoted(self.problem_type)}; expected one of {', '.join(PROBLEM_TYPES)}."
+            )
+        names = _label_names(self.id2label, self.label2id)
+        if names is not None and self.num_labels not in (-1, len(names)):
+            raise ConfigError(f"There are names of {len(names)} labels, and num_labels is {self.num_labels}.")
+        count = (2 if names is None else len(names)) if self.num_labels == -1 else self.num_labels
+        # A config is static under jit, so that what is compared of it is hashable.
+        for name, value in [("num_labels", count), ("id2label", names)]:
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "label2id", {label: i for i, label in enumerate(self.labels)})
 
     @classmethod
     def base_cased(cls) -> "BertConfig":
@@ -101,17 +125,18 @@ class BertConfig:
         return self.id2label or tuple(f"LABEL_{i}" for i in range(self.num_labels))
 
     def replace(self, **changes: Any) -> "BertConfig":
-        """A copy with some fields changed; a new `num_labels` drops the names of the old labels.
+        """A copy with some fields changed; another number of labels, or other names, replaces those of before.
 
         Raises:
-            ConfigError: If there is no such field, or a value is none for it.
+            ConfigError: If there is no such field, or a value is not valid for it.
         """
         fields = [field.name for field in dataclasses.fields(self)]
         if unknown := [name for name in changes if name not in fields]:
             raise ConfigError(f"The config has no {', '.join(unknown)}; it has {', '.join(fields)}.")
-        if "num_labels" in changes and changes["num_labels"] != self.num_labels:
-            changes.setdefault("id2label", None)
-        return dataclasses.replace(self, **changes)
+        named = changes.get("id2label") is not None or changes.get("label2id") is not None
+        if named or changes.get("num_labels", self.num_labels) != self.num_labels:
+            changes = {"num_labels": -1, "id2label": None, **changes}
+        return dataclasses.replace(self, **{"label2id": None, **changes})
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "BertConfig":
@@ -127,33 +152,27 @@ class BertConfig:
         """
         if config.get("model_type", "bert") != "bert":
             raise ConfigError(
-                f"model_type is {config['model_type']!r}; this package holds BERT. "
+                f"model_type is {quoted(config['model_type'])}; this package holds BERT. "
                 "Give a checkpoint whose config.json says model_type: bert."
             )
         required = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
         if missing := [name for name in required if name not in config]:
             raise ConfigError(f"config.json lacks {', '.join(missing)}; it is not the configuration of a BERT.")
-        if refused := [f"{key}: {config[key]!r}" for key in _FIXED if config.get(key, _FIXED[key]) != _FIXED[key]]:
-            raise ConfigError(
-                f"config.json asks for {'; '.join(refused)}, which this network does not do "
-                f"(it has {'; '.join(f'{key}: {value!r}' for key, value in _FIXED.items())})."
-            )
+        for key, value in _FIXED.items():
+            if config.get(key, value) != value:
+                raise ConfigError(
+                    f"config.json asks for {key}: {quoted(config[key])}; this network has {key}: {value!r} alone."
+                )
         fields = {field.name for field in dataclasses.fields(cls)}
         known = {key: value for key, value in config.items() if key in fields}
-        if (names := config.get("id2label")) is not None:
-            known["id2label"] = _label_names(names)
-            known["num_labels"] = len(known["id2label"])
+        if known.get("id2label") is not None:
+            known.pop("label2id", None)  # as in transformers: the names by id count, whatever the other map says
         return cls(**known)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "BertConfig":
         """`from_dict` of a JSON file; see there for what is refused."""
-        try:
-            config = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not JSON: {error}.") from None
-        if not isinstance(config, dict):
-            raise ConfigError(f"{path} holds a {type(config).__name__}; expected an object of hyperparameters.")
+        config = hub.read_json(Path(path), ConfigError)
         try:
             return cls.from_dict(config)
         except ConfigError as error:
@@ -163,17 +182,38 @@ class BertConfig:
         """The content of a `config.json` that this class and PyTorch transformers read."""
         config = {"model_type": "bert", "position_embedding_type": "absolute", **dataclasses.asdict(self)}
         del config["num_labels"]
-        config["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
-        config["label2id"] = {label: i for i, label in enumerate(self.labels)}
-        return config
+        return config | {"id2label": {str(i): label for i, label in enumerate(self.labels)}}
 
 
-def _label_names(id2label: Any) -> tuple[str, ...]:
-    """Names in the order of their ids, from `{"0": name, …}`."""
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _label_names(id2label: Any, label2id: Any) -> tuple[str, ...] | None:
+    """The labels' names in the order of their ids, from one of the two maps or both; None where neither is given."""
+    names = None if id2label is None else _in_order("id2label", id2label)
+    if not label2id:
+        return names
+    expected = f"label2id is {quoted(label2id)}; expected {{name: 0, name: 1, …}}."
+    if not isinstance(label2id, Mapping):
+        raise ConfigError(expected)
+    inverse = _in_order("label2id", {id: name for name, id in label2id.items()})
+    if len(inverse) != len(label2id):
+        raise ConfigError(expected)
+    if names not in (None, inverse):
+        raise ConfigError(f"id2label names {quoted(names)} and label2id {quoted(inverse)}; expected the same order.")
+    return inverse
+
+
+def _in_order(field: str, given: Any) -> tuple[str, ...]:
+    """Names in the order of their ids, from `{0: name, …}`, `{"0": name, …}` or names in order."""
+    if not isinstance(given, Mapping):
+        given = dict(enumerate(given)) if isinstance(given, list | tuple) else {None: given}
     try:
-        by_id = {int(i): str(name) for i, name in id2label.items()}
-    except (AttributeError, ValueError):
-        raise ConfigError(f'id2label is {id2label!r}; expected {{"0": name, "1": name, …}}.') from None
-    if sorted(by_id) != list(range(len(by_id))):
-        raise ConfigError(f"id2label has the ids {sorted(by_id)}; expected 0 to {len(by_id) - 1} without gaps.")
-    return tuple(by_id[i] for i in range(len(by_id)))
+        by_id = {int(id): name for id, name in given.items() if not isinstance(id, float)}
+        names = [by_id[i] for i in range(len(given))]
+    except (TypeError, ValueError, KeyError):
+        names = []
+    if not names or not all(isinstance(name, str) or _is_number(name) for name in names):
+        raise ConfigError(f"{field} is {quoted(given)}; expected a name for each id from 0 on, without gaps.")
+    return tuple(map(str, names))

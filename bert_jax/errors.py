@@ -4,6 +4,8 @@ Each message names what was given, what was expected and what to do. The command
 """
 
 import importlib.util
+import reprlib
+from typing import Any
 
 
 class BertJaxError(Exception):
@@ -52,3 +54,22 @@ def check_extra(extra: str, *modules: str) -> None:
     """Raises `InputError` where modules of an extra are not installed."""
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
         raise InputError(f"This needs {', '.join(missing)}: pip install 'bert-jax[{extra}]'.")
+
+
+def quoted(value: Any) -> str:
+    """What was given, as a message quotes it: its `repr`, of 200 characters at most.
+
+    Large values are cut before they are written out.
+    """
+    try:
+        text = _REPR.repr(value)
+    except Exception:  # an object's own fault, or an integer of more digits than Python writes
+        text = f"a {type(value).__name__} that cannot be written out"
+    return text if len(text) <= _QUOTED else text[: _QUOTED - 1] + "…"
+
+
+_QUOTED = 200
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 4
+_REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxfrozenset = 20
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = _QUOTED

@@ -12,8 +12,9 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from bert_jax.errors import CheckpointError, HubUnreachableError, ModelNotFoundError
+from bert_jax.errors import BertJaxError, CheckpointError, HubUnreachableError, ModelNotFoundError, quoted
 
 DEFAULT_MODEL = "google-bert/bert-base-cased"
 CONFIG_FILE = "config.json"
@@ -54,11 +55,32 @@ def download(model_id: str | os.PathLike[str], *, revision: str | None = None, t
     return _from_hub(str(model_id), revision or "main", timeout)
 
 
+def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[str, Any]:
+    """The object that a JSON file of a model holds.
+
+    Args:
+        path: The file.
+        error: What to raise.
+
+    Raises:
+        BertJaxError: If the file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as reason:
+        raise error(f"Cannot read {path}: {reason.strerror}.") from None
+    except (ValueError, RecursionError) as reason:  # also an integer of more digits than Python reads
+        raise error(f"{path} is not JSON ({reason}); download it again.") from None
+    if not isinstance(content, dict):
+        raise error(f"{path} holds a {type(content).__name__}; expected an object.")
+    return content
+
+
 def architectures(folder: Path) -> list[str]:
     """Names of the classes that a model was saved from, as its config.json has them; empty where it has none."""
     try:
-        names = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("architectures")
-    except (OSError, ValueError, AttributeError):  # BertConfig says what is wrong with it
+        names = read_json(folder / CONFIG_FILE).get("architectures")
+    except CheckpointError:  # BertConfig says what is wrong with it
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 

@@ -214,10 +214,16 @@ def _gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
+def _gelu_tanh(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
 # By config.json's names. `gelu` is the exact one; jax.nn.gelu would be the tanh approximation by default.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": _gelu,
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_python": _gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
     "relu": jax.nn.relu,
 }
 
@@ -715,24 +721,34 @@ class BertForPreTraining(BertPreTrainedModel):
 
     def __call__(
         self,
+        input_ids: ArrayLike,
         *args: Any,
         masked_positions: ArrayLike | None = None,
         first_positions: ArrayLike | None = None,
         **kwargs: Any,
     ) -> PreTrainingOutput:
-        """Arguments of `BertModel`; `masked_positions`: int [B, P], where to score the vocabulary; None for all.
+        """Arguments of `BertModel`, and where to read the two heads.
 
-        With these goes `first_positions`, int [B, K]: of rows that hold several examples, where each begins; the
-        next-sentence logits are [B, K, 2] then.
+        Args:
+            input_ids: int [B, T].
+            args: See `BertModel`.
+            masked_positions: int [B, P], where to score the vocabulary; None for all tokens.
+            first_positions: int [B, K], where each example of a row begins; the next-sentence logits are [B, K, 2].
+                None reads the first token alone, and they are [B, 2].
+            kwargs: See `BertModel`.
         """
-        if masked_positions is None:
-            out = self.bert(*args, **kwargs)
+        if masked_positions is None and first_positions is None:
+            out = self.bert(input_ids, *args, **kwargs)
             hidden, pooled = out.last_hidden_state, out.pooler_output
         else:
-            masked = jnp.asarray(masked_positions)
-            first = jnp.zeros((len(masked), 1), masked.dtype) if first_positions is None else first_positions
-            n = np.shape(first)[1]
-            out = self.bert(*args, positions=jnp.concatenate([first, masked], axis=1), **kwargs)
+            input_ids = jnp.asarray(input_ids)
+            _check_inputs(self.config, input_ids)
+            rows, tokens = input_ids.shape
+            masked = jnp.arange(tokens)[None] if masked_positions is None else jnp.asarray(masked_positions)
+            first = jnp.zeros((rows, 1), int) if first_positions is None else jnp.asarray(first_positions)
+            n = first.shape[1]
+            positions = jnp.concatenate([first, jnp.broadcast_to(masked, (rows, masked.shape[1]))], axis=1)
+            out = self.bert(input_ids, *args, positions=positions, **kwargs)
             hidden = out.last_hidden_state[:, n:]
             pooled = out.pooler_output[:, 0] if first_positions is None else out.pooler_output[:, :n]
         logits = self.predictions(hidden, self.bert.embeddings.word_embeddings)

@@ -67,8 +67,22 @@ def test_without_model_type():
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
         ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5"),
         ({"layer_norm_eps": 0}, "layer_norm_eps is 0"),
-        ({"id2label": {"0": "A", "2": "B"}}, r"\[0, 2\]"),
-        ({"id2label": ["A", "B"]}, "id2label"),
+        ({"hidden_dropout_prob": False}, "hidden_dropout_prob is False"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"hidden_size": 8.0}, r"hidden_size is 8\.0"),
+        ({"max_position_embeddings": 10**15}, "max_position_embeddings"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
+        ({"initializer_range": float("inf")}, "initializer_range is inf"),
+        ({"attention_probs_dropout_prob": float("nan")}, "attention_probs_dropout_prob is nan"),
+        ({"pad_token_id": "x"}, "pad_token_id is 'x'"),
+        ({"pad_token_id": -1}, "pad_token_id is -1"),
+        ({"pad_token_id": 60}, "pad_token_id is 60"),
+        ({"id2label": {"0": "A", "2": "B"}}, "without gaps"),
+        ({"id2label": {"0": "A", "1": None}}, "id2label"),
+        ({"id2label": {}}, "id2label"),
+        ({"id2label": "AB"}, "id2label"),
+        ({"num_labels": 2}, "names of 3 labels, and num_labels is 2"),
         ({"problem_type": "guessing"}, "guessing"),
     ],
 )
@@ -82,16 +96,67 @@ def test_missing_sizes_are_all_named():
         BertConfig.from_dict({"vocab_size": 5, "num_attention_heads": 1, "intermediate_size": 1})
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "\xff"])
+@pytest.mark.parametrize("content", ["{", "[]", "\xff", "[" * 100_000, '{"vocab_size": ' + "9" * 5000 + "}"])
 def test_damaged_file(tmp_path, content):
     (tmp_path / "config.json").write_text(content, encoding="latin-1")
     with pytest.raises(ConfigError, match=r"config\.json"):
         BertConfig.from_file(tmp_path / "config.json")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"id2label": {1: "pos", 0: "neg"}},
+        {"id2label": {"1": "pos", "0": "neg"}},
+        {"id2label": ["neg", "pos"]},
+        {"id2label": ("neg", "pos")},
+        {"label2id": {"pos": 1, "neg": 0}},
+        {"id2label": {0: "neg", 1: "pos"}, "label2id": {"pos": 1, "neg": 0}},
+    ],
+)
+def test_names_of_labels(names):
+    before = BertConfig.from_dict(reference.CONFIG)  # has three
+    for config in (BertConfig(**names), before.replace(**names), before.replace(num_labels=2, **names)):
+        assert config.labels == config.id2label == ("neg", "pos")
+        assert config.label2id == {"neg": 0, "pos": 1}
+        assert config.num_labels == 2
+        assert config.to_dict()["id2label"] == {"0": "neg", "1": "pos"}
+        assert config.to_dict()["label2id"] == {"neg": 0, "pos": 1}
+    assert BertConfig(**names) == BertConfig(id2label=("neg", "pos"))
+    assert hash(BertConfig(**names)) == hash(BertConfig(id2label=("neg", "pos")))
+
+
+def test_the_number_of_labels_follows_from_their_names():
+    assert BertConfig().labels == ("LABEL_0", "LABEL_1")
+    assert BertConfig(id2label=list("abcdef")).num_labels == 6
+    assert BertConfig.from_dict(reference.CONFIG).replace(id2label=dict(enumerate("abcdef"))).num_labels == 6
+
+
+def test_names_that_contradict_each_other():
+    with pytest.raises(ConfigError, match="expected the same order"):
+        BertConfig(id2label={0: "neg", 1: "pos"}, label2id={"neg": 1, "pos": 0})
+    with pytest.raises(ConfigError, match="label2id"):
+        BertConfig(label2id={"neg": 0, "pos": 0})
+    with pytest.raises(ConfigError, match="label2id"):
+        BertConfig(label2id=["neg", "pos"])
+
+
+def test_of_a_files_two_maps_the_names_by_id_count():
+    """As in transformers: many published files have a `label2id` of another time."""
+    found = BertConfig.from_dict(reference.CONFIG | {"label2id": {"C": 0, "B": 1, "A": 2}})
+    assert found.labels == ("A", "B", "C")
+
+
+def test_messages_quote_little_of_what_was_given():
+    for given in ("x" * 10**6, list(range(10**6)), {i: i for i in range(10**5)}, 10**5000):
+        with pytest.raises(ConfigError) as error:
+            BertConfig(hidden_act=given)
+        assert len(str(error.value)) < 350
+
+
 def test_replace_num_labels_drops_names():
     config = BertConfig.from_dict(reference.CONFIG)
     assert config.replace(num_labels=5).labels == ("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3", "LABEL_4")
     assert config.replace(num_labels=3).labels == ("A", "B", "C")
-    with pytest.raises(ConfigError, match="names 3 labels"):
+    with pytest.raises(ConfigError, match="names of 3 labels"):
         BertConfig(num_labels=2, id2label=("A", "B", "C"))

@@ -286,6 +286,20 @@ def test_many_tokens_and_few_are_multiplied_alike(checkpoint):
     close(many.last_hidden_state[:3], bert(**given).last_hidden_state)
 
 
+def test_first_positions_alone_choose_the_next_sentence_logits(checkpoint):
+    network, given = load(checkpoint, "BertForPreTraining"), reference.inputs()
+    first, everything = np.array([[0, 4], [0, 6], [0, 3]]), np.broadcast_to(np.arange(10), (3, 10))
+    alone, beside = network(**given, first_positions=first), network(
+        **given, first_positions=first, masked_positions=everything
+    )
+    assert alone.seq_relationship_logits.shape == (3, 2, 2)
+    close(alone.seq_relationship_logits, beside.seq_relationship_logits)
+    close(alone.seq_relationship_logits[:, 0], network(**given).seq_relationship_logits)
+    close(alone.prediction_logits, network(**given).prediction_logits)
+    with pytest.raises(InputError, match=r"expected \[batch, tokens\]"):
+        network(given["input_ids"][0], first_positions=first)
+
+
 def test_defaults_are_no_padding_first_text_counting_positions(checkpoint):
     bert = load(checkpoint, "BertModel")
     ids = reference.inputs()["input_ids"]

@@ -122,6 +122,7 @@ class BertConfig:
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the labels, in the order of their ids."""
+        assert isinstance(self.id2label, tuple | None)  # since it is made
         return self.id2label or tuple(f"LABEL_{i}" for i in range(self.num_labels))
 
     def replace(self, **changes: Any) -> "BertConfig":

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bert_jax.errors import BertJaxError, CheckpointError, HubUnreachableError, ModelNotFoundError, quoted
+from bert_jax.errors import BertJaxError, CheckpointError, HubUnreachableError, ModelNotFoundError
 
 DEFAULT_MODEL = "google-bert/bert-base-cased"
 CONFIG_FILE = "config.json"
@@ -24,7 +24,9 @@ INDEX_FILE = "model.safetensors.index.json"
 EMBEDDED = Path(__file__).parent / "embedded"
 """Holds the models that ship in the package, a folder each."""
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
 
 
 def download(model_id: str | os.PathLike[str], *, revision: str | None = None, timeout: float = 10.0) -> Path:
@@ -70,9 +72,9 @@ def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[s
     except OSError as reason:
         raise error(f"Cannot read {path}: {reason.strerror}.") from None
     except (ValueError, RecursionError) as reason:  # also an integer of more digits than Python reads
-        raise error(f"{path} is not JSON ({reason}); download it again.") from None
+        raise error(f"{path} is damaged ({reason}); download it again.") from None
     if not isinstance(content, dict):
-        raise error(f"{path} holds a {type(content).__name__}; expected an object.")
+        raise error(f"{path} is damaged (a {type(content).__name__}, no object); download it again.")
     return content
 
 

@@ -5,17 +5,22 @@ threads can share one.
 """
 
 import json
+import logging
 import os
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import tokenizers
-from tokenizers import Encoding, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Encoding, decoders, models, normalizers, pre_tokenizers, processors
 
 from bert_jax import hub
-from bert_jax.errors import CheckpointError, InputError
+from bert_jax.errors import CheckpointError, InputError, quoted
+
+logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = {
     "unk_token": "[UNK]",
@@ -24,6 +29,13 @@ SPECIAL_TOKENS = {
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
 }
+
+BERT_CLASSES = ("Bert", "DistilBert", "Electra", "MobileBert", "ConvBert")
+"""Classes that split text as BERT's, by their names without `Tokenizer` and `Fast`."""
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The special tokens that settings name, in the order in which transformers adds them."""
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+"""Of an added token."""
 
 Text = str | Sequence[str]
 """A text, or a list of words where `is_split_into_words`."""
@@ -66,9 +78,10 @@ class Tokenizer:
     def from_pretrained(cls, model_id: str | os.PathLike[str], *, revision: str | None = None) -> Self:
         """The tokenizer of a checkpoint, from its `tokenizer.json` or, without one, its `vocab.txt`.
 
-        `tokenizer_config.json` has the last word on `do_lower_case`, `strip_accents`, `tokenize_chinese_chars` and
-        the special tokens. Where nothing says whether to lower-case, the vocabulary does: one that holds capital
-        letters is cased.
+        The files are read as transformers 5 reads them: `tokenizer_config.json` decides on `do_lower_case`,
+        `strip_accents`, `tokenize_chinese_chars` and the special tokens, and added tokens are taken from wherever they
+        are declared. One thing differs. Where no file says whether to lower-case, a vocabulary with capital letters is
+        cased, and a warning says so; transformers lower-cases.
 
         Args:
             model_id: A folder, an id on the Hugging Face Hub, or `bert-mini-cased`.
@@ -76,32 +89,45 @@ class Tokenizer:
 
         Raises:
             ModelNotFoundError: If there is no such model.
-            CheckpointError: If it has no tokenizer files, or they are damaged.
+            CheckpointError: If it has no tokenizer files, they are damaged, or they are not of a WordPiece tokenizer.
         """
         folder = hub.download(model_id, revision=revision)
-        settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+        settings, file = _read(folder, "tokenizer_config.json"), _read(folder, "tokenizer.json")
+        added = {}
+        if settings.get("added_tokens_decoder") is None:  # or the files of older versions do not count
+            settings |= _read(folder, "special_tokens_map.json")
+            added = _read(folder, "added_tokens.json")
         try:
-            written = {name: settings[name] for name in SPECIAL_TOKENS if settings.get(name) is not None}
-            special = {name: token["content"] if isinstance(token, dict) else token for name, token in written.items()}
-            if odd := [token for token in special.values() if not isinstance(token, str)]:
-                raise TypeError(f"{odd[0]!r} is no token")
-            # A tokenizer without a limit of its own is saved with one of 10^30.
-            limit = min(int(settings.get("model_max_length") or 512), 10**6)
-        except (KeyError, TypeError, ValueError) as error:
+            limit = _limit(settings.get("model_max_length") or 512)
+            special = {name: _token(settings[name]).content for name in NAMED if settings.get(name) is not None}
+            named = SPECIAL_TOKENS | special
+            tokens = _declared(settings, added, file.get("added_tokens") or [])
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{folder / 'tokenizer_config.json'} is damaged ({error!r}); download it again."
+                f"tokenizer_config.json, or a file beside it in {folder}, is damaged ({error!r}); download it again."
             ) from None
+        name = settings.get("tokenizer_class") or hub.read_json(folder / hub.CONFIG_FILE).get("tokenizer_class")
+        bert = re.sub("(Tokenizer)?(Fast)?$", "", str(name or "Bert")) in BERT_CLASSES
         if (folder / "tokenizer.json").is_file():
-            try:
-                backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            except Exception as error:  # the library raises nothing narrower
-                raise CheckpointError(f"{folder / 'tokenizer.json'} is damaged ({error}); download it again.") from None
-            if isinstance(backend.normalizer, normalizers.BertNormalizer):
-                backend.normalizer = _normalizer(settings, backend.normalizer)
-        elif (folder / "vocab.txt").is_file():
-            backend = _wordpiece(folder / "vocab.txt", settings, {**SPECIAL_TOKENS, **special})
-        else:
+            backend = _from_json(folder / "tokenizer.json", file, settings if bert else None, named)
+        elif not (folder / "vocab.txt").is_file():
             raise CheckpointError(f"{folder} has no tokenizer; expected tokenizer.json or vocab.txt.")
+        elif not bert:
+            raise CheckpointError(
+                f"{folder} asks for a {quoted(name)}; expected BERT's WordPiece tokenizer, or a tokenizer.json."
+            )
+        else:
+            backend = _wordpiece(folder / "vocab.txt", _lines(folder / "vocab.txt"), settings, named)
+        if bert:
+            vocab = backend.get_vocab()
+            tokens += [(None, _token(token)) for token in named.values() if token in vocab]
+        backend.add_tokens([token for _, token in tokens])
+        for id, token in tokens:
+            if id not in (None, found := backend.token_to_id(token.content)):
+                raise CheckpointError(
+                    f"{folder} declares the id {id} for the added token {quoted(token.content)}, which has the id "
+                    f"{found}: its added tokens do not belong to its vocabulary."
+                )
         return cls(backend, model_max_length=limit, special_tokens=special)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -110,17 +136,29 @@ class Tokenizer:
         Raises:
             CheckpointError: If the folder cannot be written.
         """
-        settings: dict[str, Any] = {"tokenizer_class": "BertTokenizer", "model_max_length": self.model_max_length}
-        normalizer = self.backend.normalizer
-        if isinstance(normalizer, normalizers.BertNormalizer):
+        bert, normalizer = not _unlike_bert(self.backend), self.backend.normalizer
+        settings: dict[str, Any] = {
+            "tokenizer_class": "BertTokenizer" if bert else "PreTrainedTokenizerFast",
+            "model_max_length": self.model_max_length,
+        }
+        if bert:
             settings["do_lower_case"] = normalizer.lowercase
             settings["strip_accents"] = normalizer.strip_accents
             settings["tokenize_chinese_chars"] = normalizer.handle_chinese_chars
-        vocab = sorted(self.backend.get_vocab().items(), key=lambda entry: entry[1])
+        settings["added_tokens_decoder"] = {
+            str(id): {"content": token.content, **{flag: getattr(token, flag) for flag in FLAGS}}
+            for id, token in self.backend.get_added_tokens_decoder().items()
+        }
+        pieces = {id: piece for piece, id in self.backend.get_vocab(with_added_tokens=False).items()}
+        lines: list[str] = []
+        for id in range(max(pieces), -1, -1):
+            # An id without a piece is that of a repeated line. The last of equal lines counts, so that the next piece
+            # can stand there too.
+            lines.append(pieces.get(id) or lines[-1])
         with hub.replacing(Path(folder)) as staging:
             self.backend.save(str(staging / "tokenizer.json"))
             (staging / "tokenizer_config.json").write_text(json.dumps(settings | self.special_tokens, indent=2) + "\n")
-            (staging / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in vocab), encoding="utf-8")
+            (staging / "vocab.txt").write_text("".join(f"{piece}\n" for piece in reversed(lines)), encoding="utf-8")
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a piece of the vocabulary, None if it is none."""
@@ -285,22 +323,141 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
-def _wordpiece(vocab_file: Path, settings: dict[str, Any], special: dict[str, str]) -> tokenizers.Tokenizer:
-    """The tokenizer of google-research/bert tokenization.py over a vocabulary, a piece a line."""
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file of a folder; empty where there is no such file."""
+    return hub.read_json(folder / name) if (folder / name).is_file() else {}
+
+
+def _limit(given: Any) -> int:
+    # A tokenizer without a limit of its own is saved with one of 10^30.
+    if isinstance(given, bool) or (limit := min(int(given), 10**6)) < 1:
+        raise ValueError(f"model_max_length is {quoted(given)}")
+    return limit
+
+
+def _token(given: Any, *, special: bool = True) -> AddedToken:
+    """A token as a file declares it: its text, or an object with flags."""
+    if isinstance(given, str):
+        return AddedToken(given, special=special, normalized=not special)
+    flags = {flag: given[flag] for flag in FLAGS if flag in given}
+    return AddedToken(given["content"], **{"special": special} | flags)
+
+
+def _declared(
+    settings: Mapping[str, Any], added: Mapping[str, int], of_file: Sequence[Mapping[str, Any]]
+) -> list[tuple[int | None, AddedToken]]:
+    """The added tokens that files declare, in the order in which they get ids, each with its id where one is given.
+
+    Args:
+        settings: `tokenizer_config.json`, and `special_tokens_map.json` laid over it.
+        added: `added_tokens.json`.
+        of_file: The added tokens of `tokenizer.json`.
+    """
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    named = [settings[name] for name in NAMED if settings.get(name) is not None]
+    named += [
+        token for name, token in settings.items()
+        if name not in NAMED and name.endswith("_token") and isinstance(token, str | dict)
+    ]  # fmt: skip
+    special = [_token(token) for token in [*named, *(extra.values() if isinstance(extra, Mapping) else extra)]]
+    names, contents = ({token.content for token in some} for some in (special[: len(named)], special))
+    decoder = settings.get("added_tokens_decoder")
+    if decoder is not None:
+        numbered = {int(id): _token(token, special=False) for id, token in decoder.items()}
+        pairs = list(numbered.items())
+    else:
+        by_content = {content: (id, _token(content, special=content in contents)) for content, id in added.items()}
+        by_content |= {token["content"]: (token["id"], _token(token, special=False)) for token in of_file}
+        pairs = list(by_content.values())
+    for _, token in pairs:
+        token.special = token.special or token.content in names
+    return [*sorted(pairs, key=lambda pair: pair[0]), *((None, token) for token in special)]
+
+
+def _lines(vocab_file: Path) -> dict[str, int]:
+    """The ids of a vocabulary, a piece a line; of equal lines the last one counts, as in the original."""
     try:
         pieces = vocab_file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{vocab_file} is damaged ({error}); download it again.") from None
     if pieces[-1] == "":
         pieces.pop()
-    vocab = {piece.rstrip("\r"): i for i, piece in enumerate(pieces)}
-    if missing := [special[name] for name in ("unk_token", "cls_token", "sep_token") if special[name] not in vocab]:
-        raise CheckpointError(f"{vocab_file} lacks {', '.join(missing)}; a tokenizer cannot do without.")
-    if settings.get("do_lower_case") is None:
-        cased = any(piece != piece.lower() for piece in vocab if piece not in special.values() and piece[:1] != "[")
-        settings = {**settings, "do_lower_case": not cased}
+    return {piece: i for i, piece in enumerate(pieces)}
+
+
+def _from_json(
+    path: Path, file: Mapping[str, Any], settings: Mapping[str, Any] | None, special: Mapping[str, str]
+) -> tokenizers.Tokenizer:
+    """The tokenizer of a `tokenizer.json`, without its added tokens.
+
+    Args:
+        path: The file's.
+        file: Its content.
+        settings: `tokenizer_config.json`, which decides for BERT's own class; None for the file as it is.
+        special: The named special tokens.
+
+    Raises:
+        CheckpointError: If it is damaged, not of WordPiece, or contradicts the class that is to read it.
+    """
+    try:
+        model = file["model"]
+        kind, vocab = model.get("type", "WordPiece"), model["vocab"]
+        if kind == "WordPiece":
+            # With the vocabulary apart, which takes the library longest.
+            content = {**file, "added_tokens": [], "model": {**model, "vocab": {}} if settings is not None else model}
+            backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+            vocab = dict(vocab)
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path} is damaged ({quoted(error)}); download it again.") from None
+    if kind != "WordPiece" or not isinstance(backend.model, models.WordPiece):
+        raise CheckpointError(f"{path} holds a {quoted(kind)} tokenizer; expected WordPiece.")
+    if settings is None:
+        _check_vocab(path, vocab, [backend.model.unk_token])
+        return backend
+    if other := _unlike_bert(backend):
+        raise CheckpointError(
+            f"{path} has a {' and a '.join(other)} that BertTokenizer does not have, though tokenizer_config.json asks "
+            "for that class. Set its tokenizer_class to PreTrainedTokenizerFast to take the file as it is."
+        )
+    return _wordpiece(path, vocab, settings, special, cased=not backend.normalizer.lowercase)
+
+
+def _wordpiece(
+    path: Path,
+    vocab: dict[str, int],
+    settings: Mapping[str, Any],
+    special: Mapping[str, str],
+    *,
+    cased: bool | None = None,
+) -> tokenizers.Tokenizer:
+    """The tokenizer of google-research/bert tokenization.py over a vocabulary.
+
+    Args:
+        path: The vocabulary's file.
+        vocab: Piece -> id.
+        settings: `tokenizer_config.json`.
+        special: The named special tokens.
+        cased: Whether text keeps its case where the settings do not say; by default what the vocabulary suggests.
+    """
+    _check_vocab(path, vocab, [special[name] for name in ("unk_token", "cls_token", "sep_token")])
+    lowercase = settings.get("do_lower_case")
+    if lowercase is None:
+        if cased is None:
+            pieces = (piece for piece in vocab if piece not in special.values() and piece[:1] != "[")
+            cased = any(piece != piece.lower() for piece in pieces)
+        lowercase = not cased
+        if cased:
+            logger.warning("%s: no do_lower_case in tokenizer_config.json; text keeps its case.", path)
+    chinese = settings.get("tokenize_chinese_chars")
     backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=special["unk_token"]))
-    backend.normalizer = _normalizer(settings, normalizers.BertNormalizer(lowercase=False))
+    try:
+        backend.normalizer = normalizers.BertNormalizer(
+            handle_chinese_chars=True if chinese is None else chinese,
+            strip_accents=settings.get("strip_accents"),
+            lowercase=lowercase,
+        )
+    except TypeError as error:
+        raise CheckpointError(f"tokenizer_config.json of {path} is damaged ({error}); download it again.") from None
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
     cls, sep = special["cls_token"], special["sep_token"]
@@ -309,22 +466,29 @@ def _wordpiece(vocab_file: Path, settings: dict[str, Any], special: dict[str, st
         pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
         special_tokens=[(cls, vocab[cls]), (sep, vocab[sep])],
     )
-    backend.add_special_tokens([token for token in special.values() if token in vocab])
     return backend
 
 
-def _normalizer(settings: dict[str, Any], default: normalizers.BertNormalizer) -> normalizers.BertNormalizer:
-    """BERT's normalizer, by tokenizer_config.json where that speaks and else as it was."""
+def _unlike_bert(backend: tokenizers.Tokenizer) -> list[str]:
+    """Those of a tokenizer's parts that are not BERT's."""
+    model, normalizer = backend.model, backend.normalizer
+    parts = {
+        "normalizer": isinstance(normalizer, normalizers.BertNormalizer) and normalizer.clean_text,
+        "pre_tokenizer": isinstance(backend.pre_tokenizer, pre_tokenizers.BertPreTokenizer),
+        "model": (model.continuing_subword_prefix, model.max_input_chars_per_word) == ("##", 100),
+        "post_processor": [backend.num_special_tokens_to_add(pair) for pair in (False, True)] == [2, 3],
+    }
+    return [name for name, is_bert in parts.items() if not is_bert]
 
-    def setting(name: str, default: Any) -> Any:
-        return settings[name] if settings.get(name) is not None else default
 
-    return normalizers.BertNormalizer(
-        clean_text=default.clean_text,
-        handle_chinese_chars=setting("tokenize_chinese_chars", default.handle_chinese_chars),
-        strip_accents=setting("strip_accents", default.strip_accents),
-        lowercase=setting("do_lower_case", default.lowercase),
-    )
+def _check_vocab(path: Path, vocab: Mapping[str, int], needed: Sequence[str]) -> None:
+    if missing := [token for token in needed if token not in vocab]:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}; a tokenizer cannot do without.")
+    if not all(type(id) is int and 0 <= id < 2**24 for id in vocab.values()):
+        raise CheckpointError(f"{path} is damaged (a token's id is no number below 2^24); download it again.")
+    if len(set(vocab.values())) < len(vocab):
+        id, count = Counter(vocab.values()).most_common(1)[0]
+        raise CheckpointError(f"{path} has the id {id} for {count} tokens; expected a token an id.")
 
 
 def _are_words(entry: Any) -> bool:
@@ -334,12 +498,3 @@ def _are_words(entry: Any) -> bool:
 def _shown(value: Any) -> str:
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '…'} ({type(value).__name__})"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); download it again.") from None

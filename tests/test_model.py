@@ -289,8 +289,9 @@ def test_many_tokens_and_few_are_multiplied_alike(checkpoint):
 def test_first_positions_alone_choose_the_next_sentence_logits(checkpoint):
     network, given = load(checkpoint, "BertForPreTraining"), reference.inputs()
     first, everything = np.array([[0, 4], [0, 6], [0, 3]]), np.broadcast_to(np.arange(10), (3, 10))
-    alone, beside = network(**given, first_positions=first), network(
-        **given, first_positions=first, masked_positions=everything
+    alone, beside = (
+        network(**given, first_positions=first),
+        network(**given, first_positions=first, masked_positions=everything),
     )
     assert alone.seq_relationship_logits.shape == (3, 2, 2)
     close(alone.seq_relationship_logits, beside.seq_relationship_logits)

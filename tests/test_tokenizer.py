@@ -380,6 +380,172 @@ def test_an_odd_one_saved_and_loaded(folder, tmp_path):
     assert json.loads((path / "tokenizer_config.json").read_text()).items() >= settings.items()
 
 
+# ── Added tokens ──
+
+ADDED = [*SPECIAL, "the", "cat", "sat", "[", "]", "E", "##1", "/", "1", "E1", "e", "##E"]
+N = len(ADDED)
+PLAIN = {"tokenizer_class": "BertTokenizer", "do_lower_case": False}
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+MARKED = "the [E1] cat [/E1] sat"
+# Where tokens are declared -> the files, and the ids of MARKED and of "the[e1]cat cats" as transformers has them
+# (tests/parity/test_tokenizer_files.py).
+NONE, BOTH, ONE = [5, 8, 14, 9, 6, 8, 12, 14, 9, 7], [5, N, 6, N + 1, 7], [5, N, 6, 8, 12, 14, 9, 7]
+SPLIT = [5, 8, 15, 11, 9, 6, 1]
+DECLARED = {
+    "nowhere": ({"tokenizer_config": PLAIN}, NONE, SPLIT),
+    "added_tokens": ({"tokenizer_config": PLAIN, "added_tokens": {"[E1]": N, "[/E1]": N + 1}}, BOTH, SPLIT),
+    "extra": ({"tokenizer_config": PLAIN | {"extra_special_tokens": ["[E1]", "[/E1]"]}}, BOTH, SPLIT),
+    "extra by name": (
+        {"tokenizer_config": PLAIN | {"extra_special_tokens": {"e_token": "[E1]", "f_token": "[/E1]"}}}, BOTH, SPLIT
+    ),
+    "additional": ({"tokenizer_config": PLAIN | {"additional_special_tokens": ["[E1]", "[/E1]"]}}, BOTH, SPLIT),
+    "additional in the map": (
+        {"tokenizer_config": PLAIN, "special_tokens_map": {"additional_special_tokens": ["[E1]", "[/E1]"]}}, BOTH, SPLIT
+    ),
+    "decoder": (
+        {"tokenizer_config": PLAIN | {"added_tokens_decoder": {
+            str(N + 1): {"content": "[/E1]", **FLAGS}, str(N): {"content": "[E1]", **FLAGS, "lstrip": True},
+        }}}, BOTH, SPLIT,
+    ),
+    "decoder, before added_tokens": (
+        {"tokenizer_config": PLAIN | {"added_tokens_decoder": {"0": {"content": "[PAD]", **FLAGS}}},
+         "added_tokens": {"[E1]": N}}, NONE, SPLIT,
+    ),
+    "a token of its own name": ({"tokenizer_config": PLAIN | {"entity_token": "[E1]"}}, ONE, SPLIT),
+    "bos": ({"tokenizer_config": PLAIN | {"bos_token": "[E1]"}}, ONE, SPLIT),
+    "normalized": (
+        {"tokenizer_config": PLAIN | {"do_lower_case": True}, "added_tokens": {"[E1]": N}},
+        [5, N, 6, 8, 12, 15, 11, 9, 7], [5, N, 6, 1],
+    ),
+    "not normalized": (
+        {"tokenizer_config": PLAIN | {"do_lower_case": True, "extra_special_tokens": ["[E1]"]}},
+        [5, N, 6, 8, 12, 15, 11, 9, 7], SPLIT,
+    ),
+    "single_word": (
+        {"tokenizer_config": PLAIN | {"added_tokens_decoder": {
+            str(N): {"content": "cats", **FLAGS, "single_word": True, "special": False}
+        }}}, NONE, [5, 8, 15, 11, 9, 6, N],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DECLARED)
+def test_added_tokens(folder, tmp_path, case):
+    files, marked, lower = DECLARED[case]
+    path = folder(ADDED, **files)
+    tokenizer = Tokenizer.from_pretrained(path)
+    assert one(tokenizer, MARKED, add_special_tokens=False).ids == marked
+    assert one(tokenizer, "the[e1]cat cats", add_special_tokens=False).ids == lower
+    assert tokenizer.vocab_size == max([N - 1, *marked, *lower]) + 1
+    # Saved and loaded, also from the files without tokenizer.json, it is the same.
+    tokenizer.save_pretrained(path)
+    for file in ["special_tokens_map.json", "added_tokens.json"]:
+        (path / file).unlink(missing_ok=True)
+    for left_out in [None, "tokenizer.json"]:
+        if left_out:
+            (path / left_out).unlink()
+        again = Tokenizer.from_pretrained(path)
+        assert one(again, MARKED, add_special_tokens=False).ids == marked
+        assert one(again, "the[e1]cat cats", add_special_tokens=False).ids == lower
+        assert again.decode(marked, skip_special_tokens=True) == tokenizer.decode(marked, skip_special_tokens=True)
+
+
+def test_added_tokens_in_all_files_at_once(folder):
+    path = folder(ADDED, tokenizer_config=PLAIN, added_tokens={"[E1]": N})
+    backend = Tokenizer.from_pretrained(path).backend
+    path = folder(
+        None, "other", tokenizer=backend.to_str(), tokenizer_config=PLAIN | {"extra_special_tokens": ["[/E1]"]}
+    )
+    assert one(Tokenizer.from_pretrained(path), MARKED, add_special_tokens=False).ids == BOTH
+
+
+def test_special_added_tokens_are_left_out_of_texts(folder):
+    special = folder(ADDED, tokenizer_config=PLAIN | {"extra_special_tokens": ["[E1]", "[/E1]"]})
+    assert Tokenizer.from_pretrained(special).decode(BOTH, skip_special_tokens=True) == "the cat sat"
+    plain = folder(ADDED, "plain", tokenizer_config=PLAIN, added_tokens={"[E1]": N, "[/E1]": N + 1})
+    assert Tokenizer.from_pretrained(plain).decode(BOTH, skip_special_tokens=True) == "the [E1] cat [/E1] sat"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens": {"[E1]": N + 3}},
+        {"added_tokens": {"[E1]": N, "[/E1]": N}},
+        {"added_tokens": {"cat": N}},
+        {"tokenizer_config": {"added_tokens_decoder": {"0": {"content": "[E1]"}}}},
+    ],
+)
+def test_added_tokens_with_ids_that_are_not_theirs(folder, files):
+    with pytest.raises(CheckpointError, match="do not belong to its vocabulary"):
+        Tokenizer.from_pretrained(folder(ADDED, **files))
+
+
+# ── Other families ──
+
+
+def test_a_class_that_is_no_wordpiece_is_refused(folder):
+    for file in ("tokenizer_config", "config"):
+        for name in ("BertJapaneseTokenizer", "XLMRobertaTokenizerFast"):
+            with pytest.raises(CheckpointError, match=f"asks for a '{name}'"):
+                Tokenizer.from_pretrained(folder(CASED, **{file: {"tokenizer_class": name}}, name=f"{file} {name}"))
+    for name in ("BertTokenizerFast", "DistilBertTokenizer", None):
+        path = folder(CASED, tokenizer_config={"tokenizer_class": name})
+        assert one(Tokenizer.from_pretrained(path), "Hello").ids == [2, CASED.index("Hello"), 3]
+
+
+def test_tokenizer_json_decides_on_the_family_and_not_the_class(tokenizer, folder):
+    path = folder(tokenizer=tokenizer.backend.to_str(), tokenizer_config={"tokenizer_class": "BertJapaneseTokenizer"})
+    assert one(Tokenizer.from_pretrained(path), HELLO).ids == IDS
+    for model in (tokenizers.models.BPE(), tokenizers.models.WordLevel({"a": 0}, "a"), tokenizers.models.Unigram()):
+        other = tokenizers.Tokenizer(model).to_str()
+        with pytest.raises(CheckpointError, match=f"holds a '{type(model).__name__}' tokenizer; expected WordPiece"):
+            Tokenizer.from_pretrained(folder(CASED, tokenizer=other, tokenizer_config=PLAIN))
+
+
+def test_a_file_of_other_parts_than_its_class_has(folder):
+    backend = Tokenizer.from_pretrained(folder(CASED)).backend
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(CheckpointError, match="has a pre_tokenizer that BertTokenizer does not have"):
+        Tokenizer.from_pretrained(folder(CASED, tokenizer=backend.to_str(), tokenizer_config=PLAIN))
+    as_it_is = {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": True}
+    path = folder(CASED, tokenizer=backend.to_str(), tokenizer_config=as_it_is)
+    assert one(Tokenizer.from_pretrained(path), "Hello Hello! ").ids == [2, CASED.index("Hello"), 1, 3]
+
+
+def test_a_cased_guess_is_said(folder, caplog):
+    Tokenizer.from_pretrained(folder(CASED, tokenizer_config=PLAIN))
+    Tokenizer.from_pretrained(folder(UNCASED))
+    assert not caplog.records
+    Tokenizer.from_pretrained(folder(CASED, "other"))
+    assert "text keeps its case" in caplog.text
+
+
+# ── Repeated lines ──
+
+
+def test_repeated_lines_keep_the_ids_of_all_others(folder):
+    repeated = [*SPECIAL, "hello", "e", "hello", "##e", "e", "x"]
+    path = folder(repeated, tokenizer_config=PLAIN)
+    tokenizer = Tokenizer.from_pretrained(path)
+    assert one(tokenizer, "hello e x", add_special_tokens=False).ids == [7, 9, 10]  # the last of equal lines
+    tokenizer.save_pretrained(path)
+    for left_out in [None, "tokenizer.json", "tokenizer_config.json"]:
+        if left_out:
+            (path / left_out).unlink()
+        again = Tokenizer.from_pretrained(path)
+        assert one(again, "hello ee x", add_special_tokens=False).ids == [7, 9, 8, 10]
+        assert again.vocab_size == len(repeated)
+
+
+@pytest.mark.parametrize("model", [{"a": 1}, {"[UNK]": 0, "[CLS]": 1, "[SEP]": 1}, {}, {"[UNK]": 2**25}])
+@pytest.mark.parametrize("kind", ["BertTokenizer", "PreTrainedTokenizerFast"])
+def test_a_vocabulary_of_tokenizer_json_that_is_none(tokenizer, folder, model, kind):
+    file = json.loads(tokenizer.backend.to_str())
+    file["model"]["vocab"] = model
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json (lacks|has|is damaged)"):
+        Tokenizer.from_pretrained(folder(tokenizer=file, tokenizer_config={"tokenizer_class": kind}))
+
+
 # ── Damaged files ──
 
 
@@ -389,14 +555,22 @@ def test_damaged_tokenizer_json(folder, content):
         Tokenizer.from_pretrained(folder(CASED, tokenizer=content))
 
 
-@pytest.mark.parametrize("file", ["tokenizer_config", "special_tokens_map"])
-@pytest.mark.parametrize("content", ["", "{", "[1]", "7"])
+@pytest.mark.parametrize("file", ["tokenizer_config", "special_tokens_map", "added_tokens"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "7", "[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
 def test_damaged_settings(folder, file, content):
     with pytest.raises(CheckpointError, match=rf"{file}\.json is damaged"):
         Tokenizer.from_pretrained(folder(CASED, **{file: content}))
 
 
-@pytest.mark.parametrize("content", [{"mask_token": {}}, {"cls_token": 7}, {"model_max_length": "long"}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"mask_token": {}}, {"cls_token": 7}, {"model_max_length": "long"}, {"model_max_length": -1},
+        {"model_max_length": float("nan")}, {"model_max_length": True}, {"do_lower_case": "yes"},
+        {"strip_accents": 1}, {"added_tokens_decoder": ["[E1]"]}, {"added_tokens_decoder": {"x": {"content": "a"}}},
+        {"extra_special_tokens": 7}, {"extra_special_tokens": [7]}, {"added_tokens_decoder": {"0": {"lstrip": True}}},
+    ],
+)  # fmt: skip
 def test_settings_of_another_kind(folder, content):
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
         Tokenizer.from_pretrained(folder(CASED, tokenizer_config=content))

@@ -27,7 +27,7 @@ HIDDEN_ACTS = ("gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh", "relu")
 _LIMITS = {
     "vocab_size": 2**24,
     "hidden_size": 2**16,
-    "num_hidden_layers": 1000,
+    "num_hidden_layers": 256,
     "num_attention_heads": 2**16,
     "intermediate_size": 2**20,
     "max_position_embeddings": 2**20,

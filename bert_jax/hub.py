@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import shutil
 import tempfile
 import threading
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bert_jax.errors import BertJaxError, CheckpointError, HubUnreachableError, ModelNotFoundError
+from bert_jax.errors import BertJaxError, CheckpointError, HubUnreachableError, ModelNotFoundError, quoted
 
 DEFAULT_MODEL = "google-bert/bert-base-cased"
 CONFIG_FILE = "config.json"
@@ -238,9 +239,14 @@ def read_index(index: Path) -> dict[str, str]:
     """Tensor name -> file name, of a `model.safetensors.index.json`.
 
     Raises:
-        CheckpointError: If it is damaged.
+        CheckpointError: If it is damaged, or names something else than files beside it.
     """
-    try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is damaged ({error!r}); download it again.") from None
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{index} is damaged (no weight_map); download it again.")
+    for name, file in files.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
+            raise CheckpointError(
+                f"{index} puts {quoted(name)} into {quoted(file)}; expected the name of a file beside it."
+            )
+    return files

@@ -457,6 +457,7 @@ class BertPreTrainedModel(nnx.Module):
         *,
         revision: str | None = None,
         new: Sequence[str] = (),
+        ignore: Sequence[str] = (),
         rngs: nnx.Rngs | None = None,
         compute_dtype: str = "float32",
         attention: str = "plain",
@@ -472,6 +473,8 @@ class BertPreTrainedModel(nnx.Module):
             revision: Branch, tag or commit on the Hub.
             new: Regular expressions of parameter paths that are drawn anew, whatever the file holds:
                 `[r"classifier\\..*"]` for a head to be trained. Any other parameter the file lacks is an error.
+            ignore: Regular expressions of tensors in the file, by their whole names, that are left out:
+                `[r"loss_fct\\..*"]`. A tensor that no BERT has is an error otherwise.
             rngs: Draws the new parameters; `nnx.Rngs(0)` by default.
             compute_dtype: See the class.
             attention: See the class.
@@ -493,7 +496,7 @@ class BertPreTrainedModel(nnx.Module):
         if add_pooling_layer is not None:
             options["add_pooling_layer"] = add_pooling_layer
         _, skeleton = tree.split(cls(config, **options))
-        arrays, report = weights.load(folder, skeleton.specs, new=new)
+        arrays, report = weights.load(folder, skeleton.specs, new=new, ignore=ignore)
         logger.info("%s: %s", model_id, report)
         if report.new:
 

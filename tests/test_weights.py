@@ -1,6 +1,8 @@
 """Checkpoints in and out: every form of file that is published, and every way in which one can be wrong."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -214,7 +216,125 @@ def test_all_that_is_wrong_is_listed_at_once(write):
         "stored twice: bert.embeddings.LayerNorm.bias and embeddings.LayerNorm.bias",
     ]:
         assert line in message
-    assert len(message.splitlines()) == 11
+    assert r"can be left out: ignore=[r'bert\.adapters\..*']" in message
+    assert len(message.splitlines()) == 12
+
+
+def test_long_lists_are_cut(write):
+    folder = write("BertModel", lambda tensors: {f"other.{n}.{name}": x for n in "ab" for name, x in tensors.items()})
+    with pytest.raises(CheckpointError) as error:
+        bert_jax.BertModel.from_pretrained(folder)
+    assert len(str(error.value).splitlines()) < 50
+    assert re.search(r"and \d+ more", str(error.value))
+
+
+# ── Tensors of others ──
+
+
+def with_others(tensors):
+    return tensors | {"loss_fct.weight": np.ones(3, np.float32), "crf.transitions": np.ones((9, 9), np.float32)}
+
+
+def test_unknown_tensors_are_refused_and_left_out_where_asked(checkpoint, write):
+    same = bert_jax.BertForTokenClassification.from_pretrained(checkpoint("BertForTokenClassification"))
+    folder = write("BertForTokenClassification", with_others)
+    with pytest.raises(CheckpointError) as error:
+        bert_jax.BertForTokenClassification.from_pretrained(folder)
+    assert "unknown: crf.transitions [9, 9]" in str(error.value)
+    assert r"ignore=[r'crf\..*']" in str(error.value)
+    with pytest.raises(CheckpointError, match=r"unknown: loss_fct\.weight"):
+        bert_jax.BertForTokenClassification.from_pretrained(folder, ignore=[r"crf\..*"])
+    ignore = [r"crf\..*", r"loss_fct\.weight"]
+    model = bert_jax.BertForTokenClassification.from_pretrained(folder, ignore=ignore)
+    assert_equal(model, same)
+    _, report = weights.plan(folder, specs("BertForTokenClassification"), ignore=ignore)
+    assert report.ignored == {"crf.transitions": "as asked for", "loss_fct.weight": "as asked for"}
+    with pytest.raises(CheckpointError, match="matches no tensor"):
+        bert_jax.BertForTokenClassification.from_pretrained(folder, ignore=[*ignore, r"crf\.start"])
+    with pytest.raises(CheckpointError, match=r"missing: classifier\.bias"):  # what is needed, too
+        bert_jax.BertForTokenClassification.from_pretrained(folder, ignore=[*ignore, r"classifier\..*"])
+
+
+# ── Names with a prefix ──
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "model.module."])
+@pytest.mark.parametrize("change", [old_names, without_prefix, with_decoder, decoder_alone, with_buffers])
+def test_a_prefix_before_every_name_is_taken_off(checkpoint, write, prefix, change):
+    def prefixed(tensors):
+        return {prefix + name: tensor for name, tensor in change(tensors).items()}
+
+    folder = write("BertForPreTraining", prefixed)
+    same = bert_jax.BertForPreTraining.from_pretrained(checkpoint("BertForPreTraining"))
+    assert_equal(bert_jax.BertForPreTraining.from_pretrained(folder), same)
+    _, report = weights.plan(folder, specs("BertForPreTraining"))
+    assert report.prefix == prefix
+    assert f"all named {prefix}…" in str(report)
+
+
+def test_mixed_prefixes_are_refused(write):
+    def mixed(tensors):
+        return {f"module.{name}" if "pooler" in name else name: tensor for name, tensor in tensors.items()}
+
+    with pytest.raises(CheckpointError, match=r"different prefixes \(none: .*; module\.: 2, like module\.bert\.pooler"):
+        bert_jax.BertModel.from_pretrained(write("BertModel", mixed))
+    # A tensor that is left out need not have it.
+    folder = write("BertModel", lambda tensors: {f"module.{n}": x for n, x in tensors.items()} | {"step": np.ones(1)})
+    with pytest.raises(CheckpointError, match="different prefixes"):
+        bert_jax.BertModel.from_pretrained(folder)
+    bert_jax.BertModel.from_pretrained(folder, ignore=["step"])
+
+
+def test_other_words_are_no_prefix(write):
+    """What stands before a RoBERTa's names says that it is none of ours."""
+    folder = write("BertModel", lambda tensors: {n.replace("bert.", "roberta."): x for n, x in tensors.items()})
+    with pytest.raises(CheckpointError, match=r"unknown: roberta\."):
+        bert_jax.BertModel.from_pretrained(folder)
+
+
+def test_names_that_meet(write):
+    def both(tensors):
+        return {f"module.{name}": x for name, x in {**old_names(tensors), **without_prefix(tensors)}.items()}
+
+    with pytest.raises(CheckpointError, match="stored twice"):
+        bert_jax.BertModel.from_pretrained(write("BertModel", both))
+
+
+# ── Numbers ──
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("place", [0, -1])
+def test_weights_that_are_not_finite_are_refused_by_name(write, value, dtype, place):
+    def spoil(tensors):
+        for name in ("bert.pooler.dense.bias", "bert.encoder.layer.7.intermediate.dense.weight"):
+            tensors[name] = tensors[name].astype(dtype)
+            tensors[name].flat[place] = value
+        return tensors
+
+    with pytest.raises(CheckpointError) as error:
+        bert_jax.BertModel.from_pretrained(write("BertModel", spoil))
+    assert "hold NaN or infinity" in str(error.value)
+    for name in ("bert.pooler.dense.bias", "bert.encoder.layer.7.intermediate.dense.weight"):
+        assert name in str(error.value)
+
+
+def test_one_number_among_many_that_is_not_finite(tmp_path):
+    """A tensor is checked in parts; each of them counts."""
+    config = reference.CONFIG | {"vocab_size": 100_000}
+    for place in (0, 2**18 - 1, 2**18, 800_000 - 1):
+        tensors = reference.tensors("BertModel", config)
+        tensors["bert.embeddings.word_embeddings.weight"].flat[place] = np.nan
+        with pytest.raises(CheckpointError, match=r"NaN or infinity, in bert\.embeddings\.word"):
+            bert_jax.BertModel.from_pretrained(reference.write(tmp_path, tensors, config))
+
+
+def test_large_numbers_are_finite(write):
+    def large(tensors):
+        return tensors | {"bert.pooler.dense.bias": np.full(8, 3e38, np.float32)}
+
+    assert bert_jax.BertModel.from_pretrained(write("BertModel", large)).pooler.bias[0] == np.float32(3e38)
 
 
 @pytest.mark.parametrize("cut", [0, 7, 100, -1])
@@ -235,13 +355,76 @@ def test_corrupt_header(write):
         bert_jax.BertModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "content", ["{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": ["a"]}', "[" * 100_000]
+)
 def test_damaged_index(write, content):
     folder = write("BertModel")
     (folder / hub.WEIGHTS_FILE).unlink()
     (folder / hub.INDEX_FILE).write_text(content)
     with pytest.raises(CheckpointError, match=r"index.json is damaged"):
         bert_jax.BertModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "", ".", "..", "a/b", "a\\b", "a\0b", 7, None, ["x"]]
+)
+def test_shards_are_files_beside_the_index(write, name):
+    folder = write("BertModel")
+    (folder / hub.WEIGHTS_FILE).rename(folder.parent / hub.WEIGHTS_FILE)
+    (folder / hub.INDEX_FILE).write_text(json.dumps({"weight_map": {"bert.pooler.dense.bias": name}}))
+    with pytest.raises(CheckpointError, match="expected the name of a file beside it"):
+        bert_jax.BertModel.from_pretrained(folder)
+
+
+def test_links_out_of_the_folder(checkpoint, write, tmp_path_factory):
+    folder, elsewhere = write("BertForMaskedLM"), tmp_path_factory.mktemp("elsewhere")
+    shard(folder, reference.tensors("BertForMaskedLM"))
+    first = folder / "model-00001-of-00002.safetensors"
+    first.rename(elsewhere / "blob")
+    first.symlink_to(elsewhere / "blob")
+    with pytest.raises(CheckpointError, match="is no file in that folder"):
+        bert_jax.BertForMaskedLM.from_pretrained(folder)
+    (elsewhere / "blob").rename(folder / "blob")
+    first.unlink()
+    first.symlink_to("blob")
+    bert_jax.BertForMaskedLM.from_pretrained(folder)
+    for make in (first.mkdir, lambda: os.mkfifo(first)):  # a pipe would be waited for
+        first.rmdir() if first.is_dir() else first.unlink()
+        make()
+        with pytest.raises(CheckpointError, match="is no file in that folder"):
+            bert_jax.BertForMaskedLM.from_pretrained(folder)
+
+
+def test_the_hubs_cache_is_of_links(checkpoint, tmp_path):
+    cache = tmp_path / "models--a--b"
+    folder = reference.write(cache / "snapshots" / "1234", reference.tensors("BertForMaskedLM"))
+    shard(folder, reference.tensors("BertForMaskedLM"))
+    (cache / "blobs").mkdir()
+    for number, file in enumerate(sorted(folder.glob("*.safetensors"))):
+        file.rename(cache / "blobs" / str(number))
+        file.symlink_to(f"../../blobs/{number}")
+    same = bert_jax.BertForMaskedLM.from_pretrained(checkpoint("BertForMaskedLM"))
+    assert_equal(bert_jax.BertForMaskedLM.from_pretrained(folder), same)
+
+
+def test_an_index_that_its_shards_contradict(write):
+    folder = write("BertForMaskedLM")
+    shard(folder, reference.tensors("BertForMaskedLM"))
+    index = json.loads((folder / hub.INDEX_FILE).read_text())["weight_map"]
+    one, other = sorted(set(index.values()))
+    first = next(iter(index))
+    for change, named in [
+        ({"bert.pooler.dense.bias": one}, "names bert.pooler.dense.bias, which"),
+        ({first: other if index[first] == one else one}, f"holds {first}, and"),
+    ]:
+        (folder / hub.INDEX_FILE).write_text(json.dumps({"weight_map": index | change}))
+        with pytest.raises(CheckpointError, match=named):
+            bert_jax.BertForMaskedLM.from_pretrained(folder)
+    del index[first]
+    (folder / hub.INDEX_FILE).write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(CheckpointError, match="puts it into none"):
+        bert_jax.BertForMaskedLM.from_pretrained(folder)
 
 
 def test_no_weights_and_a_pickle(write):

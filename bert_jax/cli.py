@@ -4,6 +4,7 @@ Each command imports what it needs.
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -31,6 +32,11 @@ Processes = Annotated[
     typer.Option(
         help="The same command on several hosts: auto (TPU pods, SLURM), or i/n@host:port, the first's address."
     ),
+]
+
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(help=r"Tensors of the checkpoint to leave out, a regular expression: 'crf\..*'; may be given again."),
 ]
 
 app = typer.Typer(
@@ -81,6 +87,7 @@ def fill_mask(
         typer.Option(help=f"Folder or Hub id; {DEFAULT_MODEL} or, where the Hub is out of reach, {FALLBACK_MODEL}."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    ignore: Ignore = None,
     top_k: Annotated[int | None, typer.Option(help="Fillings a mask: 5, or with targets all of them.")] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="Score this word instead of the whole vocabulary; may be given again.")
@@ -90,7 +97,7 @@ def fill_mask(
 ) -> None:
     """Fill the [MASK]s of texts."""
     _use_compilation_cache()
-    name, filler = _pipeline("fill-mask", model, revision)
+    name, filler = _pipeline("fill-mask", model, revision, ignore)
     results = filler(text, top_k=top_k, targets=target, joint=joint)
     if as_json:
         print(json.dumps({"model": name, "inputs": text, "outputs": results}, ensure_ascii=False, indent=2))
@@ -109,6 +116,7 @@ def score(
     task: Annotated[str, typer.Option(help="By its name.")] = "fill-mask",
     model: Annotated[str | None, typer.Option(help="Folder or Hub id; as for fill-mask by default.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    ignore: Ignore = None,
 ) -> None:
     """Answer a request of the model catalogue: {"inputs": {"input_string": ["…"]}, "parameters": {"top_k": 2}}."""
     from bert_jax.errors import InputError
@@ -124,7 +132,7 @@ def score(
     _use_compilation_cache()
     from bert_jax import catalogue
 
-    _, pipe = _pipeline(task, model, revision)
+    _, pipe = _pipeline(task, model, revision, ignore)
     print(json.dumps(catalogue.score(pipe, request), ensure_ascii=False))
 
 
@@ -136,6 +144,7 @@ def predict(
     ],
     text: Annotated[list[str] | None, typer.Argument(help="Texts, instead of --input.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    ignore: Ignore = None,
     input: Annotated[
         list[Path] | None, typer.Option(help="JSONL, CSV, TSV, Parquet or text, perhaps gzipped; may be given again.")
     ] = None,
@@ -163,7 +172,7 @@ def predict(
     if input:
         memory.keep_freed()
     _use_compilation_cache()
-    _, pipe = _pipeline(task, model, revision)
+    _, pipe = _pipeline(task, model, revision, ignore)
     from bert_jax import catalogue, prediction
 
     if not input or not output:
@@ -243,6 +252,7 @@ def evaluate(
     beside: Annotated[
         list[str] | None, typer.Option(help="Of pretrained models: another, in the same table; may be given again.")
     ] = None,
+    ignore: Ignore = None,
     split: Annotated[str | None, typer.Option(help="validation or test; the one of these that is set.")] = None,
     output: Annotated[Path | None, typer.Option(help="Leaves JSON, Markdown and PNG in this folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -269,10 +279,12 @@ def evaluate(
             check_extra("train", "matplotlib")
             with hub.replacing(output):  # now, and not after the evaluation: whether it can be written
                 pass
-        metrics = heldout.evaluate([model, *(beside or ())], settings, split, console=Console(stderr=True))
+        metrics = heldout.evaluate(
+            [model, *(beside or ())], settings, split, ignore=ignore or (), console=Console(stderr=True)
+        )
         markdown = report.held_out_markdown(metrics)
     else:
-        metrics = recipes.evaluate(model, settings, split, console=Console(stderr=True))
+        metrics = recipes.evaluate(model, settings, split, ignore=ignore or (), console=Console(stderr=True))
         markdown = report.markdown(metrics)
     if as_json:
         print(json.dumps(metrics, indent=2))
@@ -289,6 +301,7 @@ def serve(
     task: Annotated[
         list[str] | None, typer.Option(help="By its name, may be given again; the first at /score.")
     ] = None,
+    ignore: Ignore = None,
     host: Annotated[str | None, typer.Option(help="Address to listen at; this machine's own by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen at; 8000 by default.")] = None,
 ) -> None:
@@ -297,7 +310,7 @@ def serve(
 
     if model and not config and model.endswith((".yaml", ".yml")):
         config, model = Path(model), None
-    given = {"model": model, "tasks": task, "host": host, "port": port}
+    given = {"model": model, "ignore": ignore, "tasks": task, "host": host, "port": port}
     changes = {name: value for name, value in given.items() if value is not None}
     tree = Serving.from_file(config).model_dump() if config else {}
     settings = Serving.from_dict(tree | changes, source=str(config or "serve"))
@@ -308,11 +321,13 @@ def serve(
 
     name, folder = _model(settings.model, settings.revision)
     tasks = settings.tasks or pipelines.tasks_of(hub.architectures(folder)) or ["fill-mask"]
-    pipes = {name: pipelines.pipeline(name, folder, compute_dtype=settings.compute_dtype) for name in tasks}
+    make = functools.partial(
+        pipelines.pipeline, model=folder, ignore=settings.ignore, compute_dtype=settings.compute_dtype
+    )
+    pipes = {task: make(task) for task in tasks}
     if not settings.tasks and "next-sentence-prediction" not in pipes:  # published models have it and do not say so
         with contextlib.suppress(CheckpointError):
-            second = pipelines.pipeline("next-sentence-prediction", folder, compute_dtype=settings.compute_dtype)
-            pipes["next-sentence-prediction"] = second
+            pipes["next-sentence-prediction"] = make("next-sentence-prediction")
     serve.serve(name, pipes, settings)
 
 
@@ -320,6 +335,7 @@ def serve(
 def info(
     model: Annotated[str, typer.Argument(help="Folder, Hub id, or bert-mini-cased.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    ignore: Ignore = None,
 ) -> None:
     """Show a model: config, parameters, memory, and what would load."""
     from rich.table import Table
@@ -346,7 +362,7 @@ def info(
     for part, count in [*counts.items(), ("all", sum(counts.values()))]:
         table.add_row(part, f"{count:,}", f"{count * 4 / 1e6:,.1f} MB")
     console.print(table)
-    sources, report = weights.plan(folder, skeleton.specs)
+    sources, report = weights.plan(folder, skeleton.specs, ignore=ignore or ())
     stored = ", ".join(sorted({source.dtype for source in sources.values()}))
     console.print(f"weights, stored as {stored}:\n{report}", highlight=False)
 
@@ -385,11 +401,11 @@ def verify(
         raise typer.Exit(1 if misses else 2)
 
 
-def _pipeline(task: str, model: str | None, revision: str | None) -> tuple[str, "Pipeline"]:
+def _pipeline(task: str, model: str | None, revision: str | None, ignore: list[str] | None) -> tuple[str, "Pipeline"]:
     from bert_jax import pipelines
 
     name, folder = _model(model, revision)
-    return name, pipelines.pipeline(task, folder)
+    return name, pipelines.pipeline(task, folder, ignore=ignore or ())
 
 
 def _model(model: str | None, revision: str | None) -> tuple[str, Path]:

@@ -68,7 +68,7 @@ def evaluate(
         mesh: The devices.
 
     Raises:
-        TrainingError: If a batch does not fit into memory.
+        TrainingError: If a batch does not fit into memory, or what the model gives is not finite.
     """
     loader = Loader(
         examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing, multiple=multiple,
@@ -83,6 +83,11 @@ def evaluate(
         nonlocal total, counted
         with out_of_memory(place.shape, remedy):
             outputs, loss, count = jax.device_get(results)
+        if not all(np.isfinite(array).all() for array in (loss, *outputs.values())):
+            raise TrainingError(
+                "The model's results are not finite (NaN or infinity) on examples in rows "
+                f"{', '.join(map(str, examples.rows(place.indices)[:20]))} of the data: its numbers overflow."
+            )
         total, counted = total + float(loss) * float(count), counted + float(count)
         for name, array in outputs.items():
             column = collected.setdefault(name, [None] * len(examples))

@@ -119,7 +119,12 @@ class Following(NextSentencePrediction):
 
 
 def evaluate(
-    models: Sequence[str], settings: HeldOut, split: str, *, console: Console | None = None
+    models: Sequence[str],
+    settings: HeldOut,
+    split: str,
+    *,
+    ignore: Sequence[str] = (),
+    console: Console | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluates models on the same texts.
 
@@ -127,6 +132,7 @@ def evaluate(
         models: Folders, ids on the Hub, or `bert-mini-cased`.
         settings: The task, the texts, and what is hidden of them.
         split: Of `settings.data`.
+        ignore: Regular expressions of tensors in the first model's checkpoint that are left out.
         console: Shows progress.
 
     Returns:
@@ -145,7 +151,13 @@ def evaluate(
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"data.{split}: row {i} is no text, or an empty one.")
     measure = _fill_mask if settings.task == "fill-mask" else _next_sentence
-    return {model: measure(model, texts, settings, console) for model in models}
+    found: dict[str, dict[str, Any]] = {}
+    for model in models:
+        pipe = pipeline(
+            settings.task, model, ignore=() if found else ignore, compute_dtype=settings.precision.compute_dtype
+        )
+        found[model] = measure(pipe, texts, settings, name=model, console=console)
+    return found
 
 
 def leave(folder: Path, settings: HeldOut, results: dict[str, dict[str, Any]]) -> None:
@@ -161,11 +173,12 @@ def leave(folder: Path, settings: HeldOut, results: dict[str, dict[str, Any]]) -
         report.held_out_figure(results).savefig(staging / "evaluation.png", dpi=120)
 
 
-def _fill_mask(model: str, texts: list[str], settings: HeldOut, console: Console | None) -> dict[str, Any]:
-    pipe = pipeline("fill-mask", model, compute_dtype=settings.precision.compute_dtype)
+def _fill_mask(
+    pipe: Pipeline, texts: list[str], settings: HeldOut, *, name: str, console: Console | None
+) -> dict[str, Any]:
     pipe.task = task = HiddenTokens(pipe.tokenizer, pipe.config, _length(settings, pipe))
     found: list[list[Hidden]] = []
-    for part in _parts(texts, model, console):
+    for part in _parts(texts, name, console):
         found += pipe.run([task.hide(text, settings.masking, settings.seed) for text in part])
     tokens = np.array([hidden for text in found for hidden in text], np.float64).reshape(-1, 4)
     if not len(tokens):
@@ -188,12 +201,13 @@ def _fill_mask(model: str, texts: list[str], settings: HeldOut, console: Console
     }
 
 
-def _next_sentence(model: str, texts: list[str], settings: HeldOut, console: Console | None) -> dict[str, Any]:
-    pipe = pipeline("next-sentence-prediction", model, compute_dtype=settings.precision.compute_dtype)
+def _next_sentence(
+    pipe: Pipeline, texts: list[str], settings: HeldOut, *, name: str, console: Console | None
+) -> dict[str, Any]:
     pipe.task = task = Following(pipe.tokenizer, pipe.config, _length(settings, pipe))
     cut, follows = pairs(texts, settings.seed)
     found: list[np.ndarray] = []
-    for part in _parts(cut, model, console):
+    for part in _parts(cut, name, console):
         found += pipe.run([task.judge(*pair) for pair in part])
     log_p = np.array(found)[np.arange(len(cut)), np.where(follows, 0, 1)]
     values = {"accuracy": log_p > np.log(0.5), "nll": -log_p}

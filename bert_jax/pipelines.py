@@ -79,6 +79,7 @@ def pipeline(
     *,
     tokenizer: Tokenizer | None = None,
     revision: str | None = None,
+    ignore: Sequence[str] = (),
     compute_dtype: str = "float32",
 ) -> "Pipeline":
     """A model made ready for a task.
@@ -89,6 +90,7 @@ def pipeline(
         model: A folder, an id on the Hugging Face Hub, `bert-mini-cased`, or a model in hand.
         tokenizer: For a model in hand; else the checkpoint's own.
         revision: Branch, tag or commit on the Hub.
+        ignore: Regular expressions of tensors in the checkpoint that are left out, see `BertModel.from_pretrained`.
         compute_dtype: Of the activations, "float32" or "bfloat16".
 
     Raises:
@@ -118,7 +120,7 @@ def pipeline(
         if other and task in ("text-classification", "token-classification"):  # their heads have tensors of like names
             raise misfit
         try:
-            network = model_class.from_pretrained(folder, compute_dtype=compute_dtype, **options)
+            network = model_class.from_pretrained(folder, ignore=ignore, compute_dtype=compute_dtype, **options)
         except CheckpointError as error:
             raise misfit if other else error from None
     if tokenizer.vocab_size > network.config.vocab_size:
@@ -190,6 +192,7 @@ class Pipeline:
 
         Raises:
             InputError: Names what cannot be used and, of several inputs, the index.
+            CheckpointError: If the model's results are not finite.
         """
         if isinstance(inputs, str | tuple | dict):
             return self.run([self.request(inputs, **parameters)])[0]
@@ -237,6 +240,11 @@ class Pipeline:
 
         def deliver(batch: list[list[Entry]], arrays: dict[str, jax.Array]) -> None:
             on_host = {name: np.asarray(array) for name, array in arrays.items()}
+            if not all(np.isfinite(array).all() for array in on_host.values()):
+                raise CheckpointError(
+                    "The model's results are not finite (NaN or infinity): its numbers overflow. Its weights or its "
+                    "config are damaged, or need float32."
+                )
             for spot, (row, i, place) in _spots(batch):
                 where: Any = spot.text
                 if row.masked_positions:

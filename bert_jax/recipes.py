@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
@@ -88,6 +88,7 @@ def prepare(settings: Settings) -> Prepared:
         settings.model.id,
         revision=settings.model.revision,
         new=[task_class.head, *settings.model.new],
+        ignore=settings.model.ignore,
         rngs=nnx.Rngs(settings.training.seed),
         compute_dtype=settings.precision.compute_dtype,
         attention=settings.model.attention,
@@ -337,7 +338,13 @@ def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any
         config = BertConfig.base_cased().replace(**{"vocab_size": tokenizer.vocab_size, **changes})
         return model_class(config, rngs=rngs, **options), ""
     model = model_class.from_pretrained(
-        settings.model.id, revision=settings.model.revision, new=settings.model.new, rngs=rngs, **options, **changes
+        settings.model.id,
+        revision=settings.model.revision,
+        new=settings.model.new,
+        ignore=settings.model.ignore,
+        rngs=rngs,
+        **options,
+        **changes,
     )
     params, skeleton = tree.split(model)
     flat, notes = tree.flatten(params), ""
@@ -430,13 +437,16 @@ def end(
     )  # fmt: skip
 
 
-def evaluate(model_id: str, settings: Settings, split: str, *, console: Console | None = None) -> dict[str, Any]:
+def evaluate(
+    model_id: str, settings: Settings, split: str, *, ignore: Sequence[str] = (), console: Console | None = None
+) -> dict[str, Any]:
     """Metrics of a fine-tuned model on a split of the settings' data; what its run found on validation counts.
 
     Args:
         model_id: A folder or an id on the Hub.
         settings: Say which data, how long, and how many at a time.
         split: "validation" or "test".
+        ignore: Regular expressions of tensors in the checkpoint that are left out.
         console: Is told what people should know of the data; nobody by default.
 
     Raises:
@@ -450,7 +460,9 @@ def evaluate(model_id: str, settings: Settings, split: str, *, console: Console 
     task_class = TASKS[settings.task]
     found = task_class.clean({split: rows}, settings.data)
     tokenizer = Tokenizer.from_pretrained(model_id)
-    model = task_class.model_class.from_pretrained(model_id, compute_dtype=settings.precision.compute_dtype)
+    model = task_class.model_class.from_pretrained(
+        model_id, ignore=ignore, compute_dtype=settings.precision.compute_dtype
+    )
     task = make_task(settings, tokenizer, model.config)
     examples = featurize(task, {split: rows})[split]
     if not task.labelled(examples):

@@ -68,6 +68,8 @@ class _Start(_Section):
     """Branch, tag or commit on the Hub."""
     new: Patterns = ()
     """Parameters to draw anew beside the task's head: top layers, the pooler."""
+    ignore: Patterns = ()
+    """Tensors of the checkpoint that are left out, by their whole names; one that no BERT has is an error otherwise."""
     hidden_dropout_prob: Fraction | None = None
     """Dropout of embeddings, attention's output and feed-forward; the checkpoint's by default."""
     attention_probs_dropout_prob: Fraction | None = None
@@ -418,6 +420,8 @@ class Serving(_Root):
     """A folder, an id on the Hub, or bert-mini-cased; by default as for `bert-jax fill-mask`."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
+    ignore: Patterns = ()
+    """Tensors of the checkpoint that are left out, by their whole names."""
     tasks: tuple[str, ...] = ()
     """Those that it answers, the first at /score; by default what the model was trained for."""
     host: str = "127.0.0.1"

@@ -122,6 +122,8 @@ class Tokenizer:
             vocab = backend.get_vocab()
             tokens += [(None, _token(token)) for token in named.values() if token in vocab]
         backend.add_tokens([token for _, token in tokens])
+        if absent := [token for token in named.values() if backend.token_to_id(token) is None]:
+            logger.warning("%s: the vocabulary has no %s; texts cannot hold it.", folder, " and no ".join(absent))
         for id, token in tokens:
             if id not in (None, found := backend.token_to_id(token.content)):
                 raise CheckpointError(
@@ -154,7 +156,7 @@ class Tokenizer:
         for id in range(max(pieces), -1, -1):
             # An id without a piece is that of a repeated line. The last of equal lines counts, so that the next piece
             # can stand there too.
-            lines.append(pieces.get(id) or lines[-1])
+            lines.append(pieces[id] if id in pieces else lines[-1])
         with hub.replacing(Path(folder)) as staging:
             self.backend.save(str(staging / "tokenizer.json"))
             (staging / "tokenizer_config.json").write_text(json.dumps(settings | self.special_tokens, indent=2) + "\n")
@@ -375,14 +377,15 @@ def _declared(
 
 
 def _lines(vocab_file: Path) -> dict[str, int]:
-    """The ids of a vocabulary, a piece a line; of equal lines the last one counts, as in the original."""
+    """The ids of a vocabulary, a piece a line without the white space behind it; of equal lines the last counts."""
     try:
-        pieces = vocab_file.read_text(encoding="utf-8").split("\n")
+        with open(vocab_file, encoding="utf-8", newline="") as file:
+            pieces = file.read().split("\n")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{vocab_file} is damaged ({error}); download it again.") from None
     if pieces[-1] == "":
         pieces.pop()
-    return {piece: i for i, piece in enumerate(pieces)}
+    return {piece.rstrip(): i for i, piece in enumerate(pieces)}
 
 
 def _from_json(

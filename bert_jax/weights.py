@@ -306,12 +306,12 @@ def _tensors(sources: Mapping[str, Source]) -> Iterator[tuple[str, np.ndarray]]:
 def _stored(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
     """Tensor name -> its file, shape and dtype."""
     index: dict[str, str] = {}
-    if (folder / WEIGHTS_FILE).exists():
+    if (folder / WEIGHTS_FILE).is_file():
         files = [folder / WEIGHTS_FILE]
-    elif (folder / INDEX_FILE).exists():
+    elif (folder / INDEX_FILE).is_file():
         index = read_index(folder / INDEX_FILE)
         files = [_shard(folder, name) for name in sorted(set(index.values()))]
-    elif (folder / "pytorch_model.bin").exists():
+    elif (folder / "pytorch_model.bin").is_file():
         raise CheckpointError(
             f"{folder} holds pytorch_model.bin and no {WEIGHTS_FILE}. This package does not unpickle; "
             f"convert it once: python scripts/convert_bin.py {folder} OUTPUT_FOLDER"

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  the embedded weights are bfloat16
+import numpy as np
 import pytest
 import reference
+from safetensors.numpy import load_file
 
 from bert_jax import __version__, hub
 
@@ -51,6 +54,26 @@ def test_info():
     assert "22,305,606" in done.stdout
     assert "loaded 110 tensors" in done.stdout
     assert "stored as BF16" in done.stdout
+
+
+def test_tensors_to_ignore(tmp_path):
+    embedded = hub.EMBEDDED / "bert-mini-cased"
+    tensors = load_file(embedded / hub.WEIGHTS_FILE)
+    reference.write(tmp_path, tensors | {"crf.transitions": np.zeros((3, 3), np.float32)},
+                    json.loads((embedded / hub.CONFIG_FILE).read_text()))  # fmt: skip
+    shutil.copy(embedded / "vocab.txt", tmp_path)
+    for command in (["fill-mask", TEXT, "--model"], ["info"], ["predict", "--task", "fill-mask", TEXT]):
+        refused = run(*command, tmp_path) if command[0] != "predict" else run(command[0], tmp_path, *command[1:])
+        assert refused.returncode == 2
+        assert "crf.transitions" in refused.stderr
+        assert r"ignore=[r'crf\..*']" in refused.stderr
+        ignore = ["--ignore", r"crf\..*"]
+        done = (
+            run(*command, tmp_path, *ignore)
+            if command[0] != "predict"
+            else run(command[0], tmp_path, *command[1:], *ignore)
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_version_and_help():

@@ -57,6 +57,30 @@ def test_a_stream_is_read_no_further_than_a_window(fill_mask, monkeypatch):
     assert len(taken) == 4
 
 
+@pytest.mark.parametrize(
+    ("task", "text"),
+    [
+        ("fill-mask", "A [MASK]."),
+        ("next-sentence-prediction", ("A", "B")),
+        ("feature-extraction", "A"),
+        ("text-classification", "A"),
+        ("token-classification", "A"),
+        ("question-answering", ("A", "B")),
+    ],
+)
+def test_results_that_are_not_finite_are_an_error(tokenizer, task, text):
+    config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    model = pipelines.TASKS[task].model_class(config, rngs=nnx.Rngs(0))
+    encoder = getattr(model, "bert", model)
+    pipe = bert_jax.pipeline(task, model, tokenizer=tokenizer)
+    assert pipe(text) is not None
+    encoder.layers[0].output_norm.weight[...] *= np.float32(3e38)
+    encoder.layers[0].output_norm.bias[...] += np.float32(3e38)
+    pipe = bert_jax.pipeline(task, model, tokenizer=tokenizer)
+    with pytest.raises(CheckpointError, match="results are not finite"):
+        pipe(text)
+
+
 def test_one_program_a_bucket():
     filler = bert_jax.pipeline("fill-mask", "bert-mini-cased")
     filler(TEXTS[0])

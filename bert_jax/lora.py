@@ -17,10 +17,21 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from bert_jax import tree, weights
-from bert_jax.errors import CheckpointError, InputError
-from bert_jax.hub import replacing
+from bert_jax.errors import CheckpointError, InputError, quoted
+from bert_jax.hub import read_json, replacing
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import LoRA
+
+# Fields of peft's LoraConfig (0.19) that say where adapters are, how they were trained, or where they come from, and so
+# do not change what stored ones stand for. Any other field is refused where it is set, those of later versions too.
+_INERT = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "modules_to_save", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "megatron_core", "qalora_group_size",
+}  # fmt: skip
+_INITS = (True, False, "gaussian", "eva", "orthogonal")
+"""Of `init_lora_weights`, those that leave the base as it is."""
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -111,13 +122,11 @@ def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedMod
         CheckpointError: If the files are missing, or do not fit the model.
     """
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        config = read_json(folder / ADAPTER_CONFIG)
         tensors = load_file(folder / ADAPTER_WEIGHTS)
-        scale = config["lora_alpha"] / config["r"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} holds no adapters: {error!r}.") from None
-    if others := [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} sets {', '.join(others)}, which is not done here.")
+        scale = _scale(config)
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} holds no adapters: {error}.") from None
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
     matrices = [path.removesuffix(".weight") for path in flat if path.endswith(".weight")]
@@ -128,7 +137,16 @@ def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedMod
         path = by_name.get(name.removeprefix("base_model.model."))
         if path is None:
             raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} has {name}, which this model has no place for.")
+        if not np.isfinite(tensor.astype(np.float32)).all():
+            raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} holds NaN or infinity, in {name}.")
         flat[path] = jnp.asarray(tensor, jnp.float32)
+    whole = {name.removeprefix("base_model.model.").rpartition(".")[0] for name in tensors}
+    published = {name.rpartition(".")[0] for name in weights.published_names(skeleton.specs)}
+    for saved in config.get("modules_to_save") or ():
+        if absent := {module for module in published if module == saved or module.endswith(f".{saved}")} - whole:
+            raise CheckpointError(
+                f"{folder / ADAPTER_WEIGHTS} lacks {min(absent)}, which modules_to_save names; save the adapters again."
+            )
     wrong = [
         f"{path} is {list(flat[path].shape)}" for path, spec in skeleton.specs.items() if flat[path].shape != spec.shape
     ]
@@ -150,3 +168,28 @@ def _published(adapters: list[str]) -> list[str]:
         f"{name.removesuffix('.weight')}.{path[-6:]}.weight"
         for name, path in zip(weights.published_names(modules), adapters, strict=True)
     ]
+
+
+def _scale(config: Mapping[str, Any]) -> float:
+    """What the product of adapters is multiplied by.
+
+    Raises:
+        ValueError: If the config asks for another product, or other weights below it.
+    """
+    if config.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"{ADAPTER_CONFIG} is of {quoted(config['peft_type'])}; expected LORA")
+    init = config.get("init_lora_weights", True)
+    if init not in _INITS:
+        raise ValueError(
+            f"{ADAPTER_CONFIG} has init_lora_weights {quoted(init)}, which changes the base; save the adapters with "
+            "peft's path_initial_model_for_weight_conversion, which makes plain ones of them"
+        )
+    bias = [] if config.get("bias", "none") == "none" else ["bias"]
+    if others := bias + [key for key, value in config.items() if key not in {*_INERT, "bias"} and value]:
+        raise ValueError(f"{ADAPTER_CONFIG} sets {', '.join(map(quoted, others[:9]))}, which is not done here")
+    rank, alpha = config["r"], config["lora_alpha"]
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"r is {quoted(rank)}; expected a whole number of at least 1")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e9:
+        raise ValueError(f"lora_alpha is {quoted(alpha)}; expected a number above 0")
+    return alpha / rank

@@ -243,24 +243,71 @@ def test_tensors_that_do_not_fit(folder, model, tensors):
         lora.load_adapters(folder, model)
 
 
-# What peft scales otherwise: right numbers or a refusal, but not other numbers in silence.
 @pytest.mark.parametrize(
-    ("config", "scale"),
+    "config",
     [
-        ({"use_rslora": True}, 12 / 3**0.5),
-        ({"alpha_pattern": {"query": 3, "value": 3}}, 1.0),
-        ({"alpha_pattern": {}, "rank_pattern": {}, "use_rslora": False}, 4.0),
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"alpha_pattern": {"query": 3}},
+        {"rank_pattern": {"query": 3}},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"fan_in_fan_out": True},
+        {"layer_replication": [[0, 2], [0, 2]]},
+        {"trainable_token_indices": [5]},
+        {"alora_invocation_tokens": [5]},
+        {"use_qalora": True},
+        {"a_field_of_tomorrow": "on"},
     ],
 )
-def test_pefts_other_scales(folder, model, flat, adapters, head, logits, config, scale):
+def test_what_peft_would_do_otherwise_is_refused(folder, model, config):
     edit(folder, **config)
-    try:
-        loaded = lora.load_adapters(folder, model)
-    except CheckpointError:
-        assert scale != 4.0
-        return
-    expected = logits(lora.merge(flat | adapters | head, scale))
-    np.testing.assert_allclose(logits(tree.flatten(tree.split(loaded)[0])), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(CheckpointError, match=f"sets '{next(iter(config))}', which is not done here"):
+        lora.load_adapters(folder, model)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga", "mica", "tomorrow"])
+def test_adapters_of_a_changed_base_are_refused(folder, model, init):
+    edit(folder, init_lora_weights=init)
+    with pytest.raises(CheckpointError, match=f"init_lora_weights '{init}', which changes the base"):
+        lora.load_adapters(folder, model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"alpha_pattern": {}, "rank_pattern": {}, "use_rslora": False, "layer_replication": None},
+        {"init_lora_weights": "gaussian", "lora_dropout": 0.1, "inference_mode": True},
+        {"init_lora_weights": False, "loftq_config": {"bits": 4}},
+    ],
+)
+def test_what_changes_no_number_is_taken(folder, model, flat, adapters, head, logits, config):
+    edit(folder, **config)
+    expected = logits(lora.merge(flat | adapters | head, 4.0))
+    np.testing.assert_array_equal(logits(tree.flatten(tree.split(lora.load_adapters(folder, model))[0])), expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"r": 0}, {"r": "3"}, {"r": True}, {"lora_alpha": None}, {"lora_alpha": float("nan")}, {"peft_type": "LOHA"}],
+)
+def test_numbers_that_are_none(folder, model, config):
+    edit(folder, **config)
+    with pytest.raises(CheckpointError, match="holds no adapters"):
+        lora.load_adapters(folder, model)
+
+
+def test_adapters_that_are_not_finite(folder, model):
+    edit(folder, {f"{PUBLISHED}.lora_A.weight": np.full((3, 8), np.nan, np.float32)})
+    with pytest.raises(CheckpointError, match=f"NaN or infinity, in {re.escape(PUBLISHED)}"):
+        lora.load_adapters(folder, model)
+
+
+def test_a_head_that_is_not_there(folder, model):
+    edit(folder, {"base_model.model.classifier.weight": None, "base_model.model.classifier.bias": None})
+    with pytest.raises(CheckpointError, match="lacks classifier, which modules_to_save names"):
+        lora.load_adapters(folder, model)
 
 
 def test_a_config_without_rank(folder, model):

@@ -15,10 +15,12 @@ import torch
 import transformers
 from conftest import read_config, wheel
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import bert_jax
 from bert_jax import hub, lora, optim, recipes, training
 from bert_jax.data.loader import Examples, Loader, one_a_row
+from bert_jax.errors import CheckpointError
 from bert_jax.settings import LoRA, Schedule, Settings
 from bert_jax.tasks.sequence_classification import MULTI, REGRESSION, SINGLE, UNKNOWN, SequenceClassification
 
@@ -433,12 +435,13 @@ def test_adapters_of_other_weights_load_in_peft(close, base, tmp_path, targets):
     assert sum("lora_" in name for name, _ in model.named_parameters()) == len(adapters)
 
 
-def test_adapters_of_peft_load_here(close, base, tmp_path):
+@pytest.mark.parametrize("init", [False, "gaussian", "orthogonal"])
+def test_adapters_of_peft_load_here(close, base, tmp_path, init):
     torch.manual_seed(1)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
     config = peft.LoraConfig(
         task_type="SEQ_CLS", r=4, lora_alpha=12, target_modules=["query", "value", "output.dense"],
-        init_lora_weights=False
+        init_lora_weights=init
     )  # fmt: skip
     model = peft.get_peft_model(model, config)
     model.save_pretrained(tmp_path)
@@ -447,3 +450,33 @@ def test_adapters_of_peft_load_here(close, base, tmp_path):
         our_logits(lora.load_adapters(tmp_path, new_classifier(base)), base),
         logits(model, base),
     )
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapters_of_peft_that_change_the_base(close, base, tmp_path, init):
+    """As they are, they are refused; made into plain ones by peft, they load."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", r=4, lora_alpha=12, target_modules=["query", "value"], init_lora_weights=init
+    )
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model = peft.get_peft_model(model, config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    model.peft_config["default"].init_lora_weights = init
+    with torch.no_grad():  # as training would
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    expected = logits(model, base)
+    model.save_pretrained(tmp_path / "changed")
+    with pytest.raises(CheckpointError, match=f"init_lora_weights '{init}'"):
+        lora.load_adapters(tmp_path / "changed", new_classifier(base))
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    with pytest.raises(CheckpointError, match="lacks classifier"):  # which peft leaves behind
+        lora.load_adapters(tmp_path / "plain", new_classifier(base))
+    before, plain = (load_file(tmp_path / folder / lora.ADAPTER_WEIGHTS) for folder in ("changed", "plain"))
+    head = {name: tensor for name, tensor in before.items() if "classifier" in name}
+    save_file(plain | head, tmp_path / "plain" / lora.ADAPTER_WEIGHTS)
+    loaded = lora.load_adapters(tmp_path / "plain", new_classifier(base))
+    close("LoRA of peft: logits", our_logits(loaded, base), expected)

@@ -4,7 +4,6 @@ Each command imports what it needs.
 """
 
 import contextlib
-import functools
 import json
 import os
 import signal
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bert_jax import __version__, memory
-from bert_jax.errors import BertJaxError, CheckpointError, HubUnreachableError, Interrupted, check_extra
+from bert_jax.errors import BertJaxError, HubUnreachableError, Interrupted, check_extra
 from bert_jax.hub import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -320,14 +319,20 @@ def serve(
     from bert_jax import hub, pipelines, serve
 
     name, folder = _model(settings.model, settings.revision)
-    tasks = settings.tasks or pipelines.tasks_of(hub.architectures(folder)) or ["fill-mask"]
-    make = functools.partial(
-        pipelines.pipeline, model=folder, ignore=settings.ignore, compute_dtype=settings.compute_dtype
-    )
-    pipes = {task: make(task) for task in tasks}
-    if not settings.tasks and "next-sentence-prediction" not in pipes:  # published models have it and do not say so
-        with contextlib.suppress(CheckpointError):
-            pipes["next-sentence-prediction"] = make("next-sentence-prediction")
+    # Published models have a next-sentence head and do not say so.
+    tasks = settings.tasks or [
+        *(pipelines.tasks_of(hub.architectures(folder)) or ["fill-mask"]),
+        "next-sentence-prediction",
+    ]
+    pipes: dict[str, Pipeline] = {}
+    for task_name in dict.fromkeys(tasks):
+        try:
+            pipes[task_name] = pipelines.pipeline(
+                task_name, folder, ignore=settings.ignore, compute_dtype=settings.compute_dtype
+            )
+        except BertJaxError:
+            if settings.tasks or not pipes:  # asked for, or the only one
+                raise
     serve.serve(name, pipes, settings)
 
 

@@ -21,7 +21,7 @@ from bert_jax.data.loader import best_fit
 from bert_jax.errors import CheckpointError, InputError
 from bert_jax.hub import DEFAULT_MODEL
 from bert_jax.model import FIRST, BertModel, BertPreTrainedModel
-from bert_jax.tasks.base import Outputs, Request, Row, Task
+from bert_jax.tasks.base import Outputs, Request, Row, Task, check_vocabulary
 from bert_jax.tasks.feature_extraction import FeatureExtraction
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
@@ -123,11 +123,7 @@ def pipeline(
             network = model_class.from_pretrained(folder, ignore=ignore, compute_dtype=compute_dtype, **options)
         except CheckpointError as error:
             raise misfit if other else error from None
-    if tokenizer.vocab_size > network.config.vocab_size:
-        raise CheckpointError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens and the model {network.config.vocab_size}: "
-            "they do not belong together."
-        )
+    check_vocabulary(tokenizer, network.config)
     max_length = min(tokenizer.model_max_length, network.config.max_position_embeddings)
     return Pipeline(TASKS[task](tokenizer, network.config, max_length), network, tokenizer, max_length)
 

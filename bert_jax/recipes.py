@@ -24,7 +24,7 @@ from bert_jax.data.masking import MaskedExamples
 from bert_jax.errors import InputError, check_extra
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import HeldOut, Pretraining, Settings
-from bert_jax.tasks.base import TrainableTask
+from bert_jax.tasks.base import TrainableTask, check_pairs, check_vocabulary
 from bert_jax.tasks.pretraining import MaskedLanguageModeling, PreTraining
 from bert_jax.tasks.question_answering import QuestionAnswering
 from bert_jax.tasks.sequence_classification import SequenceClassification
@@ -72,7 +72,7 @@ def prepare(settings: Settings) -> Prepared:
     Raises:
         InputError: Names the file, column, row or label that cannot be used.
         ModelNotFoundError: If there is no such model.
-        CheckpointError: If its weights do not fit.
+        CheckpointError: If its weights do not fit, or its vocabulary does not fit them.
     """
     if settings.data.train is None:
         raise InputError("data.train is not set; expected a file, or the name of a split where data.id is set.")
@@ -103,6 +103,7 @@ def prepare(settings: Settings) -> Prepared:
 def make_task(settings: Settings, tokenizer: Tokenizer, config: BertConfig) -> TrainableTask:
     """The settings' task, for a model."""
     options = {"answers": settings.answers} if settings.task == "question-answering" else {}
+    check_vocabulary(tokenizer, config)
     task: TrainableTask = TASKS[settings.task](tokenizer, config, max_length(settings, config), **options)
     return task
 
@@ -274,6 +275,8 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
     task = PreTraining() if settings.data.next_sentence else MaskedLanguageModeling()
     model, carried = starting_model(settings, tokenizer, task.model_class)
     max_length(settings, model.config)
+    if settings.data.next_sentence:
+        check_pairs(model.config)
     train = examples["train"]
     assert train is not None
     console.print(

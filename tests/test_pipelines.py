@@ -57,6 +57,25 @@ def test_a_stream_is_read_no_further_than_a_window(fill_mask, monkeypatch):
     assert len(taken) == 4
 
 
+def one_type(task):
+    config = bert_jax.BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, type_vocab_size=1
+    )
+    return pipelines.TASKS[task].model_class(config, rngs=nnx.Rngs(0))
+
+
+def test_a_model_of_one_token_type_takes_no_pairs(tokenizer):
+    for task in ("next-sentence-prediction", "question-answering"):
+        with pytest.raises(InputError, match="has 1 token type"):
+            bert_jax.pipeline(task, one_type(task), tokenizer=tokenizer)
+    classify = bert_jax.pipeline("text-classification", one_type("text-classification"), tokenizer=tokenizer)
+    assert classify("A text.")["score"] > 0
+    with pytest.raises(InputError, match=r"inputs\[1\]: The model has 1 token type"):
+        classify(["A text.", ("A", "B")])
+    with pytest.raises(InputError, match="has 1 token type"):
+        classify.task.featurize([{"text": "A", "text_pair": "B"}])
+
+
 @pytest.mark.parametrize(
     ("task", "text"),
     [

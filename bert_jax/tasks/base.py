@@ -12,8 +12,29 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
+from bert_jax.errors import CheckpointError, InputError
 from bert_jax.settings import Data
+from bert_jax.tokenizer import Tokenizer
+
+
+def check_pairs(config: BertConfig) -> None:
+    """Raises `InputError` where a model cannot tell the two texts of a pair apart."""
+    if config.type_vocab_size < 2:
+        raise InputError(
+            f"The model has {config.type_vocab_size} token type (type_vocab_size); a pair of texts takes two. "
+            "Give single texts, or take another model."
+        )
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: BertConfig) -> None:
+    """Raises `CheckpointError` where a tokenizer has ids that the model has no embedding for."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: "
+            "they do not belong together."
+        )
 
 
 @dataclass

@@ -8,7 +8,7 @@ import jax
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
 from bert_jax.model import BertForNextSentencePrediction
-from bert_jax.tasks.base import Request, Row
+from bert_jax.tasks.base import Request, Row, check_pairs
 from bert_jax.tokenizer import Tokenizer
 
 LABELS = ("IsNext", "NotNext")
@@ -22,6 +22,7 @@ class NextSentencePrediction:
     per_token = False
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
+        check_pairs(config)
         self.tokenizer = tokenizer
         self.max_length = max_length
 

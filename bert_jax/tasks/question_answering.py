@@ -16,7 +16,7 @@ from bert_jax.data.sources import literal
 from bert_jax.errors import InputError
 from bert_jax.model import BertForQuestionAnswering
 from bert_jax.settings import Answers, Data
-from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask
+from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask, check_pairs
 from bert_jax.tokenizer import Tokenizer
 
 DEFAULTS = Answers()
@@ -34,6 +34,7 @@ class QuestionAnswering(TrainableTask):
     per_token = True
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int, answers: Answers = DEFAULTS):
+        check_pairs(config)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.answers = answers

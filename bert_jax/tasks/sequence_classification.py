@@ -17,7 +17,7 @@ from bert_jax.data.sources import TEXT
 from bert_jax.errors import InputError
 from bert_jax.model import BertForSequenceClassification
 from bert_jax.settings import Data
-from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask
+from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask, check_pairs
 from bert_jax.tokenizer import Tokenizer
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -43,6 +43,7 @@ class SequenceClassification(TrainableTask):
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         self.tokenizer = tokenizer
+        self.model_config = config
         self.max_length = max_length
         self.labels = config.labels
         self.problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
@@ -84,6 +85,8 @@ class SequenceClassification(TrainableTask):
             raise InputError(f"expected a text or a pair of texts, got {text!r} ({type(text).__name__}).")
         if not all(part.strip() for part in texts):
             raise InputError("the text is empty." if len(texts) == 1 else "a text of the pair is empty.")
+        if len(texts) == 2:
+            check_pairs(self.model_config)
         if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
             raise InputError(f"top_k is {top_k!r}; expected a whole number of at least 1, or None.")
         encoded = self.tokenizer.encode(texts[:1], texts[1:] or None, max_length=self.max_length)
@@ -128,6 +131,8 @@ class SequenceClassification(TrainableTask):
                 if not isinstance(row.get(name, ""), str):
                     raise InputError(f"row {i + 1}: {name} is {row[name]!r}; expected a text.")
         pairs = [row["text_pair"] for row in rows] if "text_pair" in rows[0] else None
+        if pairs:
+            check_pairs(self.model_config)
         encoded = self.tokenizer.encode([row["text"] for row in rows], pairs, max_length=self.max_length)
         ids = {label: i for i, label in enumerate(self.labels)}
         labels = []

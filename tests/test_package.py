@@ -14,8 +14,8 @@ PACKAGE = Path(bert_jax.__file__).parent
 # Lowest first; modules of one floor do not import each other.
 FLOORS = [
     ["errors", "memory"],
-    ["processes"],
-    ["config", "tree", "hub", "losses", "metrics", "settings", "data.sources"],
+    ["hub", "processes"],
+    ["config", "tree", "losses", "metrics", "settings", "data.sources"],
     ["data.loader"],
     ["weights", "tokenizer", "sharding"],
     ["kernels"],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from bert_jax.settings import Pretraining, Settings
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from bert_jax.figure import Figure
 
 CLASSES = {"by_frequency": "times in the texts", "by_position": "position in the row"}
 
@@ -19,7 +19,7 @@ def learning_curve(journal: Sequence[Mapping[str, Any]], metric: str) -> "Figure
         journal: Lines of a run's `metrics.jsonl`.
         metric: Of validation.
     """
-    from matplotlib.figure import Figure
+    from bert_jax.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
@@ -76,7 +76,7 @@ def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Accuracy by how often a token occurs and where it stands, a line a model; of pairs, a bar a model."""
-    from matplotlib.figure import Figure
+    from bert_jax.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     names = [name for name in CLASSES if name in next(iter(results.values()))]

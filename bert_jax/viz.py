@@ -10,12 +10,12 @@ from bert_jax.pipelines import Pipeline
 from bert_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from bert_jax.figure import Figure
 
 
 def fillings(fill_mask: Pipeline, text: str, *, top_k: int = 5) -> "Figure":
     """Bars of the scores of what a fill-mask pipeline puts in, a panel a mask."""
-    from matplotlib.figure import Figure
+    from bert_jax.figure import Figure
 
     results = fill_mask(text, top_k=top_k)
     masks = results if isinstance(results[0], list) else [results]
@@ -48,7 +48,7 @@ def attention(
     Raises:
         InputError: If there is no such layer or head.
     """
-    from matplotlib.figure import Figure
+    from bert_jax.figure import Figure
 
     tokens, weights = _weights(model, tokenizer, text)  # [L, N, T, T]
     for name, index, size in (("layer", layer, weights.shape[0]), ("head", head, weights.shape[1])):
@@ -70,7 +70,7 @@ def attention(
 
 def attentions(model: BertPreTrainedModel, tokenizer: Tokenizer, text: str) -> "Figure":
     """All heads at a glance: a row a layer, a column a head, in each a square of tokens by tokens."""
-    from matplotlib.figure import Figure
+    from bert_jax.figure import Figure
 
     _, weights = _weights(model, tokenizer, text)
     layers, heads = weights.shape[:2]

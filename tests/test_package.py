@@ -13,7 +13,7 @@ PACKAGE = Path(bert_jax.__file__).parent
 
 # Lowest first; modules of one floor do not import each other.
 FLOORS = [
-    ["errors", "memory"],
+    ["errors", "figure", "memory"],
     ["hub", "processes"],
     ["config", "tree", "losses", "metrics", "settings", "data.sources"],
     ["data.loader"],

@@ -139,6 +139,29 @@ def test_data_parallel_steps_only_add_up(run):
     assert "all-gather" in collectives(run(data=1, fsdp=8)[3])
 
 
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("layout", [{"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_between_layers_each_device_has_its_own_rows(layout, scan_layers):
+    # Left to the compiler, every device computes all rows, of a part of the features.
+    config = bert_jax.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, intermediate_size=32
+    )
+    model = bert_jax.BertModel(config, rngs=nnx.Rngs(0), scan_layers=scan_layers)
+    params, skeleton = tree.split(model)
+    mesh, flat = sharding.mesh(Mesh(**layout)), tree.flatten(params)
+
+    def hidden_states(flat, inputs):
+        return tree.merge(skeleton, tree.unflatten(flat))(**inputs).hidden_states
+
+    flat = sharding.put(flat, sharding.placements(mesh, flat))
+    batch = sharding.put_batch({"input_ids": np.zeros((8, 16), np.int32)}, mesh)
+    with jax.set_mesh(mesh):
+        found = jax.jit(hidden_states).lower(flat, batch).compile().output_shardings
+    assert len(found) == 4
+    for layer, place in enumerate(found):
+        assert place.is_equivalent_to(sharding.by_row(mesh), 3), f"layer {layer}: {place.spec}"
+
+
 @pytest.mark.slow
 def test_a_checkpoint_goes_into_every_layout(run, tmp_path):
     _, state, *_ = run(data=2, fsdp=2, tensor=2)

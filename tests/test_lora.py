@@ -113,6 +113,13 @@ def test_bad_targets(model, targets, message):
 # ── Merging ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_merging_is_float32_on_every_device(flat, adapters):
+    text = jax.jit(lambda params: lora.merge(params, 0.7)).lower(flat | adapters).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) == 4
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 def test_merge_is_w_and_scale_b_a(flat, adapters):
     merged = lora.merge(flat | adapters, 0.7)
     assert merged.keys() == flat.keys()

@@ -5,13 +5,14 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 from flax import nnx
 from jax.extend.random import threefry_2x32
 
 import bert_jax
-from bert_jax import BertConfig, losses, model, tree, weights
+from bert_jax import BertConfig, kernels, losses, model, tree, weights
 from bert_jax.errors import InputError
 
 HEADS = list(reference.HEADS)
@@ -207,6 +208,43 @@ def test_bfloat16_is_near_float32(checkpoint, architecture):
     assert rough.attentions[0].dtype == jnp.float32
 
 
+# ── Programs ──
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_remat_keeps_each_layers_input_alone(scan_layers):
+    rows, tokens, size, layers = 2, 24, 8, 5
+
+    def kept(remat):
+        """Bytes that the backward pass takes over from the forward pass, parameters aside, and their shapes."""
+        config = SMALL.replace(num_hidden_layers=layers)
+        params, skeleton = tree.split(model.BertModel(config, remat=remat, scan_layers=scan_layers))
+        ids = jnp.ones((rows, tokens), jnp.int32)
+
+        def backward(params):
+            return jax.vjp(lambda params: tree.merge(skeleton, params)(ids).pooler_output, params)[1]
+
+        leaves = jax.tree.leaves(jax.eval_shape(backward, params))
+        return sum(leaf.size * 4 for leaf in leaves), {leaf.shape[-3:] for leaf in leaves}
+
+    (whole, shapes), (less, others) = kept(False), kept(True)
+    attention = (SMALL.num_attention_heads, tokens, tokens)
+    assert attention in shapes
+    assert attention not in others
+    assert whole - less > layers * 10 * rows * tokens * size * 4
+
+
+def test_scanned_layers_are_compiled_once():
+    def count(layers, **options):
+        network = model.BertModel(SMALL.replace(num_hidden_layers=layers), **options)
+        params, skeleton = tree.split(network)
+        forward = jax.jit(lambda params: tree.merge(skeleton, params)(**reference.inputs()).last_hidden_state)
+        return len(products(forward.lower(params)))
+
+    assert count(12, scan_layers=True) == count(2, scan_layers=True) == 8
+    assert count(12) == 12 * 8
+
+
 # ── Masks, packing, positions ──
 
 
@@ -308,6 +346,24 @@ def test_defaults_are_no_padding_first_text_counting_positions(checkpoint):
     np.testing.assert_allclose(bert(ids).last_hidden_state, explicit.last_hidden_state, atol=1e-6)
 
 
+def test_what_padding_looks_up_learns_nothing():
+    # As torch.nn.Embedding(padding_idx=…): the padding's row of the table has no gradient, wherever the id stands.
+    ids = np.array([[5, 0, 7, 0]], np.int32)
+
+    def gradient(pad_token_id):
+        network = model.BertModel(SMALL.replace(num_hidden_layers=1, pad_token_id=pad_token_id), rngs=nnx.Rngs(0))
+        params, skeleton = tree.split(network)
+
+        def loss(params):
+            return jnp.sum(tree.merge(skeleton, params)(ids).pooler_output)
+
+        table = tree.flatten(jax.grad(loss)(params))["embeddings.word_embeddings.weight"]
+        return np.abs(table).max(-1) > 0
+
+    np.testing.assert_array_equal(np.flatnonzero(gradient(0)), [5, 7])
+    np.testing.assert_array_equal(np.flatnonzero(gradient(None)), [0, 5, 7])
+
+
 # ── Dropout ──
 
 
@@ -323,6 +379,30 @@ def test_dropout_if_and_only_if_a_key(checkpoint, architecture):
     np.testing.assert_array_equal(first(jax.random.key(1)), first(jax.random.key(1)))
     assert not np.array_equal(first(jax.random.key(1)), first(jax.random.key(2)))
     assert not np.array_equal(first(jax.random.key(1)), first())
+
+
+def test_each_place_drops_at_its_rate_with_a_key_of_its_own(monkeypatch):
+    """The places are those of transformers' modeling_bert.py."""
+    found, drop = [], model._dropout
+
+    def watched(x, rate, key):
+        found.append((x.shape, rate, None if key is None else tuple(np.asarray(jax.random.key_data(key)).tolist())))
+        return drop(x, rate, key)
+
+    monkeypatch.setattr(model, "_dropout", watched)
+    config = SMALL.replace(
+        num_hidden_layers=2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2, classifier_dropout=0.3
+    )
+    hidden, attention = ((3, 10, 8), 0.1), ((3, 2, 10, 10), 0.2)
+    encoder = [hidden, *[attention, hidden, hidden] * 2]
+    heads = {"BertForSequenceClassification": [((3, 8), 0.3)], "BertForTokenClassification": [((3, 10, 8), 0.3)]}
+    for architecture in HEADS:
+        found.clear()
+        getattr(model, architecture)(config, rngs=nnx.Rngs(0))(**reference.inputs(), dropout_key=jax.random.key(0))
+        assert [entry[:2] for entry in found] == [*encoder, *heads.get(architecture, [])], architecture
+        keys = {entry[2] for entry in found}
+        assert None not in keys
+        assert len(keys) == len(found), architecture
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -407,6 +487,64 @@ def test_fused_attention_refuses_dropout_and_gives_no_maps(checkpoint, monkeypat
     assert out.attentions == (None,) * 12
     with pytest.raises(InputError, match=r"attention_probs_dropout_prob 0\.1"):
         network(**reference.inputs(), dropout_key=jax.random.key(0))
+
+
+# ── Many rows ──
+
+
+@pytest.mark.parametrize("width", [2, 3, 8])
+def test_forty_thousand_rows_are_reduced_rightly(width):
+    """jaxlib 0.10.2 reduces products with vectors of three wrongly from row 32,769 on (jax issue 39103)."""
+    n, random = 40_000, np.random.default_rng(0)
+    x = random.normal(1, 1, (n, width)).astype(np.float32)
+    linear, norm = model.Linear(width, width, 1.0, nnx.Rngs(0)), model.LayerNorm(width, 0.1, nnx.Rngs(0))
+    labels = np.where(random.random(n) < 0.9, random.integers(0, width, n), losses.IGNORE)
+    weights = (random.random(n) < 0.9).astype(np.float32)
+    attended = kernels.Attended(jnp.ones((n // 4, 1), jnp.int32), jnp.asarray(random.integers(0, 2, (n // 4, 4))))
+
+    @jax.jit
+    def computed(x):
+        def loss(x):
+            return losses.cross_entropy(linear(x), labels)
+
+        heads = x.reshape(n // 4, 4, 1, width)
+        return {
+            "linear and norm": norm(linear(x)),
+            "attention": model.plain_attention(heads, heads, heads, attended, 0.0, None)[1],
+            "cross entropy": loss(x),
+            "binary cross entropy": losses.binary_cross_entropy(linear(x), x > 1, weights),
+            "squared error": losses.squared_error(linear(x), x, weights),
+            "span": losses.span_cross_entropy(x.reshape(n, width), linear(x), labels, labels),
+            "gradient norm": optax.tree.norm(jax.grad(loss)(x)),
+        }
+
+    def cross_entropy(logits):
+        """Mean nll of the labels, and its gradient."""
+        counts, rows = labels != losses.IGNORE, np.arange(n)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        gradient = np.exp(log_p)
+        gradient[rows, labels * counts] -= 1
+        return -log_p[rows, labels * counts][counts].mean(), gradient * counts[:, None] / counts.sum()
+
+    x64, weight = x.astype(np.float64), np.asarray(linear.weight[...], np.float64)
+    y = x64 @ weight.T
+    centred = y - y.mean(-1, keepdims=True)
+    heads = x64.reshape(n // 4, 4, width)
+    scores = np.exp(np.where(attended.mask()[:, 0], heads @ heads.swapaxes(1, 2) / np.sqrt(width), -1e30))
+    scores[~np.asarray(attended.keys, bool).any(-1)] = 1
+    nll, gradient = cross_entropy(y)
+    share = weights[:, None] / (weights.sum() * width)
+    expected = {
+        "linear and norm": centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 0.1),
+        "attention": (scores / scores.sum(-1, keepdims=True))[:, None],
+        "cross entropy": nll,
+        "binary cross entropy": ((np.logaddexp(0, y) - y * (x > 1)) * share).sum(),
+        "squared error": ((y - x64) ** 2 * share).sum(),
+        "span": (cross_entropy(x64)[0] + nll) / 2,
+        "gradient norm": np.linalg.norm(gradient @ weight),
+    }
+    for name, got in computed(x).items():
+        np.testing.assert_allclose(got, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 # ── Bad input ──

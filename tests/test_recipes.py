@@ -100,6 +100,22 @@ def test_a_run_leaves_a_model_and_all_about_it(tree, tmp_path):
     assert (folder / "model.safetensors").stat() == weights
 
 
+def test_the_models_options_are_those_of_the_settings(tree, pretraining, tokenizer):
+    sections = {
+        "training": {"remat": True, "scan_layers": True, "batch_size": 16},
+        "precision": {"compute_dtype": "bfloat16"},
+    }
+    model = tree["model"] | {"hidden_dropout_prob": 0.25, "attention_probs_dropout_prob": 0.5}
+    fine = recipes.prepare(Settings.from_dict(tree | sections | {"model": model | {"classifier_dropout": 0.75}})).model
+    assert fine.config.classifier_dropout == 0.75
+    settings = Pretraining.from_dict(pretraining | sections | {"model": model})
+    for found in (fine, recipes.starting_model(settings, tokenizer, bert_jax.BertForMaskedLM)[0]):
+        assert (found.bert.remat, found.bert.scan_layers, found.bert.compute_dtype) == (True, True, "bfloat16")
+        assert (found.config.hidden_dropout_prob, found.config.attention_probs_dropout_prob) == (0.25, 0.5)
+    plain = recipes.prepare(Settings.from_dict(tree)).model.bert
+    assert (plain.remat, plain.scan_layers, plain.compute_dtype) == (False, False, "float32")
+
+
 def test_other_settings_in_a_run_s_folder_are_refused(tree):
     run(tree)
     tree["optimizer"] = {"learning_rate": 1e-3}

@@ -75,8 +75,10 @@ def test_overfits_eight_examples(make, tmp_path):
         tmp_path, optimizer={"learning_rate": 3e-3}, training={"max_steps": 100, "batch_size": 8, "evaluate_every": 100}
     )
     model, task = make(width=32)
+    before = jax.tree.map(np.array, tree.split(model)[0])
     examples = task.featurize(rows(8))
     trained = training.train(task, model, examples, None, settings)
+    jax.tree.map(np.testing.assert_array_equal, tree.split(model)[0], before)  # what was given stays as it was
     result = evaluation.evaluate(
         task,
         evaluation.program(task, tree.split(trained.model)[1]),
@@ -99,13 +101,14 @@ def test_overfits_eight_examples(make, tmp_path):
         {"mesh": True},
         {"mesh": True, "settings": {"training": {"accumulation": 2}}},
         {"padding": 8},
+        {"examples": 13, "settings": {"training": {"accumulation": 4}}},  # the last part has fewer than the others
     ],
     ids=str,
 )
 def test_ways_to_compute_a_step_agree(make, tmp_path, variant):
     _, task = make()
     examples = task.featurize(rows(16))
-    indices = np.arange(16)
+    indices = np.arange(variant.get("examples", 16))
     whole = [examples.batch(one_a_row(indices, 16, 32))]
     expected, params, _ = run_steps(make, make_settings(tmp_path), whole)
     settings = make_settings(tmp_path, **variant.get("settings", {}))
@@ -125,6 +128,33 @@ def test_dropout_differs_from_step_to_step_and_repeats_from_run_to_run(make, tmp
     again, _, _ = run_steps(make, frozen, [batch], hidden_dropout_prob=0.5)
     assert losses == again
     assert len(set(losses)) == 3
+
+
+def test_each_part_of_a_batch_drops_with_a_key_of_its_own(make, tmp_path):
+    model, task = make(hidden_dropout_prob=0.5)
+    twice = task.featurize([row for row in rows(8) for _ in range(2)])  # both parts are the same eight examples
+    batch = twice.batch(one_a_row(np.arange(16), 16, 32))
+    settings = make_settings(tmp_path, training={"accumulation": 2})
+    losses, _, _ = run_steps(make, settings, [batch], steps=1, hidden_dropout_prob=0.5)
+    half = jax.tree.map(lambda array: array[::2], batch)
+    state = training.init_state(training.plan(model, settings, 100), 0)
+    keys = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), 0), 2)
+    loss = jax.jit(lambda key: task.loss(model, half, key)[0])
+    first, second = (float(loss(key)) for key in keys)
+    assert abs(first - second) > 1e-4
+    assert losses[0] == pytest.approx((first + second) / 2, rel=1e-5)
+
+
+def test_the_gradients_norm_is_that_before_clipping(make, tmp_path):
+    model, task = make()
+    batch = task.featurize(rows(16)).batch(one_a_row(np.arange(16), 16, 32))
+    params, skeleton = tree.split(model)
+    gradient = jax.jit(jax.grad(lambda params: task.loss(tree.merge(skeleton, params), batch, None)[0]))(params)
+    expected = np.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(gradient)))
+    assert expected > 1e-2
+    plan = training.plan(model, make_settings(tmp_path, optimizer={"max_grad_norm": 1e-3}), 100)
+    _, metrics = training.make_step(task, plan)(training.init_state(plan, 0), plan.frozen, batch)
+    assert float(metrics["grad_norm"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_frozen_parameters_stay_and_cost_no_state(make, tmp_path):
@@ -221,7 +251,9 @@ def test_a_finished_run_gives_the_same_again(make, tmp_path):
 
 def test_the_best_checkpoint_is_what_comes_back(make, tmp_path):
     training_section = {"epochs": 4, "batch_size": 16, "evaluate_every": 2, "metric": "loss"}
+    training_section |= {"keep": 2, "save_every": 5}
     trained, journal = finish(make, tmp_path, training=training_section, optimizer={"learning_rate": 3e-2})
+    assert {int(path.name) for path in (tmp_path / training.CHECKPOINTS).iterdir()} == {trained.step, 15, 16}
     evaluations = {line["step"]: line["validation"]["loss"] for line in journal if "validation" in line}
     assert trained.step == min(evaluations, key=evaluations.get)
     assert trained.metrics["loss"] == evaluations[trained.step]
@@ -318,6 +350,33 @@ def test_the_journal_has_what_a_curve_needs(unbroken):
     assert json.dumps(trained.metrics)
 
 
+def test_a_line_of_the_journal_is_the_mean_of_its_steps(make, tmp_path):
+    section = {"epochs": 1, "batch_size": 16, "evaluate_every": 4}
+    journals = {
+        every: finish(make, tmp_path / str(every), training=section | {"log_every": every})[1] for every in (1, 4)
+    }
+    for name in ("loss", "grad_norm"):
+        steps = [line[name] for line in journals[1] if name in line]
+        (mean,) = (line[name] for line in journals[4] if name in line)
+        assert len(steps) == 4
+        assert len(set(steps)) == 4
+        assert mean == pytest.approx(np.mean(steps), rel=1e-6)
+
+
+def test_another_seed_is_another_run(make, tmp_path):
+    model, task = make()
+    examples = task.featurize(rows(64))
+    runs = []
+    for seed in (0, 0, 1):
+        settings = make_settings(tmp_path, training={"batch_size": 16, "seed": seed})
+        run = training.set_up(task, model, examples, settings)
+        runs.append([run.loader.place(step).indices.tolist() for step in range(4)])
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+    first, second = (training.init_state(run.plan, seed).key.tolist() for seed in (0, 1))
+    assert first != second
+
+
 # ── The program ──
 
 
@@ -351,6 +410,15 @@ def test_softmax_layer_norm_and_loss_are_float32(bfloat16_step):
         kinds = re.findall(rf"stablehlo\.{operation} .*tensor<{shape}x?(?:\d+x)*(\w+)>\s*$", text, re.MULTILINE)
         assert kinds
         assert set(kinds) == {"f32"}, operation
+
+
+def test_a_batch_is_computed_in_parts_one_after_another(make, tmp_path):
+    model, task = make()
+    settings = make_settings(tmp_path, training={"accumulation": 4}, data={"packing": False})
+    jaxpr = training.set_up(task, model, task.featurize(rows(16)), settings).trace(Shape(8, 32, 1)).jaxpr
+    assert [eqn.params["length"] for eqn in jaxpr.eqns if eqn.primitive.name == "scan"] == [4]
+    assert "[2,32,8]" in str(jaxpr)  # activations of two rows
+    assert "[8,32,8]" not in str(jaxpr)
 
 
 def test_the_state_is_overwritten(bfloat16_step):

@@ -84,8 +84,8 @@ class BertConfig:
                 raise ConfigError(f"{name} is {quoted(value)}; expected a probability: 0 or more and below 1.")
         for name in ["initializer_range", "layer_norm_eps"]:
             value = getattr(self, name)
-            if not _is_number(value) or not 0 < value <= 1:
-                raise ConfigError(f"{name} is {quoted(value)}; expected a number above 0 and at most 1.")
+            if not _is_number(value) or not 0 < value < 1:
+                raise ConfigError(f"{name} is {quoted(value)}; expected a number above 0 and below 1.")
         pad = self.pad_token_id
         if pad is not None and (not isinstance(pad, int) or isinstance(pad, bool) or not 0 <= pad < self.vocab_size):
             raise ConfigError(f"pad_token_id is {quoted(pad)}; expected a token id below vocab_size, or None.")
@@ -167,6 +167,8 @@ class BertConfig:
         fields = {field.name for field in dataclasses.fields(cls)}
         known = {key: value for key, value in config.items() if key in fields}
         if known.get("id2label") is not None:
+            if not isinstance(known["id2label"], Mapping):
+                raise ConfigError(f"id2label is {quoted(known['id2label'])}; expected an object of names by id.")
             known.pop("label2id", None)  # as in transformers: the names by id count, whatever the other map says
         return cls(**known)
 

@@ -5,6 +5,7 @@ A model id is a local folder, a model in this package, or an id on the Hugging F
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import re
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bert_jax.errors import BertJaxError, CheckpointError, HubUnreachableError, ModelNotFoundError, quoted
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "google-bert/bert-base-cased"
 CONFIG_FILE = "config.json"
@@ -241,11 +244,14 @@ def read_index(index: Path) -> dict[str, str]:
     Raises:
         CheckpointError: If it is damaged, or names something else than files beside it.
     """
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise CheckpointError(f"{index} is damaged (no weight_map); download it again.")
+    content = read_json(index)
+    files = content.get("weight_map")
+    if not isinstance(files, dict) or not files or not isinstance(content.get("metadata", {}), dict):
+        raise CheckpointError(f"{index} is damaged (no weight_map, or no metadata); download it again.")
+    if "metadata" not in content:
+        logger.warning("%s has no metadata, without which transformers does not read it.", index)
     for name, file in files.items():
-        if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
+        if not isinstance(file, str) or file in (".", "..") or not re.fullmatch(r"[^/\\\0\ud800-\udfff]{1,200}", file):
             raise CheckpointError(
                 f"{index} puts {quoted(name)} into {quoted(file)}; expected the name of a file beside it."
             )

@@ -32,6 +32,8 @@ SPECIAL_TOKENS = {
 
 BERT_CLASSES = ("Bert", "DistilBert", "Electra", "MobileBert", "ConvBert")
 """Classes that split text as BERT's, by their names without `Tokenizer` and `Fast`."""
+GENERIC_CLASSES = ("PreTrained", "TokenizersBackend")
+"""Classes that take `tokenizer.json` as it is."""
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that settings name, in the order in which transformers adds them."""
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -98,18 +100,23 @@ class Tokenizer:
             settings |= _read(folder, "special_tokens_map.json")
             added = _read(folder, "added_tokens.json")
         try:
-            limit = _limit(settings.get("model_max_length") or 512)
-            special = {name: _token(settings[name]).content for name in NAMED if settings.get(name) is not None}
+            limit = _limit(settings.get("model_max_length"))
+            special = _named(settings)
             named = SPECIAL_TOKENS | special
-            tokens = _declared(settings, added, file.get("added_tokens") or [])
+            tokens = _declared(settings, added, file["added_tokens"] if file else [])
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"tokenizer_config.json, or a file beside it in {folder}, is damaged ({error!r}); download it again."
+                f"tokenizer_config.json or tokenizer.json in {folder} is damaged ({error!r}); download it again."
             ) from None
-        name = settings.get("tokenizer_class") or hub.read_json(folder / hub.CONFIG_FILE).get("tokenizer_class")
-        bert = re.sub("(Tokenizer)?(Fast)?$", "", str(name or "Bert")) in BERT_CLASSES
+        name = settings.get("tokenizer_class")
+        if name is None:
+            name = hub.read_json(folder / hub.CONFIG_FILE).get("tokenizer_class", "BertTokenizer")
+        kind = re.sub("(Tokenizer)?(Fast)?$", "", name or "Bert") if isinstance(name, str | None) and name != "" else ""
+        bert = kind in BERT_CLASSES
         if (folder / "tokenizer.json").is_file():
             backend = _from_json(folder / "tokenizer.json", file, settings if bert else None, named)
+            if not bert and kind not in GENERIC_CLASSES:
+                logger.warning("%s is taken as it is, and not as a %s.", folder / "tokenizer.json", quoted(name))
         elif not (folder / "vocab.txt").is_file():
             raise CheckpointError(f"{folder} has no tokenizer; expected tokenizer.json or vocab.txt.")
         elif not bert:
@@ -122,6 +129,7 @@ class Tokenizer:
             vocab = backend.get_vocab()
             tokens += [(None, _token(token)) for token in named.values() if token in vocab]
         backend.add_tokens([token for _, token in tokens])
+        _check_vocab(folder, backend.get_vocab(), [])  # behind repeated lines an added token may get another's id
         if absent := [token for token in named.values() if backend.token_to_id(token) is None]:
             logger.warning("%s: the vocabulary has no %s; texts cannot hold it.", folder, " and no ".join(absent))
         for id, token in tokens:
@@ -327,14 +335,38 @@ class Tokenizer:
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
     """The object in a JSON file of a folder; empty where there is no such file."""
-    return hub.read_json(folder / name) if (folder / name).is_file() else {}
+    path = folder / name
+    if not path.is_file() and os.path.lexists(path):
+        raise CheckpointError(f"{path} is no file; expected one, or none.")
+    return hub.read_json(path) if path.is_file() else {}
 
 
 def _limit(given: Any) -> int:
+    """The tokens that a row may have, of which one is the text's."""
+    if given is None:
+        return 512
     # A tokenizer without a limit of its own is saved with one of 10^30.
-    if isinstance(given, bool) or (limit := min(int(given), 10**6)) < 1:
+    if isinstance(given, bool) or not isinstance(given, int | float) or not (limit := int(min(given, 10**6))) > 2:
         raise ValueError(f"model_max_length is {quoted(given)}")
     return limit
+
+
+def _named(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens that settings name, as they are written in a text.
+
+    Raises:
+        ValueError: If one is none, or is [MASK] too.
+    """
+    for name in SPECIAL_TOKENS:
+        if name in settings and settings[name] in (None, ""):
+            raise ValueError(f"{name} is {settings[name]!r}")
+    if settings.get("split_special_tokens"):
+        raise ValueError("split_special_tokens is set")
+    special = {name: _token(settings[name]).content for name in NAMED if settings.get(name) is not None}
+    roles = SPECIAL_TOKENS | special
+    if shared := [name for name in SPECIAL_TOKENS if name != "mask_token" and roles[name] == roles["mask_token"]]:
+        raise ValueError(f"{shared[0]} is the mask_token, {roles['mask_token']}")
+    return special
 
 
 def _token(given: Any, *, special: bool = True) -> AddedToken:
@@ -356,6 +388,8 @@ def _declared(
         of_file: The added tokens of `tokenizer.json`.
     """
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    if not isinstance(extra, list | dict):
+        raise TypeError(f"extra_special_tokens is {quoted(extra)}")
     named = [settings[name] for name in NAMED if settings.get(name) is not None]
     named += [
         token for name, token in settings.items()

@@ -196,7 +196,7 @@ def plan(
     names = {path.removeprefix(bare): published for published, path in _table(specs).items()}
     wrong += [f"missing: {names[path]} {list(specs[path].shape)}" for path in missing]
     if wrong:
-        lines = [line if len(line) <= 300 else f"{line[:299]}…" for line in wrong[:_LISTED]]
+        lines = [line if len(line) <= 240 else f"{line[:239]}…" for line in wrong[:_LISTED]]
         if len(wrong) > _LISTED:
             lines.append(f"and {len(wrong) - _LISTED} more")
         if missing:
@@ -231,8 +231,9 @@ def load(
             arrays[path] = jax.device_put(array)
     if infinite:
         raise CheckpointError(
-            f"The weights in {folder} hold NaN or infinity, in {', '.join(infinite[:_LISTED])}"
-            f"{', …' if len(infinite) > _LISTED else ''}: the run that saved them failed, or the file is damaged."
+            f"The weights in {folder} hold NaN or infinity, in {', '.join(infinite[:5])}"
+            f"{f' and {len(infinite) - 5} more' if len(infinite) > 5 else ''}: the run that saved them failed, or the "
+            "file is damaged."
         )
     return {path: arrays[path] for path in sources}, report
 
@@ -391,7 +392,8 @@ def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
     source = tensor.reshape(-1)
     for start in range(0, aligned.size, 2**18):  # what has just been copied is checked while it is in the cache
         part = aligned[start : start + 2**18]
-        part[...] = source[start : start + 2**18]
+        with np.errstate(over="ignore"):  # of float64
+            part[...] = source[start : start + 2**18]
         if not np.isfinite(part).all():
             return None
     return aligned.reshape(tensor.shape)
@@ -435,4 +437,5 @@ def _misfit(name: str, shape: list[int], dtype: str, expected: list[int]) -> lis
 
 def _pattern(name: str) -> str:
     """A regular expression of all that stands beside a tensor or a parameter, as Python writes it."""
-    return f"r'{re.escape(name.rpartition('.')[0])}\\..*'" if "." in name else f"r'{re.escape(name)}'"
+    pattern = re.escape(name.rpartition(".")[0]) + r"\..*" if "." in name else re.escape(name)
+    return f"r'{pattern}'" if len(pattern) <= 200 else f"r'{pattern[:199]}…'"

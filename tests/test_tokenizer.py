@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 
 import numpy as np
@@ -512,6 +513,21 @@ def test_a_file_of_other_parts_than_its_class_has(folder):
     assert one(Tokenizer.from_pretrained(path), "Hello Hello! ").ids == [2, CASED.index("Hello"), 1, 3]
 
 
+@pytest.mark.parametrize("name", [0, False, 7, "", ["BertTokenizer"], {}])
+def test_a_class_that_is_no_name(folder, name):
+    with pytest.raises(CheckpointError, match="asks for a"):
+        Tokenizer.from_pretrained(folder(CASED, tokenizer_config={"tokenizer_class": name}))
+
+
+def test_files_that_are_none(folder, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        for number, make in enumerate([os.mkdir, os.mkfifo, lambda path: os.symlink("nothing", path)]):
+            path = folder(CASED, f"{name} {number}")
+            make(path / name)
+            with pytest.raises(CheckpointError, match=rf"{re.escape(name)} is no file"):
+                Tokenizer.from_pretrained(path)
+
+
 def test_a_cased_guess_is_said(folder, caplog):
     Tokenizer.from_pretrained(folder(CASED, tokenizer_config=PLAIN))
     Tokenizer.from_pretrained(folder(UNCASED))
@@ -537,6 +553,25 @@ def test_repeated_lines_keep_the_ids_of_all_others(folder):
         assert again.vocab_size == len(repeated)
 
 
+def test_a_token_added_behind_repeated_lines(folder):
+    path = folder([*SPECIAL, "a", "b", "a", "c"], tokenizer_config=PLAIN, added_tokens={"[E1]": 8})
+    with pytest.raises(CheckpointError, match="has the id 8 for 2 tokens"):
+        Tokenizer.from_pretrained(path)
+
+
+def test_white_space_behind_a_piece_is_none_of_it(folder):
+    """As the library reads the file: pieces end where a line does, and a carriage return within one is not an end."""
+    path = folder()
+    lines = [*SPECIAL, "hello ", "e\t", "x\ry", "東\u3000", ""]
+    (path / "vocab.txt").write_bytes("\n".join([*lines, "last"]).encode())
+    (path / "tokenizer_config.json").write_text(json.dumps(PLAIN))
+    tokenizer = Tokenizer.from_pretrained(path)
+    assert one(tokenizer, "hello e 東 last", add_special_tokens=False).ids == [5, 6, 8, 10]
+    tokenizer.save_pretrained(path)
+    (path / "tokenizer.json").unlink()
+    assert one(Tokenizer.from_pretrained(path), "hello e 東 last", add_special_tokens=False).ids == [5, 6, 8, 10]
+
+
 @pytest.mark.parametrize("model", [{"a": 1}, {"[UNK]": 0, "[CLS]": 1, "[SEP]": 1}, {}, {"[UNK]": 2**25}])
 @pytest.mark.parametrize("kind", ["BertTokenizer", "PreTrainedTokenizerFast"])
 def test_a_vocabulary_of_tokenizer_json_that_is_none(tokenizer, folder, model, kind):
@@ -551,7 +586,7 @@ def test_a_vocabulary_of_tokenizer_json_that_is_none(tokenizer, folder, model, k
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"text"', '{"version": "1.0", "model": {}}'])
 def test_damaged_tokenizer_json(folder, content):
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged.*download it again"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json.* is damaged.*download it again"):
         Tokenizer.from_pretrained(folder(CASED, tokenizer=content))
 
 
@@ -569,6 +604,9 @@ def test_damaged_settings(folder, file, content):
         {"model_max_length": float("nan")}, {"model_max_length": True}, {"do_lower_case": "yes"},
         {"strip_accents": 1}, {"added_tokens_decoder": ["[E1]"]}, {"added_tokens_decoder": {"x": {"content": "a"}}},
         {"extra_special_tokens": 7}, {"extra_special_tokens": [7]}, {"added_tokens_decoder": {"0": {"lstrip": True}}},
+        {"extra_special_tokens": "cat"}, {"additional_special_tokens": "cat"}, {"split_special_tokens": True},
+        {"model_max_length": 2}, {"model_max_length": ""}, {"model_max_length": []},
+        {"unk_token": None}, {"mask_token": None}, {"pad_token": ""}, {"sep_token": "[MASK]"}, {"mask_token": "[CLS]"},
     ],
 )  # fmt: skip
 def test_settings_of_another_kind(folder, content):

@@ -122,7 +122,7 @@ def shard(folder, tensors):
     parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, folder / file)
-    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
     (folder / hub.INDEX_FILE).write_text(json.dumps(index))
     (folder / hub.WEIGHTS_FILE).unlink()
 
@@ -356,7 +356,17 @@ def test_corrupt_header(write):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": ["a"]}', "[" * 100_000]
+    "content",
+    [
+        "{",
+        "{}",
+        "[]",
+        '{"weight_map": 3}',
+        '{"weight_map": {}}',
+        '{"weight_map": ["a"]}',
+        "[" * 100_000,
+        '{"weight_map": {"a": "b"}, "metadata": []}',
+    ],
 )
 def test_damaged_index(write, content):
     folder = write("BertModel")
@@ -367,7 +377,8 @@ def test_damaged_index(write, content):
 
 
 @pytest.mark.parametrize(
-    "name", ["../model.safetensors", "/etc/passwd", "", ".", "..", "a/b", "a\\b", "a\0b", 7, None, ["x"]]
+    "name",
+    ["../model.safetensors", "/etc/passwd", "", ".", "..", "a/b", "a\\b", "a\0b", 7, None, ["x"], "\ud800", "x" * 5000],
 )
 def test_shards_are_files_beside_the_index(write, name):
     folder = write("BertModel")
@@ -394,6 +405,25 @@ def test_links_out_of_the_folder(checkpoint, write, tmp_path_factory):
         make()
         with pytest.raises(CheckpointError, match="is no file in that folder"):
             bert_jax.BertForMaskedLM.from_pretrained(folder)
+
+
+def test_an_index_without_metadata_is_read_and_said(write, caplog):
+    folder = write("BertForMaskedLM")
+    shard(folder, reference.tensors("BertForMaskedLM"))
+    bert_jax.BertForMaskedLM.from_pretrained(folder)
+    assert "metadata" not in caplog.text
+    index = json.loads((folder / hub.INDEX_FILE).read_text())
+    del index["metadata"]
+    (folder / hub.INDEX_FILE).write_text(json.dumps(index))
+    bert_jax.BertForMaskedLM.from_pretrained(folder)
+    assert "has no metadata" in caplog.text
+
+
+def test_messages_quote_little_of_a_name(write):
+    folder = write("BertModel", lambda tensors: tensors | {"x" * 5000: np.ones(1, np.float32)})
+    with pytest.raises(CheckpointError) as error:
+        bert_jax.BertModel.from_pretrained(folder)
+    assert len(str(error.value)) < 1000
 
 
 def test_the_hubs_cache_is_of_links(checkpoint, tmp_path):

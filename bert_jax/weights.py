@@ -196,7 +196,7 @@ def plan(
     names = {path.removeprefix(bare): published for published, path in _table(specs).items()}
     wrong += [f"missing: {names[path]} {list(specs[path].shape)}" for path in missing]
     if wrong:
-        lines = [line if len(line) <= 240 else f"{line[:239]}…" for line in wrong[:_LISTED]]
+        lines = [line if len(line) <= 200 else f"{line[:199]}…" for line in wrong[:_LISTED]]
         if len(wrong) > _LISTED:
             lines.append(f"and {len(wrong) - _LISTED} more")
         if missing:

@@ -272,7 +272,7 @@ def test_packed_rows_equal_separate_ones(checkpoint):
         np.concatenate([ids[0, :6], ids[1, :10], ids[2, :4], [0, 0]])[None],
         attention_mask=np.array([[1] * 20 + [0] * 2]),
         position_ids=np.array([[*range(6), *range(10), *range(4), 0, 0]]),
-        document_ids=np.array([[1] * 6 + [2] * 10 + [3] * 4 + [0] * 2]),
+        document_ids=np.array([[1] * 6 + [2] * 10 + [3] * 4 + [0, 3]]),  # of padding, the mask decides
     ).logits[0]
     close(packed[:6], bert(ids[:1, :6]).logits[0])
     close(packed[6:16], bert(ids[1:2]).logits[0])

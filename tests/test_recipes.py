@@ -177,16 +177,17 @@ def test_pairs_regression_and_several_labels(tree, tmp_path):
 
 
 def test_lora_is_saved_merged_and_apart(tree):
-    tree["model"]["lora"] = {"rank": 2}
-    folder = run(tree)
+    tree["model"]["lora"] = {"rank": 2, "alpha": 3}
+    folder = run(tree | {"optimizer": {"learning_rate": 1e-2}})
     adapters = load_file(folder / "adapters" / "adapter_model.safetensors")
     assert "base_model.model.classifier.weight" in adapters
     assert len(adapters) == 2 * 2 * 2 + 2
     merged = bert_jax.BertForSequenceClassification.from_pretrained(folder)
-    assert not np.array_equal(
-        merged.bert.layers[0].attention.query.weight[...],
-        load_file(Path(tree["model"]["id"]) / "model.safetensors")["bert.encoder.layer.0.attention.self.query.weight"],
-    )
+    name = "bert.encoder.layer.0.attention.self.query"
+    a, b = (adapters[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    before = load_file(Path(tree["model"]["id"]) / "model.safetensors")[f"{name}.weight"]
+    assert np.abs(b @ a).max() > 1e-3
+    np.testing.assert_allclose(merged.bert.layers[0].attention.query.weight[...], before + 3 / 2 * b @ a, atol=1e-6)
 
 
 def test_top_layers_drawn_anew(tree):

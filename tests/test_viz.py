@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import bert_jax
-from bert_jax import viz
+from bert_jax import report, viz
 from bert_jax.errors import InputError
 
 TEXT = "She went home."
@@ -40,6 +40,18 @@ def test_the_overview_has_every_head(model, tokenizer):
     assert len(figure.axes) == 6 * 12
     expected = np.asarray(model(**tokenizer([TEXT])).attentions[1][0, 4])
     np.testing.assert_allclose(figure.axes[12 + 4].images[0].get_array(), expected, atol=1e-6)
+
+
+def test_figures_are_what_notebooks_show(model, tokenizer, fill_mask):
+    # Without it a notebook shows <Figure size 600x470 with 2 Axes>.
+    for figure in (
+        viz.fillings(fill_mask, "Paris is the [MASK] of France."),
+        viz.attention(model, tokenizer, TEXT),
+        viz.attentions(model, tokenizer, TEXT),
+        report.learning_curve([], "accuracy"),
+        report.held_out_figure({"a model": {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6}}}),
+    ):
+        assert figure._repr_png_().startswith(b"\x89PNG")
 
 
 def test_no_such_layer_or_head(model, tokenizer):

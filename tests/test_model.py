@@ -492,7 +492,7 @@ def test_fused_attention_refuses_dropout_and_gives_no_maps(checkpoint, monkeypat
 # ── Many rows ──
 
 
-@pytest.mark.parametrize("width", [2, 3, 8])
+@pytest.mark.parametrize("width", [3, 8])
 def test_forty_thousand_rows_are_reduced_rightly(width):
     """jaxlib 0.10.2 reduces products with vectors of three wrongly from row 32,769 on (jax issue 39103)."""
     n, random = 40_000, np.random.default_rng(0)
@@ -502,21 +502,22 @@ def test_forty_thousand_rows_are_reduced_rightly(width):
     weights = (random.random(n) < 0.9).astype(np.float32)
     attended = kernels.Attended(jnp.ones((n // 4, 1), jnp.int32), jnp.asarray(random.integers(0, 2, (n // 4, 4))))
 
-    @jax.jit
-    def computed(x):
-        def loss(x):
-            return losses.cross_entropy(linear(x), labels)
+    def loss(x):
+        return losses.cross_entropy(linear(x), labels)
 
+    def attention(x):
         heads = x.reshape(n // 4, 4, 1, width)
-        return {
-            "linear and norm": norm(linear(x)),
-            "attention": model.plain_attention(heads, heads, heads, attended, 0.0, None)[1],
-            "cross entropy": loss(x),
-            "binary cross entropy": losses.binary_cross_entropy(linear(x), x > 1, weights),
-            "squared error": losses.squared_error(linear(x), x, weights),
-            "span": losses.span_cross_entropy(x.reshape(n, width), linear(x), labels, labels),
-            "gradient norm": optax.tree.norm(jax.grad(loss)(x)),
-        }
+        return model.plain_attention(heads, heads, heads, attended, 0.0, None)[1]
+
+    found = {
+        "linear and norm": lambda x: norm(linear(x)),
+        "attention": attention,
+        "cross entropy": loss,
+        "binary cross entropy": lambda x: losses.binary_cross_entropy(linear(x), x > 1, weights),
+        "squared error": lambda x: losses.squared_error(linear(x), x, weights),
+        "span": lambda x: losses.span_cross_entropy(x, linear(x), labels, labels),
+        "gradient norm": lambda x: optax.tree.norm(jax.grad(loss)(x)),
+    }
 
     def cross_entropy(logits):
         """Mean nll of the labels, and its gradient."""
@@ -543,8 +544,8 @@ def test_forty_thousand_rows_are_reduced_rightly(width):
         "span": (cross_entropy(x64)[0] + nll) / 2,
         "gradient norm": np.linalg.norm(gradient @ weight),
     }
-    for name, got in computed(x).items():
-        np.testing.assert_allclose(got, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    for name, function in found.items():  # each a program of its own: what XLA fuses with what decides
+        np.testing.assert_allclose(jax.jit(function)(x), expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 # ── Bad input ──

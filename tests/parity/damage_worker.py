@@ -1,6 +1,7 @@
 """Loads checkpoints with this package and with transformers, in a process that may be killed."""
 
 import logging
+import os
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -127,6 +128,7 @@ def inputs() -> dict[str, np.ndarray]:
 
 def serve(connection: Connection) -> None:
     """Takes ("ours" or "theirs", folder, parts) and answers with part -> (result, error) and the lines logged."""
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # programs run once here: compile them quickly
     import torch
     import transformers
 
@@ -139,7 +141,6 @@ def serve(connection: Connection) -> None:
     logging.getLogger("bert_jax").addHandler(said)
     logging.getLogger("bert_jax").setLevel(logging.INFO)
     sides = {"ours": Ours(), "theirs": Theirs()}
-    connection.send("ready")
     while True:
         name, folder, parts = connection.recv()
         said.lines, said.folder = [], str(folder)

@@ -289,17 +289,6 @@ def test_chosen_positions_equal_all(checkpoint):
         close(chosen, np.take_along_axis(np.asarray(everywhere), positions[..., None], axis=1))
 
 
-def test_first_positions_need_no_masked_positions(checkpoint):
-    # Without masked_positions they were ignored: logits [3, 2] of each row's first token alone.
-    network, given = load(checkpoint, "BertForPreTraining"), reference.inputs()
-    first = np.array([[0, 4], [0, 3], [0, 5]])
-    out = network(**given, first_positions=first)
-    chosen = network(**given, first_positions=first, masked_positions=np.array([[1], [2], [3]]))
-    assert out.seq_relationship_logits.shape == (3, 2, 2)
-    close(out.seq_relationship_logits, chosen.seq_relationship_logits)
-    close(out.prediction_logits, network(**given).prediction_logits)
-
-
 @pytest.mark.parametrize("options", [{}, {"scan_layers": True}, {"remat": True}])
 def test_the_last_layer_at_chosen_positions_is_the_whole_layer_there(checkpoint, options):
     given = reference.inputs() | {"document_ids": np.array([[0] * 4 + [1] * 6] * 3)}

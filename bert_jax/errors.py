@@ -4,8 +4,11 @@ Each message names what was given, what was expected and what to do. The command
 """
 
 import importlib.util
-import reprlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+QUOTED = 200
+"""Characters of what was given that a message shows."""
 
 
 class BertJaxError(Exception):
@@ -57,19 +60,44 @@ def check_extra(extra: str, *modules: str) -> None:
 
 
 def quoted(value: Any) -> str:
-    """What was given, as a message quotes it: its `repr`, of 200 characters at most.
-
-    Large values are cut before they are written out.
-    """
-    try:
-        text = _REPR.repr(value)
-    except Exception:  # an object's own fault, or an integer of more digits than Python writes
-        text = f"a {type(value).__name__} that cannot be written out"
-    return text if len(text) <= _QUOTED else text[: _QUOTED - 1] + "…"
+    """A value as Python writes it, cut off after `QUOTED` characters; what lies beyond is never written out."""
+    return _cut(_written(value))
 
 
-_QUOTED = 200
-_REPR = reprlib.Repr()
-_REPR.maxlevel = 4
-_REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxfrozenset = 20
-_REPR.maxstring = _REPR.maxlong = _REPR.maxother = _QUOTED
+def listed(values: Iterable[Any]) -> str:
+    """Values with commas between them, cut off after `QUOTED` characters."""
+    return _cut(f"{', ' * (i > 0)}{str(value)[: QUOTED + 1]}" for i, value in enumerate(values))
+
+
+def _cut(parts: Iterable[str]) -> str:
+    text = ""
+    for part in parts:
+        text += part
+        if len(text) > QUOTED:
+            return text[:QUOTED] + "…"
+    return text
+
+
+def _written(value: Any) -> Iterator[str]:
+    """`repr(value)` in parts. Each level has a character at least, so that a cut bounds the recursion."""
+    if isinstance(value, Mapping):
+        yield "{"
+        for i, (key, item) in enumerate(value.items()):
+            yield ", " * (i > 0)
+            yield from _written(key)
+            yield ": "
+            yield from _written(item)
+        yield "}"
+    elif type(value) in (list, tuple):
+        opening, closing = "[]" if type(value) is list else "()"
+        yield opening
+        for i, item in enumerate(value):
+            yield ", " * (i > 0)
+            yield from _written(item)
+        yield "," * (type(value) is tuple and len(value) == 1) + closing
+    elif isinstance(value, str | bytes):
+        yield repr(value[: QUOTED + 1])
+    elif isinstance(value, int) and value.bit_length() > 10_000:  # Python does not write longer ones as decimals
+        yield f"a whole number of {value.bit_length()} bits"
+    else:
+        yield repr(value)

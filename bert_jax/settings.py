@@ -8,6 +8,7 @@ A field's docstring is its meaning, with its unit; its annotation says what is t
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -25,7 +26,7 @@ from pydantic import (
     ValidationError,
 )
 
-from bert_jax.errors import InputError
+from bert_jax.errors import InputError, listed, quoted
 
 
 def _compiles(pattern: str) -> str:
@@ -42,6 +43,11 @@ Patterns = Annotated[tuple[Pattern, ...], BeforeValidator(lambda given: (given,)
 """Several, or one."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction")
+TASKS = ("text-classification", "token-classification", "question-answering")
+VALUES = 100_000
+"""Values of a file of settings; aliases that refer to aliases unfold to more than any memory holds."""
+PROBLEMS = 20
+"""Problems of a file of settings that a message names."""
 
 
 class _Section(BaseModel):
@@ -342,8 +348,10 @@ class _Root(_Section):
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            problems = "\n  ".join(_problem(cls, entry) for entry in error.errors())
-            raise InputError(f"{source}:\n  {problems}") from None
+            problems = [_problem(cls, entry) for entry in islice(error.errors(), PROBLEMS)]
+            if error.error_count() > PROBLEMS:
+                problems.append(f"… and {error.error_count() - PROBLEMS:,} more.")
+            raise InputError("\n  ".join([f"{source}:", *problems])) from None
 
     def to_yaml(self) -> str:
         """All settings, defaults included: what `from_file` reads back."""
@@ -353,7 +361,7 @@ class _Root(_Section):
         """What differs, leaf by leaf, `key: ours, theirs`."""
         mine, theirs = (_leaves(settings.model_dump(mode="json")) for settings in (self, other))
         return [
-            f"{key}: {mine.get(key)!r}, {theirs.get(key)!r}"
+            f"{key}: {quoted(mine.get(key))}, {quoted(theirs.get(key))}"
             for key in [*mine, *(key for key in theirs if key not in mine)]
             if mine.get(key) != theirs.get(key)
         ]
@@ -449,17 +457,59 @@ class Serving(_Root):
 def read(path: str | Path, overrides: Iterable[str] = ()) -> Settings | HeldOut:
     """Settings of the kind that the file's task asks for; see `Settings.from_file`."""
     tree = _tree(path, overrides)
-    kind = HeldOut if tree.get("task") in HELD_OUT_TASKS else Settings
+    kind = HeldOut if _nearest(tree.get("task"), [*TASKS, *HELD_OUT_TASKS]) in HELD_OUT_TASKS else Settings
     return kind.from_dict(tree, source=str(path))
+
+
+def _nearest(given: Any, names: Iterable[str]) -> str | None:
+    return (
+        next(iter(difflib.get_close_matches(given[:100], names, n=1, cutoff=0.5)), None)
+        if isinstance(given, str)
+        else None
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without keys that are given twice, of which the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        given: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in given:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1} gives {quoted(key.value)} once more.")
+            given.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parsed(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        ValueError: If it says nothing that settings could be, with the reason.
+    """
+    try:
+        found = yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(error) from None
+    left, inside = VALUES, [found]
+    while inside:
+        value = inside.pop()
+        left -= 1
+        if left < 0:
+            raise ValueError(f"it holds more than {VALUES:,} values, those of aliases counted.")
+        inside += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return found
 
 
 def _tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
     """A file with its variant and the overrides laid over it."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = _parsed(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"{path} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path} holds a {type(tree).__name__}; expected a tree of settings.")
@@ -467,8 +517,8 @@ def _tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
     variants, name = tree.pop("task_names", None) or {}, tree.pop("task_name", None)
     name = changes.pop("task_name", name)
     if name is not None:
-        if not isinstance(variants, dict) or not isinstance(variants.get(name), dict):
-            raise InputError(f"task_name is {name!r}; {path} has {', '.join(map(str, variants)) or 'none'}.")
+        if not isinstance(variants, dict) or not isinstance(name, str) or not isinstance(variants.get(name), dict):
+            raise InputError(f"task_name is {quoted(name)}; {path} has {listed(variants) or 'none'}.")
         tree = _laid_over(tree, variants[name])
     return _laid_over(tree, changes)
 
@@ -477,22 +527,29 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
     """`section.key=value`, the value in YAML -> a tree.
 
     Raises:
-        InputError: Names the one that is none.
+        InputError: Names the one that has no value, or one that YAML would read as something less than was given.
     """
     changes: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(f"{text!r} gives no value; expected key=value.")
+        if not equals or not value.strip():
+            raise InputError(f"{quoted(text)} gives no value; expected key=value, or key=null for none.")
         try:
-            changes = _laid_over(changes, _nested(key.split("."), yaml.safe_load(value)))
-        except (yaml.YAMLError, ValueError):  # ValueError: of a date that is none
-            raise InputError(f"{text!r}: the value is not YAML; single quotes keep what is in them.") from None
+            given = _parsed(value)
+            end = max(token.end_mark.index for token in yaml.scan(value) if not isinstance(token, _ENDS))
+            for part in reversed(key.split(".")):
+                given = {part: given}
+            changes = _laid_over(changes, given)
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: of a date that is none, too
+            raise InputError(f"{quoted(text)}: the value is not YAML; single quotes keep what is in them.") from None
+        if lost := value[end:].strip():
+            raise InputError(
+                f"{quoted(text)}: {quoted(lost)} is a comment in YAML; single quotes keep it: {listed([key])}='…'."
+            )
     return changes
 
 
-def _nested(keys: list[str], value: Any) -> Any:
-    return {keys[0]: _nested(keys[1:], value)} if keys else value
+_ENDS = (yaml.BlockEndToken, yaml.StreamEndToken)  # which stand behind what is passed over
 
 
 def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -513,13 +570,20 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _problem(root: type[BaseModel], entry: Any) -> str:
     """A line about one of pydantic's errors."""
     path = [str(part) for part in entry["loc"]]
+    key = listed([".".join(path)])
     if entry["type"] != "extra_forbidden":
-        given = "" if entry["type"] == "missing" else f", got {entry['input']!r}"
-        return f"{'.'.join(path)}: {entry['msg'].removeprefix('Value error, ')}{given}"
+        given = "" if entry["type"] == "missing" else f", got {quoted(entry['input'])}"
+        near = (
+            _nearest(entry["input"], re.findall("'([^']+)'", entry["msg"]))
+            if entry["type"] == "literal_error"
+            else None
+        )
+        hint = f"; did you mean {near}?" if near else ""
+        return f"{key}: {entry['msg'].removeprefix('Value error, ')}{given}{hint}"
     section: Any = root
     for part in path[:-1]:
         section = section.model_fields[part].annotation if part in section.model_fields else section
         section = next((kind for kind in getattr(section, "__args__", ()) if hasattr(kind, "model_fields")), section)
-    near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(section.model_fields)}."
-    return f"{'.'.join(path)}: there is no such setting; {hint}"
+    near = _nearest(path[-1], section.model_fields)
+    hint = f"did you mean {near}?" if near else f"expected one of {', '.join(section.model_fields)}."
+    return f"{key}: there is no such setting; {hint}"

@@ -177,7 +177,7 @@ def test_the_last_override_counts(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.epochs", "^'training.epochs' gives no value; expected key=value.$"),
+        ("training.epochs", "^'training.epochs' gives no value; expected key=value, or key=null for none.$"),
         ("training.epochs=[", r"^'training.epochs=\[': the value is not YAML"),
         ("training.epoch=1", "training.epoch: there is no such setting; did you mean epochs?"),
         ("training.epochs.a=1", "training.epochs: Input should be a valid number"),
@@ -273,3 +273,86 @@ def test_each_field_is_described(section, name):
     field = section.model_fields[name]
     # What stands for a whole section is described by the section itself.
     assert field.description or (field.annotation in SECTIONS and field.annotation.__doc__)
+
+
+# ── Nothing given is lost, and messages stay short ───────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.text=#1 String", "'data.text=#1 String': '#1 String' is a comment in YAML; single quotes keep it: "),
+        ("data.text=body #1", "'data.text=body #1': '#1' is a comment in YAML; single quotes keep it: data.text='…'."),
+        ("data.text='body' # why", "'# why' is a comment in YAML"),
+        ("data.labels=[a, b] #c", "'#c' is a comment in YAML"),
+        ("data.text=", "'data.text=' gives no value; expected key=value, or key=null for none."),
+        ("data.text= ", "'data.text= ' gives no value;"),
+        ("data.labels=" + "[" * 5000, f"'data.labels={'[' * 187}…: the value is not YAML; "),
+        ("a." * 5000 + "b=1", "there is no such setting; "),
+        ("model={id: a, id: b}", "'model={id: a, id: b}': the value is not YAML; "),
+    ],
+)
+def test_overrides_that_would_lose_something(tmp_path, override, message):
+    with pytest.raises(InputError, match=re.escape(message)) as raised:
+        load(tmp_path, override)
+    assert len(str(raised.value)) < 1000
+
+
+def test_overrides_with_signs_of_yaml_that_lose_nothing(tmp_path):
+    given = ["data.text='#1 String'", "data.label=a#1", 'data.id="x # y"', "data.test=null", "data.name=~"]
+    data = load(tmp_path, *given, data={"test": "t.csv", "name": "n"}).data
+    assert (data.text, data.label, data.id, data.test, data.name) == ("#1 String", "a#1", "x # y", None, None)
+    assert load(tmp_path, "data.text=''").data.text == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [
+        ("task=text-clasification", "got 'text-clasification'; did you mean text-classification?"),
+        ("schedule.name=linaer", "got 'linaer'; did you mean linear?"),
+        ("precision.compute_dtype=bf16", "got 'bf16'; did you mean bfloat16?"),
+        ("data.problem_type=multi_label", "got 'multi_label'; did you mean multi_label_classification?"),
+    ],
+)
+def test_the_nearest_value(tmp_path, override, near):
+    with pytest.raises(InputError, match=f"{re.escape(near)}$"):
+        load(tmp_path, override)
+
+
+def test_the_nearest_task_of_an_evaluation(tmp_path):
+    with pytest.raises(InputError, match=r"got 'fill-maks'; did you mean fill-mask\?$"):
+        module.read(write(tmp_path, "task: fill-maks\n"))
+    with pytest.raises(InputError, match=r"did you mean token-classification\?"):
+        module.read(write(tmp_path, TREE | {"task": "token-clasification"}))
+
+
+def bomb(levels):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels)]
+    return "\n".join(lines) + f"\ntask: *a{levels - 1}\noutput: {{folder: x}}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (bomb(4), r"task: Input should be .*, got \[\[\[\['x', 'x'.*…\n"),
+        (bomb(8), r"is not YAML: it holds more than 100,000 values, those of aliases counted\.$"),
+        ("a: &a [*a]\n", "is not YAML: it holds more than 100,000 values"),
+        ("task: " + "[" * 5000 + "]" * 5000, r"is not YAML: it is nested too deeply\.$"),
+        ("task: " + "{a: " * 5000 + "}" * 5000, r"is not YAML: it is nested too deeply\.$"),
+        (f"task: {'x' * 5000}\n", r"got 'x{199}…"),
+        (f"{'x' * 900}: 1\n", r"x{200}…: there is no such setting; "),
+        ("data: {labels: [" + "[a], " * 5000 + "]}", r"… and 4,98\d more\.$"),
+        ("task: a\ndata: {}\ntask: b\n", r"is not YAML: line 3 gives 'task' once more\.$"),
+        ("data:\n  text: a\n  text: b\n", r"is not YAML: line 3 gives 'text' once more\.$"),
+        (f"task_name: {['x' * 500]}\n", r"task_name is \['x{198}…; .* has none\.$"),
+    ],
+)
+def test_messages_quote_little_of_a_file(tmp_path, content, message):
+    with pytest.raises(InputError, match=message) as raised:
+        load_text(tmp_path, content)
+    assert len(str(raised.value)) < 12_000
+
+
+def load_text(tmp_path, content):
+    return Settings.from_file(write(tmp_path, content))

@@ -1,6 +1,7 @@
 """Rows of files and of the Hub's data sets, as dicts by column."""
 
 import ast
+import contextlib
 import csv
 import gzip
 import io
@@ -9,11 +10,11 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from bert_jax.errors import InputError
+from bert_jax.errors import InputError, listed, quoted
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -30,6 +31,8 @@ TEXT = ("text", "sentence", "sentence1", "question1", "premise", "question", "re
 """Usual names of the column of texts: the model catalogue's, GLUE's, and those of most data sets of the Hub."""
 
 Row = dict[str, Any]
+ClassLabels = dict[str, tuple[str, ...]]
+"""Columns of class ids, as `datasets` stores labels, and the names of the classes in the order of their ids."""
 
 
 class Entry(NamedTuple):
@@ -47,15 +50,65 @@ class Entry(NamedTuple):
 
 
 def read(path: str | Path, format: str | None = None, *, labelled: bool = True) -> Iterator[Row]:
-    """Streams the rows of a file; see `entries`.
+    """Streams the rows of a file; see `entries`. Class ids become names where Parquet written by `datasets` has them.
 
     Raises:
         InputError: If the file cannot be read, or names the line that cannot.
     """
+    names = class_labels(path, format)
     for line, row, _ in entries(path, format, labelled=labelled):
-        if isinstance(row, InputError):
-            raise InputError(f"{path}, line {line}: {row}")
-        yield row
+        try:
+            if isinstance(row, InputError):
+                raise row
+            yield _named(row, names)
+        except InputError as error:
+            raise InputError(f"{path}, line {line}: {error}") from None
+
+
+def class_labels(path: str | Path, format: str | None = None) -> ClassLabels:
+    """The columns of class ids of a Parquet file that `datasets` wrote; of other files, none.
+
+    Raises:
+        InputError: If it is a Parquet file that cannot be read.
+    """
+    path = Path(path)
+    if (format or FORMATS.get(path.suffix)) != "parquet":
+        return {}
+    try:
+        with open(path, "rb") as file, _opened_parquet(file) as parquet:
+            metadata = parquet.schema_arrow.metadata or {}
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror}.") from None
+    try:
+        return _class_labels(json.loads(metadata[b"huggingface"])["info"]["features"])
+    except (KeyError, TypeError, ValueError, AttributeError):  # of none that `datasets` wrote
+        return {}
+
+
+def _class_labels(features: Mapping[str, Any]) -> ClassLabels:
+    """Of a data set's features, as `datasets.Features.to_dict` gives them: class ids and lists of class ids."""
+    found = {}
+    for column, kind in features.items():
+        kind = kind[0] if isinstance(kind, list) and kind else kind  # as earlier versions wrote lists
+        kind = kind.get("feature", kind) if isinstance(kind, Mapping) else {}
+        if isinstance(kind, Mapping) and kind.get("_type") == "ClassLabel" and kind.get("names"):
+            found[column] = tuple(map(str, kind["names"]))
+    return found
+
+
+def _named(row: Row, labels: ClassLabels) -> Row:
+    """A row with names for class ids; None for -1, which test sets without labels have."""
+    named: Row = {}
+    for column, names in labels.items():
+        ids: Any = row.get(column)
+        each = ids if isinstance(ids, list) else [ids]
+        if wrong := [n for n in each if n is not None and not (isinstance(n, int) and n < len(names))]:
+            raise InputError(f"the class id {quoted(wrong[0])} of {column!r} has no name; there are {len(names)}.")
+        if any(n is None or n < 0 for n in each):
+            named[column] = None
+        else:
+            named[column] = [names[n] for n in each] if isinstance(ids, list) else names[ids]
+    return row | named
 
 
 def entries(path: str | Path, format: str | None = None, *, labelled: bool = True) -> Iterator[Entry]:
@@ -65,9 +118,10 @@ def entries(path: str | Path, format: str | None = None, *, labelled: bool = Tru
         path: JSONL, CSV, TSV (both with a header), Parquet, or text; all but Parquet may be gzipped. Or a folder, whose
             .txt files, in subfolders too, are a row's `text` each.
         format: "jsonl", "csv", "tsv", "parquet", "text" (a line is a row's `text`) or "text;label" (a line is a text,
-            and its label behind the last semicolon; a header `text;…` is passed over), or "conll" (a line is a word,
-            its tag in the last column; a blank line ends a row of `tokens` and `tags`), or "squad" (SQuAD's JSON, read
-            whole; a question is a row). By the file's name by default; .json is SQuAD's if it begins so, or JSONL.
+            and its label behind the last semicolon; a header that begins with a usual name of the text's column is
+            passed over), or "conll" (a line is a word, its tag in the last column; a blank line ends a row of `tokens`
+            and `tags`), or "squad" (SQuAD's JSON, read whole; a question is a row). By the file's name by default;
+            .json is SQuAD's if it begins so, or JSONL.
         labelled: A name in .txt says "text;label", and "text" otherwise.
 
     Raises:
@@ -163,28 +217,63 @@ def _jsonl(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
 
 def _csv(lines: Iterator[str], **dialect: Any) -> Iterator[tuple[int, Row | InputError]]:
     csv.field_size_limit(2**24)  # characters; the default's 131,072 are fewer than a book has
-    reader = csv.DictReader(lines, strict=True, **dialect)
-    names = list(reader.fieldnames or ())
-    if repeated := [name for n, name in enumerate(names) if name in names[:n]]:
-        yield 1, InputError(f"the header has {repeated[0]!r} twice.")
-        return
-    if any(re.search("[\ud800-\udfff]", name) for name in names):
-        yield 1, InputError("the header is not UTF-8 text.")
-        return
+    record: list[str] = []  # the lines that the reader has taken for the present row
+
+    def noted() -> Iterator[str]:
+        for line in lines:
+            record.append(line)
+            yield line
+
+    reader = csv.reader(noted(), strict=True, **dialect)
+    names: list[str] | None = None
     while True:
         begin = reader.line_num + 1
+        record.clear()
         try:
-            row = next(reader)
+            fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield begin, InputError(f"{error}.")
+            yield from _swallowed(begin, reader.line_num, begin + _open_quote(record, reader.dialect), error)
+            if names is None:
+                return
             continue
-        if None in row or None in row.values():
-            count = f"{'more' if None in row else 'fewer'} fields than the header's {len(names)}."
-            yield begin, InputError(count)
-        else:
-            yield begin, row
+        if names is None:
+            names = fields
+            if repeated := [name for n, name in enumerate(names) if name in names[:n]]:
+                yield 1, InputError(f"the header has {quoted(repeated[0])} twice.")
+                return
+            if any(re.search("[\ud800-\udfff]", name) for name in names):
+                yield 1, InputError("the header is not UTF-8 text.")
+                return
+        elif fields and len(fields) != len(names):
+            count = "more" if len(fields) > len(names) else "fewer"
+            yield begin, InputError(f"{count} fields than the header's {len(names)}.")
+        elif fields:
+            yield begin, dict(zip(names, fields, strict=True))
+
+
+def _swallowed(begin: int, end: int, opening: int, error: csv.Error) -> Iterator[tuple[int, InputError]]:
+    """Each line of a row that is broken, from `begin` to `end`, and the line where its last quote opens."""
+    if opening >= end:
+        yield begin, InputError(f"{error}.")
+    else:
+        count = f"{end - opening:,} line{'s' * (end > opening + 1)}"
+        yield begin, InputError(f"the quote that opens in line {opening} swallows the {count} behind it ({error}).")
+    for line in range(begin + 1, end + 1):
+        yield line, InputError(f"it belongs to the row of line {begin}, whose quote of line {opening} is not closed.")
+
+
+def _open_quote(record: list[str], dialect: Any) -> int:
+    """The line of a record, from 0, in which the last of its quotes opens."""
+    opening, quote, inside, before = 0, dialect.quotechar, False, dialect.delimiter
+    for number, line in enumerate(record):
+        for character in line:
+            if character == quote and (inside or before in (dialect.delimiter, "\n", quote)):
+                inside = not inside
+                opening = number if inside else opening
+            before = character
+    return opening
 
 
 def _tsv(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
@@ -199,7 +288,7 @@ def _text(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
 def _text_and_label(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
     for number, line in enumerate(lines, 1):
         text, semicolon, label = line.strip().rpartition(";")
-        if not line.strip() or (number == 1 and text == "text"):
+        if not line.strip() or (number == 1 and text.strip().lower() in TEXT):
             continue
         yield number, {"text": text, "label": label} if semicolon else InputError("no semicolon; expected text;label.")
 
@@ -229,7 +318,7 @@ def _squad(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
         ]
         rows = [
             {"id": question["id"], "question": question["question"], "context": paragraph["context"],
-             "answers": question.get("answers")}
+             "answers": question.get("answers"), "is_impossible": question.get("is_impossible")}
             for paragraph in paragraphs for question in paragraph["qas"]
         ]  # fmt: skip
     except (ValueError, RecursionError, KeyError, TypeError) as error:
@@ -238,24 +327,29 @@ def _squad(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
     yield from enumerate(rows, 1)
 
 
-def _parquet(file: IO[bytes]) -> Iterator[Entry]:
+@contextlib.contextmanager
+def _opened_parquet(file: IO[bytes]) -> Iterator[Any]:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise InputError("Parquet needs pyarrow: pip install 'bert-jax[data]'.") from None
-    number, size = 0, os.fstat(file.fileno()).st_size
     try:
-        parquet = pyarrow.parquet.ParquetFile(file)
-        for batch in parquet.iter_batches(1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield Entry(number, row, size * number // parquet.metadata.num_rows)
+        yield pyarrow.parquet.ParquetFile(file)
     except pyarrow.lib.ArrowException as error:
         raise InputError(f"Cannot read {file.name}: {error}.") from None
 
 
-def read_hub(id: str, name: str | None, split: str, revision: str | None) -> Iterator[Row]:
-    """Rows of a split of a data set on the Hub; labels that it stores as numbers come by their names.
+def _parquet(file: IO[bytes]) -> Iterator[Entry]:
+    number, size = 0, os.fstat(file.fileno()).st_size
+    with _opened_parquet(file) as parquet:
+        for batch in parquet.iter_batches(1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield Entry(number, row, size * number // parquet.metadata.num_rows)
+
+
+def read_hub(id: str, name: str | None, split: str, revision: str | None) -> tuple[ClassLabels, Iterator[Row]]:
+    """The columns of class ids of a data set on the Hub, and the rows of a split, with names for these ids.
 
     Raises:
         InputError: If there is no such data set or split, or the extra `data` is not installed.
@@ -268,35 +362,69 @@ def read_hub(id: str, name: str | None, split: str, revision: str | None) -> Ite
         found = datasets.load_dataset(id, name, split=split, revision=revision)
     except Exception as error:  # the library raises all kinds
         raise InputError(f"Cannot load {split} of {id}{f' ({name})' if name else ''}: {error}") from None
-    names = {column: kind for column, kind in found.features.items() if isinstance(kind, datasets.ClassLabel)}
-    lists = {column: kind.feature for column, kind in found.features.items()
-             if isinstance(getattr(kind, "feature", None), datasets.ClassLabel)}  # fmt: skip
-    for row in found:
-        # The Hub's test sets without labels have -1.
-        yield (
-            row
-            | {column: kind.int2str(n) for column, kind in names.items() if (n := row[column]) is not None and n >= 0}
-            | {
-                column: None if row[column] is None or min(row[column], default=0) < 0 else kind.int2str(row[column])
-                for column, kind in lists.items()
-            }
-        )
+    labels = _class_labels(found.features.to_dict())
+    return labels, (_named(row, labels) for row in found)
 
 
 def literal(text: str) -> Any:
-    """What a cell of a table stands for, in JSON or in Python's form; an empty one for an empty list.
+    """What a cell of a table stands for: a list or object in JSON, in Python's form, or in numpy's, without commas.
+
+    An empty cell is an empty list.
 
     Raises:
-        InputError: If it is neither.
+        InputError: If it is none of these.
     """
+    if not text.strip():
+        return []
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text, parse_constant=_no_number)
     try:
-        return json.loads(text) if text.strip() else []
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(_with_commas(text))
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        raise InputError(f"{text[:80]!r} is no list or object, in JSON or Python's form.") from None
+        raise InputError(f"{quoted(text)} is no list or object, in JSON, Python's or numpy's form.") from None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+_LITERAL = re.compile(
+    r"""\s*(?:
+    (?P<value>'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.])
+    |\b(?:True|False|None|true|false|null)\b)
+    |(?P<dtype>,\s*dtype=(?:\w+|'[<>|]?\w+'))
+    |(?P<opening>(?:(?:np\.)?array|np\.\w+)\(|[\[({])|(?P<closing>[])}])|(?P<sign>[,:])
+    )""",
+    re.VERBOSE,
+)
+_CONSTANTS = {"true": "True", "false": "False", "null": "None"}
+
+
+def _with_commas(text: str) -> str:
+    """Python's form of a literal in numpy's. Python itself would join the neighbouring texts of `['a' 'b']`.
+
+    Raises:
+        ValueError: If it is no literal, or a list has commas between some of its items and none between others.
+    """
+    written, separators, place, ended = "", [{","}], 0, False
+    while text[place:].strip():
+        if not (match := _LITERAL.match(text, place)):
+            raise ValueError(f"no literal at {place}")
+        kind, part = match.lastgroup, match[match.lastgroup or 0]
+        if ended and kind in ("value", "opening"):
+            separators[-1].add(" ")
+            written += ","
+        if part == ",":
+            separators[-1].add(part)
+        if kind == "opening":
+            separators.append(set() if part == "[" else {","})  # the items of lists alone may stand without commas
+        if kind == "closing" and (len(separators) == 1 or len(separators.pop()) > 1):
+            raise ValueError("commas or brackets are missing")
+        written += {"opening": part[-1], "dtype": ""}.get(kind or "", _CONSTANTS.get(part, part))
+        place, ended = match.end(), kind in ("value", "closing")
+    if separators != [{","}]:
+        raise ValueError("it is more than one value, or ends too soon")
+    return written
 
 
 def column(there: Collection[str], name: str | None, usual: Iterable[str]) -> str | None:
@@ -308,5 +436,5 @@ def column(there: Collection[str], name: str | None, usual: Iterable[str]) -> st
     if name is None:
         return next((candidate for candidate in usual if candidate in there), None)
     if name not in there:
-        raise InputError(f"There is no column {name!r}; there are {', '.join(map(repr, there))}.")
+        raise InputError(f"There is no column {quoted(name)}; there are {listed(map(repr, there))}.")
     return name

@@ -5,11 +5,12 @@ import os
 import re
 import threading
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bert_jax.data.sources import column, literal, read
+from bert_jax.data.sources import class_labels, column, entries, literal, read, read_hub
 from bert_jax.errors import InputError
 
 ROWS = [{"text": "grün, ja", "label": "a"}, {"text": "x", "label": "b"}]
@@ -107,8 +108,22 @@ def test_quotes_in_tsv_are_text(tmp_path):
         ("rows.csv", 'a,b\n"x\ny",1\n1,2,3\n', ", line 4: more fields than the header's 2."),
         ("rows.csv", "a,b\n1,2\n1\n", ", line 3: fewer fields than the header's 2."),
         ("rows.csv", 'a,b\n1,"2\n', ", line 2: unexpected end of data."),
+        (
+            "rows.csv",
+            'a,b\n1,2\n"3,4\n5,6\n7,8\n',
+            ", line 3: the quote that opens in line 3 swallows the 2 lines behind",
+        ),
+        ("rows.csv", 'a,b\n"1\n2","3\n5,6\n', ", line 2: the quote that opens in line 3 swallows the 1 line behind it"),
+        ("rows.csv", 'a,b\n"1,2\n3,"x"\n', ", line 2: the quote that opens in line 2 swallows the 1 line behind it"),
+        (
+            "rows.csv",
+            'a,b\n5" wide,"2\n3,4\n',
+            ", line 2: the quote that opens in line 2 swallows the 1 line behind it",
+        ),
         ("rows.csv", 'a,b\n1,"2"3\n', ", line 2: "),
         ("rows.tsv", "a\tb\n1\n", ", line 2: fewer fields"),
+        ("rows.csv", '"a,b\n1,2\n', ", line 1: the quote that opens in line 1 swallows the 1 line behind it"),
+        ("rows.csv", "a,b\n\n\n1\n", ", line 4: fewer fields than the header's 2."),
     ],
 )
 def test_bad_tables(tmp_path, name, content, message):
@@ -123,7 +138,9 @@ def test_long_fields(tmp_path):
 # ── text;label ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("header", ["", "text;label\n", "text;emotion\n"])
+@pytest.mark.parametrize(
+    "header", ["", "text;label\n", "text;emotion\n", "sentence;label\n", "Text;Label\n", "review;stars\n"]
+)
 def test_text_and_label(tmp_path, header):
     path = write(tmp_path, "rows.txt", f"{header}i feel; odd;joy\n\ntext;sadness\n")
     assert (
@@ -258,12 +275,136 @@ def test_squad(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("[1, 2]", [1, 2]), ("['a', \"b'c\"]", ["a", "b'c"]), ("", []), ('["\\ud83d\\ude00"]', ["😀"])],
+    [
+        ("[1, 2]", [1, 2]),
+        ("['a', \"b'c\"]", ["a", "b'c"]),
+        ("", []),
+        ("[]", []),
+        ('["\\ud83d\\ude00"]', ["😀"]),
+        ("['a' \"b'c\"]", ["a", "b'c"]),
+        ("['a'\n 'b']", ["a", "b"]),
+        ("[1 0\n 1]", [1, 0, 1]),
+        ("[1. 0. -1.5e-3]", [1.0, 0.0, -1.5e-3]),
+        ("[ True False]", [True, False]),
+        ("[[1 0]\n [0 1]]", [[1, 0], [0, 1]]),
+        ("[np.str_('a'), np.int64(1)]", ["a", 1]),
+        ("{'text': array(['x' ], dtype=object), 'answer_start': array([7])}", {"text": ["x"], "answer_start": [7]}),
+        ("{'a': [true, None]}", {"a": [True, None]}),
+    ],
 )
 def test_literal(text, expected):
     assert literal(text) == expected
 
 
-def test_no_literal():
-    with pytest.raises(InputError, match=r"'\[a b\]' is no list or object"):
-        literal("[a b]")
+def test_literals_are_what_python_json_and_numpy_write():
+    source = np.random.RandomState(0)
+    characters = list("ab'\"\\ ,[]\n\tü{}:#")
+    for _ in range(300):
+        words = ["".join(source.choice(characters, source.randint(5))) for _ in range(source.randint(6))]
+        array = np.array(words, dtype=object)
+        for text in (repr(words), json.dumps(words), str(array), repr(tuple(words)), repr({"text": array})):
+            found = literal(text)
+            assert list(found["text"] if isinstance(found, dict) else found) == words, text
+        numbers = source.randint(-3, 3, source.randint(1, 60))
+        assert literal(str(numbers)) == numbers.tolist()  # of several lines
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[a b]", "['a', 'b' 'c']", "['a' 'b', 'c',]", "('a' 'b')", "{'a': 'b' 'c'}", "['a'b']", "['a'] ['b']", "1 2",
+        "[0 1 ... 8 9]", "[nan 1]", "[NaN]", "[1, Infinity]", "['a',, 'b']", "['a'", "]]", "[b'a']", "f('a')",
+        "[" * 5000, "['a', x]", "[1_0]",
+    ],
+)  # fmt: skip
+def test_no_literal(text):
+    with pytest.raises(InputError, match=r" is no list or object, in JSON, Python's or numpy's form\.$") as raised:
+        literal(text)
+    assert len(str(raised.value)) < 300
+
+
+# ── Class ids ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def dataset():
+    datasets = pytest.importorskip("datasets")
+    kinds = {
+        "text": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["not_equivalent", "equivalent"]),
+        "tags": datasets.Sequence(datasets.ClassLabel(names=["O", "B-PER"])),
+        "numbers": datasets.Sequence(datasets.Value("int32")),
+    }
+    rows = [
+        {"text": "a", "label": 1, "tags": [0, 1], "numbers": [1]},
+        {"text": "b", "label": -1, "tags": [], "numbers": []},
+        {"text": "c", "label": None, "tags": None, "numbers": None},
+    ]
+    return datasets.Dataset.from_list(rows, features=datasets.Features(kinds))
+
+
+CLASSES = {"label": ("not_equivalent", "equivalent"), "tags": ("O", "B-PER")}
+NAMED = [
+    {"text": "a", "label": "equivalent", "tags": ["O", "B-PER"], "numbers": [1]},
+    {"text": "b", "label": None, "tags": [], "numbers": []},
+    {"text": "c", "label": None, "tags": None, "numbers": None},
+]
+
+
+def test_class_ids_in_parquet(tmp_path, dataset):
+    path = tmp_path / "rows.parquet"
+    dataset.to_parquet(path)
+    assert class_labels(path) == CLASSES
+    assert list(read(path)) == NAMED
+    assert [row["label"] for _, row, _ in entries(path)] == [1, -1, None]  # as they stand in the file
+    pyarrow.parquet.write_table(pyarrow.table({"label": [1]}), path)
+    assert class_labels(path) == {}
+    assert list(read(path)) == [{"label": 1}]
+
+
+def test_class_ids_of_the_hub(tmp_path, dataset):
+    dataset.to_parquet(tmp_path / "train.parquet")
+    names, rows = read_hub(str(tmp_path), None, "train", None)
+    assert names == CLASSES
+    assert list(rows) == NAMED
+
+
+def test_class_ids_without_a_name(tmp_path):
+    features = {
+        "label": {"names": ["a", "b"], "_type": "ClassLabel"},
+        "tags": [{"names": ["O"], "_type": "ClassLabel"}],
+    }
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    table = pyarrow.table({"label": [0, 2], "tags": [[0], [0]]})
+    pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), tmp_path / "rows.parquet")
+    rows = read(tmp_path / "rows.parquet")
+    assert next(rows) == {"label": "a", "tags": ["O"]}
+    with pytest.raises(
+        InputError, match=r"rows.parquet, line 2: the class id 2 of 'label' has no name; there are 2\.$"
+    ):
+        next(rows)
+    assert class_labels(write(tmp_path, "rows.csv", "label\n")) == {}
+
+
+# ── Quotes that are not closed ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_lines_that_a_quote_swallows_are_all_there(tmp_path):
+    content = 'text,label\na,b\n"open,c\n' + "x,y\n" * 3 + 'he said "so",d\nlast,e\n'
+    found = list(entries(write(tmp_path, "rows.csv", content)))
+    assert [line for line, *_ in found] == [2, 3, 4, 5, 6, 7, 8]
+    assert [isinstance(row, dict) for _, row, _ in found] == [True, *[False] * 5, True]
+    assert "the quote that opens in line 3 swallows the 4 lines behind it" in str(found[1].row)
+    assert str(found[2].row) == "it belongs to the row of line 3, whose quote of line 3 is not closed."
+    assert found[-1].row == {"text": "last", "label": "e"}
+    found = list(entries(write(tmp_path, "rows.csv", 'text,label\n"open,c\n' + "x,y\n" * 5000)))
+    assert len(found) == 5001
+    assert "swallows the 5,000 lines behind it" in str(found[0].row)
+
+
+def test_impossible_questions(tmp_path):
+    plausible = [{"text": "Anna", "answer_start": 0}]
+    asked = [{"id": "a", "question": "Why?", "answers": plausible, "is_impossible": True}]
+    data = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": "Anna sings.", "qas": asked}]}]}
+    (row,) = read(write(tmp_path, "dev.json", json.dumps(data)))
+    assert (row["is_impossible"], row["answers"]) == (True, plausible)

@@ -13,7 +13,7 @@ from bert_jax import losses
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
 from bert_jax.data.sources import literal
-from bert_jax.errors import InputError
+from bert_jax.errors import InputError, listed, quoted
 from bert_jax.model import BertForQuestionAnswering
 from bert_jax.settings import Answers, Data
 from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask, check_pairs
@@ -27,7 +27,10 @@ class QuestionAnswering(TrainableTask):
     """Reads answers off a context, as transformers' pipeline did up to version 4.57."""
 
     model_class = BertForQuestionAnswering
-    columns = {"id": ("id",), "question": ("question",), "context": ("context",), "answers": ("answers",)}  # noqa: RUF012
+    columns = {  # noqa: RUF012
+        "id": ("id",), "question": ("question",), "context": ("context",), "answers": ("answers",),
+        "is_impossible": ("is_impossible",),
+    }  # fmt: skip
     required, target = ("question", "context"), "answers"
     head, peft_type = r"qa_outputs\..*", "QUESTION_ANS"
     metrics = ("f1", "exact_match", "best_f1", "best_exact_match")
@@ -83,7 +86,7 @@ class QuestionAnswering(TrainableTask):
         """
         pair: Any = [inputs.get("question"), inputs.get("context")] if isinstance(inputs, Mapping) else inputs
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise InputError(f"expected a question and a context, got {inputs!r} ({type(inputs).__name__}).")
+            raise InputError(f"expected a question and a context, got {quoted(inputs)} ({type(inputs).__name__}).")
         for name, text in zip(("question", "context"), pair, strict=True):
             if not text.strip():
                 raise InputError(f"the {name} is empty.")
@@ -94,9 +97,9 @@ class QuestionAnswering(TrainableTask):
             ("max_seq_len", window, 1), ("doc_stride", stride, 0),
         ]:  # fmt: skip
             if not isinstance(number, int) or isinstance(number, bool) or number < least:
-                raise InputError(f"{name} is {number!r}; expected a whole number of at least {least}.")
+                raise InputError(f"{name} is {quoted(number)}; expected a whole number of at least {least}.")
         if not isinstance(null_threshold, int | float | None) or isinstance(null_threshold, bool):
-            raise InputError(f"null_threshold is {null_threshold!r}; expected a number.")
+            raise InputError(f"null_threshold is {quoted(null_threshold)}; expected a number.")
         if window > self.max_length:
             raise InputError(f"max_seq_len is {window}; the model has {self.max_length} positions.")
         question = self.tokenizer.encode([pair[0]], add_special_tokens=False)[0][0]
@@ -147,13 +150,13 @@ class QuestionAnswering(TrainableTask):
                 try:
                     row["answers"] = _answers(row, check=split == "train")
                 except InputError as error:
-                    wrong.append(f"data.{split}, row {i}{' ' + str(row['id']) if row.get('id') else ''}: {error}")
+                    wrong.append(f"data.{split}, row {i}{' ' + listed([row['id']]) if row.get('id') else ''}: {error}")
                 else:
                     kept.append(row | {"row": i})
             found[:] = kept
             ids = Counter(row["id"] for row in kept if row.get("id") is not None)
             if repeated := [id for id, times in ids.items() if times > 1]:
-                raise InputError(f"data.{split}: the id {repeated[0]!r} stands at {ids[repeated[0]]} questions.")
+                raise InputError(f"data.{split}: the id {quoted(repeated[0])} stands at {ids[repeated[0]]} questions.")
             if n := sum(row["answers"] is not None and not row["answers"]["text"] for row in kept):
                 nothing.append(f"{n:,} of data.{split}")
         if wrong and (data.wrong_answers == "stop" or not all(rows.values())):
@@ -167,7 +170,7 @@ class QuestionAnswering(TrainableTask):
         return "\n".join(said)
 
     @staticmethod
-    def config(rows: Sequence[Mapping[str, Any]], data: Data) -> dict[str, Any]:
+    def config(rows: Sequence[Mapping[str, Any]], data: Data, labels: tuple[str, ...] | None = None) -> dict[str, Any]:
         """See `TrainableTask.config`: transformers makes the head's two outputs of two labels."""
         return {"id2label": ("LABEL_0", "LABEL_1"), "num_labels": 2}
 
@@ -320,7 +323,9 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
     """
     for name in ("question", "context"):
         if not isinstance(row.get(name), str) or not row[name].strip():
-            raise InputError(f"the {name} is {row.get(name)!r}; expected a text.")
+            raise InputError(f"the {name} is {quoted(row.get(name))}; expected a text.")
+    if _impossible(row.get("is_impossible")):  # SQuAD 2.0 has plausible answers beside it, which are none
+        return {"text": [], "answer_start": []}
     answers = row.get("answers")
     if answers is None:
         if check:
@@ -340,13 +345,22 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
         not isinstance(texts, Sequence) or not isinstance(starts, Sequence) or len(texts) != len(starts)
         or not all(isinstance(text, str) for text in texts) or not all(isinstance(start, int) for start in starts)
     ):  # fmt: skip
-        raise InputError(f"answers is {row['answers']!r}; expected text and answer_start.")
+        raise InputError(f"answers is {quoted(row['answers'])}; expected text and answer_start.")
     for text, start in zip(texts, starts, strict=True) if check else ():
         if row["context"][start : start + len(text)] != text or start < 0:
             shown = row["context"][max(0, start) : start + len(text)]
-            raise InputError(f"the answer {text!r} does not stand at {start} of the context, but {shown!r}.")
+            raise InputError(
+                f"the answer {quoted(text)} does not stand at {start} of the context, but {quoted(shown)}."
+            )
     there = [(text, start) for text, start in zip(texts, starts, strict=True) if text]
     return {"text": [text for text, _ in there], "answer_start": [start for _, start in there]}
+
+
+def _impossible(given: Any) -> bool:
+    known = {None: False, "": False, "false": False, "0": False, "true": True, "1": True}
+    if (found := known.get(given if given is None else str(given).lower())) is None:
+        raise InputError(f"is_impossible is {quoted(given)}; expected true or false.")
+    return found
 
 
 def _place(answers: Mapping[str, Any] | None, context: np.ndarray, offsets: np.ndarray) -> tuple[int, int]:

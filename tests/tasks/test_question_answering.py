@@ -359,6 +359,13 @@ def test_the_loss_of_a_window_does_not_depend_on_its_padding(tokenizer, checkpoi
         ({"answers": {"text": ["Rome"], "answer_start": []}}, "expected text and answer_start"),
         ({"answers": {"text": [5], "answer_start": [0]}}, "expected text and answer_start"),
         ({"answers": "[Rome"}, "'[Rome' is no list or object"),
+        (
+            {"answers": "{'text': ['Par' 'is', 'x'], 'answer_start': [24]}"},
+            "['Par' 'is', 'x'], 'answer_start': [24]}\" is no list",
+        ),
+        ({"answers": "{'text': ['Par' 'is'], 'answer_start': [24]}"}, "expected text and answer_start"),
+        ({"is_impossible": "perhaps"}, "is_impossible is 'perhaps'; expected true or false."),
+        ({"is_impossible": float("nan")}, "is_impossible is nan; expected true or false."),
     ],
 )
 def test_rows_that_cannot_be_used_are_counted_and_named(change, message):
@@ -375,7 +382,8 @@ def test_rows_that_cannot_be_used_are_counted_and_named(change, message):
 def test_forms_of_answers():
     row = {"question": "Where?", "context": CONTEXT}
     expected = {"text": ["Paris"], "answer_start": [24]}
-    for answers in (expected, [{"text": "Paris", "answer_start": 24}], json.dumps(expected), str(expected),
+    of_pandas = "{'text': array(['Paris'], dtype=object), 'answer_start': array([24], dtype=int32)}"
+    for answers in (expected, [{"text": "Paris", "answer_start": 24}], json.dumps(expected), str(expected), of_pandas,
                     {"text": "Paris", "answer_start": 24}):  # fmt: skip
         given = [row | {"answers": answers}]
         assert QuestionAnswering.clean({"train": given}, Data()) == ""
@@ -388,6 +396,20 @@ def test_forms_of_answers():
         given = [row | {"answers": nothing}]
         QuestionAnswering.clean({"train": given}, Data())
         assert given[0]["answers"] == {"text": [], "answer_start": []}
+
+
+@pytest.mark.parametrize("impossible", [True, "True", "true", 1])
+def test_plausible_answers_are_none(impossible):
+    row = {"question": "Where?", "context": CONTEXT, "answers": {"text": ["Paris"], "answer_start": [24]}}
+    given = [
+        row | {"is_impossible": impossible},
+        row | {"is_impossible": False},
+        row | {"is_impossible": None},
+        dict(row),
+    ]
+    said = QuestionAnswering.clean({"train": given}, Data())
+    assert said == "without an answer: 1 of data.train (with answers.unanswerable the model may say so)"
+    assert [entry["answers"]["text"] for entry in given] == [[], ["Paris"], ["Paris"], ["Paris"]]
 
 
 def test_questions_without_answers_are_not_trained_on_unasked():

@@ -20,14 +20,14 @@ def classification(labels: np.ndarray, predictions: np.ndarray, names: tuple[str
         names: Of the labels.
 
     Returns:
-        accuracy, f1 (macro, micro, weighted and, of two labels, of the second), matthews; `per_class` with precision,
-        recall, f1 and support; `confusion`, rows being labels and columns predictions.
+        accuracy, f1 (macro, micro, weighted and, of two labels, of the second, whose name is `f1_label`), matthews;
+        `per_class` with precision, recall, f1 and support; `confusion`, rows being labels and columns predictions.
     """
     present = list(range(len(names)))
     table = metrics.precision_recall_fscore_support(labels, predictions, labels=present, zero_division=0.0)
-    scores = _f1(labels, predictions, present)
+    scores: dict[str, Any] = dict(_f1(labels, predictions, present))
     if len(names) == 2:
-        scores["f1"] = float(table[2][1])
+        scores |= {"f1": float(table[2][1]), "f1_label": names[1]}
     return {
         "accuracy": float(metrics.accuracy_score(labels, predictions)),
         **scores,
@@ -96,7 +96,7 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     """The entities of a sentence, as conlleval and seqeval read IOB1, IOB2 and BIOES, also where they are ill-formed.
 
     Args:
-        tags: "O", or B-, I-, E- or S- and a type.
+        tags: "O", or B-, I-, E- or S- and a type, or these letters alone: their type is "_", as seqeval has it.
 
     Returns:
         (type, first word, last word), in order.
@@ -106,6 +106,7 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     before, kind_before = "O", ""
     for i, tag in enumerate([*tags, "O"]):
         prefix, _, kind = tag.partition("-")
+        kind = kind or "_"
         ended = before in ("E", "S") or prefix in ("B", "S", "O") or kind != kind_before
         if before != "O" and ended:
             found.append((kind_before, begin, i - 1))

@@ -42,6 +42,8 @@ def learning_curve(journal: Sequence[Mapping[str, Any]], metric: str) -> "Figure
 def markdown(metrics: Mapping[str, Any]) -> str:
     """Metrics as Markdown: a table of the numbers, one by class, and the confusion matrix."""
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    if "f1_label" in metrics:
+        numbers = {f"f1 of {metrics['f1_label']}" if name == "f1" else name: n for name, n in numbers.items()}
     parts = [_table(["metric", ""], [[name, f"{value:.4f}"] for name, value in numbers.items()])]
     if per_class := metrics.get("per_class"):
         columns = list(next(iter(per_class.values())))

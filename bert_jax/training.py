@@ -452,8 +452,11 @@ def _finished(progress: dict[str, Any], patience: int | None) -> bool:
 
 
 def in_words(metrics: Mapping[str, Any]) -> str:
-    """The numbers of some metrics, on a line."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
+    """The numbers of some metrics, on a line; f1 of two labels says of which one it is."""
+    of = {"f1": f" of {metrics['f1_label']}"} if "f1_label" in metrics else {}
+    return "  ".join(
+        f"{name}{of.get(name, '')} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)
+    )
 
 
 class Journal:

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from bert_jax import metrics
+from bert_jax import metrics, report, training
 
 NAMES = ("a", "b", "c")
 
@@ -37,6 +37,9 @@ def test_of_two_labels_f1_is_the_second_ones():
     result = metrics.classification(labels, predictions, ("no", "yes"))
     assert result["f1"] == pytest.approx(2 * 1 / (3 + 2))
     assert result["f1"] == result["per_class"]["yes"]["f1"]
+    assert result["f1_label"] == "yes"
+    assert "f1 of yes 0.4000" in training.in_words(result)
+    assert "| f1 of yes | 0.4000 |" in report.markdown(result)
     assert result["confusion"] == [[4, 1], [2, 1]]
     assert result["matthews"] == pytest.approx((1 * 4 - 1 * 2) / np.sqrt(2 * 3 * 5 * 6))
 
@@ -113,6 +116,7 @@ def test_metrics_are_pythons_numbers(task):
         result = metrics.regression(np.float32([1, 2]), np.float32([1, 3]))
     per_class = result.pop("per_class", {})
     confusion = result.pop("confusion", [])
+    assert result.pop("f1_label", "b") == "b"
     assert {type(value) for value in result.values()} == {float}
     assert all(type(row["support"]) is int for row in per_class.values())
     assert all(type(value) is int for row in confusion for value in row)
@@ -127,6 +131,8 @@ def test_metrics_are_pythons_numbers(task):
         ("S-A B-A I-A E-A E-A", [("A", 0, 0), ("A", 1, 3), ("A", 4, 4)]),
         ("B-x-y I-x-y", [("x-y", 0, 1)]),
         ("O O", []),
+        ("B I O B B I", [("_", 0, 1), ("_", 3, 3), ("_", 4, 5)]),
+        ("O I I S E", [("_", 1, 2), ("_", 3, 3), ("_", 4, 4)]),
         ("", []),
     ],
 )
@@ -240,7 +246,7 @@ def entities_of_seqeval(tags):
 
 def test_entities_are_those_of_seqeval():
     source = random.Random(0)
-    tags = ["O", "O", *(f"{prefix}-{kind}" for prefix in "BIES" for kind in ("A", "B-c"))]
-    for _ in range(1000):
+    tags = ["O", "O", *"BIES", *(f"{prefix}-{kind}" for prefix in "BIES" for kind in ("A", "B-c"))]
+    for _ in range(2000):
         sentence = source.choices(tags, k=source.randint(0, 12))
         assert metrics.entities(sentence) == entities_of_seqeval(sentence), sentence

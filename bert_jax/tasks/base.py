@@ -5,6 +5,7 @@ depend on these, and returns its result. It never sees a batch: rows of many req
 (`bert_jax.pipelines`), and so a result does not depend on its company.
 """
 
+import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import numpy as np
 
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
-from bert_jax.errors import CheckpointError, InputError
+from bert_jax.errors import CheckpointError, InputError, listed
 from bert_jax.settings import Data
 from bert_jax.tokenizer import Tokenizer
 
@@ -128,8 +129,14 @@ class TrainableTask(Task, Objective, Protocol):
         ...
 
     @staticmethod
-    def config(rows: Sequence[Mapping[str, Any]], data: Data) -> dict[str, Any]:
-        """The config's fields that follow from the training rows: their labels."""
+    def config(rows: Sequence[Mapping[str, Any]], data: Data, labels: tuple[str, ...] | None = None) -> dict[str, Any]:
+        """The config's fields that follow from the training rows: their labels.
+
+        Args:
+            rows: Cleaned ones.
+            data: Its `labels` are the names in the order of their ids, where they are set.
+            labels: That order as the data set has it; None where it has none.
+        """
         ...
 
     def labelled(self, examples: Examples) -> bool:
@@ -150,3 +157,10 @@ class TrainableTask(Task, Objective, Protocol):
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
         """What `forward` returned, in words, row by row of the data."""
         ...
+
+
+def known_labels(labels: Sequence[str]) -> str:
+    """A sentence's end about a label that is none of the model's."""
+    if all(re.fullmatch(r"LABEL_\d+", label) for label in labels):
+        return f"the model has {listed(labels)}; data.labels gives them names, in this order."
+    return f"the labels are {listed(labels)}."

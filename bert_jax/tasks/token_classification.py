@@ -14,10 +14,10 @@ from bert_jax import losses
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
 from bert_jax.data.sources import literal
-from bert_jax.errors import InputError
+from bert_jax.errors import InputError, listed, quoted
 from bert_jax.model import BertForTokenClassification
 from bert_jax.settings import Data
-from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask
+from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask, known_labels
 from bert_jax.tokenizer import Tokenizer
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
@@ -50,7 +50,7 @@ class TokenClassification(TrainableTask):
         self.max_length = max_length
         self.stride = max_length // 4
         self.labels = config.labels
-        if not any(label.startswith(("B-", "I-")) for label in self.labels):  # parts of speech
+        if not _marked(self.labels):  # parts of speech
             self.metrics = ("accuracy",)
 
     def forward(
@@ -86,16 +86,16 @@ class TokenClassification(TrainableTask):
         words: list[str] | None = None
         if not isinstance(text, str):
             if not isinstance(text, list | tuple) or not all(isinstance(word, str) for word in text):
-                raise InputError(f"expected a text or its words, got {text!r} ({type(text).__name__}).")
+                raise InputError(f"expected a text or its words, got {quoted(text)} ({type(text).__name__}).")
             words, text = list(text), " ".join(text)
         if not text.strip():
             raise InputError("the text is empty.")
         if aggregation_strategy not in STRATEGIES:
             raise InputError(
-                f"aggregation_strategy is {aggregation_strategy!r}; expected one of {', '.join(STRATEGIES)}."
+                f"aggregation_strategy is {quoted(aggregation_strategy)}; expected one of {', '.join(STRATEGIES)}."
             )
         if not isinstance(ignore_labels, list | tuple) or not all(isinstance(name, str) for name in ignore_labels):
-            raise InputError(f"ignore_labels is {ignore_labels!r}; expected a list of labels.")
+            raise InputError(f"ignore_labels is {quoted(ignore_labels)}; expected a list of labels.")
         windows = self.tokenizer.encode(
             [text if words is None else words],
             is_split_into_words=words is not None,
@@ -208,6 +208,10 @@ class TokenClassification(TrainableTask):
             tagged = [row for row in found if row["tags"] is not None]
             try:
                 scheme = _scheme([row["tags"] for row in tagged])
+                if scheme == "suffixes":
+                    for row in tagged:
+                        row["tags"] = [tag if tag == "O" else f"{tag[-1]}-{tag[:-2]}" for tag in row["tags"]]
+                    scheme = _scheme([row["tags"] for row in tagged])
             except InputError as error:
                 raise InputError(f"data.{split}: {error}") from None
             if scheme in ("IOB1", "BIOES"):
@@ -221,16 +225,21 @@ class TokenClassification(TrainableTask):
         return "; ".join(f"tags of {split}: {scheme}" for split, scheme in schemes.items())
 
     @staticmethod
-    def config(rows: Sequence[Mapping[str, Any]], data: Data) -> dict[str, Any]:
-        """See `TrainableTask.config`: O, then B- and I- of each type, sorted, then what else there is."""
+    def config(rows: Sequence[Mapping[str, Any]], data: Data, labels: tuple[str, ...] | None = None) -> dict[str, Any]:
+        """See `TrainableTask.config`; of its own, O, then B- and I- of each type, sorted, then what else there is.
+
+        The data set's order does not count where its tags were of another scheme than IOB2.
+        """
         tags = {tag for row in rows for tag in row["tags"] or ()}
         if not tags:
             raise InputError("data.train: no row has tags; data.tags names the column.")
-        kinds = sorted({tag[2:] for tag in tags if tag.startswith(("B-", "I-"))})
-        usual = ["O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")] if kinds else []
+        kinds = sorted({tag[1:] for tag in _marked(tags)})
+        usual = ["O", *(f"{prefix}{kind}" for kind in kinds for prefix in "BI")] if kinds else []
         names = data.labels or (*usual, *sorted(tags - set(usual)))
+        if not data.labels and labels and tags <= set(labels) and not any(tag[0] in "ES" for tag in _marked(labels)):
+            names = labels
         if unknown := sorted(tags - set(names)):
-            raise InputError(f"data.labels lacks the tag {unknown[0]!r} of data.train; it has {', '.join(names)}.")
+            raise InputError(f"data.labels lacks the tag {quoted(unknown[0])} of data.train; it has {listed(names)}.")
         return {"id2label": names, "num_labels": len(names)}
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
@@ -247,7 +256,7 @@ class TokenClassification(TrainableTask):
         for n, (row, parts) in enumerate(zip(rows, encoded, strict=True)):
             tags = row.get("tags")
             if unknown := [tag for tag in tags or () if tag not in ids]:
-                raise InputError(f"row {n + 1}: the tag {unknown[0]!r} is unknown; there are {', '.join(self.labels)}.")
+                raise InputError(f"row {n + 1}: the tag {quoted(unknown[0])} is unknown; {known_labels(self.labels)}")
             firsts: list[list[tuple[int, int]]] = [[] for _ in parts]  # a window -> places and words
             last, word_ids = None, [part.word_ids for part in parts]
             for window, i in self._places(parts):
@@ -292,7 +301,7 @@ class TokenClassification(TrainableTask):
         truth = {n: row["tags"] for n, row, _ in examples.origins}
         found = self.predictions(outputs, examples)
         known = [n for n, tags in truth.items() if tags]
-        bioes = any(label.startswith(("E-", "S-")) for label in self.labels)  # as others train; the truth is IOB2
+        bioes = any(label[0] in "ES" for label in _marked(self.labels))  # as others train; the truth is IOB2
         tags = [iob2(found[n]["tags"]) if bioes else found[n]["tags"] for n in known]
         result = metrics.tagging([truth[n] for n in known], tags)
         return result if "f1" in self.metrics else {"accuracy": result["accuracy"]}
@@ -309,20 +318,30 @@ class TokenClassification(TrainableTask):
 
 
 def iob2(tags: Sequence[str]) -> list[str]:
-    """Tags of any scheme -> IOB2: B- at the first word of an entity, I- at the others."""
+    """Tags of any scheme -> IOB2: B- at an entity's first word, I- at the others; B and I where there is no type."""
     from bert_jax import metrics
 
     converted = ["O"] * len(tags)
-    for kind, first, last in metrics.entities(tags):
-        converted[first : last + 1] = [f"B-{kind}", *[f"I-{kind}"] * (last - first)]
+    for _, first, last in metrics.entities(tags):
+        kind = tags[first][1:]  # with its hyphen
+        converted[first : last + 1] = [f"B{kind}", *[f"I{kind}"] * (last - first)]
     return converted
+
+
+def _marked(tags: Iterable[str]) -> set[str]:
+    """The tags of words in entities: those with a prefix or, where all but O are bare B, I, E and S, these."""
+    tags = set(tags)
+    bare = tags - {"O"}
+    if bare <= set("BIES") and bare & set("BI"):
+        return bare
+    return {tag for tag in tags if re.fullmatch(r"[BIES]-.+", tag)}
 
 
 def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str] | None) -> tuple[list[str], list[str] | None]:
     """A row's words, and its tags as strings, None where it has none; numbers are indices of the names."""
     tokens, tags = (literal(cell) if isinstance(cell, str) else cell for cell in (tokens, tags))  # as CSV has them
     if not isinstance(tokens, list | tuple) or not all(isinstance(token, str) for token in tokens):
-        raise InputError(f"tokens is {tokens!r}; expected a list of words.")
+        raise InputError(f"tokens is {quoted(tokens)}; expected a list of words.")
     if not tokens:
         raise InputError("there are no tokens.")
     if tags is None:
@@ -332,6 +351,8 @@ def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str] | None) -> tupl
         raise InputError(f"{len(tokens)} tokens and {count} tags; expected one to each.")
     named = []
     for tag in tags:
+        if not isinstance(tag, str | int) or isinstance(tag, bool):
+            raise InputError(f"a tag is {quoted(tag)}; expected a text, or a number where data.labels names them.")
         if isinstance(tag, int):
             if not names:
                 raise InputError("tags are numbers; data.labels has to name them, in their order.")
@@ -343,16 +364,23 @@ def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str] | None) -> tupl
 
 
 def _scheme(sentences: Sequence[Sequence[str]]) -> str:
-    """IOB1, IOB2 or BIOES; "none" where no tag has a prefix.
+    """IOB1, IOB2 or BIOES; "none" where no tag has a prefix, "suffixes" where all have PER-B's form.
 
     Raises:
         InputError: If some tags have one and others do not, or have another one.
     """
     tags = {tag for sentence in sentences for tag in sentence}
-    marked = {tag for tag in tags if re.fullmatch(r"[BIES]-.+", tag)}
+    marked = _marked(tags)
     others = sorted(tags - marked - {"O"})
-    if stray := [tag for tag in others if marked or ("O" in tags and re.fullmatch(r"\w-.+", tag))]:
-        raise InputError(f"the tag {stray[0]!r} follows no scheme; expected O, or B-, I-, E- or S- and a type.")
+    suffixed = not marked and all(re.fullmatch(r".+-[BIES]", tag) for tag in others)
+    if suffixed and any(tag[-1] in "BI" for tag in others):
+        return "suffixes"
+    prefixed = r"\w-.+|.+-[BI]|[BIES][._:/|].+"
+    if stray := [tag for tag in others if marked or ("O" in tags and re.fullmatch(prefixed, tag))]:
+        raise InputError(
+            f"the tag {quoted(stray[0])} follows no scheme; expected O, or B-, I-, E- or S- and a type, or B, I and O "
+            "alone."
+        )
     if not marked:
         return "none"
     if any(tag[0] in "ES" for tag in marked):

@@ -242,6 +242,13 @@ def test_a_word_of_no_token_is_o(task):
         ("tags: IOB1, read as IOB2", ["I-A", "I-A", "B-A", "O", "I-B"], ["B-A", "I-A", "B-A", "O", "B-B"]),
         ("tags: BIOES, read as IOB2", ["B-A", "I-A", "E-A", "S-B", "O"], ["B-A", "I-A", "I-A", "B-B", "O"]),
         ("tags: none", ["NN", "VB", "."], ["NN", "VB", "."]),
+        ("tags: IOB2", ["B", "I", "O", "B"], ["B", "I", "O", "B"]),
+        ("tags: IOB1, read as IOB2", ["I", "I", "O", "I", "B"], ["B", "I", "O", "B", "B"]),
+        ("tags: BIOES, read as IOB2", ["B", "I", "E", "S", "O"], ["B", "I", "I", "B", "O"]),
+        ("tags: IOB2", ["PER-B", "PER-I", "O", "LOC-x-B"], ["B-PER", "I-PER", "O", "B-LOC-x"]),
+        ("tags: BIOES, read as IOB2", ["PER-B", "PER-E", "O", "LOC-S"], ["B-PER", "I-PER", "O", "B-LOC"]),
+        ("tags: none", ["S", "NN", "B"], ["S", "NN", "B"]),  # letters among other tags are tags
+        ("tags: none", ["O", "O", "O"], ["O", "O", "O"]),
     ],
 )
 def test_schemes(said, given, expected):
@@ -265,6 +272,13 @@ def test_tags_by_number_as_text_and_missing():
         ([{"tokens": "7", "tags": ["O", "O"]}], "row 1: tokens is 7; expected a list of words"),
         ([{"tokens": [], "tags": []}], "row 1: there are no tokens"),
         (rows_of([0, 1]), "tags are numbers; data.labels has to name them"),
+        (rows_of(["O", None]), "row 1: a tag is None; expected a text, or a number"),
+        (rows_of([0.0, float("nan")]), "row 1: a tag is 0.0; expected a text, or a number"),
+        (rows_of(["O", "B-A", "B"]), "the tag 'B' follows no scheme; expected O, or B-"),
+        (rows_of(["O", "PER-B", "X"]), "the tag 'PER-B' follows no scheme"),
+        (rows_of(["O", "PER-B", "B-PER"]), "the tag 'PER-B' follows no scheme"),
+        (rows_of(["O", "B_PER", "I_PER"]), "the tag 'B_PER' follows no scheme"),
+        ([{"tokens": "['a', 'b' 'c']", "tags": "['O', 'O', 'O']"}], "row 1: \"['a', 'b' 'c']\" is no list or object"),
     ],
 )
 def test_bad_rows(rows, message):
@@ -297,6 +311,40 @@ def test_words_of_a_table():
     assert (said, tags) == ("tags: IOB2", [["B-PER", "O"]])
 
 
+@pytest.mark.parametrize("tags", ["['B-PER' 'O' 'O']", "['B-PER'\n 'O' 'O']", "[1 0 0]", '["B-PER", "O", "O"]'])
+def test_lists_as_numpy_writes_them(tags):
+    rows = [{"tokens": "['Anna'\n \"isn't\" 'here']", "tags": tags}]
+    assert clean(rows, labels=("O", "B-PER")) == ("tags: IOB2", [["B-PER", "O", "O"]])
+    assert rows[0]["tokens"] == ["Anna", "isn't", "here"]
+
+
+def test_entities_without_a_type(tokenizer):
+    rows = rows_of(["I", "I", "O", "I", "B"])
+    assert clean(rows)[0] == "tags: IOB1, read as IOB2"
+    fields = TokenClassification.config(rows, Data())
+    assert fields["id2label"] == ("O", "B", "I")
+    task = TokenClassification(tokenizer, BertConfig.from_dict(reference.CONFIG).replace(**fields), 32)
+    assert task.metrics[0] == "f1"
+    examples = task.featurize(rows)
+    # Two of three entities are found, and one that is none: tags B I O B I.
+    tags = ["B", "I", "O", "B", "I"]
+    scores = np.zeros((len(examples.input_ids[0]), 3))
+    for (place, _), tag in zip(examples.origins[0][2], tags, strict=True):
+        scores[place, task.labels.index(tag)] = 1
+    found = task.evaluate({"scores": [scores]}, examples)
+    assert (found["precision"], found["recall"], found["f1"]) == (1 / 2, 1 / 3, pytest.approx(2 / 5))
+    assert found["per_class"] == {"_": found["per_class"]["_"]}
+
+
+def test_the_order_of_the_data_set():
+    rows = [{"tokens": ["a", "b"], "tags": ["O", "B-A"]}]
+    classes = ("O", "B-Z", "I-Z", "B-A", "I-A")
+    assert TokenClassification.config(rows, Data(), classes)["id2label"] == classes
+    assert TokenClassification.config(rows, Data(labels=("B-A", "O")), classes)["id2label"] == ("B-A", "O")
+    for other in (("O", "I-A"), ("O", "B-A", "I-A", "E-A", "S-A")):  # of tags that have become IOB2's
+        assert TokenClassification.config(rows, Data(), other)["id2label"] == ("O", "B-A", "I-A")
+
+
 def test_names_of_labels_in_the_settings():
     rows = [{"tokens": ["a", "b"], "tags": ["O", "B-A"]}]
     assert TokenClassification.config(rows, Data(labels=("B-A", "O")))["id2label"] == ("B-A", "O")
@@ -316,7 +364,7 @@ def test_parts_of_speech_have_no_entities(tokenizer):
 
 
 def test_an_unknown_tag_and_no_tags(task):
-    with pytest.raises(InputError, match="row 1: the tag 'B-X' is unknown; there are O, B-PER"):
+    with pytest.raises(InputError, match="row 1: the tag 'B-X' is unknown; the labels are O, B-PER"):
         task().featurize([{"tokens": ["a"], "tags": ["B-X"]}])
     with pytest.raises(InputError, match="no row has tags"):
         TokenClassification.config([{"tokens": ["a"], "tags": None}], Data())

@@ -144,7 +144,7 @@ def evaluate(
     Raises:
         InputError: If the texts or the model cannot be used.
     """
-    texts = [row["text"] for row in recipes.read_split(settings, split)]
+    texts = [row["text"] for row in recipes.read_split(settings, split).rows]
     if not texts:
         raise InputError(f"data.{split} is not set.")
     for i, text in enumerate(texts, 1):

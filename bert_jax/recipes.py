@@ -1,6 +1,7 @@
 """Settings -> a fine-tuned model, or a model's metrics: what the command line runs, a step at a time."""
 
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 from flax import nnx
 from rich.console import Console
 
@@ -21,7 +23,7 @@ from bert_jax.config import BertConfig
 from bert_jax.data import corpus, sources
 from bert_jax.data.loader import Examples, Shape
 from bert_jax.data.masking import MaskedExamples
-from bert_jax.errors import InputError, check_extra
+from bert_jax.errors import InputError, check_extra, listed, quoted
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import HeldOut, Pretraining, Settings
 from bert_jax.tasks.base import TrainableTask, check_pairs, check_vocabulary
@@ -38,6 +40,8 @@ WORDS, BIAS, TRANSFORM = (
     "bert.embeddings.word_embeddings.weight", "predictions.bias", "predictions.transform.weight",
 )  # fmt: skip
 ADAPTERS, ANSWERS = "adapters", "answers.json"
+UNNAMED = ("id", "is_impossible")
+"""Columns that no setting names."""
 TASKS: dict[str, Any] = {
     "text-classification": SequenceClassification,
     "token-classification": TokenClassification,
@@ -66,6 +70,19 @@ class Prepared:
     found: str
 
 
+@dataclass(frozen=True)
+class Split:
+    """What a split of the settings' data holds.
+
+    Attributes:
+        rows: Their columns by the names that tasks know.
+        labels: Names of the classes in the order of their ids, where the data set stores labels as class ids.
+    """
+
+    rows: list[sources.Row]
+    labels: tuple[str, ...] | None = None
+
+
 def prepare(settings: Settings) -> Prepared:
     """Reads the data and the model.
 
@@ -77,9 +94,11 @@ def prepare(settings: Settings) -> Prepared:
     if settings.data.train is None:
         raise InputError("data.train is not set; expected a file, or the name of a split where data.id is set.")
     task_class = TASKS[settings.task]
-    rows = {split: found for split in ("train", "validation", "test") if (found := read_split(settings, split))}
+    splits = {split: read_split(settings, split) for split in ("train", "validation", "test")}
+    rows = {split: found.rows for split, found in splits.items() if found.rows}
     found = task_class.clean(rows, settings.data)
-    config = task_class.config(rows.get("train", []), settings.data)
+    config = task_class.config(rows.get("train", []), settings.data, splits["train"].labels)
+    _check_order(settings, config)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
         if (value := getattr(settings.model, name)) is not None:
             config[name] = value
@@ -132,29 +151,31 @@ def featurize(task: TrainableTask, rows: dict[str, list[sources.Row]]) -> dict[s
     return examples
 
 
-def read_split(settings: Settings | HeldOut, split: str) -> list[sources.Row]:
-    """Rows of a split, their columns by the names that tasks know; empty where the settings have no such split.
+def read_split(settings: Settings | HeldOut, split: str) -> Split:
+    """Reads a split; it is empty where the settings have none.
 
     Raises:
-        InputError: If it cannot be read, has no rows, or lacks a column.
+        InputError: If it cannot be read, has no rows, or lacks a column, or its files name the labels differently.
     """
     data = settings.data
     places = getattr(data, split)
     if places is None:
-        return []
+        return Split([])
     rows: list[sources.Row] = []
+    class_labels: dict[str, sources.ClassLabels] = {}
     for place in [places] if isinstance(places, str) else places:
         named = Path(place).suffix in sources.FORMATS
         if data.id and named and Path(place).is_file():
             raise InputError(f"data.{split} is the file {place}, and data.id {data.id}; for files set data.id=null.")
         if not data.id and not named and data.format is None and not Path(place).exists():
             raise InputError(
-                f"data.{split}: there is no file {place!r}. If it is a split of the Hub's, set data.id; "
+                f"data.{split}: there is no file {quoted(place)}. If it is a split of the Hub's, set data.id; "
                 f"data.{split}=null goes without."
             )
         if data.id:
-            found = sources.read_hub(data.id, data.name, place, data.revision)
+            class_labels[place], found = sources.read_hub(data.id, data.name, place, data.revision)
         else:
+            class_labels[place] = sources.class_labels(place, data.format)
             found = sources.read(place, data.format, labelled=isinstance(settings, Settings))
         rows += islice(found, None if data.limit is None else data.limit - len(rows))
     where = f"data.{split} ({places})"
@@ -165,7 +186,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> list[sources.Row]:
     usual, required = (task.columns, task.required) if task else ({"text": sources.TEXT}, ("text",))
     try:
         wanted = {
-            name: sources.column(there, None if name == "id" else getattr(data, name), names)
+            name: sources.column(there, None if name in UNNAMED else getattr(data, name), names)
             for name, names in usual.items()
         }
     except InputError as error:
@@ -173,8 +194,17 @@ def read_split(settings: Settings | HeldOut, split: str) -> list[sources.Row]:
     needed = [*required, task.target] if task and split == "train" else required
     for name in needed:
         if wanted[name] is None:
-            raise InputError(f"{where}: which column is the {name}? There are {', '.join(there)}; set data.{name}.")
-    return [{name: row.get(column) for name, column in wanted.items() if column} for row in rows]
+            raise InputError(f"{where}: which column is the {name}? There are {listed(there)}; set data.{name}.")
+    target = wanted[task.target] if task else None
+    orders = {found[target]: place for place, found in class_labels.items() if target in found}
+    if len(orders) > 1 and not data.labels:
+        (first, one), (second, other) = islice(orders.items(), 2)
+        raise InputError(
+            f"{where}: the class ids of {one} stand for {listed(first)}, and those of {other} for {listed(second)}; "
+            "data.labels says which order counts."
+        )
+    found_rows = [{name: row.get(column) for name, column in wanted.items() if column} for row in rows]
+    return Split(found_rows, next(iter(orders), None))
 
 
 def finetune(settings: Settings, *, console: Console | None = None) -> Path:
@@ -457,7 +487,8 @@ def evaluate(
         CheckpointError: If the model has no head for the task.
     """
     check_extra("train", "sklearn")
-    rows = read_split(settings, split)
+    loaded = read_split(settings, split)
+    rows = loaded.rows
     if not rows:
         raise InputError(f"data.{split} is not set.")
     task_class = TASKS[settings.task]
@@ -466,7 +497,7 @@ def evaluate(
     model = task_class.model_class.from_pretrained(
         model_id, ignore=ignore, compute_dtype=settings.precision.compute_dtype
     )
-    task = make_task(settings, tokenizer, model.config)
+    task = make_task(settings, tokenizer, _named(model.config, settings, loaded.labels))
     examples = featurize(task, {split: rows})[split]
     if not task.labelled(examples):
         raise InputError(f"data.{split} has no labels; `bert-jax predict` does without.")
@@ -475,6 +506,51 @@ def evaluate(
     if console and found:
         console.print(found, highlight=False, markup=False)
     return evaluate_examples(task, model, examples, settings).metrics
+
+
+def _check_order(settings: Settings, config: Mapping[str, Any]) -> None:
+    """Refuses to name the labels of a checkpoint that was fine-tuned for the task in another order, unless asked to.
+
+    Raises:
+        InputError: Says how to keep the checkpoint's order.
+    """
+    folder = hub.download(settings.model.id, revision=settings.model.revision)
+    names = tuple(config["id2label"] or ())
+    if settings.data.labels or TASKS[settings.task].model_class.__name__ not in hub.architectures(folder):
+        return
+    before = BertConfig.from_file(folder / hub.CONFIG_FILE).labels
+    if before != names and sorted(before) == sorted(names):
+        raise InputError(
+            f"The labels of {settings.model.id} are, in the order of their ids, {listed(before)}, and those of "
+            f"data.train are {listed(names)}. Set data.labels='{_as_yaml(before)}' to keep the order of the model."
+        )
+
+
+def _named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None) -> BertConfig:
+    """A model's config, LABEL_0, LABEL_1, … replaced by `data.labels` where these are set.
+
+    Raises:
+        InputError: If `data.labels` are of another number, or the labels are in another order than the model's, where
+            a metric depends on the order.
+    """
+    given, names = settings.data.labels, config.labels
+    if given and settings.task != "question-answering" and all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        if len(given) != len(names):
+            raise InputError(f"data.labels has {len(given)} names; the model has {len(names)} labels, {listed(names)}.")
+        return config.replace(id2label=given)
+    expected = given or labels or names
+    binary = settings.task == "text-classification" and len(names) == 2  # f1 is that of the second label
+    if binary and expected != names and sorted(expected) == sorted(names):
+        raise InputError(
+            f"The labels of the model are, in the order of their ids, {listed(names)}, and those of the data are "
+            f"{listed(expected)}; f1 is that of the second label. Set data.labels='{_as_yaml(names)}' for that of "
+            f"{names[1]}, or train the model again for that of {expected[1]}."
+        )
+    return config
+
+
+def _as_yaml(names: Sequence[str]) -> str:
+    return yaml.safe_dump(list(names), default_flow_style=True, width=10**6, allow_unicode=True).strip()
 
 
 def evaluate_examples(

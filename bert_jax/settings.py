@@ -141,9 +141,15 @@ class Data(_Section):
     wrong_answers: Literal["skip", "stop"] = "skip"
     """What to do about an answer that does not stand where its row says."""
     labels: tuple[str, ...] | None = None
-    """Names of the labels in the order of their ids; by default those of the training examples, sorted."""
+    """Names of the labels in the order of their ids. By default these are the classes of the data set (ClassLabel) in
+    its order, or else the names in the training examples, sorted. Of two labels, the metric f1 is that of the second.
+    Where names are set, whole numbers that are none of them are class ids, alone and in lists, and 0/1 vectors have a
+    number for each name; `bert-jax evaluate` gives the names to a model whose labels are LABEL_0, LABEL_1, …"""
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
-    """What labels are; by default lists make it multi-label, numbers with a fraction regression."""
+    """What labels are; by default lists make it multi-label, numbers with a fraction regression. Lists hold names, or
+    are 0/1 vectors of one length, a number a label: without `labels`, their places are LABEL_0, LABEL_1, … In tables,
+    lists have the form of JSON, Python or numpy; with multi_label_classification, names with commas between them will
+    do."""
     max_length: PositiveInt = 128
     """Tokens of an example, special ones included; longer texts are cut."""
     packing: bool = True

@@ -126,11 +126,11 @@ def main() -> None:
     training, optimizer = settings.training, settings.optimizer
     began = time.perf_counter()
     network, featurize, metric = TASKS[settings.task]
-    splits = {split: recipes.read_split(settings, split) for split in ("train", "validation", "test")}
-    splits = {split: rows for split, rows in splits.items() if rows}
+    loaded = {split: recipes.read_split(settings, split) for split in ("train", "validation", "test")}
+    splits = {split: found.rows for split, found in loaded.items() if found.rows}
     task = recipes.TASKS[settings.task]
     task.clean(splits, settings.data)
-    names = list(task.config(splits["train"], settings.data).get("id2label", ()))
+    names = list(task.config(splits["train"], settings.data, loaded["train"].labels).get("id2label", ()))
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model.id)
     data = {}
     for split, rows in splits.items():

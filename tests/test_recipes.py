@@ -176,6 +176,144 @@ def test_pairs_regression_and_several_labels(tree, tmp_path):
     assert bert_jax.BertConfig.from_file(folder / "config.json").problem_type == "multi_label_classification"
 
 
+# ── The order of labels ──
+
+
+MRPC = ("not_equivalent", "equivalent")
+
+
+def paraphrases():
+    """Labels and predictions of 68 pairs: 43 of the equivalent and 5 of the others are right, 20 are wrong."""
+    found = [(1, 1)] * 43 + [(0, 0)] * 5 + [(1, 0)] * 8 + [(0, 1)] * 12
+    return np.array(found).T
+
+
+def parquet(path, ids, names=MRPC):
+    datasets = pytest.importorskip("datasets")
+    kinds = {"sentence1": datasets.Value("string"), "label": datasets.ClassLabel(names=list(names))}
+    rows = [{"sentence1": f"text {n}", "label": int(i)} for n, i in enumerate(ids)]
+    datasets.Dataset.from_list(rows, features=datasets.Features(kinds)).to_parquet(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("hub_id", [False, True])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_f1_of_mrpc_is_that_of_the_equivalent(tree, tmp_path, hub_id, split):
+    """By the order of ClassLabel; sorted names gave 0.3333, that of the pairs that are not equivalent."""
+    labels, predictions = paraphrases()
+    (tmp_path / "data").mkdir()
+    parquet(tmp_path / "data" / f"{split}.parquet", labels)
+    place = (
+        {"id": str(tmp_path / "data"), split: split} if hub_id else {split: str(tmp_path / "data" / f"{split}.parquet")}
+    )
+    settings = Settings.from_dict(tree | {"data": {"max_length": 32} | place})
+    loaded = recipes.read_split(settings, split)
+    assert loaded.labels == MRPC
+    fields = recipes.TASKS[settings.task].config(loaded.rows, settings.data, loaded.labels)
+    task = recipes.make_task(settings, recipes.Tokenizer.from_pretrained(settings.model.id),
+                             bert_jax.BertConfig().replace(**fields))  # fmt: skip
+    scores = np.array([[name == MRPC[p] for name in task.labels] for p in predictions], float)
+    found = task.evaluate({"scores": scores}, task.featurize(loaded.rows))
+    assert (round(found["f1"], 4), found["f1_label"]) == (0.8113, "equivalent")
+    assert round(found["per_class"]["not_equivalent"]["f1"], 4) == 0.3333
+
+
+def test_a_run_keeps_the_order_of_class_ids(tree, tmp_path):
+    labels, _ = paraphrases()
+    for split in ("train", "validation"):
+        tree["data"][split] = parquet(tmp_path / f"{split}.parquet", labels)
+    tree["training"] = {"max_steps": 1, "batch_size": 16, "metric": "f1"}
+    told = io.StringIO()
+    folder = recipes.finetune(Settings.from_dict(tree), console=Console(file=told))
+    assert bert_jax.BertConfig.from_file(folder / "config.json").id2label == MRPC
+    assert validation(folder)["f1_label"] == "equivalent"
+    assert "f1 of equivalent 0." in told.getvalue()
+    assert "| f1 of equivalent |" in (folder / "README.md").read_text()
+
+    # A model of another order, as sorted names made it, is refused where the order matters.
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {"0": MRPC[1], "1": MRPC[0]}, "label2id": {MRPC[1]: 0, MRPC[0]: 1}}
+    (other / "config.json").write_text(json.dumps(config))
+    for order in (None, list(MRPC)):
+        tree["data"]["labels"] = order
+        with pytest.raises(
+            InputError, match=r"Set data\.labels='\[equivalent, not_equivalent\]' for that of not_equivalent"
+        ):
+            recipes.evaluate(str(other), Settings.from_dict(tree), "validation")
+    tree["data"]["labels"] = [MRPC[1], MRPC[0]]
+    assert recipes.evaluate(str(other), Settings.from_dict(tree), "validation")["f1_label"] == "not_equivalent"
+    # To go on from it is as well, unless the order is given.
+    tree |= {"model": {"id": str(other)}, "output": {"folder": str(tmp_path / "again")}}
+    tree["data"]["labels"] = None
+    with pytest.raises(
+        InputError, match=r"are, in the order of their ids, equivalent, not_equivalent, and those of data"
+    ):
+        run(tree)
+    tree["data"]["labels"] = list(MRPC)
+    assert bert_jax.BertConfig.from_file(run(tree) / "config.json").id2label == MRPC
+    # Other labels, or a model of another task, are.
+    tree["output"]["folder"], tree["data"]["labels"] = str(tmp_path / "more"), None
+    tree["data"] |= {"train": parquet(tmp_path / "t.parquet", labels, ("no", "yes")), "validation": None}
+    assert bert_jax.BertConfig.from_file(run(tree) / "config.json").id2label == ("no", "yes")
+
+
+def test_files_whose_class_ids_differ(tree, tmp_path):
+    a, b = (parquet(tmp_path / f"{n}.parquet", [0, 1], names) for n, names in enumerate((MRPC, MRPC[::-1])))
+    tree["data"] |= {"train": [a, b], "validation": None}
+    with pytest.raises(
+        InputError, match=r"stand for not_equivalent, equivalent, and those of .* for equivalent, not_equivalent; "
+    ):
+        run(tree)
+    settings = Settings.from_dict(tree | {"data": tree["data"] | {"labels": MRPC}})
+    assert [row["label"] for row in recipes.read_split(settings, "train").rows] == [*MRPC, *MRPC[::-1]]
+    mixed = [a, write(tmp_path / "c.jsonl", [{"sentence1": "x", "label": "equivalent"}])]
+    found = recipes.read_split(Settings.from_dict(tree | {"data": {"train": mixed}}), "train")
+    assert (len(found.rows), found.labels) == (3, MRPC)
+
+
+def test_labels_without_names_get_those_that_are_given(tree, tmp_path, base):
+    model = tmp_path / "unnamed"
+    config = bert_jax.BertConfig.from_file(base / "config.json")
+    bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0)).save_pretrained(model)
+    bert_jax.Tokenizer.from_pretrained(base).save_pretrained(model)
+    with pytest.raises(InputError, match=r"unknown; the model has LABEL_0, LABEL_1; data\.labels gives them names"):
+        recipes.evaluate(str(model), Settings.from_dict(tree), "validation")
+    found = {}
+    for names in (("no", "yes"), ("yes", "no")):
+        tree["data"]["labels"] = names
+        metrics = recipes.evaluate(str(model), Settings.from_dict(tree), "validation")
+        assert metrics["f1_label"] == names[1]
+        found[names] = metrics["accuracy"]
+    assert sum(found.values()) == pytest.approx(1)
+    tree["data"]["labels"] = ["no", "yes", "maybe"]
+    with pytest.raises(InputError, match=r"data\.labels has 3 names; the model has 2 labels, LABEL_0, LABEL_1\."):
+        recipes.evaluate(str(model), Settings.from_dict(tree), "validation")
+
+
+def test_vectors_from_a_table_to_a_model(tree, tmp_path):
+    rows = [f'"good {n}","[{n % 2} {n % 3 // 2} 0]"' for n in range(24)]
+    (tmp_path / "vectors.csv").write_text("\n".join(["text,label", *rows]))
+    tree["data"] |= {"train": str(tmp_path / "vectors.csv"), "validation": str(tmp_path / "vectors.csv")}
+    tree["training"] = {"max_steps": 1, "batch_size": 16}
+    folder = run(tree)
+    config = bert_jax.BertConfig.from_file(folder / "config.json")
+    assert (config.problem_type, config.labels) == ("multi_label_classification", ("LABEL_0", "LABEL_1", "LABEL_2"))
+    assert [entry["support"] for entry in validation(folder)["per_class"].values()] == [12, 8, 0]
+    again = recipes.evaluate(str(folder), Settings.from_dict(tree), "validation")
+    assert again["per_class"] == validation(folder)["per_class"]
+
+
+def test_impossible_questions_of_rows(tree, tmp_path):
+    row = {"question": "Where?", "context": "In Rome.", "answers": {"text": ["Rome"], "answer_start": [3]}}
+    path = write(tmp_path / "q.jsonl", [row | {"is_impossible": True}, row | {"is_impossible": False}, row])
+    settings = Settings.from_dict(tree | {"task": "question-answering", "data": {"train": path}})
+    rows = recipes.read_split(settings, "train").rows
+    recipes.TASKS[settings.task].clean({"train": rows}, settings.data)
+    assert [entry["answers"]["text"] for entry in rows] == [[], ["Rome"], ["Rome"]]
+
+
 def test_lora_is_saved_merged_and_apart(tree):
     tree["model"]["lora"] = {"rank": 2, "alpha": 3}
     folder = run(tree | {"optimizer": {"learning_rate": 1e-2}})
@@ -298,7 +436,7 @@ def test_patience_without_validation_is_refused(tree):
 def test_columns_that_the_first_row_lacks(tree, tmp_path):
     rows = [{"text": "good"}, *test_training.rows(12)]
     tree["data"]["validation"] = write(tmp_path / "v.jsonl", rows)
-    found = recipes.read_split(Settings.from_dict(tree), "validation")
+    found = recipes.read_split(Settings.from_dict(tree), "validation").rows
     assert [row["label"] for row in found] == [row.get("label") for row in rows]
 
 

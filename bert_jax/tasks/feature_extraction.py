@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from bert_jax.config import BertConfig
-from bert_jax.errors import InputError
+from bert_jax.errors import InputError, quoted
 from bert_jax.model import BertModel
 from bert_jax.tasks.base import Request, Row
 from bert_jax.tokenizer import Tokenizer
@@ -46,11 +46,11 @@ class FeatureExtraction:
             InputError: If it is no text, or empty, or the pooling is unknown.
         """
         if not isinstance(text, str):
-            raise InputError(f"expected a text, got {text!r} ({type(text).__name__}).")
+            raise InputError(f"expected a text, got {quoted(text)} ({type(text).__name__}).")
         if not text.strip():
             raise InputError("the text is empty.")
         if pooling not in POOLING:
-            raise InputError(f"pooling is {pooling!r}; expected one of {', '.join(map(repr, POOLING))}.")
+            raise InputError(f"pooling is {quoted(pooling)}; expected one of {', '.join(map(repr, POOLING))}.")
         encoding = self.tokenizer.encode([text], max_length=self.max_length)[0][0]
         return self._encode(encoding, pooling, normalize)
 

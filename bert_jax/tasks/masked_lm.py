@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from bert_jax.config import BertConfig
-from bert_jax.errors import InputError
+from bert_jax.errors import InputError, quoted
 from bert_jax.model import BertForMaskedLM
 from bert_jax.tasks.base import Request, Row
 from bert_jax.tokenizer import Tokenizer
@@ -58,11 +58,11 @@ class FillMask:
         """
         tokenizer = self.tokenizer
         if not isinstance(text, str):
-            raise InputError(f"expected a text, got {text!r} ({type(text).__name__}).")
+            raise InputError(f"expected a text, got {quoted(text)} ({type(text).__name__}).")
         if not text.strip():
             raise InputError(f"the text is empty; expected one with {tokenizer.mask_token}.")
         if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-            raise InputError(f"top_k is {top_k!r}; expected a whole number of at least 1.")
+            raise InputError(f"top_k is {quoted(top_k)}; expected a whole number of at least 1.")
         if top_k is not None and top_k > (size := tokenizer.vocab_size):
             raise InputError(f"top_k is {top_k}; the vocabulary has {size} tokens.")
         if joint and targets is not None:
@@ -71,7 +71,7 @@ class FillMask:
         ids = tokenizer.encode([text])[0][0].ids
         masks = [i for i, token in enumerate(ids) if token == self.mask_id]
         if not masks:
-            raise InputError(f"the text has no {tokenizer.mask_token}, which marks the word to fill in: {text[:80]!r}")
+            raise InputError(f"the text has no {tokenizer.mask_token}, which marks the word to fill in: {quoted(text)}")
         if joint:
             if masks[-1] - masks[0] >= self.max_length - 2:
                 raise InputError(
@@ -159,17 +159,17 @@ class FillMask:
         """Token ids of each target, without repetitions."""
         targets = [targets] if isinstance(targets, str) else targets
         if not isinstance(targets, list | tuple):
-            raise InputError(f"targets is {targets!r}; expected a list of words.")
+            raise InputError(f"targets is {quoted(targets)}; expected a list of words.")
         if not targets:
             raise InputError("targets is empty; expected at least one word.")
         found = []
         for target in targets:
             if not isinstance(target, str) or not target.strip():
-                raise InputError(f"targets has {target!r}; expected words that are not empty.")
+                raise InputError(f"targets has {quoted(target)}; expected words that are not empty.")
             token = self.tokenizer.token_to_id(target)
             ids = [token] if token is not None else self.tokenizer.encode([target], add_special_tokens=False)[0][0].ids
             if token is None and self.tokenizer.unk_token_id in ids:
-                raise InputError(f"the target {target!r} has characters that the vocabulary cannot write.")
+                raise InputError(f"the target {quoted(target)} has characters that the vocabulary cannot write.")
             if ids not in found:
                 found.append(ids)
         return found

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from bert_jax.config import BertConfig
-from bert_jax.errors import InputError
+from bert_jax.errors import InputError, quoted
 from bert_jax.model import BertForNextSentencePrediction
 from bert_jax.tasks.base import Request, Row, check_pairs
 from bert_jax.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ class NextSentencePrediction:
             InputError: If it is no pair of texts, one is empty, or both together are too long for the model.
         """
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise InputError(f"expected a pair of texts, (first, second), got {pair!r}.")
+            raise InputError(f"expected a pair of texts, (first, second), got {quoted(pair)}.")
         for name, text in zip(("first", "second"), pair, strict=True):
             if not text.strip():
                 raise InputError(f"the {name} text of the pair is empty.")

@@ -1,8 +1,9 @@
 """text-classification: labels, or a number, for a text or a pair of texts (Devlin et al. 2018, section 4.1)."""
 
-import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,11 +14,11 @@ from tokenizers import Encoding
 from bert_jax import losses
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
-from bert_jax.data.sources import TEXT
-from bert_jax.errors import InputError
+from bert_jax.data.sources import TEXT, literal
+from bert_jax.errors import InputError, listed, quoted
 from bert_jax.model import BertForSequenceClassification
 from bert_jax.settings import Data
-from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask, check_pairs
+from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask, check_pairs, known_labels
 from bert_jax.tokenizer import Tokenizer
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -82,13 +83,13 @@ class SequenceClassification(TrainableTask):
         """
         texts = [text] if isinstance(text, str) else list(text) if isinstance(text, tuple | list) else []
         if len(texts) not in (1, 2) or not all(isinstance(part, str) for part in texts):
-            raise InputError(f"expected a text or a pair of texts, got {text!r} ({type(text).__name__}).")
+            raise InputError(f"expected a text or a pair of texts, got {quoted(text)} ({type(text).__name__}).")
         if not all(part.strip() for part in texts):
             raise InputError("the text is empty." if len(texts) == 1 else "a text of the pair is empty.")
         if len(texts) == 2:
             check_pairs(self.model_config)
         if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-            raise InputError(f"top_k is {top_k!r}; expected a whole number of at least 1, or None.")
+            raise InputError(f"top_k is {quoted(top_k)}; expected a whole number of at least 1, or None.")
         encoded = self.tokenizer.encode(texts[:1], texts[1:] or None, max_length=self.max_length)
         return self._classify(encoded[0][0], top_k)
 
@@ -102,20 +103,47 @@ class SequenceClassification(TrainableTask):
 
     @staticmethod
     def clean(rows: Mapping[str, list[dict[str, Any]]], data: Data) -> str:
-        """See `TrainableTask.clean`: labels are taken as they are."""
-        return ""
+        """See `TrainableTask.clean`: a label becomes a name, a number, a list of names, or a 0/1 vector.
+
+        What lists are is decided over all splits; `settings.Data.problem_type` says how.
+        """
+        cells = [
+            Cell(f"data.{split}: row {i}", row)
+            for split, found in rows.items() for i, row in enumerate(found, 1) if row.get("label") is not None
+        ]  # fmt: skip
+        names = data.labels or ()
+        if data.problem_type in (None, MULTI):
+            _read_lists(cells, data.problem_type)
+        for cell in cells:
+            cell.label = list(cell.label) if isinstance(cell.label, tuple) else cell.label
+            _check(cell, cell.label, names)
+        several = data.problem_type == MULTI or any(isinstance(cell.label, list) for cell in cells)
+        if not several:
+            return "" if data.problem_type == REGRESSION else _read_ids(cells, names)
+        for cell in cells:
+            if data.problem_type not in (None, MULTI) and isinstance(cell.label, list):
+                raise InputError(f"{cell.where}: the label is {quoted(cell.label)}; {data.problem_type} expects one.")
+            if not isinstance(cell.label, list | str):
+                raise InputError(f"{cell.where}: the label is {quoted(cell.label)}; expected a list, as in other rows.")
+        return _read_sets(cells, names)
 
     @staticmethod
-    def config(rows: Sequence[Mapping[str, Any]], data: Data) -> dict[str, Any]:
+    def config(rows: Sequence[Mapping[str, Any]], data: Data, labels: tuple[str, ...] | None = None) -> dict[str, Any]:
         """See `TrainableTask.config`: the problem type and the labels' names."""
-        labels = [row.get("label") for row in rows]
-        problem_type, names = label_set(labels, data.problem_type)
-        for i, label in enumerate(labels, 1):
+        given = [row.get("label") for row in rows]
+        problem_type, names = label_set(given, data.problem_type)
+        for i, label in enumerate(given, 1):
             if label is None or (label == "" and problem_type != MULTI):
                 raise InputError(f"data.train: row {i} has no label; data.label names the column.")
         if problem_type == SINGLE and len(names) < 2:
-            raise InputError(f"All examples of data.train have the label {names[0]!r}; expected at least two labels.")
-        names = data.labels or names
+            raise InputError(
+                f"All examples of data.train have the label {quoted(names[0])}; expected at least two labels."
+            )
+        if not names:
+            raise InputError("No example of data.train has a label; expected at least one in all.")
+        if problem_type == REGRESSION and len(data.labels or names) != 1:
+            raise InputError(f"data.labels has {len(data.labels or ())} names; a regression has one number.")
+        names = data.labels or (labels if labels and set(names) <= set(labels) else names)
         return {"problem_type": problem_type, "id2label": names, "num_labels": len(names)}
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
@@ -129,7 +157,7 @@ class SequenceClassification(TrainableTask):
         for i, row in enumerate(rows):
             for name in ("text", "text_pair"):
                 if not isinstance(row.get(name, ""), str):
-                    raise InputError(f"row {i + 1}: {name} is {row[name]!r}; expected a text.")
+                    raise InputError(f"row {i + 1}: {name} is {quoted(row[name])}; expected a text.")
         pairs = [row["text_pair"] for row in rows] if "text_pair" in rows[0] else None
         if pairs:
             check_pairs(self.model_config)
@@ -153,15 +181,20 @@ class SequenceClassification(TrainableTask):
             width = {SINGLE: None, MULTI: len(ids), REGRESSION: 1}[self.problem_type]
             return np.int32(UNKNOWN) if width is None else np.full(width, np.nan, np.float32)
         if self.problem_type == REGRESSION:
-            if (number := _number(label)) is not None:
+            number = _number(label)
+            if number is not None and abs(number) <= float(np.finfo(np.float32).max):  # NaN is not
                 return np.array([number], np.float32)
-            raise InputError(f"the label is {label!r}; regression expects a number.")
-        names = names_of(label) if self.problem_type == MULTI else [label]
-        if unknown := [name for name in names if str(name) not in ids]:
-            known = f"{', '.join(self.labels[:20])}{', …' if len(self.labels) > 20 else ''}"
-            raise InputError(f"the label {unknown[0]!r} is unknown; the labels are {known}.")
+            raise InputError(f"the label is {quoted(label)}; regression expects a number.")
+        if self.problem_type == MULTI and _is_vector(label):
+            if len(label) != len(ids):
+                raise InputError(f"the label has {len(label)} numbers; {known_labels(self.labels)}")
+            return np.array(label, np.float32)
+        names = names_of(label) if self.problem_type == MULTI else [str(label)]
+        if unknown := [name for name in names if name not in ids]:
+            given = unknown[0] if isinstance(label, str | list | tuple) else label
+            raise InputError(f"the label {quoted(given)} is unknown; {known_labels(self.labels)}")
         if self.problem_type == SINGLE:
-            return np.int32(ids[str(label)])
+            return np.int32(ids[names[0]])
         target = np.zeros(len(ids), np.float32)
         target[[ids[name] for name in names]] = 1
         return target
@@ -217,11 +250,139 @@ class SequenceClassification(TrainableTask):
         ]
 
 
+@dataclass
+class Cell:
+    """A row's label, and where it stands."""
+
+    where: str
+    row: dict[str, Any]
+
+    @property
+    def label(self) -> Any:
+        """What stands in the row."""
+        return self.row["label"]
+
+    @label.setter
+    def label(self, label: Any) -> None:
+        self.row["label"] = label
+
+
+def _read_lists(cells: Sequence[Cell], problem_type: str | None) -> None:
+    """Texts of lists, as tables have them, become lists: if one is a list, or labels are several, all have to be."""
+    texts = [cell for cell in cells if isinstance(cell.label, str) and re.fullmatch(r"\s*\[.*\]\s*", cell.label, re.S)]
+    lists: dict[int, list[Any]] = {}
+    for cell in texts:
+        try:
+            lists[id(cell)] = list(literal(cell.label))
+        except InputError as error:
+            if problem_type == MULTI:
+                raise InputError(f"{cell.where}: the label {error}") from None
+    if not lists:
+        return  # names in brackets
+    for cell in cells:
+        if id(cell) in lists:
+            cell.label = lists[id(cell)]
+        elif isinstance(cell.label, str) and cell.label.strip() and (problem_type is None or cell in texts):
+            raise InputError(
+                f"{cell.where}: the label {quoted(cell.label)} is no list, and others are; expected lists in JSON, "
+                "Python's or numpy's form, or data.problem_type."
+            )
+
+
+def _check(cell: Cell, label: Any, names: Collection[str]) -> None:
+    """Raises `InputError` where a label, or one of a list, is none."""
+    if isinstance(label, list | tuple):
+        for part in label:
+            if part is None or isinstance(part, list | tuple):
+                raise InputError(f"{cell.where}: the label holds {quoted(part)}; expected names, or numbers.")
+            _check(cell, part, names)
+    elif isinstance(label, Mapping | bytes):
+        raise InputError(f"{cell.where}: the label is {quoted(label)}; expected a text, a number or a list.")
+    elif not isinstance(label, int) and not math.isfinite(_number(label) or 0) and label not in names:
+        raise InputError(
+            f"{cell.where}: the label is {quoted(label)}; expected a name or a finite number, nothing where there is "
+            "none, or data.labels with this name."
+        )
+
+
+def _read_ids(cells: Sequence[Cell], names: tuple[str, ...]) -> str:
+    """Whole numbers that are none of the names become the names at these places; returns what they were."""
+    whole = [re.fullmatch("-1|[0-9]{1,9}", str(cell.label)) for cell in cells if cell.label != ""]
+    if not names or not whole or not all(whole) or any(str(cell.label) in names for cell in cells):
+        return ""
+    for cell in cells:
+        if cell.label == "" or int(cell.label) == UNKNOWN:
+            cell.label = None
+        elif int(cell.label) >= len(names):
+            raise InputError(f"{cell.where}: the class id {cell.label} is outside data.labels, which has {len(names)}.")
+        else:
+            cell.label = names[int(cell.label)]
+    return "labels: class ids"
+
+
+def _read_sets(cells: Sequence[Cell], names: tuple[str, ...]) -> str:
+    """Lists become lists of names, or 0/1 vectors; returns what people should know of it.
+
+    Raises:
+        InputError: Names the row where lists cannot be told apart.
+    """
+    blank = [cell for cell in cells if isinstance(cell.label, str) and not cell.label.strip()]
+    for cell in cells:
+        if isinstance(cell.label, str):
+            cell.label = names_of(cell.label)
+            _check(cell, cell.label, names)
+    cells = [cell for cell in cells if cell not in blank]
+    parts = [part for cell in cells for part in cell.label]
+    texts = {part for part in parts if isinstance(part, str)}
+    digits = bool(texts) and texts <= {"0", "1"} and not texts <= set(names)  # numbers that a table has in quotes
+    if not parts or (not digits and all(isinstance(part, str) for part in parts)):
+        return ""
+    if texts and texts != set(parts):
+        mixed = next(cell for cell in cells if not texts.issuperset(cell.label))
+        raise InputError(
+            f"{mixed.where}: the label is {quoted(mixed.label)}, and others have names; expected either in all rows."
+        )
+    binary = all(part in (0, 1, "0", "1") for part in parts)
+    lengths = {len(cell.label) for cell in cells}
+    if binary and len(lengths) == 1 and (lengths == {len(names)} if names else lengths != {1}):
+        for cell in cells:
+            cell.label = [int(part) for part in cell.label]
+        for cell in blank:
+            cell.label = None
+        return f"labels: 0/1 vectors over {listed(names or _numbered(*lengths))}"
+    ids = all(type(part) is int and part >= 0 for part in parts) and all(
+        len(set(c.label)) == len(c.label) for c in cells
+    )
+    ids = ids and (max(parts) < len(names) if names else not binary)
+    if ids and not any(len(cell.label) == len(names) and {0, 1}.issuperset(cell.label) for cell in cells):
+        for cell in cells:
+            cell.label = [names[part] if names else str(part) for part in cell.label]
+        return "labels: class ids"
+    first = cells[0]
+    other = next((cell for cell in cells if len(cell.label) != len(first.label)), None)
+    other = other or next((cell for cell in cells if not {0, 1}.issuperset(cell.label)), first)
+    raise InputError(
+        f"{other.where}: the label is {quoted(other.label)}, and that of {first.where} is {quoted(first.label)}; "
+        f"expected names, 0/1 vectors {f'of {len(names)} numbers' if names else 'of one length'}, or class ids that "
+        "data.labels names."
+    )
+
+
+def _numbered(count: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{i}" for i in range(count))
+
+
+def _is_vector(label: Any) -> bool:
+    return isinstance(label, list) and bool(label) and isinstance(label[0], int)
+
+
 def _number(label: Any) -> float | None:
-    with contextlib.suppress(TypeError, ValueError):
-        if math.isfinite(number := float(label)):
-            return number
-    return None
+    try:
+        return float(label)
+    except OverflowError:  # of a whole number beyond float64
+        return math.inf
+    except (TypeError, ValueError):
+        return None
 
 
 def names_of(label: Any) -> list[str]:
@@ -234,15 +395,19 @@ def label_set(labels: Sequence[Any], problem_type: str | None) -> tuple[str, tup
     """What the labels of training examples are: the problem type, unless it is given, and the names, sorted.
 
     Lists are sets of labels, numbers some of which have a fraction are a regression's, anything else is one label of
-    several.
+    several. The places of 0/1 vectors are LABEL_0, LABEL_1, …
     """
     if problem_type is None:
         several = any(isinstance(label, list | tuple) for label in labels)
         numbers = [_number(label) for label in labels]  # of a table, too, whose cells are texts
-        fractions = all(number is not None for number in numbers) and any(number % 1 for number in numbers if number)
+        fractions = all(number is not None for number in numbers)
+        fractions = fractions and any(number % 1 for number in numbers if number and math.isfinite(number))
         problem_type = MULTI if several else REGRESSION if fractions else SINGLE
     if problem_type == REGRESSION:
         return REGRESSION, ("LABEL_0",)
+    if problem_type == MULTI and (vectors := [label for label in labels if _is_vector(label)]):
+        return MULTI, _numbered(len(vectors[0]))
     found = {name for label in labels for name in (names_of(label) if problem_type == MULTI else [str(label)])}
-    numeric = all(name.isdigit() for name in found)
-    return problem_type, tuple(sorted(found, key=int if numeric else None))
+    if all(name.isascii() and name.isdigit() for name in found):  # by their numbers, of as many digits as they have
+        return problem_type, tuple(sorted(found, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name)))
+    return problem_type, tuple(sorted(found))

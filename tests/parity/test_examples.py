@@ -33,11 +33,11 @@ def body(request):
 def task_and_rows(task_name, body, data, **sections):
     settings = Settings.from_dict({"task": task_name, "model": {"id": str(body)}, "data": data,
                                    "output": {"folder": ""}, **sections})  # fmt: skip
-    splits = {split: recipes.read_split(settings, split) for split in ("train", "validation", "test")}
-    splits = {split: rows for split, rows in splits.items() if rows}
+    loaded = {split: recipes.read_split(settings, split) for split in ("train", "validation", "test")}
+    splits = {split: found.rows for split, found in loaded.items() if found.rows}
     task_class = recipes.TASKS[task_name]
     task_class.clean(splits, settings.data)
-    fields = task_class.config(splits["train"], settings.data)
+    fields = task_class.config(splits["train"], settings.data, loaded["train"].labels)
     config = bert_jax.BertConfig.from_file(Path(body) / hub.CONFIG_FILE).replace(**fields)
     task = recipes.make_task(settings, bert_jax.Tokenizer.from_pretrained(body), config)
     return settings, task, splits

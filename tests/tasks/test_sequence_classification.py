@@ -10,6 +10,7 @@ import bert_jax
 from bert_jax import tree
 from bert_jax.data.loader import Examples, one_a_row
 from bert_jax.errors import InputError
+from bert_jax.settings import Data
 from bert_jax.tasks.sequence_classification import MULTI, REGRESSION, SINGLE, UNKNOWN, SequenceClassification, label_set
 
 NAMES = ("anger", "joy", "love")
@@ -271,9 +272,9 @@ def test_rows_that_cannot_be_used(task, changes, row, message):
 
 
 def test_many_labels_are_not_all_named(task):
-    names = tuple(f"L{i}" for i in range(21))
-    with pytest.raises(InputError, match=r"the labels are L0, .*, L19, …\.$"):
-        task(num_labels=21, id2label=names).featurize([{"text": "a", "label": "x"}])
+    names = tuple(f"L{i}" for i in range(100))
+    with pytest.raises(InputError, match=r"the labels are L0, .*, L41, …\.$"):
+        task(num_labels=100, id2label=names).featurize([{"text": "a", "label": "x"}])
 
 
 @pytest.mark.parametrize(
@@ -293,10 +294,172 @@ def test_many_labels_are_not_all_named(task):
         (["0.5", "1", "-2.0"], None, (REGRESSION, ("LABEL_0",))),  # cells of a table
         (["1.0", "2.0"], None, (SINGLE, ("1.0", "2.0"))),
         (["0.5", "none"], None, (SINGLE, ("0.5", "none"))),
+        (["²", "1"], None, (SINGLE, ("1", "²"))),  # str.isdigit says yes, and int no
+        (["٣", "10", "9"], None, (SINGLE, ("10", "9", "٣"))),
+        ([10**400, 9, 10], None, (SINGLE, ("9", "10", str(10**400)))),
+        (["1" * 5000, "07", "8"], None, (SINGLE, ("07", "8", "1" * 5000))),  # longer than int reads
+        ([0.5, 10**400], None, (REGRESSION, ("LABEL_0",))),
+        ([[1, 0, 1], [0, 0, 0]], None, (MULTI, ("LABEL_0", "LABEL_1", "LABEL_2"))),
     ],
 )
 def test_label_set(labels, problem_type, expected):
     assert label_set(labels, problem_type) == expected
+
+
+def clean(*labels, **data):
+    """What becomes of a column of labels, and of the config."""
+    rows = [{"text": "a", "label": label} for label in labels]
+    SequenceClassification.clean({"train": rows}, Data(**data))
+    fields = SequenceClassification.config(rows, Data(**data))
+    return [row["label"] for row in rows], (fields["problem_type"], fields["id2label"])
+
+
+THREE, ABC = ("LABEL_0", "LABEL_1", "LABEL_2"), ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("labels", "data", "expected", "names"),
+    [
+        # 0/1 vectors
+        ([[1, 0, 1], [0, 1, 0]], {}, [[1, 0, 1], [0, 1, 0]], THREE),
+        ([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]], {}, [[1, 0, 1], [0, 0, 0]], THREE),
+        ([[True, False, True], [False] * 3], {}, [[1, 0, 1], [0, 0, 0]], THREE),
+        ([(1, 0, 1), (1, 1, 1)], {}, [[1, 0, 1], [1, 1, 1]], THREE),
+        ([["1", "0", "1"], ["0", "0", "0"]], {}, [[1, 0, 1], [0, 0, 0]], THREE),
+        (["1,0,1", "0,0,1"], {"problem_type": MULTI}, [[1, 0, 1], [0, 0, 1]], THREE),
+        (["[1, 0, 1]", "[0, 0, 0]"], {}, [[1, 0, 1], [0, 0, 0]], THREE),
+        (["[1 0 1]", "[0 0\n 1]"], {}, [[1, 0, 1], [0, 0, 1]], THREE),
+        (["[1. 0. 1.]", "[0. 0. 1.]"], {}, [[1, 0, 1], [0, 0, 1]], THREE),
+        ([[1, 0, 1], [0, 1, 0]], {"labels": ABC}, [[1, 0, 1], [0, 1, 0]], ABC),
+        ([[1], [0]], {"labels": ["a"]}, [[1], [0]], ("a",)),
+        # Class ids
+        ([[2], [0, 1], []], {"labels": ABC}, [["c"], ["a", "b"], []], ABC),
+        ([[0], [1]], {"labels": ABC}, [["a"], ["b"]], ABC),
+        (["[2]", "[0 1]"], {"labels": ABC}, [["c"], ["a", "b"]], ABC),
+        ([[2], [0, 5]], {}, [["2"], ["0", "5"]], ("0", "2", "5")),
+        # Names
+        (["['joy', 'love']", "[]", '["joy"]'], {}, [["joy", "love"], [], ["joy"]], ("joy", "love")),
+        (["['joy' 'love']", "", "['joy']"], {}, [["joy", "love"], [], ["joy"]], ("joy", "love")),
+        (["['a, b']", "['c']"], {}, [["a, b"], ["c"]], ("a, b", "c")),
+        (["a, b", "", "c"], {"problem_type": MULTI}, [["a", "b"], [], ["c"]], ABC),
+        (["['a' 'b']", "c"], {"problem_type": MULTI}, [["a", "b"], ["c"]], ABC),
+        ([["0"], ["0", "1"]], {"labels": ["0", "1"]}, [["0"], ["0", "1"]], ("0", "1")),
+        ([["nan"], ["b"]], {"labels": ["b", "nan"]}, [["nan"], ["b"]], ("b", "nan")),
+    ],
+)
+def test_several_labels_of_a_row(labels, data, expected, names):
+    assert clean(*labels, **data) == (expected, (MULTI, names))
+
+
+@pytest.mark.parametrize("labels", [[1, 0, 2], ["1", "0", "2"], ["1", 0, "02"]])
+def test_class_ids_of_labels_that_are_named(labels):
+    assert clean(*labels, labels=("c", "a", "b")) == (["a", "c", "b"], (SINGLE, ("c", "a", "b")))
+    rows = {"test": [{"label": label} for label in (0, -1, "", None)]}
+    assert SequenceClassification.clean(rows, Data(labels=ABC)) == "labels: class ids"
+    assert [row["label"] for row in rows["test"]] == ["a", None, None, None]
+    assert clean("1", "2", labels=("2", "1"))[0] == ["1", "2"]  # names
+    with pytest.raises(
+        InputError, match=r"^data\.train: row 2: the class id 3 is outside data\.labels, which has 3\.$"
+    ):
+        clean(1, 3, labels=ABC)
+
+
+def test_texts_that_look_like_lists_may_be_names():
+    assert clean("[/s]", "s") == (["[/s]", "s"], (SINGLE, ("[/s]", "s")))
+    assert clean("[UNK]", "[SEP]") == (["[UNK]", "[SEP]"], (SINGLE, ("[SEP]", "[UNK]")))
+    single = {"problem_type": SINGLE}
+    assert clean("['a', 'b']", "c", **single) == (["['a', 'b']", "c"], (SINGLE, ("['a', 'b']", "c")))
+
+
+@pytest.mark.parametrize(
+    ("labels", "data", "message"),
+    [
+        ([[1, 0, 1], [0, 1]], {}, "row 2: the label is [0, 1], and that of data.train: row 1 is [1, 0, 1]; "),
+        ([[1, 0, 1], []], {}, "row 2: the label is [], and that of data.train: row 1 is [1, 0, 1]; "),
+        ([[1, 0, 1], [0, 2]], {}, "row 2: the label is [0, 2], and that"),
+        ([[0, 2], [1, 0, 1]], {"labels": ABC}, "row 2: the label is [1, 0, 1], and that"),
+        ([[1, 0, 1]], {"labels": ["a", "b"]}, "expected names, 0/1 vectors of 2 numbers, or class ids that"),
+        ([[0, 1], [1]], {"labels": ["a", "b"]}, "row 2: the label is [1], and that of data.train: row 1 is [0, 1]; "),
+        ([[0], [1]], {}, "row 1: the label is [0], and that"),  # two classes, or a vector of one label?
+        ([[3], [0]], {"labels": ABC}, "row 1: the label is [3], and that"),
+        ([[-1], [2]], {"labels": ABC}, "row 1: the label is [-1], and that"),
+        ([[0.5, 1.0], [1.0, 0.0]], {}, "row 1: the label is [0.5, 1.0], and that"),
+        ([["joy"], [1]], {}, "row 2: the label is [1], and others have names; expected either in all rows."),
+        ([["joy"], 1], {}, "row 2: the label is 1; expected a list, as in other rows."),
+        ([["joy", None]], {}, "row 1: the label holds None; expected names, or numbers."),
+        ([[[1, 0]], [[0, 1]]], {}, "row 1: the label holds [1, 0]; expected names"),
+        ([{"joy": 1}, {"joy": 0}], {}, "row 1: the label is {'joy': 1}; expected a text, a number or a list."),
+        ([{"joy": 1}], {"problem_type": MULTI}, "row 1: the label is {'joy': 1}; expected"),
+        ([[1, 0], [0, 1]], {"problem_type": SINGLE}, "label is [1, 0]; single_label_classification expects one."),
+        ([[0.5]], {"problem_type": REGRESSION}, "row 1: the label is [0.5]; regression expects one."),
+        (["['joy']", "love"], {}, "row 2: the label 'love' is no list, and others are; expected lists in JSON, "),
+        (["['joy']", "['joy', 'love' 'hate']"], {}, "is no list, and others are"),
+        (["joy", "[love"], {"problem_type": SINGLE, "labels": ["joy"]}, "the label '[love' is unknown; the labels are"),
+        (["['joy'", "[love]"], {"problem_type": MULTI}, "row 2: the label '[love]' is no list or object, in JSON"),
+        ([[], []], {}, "No example of data.train has a label"),
+        ([["x" * 10**6], 1], {}, "row 2: the label is 1; expected a list"),
+        ([["x" * 10**6, None]], {}, "row 1: the label holds None"),
+        ([0.5, 1.5], {"labels": ABC}, "data.labels has 3 names; a regression has one number."),
+        (["1 0 1", "1,0,1", ""], {}, "row 3 has no label"),
+        (["[1 0 1]", ""], {}, "row 2 has no label"),
+        # No numbers
+        ([0.5, float("nan")], {}, "row 2: the label is nan; expected a name or a finite number, nothing where"),
+        ([1, float("inf"), 0], {}, "row 2: the label is inf; "),
+        (["0.5", "nan"], {}, "row 2: the label is 'nan'; "),
+        (["joy", "NaN "], {}, "row 2: the label is 'NaN '; "),
+        (["1", "-Infinity"], {}, "row 2: the label is '-Infinity'; "),
+        (["1.5", "1e999"], {}, "row 2: the label is '1e999'; "),
+        ([[1, float("nan")], [0, 1]], {}, "row 1: the label is nan; "),
+        ([["a", "nan"]], {}, "row 1: the label is 'nan'; "),
+        (["a, nan"], {"problem_type": MULTI}, "row 1: the label is 'nan'; "),
+        ([0.5, "nan"], {"problem_type": REGRESSION}, "row 2: the label is 'nan'; "),
+        ([0.5, 1e39], {"problem_type": REGRESSION}, "label is 1e+39; regression expects a number."),  # of float32
+        ([0.5, 10**400], {"problem_type": REGRESSION}, f"label is 1{'0' * 199}…; regression expects a"),
+    ],
+)  # fmt: skip
+def test_labels_that_cannot_be_read(task, labels, data, message):
+    rows = [{"text": "a", "label": label} for label in labels]
+
+    def read():
+        SequenceClassification.clean({"train": rows}, Data(**data))
+        task(**SequenceClassification.config(rows, Data(**data))).featurize(rows)
+
+    with pytest.raises(InputError, match=re.escape(message)) as raised:
+        read()
+    assert len(str(raised.value)) < 700
+
+
+def test_lists_are_read_over_all_splits(task):
+    rows = {name: [{"text": "a", "label": label}] for name, label in (("train", [1, 0, 1]), ("validation", [2]))}
+    with pytest.raises(
+        InputError, match=r"^data\.validation: row 1: the label is \[2\], and that of data\.train: row 1"
+    ):
+        SequenceClassification.clean(rows, Data())
+    rows = {"train": [{"text": "a", "label": [1, 0, 1]}], "test": [{"text": "a", "label": None}, {"text": "a"}]}
+    assert SequenceClassification.clean(rows, Data()) == "labels: 0/1 vectors over LABEL_0, LABEL_1, LABEL_2"
+    examples = task(problem_type=MULTI).featurize([*rows["train"], *rows["test"]])
+    expected = np.array([[1, 0, 1], [np.nan] * 3, [np.nan] * 3], np.float32)
+    np.testing.assert_array_equal(examples.targets["labels"], expected, strict=True)
+    with pytest.raises(InputError, match=r"row 1: the label has 2 numbers; the labels are anger, joy, love\.$"):
+        task(problem_type=MULTI).featurize([{"text": "a", "label": [1, 0]}])
+
+
+def test_an_order_that_is_given_wins():
+    rows = [{"label": "equivalent"}, {"label": "not_equivalent"}]
+    classes = ("not_equivalent", "equivalent", "unsure")
+
+    def order(classes=None, **data):
+        return SequenceClassification.config(rows, Data(**data), classes)["id2label"]
+
+    assert order() == ("equivalent", "not_equivalent")
+    assert order(classes) == classes
+    assert order(classes, labels=["not_equivalent", "equivalent"]) == ("not_equivalent", "equivalent")
+    assert order(("equivalent",)) == ("equivalent", "not_equivalent")
+
+
+def test_labels_without_names(task):
+    with pytest.raises(InputError, match=r"'joy' is unknown; the model has LABEL_0, LABEL_1, LABEL_2; data\.labels"):
+        task(id2label=None).featurize([{"text": "a", "label": "joy"}])
 
 
 # ── Loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ import csv
 import fcntl
 import functools
 import gzip
+import hashlib
 import importlib.util
 import json
 import os
@@ -24,10 +25,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bert_jax.catalogue import jsonable
 from bert_jax.data import sources
-from bert_jax.errors import InputError
+from bert_jax.errors import InputError, listed, quoted
 from bert_jax.pipelines import WINDOW, Pipeline
 from bert_jax.tasks.base import Request
 
+WHOLE = 2**28
+"""Bytes up to which all of an input is hashed, which takes 0.6 s; of a larger one, `SAMPLES` blocks are, in 0.2 s."""
+SAMPLES, BLOCK = 64, 2**20
 PREDICTION = "prediction"
 """The column that is added."""
 OUTPUTS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
@@ -92,9 +96,9 @@ def predict_files(
     parameters = dict(parameters or {})
     try:
         sizes = [_size(path) for path in paths]
+        files = [[str(path), size, _digest(path)] for path, size in zip(paths, sizes, strict=True)]
     except OSError as error:
         raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from None
-    files = [[str(path), size] for path, size in zip(paths, sizes, strict=True)]
     run: dict[str, Any] = {"task": task, "model": model, "inputs": files, "columns": columns, "format": format,
                            "shard": shard, "parameters": parameters}  # fmt: skip
     try:
@@ -175,8 +179,14 @@ class _Journal:
             before = run
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{journal.path} is damaged; remove it and begin anew.") from None
+        inputs = before.get("inputs")
+        if isinstance(inputs, list) and any(isinstance(entry, list) and len(entry) == 2 for entry in inputs):
+            raise InputError(
+                f"{journal.path} is of an earlier version, which noted no digest of the inputs, so that they may have "
+                "changed since. Remove it, and what there is of the output, and begin anew."
+            )
         if different := [key for key in run if before.get(key) != run[key]]:
-            shown = "; ".join(f"{key}: {before.get(key)!r}, now {run[key]!r}" for key in different)
+            shown = "; ".join(_difference(key, before.get(key), run[key]) for key in different)
             raise InputError(f"{output} belongs to another run ({shown}). Take another output, or these arguments.")
         return journal
 
@@ -187,6 +197,17 @@ class _Journal:
             file.flush()
             os.fsync(file.fileno())
         os.replace(staged, self.path)
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """What of a run's arguments is not as it was."""
+    if key == "inputs" and isinstance(before, list):
+        names = [[entry[0] for entry in files] for files in (before, now)]
+        if names[0] == names[1]:
+            changed = [new[0] for old, new in zip(before, now, strict=True) if old != new]
+            return f"the content of {listed(changed)} has changed"
+        before, now = names
+    return f"{key}: {quoted(before)}, now {quoted(now)}"
 
 
 @dataclass
@@ -285,6 +306,28 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*.txt")) if path.is_dir() else path.stat().st_size
 
 
+def _digest(path: Path) -> str | None:
+    """SHA-256 of what a file holds, or a folder's texts and their names; None of what is no file, as a pipe.
+
+    Of a file over `WHOLE` bytes it is that of `SAMPLES` blocks, evenly spread from its first byte to its last.
+    """
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(path.rglob("*.txt")):
+            digest.update(f"{file.relative_to(path)}\0{_digest(file)}\0".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+    if not path.is_file():
+        return None
+    size = path.stat().st_size
+    with open(path, "rb") as content:
+        if size <= WHOLE:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+        for n in range(SAMPLES):
+            content.seek((size - BLOCK) * n // (SAMPLES - 1))
+            digest.update(content.read(BLOCK))
+    return digest.hexdigest()
+
+
 def _usable(row: sources.Row | InputError, candidates: Sequence[tuple[str, ...]], table: bool) -> InputError | None:
     """What is wrong with a row, before its input is looked at."""
     try:
@@ -292,7 +335,7 @@ def _usable(row: sources.Row | InputError, candidates: Sequence[tuple[str, ...]]
             return row
         taken = [name for name in row if name == PREDICTION or (table and name.startswith(f"{PREDICTION}_"))]
         if taken:
-            return InputError(f"there is a column {taken[0]!r} already.")
+            return InputError(f"there is a column {quoted(taken[0])} already.")
         _line(row)
         _input(row, candidates)
     except UnicodeEncodeError:
@@ -306,10 +349,13 @@ def _input(row: sources.Row, candidates: Sequence[tuple[str, ...]]) -> Any:
     """What the task takes of a row: the first columns that are there."""
     for names in candidates:
         if all(name in row for name in names):
-            values = tuple(tuple(v) if isinstance(v := row[name], list) else v for name in names)
+            cells = [row[name] for name in names]
+            if names == ("tokens",) and isinstance(cells[0], str):  # a list, as tables have it
+                cells[0] = sources.literal(cells[0])
+            values = tuple(tuple(cell) if isinstance(cell, list) else cell for cell in cells)
             return values if len(names) > 1 else values[0]
     wanted = " or ".join(" and ".join(map(repr, names)) for names in sorted(candidates, key=len)[:3])
-    raise InputError(f"there is no column {wanted}; there are {', '.join(map(repr, row))}.")
+    raise InputError(f"there is no column {wanted}; there are {listed(map(repr, row))}.")
 
 
 def _line(row: Mapping[str, Any], *, ascii: bool = False) -> bytes:

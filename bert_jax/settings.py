@@ -41,6 +41,16 @@ Pattern = Annotated[str, AfterValidator(_compiles)]
 """A regular expression that matches whole parameter paths, `bert.layers.0.attention.query.weight`."""
 Patterns = Annotated[tuple[Pattern, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
 """Several, or one."""
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if repeated := [name for n, name in enumerate(names) if name in names[:n]]:
+        raise ValueError(f"{quoted(repeated[0])} stands twice in it")
+    return names
+
+
+Labels = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)]
+"""Names of labels, each once."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction")
 TASKS = ("text-classification", "token-classification", "question-answering")
@@ -140,7 +150,7 @@ class Data(_Section):
     """Column of the answers, their text and answer_start; answers by default. Empty, the question has none."""
     wrong_answers: Literal["skip", "stop"] = "skip"
     """What to do about an answer that does not stand where its row says."""
-    labels: tuple[str, ...] | None = None
+    labels: Labels | None = None
     """Names of the labels in the order of their ids. By default these are the classes of the data set (ClassLabel) in
     its order, or else the names in the training examples, sorted. Of two labels, the metric f1 is that of the second.
     Where names are set, whole numbers that are none of them are class ids, alone and in lists, and 0/1 vectors have a
@@ -516,7 +526,7 @@ def _tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}.") from None
     except ValueError as error:
-        raise InputError(f"{path} is not YAML: {error}") from None
+        raise InputError(f"{path} is not YAML: {listed([error])}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path} holds a {type(tree).__name__}; expected a tree of settings.")
     changes = assignments(overrides)

@@ -1,6 +1,7 @@
 """Files -> predictions: order, formats, rows that cannot be used, shards, and kills."""
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -141,11 +142,18 @@ def test_shards_are_the_whole_dealt_out(pipe, tmp_path):
         ("next-sentence-prediction", {"premise": "a", "hypothesis": "b"}, (), ("a", "b")),
         ("question-answering", {"question": "a", "context": "b"}, (), ("a", "b")),
         ("token-classification", {"tokens": ["a", "b"], "text": "c"}, (), ("a", "b")),
+        ("token-classification", {"tokens": "['a' 'b']", "text": "c"}, (), ("a", "b")),
+        ("token-classification", {"tokens": '["a", "b"]'}, ("tokens",), ("a", "b")),
         ("fill-mask", {"input_string": "a"}, (), "a"),
     ],
 )
 def test_columns(task, row, columns, expected):
     assert prediction._input(row, [columns] if columns else prediction.COLUMNS.get(task, prediction.TEXTS)) == expected
+
+
+def test_words_of_a_table_that_are_no_list():
+    with pytest.raises(InputError, match="is no list or object"):
+        prediction._input({"tokens": "['a', 'b' 'c']"}, prediction.COLUMNS["token-classification"])
 
 
 class Killed(BaseException):
@@ -253,6 +261,66 @@ def test_outputs_of_others_are_left_alone(pipe, tmp_path):
     with pytest.raises(InputError, match="belongs to another run"):
         run(pipe, [tmp_path / "in.txt"], tmp_path / "other.jsonl")
     assert (tmp_path / "other.jsonl").read_bytes() == before
+
+
+def test_an_input_that_was_edited_is_another(pipe, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for place in (tmp_path / "in.txt", tmp_path / "texts" / "a.txt", tmp_path / "texts" / "b.txt"):
+        place.write_text("good\n")
+    inputs, output = [tmp_path / "in.txt", tmp_path / "texts"], tmp_path / "out.jsonl"
+    run(pipe, inputs, output)
+    for place, named in ((tmp_path / "in.txt", "in.txt"), (tmp_path / "texts" / "b.txt", "texts")):
+        place.write_text("evil\n")  # of the same size
+        with pytest.raises(
+            InputError, match=rf"to another run \(the content of {tmp_path}/{named} has changed\)\. Take"
+        ):
+            run(pipe, inputs, output)
+        place.write_text("good\n")
+        assert run(pipe, inputs, output).predicted == 3
+    (tmp_path / "texts" / "b.txt").rename(tmp_path / "texts" / "0.txt")  # comes first now
+    with pytest.raises(InputError, match=r"the content of .*texts has changed"):
+        run(pipe, inputs, output)
+
+
+def test_a_journal_without_digests(pipe, tmp_path):
+    (tmp_path / "in.txt").write_text("good\n")
+    run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl")
+    journal = tmp_path / "out.jsonl.run.json"
+    content = json.loads(journal.read_text())
+    assert content["run"]["inputs"] == [[str(tmp_path / "in.txt"), 5, hashlib.sha256(b"good\n").hexdigest()]]
+    content["run"]["inputs"][0].pop()
+    journal.write_text(json.dumps(content))
+    with pytest.raises(
+        InputError,
+        match=r"run\.json is of an earlier version, which noted no digest .* Remove it, and what there is",
+    ):
+        run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl")
+
+
+def test_of_a_large_file_blocks_are_hashed(tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction, "WHOLE", 1000)
+    monkeypatch.setattr(prediction, "BLOCK", 10)
+    content = bytearray(5000)
+    found = set()
+    for place in (None, 0, 9, 2495 + 40, 4999):  # the first, the last, and one between
+        if place is not None:
+            content[place] ^= 1
+        (tmp_path / "large").write_bytes(content)
+        found.add(prediction._digest(tmp_path / "large"))
+    assert len(found) == 5
+    content[15] ^= 1  # between two blocks: what is not seen
+    (tmp_path / "large").write_bytes(content)
+    assert prediction._digest(tmp_path / "large") in found
+
+
+def test_lines_that_a_quote_swallows_are_counted(pipe, tmp_path):
+    (tmp_path / "in.csv").write_text('text,n\ngood,1\n"open,2\n' + "x,3\n" * 50 + 'he "said",4\nbad,5\n')
+    assert run(pipe, [tmp_path / "in.csv"], tmp_path / "out.jsonl") == prediction.Counts(2, 52)
+    rejected = lines(tmp_path / "out.jsonl.rejected.jsonl")
+    assert [row["line"] for row in rejected] == list(range(3, 55))
+    assert rejected[0]["reason"].startswith("the quote that opens in line 3 swallows the 51 lines behind it")
+    (tmp_path / "end.csv").write_text('text,n\ngood,1\n"open,2\n' + "x,3\n" * 2000)
+    assert run(pipe, [tmp_path / "end.csv"], tmp_path / "end.jsonl") == prediction.Counts(1, 2001)
 
 
 @pytest.mark.parametrize(

@@ -303,6 +303,16 @@ def test_vectors_from_a_table_to_a_model(tree, tmp_path):
     assert [entry["support"] for entry in validation(folder)["per_class"].values()] == [12, 8, 0]
     again = recipes.evaluate(str(folder), Settings.from_dict(tree), "validation")
     assert again["per_class"] == validation(folder)["per_class"]
+    # Places have the names of the settings, whatever the order of the model's.
+    tree["data"]["labels"], tree["output"]["folder"] = ["a", "b", "c"], str(tmp_path / "named")
+    folder = run(tree)
+    before = validation(folder)["per_class"]
+    assert {name: entry["support"] for name, entry in before.items()} == {"a": 12, "b": 8, "c": 0}
+    tree["data"]["labels"] = ["b", "a", "c"]
+    (tmp_path / "vectors.csv").write_text(
+        "\n".join(["text,label", *(f"{r[:-7]}{r[-5]} {r[-7]}{r[-4:]}" for r in rows)])
+    )
+    assert recipes.evaluate(str(folder), Settings.from_dict(tree), "validation")["per_class"] == before
 
 
 def test_impossible_questions_of_rows(tree, tmp_path):

@@ -1,4 +1,5 @@
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,8 @@ def test_pretraining_configs_load(path, name):
         ({"task": "translation"}, "task: Input should be 'text-classification', 'token-classification' or"),
         ({"output": {}}, "output.folder: Field required"),
         ({"optimizer": {"frozen": ["a", "("]}}, "optimizer.frozen.1: no regular expression: "),
+        ({"data": {"labels": ["a", "b", "a"]}}, "data.labels: 'a' stands twice in it, got ['a', 'b', 'a']"),
+        ({"data": {"labels": []}}, "data.labels: Tuple should have at least 1 item"),
         ({"model": {"lora": {"targets": "["}}}, "model.lora.targets: no regular expression: "),
     ],
 )
@@ -305,6 +308,18 @@ def test_overrides_with_signs_of_yaml_that_lose_nothing(tmp_path):
     assert load(tmp_path, "data.text=''").data.text == ""
 
 
+def test_overrides_of_the_readme_are_taken():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    commands = [
+        shlex.split(line, comments=True)
+        for line in re.findall(r"^bert-jax (?:finetune|evaluate|pretrain) .*", text, re.M)
+    ]
+    given = [word for command in commands for word in command if re.match(r"[a-z_.]+=", word)]
+    assert len(given) >= 15
+    for override in given:
+        assert module.assignments([override])
+
+
 @pytest.mark.parametrize(
     ("override", "near"),
     [
@@ -345,6 +360,7 @@ def bomb(levels):
         ("data: {labels: [" + "[a], " * 5000 + "]}", r"… and 4,98\d more\.$"),
         ("task: a\ndata: {}\ntask: b\n", r"is not YAML: line 3 gives 'task' once more\.$"),
         ("data:\n  text: a\n  text: b\n", r"is not YAML: line 3 gives 'text' once more\.$"),
+        (f"task: !{'x' * 5000}\n", r"is not YAML: could not determine a constructor for the tag .*…$"),
         (f"task_name: {['x' * 500]}\n", r"task_name is \['x{198}…; .* has none\.$"),
     ],
 )

@@ -136,7 +136,7 @@ def entries(path: str | Path, format: str | None = None, *, labelled: bool = Tru
     if format is None:
         format = "squad" if _begins_as_squad(path) else format_of(path, labelled)
     if format not in (*parse, "parquet"):
-        raise InputError(f"the format {format!r} is unknown; expected one of {', '.join((*parse, 'parquet'))}.")
+        raise InputError(f"the format {quoted(format)} is unknown; expected one of {', '.join((*parse, 'parquet'))}.")
     try:
         with open(path, "rb") as file:
             if format == "parquet":

@@ -346,7 +346,9 @@ def _read_sets(cells: Sequence[Cell], names: tuple[str, ...]) -> str:
     lengths = {len(cell.label) for cell in cells}
     if binary and len(lengths) == 1 and (lengths == {len(names)} if names else lengths != {1}):
         for cell in cells:
-            cell.label = [int(part) for part in cell.label]
+            vector = [int(part) for part in cell.label]
+            # By name, a model whose labels are in another order gets them right.
+            cell.label = [name for name, part in zip(names, vector, strict=True) if part] if names else vector
         for cell in blank:
             cell.label = None
         return f"labels: 0/1 vectors over {listed(names or _numbered(*lengths))}"

@@ -170,14 +170,14 @@ class _Journal:
         journal = cls(output, run)
         try:
             before = json.loads(journal.path.read_text(encoding="utf-8"))
-            before, journal = before["run"], cls(**before | {"output": output})
+            before, journal = dict(before["run"]), cls(**before | {"output": output})
         except FileNotFoundError:
             if output.exists():
                 raise InputError(f"{output} is there already and of no run that could go on; take another.") from None
             journal.path.parent.mkdir(parents=True, exist_ok=True)
             journal.commit()
             before = run
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(f"{journal.path} is damaged; remove it and begin anew.") from None
         inputs = before.get("inputs")
         if isinstance(inputs, list) and any(isinstance(entry, list) and len(entry) == 2 for entry in inputs):
@@ -306,8 +306,8 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*.txt")) if path.is_dir() else path.stat().st_size
 
 
-def _digest(path: Path) -> str | None:
-    """SHA-256 of what a file holds, or a folder's texts and their names; None of what is no file, as a pipe.
+def _digest(path: Path) -> str:
+    """SHA-256 of what a file holds, or a folder's texts and their names.
 
     Of a file over `WHOLE` bytes it is that of `SAMPLES` blocks, evenly spread from its first byte to its last.
     """
@@ -317,7 +317,7 @@ def _digest(path: Path) -> str | None:
             digest.update(f"{file.relative_to(path)}\0{_digest(file)}\0".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
     if not path.is_file():
-        return None
+        raise InputError(f"{path} is neither a file nor a folder; an input is read more than once.")
     size = path.stat().st_size
     with open(path, "rb") as content:
         if size <= WHOLE:

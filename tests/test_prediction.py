@@ -282,6 +282,20 @@ def test_an_input_that_was_edited_is_another(pipe, tmp_path):
         run(pipe, inputs, output)
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"run": "text"}', '{"run": 7}', "[" * 100_000])
+def test_a_damaged_journal(pipe, tmp_path, content):
+    (tmp_path / "in.txt").write_text("a")
+    (tmp_path / "out.jsonl.run.json").write_text(content)
+    with pytest.raises(InputError, match=r"run\.json is damaged; remove it"):
+        run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl")
+
+
+def test_a_pipe_is_no_input(pipe, tmp_path):
+    os.mkfifo(tmp_path / "in.txt")
+    with pytest.raises(InputError, match="is neither a file nor a folder"):
+        run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl")
+
+
 def test_a_journal_without_digests(pipe, tmp_path):
     (tmp_path / "in.txt").write_text("good\n")
     run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl")

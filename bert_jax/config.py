@@ -82,10 +82,10 @@ class BertConfig:
             value = getattr(self, name)
             if not (name == "classifier_dropout" and value is None) and not (_is_number(value) and 0 <= value < 1):
                 raise ConfigError(f"{name} is {quoted(value)}; expected a probability: 0 or more and below 1.")
-        for name in ["initializer_range", "layer_norm_eps"]:
+        for name, limit in [("initializer_range", 100), ("layer_norm_eps", 1)]:
             value = getattr(self, name)
-            if not _is_number(value) or not 0 < value < 1:
-                raise ConfigError(f"{name} is {quoted(value)}; expected a number above 0 and below 1.")
+            if not _is_number(value) or not 0 < value < limit:
+                raise ConfigError(f"{name} is {quoted(value)}; expected a number above 0 and below {limit}.")
         pad = self.pad_token_id
         if pad is not None and (not isinstance(pad, int) or isinstance(pad, bool) or not 0 <= pad < self.vocab_size):
             raise ConfigError(f"pad_token_id is {quoted(pad)}; expected a token id below vocab_size, or None.")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from bert_jax.errors import InputError
+from bert_jax.errors import InputError, quoted
 from bert_jax.pipelines import Pipeline
 
 INPUTS = ("inputs", "input_data")
@@ -48,7 +48,7 @@ def read(request: Any) -> tuple[Any, dict[str, Any]]:
     if not isinstance(request, Mapping):
         raise InputError(f'expected an object like {{"inputs": {{"{TEXTS}": ["…"]}}}}, got {_kind(request)}.')
     if unknown := [key for key in request if key not in INPUTS + PARAMETERS]:
-        raise InputError(f"{unknown[0]!r} is unknown; expected {', '.join(INPUTS + PARAMETERS)}.")
+        raise InputError(f"{quoted(unknown[0])} is unknown; expected {', '.join(INPUTS + PARAMETERS)}.")
     inputs, parameters = (_one_of(request, names) for names in (INPUTS, PARAMETERS))
     if inputs is None:
         raise InputError(f"there are no inputs; expected {' or '.join(INPUTS)}.")
@@ -69,7 +69,7 @@ def _columns(split: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Pandas' split form -> columns."""
     names, data = split.get("columns", [TEXTS]), split["data"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"columns is {names!r}; expected names, like {TEXTS!r}.")
+        raise InputError(f"columns is {quoted(names)}; expected names, like {TEXTS!r}.")
     if not isinstance(data, list):
         raise InputError(f"data is {_kind(data)}; expected a list of rows.")
     rows = [row if isinstance(row, list) else [row] for row in data]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bert_jax import __version__, memory
-from bert_jax.errors import BertJaxError, HubUnreachableError, Interrupted, check_extra
+from bert_jax.errors import BertJaxError, HubUnreachableError, Interrupted, check_extra, quoted
 from bert_jax.hub import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def predict(
     if bool(text) == bool(input) or bool(input) != bool(output):
         raise InputError("expected texts, or --input and --output.")
     if not (match := re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shard)) or int(match[1]) > int(match[2]):
-        raise InputError(f"--shard is {shard!r}; expected i/n with i from 1 to n.")
+        raise InputError(f"--shard is {quoted(shard)}; expected i/n with i from 1 to n.")
     parameters = assignments(parameter or ())
     if input:
         memory.keep_freed()
@@ -261,7 +261,7 @@ def evaluate(
     from bert_jax.settings import HELD_OUT_TASKS, HeldOut, read
 
     if split not in (None, "validation", "test"):
-        raise InputError(f"--split is {split!r}; expected validation or test.")
+        raise InputError(f"--split is {quoted(split)}; expected validation or test.")
     settings = read(config, overrides or ())
     split = split or ("validation" if settings.data.validation else "test")
     if (beside or output) and not isinstance(settings, HeldOut):

@@ -145,7 +145,7 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
         validate_repo_id(repo)
     except HFValidationError:
         raise ModelNotFoundError(
-            f"{repo!r} is neither a folder nor a model id; expected a folder that exists, "
+            f"{quoted(repo)} is neither a folder nor a model id; expected a folder that exists, "
             f"an id like google-bert/bert-base-cased, or {', '.join(embedded())}."
         ) from None
     cache_only: str | None = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
@@ -227,7 +227,7 @@ def _commit(repo: str, revision: str, timeout: float) -> str:
     except GatedRepoError:
         raise ModelNotFoundError(f"{repo} is gated: ask for access on the Hub, then `hf auth login`.") from None
     except RevisionNotFoundError:
-        raise ModelNotFoundError(f"{repo} has no revision {revision!r}; give a branch, tag or commit.") from None
+        raise ModelNotFoundError(f"{repo} has no revision {quoted(revision)}; give a branch, tag or commit.") from None
     except RepositoryNotFoundError:
         raise ModelNotFoundError(
             f"There is no folder {repo} and no model {repo} on the Hub (a private one needs `hf auth login`)."

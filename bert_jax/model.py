@@ -28,7 +28,7 @@ from jax.typing import ArrayLike
 
 from bert_jax import hub, kernels, sharding, tree, weights
 from bert_jax.config import BertConfig
-from bert_jax.errors import InputError
+from bert_jax.errors import InputError, quoted
 from bert_jax.kernels import Attended
 
 logger = logging.getLogger(__name__)
@@ -535,9 +535,9 @@ class BertModel(BertPreTrainedModel):
         add_pooling_layer: bool = True,
     ):
         if compute_dtype not in COMPUTE_DTYPES:
-            raise InputError(f"compute_dtype is {compute_dtype!r}; expected one of {', '.join(COMPUTE_DTYPES)}.")
+            raise InputError(f"compute_dtype is {quoted(compute_dtype)}; expected one of {', '.join(COMPUTE_DTYPES)}.")
         if attention not in ATTENTION:
-            raise InputError(f"attention is {attention!r}; expected one of {', '.join(ATTENTION)}.")
+            raise InputError(f"attention is {quoted(attention)}; expected one of {', '.join(ATTENTION)}.")
         self.config = config
         self.compute_dtype = compute_dtype
         self.attention = attention

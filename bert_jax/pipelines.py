@@ -18,7 +18,7 @@ import numpy as np
 
 from bert_jax import hub, kernels, sharding, tree
 from bert_jax.data.loader import best_fit
-from bert_jax.errors import CheckpointError, InputError
+from bert_jax.errors import CheckpointError, InputError, quoted
 from bert_jax.hub import DEFAULT_MODEL
 from bert_jax.model import FIRST, BertModel, BertPreTrainedModel
 from bert_jax.tasks.base import Outputs, Request, Row, Task, check_vocabulary
@@ -99,7 +99,7 @@ def pipeline(
         CheckpointError: If the checkpoint lacks the task's head, or is damaged.
     """
     if task not in TASKS:
-        raise InputError(f"The task {task!r} is unknown; expected one of {', '.join(TASKS)}.")
+        raise InputError(f"The task {quoted(task)} is unknown; expected one of {', '.join(TASKS)}.")
     model_class = TASKS[task].model_class
     if isinstance(model, BertPreTrainedModel):
         if not isinstance(model, model_class):
@@ -193,7 +193,7 @@ class Pipeline:
         if isinstance(inputs, str | tuple | dict):
             return self.run([self.request(inputs, **parameters)])[0]
         if not isinstance(inputs, Iterable):
-            raise InputError(f"expected an input or several, got {inputs!r} ({type(inputs).__name__}).")
+            raise InputError(f"expected an input or several, got {quoted(inputs)} ({type(inputs).__name__}).")
         results = self._stream(iter(inputs), parameters)
         return list(results) if isinstance(inputs, list) else results
 
@@ -205,7 +205,7 @@ class Pipeline:
         """
         if unknown := [name for name in parameters if name not in self._parameters]:
             known = ", ".join(self._parameters) or "none"
-            raise InputError(f"the parameter {unknown[0]!r} is unknown; this task's are {known}.")
+            raise InputError(f"the parameter {quoted(unknown[0])} is unknown; this task's are {known}.")
         return self.task.request(entry, **parameters)
 
     def _stream(self, inputs: Iterator[Any], parameters: dict[str, Any]) -> Iterator[Any]:

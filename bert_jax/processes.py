@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from bert_jax.errors import InputError, TrainingError
+from bert_jax.errors import InputError, TrainingError, quoted
 
 HEARTBEAT = 30
 """Seconds without a sign of life after which a process counts as lost, and ends the others."""
@@ -39,7 +39,7 @@ def start(given: str) -> None:
     if given != "auto":
         match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)@(\S+:\d+)", given)
         if not match or int(match[1]) > int(match[2]):
-            raise InputError(f"--processes is {given!r}; expected auto, or i/n@host:port with i from 1 to n.")
+            raise InputError(f"--processes is {quoted(given)}; expected auto, or i/n@host:port with i from 1 to n.")
         place = {"coordinator_address": match[3], "num_processes": int(match[2]), "process_id": int(match[1]) - 1}
     try:
         if place.get("process_id"):

@@ -22,7 +22,7 @@ import jax
 from jax.extend.core import jaxprs_in_params
 
 from bert_jax.config import BertConfig
-from bert_jax.errors import InputError
+from bert_jax.errors import InputError, quoted
 
 GIB = 2**30
 
@@ -101,7 +101,7 @@ def get(name: str) -> Target:
     kind, _, topology = name.partition(":")
     if kind not in CHIPS:
         known = ", ".join(f"{kind}:{chip.topology}" for kind, chip in CHIPS.items())
-        raise InputError(f"The target {name!r} is unknown; expected a chip and how many, as in {known}.")
+        raise InputError(f"The target {quoted(name)} is unknown; expected a chip and how many, as in {known}.")
     chip = CHIPS[kind]
     compiler = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}[chip.platform]
     if importlib.util.find_spec(compiler) is None:

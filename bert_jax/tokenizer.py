@@ -106,7 +106,7 @@ class Tokenizer:
             tokens = _declared(settings, added, file["added_tokens"] if file else [])
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"tokenizer_config.json or tokenizer.json in {folder} is damaged ({error!r}); download it again."
+                f"tokenizer_config.json or tokenizer.json in {folder} is damaged ({quoted(error)}); download it again."
             ) from None
         name = settings.get("tokenizer_class")
         if name is None:
@@ -204,12 +204,12 @@ class Tokenizer:
             InputError: If something is no text (its index is named), or max_length leaves no room.
         """
         if truncate not in ("longest_first", "only_second"):
-            raise InputError(f"truncate is {truncate!r}; expected 'longest_first' or 'only_second'.")
+            raise InputError(f"truncate is {quoted(truncate)}; expected 'longest_first' or 'only_second'.")
         words = "a list of words" if is_split_into_words else "a text"
         for name, column in [("text", text), ("text_pair", text_pair or [])]:
             for i, entry in enumerate(column):
                 if not (_are_words(entry) if is_split_into_words else isinstance(entry, str)):
-                    raise InputError(f"{name}[{i}] is {_shown(entry)}; expected {words}.")
+                    raise InputError(f"{name}[{i}] is {quoted(entry)} ({type(entry).__name__}); expected {words}.")
         if text_pair is not None and len(text) != len(text_pair):
             raise InputError(f"There are {len(text)} texts and {len(text_pair)} second texts; expected one to each.")
         inputs: Any = list(text) if text_pair is None else list(zip(text, text_pair, strict=True))
@@ -530,8 +530,3 @@ def _check_vocab(path: Path, vocab: Mapping[str, int], needed: Sequence[str]) ->
 
 def _are_words(entry: Any) -> bool:
     return isinstance(entry, list | tuple) and all(isinstance(word, str) for word in entry)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '…'} ({type(value).__name__})"

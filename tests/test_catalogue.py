@@ -99,3 +99,10 @@ def test_bad_requests(fill_mask, request_, message):
     with pytest.raises(InputError) as raised:
         catalogue.score(fill_mask, request_)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("request_", [{"x" * 10**6: 1}, {"inputs": {"data": [], "columns": ["x" * 10**6, 7]}}])
+def test_messages_quote_little(request_):
+    with pytest.raises(InputError) as error:
+        catalogue.read(request_)
+    assert len(str(error.value)) < 400

@@ -250,7 +250,7 @@ class SequenceClassification(TrainableTask):
         ]
 
 
-@dataclass
+@dataclass(eq=False)
 class Cell:
     """A row's label, and where it stands."""
 
@@ -269,19 +269,21 @@ class Cell:
 
 def _read_lists(cells: Sequence[Cell], problem_type: str | None) -> None:
     """Texts of lists, as tables have them, become lists: if one is a list, or labels are several, all have to be."""
-    texts = [cell for cell in cells if isinstance(cell.label, str) and re.fullmatch(r"\s*\[.*\]\s*", cell.label, re.S)]
-    lists: dict[int, list[Any]] = {}
+    texts = dict.fromkeys(
+        cell for cell in cells if isinstance(cell.label, str) and re.fullmatch(r"\s*\[.*\]\s*", cell.label, re.S)
+    )
+    lists: dict[Cell, list[Any]] = {}
     for cell in texts:
         try:
-            lists[id(cell)] = list(literal(cell.label))
+            lists[cell] = list(literal(cell.label))
         except InputError as error:
             if problem_type == MULTI:
                 raise InputError(f"{cell.where}: the label {error}") from None
     if not lists:
         return  # names in brackets
     for cell in cells:
-        if id(cell) in lists:
-            cell.label = lists[id(cell)]
+        if cell in lists:
+            cell.label = lists[cell]
         elif isinstance(cell.label, str) and cell.label.strip() and (problem_type is None or cell in texts):
             raise InputError(
                 f"{cell.where}: the label {quoted(cell.label)} is no list, and others are; expected lists in JSON, "
@@ -326,7 +328,7 @@ def _read_sets(cells: Sequence[Cell], names: tuple[str, ...]) -> str:
     Raises:
         InputError: Names the row where lists cannot be told apart.
     """
-    blank = [cell for cell in cells if isinstance(cell.label, str) and not cell.label.strip()]
+    blank = {cell for cell in cells if isinstance(cell.label, str) and not cell.label.strip()}
     for cell in cells:
         if isinstance(cell.label, str):
             cell.label = names_of(cell.label)

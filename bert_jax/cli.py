@@ -169,7 +169,7 @@ def predict(
         raise InputError(f"--shard is {quoted(shard)}; expected i/n with i from 1 to n.")
     parameters = assignments(parameter or ())
     if input:
-        memory.keep_freed()
+        memory.keep_freed(asynchronous=True)
     _use_compilation_cache()
     _, pipe = _pipeline(task, model, revision, ignore)
     from bert_jax import catalogue, prediction
@@ -210,10 +210,10 @@ def finetune(
     settings = Settings.from_file(config, overrides or ())  # before jax is imported: a mistake shows at once
     if target and not dry_run:
         raise InputError("--target goes with --dry-run: it says what to compile for, and nothing can run there.")
-    memory.keep_freed()
     if target:
         os.environ["JAX_PLATFORMS"] = "cpu"  # only compilers are asked; programs for other chips cannot be cached
-    else:
+    memory.keep_freed()  # imports jax
+    if not target:
         _use_compilation_cache()
     with _joined(processes) as console:
         from bert_jax import recipes
@@ -266,7 +266,7 @@ def evaluate(
     split = split or ("validation" if settings.data.validation else "test")
     if (beside or output) and not isinstance(settings, HeldOut):
         raise InputError(f"--beside and --output go with {' and '.join(HELD_OUT_TASKS)}.")
-    memory.keep_freed()
+    memory.keep_freed(asynchronous=True)
     _use_compilation_cache()
     from rich.console import Console
     from rich.markdown import Markdown
@@ -314,7 +314,7 @@ def serve(
     tree = Serving.from_file(config).model_dump() if config else {}
     settings = Serving.from_dict(tree | changes, source=str(config or "serve"))
     check_extra("serve", "fastapi", "uvicorn", "prometheus_client")
-    memory.keep_freed()
+    memory.keep_freed(asynchronous=True)
     _use_compilation_cache()
     from bert_jax import hub, pipelines, serve
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from bert_jax import sharding, tree
 from bert_jax.data.loader import Batch, Examples, Loader, Place, Shape
 from bert_jax.errors import TrainingError
+from bert_jax.model import BertPreTrainedModel
 from bert_jax.tasks.base import Objective
 
 Program = Callable[[tree.Params, Batch], tuple[dict[str, jax.Array], jax.Array, jax.Array]]
@@ -32,7 +33,7 @@ class Evaluation:
     outputs: Mapping[str, Any]
 
 
-def program(task: Objective, skeleton: tree.Skeleton) -> Program:
+def program(task: Objective, skeleton: tree.Skeleton) -> jax.stages.Wrapped:
     """The compiled function of a batch: outputs, mean loss, and what that is the mean of; whole on every device."""
 
     @functools.partial(jax.jit, out_shardings=PartitionSpec())
@@ -107,6 +108,30 @@ def evaluate(
         collected = {name: np.stack(column) for name, column in collected.items()}
     metrics = {"loss": total / counted} if counted else {}
     return Evaluation(metrics | (task.evaluate(collected, examples) if counted else {}), collected)
+
+
+def largest(
+    task: Objective,
+    model: BertPreTrainedModel,
+    examples: Examples,
+    *,
+    batch_size: int,
+    packing: int | None,
+    multiple: int = 1,
+    mesh: jax.sharding.Mesh,
+) -> tuple[Shape, jax.stages.Compiled]:
+    """The shape of an evaluation's largest batch, and the program for it, compiled and not run; see `evaluate`."""
+    loader = Loader(examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing, multiple=multiple)
+    shapes = {loader.place(step).shape for step in range(loader.steps_per_epoch)}
+    shape = max(shapes, key=lambda shape: shape.rows * shape.length)
+    params, skeleton = tree.split(model)
+    flat = tree.flatten(params)
+    abstract = tree.unflatten(sharding.abstract(flat, sharding.placements(mesh, flat)))
+    empty = Place(np.zeros(0, int), np.zeros(0, int), shape)
+    batch = sharding.abstract(examples.batch(empty), sharding.by_row(mesh))
+    with jax.set_mesh(mesh):
+        compiled: jax.stages.Compiled = program(task, skeleton).lower(abstract, batch).compile()
+    return shape, compiled
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Settings -> a fine-tuned model, or a model's metrics: what the command line runs, a step at a time."""
 
+import importlib
 import json
 import re
 import time
@@ -18,7 +19,7 @@ import yaml
 from flax import nnx
 from rich.console import Console
 
-from bert_jax import evaluation, hub, lora, processes, report, sharding, targets, training, tree, vocabulary
+from bert_jax import evaluation, hub, lora, memory, processes, report, sharding, targets, training, tree, vocabulary
 from bert_jax.config import BertConfig
 from bert_jax.data import corpus, sources
 from bert_jax.data.loader import Examples, Shape
@@ -42,6 +43,8 @@ WORDS, BIAS, TRANSFORM = (
 ADAPTERS, ANSWERS = "adapters", "answers.json"
 UNNAMED = ("id", "is_impossible")
 """Columns that no setting names."""
+LOADED_LATER = ("grain", "sklearn.metrics")
+"""Modules that a run imports on its way, 60 MB."""
 TASKS: dict[str, Any] = {
     "text-classification": SequenceClassification,
     "token-classification": TokenClassification,
@@ -617,12 +620,55 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
     shape = max((shape for shape, _ in shapes), key=lambda shape: shape.rows * shape.length)
     if chips:
         parts.append(compile_for(chips, run, shape, prepared.model.config, console or Console(quiet=True)))
-    elif (memory := run.trace(shape).lower().compile().memory_analysis()) is not None:
-        parts.append(
-            f"memory of the largest: {(memory.argument_size_in_bytes) / 1e6:,.0f} MB of state and batch, "
-            f"{memory.temp_size_in_bytes / 1e6:,.0f} MB besides"
-        )
+    elif found := peak_memory(settings, prepared, run, shape):
+        parts.append(found)
     return "\n\n".join(parts)
+
+
+def peak_memory(settings: Settings, prepared: Prepared, run: training.Run, shape: Shape) -> str | None:
+    """What a run takes at its peak, in words; None where the compiler does not tell.
+
+    Where the devices are the host's processor, this is the memory of the whole process: what it occupies now, with its
+    libraries, the data, the model and the programs, then the state of training, and the largest of what the phases of a
+    run take in turn. Elsewhere it is the memory of one device, without the evaluations' parameters.
+
+    Args:
+        settings: Of the run.
+        prepared: Its model and examples.
+        run: Its steps.
+        shape: Of the largest batch of training.
+    """
+    step = run.trace(shape).lower().compile().memory_analysis()
+    if step is None:
+        return None
+    phases = {f"temporaries of a step of [{shape.rows}, {shape.length}]": step.temp_size_in_bytes}
+    if validation := prepared.examples.get("validation"):
+        largest, program = evaluation.largest(
+            prepared.task, prepared.model, validation, batch_size=settings.training.evaluation_batch_size,
+            packing=run.loader.packing, multiple=run.loader.multiple, mesh=run.mesh,
+        )  # fmt: skip
+        found: Any = program.memory_analysis()
+        phases[f"temporaries of an evaluation of [{largest.rows}, {largest.length}]"] = found.temp_size_in_bytes
+    counted = {"state and batch": step.argument_size_in_bytes}
+    host = run.mesh.devices.flat[0].platform == "cpu"
+    if host:
+        phases["a checkpoint's copy of the state"] = step.argument_size_in_bytes
+        for name in LOADED_LATER:
+            importlib.import_module(name)
+        memory.release()
+        if (occupied := memory.resident()) is None:
+            host = False
+        else:
+            counted["libraries, data, model and programs, measured now"] = occupied
+    name = max(phases, key=phases.__getitem__)
+    counted[name] = phases.pop(name)
+    lines = [f"  {size / 1e6:,.0f} MB: {what}" for what, size in counted.items()]
+    others = "; ".join(f"{what} {size / 1e6:,.0f} MB" for what, size in phases.items())
+    return (
+        f"memory of {'the process' if host else 'a device'} at its peak: {sum(counted.values()) / 1e6:,.0f} MB\n"
+        + "\n".join(lines)
+        + (f"\n  not at the same time: {others}" if others else "")
+    )
 
 
 def compile_for(chips: targets.Target, run: training.Run, shape: Shape, config: BertConfig, console: Console) -> str:

@@ -20,7 +20,7 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bert_jax import evaluation, kernels, lora, optim, processes, sharding, tree
+from bert_jax import evaluation, kernels, lora, memory, optim, processes, sharding, tree
 from bert_jax.checkpoint import Checkpoints
 from bert_jax.data.loader import Batch, Examples, Loader, Place, Shape
 from bert_jax.errors import InputError, Interrupted, TrainingError
@@ -315,14 +315,18 @@ def train(
     metric = options.metric or task.metrics[0]
 
     # ── Devices, parameters, programs ────────────────────────────────────────────────────────────────────────────────
-    mesh, loader, steps, planned, layout, step_fn = set_up(task, model, examples, settings)
+    run = set_up(task, model, examples, settings)
+    mesh, loader, steps, planned, layout, _ = run
+    programs: dict[Shape, jax.stages.Compiled] = {}
     for path, rule in planned.rules.items():
         logger.info("%s: %s", path, rule)
     state = sharding.put(init_state(planned, options.seed), layout)
     frozen = sharding.put(planned.frozen, sharding.placements(mesh, planned.frozen))
     evaluate_batch = evaluation.program(task, planned.skeleton)
-    whole = tree.unflatten(sharding.placements(mesh, dict(planned.skeleton.specs)))
-    combine = jax.jit(planned.params, out_shardings=whole)
+    combine: Any = planned.params
+    if settings.model.lora:  # without it there is nothing to compute, and a program would copy all parameters
+        whole = tree.unflatten(sharding.placements(mesh, dict(planned.skeleton.specs)))
+        combine = jax.jit(planned.params, out_shardings=whole)
 
     # ── Where the run stands ─────────────────────────────────────────────────────────────────────────────────────────
     checkpoints = Checkpoints(folder / CHECKPOINTS, options.keep)
@@ -382,8 +386,12 @@ def train(
         for batch in loader.batches(start, steps):
             if _finished(progress, options.patience):
                 break
-            with evaluation.out_of_memory(loader.place(step).shape, LESS_MEMORY):
-                state, metrics = step_fn(state, frozen, sharding.put_batch(batch, mesh))
+            shape = loader.place(step).shape
+            with evaluation.out_of_memory(shape, LESS_MEMORY):
+                if shape not in programs:
+                    programs[shape] = run.trace(shape).lower().compile()
+                    memory.release()
+                state, metrics = programs[shape](state, frozen, sharding.put_batch(batch, mesh))
             step += 1
             flying.append((step, metrics))
             stopping = bool(received) or processes.asked_to_stop(step)
@@ -395,6 +403,7 @@ def train(
             score = None
             if validation is not None and evaluate_now:
                 paused = time.perf_counter()
+                memory.release()
                 params = combine(state.params, frozen)
                 result = evaluation.evaluate(
                     task,
@@ -415,7 +424,9 @@ def train(
                 )
                 since += time.perf_counter() - paused
             if save_now:
+                memory.release()
                 checkpoints.save(step, state, progress, score)
+                memory.release()
             if stopping:
                 raise Interrupted(step, folder, received[0] if received else signal.SIGTERM)
 

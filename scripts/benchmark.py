@@ -253,7 +253,7 @@ def make_graphs(folder: Path) -> None:
 def open_peer(side: str, folder: Path) -> None:
     global _peer
     if side == "ours":
-        memory.keep_freed()  # as `bert-jax predict` does
+        memory.keep_freed(asynchronous=True)  # as `bert-jax predict` does
     import peers
 
     _peer = peers.open_peer(side, folder)
@@ -262,7 +262,7 @@ def open_peer(side: str, folder: Path) -> None:
 def open_texts(side: str, folder: Path) -> None:
     global _peer
     if side == "ours":
-        memory.keep_freed()
+        memory.keep_freed(asynchronous=True)
     import peers
 
     _peer = peers.open_texts(side, folder)

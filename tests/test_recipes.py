@@ -2,6 +2,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -355,10 +356,15 @@ def test_a_dry_run_says_what_would_happen(tree, tmp_path):
         "[CLS]",
         "labels: no, yes",
         "6 steps, 3 an epoch",
-        "MB of state",
+        "MB: state and batch",
+        "MB: libraries, data, model and programs",
+        "temporaries of a step of [",
+        "temporaries of an evaluation of [",
         "no_decay",
     ]:
         assert part in report
+    total, *counted = re.findall(r"([\d,]+) MB", report[report.index("memory of the process") :])[:4]
+    assert abs(int(total.replace(",", "")) - sum(int(size.replace(",", "")) for size in counted)) <= 3  # rounded each
     assert not (tmp_path / "run").exists()
 
 

@@ -1,12 +1,15 @@
 """`BertConfig`: the hyperparameters of `config.json`, by their names, and nothing that the network does not do."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bert_jax import hub
 from bert_jax.errors import ConfigError, quoted
+
+logger = logging.getLogger(__name__)
 
 # What else a config.json may ask for that would change the numbers: key -> the one value the network has.
 _FIXED = {
@@ -170,6 +173,12 @@ class BertConfig:
             if not isinstance(known["id2label"], Mapping):
                 raise ConfigError(f"id2label is {quoted(known['id2label'])}; expected an object of names by id.")
             known.pop("label2id", None)  # as in transformers: the names by id count, whatever the other map says
+            if known.pop("num_labels", count := len(known["id2label"])) != count:
+                logger.warning(
+                    "config.json names %d labels, and num_labels is %s: the names count.",
+                    count,
+                    quoted(config["num_labels"]),
+                )
         return cls(**known)
 
     @classmethod

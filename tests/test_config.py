@@ -83,7 +83,6 @@ def test_without_model_type():
         ({"id2label": {"0": "A", "1": None}}, "id2label"),
         ({"id2label": {}}, "id2label"),
         ({"id2label": "AB"}, "id2label"),
-        ({"num_labels": 2}, "names of 3 labels, and num_labels is 2"),
         ({"problem_type": "guessing"}, "guessing"),
     ],
 )
@@ -146,6 +145,14 @@ def test_of_a_files_two_maps_the_names_by_id_count():
     """As in transformers: many published files have a `label2id` of another time."""
     found = BertConfig.from_dict(reference.CONFIG | {"label2id": {"C": 0, "B": 1, "A": 2}})
     assert found.labels == ("A", "B", "C")
+
+
+def test_of_a_files_names_and_their_number_the_names_count(caplog):
+    """A published classifier lists two names and fifty labels; `num_labels=50` loads it."""
+    found = BertConfig.from_dict(reference.CONFIG | {"num_labels": 50})
+    assert found.labels == ("A", "B", "C")
+    assert "the names count" in caplog.text
+    assert found.replace(num_labels=50).num_labels == 50
 
 
 def test_messages_quote_little_of_what_was_given():

@@ -39,8 +39,8 @@ MUTATIONS = {
     ),
     "a square kernel transposed": (
         "weights.py",
-        "_page_aligned(source.read(),",
-        "_page_aligned(source.read().T if path.endswith('query.weight') else source.read(),",
+        "_page_aligned(tensor, specs",
+        "_page_aligned(tensor.T if path.endswith('query.weight') else tensor, specs",
     ),
     "pooler without tanh": ("model.py", "jnp.tanh(self.pooler", "(self.pooler"),
 }

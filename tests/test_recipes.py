@@ -190,7 +190,8 @@ def paraphrases():
 
 
 def parquet(path, ids, names=MRPC):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     kinds = {"sentence1": datasets.Value("string"), "label": datasets.ClassLabel(names=list(names))}
     rows = [{"sentence1": f"text {n}", "label": int(i)} for n, i in enumerate(ids)]
     datasets.Dataset.from_list(rows, features=datasets.Features(kinds)).to_parquet(path)

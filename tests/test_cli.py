@@ -127,6 +127,7 @@ def test_broken_models(broken):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_compilation_cache(tmp_path):
     for _ in range(2):
         done = run("fill-mask", TEXT, "--model", "bert-mini-cased", BERT_JAX_COMPILATION_CACHE=str(tmp_path / "cache"))

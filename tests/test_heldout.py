@@ -161,6 +161,7 @@ def test_next_sentence_prediction(tmp_path, tokenizer):
     assert report.held_out_figure({"m": result}).axes
 
 
+@pytest.mark.slow
 def test_the_command_with_two_models_and_a_folder_of_texts(tmp_path):
     (tmp_path / "texts" / "pos").mkdir(parents=True)
     for n, text in enumerate(TEXTS):

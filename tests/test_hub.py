@@ -205,6 +205,7 @@ def test_the_default_model_falls_back_and_says_so(python, offline):
     )
 
 
+@pytest.mark.slow
 def test_the_fallback_waits_three_seconds(server, python):
     server.hang = True
     run = python(FILL, server.url)

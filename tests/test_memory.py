@@ -91,6 +91,7 @@ def test_no_more_is_kept_than_the_largest_block_and_what_is_in_use():
     assert run(FRAGMENTS, "keep") < (200 + 25) << 20
 
 
+@pytest.mark.slow
 def test_one_program_takes_memory_at_a_time():
     assert run(PROGRAMS, "keep") < 50e6
 

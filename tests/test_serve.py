@@ -278,6 +278,7 @@ def config(tmp_path, **settings):
     return (tmp_path / "serve.yaml",)
 
 
+@pytest.mark.slow
 def test_too_many_are_told_to_come_again(folder, tmp_path):
     process, port = start(folder, *config(tmp_path, queue=4, wait=0.3, batch=4))
     try:
@@ -295,6 +296,7 @@ def test_too_many_are_told_to_come_again(folder, tmp_path):
 REQUEST = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
 
 
+@pytest.mark.slow
 def test_who_hangs_or_leaves_hurts_nobody(folder, tmp_path):
     process, port = start(folder, *config(tmp_path, wait=0.4, timeout=2.0))
     try:
@@ -313,6 +315,7 @@ def test_who_hangs_or_leaves_hurts_nobody(folder, tmp_path):
         process.kill()
 
 
+@pytest.mark.slow
 def test_sigterm_answers_what_was_accepted(folder, tmp_path):
     process, port = start(folder, *config(tmp_path, wait=1.0, batch=1000, queue=1000))
     with ThreadPoolExecutor(16) as clients:

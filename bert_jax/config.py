@@ -95,7 +95,7 @@ class BertConfig:
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
-                "every head takes an equal share."
+                "every head has the same size."
             )
         if self.hidden_act not in HIDDEN_ACTS:
             raise ConfigError(f"hidden_act is {quoted(self.hidden_act)}; expected one of {', '.join(HIDDEN_ACTS)}.")
@@ -105,7 +105,7 @@ class BertConfig:
             )
         names = _label_names(self.id2label, self.label2id)
         if names is not None and self.num_labels not in (-1, len(names)):
-            raise ConfigError(f"There are names of {len(names)} labels, and num_labels is {self.num_labels}.")
+            raise ConfigError(f"There are names of {len(names)} labels, but num_labels is {self.num_labels}.")
         count = (2 if names is None else len(names)) if self.num_labels == -1 else self.num_labels
         # A config is static under jit, so that what is compared of it is hashable.
         for name, value in [("num_labels", count), ("id2label", names)]:
@@ -129,7 +129,7 @@ class BertConfig:
         return self.id2label or tuple(f"LABEL_{i}" for i in range(self.num_labels))
 
     def replace(self, **changes: Any) -> "BertConfig":
-        """A copy with some fields changed; another number of labels, or other names, replaces those of before.
+        """A copy with some fields changed. A new number of labels, or new names, replace the old names.
 
         Raises:
             ConfigError: If there is no such field, or a value is not valid for it.
@@ -152,30 +152,30 @@ class BertConfig:
             config: A parsed `config.json`. One without `model_type` is taken if it has BERT's sizes.
 
         Raises:
-            ConfigError: If the file is of another model, or a value asks for what the network does not do.
+            ConfigError: If the file is of another model, or a value asks for something that is not supported.
         """
         if config.get("model_type", "bert") != "bert":
             raise ConfigError(
-                f"model_type is {quoted(config['model_type'])}; this package holds BERT. "
+                f"model_type is {quoted(config['model_type'])}; this package supports only BERT. "
                 "Give a checkpoint whose config.json says model_type: bert."
             )
         required = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
         if missing := [name for name in required if name not in config]:
-            raise ConfigError(f"config.json lacks {', '.join(missing)}; it is not the configuration of a BERT.")
+            raise ConfigError(f"config.json lacks {', '.join(missing)}; expected the config.json of a BERT model.")
         for key, value in _FIXED.items():
             if config.get(key, value) != value:
                 raise ConfigError(
-                    f"config.json asks for {key}: {quoted(config[key])}; this network has {key}: {value!r} alone."
+                    f"config.json sets {key}: {quoted(config[key])}; this package supports only {key}: {value!r}."
                 )
         fields = {field.name for field in dataclasses.fields(cls)}
         known = {key: value for key, value in config.items() if key in fields}
         if known.get("id2label") is not None:
             if not isinstance(known["id2label"], Mapping):
-                raise ConfigError(f"id2label is {quoted(known['id2label'])}; expected an object of names by id.")
+                raise ConfigError(f"id2label is {quoted(known['id2label'])}; expected a JSON object of ids and names.")
             known.pop("label2id", None)  # as in transformers: the names by id count, whatever the other map says
             if known.pop("num_labels", count := len(known["id2label"])) != count:
                 logger.warning(
-                    "config.json names %d labels, and num_labels is %s: the names count.",
+                    "config.json names %d labels, but num_labels is %s; the names take precedence.",
                     count,
                     quoted(config["num_labels"]),
                 )

@@ -1,4 +1,4 @@
-"""What can go wrong at the door: errors for whoever gave the input, never for a fault of ours.
+"""Errors for problems that the user can fix, such as invalid input. They never report a bug in this package.
 
 Each message names what was given, what was expected and what to do. The command line prints it without a traceback.
 """
@@ -12,7 +12,7 @@ QUOTED = 200
 
 
 class BertJaxError(Exception):
-    """Base of all errors that the user can mend."""
+    """Base of all errors that the user can fix."""
 
 
 class InputError(BertJaxError, ValueError):
@@ -32,7 +32,7 @@ class ModelNotFoundError(BertJaxError, OSError):
 
 
 class HubUnreachableError(ModelNotFoundError):
-    """A model that is neither cached nor to be had, because the Hub does not answer."""
+    """A model that is not cached and cannot be downloaded, because the Hub does not answer."""
 
 
 class TrainingError(BertJaxError, ArithmeticError):
@@ -49,7 +49,7 @@ class Interrupted(BertJaxError):
     """
 
     def __init__(self, step: int, folder: object, signal: int):
-        super().__init__(f"stopped at step {step}, which is saved in {folder}; the same command goes on from there.")
+        super().__init__(f"stopped at step {step}, saved in {folder}; run the same command again to resume.")
         self.signal = signal
 
 
@@ -60,7 +60,7 @@ def check_extra(extra: str, *modules: str) -> None:
 
 
 def quoted(value: Any) -> str:
-    """A value as Python writes it, cut off after `QUOTED` characters; what lies beyond is never written out."""
+    """The value as Python writes it, cut off after `QUOTED` characters. The rest of a large value is never built."""
     return _cut(_written(value))
 
 
@@ -79,7 +79,7 @@ def _cut(parts: Iterable[str]) -> str:
 
 
 def _written(value: Any) -> Iterator[str]:
-    """`repr(value)` in parts. Each level has a character at least, so that a cut bounds the recursion."""
+    """`repr(value)` in parts. Each level yields at least one character, so that a cut also bounds the recursion."""
     if isinstance(value, Mapping):
         yield "{"
         for i, (key, item) in enumerate(value.items()):

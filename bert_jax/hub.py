@@ -1,4 +1,4 @@
-"""The files of a model: where they are, and how they come to stand in a folder.
+"""Finds, downloads and writes the files of a model.
 
 A model id is a local folder, a model in this package, or an id on the Hugging Face Hub.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bert_jax.errors import BertJaxError, CheckpointError, HubUnreachableError, ModelNotFoundError, quoted
+from bert_jax.errors import BertJaxError, CheckpointError, HubUnreachableError, ModelNotFoundError, listed, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ DEFAULT_MODEL = "google-bert/bert-base-cased"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-"""Of a checkpoint whose weights are in several files."""
+"""The index of a checkpoint whose weights are in several files."""
 EMBEDDED = Path(__file__).parent / "embedded"
 """Holds the models that ship in the package, a folder each."""
 
@@ -54,7 +54,7 @@ def download(model_id: str | os.PathLike[str], *, revision: str | None = None, t
     folder = Path(model_id)
     if folder.is_dir():
         if not (folder / CONFIG_FILE).is_file():
-            raise ModelNotFoundError(f"{folder} is no model: it holds no {CONFIG_FILE}.")
+            raise ModelNotFoundError(f"{folder} is not a model folder: it holds no {CONFIG_FILE}.")
         return folder
     if (EMBEDDED / folder).is_dir() and len(folder.parts) == 1:
         return EMBEDDED / folder
@@ -78,7 +78,7 @@ def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[s
     except (ValueError, RecursionError) as reason:  # also an integer of more digits than Python reads
         raise error(f"{path} is damaged ({reason}); download it again.") from None
     if not isinstance(content, dict):
-        raise error(f"{path} is damaged (a {type(content).__name__}, no object); download it again.")
+        raise error(f"{path} is damaged (a {type(content).__name__}, not a JSON object); download it again.")
     return content
 
 
@@ -98,10 +98,10 @@ def embedded() -> list[str]:
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write files in, which take their places in `folder` when all are written, and not before.
+    """A folder for new files. They move into `folder` when all of them are written, and not before.
 
     Raises:
-        CheckpointError: If the disk or the folder's rights do not allow it; `folder` is then as it was.
+        CheckpointError: If the disk or the folder's rights do not allow it; says which files of `folder` were replaced.
     """
     folder = Path(folder).absolute()
     try:
@@ -109,6 +109,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
         raise CheckpointError(f"Cannot write {folder}: {error.strerror or error}.") from None
+    replaced: list[str] = []
     try:
         yield staging
         for path in staging.iterdir():
@@ -117,14 +118,16 @@ def replacing(folder: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
         staging.chmod(0o777 & ~_umask())
         if folder.exists():
-            for path in staging.iterdir():
+            for path in sorted(staging.iterdir()):
                 os.replace(path, folder / path.name)
+                replaced.append(path.name)
             if (folder / INDEX_FILE).exists() and (folder / WEIGHTS_FILE).exists():
                 (folder / INDEX_FILE).unlink()  # of shards that stood here before
         else:
             os.rename(staging, folder)
     except OSError as error:
-        raise CheckpointError(f"Cannot write {folder}: {error}. What stood there before is unchanged.") from None
+        state = f"Replaced before the error: {listed(replaced)}" if replaced else "What stood there before is unchanged"
+        raise CheckpointError(f"Cannot write {folder}: {error}. {state}.") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -186,7 +189,7 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
             "convert it once: python scripts/convert_bin.py FOLDER OUTPUT_FOLDER"
         ) from None
     except (HTTPError, OSError) as error:
-        raise ModelNotFoundError(f"The download of {repo} broke off: {error}. Run the same command again.") from None
+        raise ModelNotFoundError(f"The download of {repo} failed: {error}. Run the same command again.") from None
     return config.parent
 
 
@@ -225,15 +228,15 @@ def _commit(repo: str, revision: str, timeout: float) -> str:
     except queue.Empty:
         raise TimeoutError from None
     except GatedRepoError:
-        raise ModelNotFoundError(f"{repo} is gated: ask for access on the Hub, then `hf auth login`.") from None
+        raise ModelNotFoundError(f"{repo} is gated: request access on the Hub, then run `hf auth login`.") from None
     except RevisionNotFoundError:
         raise ModelNotFoundError(f"{repo} has no revision {quoted(revision)}; give a branch, tag or commit.") from None
     except RepositoryNotFoundError:
         raise ModelNotFoundError(
-            f"There is no folder {repo} and no model {repo} on the Hub (a private one needs `hf auth login`)."
+            f"There is no folder {repo} and no model {repo} on the Hub. If it is private, run `hf auth login` first."
         ) from None
     except EntryNotFoundError:
-        raise ModelNotFoundError(f"{repo} on the Hub holds no {CONFIG_FILE}: it is no model of ours.") from None
+        raise ModelNotFoundError(f"{repo} on the Hub holds no {CONFIG_FILE}; this package cannot load it.") from None
     except (HTTPError, OSError):
         raise TimeoutError from None
 
@@ -247,12 +250,12 @@ def read_index(index: Path) -> dict[str, str]:
     content = read_json(index)
     files = content.get("weight_map")
     if not isinstance(files, dict) or not files or not isinstance(content.get("metadata", {}), dict):
-        raise CheckpointError(f"{index} is damaged (no weight_map, or no metadata); download it again.")
+        raise CheckpointError(f"{index} is damaged (invalid weight_map or metadata); download it again.")
     if "metadata" not in content:
-        logger.warning("%s has no metadata, without which transformers does not read it.", index)
+        logger.warning("%s has no metadata; transformers cannot read it.", index)
     for name, file in files.items():
         if not isinstance(file, str) or file in (".", "..") or not re.fullmatch(r"[^/\\\0\ud800-\udfff]{1,200}", file):
             raise CheckpointError(
-                f"{index} puts {quoted(name)} into {quoted(file)}; expected the name of a file beside it."
+                f"{index} maps the tensor {quoted(name)} to {quoted(file)}; expected the name of a file beside it."
             )
     return files

@@ -52,11 +52,11 @@ def init(settings: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Arr
     """
     targets = tree.select([settings.targets], specs)
     if not targets:
-        raise InputError(f"model.lora.targets {settings.targets!r} matches no parameter, like {next(iter(specs))}.")
+        raise InputError(f"model.lora.targets {settings.targets!r} matches no parameter; one is {next(iter(specs))}.")
     adapters: dict[str, jax.Array] = {}
     for i, path in enumerate(targets):
         if specs[path].ndim != 2 or "embeddings" in path:
-            raise InputError(f"model.lora.targets matches {path}, which is no weight of a linear layer.")
+            raise InputError(f"model.lora.targets matches {path}, which is not the weight of a linear layer.")
         out, into = specs[path].shape
         name, bound = path.removesuffix(".weight"), into**-0.5
         a = jax.random.uniform(jax.random.fold_in(key, i), (settings.rank, into), jnp.float32, -bound, bound)
@@ -76,12 +76,12 @@ def merge(params: Mapping[str, jax.Array], scale: float) -> dict[str, jax.Array]
 
 
 def save_adapters(folder: Path, params: Mapping[str, Any], settings: LoRA, base: str, task_type: str) -> None:
-    """Writes adapters, and what was trained in full beside them, as `peft` reads them.
+    """Writes adapters, and the parameters that were trained in full, in peft's format.
 
     Args:
-        folder: Is made if need be.
+        folder: Created if it does not exist.
         params: Trained parameters by path.
-        settings: Of the run.
+        settings: The LoRA settings of the run.
         base: The model that they belong to.
         task_type: By peft's name: SEQ_CLS, TOKEN_CLS, QUESTION_ANS.
 
@@ -126,7 +126,7 @@ def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedMod
         tensors = load_file(folder / ADAPTER_WEIGHTS)
         scale = _scale(config)
     except (CheckpointError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} holds no adapters: {error}.") from None
+        raise CheckpointError(f"Cannot load adapters from {folder}: {str(error).rstrip('.')}.") from None
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
     matrices = [path.removesuffix(".weight") for path in flat if path.endswith(".weight")]
@@ -162,7 +162,7 @@ def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedMod
 
 
 def _published(adapters: list[str]) -> list[str]:
-    """Adapters' names in peft's files: those of the weights, with `lora_A.weight` behind the module's."""
+    """The names of adapters in peft's files: the module's name, then `lora_A.weight` or `lora_B.weight`."""
     modules = [re.sub(r"\.lora_[AB]$", ".weight", path) for path in adapters]
     return [
         f"{name.removesuffix('.weight')}.{path[-6:]}.weight"
@@ -171,22 +171,22 @@ def _published(adapters: list[str]) -> list[str]:
 
 
 def _scale(config: Mapping[str, Any]) -> float:
-    """What the product of adapters is multiplied by.
+    """The factor that scales the product B A.
 
     Raises:
         ValueError: If the config asks for another product, or other weights below it.
     """
     if config.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"{ADAPTER_CONFIG} is of {quoted(config['peft_type'])}; expected LORA")
+        raise ValueError(f"{ADAPTER_CONFIG} has peft_type {quoted(config['peft_type'])}; expected LORA")
     init = config.get("init_lora_weights", True)
     if init not in _INITS:
         raise ValueError(
             f"{ADAPTER_CONFIG} has init_lora_weights {quoted(init)}, which changes the base; save the adapters with "
-            "peft's path_initial_model_for_weight_conversion, which makes plain ones of them"
+            "peft's path_initial_model_for_weight_conversion, which converts them to plain LoRA adapters"
         )
     bias = [] if config.get("bias", "none") == "none" else ["bias"]
     if others := bias + [key for key, value in config.items() if key not in {*_INERT, "bias"} and value]:
-        raise ValueError(f"{ADAPTER_CONFIG} sets {', '.join(map(quoted, others[:9]))}, which is not done here")
+        raise ValueError(f"{ADAPTER_CONFIG} sets {', '.join(map(quoted, others[:9]))}, which is not supported")
     rank, alpha = config["r"], config["lora_alpha"]
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"r is {quoted(rank)}; expected a whole number of at least 1")

@@ -1,4 +1,4 @@
-"""The process's memory: a computation gets the pages that the one before it freed, and no second set of them."""
+"""Memory of the process: each computation reuses the pages that the previous one freed, instead of taking new ones."""
 
 import ctypes
 import functools
@@ -26,8 +26,8 @@ def keep_freed(*, asynchronous: bool = False) -> None:
     (a block of 2.1 GB) took 9 to 10 GB in this way. Two measures prevent it:
 
     - Small allocations have a place of their own. malloc takes the smallest free chunk that fits, so free chunks of
-      64 MB, separated by fences and placed before everything else, serve all smaller requests. They cost addresses, not
-      memory. Larger blocks go to the end of the heap, where a freed block merges with the free space behind it.
+      64 MB, separated by fences and placed before everything else, serve all smaller requests. They use address space,
+      not memory. Larger blocks go to the end of the heap, where a freed block merges with the free space behind it.
     - JAX runs one program at a time. With asynchronous dispatch, the next step allocates its block before the thread
       of the previous step has freed its own: batches of 4 took 3.4 GB with it and 1.7 GB without. A training step on
       CPU gains nothing from asynchronous dispatch, because it already keeps all cores busy.
@@ -37,7 +37,7 @@ def keep_freed(*, asynchronous: bool = False) -> None:
 
     Args:
         asynchronous: Leaves JAX's asynchronous dispatch on, for commands that prepare or decode one batch while
-            another is computed. Otherwise call this before JAX computes anything; later, dispatch stays as it is.
+            another is computed. If False, call this before JAX computes anything; later, the setting has no effect.
     """
     libc = _glibc()
     if libc is None:
@@ -63,9 +63,9 @@ def keep_freed(*, asynchronous: bool = False) -> None:
 def release() -> None:
     """Returns all free memory to the system.
 
-    Between phases of a run, this makes its peak that of the largest phase, not the sum of all: the temporaries of a
-    training step go before an evaluation or a checkpoint takes its own, and so do the pieces that a compilation leaves,
-    up to 0.3 GB. Does nothing where malloc is not glibc's.
+    Call this between phases of a run: its peak is then that of the largest phase, not the sum of all phases. The
+    temporaries of a training step are released before an evaluation or a checkpoint allocates its own. So is the memory
+    that a compilation leaves behind, up to 0.3 GB. Does nothing if malloc is not glibc's.
     """
     libc = _glibc()
     if libc is None:
@@ -79,7 +79,7 @@ def release() -> None:
 
 
 def resident() -> int | None:
-    """Bytes of physical memory that the process occupies now; None where the system does not tell (no Linux)."""
+    """Bytes of physical memory that the process occupies now; None if the system does not report it (not Linux)."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

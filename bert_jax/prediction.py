@@ -339,7 +339,7 @@ def _usable(row: sources.Row | InputError, candidates: Sequence[tuple[str, ...]]
         _line(row)
         _input(row, candidates)
     except UnicodeEncodeError:
-        return InputError("it holds lone surrogates, like \\udc80, which stand for no character.")
+        return InputError("it holds lone surrogates, like \\udc80, which are not valid characters.")
     except InputError as error:
         return error
     return None

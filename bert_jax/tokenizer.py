@@ -116,7 +116,7 @@ class Tokenizer:
         if (folder / "tokenizer.json").is_file():
             backend = _from_json(folder / "tokenizer.json", file, settings if bert else None, named)
             if not bert and kind not in GENERIC_CLASSES:
-                logger.warning("%s is taken as it is, and not as a %s.", folder / "tokenizer.json", quoted(name))
+                logger.warning("%s is used as it is, not as a %s.", folder / "tokenizer.json", quoted(name))
         elif not (folder / "vocab.txt").is_file():
             raise CheckpointError(f"{folder} has no tokenizer; expected tokenizer.json or vocab.txt.")
         elif not bert:
@@ -131,12 +131,12 @@ class Tokenizer:
         backend.add_tokens([token for _, token in tokens])
         _check_vocab(folder, backend.get_vocab(), [])  # behind repeated lines an added token may get another's id
         if absent := [token for token in named.values() if backend.token_to_id(token) is None]:
-            logger.warning("%s: the vocabulary has no %s; texts cannot hold it.", folder, " and no ".join(absent))
+            logger.warning("%s: the vocabulary has no %s, so texts cannot contain it.", folder, " and no ".join(absent))
         for id, token in tokens:
             if id not in (None, found := backend.token_to_id(token.content)):
                 raise CheckpointError(
-                    f"{folder} declares the id {id} for the added token {quoted(token.content)}, which has the id "
-                    f"{found}: its added tokens do not belong to its vocabulary."
+                    f"{folder} declares the id {id} for the added token {quoted(token.content)}, but the token gets "
+                    f"the id {found}; the added tokens do not belong to its vocabulary."
                 )
         return cls(backend, model_max_length=limit, special_tokens=special)
 
@@ -171,7 +171,7 @@ class Tokenizer:
             (staging / "vocab.txt").write_text("".join(f"{piece}\n" for piece in reversed(lines)), encoding="utf-8")
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a piece of the vocabulary, None if it is none."""
+        """The id of a token; None if it is not in the vocabulary."""
         return self.backend.token_to_id(token)
 
     def encode(
@@ -211,13 +211,13 @@ class Tokenizer:
                 if not (_are_words(entry) if is_split_into_words else isinstance(entry, str)):
                     raise InputError(f"{name}[{i}] is {quoted(entry)} ({type(entry).__name__}); expected {words}.")
         if text_pair is not None and len(text) != len(text_pair):
-            raise InputError(f"There are {len(text)} texts and {len(text_pair)} second texts; expected one to each.")
+            raise InputError(f"There are {len(text)} texts and {len(text_pair)} second texts; expected equal numbers.")
         inputs: Any = list(text) if text_pair is None else list(zip(text, text_pair, strict=True))
         options = {"is_pretokenized": is_split_into_words, "add_special_tokens": add_special_tokens}
         try:
             rows = [[encoding] for encoding in self.backend.encode_batch(inputs, **options)]
         except TypeError:
-            raise InputError("a text holds lone surrogates, like \\udc80, which stand for no character.") from None
+            raise InputError("a text holds lone surrogates, like \\udc80, which are not valid characters.") from None
         if max_length is None:
             return rows
         room = max_length - self.backend.num_special_tokens_to_add(text_pair is not None) * add_special_tokens
@@ -242,7 +242,7 @@ class Tokenizer:
         return rows
 
     def _truncating(self, max_length: int, stride: int, strategy: str) -> tokenizers.Tokenizer:
-        """A copy of the backend that truncates: to it that is a setting, which threads must not share."""
+        """A copy of the backend that truncates; truncation is a setting of it, which threads must not share."""
         key = (max_length, stride, strategy)
         if key not in self._copies:
             copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
@@ -329,7 +329,7 @@ class Tokenizer:
         return inputs
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of token ids: pieces joined, spaces before punctuation taken out."""
+        """Maps token ids to text: joins the pieces and removes the spaces before punctuation."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
@@ -337,12 +337,12 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     """The object in a JSON file of a folder; empty where there is no such file."""
     path = folder / name
     if not path.is_file() and os.path.lexists(path):
-        raise CheckpointError(f"{path} is no file; expected one, or none.")
+        raise CheckpointError(f"{path} is not a regular file; replace or remove it.")
     return hub.read_json(path) if path.is_file() else {}
 
 
 def _limit(given: Any) -> int:
-    """The tokens that a row may have, of which one is the text's."""
+    """The maximum number of tokens in a row; there must be room for at least one token of text."""
     if given is None:
         return 512
     # A tokenizer without a limit of its own is saved with one of 10^30.
@@ -355,7 +355,7 @@ def _named(settings: Mapping[str, Any]) -> dict[str, str]:
     """The special tokens that settings name, as they are written in a text.
 
     Raises:
-        ValueError: If one is none, or is [MASK] too.
+        ValueError: If a token is missing or empty, or is the same as [MASK].
     """
     for name in SPECIAL_TOKENS:
         if name in settings and settings[name] in (None, ""):
@@ -365,7 +365,7 @@ def _named(settings: Mapping[str, Any]) -> dict[str, str]:
     special = {name: _token(settings[name]).content for name in NAMED if settings.get(name) is not None}
     roles = SPECIAL_TOKENS | special
     if shared := [name for name in SPECIAL_TOKENS if name != "mask_token" and roles[name] == roles["mask_token"]]:
-        raise ValueError(f"{shared[0]} is the mask_token, {roles['mask_token']}")
+        raise ValueError(f"{shared[0]} and mask_token are both {roles['mask_token']}")
     return special
 
 
@@ -411,7 +411,7 @@ def _declared(
 
 
 def _lines(vocab_file: Path) -> dict[str, int]:
-    """The ids of a vocabulary, a piece a line without the white space behind it; of equal lines the last counts."""
+    """Reads a vocabulary file, one piece per line, without trailing white space. Of equal lines, the last counts."""
     try:
         with open(vocab_file, encoding="utf-8", newline="") as file:
             pieces = file.read().split("\n")
@@ -453,8 +453,8 @@ def _from_json(
         return backend
     if other := _unlike_bert(backend):
         raise CheckpointError(
-            f"{path} has a {' and a '.join(other)} that BertTokenizer does not have, though tokenizer_config.json asks "
-            "for that class. Set its tokenizer_class to PreTrainedTokenizerFast to take the file as it is."
+            f"{path} has a {' and a '.join(other)} that BertTokenizer does not have, but tokenizer_config.json "
+            "names that class. To use the file as it is, set tokenizer_class to PreTrainedTokenizerFast."
         )
     return _wordpiece(path, vocab, settings, special, cased=not backend.normalizer.lowercase)
 
@@ -520,12 +520,12 @@ def _unlike_bert(backend: tokenizers.Tokenizer) -> list[str]:
 
 def _check_vocab(path: Path, vocab: Mapping[str, int], needed: Sequence[str]) -> None:
     if missing := [token for token in needed if token not in vocab]:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}; a tokenizer cannot do without.")
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}; expected a vocabulary with all of these.")
     if not all(type(id) is int and 0 <= id < 2**24 for id in vocab.values()):
-        raise CheckpointError(f"{path} is damaged (a token's id is no number below 2^24); download it again.")
+        raise CheckpointError(f"{path} is damaged (a token id is not a whole number below 2^24); download it again.")
     if len(set(vocab.values())) < len(vocab):
         id, count = Counter(vocab.values()).most_common(1)[0]
-        raise CheckpointError(f"{path} has the id {id} for {count} tokens; expected a token an id.")
+        raise CheckpointError(f"{path} has the id {id} for {count} tokens; expected one token for each id.")
 
 
 def _are_words(entry: Any) -> bool:

@@ -151,7 +151,7 @@ def test_of_a_files_names_and_their_number_the_names_count(caplog):
     """A published classifier lists two names and fifty labels; `num_labels=50` loads it."""
     found = BertConfig.from_dict(reference.CONFIG | {"num_labels": 50})
     assert found.labels == ("A", "B", "C")
-    assert "the names count" in caplog.text
+    assert "the names take precedence" in caplog.text
     assert found.replace(num_labels=50).num_labels == 50
 
 

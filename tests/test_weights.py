@@ -519,6 +519,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(checkpoint, tmp_path):
     run = subprocess.run([sys.executable, "-c", SAVE, checkpoint("BertModel"), target], capture_output=True, text=True)
     assert run.returncode == 3, run.stderr
     assert f"Cannot write {target}" in run.stdout
+    assert run.stdout.strip().endswith("What stood there before is unchanged.")
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -537,6 +538,12 @@ def test_a_file_in_the_way(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match="Cannot write"):
         bert_jax.BertModel.from_pretrained(checkpoint("BertModel")).save_pretrained(tmp_path / "model")
     assert (tmp_path / "model").read_text() == "mine"
+
+
+def test_a_folder_in_the_way(checkpoint, tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"Cannot write .*Replaced before the error: config\.json\.$"):
+        bert_jax.BertModel.from_pretrained(checkpoint("BertModel")).save_pretrained(tmp_path)
 
 
 def test_tensors_are_read_one_at_a_time(tmp_path):

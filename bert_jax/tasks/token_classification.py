@@ -348,7 +348,7 @@ def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str] | None) -> tupl
         return list(tokens), None
     if not isinstance(tags, list | tuple) or len(tags) != len(tokens):
         count = len(tags) if isinstance(tags, list | tuple) else "no list of"
-        raise InputError(f"{len(tokens)} tokens and {count} tags; expected one to each.")
+        raise InputError(f"{len(tokens)} tokens and {count} tags; expected one tag for each token.")
     named = []
     for tag in tags:
         if not isinstance(tag, str | int) or isinstance(tag, bool):

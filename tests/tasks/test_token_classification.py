@@ -267,7 +267,10 @@ def test_tags_by_number_as_text_and_missing():
     ("rows", "message"),
     [
         (rows_of(["O"], ["B-A", "X"]), "the tag 'X' follows no scheme; expected O, or B-"),
-        ([{"tokens": ["a", "b"], "tags": ["O"]}], "data.train: row 1: 2 tokens and 1 tags; expected one to each"),
+        (
+            [{"tokens": ["a", "b"], "tags": ["O"]}],
+            "data.train: row 1: 2 tokens and 1 tags; expected one tag for each token",
+        ),
         ([{"tokens": "a b", "tags": ["O", "O"]}], "row 1: 'a b' is no list or object"),
         ([{"tokens": "7", "tags": ["O", "O"]}], "row 1: tokens is 7; expected a list of words"),
         ([{"tokens": [], "tags": []}], "row 1: there are no tokens"),

@@ -18,13 +18,14 @@ _CONTENTS = {
     "BertForTokenClassification": "model",
     "BertForQuestionAnswering": "model",
     "Tokenizer": "tokenizer",
-    "pipeline": "pipelines",
+    "pipeline": "inference.pipelines",
 }
 
 __all__ = sorted(_CONTENTS)
 
 if TYPE_CHECKING:
     from bert_jax.config import BertConfig as BertConfig
+    from bert_jax.inference.pipelines import pipeline as pipeline
     from bert_jax.model import BertForMaskedLM as BertForMaskedLM
     from bert_jax.model import BertForNextSentencePrediction as BertForNextSentencePrediction
     from bert_jax.model import BertForPreTraining as BertForPreTraining
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from bert_jax.model import BertForSequenceClassification as BertForSequenceClassification
     from bert_jax.model import BertForTokenClassification as BertForTokenClassification
     from bert_jax.model import BertModel as BertModel
-    from bert_jax.pipelines import pipeline as pipeline
     from bert_jax.tokenizer import Tokenizer as Tokenizer
 
 

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bert_jax import __version__, memory
+from bert_jax import __version__
 from bert_jax.errors import BertJaxError, HubUnreachableError, Interrupted, check_extra, quoted
 from bert_jax.hub import DEFAULT_MODEL
+from bert_jax.training import memory
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from bert_jax.pipelines import Pipeline
+    from bert_jax.inference.pipelines import Pipeline
 
 FALLBACK_MODEL = "bert-mini-cased"
 CACHE_VARIABLE = "BERT_JAX_COMPILATION_CACHE"
@@ -129,7 +130,7 @@ def score(
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON: {error}") from None
     _use_compilation_cache()
-    from bert_jax import catalogue
+    from bert_jax.inference import catalogue
 
     _, pipe = _pipeline(task, model, revision, ignore)
     print(json.dumps(catalogue.score(pipe, request), ensure_ascii=False))
@@ -172,7 +173,7 @@ def predict(
         memory.keep_freed(asynchronous=True)
     _use_compilation_cache()
     _, pipe = _pipeline(task, model, revision, ignore)
-    from bert_jax import catalogue, prediction
+    from bert_jax.inference import catalogue, prediction
 
     if not input or not output:
         for result in pipe(text, **parameters):
@@ -271,14 +272,16 @@ def evaluate(
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from bert_jax import heldout, hub, recipes, report
+    from bert_jax import hub, recipes
+    from bert_jax.evaluation import held_out
+    from bert_jax.tools import report
 
     if isinstance(settings, HeldOut):
         if output:
             check_extra("train", "matplotlib")
             with hub.replacing(output):  # now, and not after the evaluation: whether it can be written
                 pass
-        metrics = heldout.evaluate(
+        metrics = held_out.evaluate(
             [model, *(beside or ())], settings, split, ignore=ignore or (), console=Console(stderr=True)
         )
         markdown = report.held_out_markdown(metrics)
@@ -290,7 +293,7 @@ def evaluate(
     else:
         _console().print(Markdown(markdown))
     if output and isinstance(settings, HeldOut):  # last, for it may not be writable
-        heldout.leave(output, settings, metrics)
+        held_out.leave(output, settings, metrics)
 
 
 @app.command()
@@ -316,7 +319,8 @@ def serve(
     check_extra("serve", "fastapi", "uvicorn", "prometheus_client")
     memory.keep_freed(asynchronous=True)
     _use_compilation_cache()
-    from bert_jax import hub, pipelines, serve
+    from bert_jax import hub
+    from bert_jax.inference import pipelines, server
 
     name, folder = _model(settings.model, settings.revision)
     # Published models have a next-sentence head and do not say so.
@@ -333,7 +337,7 @@ def serve(
         except BertJaxError:
             if settings.tasks or not pipes:  # asked for, or the only one
                 raise
-    serve.serve(name, pipes, settings)
+    server.serve(name, pipes, settings)
 
 
 @app.command()
@@ -383,7 +387,7 @@ def verify(
     import jax
     from rich.table import Table
 
-    from bert_jax import verify as published
+    from bert_jax.tools import verify as published
 
     console = _console()
     console.print(f"{jax.devices()[0].device_kind} ({jax.default_backend()}), float32, tolerance {published.TOLERANCE}")
@@ -407,7 +411,7 @@ def verify(
 
 
 def _pipeline(task: str, model: str | None, revision: str | None, ignore: list[str] | None) -> tuple[str, "Pipeline"]:
-    from bert_jax import pipelines
+    from bert_jax.inference import pipelines
 
     name, folder = _model(model, revision)
     return name, pipelines.pipeline(task, folder, ignore=ignore or ())
@@ -458,16 +462,16 @@ def _joined(given: str | None) -> Iterator["Console"]:
     if given is None:
         yield _console()
         return
-    from bert_jax import processes
+    from bert_jax.training import distributed
 
-    processes.start(given)
+    distributed.start(given)
     try:
-        with processes.lost_ones_named():
-            yield _console(quiet=not processes.first())
+        with distributed.lost_ones_named():
+            yield _console(quiet=not distributed.first())
     except Interrupted:
         raise
     except BertJaxError as error:
-        print(f"bert-jax: {processes.name()}: {error}", file=sys.stderr, flush=True)
+        print(f"bert-jax: {distributed.name()}: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # at once: JAX's own way out waits for the others, and these wait for this one
 
 

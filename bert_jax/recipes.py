@@ -19,12 +19,13 @@ import yaml
 from flax import nnx
 from rich.console import Console
 
-from bert_jax import evaluation, hub, lora, memory, processes, report, sharding, targets, training, tree, vocabulary
+from bert_jax import hub, sharding, tree, vocabulary
 from bert_jax.config import BertConfig
 from bert_jax.data import corpus, sources
 from bert_jax.data.loader import Examples, Shape
 from bert_jax.data.masking import MaskedExamples
 from bert_jax.errors import InputError, check_extra, listed, quoted
+from bert_jax.evaluation import measure
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import HeldOut, Pretraining, Settings
 from bert_jax.tasks.base import TrainableTask, check_pairs, check_vocabulary
@@ -33,6 +34,8 @@ from bert_jax.tasks.question_answering import QuestionAnswering
 from bert_jax.tasks.sequence_classification import SequenceClassification
 from bert_jax.tasks.token_classification import TokenClassification
 from bert_jax.tokenizer import Tokenizer
+from bert_jax.tools import aot, report
+from bert_jax.training import distributed, loop, lora, memory
 
 SETTINGS, RESULTS, PREDICTIONS, CURVE, CARD = (
     "settings.yaml", "results.json", "predictions.jsonl", "curve.png", "README.md",
@@ -226,21 +229,21 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     """
     console, began = console or Console(quiet=True), time.perf_counter()
     folder = Path(settings.output.folder)
-    processes.agree("The settings", settings.to_yaml)
+    distributed.agree("The settings", settings.to_yaml)
     if is_finished(settings, console):
         return folder
     prepared = prepare(settings)
     console.print(_overview(settings, prepared), highlight=False, markup=False)
-    processes.agree("The training examples", prepared.examples["train"].digest)
+    distributed.agree("The training examples", prepared.examples["train"].digest)
     # Before the folder is made, which is bound to these settings.
-    training.set_up(prepared.task, prepared.model, prepared.examples["train"], settings)
+    loop.set_up(prepared.task, prepared.model, prepared.examples["train"], settings)
     if "validation" in prepared.examples and not prepared.task.labelled(prepared.examples["validation"]):
         raise InputError(
             f"data.validation ({settings.data.validation}) has no labels, by which the best checkpoint would be "
             "chosen. Give it as data.test, or leave it out."
         )
     begin(settings)
-    trained = training.train(
+    trained = loop.train(
         prepared.task,
         prepared.model,
         prepared.examples["train"],
@@ -260,7 +263,7 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
         else:
             outputs = trained.outputs
             results[split] = trained.metrics | prepared.task.evaluate(outputs, examples)
-    if not processes.first():
+    if not distributed.first():
         return folder
     trained.model.save_pretrained(folder)
     prepared.tokenizer.save_pretrained(folder)
@@ -297,7 +300,7 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
     """
     console, began = console or Console(quiet=True), time.perf_counter()
     folder = Path(settings.output.folder)
-    processes.agree("The settings", settings.to_yaml)
+    distributed.agree("The settings", settings.to_yaml)
     if is_finished(settings, console):
         return folder
     source = settings.model.tokenizer or settings.model.id
@@ -317,10 +320,10 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
         f"examples: {len(train):,} of {int(train.lengths.sum()):,} tokens{carried}",
         highlight=False,
     )
-    training.set_up(task, model, train, settings)
+    loop.set_up(task, model, train, settings)
     begin(settings)
-    trained = training.train(task, model, train, examples["validation"], settings, console=console)
-    if not processes.first():
+    trained = loop.train(task, model, train, examples["validation"], settings, console=console)
+    if not distributed.first():
         return folder
     trained.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -341,11 +344,11 @@ def read_corpus(settings: Pretraining, split: str, tokenizer: Tokenizer, console
         return None
     folder = Path(settings.data.shards or f"{settings.output.folder}.shards") / split
     files = [Path(place) for place in ([places] if isinstance(places, str) else places)]
-    if not processes.first():
-        processes.wait(split)
+    if not distributed.first():
+        distributed.wait(split)
     shards = corpus.tokenize(files, folder, tokenizer, settings.data, settings.training.seed, console)
-    if processes.first():
-        processes.wait(split)
+    if distributed.first():
+        distributed.wait(split)
     if replaced := shards.manifest["replaced"]:
         console.print(f"data.{split}: {replaced:,} characters that are no UTF-8 are U+FFFD now.")
     return MaskedExamples.of(shards, tokenizer, settings.data.masked, settings.training.seed)
@@ -438,13 +441,13 @@ def begin(settings: Settings | Pretraining) -> None:
     if settings.training.patience and settings.data.validation is None:
         raise InputError("training.patience counts evaluations; expected data.validation, or no patience.")
     folder = Path(settings.output.folder)
-    if processes.first():
+    if distributed.first():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / SETTINGS).write_text(settings.to_yaml(), encoding="utf-8")
         except OSError as error:
             raise InputError(f"output.folder: cannot write {folder}: {error.strerror}.") from None
-    processes.share_folder(folder, SETTINGS)
+    distributed.share_folder(folder, SETTINGS)
 
 
 def end(
@@ -461,11 +464,11 @@ def end(
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "versions": {name: metadata.version(name) for name in ("bert-jax", "jax", "flax", "optax")},
     }
-    report.learning_curve(training.read_journal(folder / training.METRICS), metric).savefig(folder / CURVE, dpi=120)
+    report.learning_curve(loop.read_journal(folder / loop.METRICS), metric).savefig(folder / CURVE, dpi=120)
     _write(folder / CARD, report.model_card(settings, results))
     _write(folder / RESULTS, json.dumps(results, indent=2) + "\n")
     if test := results.get("test"):
-        console.print(f"test: {training.in_words(test)}", soft_wrap=True)
+        console.print(f"test: {loop.in_words(test)}", soft_wrap=True)
     predicted = f", predictions of {results['predictions']}" if "predictions" in results else ""
     console.print(
         f"{folder}: the model of step {results['step']} of {results['steps']}, its card, metrics{predicted}",
@@ -558,20 +561,20 @@ def _as_yaml(names: Sequence[str]) -> str:
 
 def evaluate_examples(
     task: TrainableTask, model: BertPreTrainedModel, examples: Examples, settings: Settings
-) -> evaluation.Evaluation:
+) -> measure.Evaluation:
     """A model in hand over examples."""
     mesh = sharding.mesh(settings.mesh)
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
     params = tree.unflatten(sharding.put(flat, sharding.placements(mesh, flat)))
-    return evaluation.evaluate(
+    return measure.evaluate(
         task,
-        evaluation.program(task, skeleton),
+        measure.program(task, skeleton),
         params,
         examples,
         batch_size=settings.training.evaluation_batch_size,
-        packing=training.packing(model, settings),
-        multiple=training.multiple(settings),
+        packing=loop.packing(model, settings),
+        multiple=loop.multiple(settings),
         mesh=mesh,
     )
 
@@ -587,7 +590,7 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
     Raises:
         InputError: As `finetune`, or if there is no such target.
     """
-    chips = targets.get(target) if target else None
+    chips = aot.get(target) if target else None
     prepared = prepare(settings)
     examples, tokenizer = prepared.examples["train"], prepared.tokenizer
     parts = [settings.to_yaml(), _overview(settings, prepared)]
@@ -597,7 +600,7 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
         values = ", ".join(f"{name} {values[i].tolist()}" for name, values in every.items())
         row = examples.origins[i][1] if examples.origins else prepared.rows["train"][i]
         parts.append(f"example {i + 1}: {row}\n  tokens: {pieces}\n  {values}")
-    run = training.set_up(prepared.task, prepared.model, examples, settings, chips.devices if chips else None)
+    run = loop.set_up(prepared.task, prepared.model, examples, settings, chips.devices if chips else None)
     loader, planned = run.loader, run.plan
     counts: Counter[str] = Counter()
     for path, rule in planned.rules.items():
@@ -625,7 +628,7 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
     return "\n\n".join(parts)
 
 
-def peak_memory(settings: Settings, prepared: Prepared, run: training.Run, shape: Shape) -> str | None:
+def peak_memory(settings: Settings, prepared: Prepared, run: loop.Run, shape: Shape) -> str | None:
     """What a run takes at its peak, in words; None where the compiler does not tell.
 
     Where the devices are the host's processor, this is the memory of the whole process: what it occupies now, with its
@@ -643,7 +646,7 @@ def peak_memory(settings: Settings, prepared: Prepared, run: training.Run, shape
         return None
     phases = {f"temporaries of a step of [{shape.rows}, {shape.length}]": step.temp_size_in_bytes}
     if validation := prepared.examples.get("validation"):
-        largest, program = evaluation.largest(
+        largest, program = measure.largest(
             prepared.task, prepared.model, validation, batch_size=settings.training.evaluation_batch_size,
             packing=run.loader.packing, multiple=run.loader.multiple, mesh=run.mesh,
         )  # fmt: skip
@@ -671,18 +674,18 @@ def peak_memory(settings: Settings, prepared: Prepared, run: training.Run, shape
     )
 
 
-def compile_for(chips: targets.Target, run: training.Run, shape: Shape, config: BertConfig, console: Console) -> str:
+def compile_for(chips: aot.Target, run: loop.Run, shape: Shape, config: BertConfig, console: Console) -> str:
     """What a target's compiler says of a run's step on a batch of some shape, and how many rows a batch may have."""
     share, per_device = run.loader.share, len(chips.devices)
 
-    def check(n: int) -> targets.Check:
-        found = targets.check(run.trace(shape._replace(rows=n * share)), chips)
+    def check(n: int) -> aot.Check:
+        found = aot.check(run.trace(shape._replace(rows=n * share)), chips)
         console.print(f"[{n * share}, {shape.length}]: {found.line}", highlight=False)
         return found
 
     first = check(shape.rows // share)
-    flops = targets.train_flops(config, shape.rows, shape.length)
-    most = share * targets.largest(check, shape.rows // share, first)
+    flops = aot.train_flops(config, shape.rows, shape.length)
+    most = share * aot.largest(check, shape.rows // share, first)
     return "\n".join(
         [
             f"the step on [{shape.rows}, {shape.length}] {first}",

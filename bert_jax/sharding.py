@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from bert_jax import processes, settings
+from bert_jax import settings
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
+from bert_jax.training import distributed
 
 ROWS = ("data", "fsdp")
 """The axes that share out a batch."""
@@ -69,7 +70,7 @@ def part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     if not count or share(mesh) % count or groups[0] % count or groups[-1] - groups[0] >= count:
         sizes = ", ".join(f"{name}: {size}" for name, size in mesh.shape.items())
         raise InputError(
-            f"mesh is {{{sizes}}}, of which {processes.name()} holds the rows' "
+            f"mesh is {{{sizes}}}, of which {distributed.name()} holds the rows' "
             f"parts {groups}; expected a mesh of all devices whose axes divide a process's, or are divided by them."
         )
     return groups[0] // count, share(mesh) // count

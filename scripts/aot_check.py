@@ -19,11 +19,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 
-from bert_jax import BertConfig, recipes, targets, training
+from bert_jax import BertConfig, recipes
 from bert_jax.data.loader import Examples, Loader, Shape
-from bert_jax.pipelines import TASKS, Bucket, Pipeline
+from bert_jax.inference.pipelines import TASKS, Bucket, Pipeline
 from bert_jax.settings import Settings
 from bert_jax.tokenizer import Tokenizer
+from bert_jax.tools import aot
+from bert_jax.training import loop
 
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "accelerators.md", ROOT / "docs" / "accelerators.json"
@@ -39,7 +41,7 @@ ROWS = {
 }
 
 
-def make_run(recipe: str, size: str, chips: targets.Target, **changes: Any) -> training.Run:
+def make_run(recipe: str, size: str, chips: aot.Target, **changes: Any) -> loop.Run:
     """What `bert-jax finetune configs/finetune/RECIPE.yaml` would run, its parameters' shapes alone.
 
     Args:
@@ -68,28 +70,28 @@ def make_run(recipe: str, size: str, chips: targets.Target, **changes: Any) -> t
         scan_layers=settings.training.scan_layers,
     )
     task = recipes.make_task(settings, tokenizer, config)
-    return training.set_up(task, model, task.featurize(ROWS[recipe]), settings, chips.devices)
+    return loop.set_up(task, model, task.featurize(ROWS[recipe]), settings, chips.devices)
 
 
-def finetune(chips: targets.Target, recipe: str, size: str, shape: Shape, **changes: Any) -> dict[str, Any]:
+def finetune(chips: aot.Target, recipe: str, size: str, shape: Shape, **changes: Any) -> dict[str, Any]:
     """A step of fine-tuning, compiled."""
     run = make_run(recipe, size, chips, **changes)
-    check = targets.check(run.trace(shape), chips)
-    flops = targets.train_flops(SIZES[size], shape.rows, shape.length)
+    check = aot.check(run.trace(shape), chips)
+    flops = aot.train_flops(SIZES[size], shape.rows, shape.length)
     gradients = sum(leaf.size * 4 for leaf in run.plan.trained.values())
     return entry(check, flops) | {"gradient_bytes": gradients}
 
 
-def fill_mask(chips: targets.Target, size: str, bucket: Bucket) -> dict[str, Any]:
+def fill_mask(chips: aot.Target, size: str, bucket: Bucket) -> dict[str, Any]:
     """The program of `bert-jax fill-mask` for a bucket, on one device."""
     kind, config = TASKS["fill-mask"], SIZES[size]
     tokenizer = Tokenizer.from_pretrained("bert-mini-cased")
     pipe = Pipeline(kind(tokenizer, config, 512), kind.model_class(config, compute_dtype="bfloat16"), tokenizer, 512)
-    check = targets.check(pipe.trace(bucket, device=chips.devices[0]), chips)
-    return entry(check, targets.train_flops(config, bucket.rows, bucket.length) / 3)
+    check = aot.check(pipe.trace(bucket, device=chips.devices[0]), chips)
+    return entry(check, aot.train_flops(config, bucket.rows, bucket.length) / 3)
 
 
-def entry(check: targets.Check, flops: float) -> dict[str, Any]:
+def entry(check: aot.Check, flops: float) -> dict[str, Any]:
     return {
         "fits": check.fits,
         "memory": check.memory,
@@ -100,26 +102,26 @@ def entry(check: targets.Check, flops: float) -> dict[str, Any]:
         "products": check.products,
         "collectives": check.collectives,
         "kernels": check.kernels,
-        "bound": targets.bound(check) if check.fits else None,
+        "bound": aot.bound(check) if check.fits else None,
     }
 
 
-def largest(chips: targets.Target, size: str, length: int, **changes: Any) -> dict[str, Any]:
+def largest(chips: aot.Target, size: str, length: int, **changes: Any) -> dict[str, Any]:
     """The most rows of so many tokens that fit, in programs with rows of several texts."""
     run = make_run("squad", size, chips, data={"max_length": length}, **changes)
     n = len(chips.devices)
     tried: dict[int, bool] = {}
 
-    def check(rows: int) -> targets.Check:
-        found = targets.check(run.trace(Shape(rows * n, length, 2)), chips)
+    def check(rows: int) -> aot.Check:
+        found = aot.check(run.trace(Shape(rows * n, length, 2)), chips)
         tried[rows] = found.fits
         print("   ", rows, "rows a device:", found.line, flush=True)
         return found
 
-    return {"rows": targets.largest(check, 48, check(48)), "tried": tried}
+    return {"rows": aot.largest(check, 48, check(48)), "tried": tried}
 
 
-def packing(chips: targets.Target, lengths: np.ndarray, packed: bool) -> dict[str, Any]:
+def packing(chips: aot.Target, lengths: np.ndarray, packed: bool) -> dict[str, Any]:
     """A step on 256 examples of some lengths, in rows of several or one a row of 128 tokens."""
     run = make_run("emotion", "base", chips, data={"packing": packed}, training={"batch_size": 256})
     ids = [np.ones(n, np.int32) for n in lengths]
@@ -175,7 +177,7 @@ def programs() -> dict[str, Any]:
 
 def page(versions: dict[str, str], results: dict[str, Any]) -> str:
     """docs/accelerators.md of what was found."""
-    gib = targets.GIB
+    gib = aot.GIB
     results = {name: results[name] for name in programs() if name in results}
     parts = [
         "# TPUs and GPUs",
@@ -200,7 +202,7 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
             words = [f"{'' if c['fits'] else '**does not fit** '}{c['memory'] / gib:.2f}" if c else "" for c in cells]
             rows = f"{' '.join([task, *recipe])}, {size}, [{shape.replace('x', ', ')}]"
             table.append(f"| {rows} | {layout} | " + " | ".join(words) + " |")
-    room = ", ".join(f"{chip} {targets.CHIPS[chip.split(':')[0]].memory / gib:.2f}" for chip in CHIPS)
+    room = ", ".join(f"{chip} {aot.CHIPS[chip.split(':')[0]].memory / gib:.2f}" for chip in CHIPS)
     parts += [f"## Memory of a device, GiB\n\nOf {room}. Shapes are rows and tokens on all devices.", "\n".join(table)]
 
     lines = ["| program | collectives (MB a device) | gradients, MB | products in bfloat16 |", "|---|---|---|---|"]
@@ -256,7 +258,7 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
             lines.append(f"| {name} | {cells} | {1e3 * max(seconds.values()):.2f} |")
     parts += [
         "## A bound, on paper\n\nMilliseconds that a step cannot be shorter than, by published rates of each chip "
-        "alone (`bert_jax.targets.CHIPS`): the program's products at the peak of bfloat16, its arguments and results "
+        "alone (`bert_jax.tools.aot.CHIPS`): the program's products at the peak of bfloat16, its arguments and results "
         "through memory once, its all-reduces through the links. A bound on what is possible; "
         "no measurement, and no promise.",
         "\n".join(lines),
@@ -272,7 +274,7 @@ def main() -> None:
         target = name.split()[0]
         if name in results or not any(word in name for word in sys.argv[1:] or [""]):
             continue
-        results[name] = compile_it(targets.get(target))
+        results[name] = compile_it(aot.get(target))
         print(name, {k: v for k, v in results[name].items() if k in ("fits", "memory", "seconds", "rows")}, flush=True)
         jax.clear_caches()
         RESULTS.write_text(json.dumps({"versions": versions, "results": results}, indent=1) + "\n")

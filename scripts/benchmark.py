@@ -49,7 +49,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from bert_jax import hub, memory
+from bert_jax import hub
+from bert_jax.training import memory
 
 # This process imports neither jax nor torch. A child's peak memory counts from its parent's on (Linux's vfork), and
 # so the parent of what is measured has to be small.

@@ -9,11 +9,12 @@ import sys
 from flax import nnx
 from rich.console import Console
 
-from bert_jax import BertForSequenceClassification, Tokenizer, memory
+from bert_jax import BertForSequenceClassification, Tokenizer
 from bert_jax.data import sources
 from bert_jax.settings import Settings
 from bert_jax.tasks.sequence_classification import SequenceClassification
-from bert_jax.training import train
+from bert_jax.training import memory
+from bert_jax.training.loop import train
 
 
 def main(train_file: str, validation_file: str, folder: str, model_id: str = "google-bert/bert-base-cased") -> None:

@@ -60,18 +60,19 @@ def memory(checkout: Path, arguments: list[str]) -> None:
 
 def serve(arguments: list[str]) -> None:
     """In a process of its own: computes so many steps for each number on stdin, and answers the seconds."""
-    from bert_jax import memory
+    from bert_jax.training import memory
 
     memory.keep_freed()
     import jax
 
-    from bert_jax import recipes, sharding, training
+    from bert_jax import recipes, sharding
     from bert_jax.settings import Settings
+    from bert_jax.training import loop
 
     settings = Settings.from_file(arguments[0], arguments[1:])
     prepared = recipes.prepare(settings)
-    run = training.set_up(prepared.task, prepared.model, prepared.examples["train"], settings)
-    state = sharding.put(training.init_state(run.plan, settings.training.seed), run.layout)
+    run = loop.set_up(prepared.task, prepared.model, prepared.examples["train"], settings)
+    state = sharding.put(loop.init_state(run.plan, settings.training.seed), run.layout)
     frozen = sharding.put(run.plan.frozen, sharding.placements(run.mesh, run.plan.frozen))
     batches = run.loader.batches(0, 100_000)
     step = run.step

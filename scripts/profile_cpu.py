@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 import bert_jax
-from bert_jax import memory, tree
+from bert_jax import tree
+from bert_jax.training import memory
 
 SHAPES = {"8 × 128": (8, 128, 1), "4 × 512": (4, 512, 1), "16 × 128, four texts a row": (16, 128, 4)}
 KINDS = {

@@ -42,14 +42,15 @@ def classifier(folder: Path, dropout: bool) -> Any:
 def our_fine_tuning(folder: Path, dropout: bool) -> Any:
     import jax
 
-    from bert_jax import sharding, training
+    from bert_jax import sharding
     from bert_jax.data.loader import Examples, one_a_row
+    from bert_jax.training import loop
 
     task, settings, model = classifier(folder, dropout)
-    planned, mesh = training.plan(model, settings, 1000), sharding.mesh(settings.mesh)
+    planned, mesh = loop.plan(model, settings, 1000), sharding.mesh(settings.mesh)
     everywhere = sharding.replicated(mesh)
-    state = jax.device_put(training.init_state(planned, 0), everywhere)
-    step = training.make_step(task, planned, out_shardings=everywhere)
+    state = jax.device_put(loop.init_state(planned, 0), everywhere)
+    step = loop.make_step(task, planned, out_shardings=everywhere)
 
     # What calling costs, by a program with the step's arrays in and out that computes nothing: of the step itself, this
     # thread computes a part, and neither its time nor the wall's would tell the two apart.
@@ -89,8 +90,10 @@ def arrangements(folder: Path, lengths: Sequence[int]) -> dict[str, Callable[[],
     import jax
     import numpy as np
 
-    from bert_jax import evaluation, sharding, training, tree
+    from bert_jax import sharding, tree
     from bert_jax.data.loader import Examples, Loader, one_a_row
+    from bert_jax.evaluation import measure
+    from bert_jax.training import loop
 
     size, padded = 16, 128
     random = np.random.default_rng(0)
@@ -104,12 +107,12 @@ def arrangements(folder: Path, lengths: Sequence[int]) -> dict[str, Callable[[],
     batches = {name: [examples.batch(place) for place in found] for name, found in places.items()}
 
     task, settings, model = classifier(folder, dropout=True)
-    planned, mesh = training.plan(model, settings, 1000), sharding.mesh(settings.mesh)
+    planned, mesh = loop.plan(model, settings, 1000), sharding.mesh(settings.mesh)
     everywhere = sharding.replicated(mesh)
-    state = jax.device_put(training.init_state(planned, 0), everywhere)
-    step = training.make_step(task, planned, out_shardings=everywhere)
+    state = jax.device_put(loop.init_state(planned, 0), everywhere)
+    step = loop.make_step(task, planned, out_shardings=everywhere)
     params, skeleton = tree.split(model)
-    predict = evaluation.program(task, skeleton)
+    predict = measure.program(task, skeleton)
 
     def train(name: str) -> Any:
         nonlocal state
@@ -205,18 +208,19 @@ def our_pretraining(folder: Path, dropout: bool) -> Any:
     import numpy as np
 
     import bert_jax
-    from bert_jax import sharding, training
+    from bert_jax import sharding
     from bert_jax.settings import Pretraining
     from bert_jax.tasks.pretraining import MaskedLanguageModeling
+    from bert_jax.training import loop
 
     settings = Pretraining.from_dict({"task": "pretraining", "data": {"train": "-"}, "output": {"folder": "-"},
                                       "optimizer": {"learning_rate": 4e-4}})  # fmt: skip
     rates = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = bert_jax.BertForMaskedLM.from_pretrained("bert-mini-cased", **rates)
-    planned, mesh = training.plan(model, settings, 1000), sharding.mesh(settings.mesh)
+    planned, mesh = loop.plan(model, settings, 1000), sharding.mesh(settings.mesh)
     everywhere = sharding.replicated(mesh)
-    state = jax.device_put(training.init_state(planned, 0), everywhere)
-    step = training.make_step(MaskedLanguageModeling(), planned, out_shardings=everywhere)
+    state = jax.device_put(loop.init_state(planned, 0), everywhere)
+    step = loop.make_step(MaskedLanguageModeling(), planned, out_shardings=everywhere)
 
     def run(rows: int, tokens: int) -> tuple[float, float, float]:
         nonlocal state

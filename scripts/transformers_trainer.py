@@ -23,9 +23,10 @@ import numpy as np
 import transformers
 from sklearn.metrics import accuracy_score
 
-from bert_jax import metrics, recipes
+from bert_jax import recipes
+from bert_jax.evaluation import metrics
 from bert_jax.settings import Settings
-from bert_jax.training import METRICS
+from bert_jax.training.loop import METRICS
 
 Features = dict[str, list[Any]]
 

@@ -230,7 +230,7 @@ def test_a_default_model_that_the_hub_refuses_does_not_fall_back(server, python)
 @pytest.mark.hub
 def test_the_published_models():
     """Needs the Hub and 1.8 GB; the same as `bert-jax verify`."""
-    from bert_jax import verify
+    from bert_jax.tools import verify
 
     for name in verify.FILL_MASK:
         for check in verify.verify(name):

@@ -12,8 +12,9 @@ from flax import nnx
 from jax.extend.random import threefry_2x32
 
 import bert_jax
-from bert_jax import BertConfig, kernels, losses, model, tree, weights
+from bert_jax import BertConfig, kernels, model, tree, weights
 from bert_jax.errors import InputError
+from bert_jax.training import losses
 
 HEADS = list(reference.HEADS)
 SMALL = BertConfig.from_dict(reference.CONFIG)

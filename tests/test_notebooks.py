@@ -13,7 +13,7 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 # A cell draws if it uses any of these.
-DRAWING = ("matplotlib.", "IPython.display.", "bert_jax.viz.", "bert_jax.report.", "jax.debug.visualize_")
+DRAWING = ("matplotlib.", "IPython.display.", "bert_jax.tools.viz.", "bert_jax.tools.report.", "jax.debug.visualize_")
 RICH = {"image/png", "image/svg+xml", "text/html", "text/markdown"}
 
 
@@ -37,11 +37,11 @@ def draws(source, aliases):
 
 def test_drawing_cells_are_found_by_what_they_use():
     names = aliases(
-        ["import numpy as np", "from bert_jax import viz as pictures, report", "import matplotlib.pyplot as p"]
+        ["import numpy as np", "from bert_jax.tools import viz as pictures, report", "import matplotlib.pyplot as p"]
     )
-    for source in ("pictures.attention(m)", "p.subplots()", "a = [report.learning_curve(j, 'f1')]", "bert_jax.viz.f()"):
+    for source in ("pictures.attention(m)", "p.subplots()", "a = [report.curve(j, 'f1')]", "bert_jax.tools.viz.f()"):
         assert draws(source, names), source
-    for source in ("import matplotlib.pyplot as p", "np.array(viz)", "bert_jax.visual()", "jax.debug.print('a')"):
+    for source in ("import matplotlib.pyplot as p", "np.array(viz)", "bert_jax.tools.visual()", "jax.debug.print('a')"):
         assert not draws(source, names), source
 
 

@@ -13,15 +13,15 @@ PACKAGE = Path(bert_jax.__file__).parent
 
 # Lowest first; modules of one floor do not import each other.
 FLOORS = [
-    ["errors", "figure", "memory"],
-    ["hub", "processes"],
-    ["config", "tree", "losses", "metrics", "settings", "data.sources"],
+    ["errors", "tools.figure", "training.memory"],
+    ["hub", "training.distributed"],
+    ["config", "tree", "training.losses", "evaluation.metrics", "settings", "data.sources"],
     ["data.loader"],
     ["weights", "tokenizer", "sharding"],
     ["kernels"],
-    ["model", "targets", "data.corpus", "vocabulary"],
+    ["model", "tools.aot", "data.corpus", "vocabulary"],
     ["data.masking"],
-    ["optim", "lora", "checkpoint"],
+    ["training.optim", "training.lora", "training.checkpoint"],
     ["tasks.base"],
     [
         "tasks.masked_lm",
@@ -32,10 +32,10 @@ FLOORS = [
         "tasks.question_answering",
         "tasks.pretraining",
     ],
-    ["evaluation", "pipelines", "report"],
-    ["training", "verify", "catalogue"],
-    ["recipes", "prediction", "serve", "viz"],
-    ["heldout"],
+    ["evaluation.measure", "inference.pipelines", "tools.report"],
+    ["training.loop", "tools.verify", "inference.catalogue"],
+    ["recipes", "inference.prediction", "inference.server", "tools.viz"],
+    ["evaluation.held_out"],
     ["cli"],
 ]
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-import test_training
+import sentiments
 from flax import nnx
 from rich.console import Console
 from safetensors.numpy import load_file
@@ -50,8 +50,8 @@ def tree(base, tmp_path):
         "task": "text-classification",
         "model": {"id": str(base)},
         "data": {
-            "train": write(tmp_path / "train.jsonl", test_training.rows(40)),
-            "validation": write(tmp_path / "validation.jsonl", test_training.rows(12, seed=1)),
+            "train": write(tmp_path / "train.jsonl", sentiments.rows(40)),
+            "validation": write(tmp_path / "validation.jsonl", sentiments.rows(12, seed=1)),
             "max_length": 32,
         },
         "training": {"epochs": 2, "batch_size": 16},
@@ -84,7 +84,7 @@ def test_a_run_leaves_a_model_and_all_about_it(tree, tmp_path):
         == recipes.evaluate(str(folder), Settings.from_dict(tree), "validation")["accuracy"]
     )
     predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    rows = test_training.rows(12, seed=1)
+    rows = sentiments.rows(12, seed=1)
     assert [line["text"] for line in predictions] == [row["text"] for row in rows]
     right = [line["prediction"]["label"] == row["label"] for line, row in zip(predictions, rows, strict=True)]
     assert np.mean(right) == pytest.approx(results["validation"]["accuracy"])
@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_made(tree, tmp_path):
 
 
 def test_pairs_regression_and_several_labels(tree, tmp_path):
-    rows = test_training.rows(24)
+    rows = sentiments.rows(24)
     tree["data"]["train"] = write(tmp_path / "pairs.jsonl", [r | {"other": r["text"][::-1]} for r in rows])
     tree["data"]["validation"] = tree["data"]["train"]
     tree["data"]["text_pair"] = "other"
@@ -451,7 +451,7 @@ def test_patience_without_validation_is_refused(tree):
 
 
 def test_columns_that_the_first_row_lacks(tree, tmp_path):
-    rows = [{"text": "good"}, *test_training.rows(12)]
+    rows = [{"text": "good"}, *sentiments.rows(12)]
     tree["data"]["validation"] = write(tmp_path / "v.jsonl", rows)
     found = recipes.read_split(Settings.from_dict(tree), "validation").rows
     assert [row["label"] for row in found] == [row.get("label") for row in rows]

@@ -8,12 +8,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import bert_jax
-from bert_jax import sharding, training, tree
-from bert_jax.checkpoint import Checkpoints
+from bert_jax import sharding, tree
 from bert_jax.data.loader import Examples
 from bert_jax.errors import InputError
 from bert_jax.settings import Mesh, Settings
 from bert_jax.tasks.sequence_classification import SequenceClassification
+from bert_jax.training import loop
+from bert_jax.training.checkpoint import Checkpoints
 
 LAYOUTS = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 1, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
@@ -63,14 +64,14 @@ def run(tokenizer):
         })  # fmt: skip
         model = bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0), scan_layers=scan_layers)
         task, devices = SequenceClassification(tokenizer, config, 32), sharding.mesh(settings.mesh)
-        plan = training.plan(model, settings, 10)
-        state = training.init_state(plan, 0)
+        plan = loop.plan(model, settings, 10)
+        state = loop.init_state(plan, 0)
         layout = sharding.placements(devices, state)
         state = jax.device_put(state, layout)
-        step = training.make_step(task, plan, out_shardings=(layout, sharding.replicated(devices)))
+        step = loop.make_step(task, plan, out_shardings=(layout, sharding.replicated(devices)))
         # The same batches for all, of rows that eight devices can share.
         eight = sharding.mesh(Mesh())
-        loader = training.make_loader(examples, model, settings, eight)
+        loader = loop.make_loader(examples, model, settings, eight)
         losses = []
         with jax.set_mesh(devices):
             text = step.lower(state, plan.frozen, sharding.put_batch(loader.batch_at(0), devices)).compile().as_text()

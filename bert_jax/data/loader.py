@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from bert_jax.losses import IGNORE
+from bert_jax.training.losses import IGNORE
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Tokens that a batch without packing is padded to: a program each, a third of padding at worst."""

@@ -2,7 +2,7 @@
 
 A request is a generator. It yields the rows it wants computed, receives their outputs, may yield more rows that
 depend on these, and returns its result. It never sees a batch: rows of many requests share one, padded to a bucket
-(`bert_jax.pipelines`), and so a result does not depend on its company.
+(`bert_jax.inference.pipelines`), and so a result does not depend on its company.
 """
 
 import re

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Encoding
 
-from bert_jax import losses
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
 from bert_jax.data.sources import literal
@@ -18,6 +17,7 @@ from bert_jax.model import BertForQuestionAnswering
 from bert_jax.settings import Answers, Data
 from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask, check_pairs
 from bert_jax.tokenizer import Tokenizer
+from bert_jax.training import losses
 
 DEFAULTS = Answers()
 NO_ANSWER: dict[str, Any] = {"score": 0.0, "start": 0, "end": 0, "answer": ""}
@@ -246,8 +246,8 @@ class QuestionAnswering(TrainableTask):
         return any(row["answers"] is not None for _, row, *_ in examples.origins)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """Metrics, see `bert_jax.metrics.answering`, of the rows that have answers; none where none has."""
-        from bert_jax import metrics
+        """Metrics, see `bert_jax.evaluation.metrics.answering`, of the rows that have answers; none where none has."""
+        from bert_jax.evaluation import metrics
 
         if not self.labelled(examples):
             return {}

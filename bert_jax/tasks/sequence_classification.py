@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Encoding
 
-from bert_jax import losses
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
 from bert_jax.data.sources import TEXT, literal
@@ -20,6 +19,7 @@ from bert_jax.model import BertForSequenceClassification
 from bert_jax.settings import Data
 from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask, check_pairs, known_labels
 from bert_jax.tokenizer import Tokenizer
+from bert_jax.training import losses
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 METRICS = {
@@ -221,8 +221,8 @@ class SequenceClassification(TrainableTask):
         return bool(self._known(examples.targets["labels"]).any())
 
     def evaluate(self, outputs: Outputs, examples: Examples) -> dict[str, Any]:
-        """Metrics, see `bert_jax.metrics`, of the examples that have labels; none where none has."""
-        from bert_jax import metrics
+        """Metrics, see `bert_jax.evaluation.metrics`, of the examples that have labels; none where none has."""
+        from bert_jax.evaluation import metrics
 
         if not self.labelled(examples):
             return {}

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Encoding
 
-from bert_jax import losses
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
 from bert_jax.data.sources import literal
@@ -19,6 +18,7 @@ from bert_jax.model import BertForTokenClassification
 from bert_jax.settings import Data
 from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask, known_labels
 from bert_jax.tokenizer import Tokenizer
+from bert_jax.training import losses
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
 
@@ -293,8 +293,8 @@ class TokenClassification(TrainableTask):
         return any(row["tags"] for _, row, _ in examples.origins)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """Metrics, see `bert_jax.metrics.tagging`; none where the rows have no tags."""
-        from bert_jax import metrics
+        """Metrics, see `bert_jax.evaluation.metrics.tagging`; none where the rows have no tags."""
+        from bert_jax.evaluation import metrics
 
         if not self.labelled(examples):
             return {}
@@ -319,7 +319,7 @@ class TokenClassification(TrainableTask):
 
 def iob2(tags: Sequence[str]) -> list[str]:
     """Tags of any scheme -> IOB2: B- at an entity's first word, I- at the others; B and I where there is no type."""
-    from bert_jax import metrics
+    from bert_jax.evaluation import metrics
 
     converted = ["O"] * len(tags)
     for _, first, last in metrics.entities(tags):
@@ -385,7 +385,7 @@ def _scheme(sentences: Sequence[Sequence[str]]) -> str:
         return "none"
     if any(tag[0] in "ES" for tag in marked):
         return "BIOES"
-    from bert_jax import metrics
+    from bert_jax.evaluation import metrics
 
     begins = [sentence[first][0] for sentence in sentences for _, first, _ in metrics.entities(sentence)]
     return "IOB2" if begins.count("B") > len(begins) / 2 else "IOB1"  # IOB1 has B- between neighbours alone

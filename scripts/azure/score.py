@@ -1,7 +1,8 @@
 """The scoring script of an Azure machine-learning endpoint: `init` once, `run` for each request.
 
 The model is the folder that the endpoint mounts (AZUREML_MODEL_DIR, or a folder in it); the task is BERT_JAX_TASK,
-fill-mask by default. Requests and responses are the model catalogue's: `bert_jax.catalogue`. Not run on Azure yet.
+fill-mask by default. Requests and responses are the model catalogue's: `bert_jax.inference.catalogue`. Not run on Azure
+yet.
 """
 
 import json
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import bert_jax
-from bert_jax import catalogue, hub
+from bert_jax import hub
 from bert_jax.errors import InputError
-from bert_jax.pipelines import Pipeline
+from bert_jax.inference import catalogue
+from bert_jax.inference.pipelines import Pipeline
 
 pipe: Pipeline
 

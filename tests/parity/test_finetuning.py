@@ -18,11 +18,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import bert_jax
-from bert_jax import hub, lora, optim, recipes, training
+from bert_jax import hub, recipes
 from bert_jax.data.loader import Examples, Loader, one_a_row
 from bert_jax.errors import CheckpointError
 from bert_jax.settings import LoRA, Schedule, Settings
 from bert_jax.tasks.sequence_classification import MULTI, REGRESSION, SINGLE, UNKNOWN, SequenceClassification
+from bert_jax.training import loop, lora, optim
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -100,9 +101,9 @@ def our_steps(folder, tokenizer, settings, batches):
     scan_layers = settings.training.scan_layers
     model = bert_jax.BertForSequenceClassification.from_pretrained(folder, scan_layers=scan_layers)
     task = SequenceClassification(tokenizer, model.config, 512)
-    planned = training.plan(model, settings, len(batches))
-    state = training.init_state(planned, 0)
-    step = training.make_step(task, planned, accumulation=settings.training.accumulation)
+    planned = loop.plan(model, settings, len(batches))
+    state = loop.init_state(planned, 0)
+    step = loop.make_step(task, planned, accumulation=settings.training.accumulation)
     found = []
     for batch in batches:
         state, metrics = step(state, planned.frozen, batch)

@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from bert_jax import heldout, hub
+from bert_jax import hub
+from bert_jax.evaluation import held_out
 from bert_jax.settings import HeldOut
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -25,12 +26,12 @@ def test_measures(tmp_path, words):
     settings = HeldOut.from_dict(
         {"task": "fill-mask", "data": {"test": str(tmp_path / "texts.jsonl")}, "masking": {"words": words}}
     )
-    ours = heldout.evaluate(["bert-mini-cased"], settings, "test")["bert-mini-cased"]
+    ours = held_out.evaluate(["bert-mini-cased"], settings, "test")["bert-mini-cased"]
     folder = hub.EMBEDDED / "bert-mini-cased"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
-    pipe = heldout.pipeline("fill-mask", "bert-mini-cased")
-    task = heldout.HiddenTokens(pipe.tokenizer, pipe.config, 128)
+    pipe = held_out.pipeline("fill-mask", "bert-mini-cased")
+    task = held_out.HiddenTokens(pipe.tokenizer, pipe.config, 128)
     nll, rank = [], []
     for text in texts:
         ids = tokenizer(text, truncation=True, max_length=128)["input_ids"]

@@ -6,12 +6,12 @@ import torch
 import transformers
 
 import bert_jax
-from bert_jax import training
 from bert_jax.data import corpus
 from bert_jax.data.loader import Loader, one_a_row
 from bert_jax.data.masking import MaskedExamples
 from bert_jax.settings import Corpus, Masked, Pretraining
 from bert_jax.tasks.pretraining import MaskedLanguageModeling, PreTraining
+from bert_jax.training import loop
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -82,8 +82,8 @@ def test_20_steps(close, tmp_path, examples, tokenizer, task, ours, theirs):
         "optimizer": {"learning_rate": 1e-4, "weight_decay": 0.01, "epsilon": 1e-6},
         "schedule": {"name": "constant"},
     })  # fmt: skip
-    planned = training.plan(ours.from_pretrained(tmp_path), settings, STEPS)
-    state, step = training.init_state(planned, 0), training.make_step(task, planned)
+    planned = loop.plan(ours.from_pretrained(tmp_path), settings, STEPS)
+    state, step = loop.init_state(planned, 0), loop.make_step(task, planned)
     packed, found = loader(examples, 96), []
     for n in range(STEPS):
         batch = packed.batch_at(n)

@@ -3,13 +3,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bert_jax import BertConfig, BertForMaskedLM, BertForPreTraining, evaluation, sharding, tree
+from bert_jax import BertConfig, BertForMaskedLM, BertForPreTraining, sharding, tree
 from bert_jax.data import corpus
 from bert_jax.data.loader import Loader
 from bert_jax.data.masking import MaskedExamples
-from bert_jax.losses import IGNORE
+from bert_jax.evaluation import measure
 from bert_jax.settings import Corpus, Masked, Mesh
 from bert_jax.tasks.pretraining import MaskedLanguageModeling, PreTraining
+from bert_jax.training.losses import IGNORE
 
 TEXT = [f"The {n}th house stands here. It is {'big' * n}.\nNobody lives in house {n}." for n in range(24)]
 TASKS = [(PreTraining(), BertForPreTraining), (MaskedLanguageModeling(), BertForMaskedLM)]
@@ -37,8 +38,8 @@ def case(request, tokenizer):
 def evaluate(task, model, examples, packing):
     params, skeleton = tree.split(model)
     mesh = sharding.mesh(Mesh(data=1))
-    return evaluation.evaluate(
-        task, evaluation.program(task, skeleton), params, examples, batch_size=16, packing=packing, mesh=mesh
+    return measure.evaluate(
+        task, measure.program(task, skeleton), params, examples, batch_size=16, packing=packing, mesh=mesh
     )
 
 

@@ -1,0 +1,1 @@
+"""Evaluation: metrics, and models over examples and held-out texts."""

@@ -1,0 +1,281 @@
+"""How well pretrained models do what they were trained for, on texts held out from them: fill masks, tell what follows.
+
+The measures are means over all hidden tokens (or pairs), with 95 % intervals by resampling the texts: Efron 1979.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from bert_jax import hub, recipes
+from bert_jax.errors import InputError
+from bert_jax.inference.pipelines import WINDOW, Pipeline, pipeline
+from bert_jax.model import BertForMaskedLM, BertForNextSentencePrediction
+from bert_jax.settings import HeldOut, Masking
+from bert_jax.tasks.base import Request, Row
+from bert_jax.tasks.masked_lm import FillMask
+from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
+from bert_jax.tools import report
+
+FREQUENCIES = (1, 2, 10, 100, 1000)
+"""Lower bounds of how often a token stands in the evaluated texts."""
+POSITIONS = (1, 16, 32, 64, 128, 256)
+"""Lower bounds of a token's place in its row."""
+KS = (1, 5, 10)
+
+
+class Hidden(NamedTuple):
+    """A token that was hidden, and how a model filled its place.
+
+    Attributes:
+        token: Its id.
+        position: In the row, [CLS] being 0.
+        nll: Negative log-likelihood, nats.
+        rank: Of the token among the vocabulary, 1 for the likeliest.
+    """
+
+    token: int
+    position: int
+    nll: float
+    rank: int
+
+
+class HiddenTokens(FillMask):
+    """fill-mask where what stood under the mask is known."""
+
+    def forward(self, model: BertForMaskedLM, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
+        """Of each masked position: `nll` float32 [B, P] in nats, and `rank` int32 [B, P]."""
+        labels = inputs["labels"][..., None]
+        logits = model(**{name: array for name, array in inputs.items() if name != "labels"}).logits  # [B, P, V]
+        label = jnp.take_along_axis(logits, labels, axis=-1)
+        nll = jax.nn.logsumexp(logits, axis=-1) - label[..., 0]
+        # What is not below the label is above it, NaN too; the label itself is not below either, and makes rank 1.
+        return {"nll": nll, "rank": jnp.sum(~(logits < label), axis=-1)}
+
+    def hide(self, text: str, masking: Masking, seed: int) -> Request:
+        """Hides tokens of a text, which is cut at the model's length; a request for `Pipeline.run`.
+
+        What is hidden depends on the text and the seed alone. The result is a list of `Hidden`.
+        """
+        encoding = self.tokenizer.encode([text], max_length=self.max_length)[0][0]
+        inside = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
+        if not inside:
+            return []
+        if masking.words == "each":
+            words: dict[int | None, list[int]] = {}
+            for i in inside:
+                words.setdefault(encoding.word_ids[i], []).append(i)
+            groups = list(words.values())
+        else:
+            count = max(1, round(masking.share * len(inside)))
+            groups = [sorted(_generator(seed, text).choice(inside, count, replace=False).tolist())]
+        rows = []
+        for group in groups:
+            hidden = set(group)
+            ids = [self.mask_id if i in hidden else token for i, token in enumerate(encoding.ids)]
+            rows.append(Row(ids, encoding.type_ids, group, [encoding.ids[i] for i in group]))
+        outputs = yield rows
+        return [
+            Hidden(token, position, float(nll), int(rank))
+            for row, output in zip(rows, outputs, strict=True)
+            for token, position, nll, rank in zip(
+                row.labels, row.masked_positions, output["nll"], output["rank"], strict=True
+            )
+        ]
+
+
+class Following(NextSentencePrediction):
+    """next-sentence-prediction where the answer is known."""
+
+    def forward(
+        self, model: BertForNextSentencePrediction, inputs: dict[str, jax.Array], starts: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Logarithms of the two labels' probabilities: float32 [B, K, 2]."""
+        return {"log_p": jax.nn.log_softmax(model(**inputs, positions=starts).logits)}
+
+    def judge(self, first: str, second: str) -> Request:
+        """A request whose result is `forward`'s for the pair: the end of the first text, the beginning of the second.
+
+        Where both are long each has half of the room.
+        """
+        a, b = (row[0].ids for row in self.tokenizer.encode([first, second], add_special_tokens=False))
+        room = self.max_length - 3
+        keep = min(len(b), max(room // 2, room - len(a)))
+        a = a[len(a) - min(len(a), room - keep) :]
+        start, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        ids: list[Any] = [start, *a, end, *b[:keep], end]
+        (output,) = yield [Row(ids, [0] * (len(a) + 2) + [1] * (keep + 1))]
+        return output["log_p"]
+
+
+def evaluate(
+    models: Sequence[str],
+    settings: HeldOut,
+    split: str,
+    *,
+    ignore: Sequence[str] = (),
+    console: Console | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Evaluates models on the same texts.
+
+    Args:
+        models: Folders, ids on the Hub, or `bert-mini-cased`.
+        settings: The task, the texts, and what is hidden of them.
+        split: Of `settings.data`.
+        ignore: Regular expressions of tensors in the first model's checkpoint that are left out.
+        console: Shows progress.
+
+    Returns:
+        Model -> measures, each `{value, low, high}`. Of fill-mask `nll` (nats), `pseudo_perplexity` (its exponential;
+        of `words: each` and words of one piece that of Salazar et al. 2020, arXiv:1910.14659), `accuracy@k`, `mrr`
+        (mean reciprocal rank), and `by_frequency` and `by_position` with tokens, nll and accuracy@1 of each class. Of
+        next-sentence-prediction `accuracy` and `nll`.
+
+    Raises:
+        InputError: If the texts or the model cannot be used.
+    """
+    texts = [row["text"] for row in recipes.read_split(settings, split).rows]
+    if not texts:
+        raise InputError(f"data.{split} is not set.")
+    for i, text in enumerate(texts, 1):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"data.{split}: row {i} is no text, or an empty one.")
+    measure = _fill_mask if settings.task == "fill-mask" else _next_sentence
+    found: dict[str, dict[str, Any]] = {}
+    for model in models:
+        pipe = pipeline(
+            settings.task, model, ignore=() if found else ignore, compute_dtype=settings.precision.compute_dtype
+        )
+        found[model] = measure(pipe, texts, settings, name=model, console=console)
+    return found
+
+
+def leave(folder: Path, settings: HeldOut, results: dict[str, dict[str, Any]]) -> None:
+    """Writes `evaluation.json`, `evaluation.md`, `evaluation.png` and the settings.
+
+    Raises:
+        CheckpointError: If the folder cannot be written.
+    """
+    with hub.replacing(folder) as staging:
+        (staging / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+        (staging / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        (staging / "evaluation.md").write_text(report.held_out_markdown(results) + "\n", encoding="utf-8")
+        report.held_out_figure(results).savefig(staging / "evaluation.png", dpi=120)
+
+
+def _fill_mask(
+    pipe: Pipeline, texts: list[str], settings: HeldOut, *, name: str, console: Console | None
+) -> dict[str, Any]:
+    pipe.task = task = HiddenTokens(pipe.tokenizer, pipe.config, _length(settings, pipe))
+    found: list[list[Hidden]] = []
+    for part in _parts(texts, name, console):
+        found += pipe.run([task.hide(text, settings.masking, settings.seed) for text in part])
+    tokens = np.array([hidden for text in found for hidden in text], np.float64).reshape(-1, 4)
+    if not len(tokens):
+        raise InputError("The texts have no tokens to hide.")
+    token, position, nll, rank = tokens.T
+    owner = np.repeat(np.arange(len(found)), [len(text) for text in found])
+    values = {"nll": nll, **{f"accuracy@{k}": rank <= k for k in KS}, "mrr": 1 / rank}
+    measures = _means(values, owner, settings)
+    perplexity = {name: math.exp(min(value, 700.0)) for name, value in measures["nll"].items()}
+    measures = {"nll": measures.pop("nll"), "pseudo_perplexity": perplexity, **measures}
+    encoded = pipe.tokenizer.encode(texts, max_length=task.max_length)
+    counts = Counter(t for (encoding,) in encoded for t in encoding.ids)
+    frequency = np.array([counts[int(t)] for t in token])
+    return {
+        "texts": len(texts),
+        "tokens": len(tokens),
+        **measures,
+        "by_frequency": _by_class(frequency, FREQUENCIES, nll, rank),
+        "by_position": _by_class(position, POSITIONS, nll, rank),
+    }
+
+
+def _next_sentence(
+    pipe: Pipeline, texts: list[str], settings: HeldOut, *, name: str, console: Console | None
+) -> dict[str, Any]:
+    pipe.task = task = Following(pipe.tokenizer, pipe.config, _length(settings, pipe))
+    cut, follows = pairs(texts, settings.seed)
+    found: list[np.ndarray] = []
+    for part in _parts(cut, name, console):
+        found += pipe.run([task.judge(*pair) for pair in part])
+    log_p = np.array(found)[np.arange(len(cut)), np.where(follows, 0, 1)]
+    values = {"accuracy": log_p > np.log(0.5), "nll": -log_p}
+    return {"pairs": len(cut), **_means(values, np.arange(len(cut)), settings)}
+
+
+def _length(settings: HeldOut, pipe: Pipeline) -> int:
+    length = recipes.max_length(settings, pipe.config)
+    if length > pipe.max_length:
+        raise InputError(f"data.max_length is {length}; the model's tokenizer has {pipe.max_length}.")
+    return length
+
+
+def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.ndarray]:
+    """Texts cut in two where a sentence ends, half of the first parts with the second part of another text.
+
+    Returns:
+        The pairs, and which of them follow: bool [pairs].
+
+    Raises:
+        InputError: If fewer than two texts can be cut.
+    """
+    halves = []
+    for text in texts:
+        if ends := [match.end() for match in re.finditer(r"[.!?][\"')\]]*\s+(?=\S)", text)]:
+            end = int(_generator(seed, text).choice(ends))
+            halves.append((text[:end].strip(), text[end:].strip()))
+    if len(halves) < 2:
+        raise InputError("next-sentence-prediction needs two texts of several sentences at least.")
+    follows = _generator(seed, "").permutation(len(halves)) % 2 == 0
+    second = [halves[i if follows[i] else (i + 1) % len(halves)][1] for i in range(len(halves))]
+    return [(first, other) for (first, _), other in zip(halves, second, strict=True)], follows
+
+
+def _means(values: dict[str, np.ndarray], owner: np.ndarray, settings: HeldOut) -> dict[str, dict[str, float]]:
+    """Means over tokens, and where 95 % of those of resampled texts lie."""
+    texts = int(owner.max()) + 1
+    sums = np.stack([np.bincount(owner, v, minlength=texts) for v in (np.ones(len(owner)), *values.values())], axis=1)
+    random = np.random.default_rng(settings.seed)
+    drawn = np.array([random.multinomial(texts, np.full(texts, 1 / texts)) @ sums for _ in range(settings.resamples)])
+    # A resample may, of few texts, have no token.
+    low, high = np.nanpercentile(drawn[:, 1:] / np.where(drawn[:, :1] > 0, drawn[:, :1], np.nan), [2.5, 97.5], axis=0)
+    return {
+        name: {"value": float(np.mean(v)), "low": float(low[i]), "high": float(high[i])}
+        for i, (name, v) in enumerate(values.items())
+    }
+
+
+def _by_class(key: np.ndarray, bounds: Sequence[int], nll: np.ndarray, rank: np.ndarray) -> list[dict[str, Any]]:
+    classes = np.digitize(key, bounds)
+    found = []
+    for n, low in enumerate(bounds, 1):
+        inside = classes == n
+        if inside.any():
+            high = bounds[n] - 1 if n < len(bounds) else None
+            found.append({"from": low, "to": high, "tokens": int(inside.sum()), "nll": float(nll[inside].mean()),
+                          "accuracy@1": float((rank[inside] <= 1).mean())})  # fmt: skip
+    return found
+
+
+def _parts(texts: Sequence[Any], model: str, console: Console | None) -> Iterator[list[Any]]:
+    starts = range(0, len(texts), WINDOW)
+    console = console or Console(quiet=True)
+    for start in track(starts, description=model, console=console, transient=True):
+        yield list(texts[start : start + WINDOW])
+
+
+def _generator(seed: int, text: str) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed}:{text}".encode(errors="surrogatepass")).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8]))

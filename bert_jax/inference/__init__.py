@@ -1,0 +1,1 @@
+"""Inference: pipelines, files of inputs, a server."""

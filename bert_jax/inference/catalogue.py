@@ -1,0 +1,103 @@
+"""The JSON of model catalogues: a request in any of the forms that endpoints take, and the response to it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bert_jax.errors import InputError, quoted
+from bert_jax.inference.pipelines import Pipeline
+
+INPUTS = ("inputs", "input_data")
+PARAMETERS = ("parameters", "params")
+TEXTS = "input_string"
+"""The catalogue's column of texts."""
+
+
+def score(pipe: Pipeline, request: Any) -> Any:
+    """Answers a request.
+
+    Its `inputs` (or `input_data`) are a list of inputs; columns, `{"input_string": […]}` or for questions
+    `{"question": […], "context": […]}`; or pandas split form, `{"columns": […], "index": […], "data": [[…]]}`. An input
+    of two texts, or of words, is a list. `parameters` (or `params`) are the task's own.
+
+    Args:
+        pipe: The model.
+        request: As `json.loads` gives it.
+
+    Returns:
+        What `json.dumps` takes: a result an input, in order; of a text that stands alone, its result.
+
+    Raises:
+        InputError: Names what is wrong with the request and, of several inputs, the index.
+    """
+    inputs, parameters = read(request)
+    results = pipe(inputs, **parameters)
+    return jsonable(results)
+
+
+def jsonable(result: Any) -> Any:
+    """A pipeline's result with lists for arrays."""
+    if isinstance(result, list):
+        return [jsonable(entry) for entry in result]
+    return result.tolist() if isinstance(result, np.ndarray) else result
+
+
+def read(request: Any) -> tuple[Any, dict[str, Any]]:
+    """A request's inputs and parameters, as `Pipeline` takes them; raises as `score`."""
+    if not isinstance(request, Mapping):
+        raise InputError(f'expected an object like {{"inputs": {{"{TEXTS}": ["…"]}}}}, got {_kind(request)}.')
+    if unknown := [key for key in request if key not in INPUTS + PARAMETERS]:
+        raise InputError(f"{quoted(unknown[0])} is unknown; expected {', '.join(INPUTS + PARAMETERS)}.")
+    inputs, parameters = (_one_of(request, names) for names in (INPUTS, PARAMETERS))
+    if inputs is None:
+        raise InputError(f"there are no inputs; expected {' or '.join(INPUTS)}.")
+    if not isinstance(parameters or {}, Mapping):
+        raise InputError(f"parameters is {_kind(parameters)}; expected an object.")
+    if isinstance(inputs, Mapping) and "data" in inputs:
+        inputs = _columns(inputs)
+    if isinstance(inputs, Mapping):
+        inputs = _rows(inputs)
+    if isinstance(inputs, list):
+        inputs = [tuple(entry) if isinstance(entry, list) else entry for entry in inputs]
+    elif not isinstance(inputs, str | dict):
+        raise InputError(f"inputs is {_kind(inputs)}; expected a list.")
+    return inputs, dict(parameters or {})
+
+
+def _columns(split: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Pandas' split form -> columns."""
+    names, data = split.get("columns", [TEXTS]), split["data"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"columns is {quoted(names)}; expected names, like {TEXTS!r}.")
+    if not isinstance(data, list):
+        raise InputError(f"data is {_kind(data)}; expected a list of rows.")
+    rows = [row if isinstance(row, list) else [row] for row in data]
+    for i, row in enumerate(rows):
+        if len(row) != len(names):
+            raise InputError(f"data[{i}] has {len(row)} fields; there are {len(names)} columns.")
+    return {name: [row[n] for row in rows] for n, name in enumerate(names)}
+
+
+def _rows(columns: Mapping[str, Any]) -> Any:
+    """Columns -> inputs; of the one column of texts, what stands in it."""
+    if list(columns) == [TEXTS]:
+        return columns[TEXTS]
+    if all(isinstance(values, list) for values in columns.values()):
+        if len({len(values) for values in columns.values()}) != 1:
+            lengths = ", ".join(f"{name} {len(values)}" for name, values in columns.items())
+            raise InputError(f"the columns are of different lengths: {lengths}.")
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return dict(columns)
+
+
+def _one_of(request: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    given = [name for name in names if name in request]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} are one and the same; give one of them.")
+    return request[given[0]] if given else None
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")

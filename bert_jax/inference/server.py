@@ -1,0 +1,534 @@
+"""A model over HTTP: requests of many clients share batches, and each is answered or refused in bounded time.
+
+    bert-jax serve bert-mini-cased
+    curl -H 'Content-Type: application/json' localhost:8000/score -d '{"inputs": {"input_string": ["A [MASK] day."]}}'
+
+An answer is that of `pipeline(…)`: the same tokenizing, the same padded batches, the same programs, all of which are
+compiled before the server says that it is ready.
+"""
+
+import ast
+import asyncio
+import contextlib
+import inspect
+import json
+import logging
+import os
+import queue
+import re
+import signal
+import socket
+import threading
+import time
+import typing
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pydantic
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from bert_jax import __version__
+from bert_jax.errors import InputError
+from bert_jax.inference import catalogue
+from bert_jax.inference.pipelines import LENGTHS, Pipeline
+from bert_jax.settings import Serving
+
+logger = logging.getLogger(__name__)
+
+STATIC = Path(__file__).parent / "static"
+SAMPLE = {
+    "inputs": {"input_string": ["Paris is the [MASK] of France.", "Today is a [MASK] day!"]},
+    "parameters": {"top_k": 2},
+}
+"""The catalogue card's request."""
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+ATTENTION_TOKENS = 128
+"""Of a text whose attention is shown."""
+INPUT: dict[str, Any] = {
+    "next-sentence-prediction": tuple[str, str],
+    "text-classification": str | tuple[str, str],
+    "token-classification": str | list[str],
+    "question-answering": dict[str, str],
+}
+"""What an input of a task is; of the others a text."""
+
+
+class Refused(Exception):
+    """A request that is not answered: status, code and sentence of the error."""
+
+    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers
+
+
+# ── Batches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Job:
+    """What a request wants of a pipeline, and where its answer goes.
+
+    Args:
+        work: Makes answers of several jobs of one kind at once.
+        kind: Jobs of one kind are computed together.
+        requests: Of the pipeline, one an input.
+    """
+
+    def __init__(self, work: Callable[[list["Job"]], list[Any]], kind: Any, requests: Sequence[Any]):
+        self.work, self.kind, self.requests = work, kind, requests
+        self.loop = asyncio.get_running_loop()
+        self.answer: asyncio.Future[Any] = self.loop.create_future()
+        self.gone = False
+
+    def deliver(self, value: Any) -> None:
+        """Hands the answer, or an exception, to the loop that waits for it."""
+
+        def done() -> None:
+            if not self.answer.done():
+                if isinstance(value, BaseException):
+                    self.answer.set_exception(value)
+                else:
+                    self.answer.set_result(value)
+
+        self.loop.call_soon_threadsafe(done)
+
+
+class Batcher:
+    """One thread that computes: it takes what waits, at most so many inputs, and waits shortly for more."""
+
+    def __init__(self, settings: Serving, seen: Callable[[int], None]):
+        self.settings, self.seen = settings, seen
+        self.waiting = 0  # inputs; of the event loop's thread alone
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+        self._thread.start()
+
+    async def submit(self, job: Job) -> Any:
+        """The answer to a job.
+
+        Raises:
+            Refused: If too many wait already, or it takes too long.
+        """
+        size = max(1, len(job.requests))
+        if self.waiting + size > max(self.settings.queue, size):
+            raise Refused(429, "busy", "Too many inputs are waiting; try again in a second.", {"Retry-After": "1"})
+        self.waiting += size
+        self._jobs.put(job)
+        try:
+            return await asyncio.wait_for(job.answer, self.settings.timeout)
+        except TimeoutError:
+            raise Refused(504, "timeout", f"There was no answer in {self.settings.timeout:g} s.") from None
+        finally:
+            job.gone = True
+            self.waiting -= size
+
+    def close(self) -> None:
+        """Ends the thread when all that waits is done."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        held: Job | None = None
+        while True:
+            first = held or self._jobs.get()
+            held = None
+            if first is None:
+                return
+            batch, size, until = [first], len(first.requests), time.monotonic() + self.settings.wait
+            while size < self.settings.batch:
+                try:
+                    job = self._jobs.get(timeout=max(0.0, until - time.monotonic()))
+                except queue.Empty:
+                    break
+                if job is None or job.kind != first.kind or size + len(job.requests) > self.settings.batch:
+                    held = job
+                    if job is None:
+                        self._jobs.put(None)
+                    break
+                batch.append(job)
+                size += len(job.requests)
+            self._compute([job for job in batch if not job.gone])
+
+    def _compute(self, batch: list[Job]) -> None:
+        if not batch:
+            return
+        self.seen(sum(len(job.requests) for job in batch))
+        try:
+            answers: list[Any] = batch[0].work(batch)
+        except Exception as error:
+            logger.error("a batch failed: %s", type(error).__name__)  # and not its words, which may be a client's
+            answers = [error] * len(batch)
+        for job, answer in zip(batch, answers, strict=True):
+            job.deliver(answer)
+
+
+def run_together(pipe: Pipeline) -> Callable[[list[Job]], list[list[Any]]]:
+    """Runs the requests of several jobs as one and gives each its results."""
+
+    def work(batch: list[Job]) -> list[list[Any]]:
+        results = iter(pipe.run([request for job in batch for request in job.requests]))
+        return [[next(results) for _ in job.requests] for job in batch]
+
+    return work
+
+
+class Attention:
+    """Attention of one text, a layer at a time; a program for each length."""
+
+    def __init__(self, pipe: Pipeline):
+        self.pipe = pipe
+        self._lengths = [length for length in LENGTHS if length <= min(ATTENTION_TOKENS, pipe.max_length)]
+        self._programs = {length: self._compiled(length) for length in self._lengths}
+
+    def _compiled(self, length: int) -> Any:
+        def attentions(params: Any, inputs: dict[str, jax.Array]) -> jax.Array:
+            return jnp.stack([layer[0] for layer in self.pipe.model(params).bert(**inputs).attentions])
+
+        inputs = {name: jax.ShapeDtypeStruct((1, length), np.int32) for name in MODEL_INPUTS}
+        return jax.jit(attentions).lower(self.pipe.params, inputs).compile()
+
+    def encode(self, text: str) -> Any:
+        """The text's tokens; raises `InputError` if there are too many."""
+        encoding = self.pipe.tokenizer.encode([text])[0][0]
+        if len(encoding) > self._lengths[-1]:
+            raise InputError(f"the text has {len(encoding)} tokens; attention is shown of {self._lengths[-1]} at most.")
+        return encoding
+
+    def work(self, batch: list[Job]) -> list[Any]:
+        """Answers jobs whose requests are (encoding, layer), one after another."""
+        answers = []
+        for job in batch:
+            ((encoding, layer),) = job.requests
+            tokens = len(encoding)
+            length = next(length for length in self._lengths if length >= tokens)
+            inputs = self.pipe.tokenizer.pad([encoding.ids], [encoding.type_ids], length=length)
+            weights = np.asarray(self._programs[length](self.pipe.params, inputs)[layer, :, :tokens, :tokens])
+            answers.append({"tokens": encoding.tokens, "attention": weights.astype(np.float64).round(4).tolist()})
+        return answers
+
+
+# ── HTTP ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def body_model(task: str, pipe: Pipeline) -> type[pydantic.BaseModel]:
+    """The typed body of /v1/{task}: its inputs, and the parameters of the task's `request` with their types."""
+    entry = INPUT.get(task, str)
+    fields: dict[str, Any] = {"inputs": (typing.Union[entry, list[entry]], ...)}  # type: ignore[valid-type]  # noqa: UP007
+    hints = typing.get_type_hints(pipe.task.request)
+    for name, parameter in list(inspect.signature(pipe.task.request).parameters.items())[1:]:
+        fields[name] = (hints[name], parameter.default)
+    config = pydantic.ConfigDict(extra="forbid", strict=True)
+    return pydantic.create_model(f"{task.title().replace('-', '')}Body", __config__=config, **fields)
+
+
+class AttentionBody(pydantic.BaseModel):
+    """The body of /v1/attention."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+    text: str
+    layer: int
+
+
+class Server:
+    """The application and what it counts.
+
+    Args:
+        name: Of the model, as clients are told.
+        pipes: Task -> pipeline, the first for /score.
+        settings: Limits.
+    """
+
+    def __init__(self, name: str, pipes: dict[str, Pipeline], settings: Serving):
+        self.name, self.pipes, self.settings = name, pipes, settings
+        self.ready = False
+        self.attention: Attention | None = None
+        registry = self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "bert_jax_requests", "Requests by route and status.", ["route", "status"], registry=registry
+        )
+        self.seconds = Histogram("bert_jax_request_seconds", "Time until the answer.", ["route"], registry=registry)
+        self.fill = Histogram("bert_jax_batch_inputs", "Inputs that are computed together.", registry=registry,
+                              buckets=[1, 2, 4, 8, 16, 32, 64, 128])  # fmt: skip
+        Gauge("bert_jax_queue", "Inputs that wait or are computed.", registry=registry).set_function(
+            lambda: self.batcher.waiting
+        )
+        Gauge("bert_jax_programs", "Compiled programs.", registry=registry).set_function(
+            lambda: sum(len(pipe.programs) for pipe in pipes.values())
+        )
+        self.batcher = Batcher(settings, self.fill.observe)
+        self.app = self._app()
+
+    def _app(self) -> FastAPI:
+        app = FastAPI(title=f"bert_jax: {self.name}", version=__version__, lifespan=self._life, redoc_url=None)
+        app.add_exception_handler(Refused, _refused)
+        app.add_exception_handler(HTTPException, _no_such_route)
+        app.add_exception_handler(Exception, _fault)
+        app.add_middleware(Counting, server=self)
+        app.get("/health")(self._health)
+        app.get("/metrics")(self._metrics)
+        app.get("/", include_in_schema=False)(lambda: FileResponse(STATIC / "index.html"))
+        app.get("/page.js", include_in_schema=False)(lambda: FileResponse(STATIC / "page.js"))
+        app.post("/score", openapi_extra=_documented({"type": "object", "example": SAMPLE}))(self._score)
+        for task, pipe in self.pipes.items():
+            body = body_model(task, pipe)
+            route = app.post(f"/v1/{task}", name=task, openapi_extra=_documented(body.model_json_schema()))
+            route(self._predicting(task, body))
+        documented = _documented(AttentionBody.model_json_schema())
+        app.post("/v1/attention", openapi_extra=documented)(self._attend)
+        return app
+
+    @contextlib.asynccontextmanager
+    async def _life(self, app: FastAPI) -> AsyncIterator[None]:
+        warming = asyncio.get_running_loop().run_in_executor(None, self._warm_up)
+        yield
+        await warming
+        await asyncio.get_running_loop().run_in_executor(None, self.batcher.close)
+
+    def _warm_up(self) -> None:
+        began = time.perf_counter()
+        try:
+            for pipe in self.pipes.values():
+                pipe.warm_up()
+            self.attention = Attention(next(iter(self.pipes.values())))
+        except Exception:
+            logger.exception("the programs do not compile")
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
+        self.ready = True
+        logger.info("ready after %.0f s of compiling", time.perf_counter() - began)
+
+    # ── Routes ──
+
+    async def _health(self) -> Response:
+        """Whether all programs are compiled."""
+        state = {"status": "ready" if self.ready else "warming up", "model": self.name, "tasks": list(self.pipes),
+                 "layers": next(iter(self.pipes.values())).config.num_hidden_layers}  # fmt: skip
+        return JSONResponse(state, status_code=200 if self.ready else 503)
+
+    async def _metrics(self) -> Response:
+        """For Prometheus."""
+        return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4")
+
+    async def _score(self, request: Request) -> Response:
+        """The model catalogue's contract: `inputs` (or `input_data`) in any of its forms, and `parameters`."""
+        content = await self._content(request)
+        with _refusing(content):
+            inputs, parameters = catalogue.read(content)
+        pipe = next(iter(self.pipes.values()))
+        return JSONResponse(await self._predict(request, pipe, inputs, parameters, content))
+
+    def _predicting(self, task: str, body: type[pydantic.BaseModel]) -> Callable[[Request], Any]:
+        async def predict(request: Request) -> Response:
+            content = await self._content(request)
+            given = _validated(body, content)
+            inputs = given.pop("inputs")
+            results = await self._predict(request, self.pipes[task], inputs, given, content)
+            return JSONResponse({"model": self.name, "outputs": results})
+
+        predict.__doc__ = f"{task}: an input or a list of them, and the task's parameters."
+        return predict
+
+    async def _attend(self, request: Request) -> Response:
+        """What each token of a text attends to, by head, in one layer (from 0)."""
+        content = await self._content(request)
+        given = _validated(AttentionBody, content)
+        assert self.attention
+        layers = self.attention.pipe.config.num_hidden_layers
+        with _refusing(content):
+            if not 0 <= given["layer"] < layers:
+                raise InputError(f"layer is {given['layer']}; expected 0 to {layers - 1}.")
+            self._check_size(given["text"], "")
+            encoding = self.attention.encode(given["text"])
+        job = Job(self.attention.work, self.attention, [(encoding, given["layer"])])
+        return JSONResponse(await self._answer(request, job))
+
+    # ── From a body to an answer ──
+
+    async def _content(self, request: Request) -> Any:
+        if not self.ready:
+            raise Refused(
+                503, "warming_up", "The programs are being compiled; /health says when.", {"Retry-After": "5"}
+            )
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refused(415, "content_type", "Expected the content type application/json.")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > self.settings.max_body:
+                        raise Refused(413, "too_large", f"The body has more than {self.settings.max_body} bytes.")
+        except TimeoutError:
+            raise Refused(408, "timeout", f"The body was not there in {self.settings.timeout:g} s.") from None
+        except ClientDisconnect:
+            raise Refused(499, "gone", "The client has left.") from None
+        try:
+            return json.loads(bytes(body))
+        except (ValueError, RecursionError):
+            raise Refused(400, "not_json", "The body is not JSON.") from None
+
+    async def _predict(
+        self, request: Request, pipe: Pipeline, inputs: Any, parameters: dict[str, Any], content: Any
+    ) -> Any:
+        several = isinstance(inputs, list)
+        entries = inputs if several else [inputs]
+        with _refusing(content):
+            if len(entries) > self.settings.max_inputs:
+                raise InputError(
+                    f"there are {len(entries)} inputs; at most {self.settings.max_inputs} are taken at once."
+                )
+            requests = []
+            for i, entry in enumerate(entries):
+                where = f"inputs[{i}]: " if several else ""
+                self._check_size(entry, where)
+                try:
+                    requests.append(pipe.request(entry, **parameters))
+                except InputError as error:
+                    raise InputError(f"{where}{error}") from None
+        results = (
+            catalogue.jsonable(await self._answer(request, Job(run_together(pipe), pipe, requests))) if requests else []
+        )
+        return results if several else results[0]
+
+    def _check_size(self, entry: Any, where: str) -> None:
+        size = sum(map(len, _texts(entry)))
+        if size > self.settings.max_characters:
+            raise InputError(f"{where}it has {size} characters; at most {self.settings.max_characters} are taken.")
+
+    async def _answer(self, request: Request, job: Job) -> Any:
+        """The job's answer; if the client leaves meanwhile, the job is dropped."""
+        answer = asyncio.ensure_future(self.batcher.submit(job))
+        left = asyncio.ensure_future(_left(request))
+        try:
+            await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise Refused(499, "gone", "The client has left.")
+            return answer.result()
+        finally:
+            for task in (answer, left):
+                task.cancel()
+
+
+class Counting:
+    """Counts requests and their time; around all else, and cheaper than the framework's own middleware."""
+
+    def __init__(self, app: Any, server: Server):
+        self.app, self.server = app, server
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Passes a request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 500
+
+        async def watched(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.server.requests.labels(route, status).inc()
+            self.server.seconds.labels(route).observe(time.perf_counter() - began)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _validated(body: type[pydantic.BaseModel], content: Any) -> dict[str, Any]:
+    try:
+        given = body.model_validate_json(json.dumps(content), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in body.model_fields)
+        unknown = f"there is an unknown field; expected {', '.join(body.model_fields)}"
+        message = unknown if first["type"] == "extra_forbidden" else first["msg"]
+        raise Refused(422, "invalid_input", f"{where or 'the body'}: {message}.") from None
+    return {name: getattr(given, name) for name in type(given).model_fields if name in given.model_fields_set}
+
+
+@contextlib.contextmanager
+def _refusing(content: Any) -> Any:
+    """Makes an `InputError` an answer, without what it quotes of the client's texts."""
+    try:
+        yield
+    except InputError as error:
+        raise Refused(422, "invalid_input", without_quotes(str(error), list(_texts(content)))) from None
+
+
+def without_quotes(message: str, texts: Sequence[str]) -> str:
+    """A message with each quotation of a text, or of its beginning, as '…'."""
+
+    def replaced(match: re.Match[str]) -> str:
+        try:
+            quoted = str(ast.literal_eval(match[0].replace("…", "")))
+        except (ValueError, SyntaxError):
+            return "'…'"
+        return "'…'" if any(quoted in text for text in texts) else match[0]
+
+    return re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", replaced, message)
+
+
+def _texts(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, list | tuple | dict):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from _texts(part)
+
+
+def _documented(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _error(status: int, code: str, message: str, headers: Any = None) -> JSONResponse:
+    return JSONResponse({"error": {"code": code, "message": message}}, status_code=status, headers=headers)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused)
+    return _error(error.status, error.code, str(error), error.headers)
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    return _error(error.status_code, codes.get(error.status_code, "refused"), str(error.detail), error.headers)
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    return _error(500, "fault", "The server is at fault; the request may be right.")
+
+
+def serve(name: str, pipes: dict[str, Pipeline], settings: Serving) -> None:
+    """Serves until SIGTERM or Ctrl-C, and then answers what it has accepted.
+
+    Raises:
+        InputError: If the address cannot be listened at.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(2048)
+    except OSError as error:
+        raise InputError(f"Cannot listen at {settings.host}, port {settings.port}: {error.strerror}.") from None
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    host, port = listener.getsockname()[:2]
+    logger.info("http://%s:%s answers %s with %s", host, port, ", ".join(pipes), name)
+    server = Server(name, pipes, settings)
+    uvicorn.Server(uvicorn.Config(server.app, log_level="warning", access_log=False)).run(sockets=[listener])

@@ -1,0 +1,1 @@
+"""Tools: checks of a checkpoint, programs for other chips, pictures, reports."""

@@ -1,0 +1,160 @@
+"""What a run leaves for people: the learning curve, tables, the model card."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bert_jax.settings import Pretraining, Settings
+
+if TYPE_CHECKING:
+    from bert_jax.tools.figure import Figure
+
+CLASSES = {"by_frequency": "times in the texts", "by_position": "position in the row"}
+
+
+def learning_curve(journal: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
+    """Loss by step in training and validation and, on a second axis, the metric.
+
+    Args:
+        journal: Lines of a run's `metrics.jsonl`.
+        metric: Of validation.
+    """
+    from bert_jax.tools.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    steps = [line for line in journal if "loss" in line]
+    axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], color="0.7", label="training loss")
+    tested = [line for line in journal if "validation" in line]
+    if tested:
+        x = [line["step"] for line in tested]
+        axes.plot(x, [line["validation"]["loss"] for line in tested], "o-", color="C0", label="validation loss")
+        if metric != "loss":
+            right = axes.twinx()
+            right.set_ylabel(f"validation {metric}")
+            right.plot(
+                x, [line["validation"][metric] for line in tested], "s-", color="C1", label=f"validation {metric}"
+            )
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def markdown(metrics: Mapping[str, Any]) -> str:
+    """Metrics as Markdown: a table of the numbers, one by class, and the confusion matrix."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    if "f1_label" in metrics:
+        numbers = {f"f1 of {metrics['f1_label']}" if name == "f1" else name: n for name, n in numbers.items()}
+    parts = [_table(["metric", ""], [[name, f"{value:.4f}"] for name, value in numbers.items()])]
+    if per_class := metrics.get("per_class"):
+        columns = list(next(iter(per_class.values())))
+        rows = [[name, *(_number(row[column]) for column in columns)] for name, row in per_class.items()]
+        parts.append(_table(["label", *columns], rows))
+        if confusion := metrics.get("confusion"):
+            rows = [[name, *map(str, counts)] for name, counts in zip(per_class, confusion, strict=True)]
+            parts.append(_table(["is \\ was called", *per_class], rows))
+    return "\n\n".join(parts)
+
+
+def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table of measures with their intervals, a column a model, and of fill-mask by frequency and by position."""
+    first = next(iter(results.values()))
+    rows = []
+    for name, entry in first.items():
+        found = [result[name] for result in results.values()]
+        if isinstance(entry, Mapping):
+            rows.append([name, *(f"{each['value']:.4f} ({each['low']:.4f}–{each['high']:.4f})" for each in found)])
+        elif isinstance(entry, int):
+            rows.append([name, *(f"{each:,}" for each in found)])
+    parts = [_table(["", *results], rows)]
+    for name, what in CLASSES.items():
+        if name in first:
+            rows = [
+                [model, _class(part), f"{part['tokens']:,}", f"{part['nll']:.4f}", f"{part['accuracy@1']:.4f}"]
+                for model, result in results.items() for part in result[name]
+            ]  # fmt: skip
+            parts.append(_table(["model", what, "tokens", "nll", "accuracy@1"], rows))
+    return "\n\n".join(parts)
+
+
+def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
+    """Accuracy by how often a token occurs and where it stands, a line a model; of pairs, a bar a model."""
+    from bert_jax.tools.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    names = [name for name in CLASSES if name in next(iter(results.values()))]
+    for n, name in enumerate(names, 1):
+        axes = figure.add_subplot(1, len(names), n, xlabel=CLASSES[name], ylabel="accuracy@1")
+        every = {part["from"]: _class(part) for result in results.values() for part in result[name]}
+        axes.plot([every[low] for low in sorted(every)], [0.0] * len(every), alpha=0)  # the classes' order
+        for model, result in results.items():
+            parts = result[name]
+            axes.plot([_class(part) for part in parts], [part["accuracy@1"] for part in parts], "o-", label=model)
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    if not names:
+        axes = figure.add_subplot(ylabel="accuracy")
+        for model, result in results.items():
+            value, low, high = (result["accuracy"][key] for key in ("value", "low", "high"))
+            around = [[max(0.0, value - low)], [max(0.0, high - value)]]
+            axes.errorbar([model], [value], around, fmt="o", capsize=4)
+        axes.axhline(0.5, color="0.7")
+    return figure
+
+
+def _class(part: Mapping[str, Any]) -> str:
+    low, high = part["from"], part["to"]
+    return f"{low}+" if high is None else f"{low}–{high}" if high > low else f"{low}"
+
+
+def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> str:
+    """The README.md of a model: what it is, its numbers, and how it was made.
+
+    Args:
+        settings: Of the run.
+        results: What `results.json` holds.
+    """
+    name, base = Path(settings.output.folder).absolute().name, settings.model.id
+    task = settings.task if isinstance(settings, Settings) else "fill-mask"
+    front = ["---", f"pipeline_tag: {task}", "library_name: transformers", "tags: [bert, jax]"]
+    if base and not Path(base).exists():
+        front.append(f"base_model: {base}")
+    train = settings.data.train or ()
+    data = ", ".join([train] if isinstance(train, str) else train)
+    if isinstance(settings, Settings):
+        if settings.data.id:
+            front.append(f"datasets: [{settings.data.id}]")
+        made = f"`{base}` fine-tuned for {settings.task} on {settings.data.id or data}"
+    else:
+        made = f"{f'`{base}`' if base else 'A new network'}, pretrained on {data}"
+    parts = [
+        "\n".join([*front, "---"]),
+        f"# {name}",
+        f"{made} with [bert_jax](https://pypi.org/project/bert-jax) {results['versions']['bert-jax']}.",
+        f"```python\nimport bert_jax\n\n{_snippet(task, settings.output.folder, results)}\n```",
+    ]
+    for split in ("validation", "test"):
+        if metrics := results.get(split):
+            parts += [f"## {split.capitalize()}", markdown(metrics)]
+    parts += ["![learning curve](curve.png)", "## Settings", f"```yaml\n{settings.to_yaml()}```"]
+    versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
+    parts.append(
+        f"Step {results['step']} of {results['steps']}, {results['seconds']:.0f} s on {results['device']}; {versions}."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _snippet(task: str, folder: str, results: Mapping[str, Any]) -> str:
+    pipeline = f'bert_jax.pipeline("{task}", "{folder}")'
+    threshold = results.get("validation", {}).get("null_threshold")
+    if threshold is None:
+        return pipeline
+    return f'answer = {pipeline}\nanswer(("question", "context"), null_threshold={threshold:.4f})  # "" is no answer'
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [header, ["---"] * len(header), *rows]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4f}"

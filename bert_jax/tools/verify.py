@@ -1,0 +1,166 @@
+"""The published outputs of published checkpoints, and how far ours are from them.
+
+The scores are from model cards, computed in float32 by an older PyTorch: ids and their order must be equal, scores to
+1e-4.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bert_jax.errors import InputError
+from bert_jax.inference.pipelines import pipeline
+from bert_jax.model import BertForTokenClassification, BertModel
+from bert_jax.tokenizer import Tokenizer
+
+TOLERANCE = 1e-4
+
+# Model -> text -> the first tokens of the card, with their scores.
+FILL_MASK: dict[str, dict[str, list[tuple[str, int, float]]]] = {
+    "google-bert/bert-base-cased": {
+        "Hello I'm a [MASK] model.": [
+            ("fashion", 4633, 0.09019174426794052),
+            ("new", 1207, 0.06349995732307434),
+            ("male", 2581, 0.06228214129805565),
+            ("professional", 1848, 0.0441727414727211),
+            ("super", 7688, 0.03326151892542839),
+        ],
+        "The man worked as a [MASK].": [
+            ("lawyer", 4545, 0.04804691672325134),
+            ("waiter", 17989, 0.037494491785764694),
+            ("cop", 9947, 0.035512614995241165),
+            ("detective", 9140, 0.031271643936634064),
+            ("doctor", 3995, 0.027423162013292313),
+        ],
+        "The woman worked as a [MASK].": [
+            ("nurse", 7439, 0.16927455365657806),
+            ("waitress", 15098, 0.1501094549894333),
+            ("maid", 13487, 0.05600163713097572),
+            ("housekeeper", 26458, 0.04838843643665314),
+            ("cook", 9834, 0.029980547726154327),
+        ],
+    },
+    "google-bert/bert-large-cased": {
+        "Paris is the [MASK] of France.": [
+            ("capital", 2364, 0.9576897025108337),
+            ("Capital", 6299, 0.025112619623541832),
+        ],
+        "Today is a [MASK] day!": [
+            ("special", 1957, 0.21417436003684998),
+            ("great", 1632, 0.1488540917634964),
+        ],
+        "Hello I'm a [MASK] model.": [
+            ("male", 2581, 0.22748498618602753),
+            ("fashion", 4633, 0.09146175533533096),
+            ("new", 1207, 0.05823173746466637),
+            ("super", 7688, 0.04488750174641609),
+            ("famous", 2505, 0.03271442651748657),
+        ],
+        "The man worked as a [MASK].": [
+            ("doctor", 3995, 0.0645911768078804),
+            ("cop", 9947, 0.057450827211141586),
+            ("mechanic", 19459, 0.04392256215214729),
+            ("waiter", 17989, 0.03755280375480652),
+            ("teacher", 3218, 0.03458863124251366),
+        ],
+        "The woman worked as a [MASK].": [
+            ("nurse", 7439, 0.2572779953479767),
+            ("waitress", 15098, 0.16706500947475433),
+            ("teacher", 3218, 0.04587847739458084),
+            ("secretary", 4848, 0.03577028587460518),
+            ("maid", 13487, 0.03298963978886604),
+        ],
+    },
+}
+
+UNCASED = "google-bert/bert-base-uncased"
+NER = "dbmdz/bert-large-cased-finetuned-conll03-english"
+MODELS = (*FILL_MASK, UNCASED, NER)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One published number beside ours.
+
+    Attributes:
+        what: The input, in short.
+        expected: What is published.
+        got: What we compute.
+        difference: Largest absolute difference of the numbers.
+        passed: Whether ids are equal and the difference is at most `TOLERANCE`.
+    """
+
+    what: str
+    expected: str
+    got: str
+    difference: float
+    passed: bool
+
+
+def verify(model: str) -> Iterator[Check]:
+    """Computes the published outputs that belong to a model.
+
+    Args:
+        model: One of `MODELS`, or a folder of the name of one (`./bert-base-cased`).
+
+    Raises:
+        InputError: If nothing is published for the model.
+        ModelNotFoundError: If it is not there, or the Hub does not answer.
+    """
+    names = [name for name in MODELS if model == name or Path(model).resolve().name == name.partition("/")[2]]
+    if not names:
+        raise InputError(f"No published outputs are known for {model}; expected {', '.join(MODELS)}.")
+    if names[0] in FILL_MASK:
+        return _fill_mask(model, FILL_MASK[names[0]])
+    return _uncased(model) if names[0] == UNCASED else _ner(model)
+
+
+def _fill_mask(model: str, published: dict[str, list[tuple[str, int, float]]]) -> Iterator[Check]:
+    fill_mask = pipeline("fill-mask", model)
+    for text, card in published.items():
+        ours = fill_mask(text, top_k=len(card))
+        difference = max(abs(entry["score"] - score) for entry, (_, _, score) in zip(ours, card, strict=True))
+        yield Check(
+            text,
+            " ".join(f"{token} {score:.4f}" for token, _, score in card),
+            " ".join(f"{entry['token_str']} {entry['score']:.4f}" for entry in ours),
+            difference,
+            difference <= TOLERANCE and [entry["token"] for entry in ours] == [token_id for _, token_id, _ in card],
+        )
+
+
+def _uncased(model: str) -> Iterator[Check]:
+    # transformers tests/models/bert/test_modeling_bert.py, test_inference_no_head_absolute_embedding
+    bert = BertModel.from_pretrained(model)
+    out = bert(
+        np.array([[0, 345, 232, 328, 740, 140, 1695, 69, 6078, 1588, 2]]),
+        np.array([[0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]]),
+    )
+    expected = np.array([[0.4249, 0.1008, 0.7531], [0.3771, 0.1188, 0.7467], [0.4152, 0.1098, 0.7108]])
+    yield _numbers("hidden states [1:4, 1:4]", expected, np.asarray(out.last_hidden_state[0, 1:4, 1:4]))
+
+
+def _ner(model: str) -> Iterator[Check]:
+    classifier = BertForTokenClassification.from_pretrained(model)
+    tokenizer = Tokenizer.from_pretrained(model)
+    text = "My name is Amy. I live in Paris."
+    encoding = tokenizer.encode([text])[0][0]
+    inputs: dict[str, Any] = dict(tokenizer(text))
+    logits = np.asarray(classifier(**inputs).logits[0], np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    for word, label in [("Amy", "I-PER"), ("Paris", "I-LOC")]:
+        place = encoding.tokens.index(word)
+        ours = classifier.config.labels[p[place].argmax()]
+        check = _numbers(f"{text} {word} {label}", np.array([0.9986]), p[place].max()[None])
+        yield Check(check.what, f"{label} {check.expected}", f"{ours} {check.got}", check.difference,
+                    check.passed and ours == label)  # fmt: skip
+
+
+def _numbers(what: str, expected: Any, got: Any) -> Check:
+    """Numbers published to four decimals, which half a unit of the last is allowed on."""
+    difference = float(np.max(np.abs(expected - got)))
+    return Check(what, str(expected.tolist()), str(np.round(got, 4).tolist()), difference, difference <= TOLERANCE)

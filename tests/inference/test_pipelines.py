@@ -1,0 +1,260 @@
+"""Batching: no result depends on its company, its order, or the form in which it was asked for."""
+
+import itertools
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import bert_jax
+from bert_jax.errors import CheckpointError, InputError
+from bert_jax.inference import pipelines
+from bert_jax.tasks.base import Row
+
+TEXTS = [
+    "Paris is the [MASK] of France.",
+    "The [MASK] " + "of the land " * 30 + "[MASK].",
+    "[MASK]",
+    "He went to the [MASK] " + "and to the sea " * 9,
+    "A [MASK] [MASK] [MASK] and a [MASK].",
+    "In the beginning God created the heaven and the [MASK].",
+]
+
+
+def scores(results):
+    flat = itertools.chain.from_iterable(r if isinstance(r[0], list) else [r] for r in results)
+    return [(entry["token"], entry["score"]) for fillings in flat for entry in fillings]
+
+
+def test_alone_or_in_any_batch(fill_mask):
+    alone = [fill_mask(text) for text in TEXTS]
+    for texts in (TEXTS, TEXTS[::-1], TEXTS * 7):
+        together = fill_mask(texts)
+        for text, result in zip(texts, together, strict=True):
+            expected = scores([alone[TEXTS.index(text)]])
+            assert [token for token, _ in scores([result])] == [token for token, _ in expected]
+            np.testing.assert_allclose(
+                [score for _, score in scores([result])], [score for _, score in expected], atol=1e-5
+            )
+
+
+def test_string_list_and_generator(fill_mask):
+    as_list = fill_mask(TEXTS)
+    assert isinstance(as_list, list)
+    assert isinstance(fill_mask(TEXTS[0])[0], dict)
+    assert fill_mask([TEXTS[0]]) == [fill_mask(TEXTS[0])]
+    lazy = fill_mask(text for text in TEXTS)
+    assert iter(lazy) is lazy
+    assert list(lazy) == as_list
+    assert fill_mask([]) == []
+
+
+def test_a_stream_is_read_no_further_than_a_window(fill_mask, monkeypatch):
+    monkeypatch.setattr(pipelines, "WINDOW", 4)
+    taken = []
+    endless = (taken.append(n) or TEXTS[0] for n in itertools.count())
+    assert next(fill_mask(endless, top_k=1))[0]["token_str"] == "capital"
+    assert len(taken) == 4
+
+
+def one_type(task):
+    config = bert_jax.BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, type_vocab_size=1
+    )
+    return pipelines.TASKS[task].model_class(config, rngs=nnx.Rngs(0))
+
+
+def test_a_model_of_one_token_type_takes_no_pairs(tokenizer):
+    for task in ("next-sentence-prediction", "question-answering"):
+        with pytest.raises(InputError, match="has 1 token type"):
+            bert_jax.pipeline(task, one_type(task), tokenizer=tokenizer)
+    classify = bert_jax.pipeline("text-classification", one_type("text-classification"), tokenizer=tokenizer)
+    assert classify("A text.")["score"] > 0
+    with pytest.raises(InputError, match=r"inputs\[1\]: The model has 1 token type"):
+        classify(["A text.", ("A", "B")])
+    with pytest.raises(InputError, match="has 1 token type"):
+        classify.task.featurize([{"text": "A", "text_pair": "B"}])
+
+
+@pytest.mark.parametrize(
+    ("task", "text"),
+    [
+        ("fill-mask", "A [MASK]."),
+        ("next-sentence-prediction", ("A", "B")),
+        ("feature-extraction", "A"),
+        ("text-classification", "A"),
+        ("token-classification", "A"),
+        ("question-answering", ("A", "B")),
+    ],
+)
+def test_results_that_are_not_finite_are_an_error(tokenizer, task, text):
+    config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    model = pipelines.TASKS[task].model_class(config, rngs=nnx.Rngs(0))
+    encoder = getattr(model, "bert", model)
+    pipe = bert_jax.pipeline(task, model, tokenizer=tokenizer)
+    assert pipe(text) is not None
+    encoder.layers[0].output_norm.weight[...] *= np.float32(3e38)
+    encoder.layers[0].output_norm.bias[...] += np.float32(3e38)
+    pipe = bert_jax.pipeline(task, model, tokenizer=tokenizer)
+    with pytest.raises(CheckpointError, match="results are not finite"):
+        pipe(text)
+
+
+def test_one_program_a_bucket():
+    filler = bert_jax.pipeline("fill-mask", "bert-mini-cased")
+    filler(TEXTS[0])
+    assert filler.programs == [pipelines.Bucket(1, 16, 2)]
+    filler(TEXTS[0], top_k=50)
+    filler(TEXTS[0], targets=["king", "sea"])
+    filler("The [MASK] and the [MASK].")
+    assert len(filler.programs) == 1
+    filler(TEXTS[1])
+    assert filler.programs == [pipelines.Bucket(1, 16, 2), pipelines.Bucket(1, 128, 2)]
+    filler(TEXTS[4])
+    assert pipelines.Bucket(1, 16, 4) in filler.programs
+
+
+def test_batches_hold_each_row_once(fill_mask):
+    random = np.random.RandomState(0)
+    for count, longest in itertools.product((1, 2, 3, 7, 64, 65, 300), (20, 512)):
+        rows = []
+        for i in range(count):
+            length = int(random.randint(5, longest + 1))
+            rows.append((Row([0] * length, [0] * length, list(range(random.randint(1, 4)))), i, 0))
+        seen = []
+        for batch, bucket in fill_mask._batches(rows):
+            seen += [i for together in batch for _, i, _ in together]
+            assert len(batch) <= bucket.rows
+            for together in batch:
+                assert len(together) <= bucket.texts
+                assert sum(len(row.input_ids) for row, _, _ in together) <= bucket.length
+                assert sum(len(row.masked_positions) for row, _, _ in together) <= bucket.masks
+            assert bucket.rows * bucket.length <= pipelines.TOKENS
+        assert sorted(seen) == list(range(count))
+
+
+def test_many_texts_leave_little_padding(fill_mask):
+    lengths = np.random.RandomState(0).gamma(3, 10, pipelines.WINDOW).astype(int) + 3  # about those of sentences
+    queued = [(Row([0] * int(length), [], [1]), i, 0) for i, length in enumerate(lengths)]
+    buckets = [bucket for _, bucket in fill_mask._batches(queued)]
+    assert sum(bucket.rows * bucket.length for bucket in buckets) < 1.06 * lengths.sum()
+
+
+def test_errors_name_the_input(fill_mask):
+    with pytest.raises(InputError, match=r"inputs\[2\]: expected a text, got 5 \(int\)"):
+        fill_mask([TEXTS[0], TEXTS[0], 5])
+    with pytest.raises(InputError, match=r"inputs\[1\]: the text has no \[MASK\]"):
+        fill_mask([TEXTS[0], "nothing"])
+    with pytest.raises(InputError, match="expected an input or several, got 5"):
+        fill_mask(5)
+
+
+def test_unknown_task():
+    with pytest.raises(InputError, match="'translation' is unknown; expected one of fill-mask"):
+        bert_jax.pipeline("translation", "bert-mini-cased")
+
+
+def test_a_model_in_hand(tokenizer, fill_mask):
+    model = bert_jax.BertForMaskedLM.from_pretrained("bert-mini-cased")
+    assert bert_jax.pipeline("fill-mask", model, tokenizer=tokenizer)(TEXTS[0]) == fill_mask(TEXTS[0])
+    with pytest.raises(InputError, match="brings no tokenizer"):
+        bert_jax.pipeline("fill-mask", model)
+    with pytest.raises(InputError, match="takes a BertForNextSentencePrediction; this is a BertForMaskedLM"):
+        bert_jax.pipeline("next-sentence-prediction", model, tokenizer=tokenizer)
+    small = bert_jax.BertForMaskedLM(model.config.replace(vocab_size=100), rngs=nnx.Rngs(0))
+    with pytest.raises(CheckpointError, match="28996 tokens and the model 100"):
+        bert_jax.pipeline("fill-mask", small, tokenizer=tokenizer)
+
+
+def test_a_checkpoint_without_the_head(checkpoint, tmp_path, tokenizer):
+    with pytest.raises(CheckpointError, match=r"missing: cls.predictions.bias"):
+        bert_jax.pipeline("fill-mask", checkpoint("BertModel"), tokenizer=tokenizer)
+    config = bert_jax.BertConfig(vocab_size=28996, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                                 intermediate_size=8)  # fmt: skip
+    bert_jax.BertForMaskedLM(config, rngs=nnx.Rngs(0)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="BertForMaskedLM, made for fill-mask; next-sentence-prediction takes"):
+        bert_jax.pipeline("next-sentence-prediction", tmp_path, tokenizer=tokenizer)
+
+
+def test_a_checkpoint_of_another_task(tmp_path, tokenizer):
+    # Both classifiers have tensors of the same names and shapes: loading alone would not tell.
+    config = bert_jax.BertConfig(vocab_size=28996, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                 intermediate_size=8)  # fmt: skip
+    made = {
+        "text-classification": "BertForSequenceClassification",
+        "token-classification": "BertForTokenClassification",
+    }
+    for task, architecture in made.items():
+        getattr(bert_jax, architecture)(config, rngs=nnx.Rngs(0)).save_pretrained(tmp_path / task)
+        tokenizer.save_pretrained(tmp_path / task)
+    for task, other in zip(made, reversed(made), strict=True):
+        with pytest.raises(CheckpointError, match=f"is a {made[other]}, made for {other}; {task} takes a {made[task]}"):
+            bert_jax.pipeline(task, tmp_path / other)
+        assert bert_jax.pipeline(task, tmp_path / task)("good")
+    assert bert_jax.pipeline("feature-extraction", tmp_path / "text-classification")("good").shape == (3, 8)
+    both = bert_jax.BertForPreTraining(config, rngs=nnx.Rngs(0))
+    both.save_pretrained(tmp_path / "both")
+    tokenizer.save_pretrained(tmp_path / "both")
+    assert bert_jax.pipeline("fill-mask", tmp_path / "both")("A [MASK].")
+    assert bert_jax.pipeline("next-sentence-prediction", tmp_path / "both")(("A.", "B."))
+
+
+def test_few_programs_for_texts_of_all_lengths(fill_mask):
+    random = np.random.RandomState(0)
+    buckets = set()
+    for _ in range(10):
+        queued = [(Row([0] * int(random.randint(3, 513)), [], [1]), i, 0) for i in range(pipelines.WINDOW)]
+        buckets |= {bucket for _, bucket in fill_mask._batches(queued)}
+    assert len(buckets) <= 16
+
+
+def test_a_few_long_rows_do_not_lengthen_the_others(fill_mask):
+    queued = [(Row([0] * (30 if i < 5 else 9), [], [1]), i, 0) for i in range(64)]
+    buckets = [bucket for _, bucket in fill_mask._batches(queued)]
+    assert [(bucket.rows, bucket.length) for bucket in buckets] == [(4, 32), (1, 32), (64, 16)]
+
+
+def test_several_texts_a_row_or_one(tokenizer):
+    """Every task gives of many texts what it gives of each alone."""
+    config = bert_jax.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                                 num_labels=4, initializer_range=0.2)  # fmt: skip
+    texts = [" ".join(f"word {n}" for n in range(i % 7, i % 7 + 3 + i % 23)) for i in range(150)]
+    inputs = {
+        "fill-mask": [f"{text} [MASK]" + " and [MASK]" * (i % 3 == 0) for i, text in enumerate(texts)],
+        "next-sentence-prediction": list(itertools.pairwise(texts)),
+        "question-answering": [("Which word?", text) for text in texts],
+    }
+    numbers = {
+        "fill-mask": lambda result: [score for _, score in scores([result])],
+        "feature-extraction": np.ravel,
+        "token-classification": lambda result: [entry["score"] for entry in result],
+    }
+    for task, made in pipelines.TASKS.items():
+        model = made.model_class(config, rngs=nnx.Rngs(0))
+        pipe = bert_jax.pipeline(task, model, tokenizer=tokenizer)
+        given = inputs.get(task, texts)
+        together = pipe(given)
+        assert any(bucket.texts > 1 for bucket in pipe.programs), task
+        number = numbers.get(task, lambda result: result["score"])
+        for entry, result in zip(given, together, strict=True):
+            np.testing.assert_allclose(number(result), number(pipe(entry)), rtol=1e-4, atol=1e-5, err_msg=task)
+
+
+def test_a_kernel_that_cannot_pack_gets_one_text_a_row(tokenizer):
+    config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    model = bert_jax.BertForMaskedLM(config, rngs=nnx.Rngs(0), attention="cudnn")
+    pipe = bert_jax.pipeline("fill-mask", model, tokenizer=tokenizer)
+    queued = [(Row([0] * 30, [0] * 30, [1]), i, 0) for i in range(300)]
+    assert {bucket.texts for _, bucket in pipe._batches(queued)} == {1}
+
+
+def test_warm_up_compiles_all_that_inputs_will_need(tmp_path, checkpoint, tokenizer):
+    config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+                                 max_position_embeddings=32)  # fmt: skip
+    model = bert_jax.BertForMaskedLM(config, rngs=nnx.Rngs(0))
+    pipe = bert_jax.pipeline("fill-mask", model, tokenizer=tokenizer)
+    pipe.warm_up()
+    programs = pipe.programs
+    for texts in (["a [MASK]"], ["[MASK] " * 25] * 3, ["a [MASK] b [MASK] c [MASK]"] * 70, ["one [MASK] " * 9] * 20):
+        pipe(texts)
+    assert pipe.programs == programs

@@ -1,0 +1,427 @@
+"""A real server in a process of its own, and clients that talk to it over a socket."""
+
+import asyncio
+import http.client
+import importlib.util
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from flax import nnx
+
+import bert_jax
+from bert_jax.errors import InputError
+from bert_jax.inference import catalogue, server
+
+CARD = server.SAMPLE
+
+
+def start(*arguments, wait=True, **environment):
+    """A server at a free port: its process and port."""
+    command = [sys.executable, "-m", "bert_jax.cli", "serve", *map(str, arguments), "--port", "0"]
+    flags = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")}
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | flags | environment
+    )
+    line = process.stderr.readline()
+    match = re.search(r"http://127.0.0.1:(\d+) answers", line)
+    assert match, line + process.stderr.read()
+    port = int(match[1])
+    until = time.monotonic() + 240
+    while wait and ask(port, "GET", "/health")[0] != 200:
+        if time.monotonic() > until:
+            process.kill()
+            pytest.fail("the server is not ready after four minutes")
+        time.sleep(0.1)
+    return process, port
+
+
+def ask(port, method, path, body=None, headers=None, timeout=60):
+    """Status, headers and content of an answer; a body that is no text or bytes goes as JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    if body is not None and not isinstance(body, str | bytes):
+        body = json.dumps(body)
+    try:
+        connection.request(method, path, body, headers or {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        content = answer.read()
+        return answer.status, answer.headers, content
+    finally:
+        connection.close()
+
+
+def post(port, path, body, **options):
+    status, _, content = ask(port, "POST", path, body, **options)
+    return status, json.loads(content)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small model with both pretraining heads and a tokenizer that knows a few words."""
+    path = tmp_path_factory.mktemp("model")
+    words = ["paris", "is", "the", "of", "france", "today", "a", "day", "city", "capital", "new", "good", "!", ".", "?"]
+    words += ["she", "he", "went", "home", "and", "then"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    config = bert_jax.BertConfig(
+        vocab_size=len(vocabulary), hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=32, initializer_range=0.5,
+    )  # fmt: skip
+    bert_jax.BertForPreTraining(config, rngs=nnx.Rngs(0)).save_pretrained(path)
+    (path / "vocab.txt").write_text("\n".join(vocabulary))
+    (path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "model_max_length": 32}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipes(folder):
+    return {task: bert_jax.pipeline(task, folder) for task in ("fill-mask", "next-sentence-prediction")}
+
+
+@pytest.fixture(scope="module")
+def port(folder):
+    process, port = start(folder)
+    yield port
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) in (0, -signal.SIGTERM)
+
+
+def same(answer, expected):
+    """JSON with scores to 1e-5."""
+    if isinstance(expected, float):
+        return answer == pytest.approx(expected, abs=1e-5)
+    if isinstance(expected, list):
+        return len(answer) == len(expected) and all(map(same, answer, expected))
+    if isinstance(expected, dict):
+        return answer.keys() == expected.keys() and all(same(answer[key], expected[key]) for key in expected)
+    return answer == expected
+
+
+# ── Answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_card_s_request(port, pipes):
+    status, answer = post(port, "/score", CARD)
+    assert status == 200
+    assert same(answer, catalogue.score(pipes["fill-mask"], CARD))
+    assert [len(fillings) for fillings in answer] == [2, 2]
+    assert list(answer[0][0]) == ["score", "token", "token_str", "sequence"]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"input_data": {"input_string": CARD["inputs"]["input_string"]}},
+        {"input_data": CARD["inputs"]["input_string"], "params": {"top_k": 3}},
+        {"input_data": {"columns": ["input_string"], "index": [0], "data": [["a [MASK] day"]]}},
+        {"inputs": "a [MASK] day", "parameters": {"targets": ["city", "capital"]}},
+        {"inputs": ["a [MASK] [MASK] day"], "parameters": {"joint": True, "top_k": 2}},
+        {"inputs": []},
+    ],
+)
+def test_every_form_of_a_request(port, pipes, request_):
+    assert same(post(port, "/score", request_)[1], catalogue.score(pipes["fill-mask"], request_))
+
+
+def test_typed_bodies(port, pipes):
+    text, pair = "Paris is the [MASK] of France.", ("She went home.", "And then?")
+    status, answer = post(port, "/v1/fill-mask", {"inputs": text, "top_k": 2})
+    assert status == 200
+    assert same(answer["outputs"], pipes["fill-mask"](text, top_k=2))
+    status, answer = post(port, "/v1/next-sentence-prediction", {"inputs": [pair, pair[::-1]]})
+    assert same(answer["outputs"], pipes["next-sentence-prediction"]([pair, pair[::-1]]))
+    schema = json.loads(ask(port, "GET", "/openapi.json")[2])["paths"]
+    documented = schema["/v1/fill-mask"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert documented["properties"].keys() == {"inputs", "top_k", "targets", "joint"}
+    assert schema["/score"]["post"]["requestBody"]["content"]["application/json"]["schema"]["example"] == CARD
+
+
+def test_attention(port, folder):
+    status, answer = post(port, "/v1/attention", {"text": "She went home.", "layer": 1})
+    model = bert_jax.BertForMaskedLM.from_pretrained(folder)
+    inputs = bert_jax.Tokenizer.from_pretrained(folder)(["She went home."])
+    assert status == 200
+    assert answer["tokens"] == ["[CLS]", "she", "went", "home", ".", "[SEP]"]
+    assert same(answer["attention"], model(**inputs).attentions[1][0].round(4).tolist())
+    assert post(port, "/v1/attention", {"text": "She", "layer": 2})[0] == 422
+    assert post(port, "/v1/attention", {"text": "she " * 500, "layer": 1})[0] == 422
+
+
+def test_many_clients_get_their_own_answers(port, pipes):
+    words = ["paris", "france", "home", "city", "day", "she"]
+    texts = [f"{a} is the [MASK] of {b} {c}" for a in words for b in words for c in words]
+    expected = pipes["fill-mask"](texts, top_k=1)
+    before = programs(port)
+
+    def one(i):
+        status, answer = post(port, "/v1/fill-mask", {"inputs": texts[i], "top_k": 1 + i % 3})
+        return status == 200 and same(answer["outputs"][0], expected[i][0])
+
+    with ThreadPoolExecutor(32) as clients:
+        assert all(clients.map(one, range(len(texts))))
+    assert programs(port) == before  # what varies by request makes none
+    metrics = ask(port, "GET", "/metrics")[2].decode()
+    assert float(re.search(r'bert_jax_batch_inputs_bucket{le="1.0"} (\S+)', metrics)[1]) < len(texts) / 2  # shared
+
+
+def programs(port):
+    return float(re.search(r"\nbert_jax_programs (\S+)", ask(port, "GET", "/metrics")[2].decode())[1])
+
+
+# ── Refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+SECRET = "Walburga Zwiebelkuchen"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/score", b"{", 400, "is not JSON"),
+        ("/score", b"[" * 100_000, 400, "is not JSON"),
+        ("/score", b"\xff\xfe", 400, "is not JSON"),
+        ("/score", [], 422, "expected an object"),
+        ("/score", {"inputs": 3}, 422, "inputs is a number"),
+        ("/score", {"inputs": [f"{SECRET} sleeps"]}, 422, r"inputs\[0\]: the text has no \[MASK\]"),
+        ("/score", {"inputs": ["a [MASK]", 7]}, 422, r"inputs\[1\]: expected a text"),
+        ("/score", {"inputs": ["a [MASK]"], "parameters": {"targets": [SECRET, ""]}}, 422, "the target '…' has"),
+        ("/score", {"inputs": ["a [MASK]"], "parameters": {"top_k": 0}}, 422, "top_k is 0"),
+        ("/score", {"inputs": ["a [MASK]"] * 129}, 422, "there are 129 inputs; at most 128"),
+        ("/score", {"inputs": ["[MASK] " * 4000]}, 422, "at most 20000"),
+        ("/score", b" " * (2**20 + 1), 413, "more than 1048576 bytes"),
+        ("/v1/fill-mask", {"inputs": "a [MASK]", "topk": SECRET}, 422, "unknown field; expected inputs, top_k"),
+        ("/v1/fill-mask", {"inputs": "a [MASK]", "top_k": "2"}, 422, "top_k: Input should be a valid integer"),
+        ("/v1/fill-mask", {"text": SECRET}, 422, "inputs: Field required|unknown field"),
+        ("/v1/next-sentence-prediction", {"inputs": [[SECRET, " "]]}, 422, r"inputs\[0\]: the second text .* empty"),
+        ("/v1/next-sentence-prediction", {"inputs": [SECRET]}, 422, "inputs"),
+        ("/v1/question-answering", {"inputs": []}, 404, "Not Found"),
+    ],
+)  # fmt: skip
+def test_refused(port, path, body, status, words):
+    answer = post(port, path, body)
+    assert answer[0] == status
+    assert list(answer[1]["error"]) == ["code", "message"]
+    assert re.search(words, answer[1]["error"]["message"]), answer
+    assert SECRET not in json.dumps(answer[1])
+
+
+def test_other_refusals(port):
+    assert post(port, "/score", "inputs=a", headers={"Content-Type": "text/plain"})[0] == 415
+    assert ask(port, "PUT", "/score", "{}")[0] == 405
+    with socket.create_connection(("127.0.0.1", port)) as client:  # a body that is cut off
+        client.sendall(
+            b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        )
+    assert ask(port, "GET", "/health")[0] == 200
+
+
+def test_quotations_are_left_out():
+    texts = ["Some 'quoted' text", "b"]
+    assert server.without_quotes("got \"Some 'quoted' text\" and 'top_k'", texts) == "got '…' and 'top_k'"
+    assert server.without_quotes("expected 'a', got 'b'", texts) == "expected 'a', got '…'"
+
+
+def shaped(schema, random):
+    """Something like what a schema asks for, or not."""
+    wild = [None, True, -1, 1e308, "", "a [MASK]", "\u0000", "[MASK]" * 50, [], {}, [[]], {"x": []}, ["a", 1], "\ud800"]
+    if random.random() < 0.3:
+        return random.choice(wild)
+    if "properties" in schema:
+        body = {name: shaped(part, random) for name, part in schema["properties"].items() if random.random() < 0.8}
+        return body | ({"x": 1} if random.random() < 0.1 else {})
+    if "anyOf" in schema:
+        return shaped(random.choice(schema["anyOf"]), random)
+    kind = schema.get("type")
+    if kind == "array":
+        return [shaped(schema.get("items") or {}, random) for _ in range(random.randint(0, 4))]
+    return {"string": "she went [MASK]", "integer": random.randint(-5, 50), "boolean": True, "null": None}.get(kind, {})
+
+
+def test_malformed_bodies(port):
+    """Shaped from the OpenAPI document, and random bytes: answered, or refused by a sentence."""
+    draw = random.Random(0)
+    paths = json.loads(ask(port, "GET", "/openapi.json")[2])["paths"]
+    schemas = {path: entry["post"]["requestBody"]["content"]["application/json"]["schema"]
+               for path, entry in paths.items() if "post" in entry}  # fmt: skip
+    schemas["/score"] = {"properties": {
+        name: {"anyOf": [{"type": "array", "items": {"type": "string"}},
+                         {"properties": {"input_string": {"type": "array", "items": {"type": "string"}},
+                                         "columns": {"type": "array"}, "data": {"type": "array"}}}]}
+        for name in ("inputs", "input_data", "parameters")}}  # fmt: skip
+    statuses = []
+    for n in range(int(os.environ.get("BERT_JAX_BODIES", "300"))):
+        path = draw.choice(list(schemas))
+        body = draw.randbytes(draw.randint(0, 60)) if n % 5 == 0 else json.dumps(shaped(schemas[path], draw))
+        status, _, content = ask(port, "POST", path, body)
+        statuses.append(status)
+        if status != 200:
+            assert 400 <= status < 500, (path, body, content)
+            assert json.loads(content)["error"].keys() == {"code", "message"}
+    assert len({*statuses}) > 2
+    assert ask(port, "GET", "/health")[0] == 200
+
+
+# ── Limits ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def config(tmp_path, **settings):
+    (tmp_path / "serve.yaml").write_text(json.dumps(settings))
+    return (tmp_path / "serve.yaml",)
+
+
+@pytest.mark.slow
+def test_too_many_are_told_to_come_again(folder, tmp_path):
+    process, port = start(folder, *config(tmp_path, queue=4, wait=0.3, batch=4))
+    try:
+        with ThreadPoolExecutor(24) as clients:
+            answers = list(clients.map(lambda _: ask(port, "POST", "/score", {"inputs": ["a [MASK]"]}), range(24)))
+        statuses = [status for status, *_ in answers]
+        assert set(statuses) == {200, 429}
+        busy = next(headers for status, headers, _ in answers if status == 429)
+        assert busy["Retry-After"] == "1"
+        assert post(port, "/score", {"inputs": ["a [MASK]"] * 9})[0] == 200  # more than may wait, but nobody does
+    finally:
+        process.kill()
+
+
+REQUEST = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+
+
+@pytest.mark.slow
+def test_who_hangs_or_leaves_hurts_nobody(folder, tmp_path):
+    process, port = start(folder, *config(tmp_path, wait=0.4, timeout=2.0))
+    try:
+        body = json.dumps({"inputs": ["a [MASK]"] * 7}).encode()
+        with socket.create_connection(("127.0.0.1", port)) as leaving:
+            leaving.sendall(REQUEST + f"{len(body)}\r\n\r\n".encode() + body)
+            time.sleep(0.1)  # its inputs wait for others now
+        with socket.create_connection(("127.0.0.1", port)) as hanging:
+            hanging.sendall(REQUEST + b"99\r\n\r\n{")
+            assert post(port, "/score", {"inputs": ["a [MASK]"]})[0] == 200
+            assert hanging.recv(4096).startswith(b"HTTP/1.1 408")
+        metrics = ask(port, "GET", "/metrics")[2].decode()
+        assert float(re.search(r"\nbert_jax_batch_inputs_sum (\S+)", metrics)[1]) == 1  # what was left was not computed
+        assert float(re.search(r"\nbert_jax_queue (\S+)", metrics)[1]) == 0
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_sigterm_answers_what_was_accepted(folder, tmp_path):
+    process, port = start(folder, *config(tmp_path, wait=1.0, batch=1000, queue=1000))
+    with ThreadPoolExecutor(16) as clients:
+        flying = [clients.submit(post, port, "/score", {"inputs": ["a [MASK] day"]}) for _ in range(16)]
+        time.sleep(0.4)
+        process.send_signal(signal.SIGTERM)
+        assert [future.result()[0] for future in flying] == [200] * 16
+    assert process.wait(30) in (0, -signal.SIGTERM)
+    log = process.stderr.read()
+    assert "Traceback" not in log
+    assert "a [MASK]" not in log
+
+
+def test_not_ready_before_everything_is_compiled(folder, tmp_path):
+    process, port = start(folder, wait=False, BERT_JAX_COMPILATION_CACHE=str(tmp_path / "empty"))
+    try:
+        status, _, content = ask(port, "GET", "/health")
+        assert (status, json.loads(content)["status"]) == (503, "warming up")
+        assert post(port, "/score", CARD)[0] == 503
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["nowhere"], "nowhere"), (["none.yaml"], "Cannot read none.yaml"), (["--task", "chess"], "chess")],
+)
+def test_a_mistake_on_the_command_line(arguments, words):
+    command = [sys.executable, "-m", "bert_jax.cli", "serve", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken(folder, pipes):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = server.Serving(port=taken.getsockname()[1])
+        with pytest.raises(InputError, match=r"Cannot listen at 127.0.0.1, port \d+: Address already in use"):
+            server.serve("x", pipes, settings)
+
+
+# ── The batcher ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def jobs(settings, work, sizes):
+    """Answers of jobs that are submitted together."""
+
+    async def run():
+        batcher = server.Batcher(settings, lambda n: None)
+        made = [server.Job(work, "kind", list(range(size))) for size in sizes]
+        try:
+            return await asyncio.gather(*(batcher.submit(job) for job in made), return_exceptions=True)
+        finally:
+            await asyncio.get_running_loop().run_in_executor(None, batcher.close)
+
+    return asyncio.run(run())
+
+
+def test_jobs_are_computed_together_up_to_the_limit():
+    seen = []
+
+    def work(batch):
+        seen.append([len(job.requests) for job in batch])
+        return [len(job.requests) for job in batch]
+
+    assert jobs(server.Serving(batch=4, wait=0.2), work, [1, 2, 3, 1, 5]) == [1, 2, 3, 1, 5]
+    assert seen == [[1, 2], [3, 1], [5]]
+
+
+def test_a_batch_that_fails_is_nobody_else_s():
+    def work(batch):
+        if len(batch[0].requests) == 3:
+            raise RuntimeError("broken")
+        return [True for _ in batch]
+
+    failed, fine = jobs(server.Serving(batch=3, wait=0.01), work, [3, 1])
+    assert isinstance(failed, RuntimeError)
+    assert fine is True
+
+
+def test_who_waits_too_long_is_told_and_dropped():
+    begun, computed = threading.Event(), []
+
+    def work(batch):
+        begun.set()
+        time.sleep(0.3)
+        computed.extend(batch)
+        return [True for _ in batch]
+
+    found = jobs(server.Serving(batch=1, timeout=0.1), work, [1, 1, 1])
+    assert [error.status for error in found] == [504] * 3
+    assert len(computed) == 1
+
+
+# ── Azure ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_scoring_script(folder, pipes, monkeypatch):
+    path = Path(__file__).parents[2] / "scripts" / "azure" / "score.py"
+    spec = importlib.util.spec_from_file_location("score", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setenv("AZUREML_MODEL_DIR", str(folder.parent / "nowhere" / ".." / folder.name))
+    (folder.parent / "nowhere").mkdir(exist_ok=True)
+    script.init()
+    assert same(script.run(json.dumps(CARD)), catalogue.score(pipes["fill-mask"], CARD))
+    assert "no [MASK]" in script.run('{"inputs": ["x"]}')["error"]
+    assert list(script.run("{")) == ["error"]

@@ -1,0 +1,95 @@
+"""Programs compiled by the TPU's and the GPU's own compilers (extra `aot`); nothing of them is run."""
+
+import dataclasses
+import importlib.util
+import io
+import json
+from pathlib import Path
+
+import pytest
+import sentiments
+from flax import nnx
+from rich.console import Console
+
+import bert_jax
+from bert_jax import recipes
+from bert_jax.data.loader import Shape
+from bert_jax.inference.pipelines import Bucket
+from bert_jax.settings import Settings
+from bert_jax.tools import aot
+
+pytestmark = pytest.mark.aot
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "aot_check.py"
+spec = importlib.util.spec_from_file_location("aot_check", SCRIPT)
+aot_check = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(aot_check)
+
+
+def share_of_bfloat16(found):
+    flops = {kinds.split(" × ")[0]: flops for kinds, (_, flops) in found["products"].items()}
+    return flops["bfloat16"] / sum(flops.values())
+
+
+@pytest.mark.parametrize("name", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:8"])
+def test_a_step_of_base_on_eight_devices(name):
+    found = aot_check.finetune(aot.get(name), "emotion", "base", Shape(256, 128, 4))
+    assert found["fits"]
+    assert share_of_bfloat16(found) > 0.999
+    assert set(found["collectives"]) == {"all-reduce"}
+    assert found["collectives"]["all-reduce"][1] == pytest.approx(found["gradient_bytes"], rel=0.02)
+    assert found["aliased"] >= 3 * found["gradient_bytes"]
+
+
+def test_fsdp_shares_out_the_state():
+    found = aot_check.finetune(aot.get("h100:8"), "squad", "base", Shape(64, 384, 4), mesh={"data": 1, "fsdp": 8})
+    assert found["fits"]
+    assert "all-gather" in found["collectives"]
+    assert found["resident"] < 0.3 * 3 * found["gradient_bytes"]
+
+
+def test_splash_attention_is_in_the_step_of_a_tpu():
+    changes = {"model": {"attention": "splash", "attention_probs_dropout_prob": 0.0}, "data": {"max_length": 512}}
+    found = aot_check.finetune(aot.get("v5e:2x4"), "squad", "base", Shape(256, 512, 4), **changes)
+    assert found["fits"]
+    assert found["kernels"] == {"tpu_custom_call": 36}  # of each layer: forward, and two backward
+
+
+@pytest.mark.parametrize(("name", "size"), [("v5e:2x4", "base"), ("h100:8", "large")])
+def test_fill_mask(name, size):
+    found = aot_check.fill_mask(aot.get(name), size, Bucket(16, 128, 2))
+    assert found["fits"]
+    assert not found["collectives"]
+
+
+def test_what_does_not_fit_is_seen():
+    changes = {"data": {"max_length": 512}, "training": {"scan_layers": True}}  # quicker to compile
+    found = aot_check.finetune(aot.get("v5e:2x4"), "squad", "large", Shape(1024, 512, 4), **changes)
+    assert not found["fits"]
+    assert found["memory"] > aot.CHIPS["v5e"].memory
+
+
+@pytest.mark.parametrize("name", ["v5e:2x2"])
+def test_a_dry_run_says_what_the_compiler_says(tmp_path, monkeypatch, name):
+    kind = name.split(":")[0]  # of which a small model soon has too much
+    monkeypatch.setitem(aot.CHIPS, kind, dataclasses.replace(aot.CHIPS[kind], memory=2**25))
+    config = bert_jax.BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    bert_jax.BertForPreTraining(config, rngs=nnx.Rngs(1)).save_pretrained(tmp_path / "base")
+    bert_jax.Tokenizer.from_pretrained("bert-mini-cased").save_pretrained(tmp_path / "base")
+    rows = "".join(json.dumps(row) + "\n" for row in sentiments.rows(40))
+    (tmp_path / "train.jsonl").write_text(rows)
+    settings = Settings.from_dict(
+        {
+            "task": "text-classification",
+            "model": {"id": str(tmp_path / "base")},
+            "data": {"train": str(tmp_path / "train.jsonl"), "max_length": 32},
+            "training": {"batch_size": 16},
+            "output": {"folder": str(tmp_path / "run")},
+        }
+    )
+    shown = io.StringIO()
+    report = recipes.dry_run(settings, name, console=Console(file=shown, width=200))
+    assert "fits, " in shown.getvalue()
+    assert "DOES NOT FIT, " in shown.getvalue()
+    for part in [f"compiles for {name}", "never run on it", "GiB a device", "all-reduce", "rows a device"]:
+        assert part in report

@@ -1,0 +1,52 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bert_jax.training import losses
+
+
+@pytest.fixture
+def logits():
+    return jax.random.normal(jax.random.key(0), (4, 5, 7)) * 3
+
+
+def test_cross_entropy_ignores(logits):
+    labels = np.random.RandomState(0).randint(0, 7, (4, 5))
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels))
+    np.testing.assert_allclose(losses.cross_entropy(logits, labels), each.mean(), rtol=1e-6)
+    counts = np.zeros((4, 5), bool)
+    counts[1, 2] = counts[3, 0] = True
+    ignoring = np.where(counts, labels, losses.IGNORE)
+    np.testing.assert_allclose(losses.cross_entropy(logits, ignoring), each[counts].mean(), rtol=1e-6)
+
+
+def test_cross_entropy_of_nothing_is_zero_with_a_finite_gradient(logits):
+    nothing = np.full((4, 5), losses.IGNORE)
+    loss, gradient = jax.value_and_grad(losses.cross_entropy)(logits, nothing)
+    assert loss == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_cross_entropy_is_float32_for_bfloat16(logits):
+    loss = losses.cross_entropy(logits.astype(jnp.bfloat16), np.zeros((4, 5), int))
+    assert loss.dtype == jnp.float32
+
+
+def test_binary_cross_entropy(logits):
+    labels = np.random.RandomState(0).randint(0, 2, logits.shape)
+    expected = optax.sigmoid_binary_cross_entropy(logits, jnp.asarray(labels)).mean()
+    np.testing.assert_allclose(losses.binary_cross_entropy(logits, labels), expected, rtol=1e-6)
+    assert jnp.isfinite(losses.binary_cross_entropy(jnp.full((2, 2), 1e4), jnp.zeros((2, 2))))
+
+
+def test_squared_error(logits):
+    np.testing.assert_allclose(losses.squared_error(logits, logits + 2), 4.0, rtol=1e-6)
+
+
+def test_span_cross_entropy(logits):
+    start, end = logits[:, :, 0], logits[:, :, 1]
+    expected = (losses.cross_entropy(start, np.array([0, 1, 2, 3])) + losses.cross_entropy(end, np.full(4, 2))) / 2
+    got = losses.span_cross_entropy(start, end, np.array([0, 1, 2, 3]), np.full(4, 2))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)

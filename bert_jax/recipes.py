@@ -563,7 +563,7 @@ def evaluate_examples(
     task: TrainableTask, model: BertPreTrainedModel, examples: Examples, settings: Settings
 ) -> measure.Evaluation:
     """A model in hand over examples."""
-    mesh = sharding.mesh(settings.mesh)
+    mesh = sharding.mesh(**settings.mesh.model_dump())
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
     params = tree.unflatten(sharding.put(flat, sharding.placements(mesh, flat)))

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from bert_jax import settings
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
 from bert_jax.training import distributed
@@ -33,19 +32,29 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
-def mesh(axes: settings.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The devices of all processes, or those given, along the axes `data`, `fsdp` and `tensor`.
+def mesh(
+    *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+    """Lays devices along the axes `data`, `fsdp` and `tensor`.
+
+    Args:
+        data: Groups of devices that shard the rows of a batch; -1 for as many groups as there are devices for.
+        fsdp: Devices that shard the rows of a group, and with them the parameters, gradients and optimizer state.
+        tensor: Devices that shard the attention heads and the inner features of the feed-forward layers.
+        devices: The devices to use; those of all processes by default.
 
     Raises:
-        InputError: If the axes do not go into the devices.
+        InputError: If the axes do not fit the devices.
     """
     devices = sorted(
         jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id)
     )
-    sizes = {"data": axes.data, "fsdp": axes.fsdp, "tensor": axes.tensor}
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     shape = ", ".join(f"{name}: {size}" for name, size in sizes.items())
-    rest = axes.fsdp * axes.tensor
-    if axes.data == -1:
+    rest = fsdp * tensor
+    if data < -1 or fsdp < 1 or tensor < 1:
+        raise InputError(f"mesh is {{{shape}}}; expected sizes of at least 1 (data: -1 takes all devices).")
+    if data == -1:
         sizes["data"] = len(devices) // rest
         if len(devices) % rest:
             raise InputError(f"mesh is {{{shape}}}; there are {len(devices)} devices, which {rest} does not divide.")

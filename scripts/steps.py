@@ -47,7 +47,7 @@ def our_fine_tuning(folder: Path, dropout: bool) -> Any:
     from bert_jax.training import loop
 
     task, settings, model = classifier(folder, dropout)
-    planned, mesh = loop.plan(model, settings, 1000), sharding.mesh(settings.mesh)
+    planned, mesh = loop.plan(model, settings, 1000), sharding.mesh(**settings.mesh.model_dump())
     everywhere = sharding.replicated(mesh)
     state = jax.device_put(loop.init_state(planned, 0), everywhere)
     step = loop.make_step(task, planned, out_shardings=everywhere)
@@ -107,7 +107,7 @@ def arrangements(folder: Path, lengths: Sequence[int]) -> dict[str, Callable[[],
     batches = {name: [examples.batch(place) for place in found] for name, found in places.items()}
 
     task, settings, model = classifier(folder, dropout=True)
-    planned, mesh = loop.plan(model, settings, 1000), sharding.mesh(settings.mesh)
+    planned, mesh = loop.plan(model, settings, 1000), sharding.mesh(**settings.mesh.model_dump())
     everywhere = sharding.replicated(mesh)
     state = jax.device_put(loop.init_state(planned, 0), everywhere)
     step = loop.make_step(task, planned, out_shardings=everywhere)
@@ -217,7 +217,7 @@ def our_pretraining(folder: Path, dropout: bool) -> Any:
                                       "optimizer": {"learning_rate": 4e-4}})  # fmt: skip
     rates = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = bert_jax.BertForMaskedLM.from_pretrained("bert-mini-cased", **rates)
-    planned, mesh = loop.plan(model, settings, 1000), sharding.mesh(settings.mesh)
+    planned, mesh = loop.plan(model, settings, 1000), sharding.mesh(**settings.mesh.model_dump())
     everywhere = sharding.replicated(mesh)
     state = jax.device_put(loop.init_state(planned, 0), everywhere)
     step = loop.make_step(MaskedLanguageModeling(), planned, out_shardings=everywhere)

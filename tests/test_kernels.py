@@ -11,7 +11,6 @@ from bert_jax import kernels, model, sharding
 from bert_jax.errors import InputError
 from bert_jax.kernels import Attended
 from bert_jax.model import plain_attention
-from bert_jax.settings import Mesh
 
 TOKENS = 256
 splash = functools.partial(kernels.splash, interpret=True)
@@ -45,7 +44,7 @@ def test_splash_is_plain_attention_and_so_are_its_gradients(kind):
 
 
 def test_splash_takes_rows_and_heads_where_they_live():
-    mesh = sharding.mesh(Mesh(data=2, fsdp=2, tensor=2))
+    mesh = sharding.mesh(data=2, fsdp=2, tensor=2)
     arrays, who = operands(rows=4), attended("packed", rows=4)
     expected, _ = plain_attention(*arrays, who, 0.0, None)
     with jax.set_mesh(mesh):

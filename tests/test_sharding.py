@@ -11,7 +11,7 @@ import bert_jax
 from bert_jax import sharding, tree
 from bert_jax.data.loader import Examples
 from bert_jax.errors import InputError
-from bert_jax.settings import Mesh, Settings
+from bert_jax.settings import Settings
 from bert_jax.tasks.sequence_classification import SequenceClassification
 from bert_jax.training import loop
 from bert_jax.training.checkpoint import Checkpoints
@@ -20,16 +20,19 @@ LAYOUTS = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 1, "tensor": 4}, {"data
 
 
 def test_mesh_takes_all_devices_or_as_many_as_asked():
-    assert sharding.mesh(Mesh()).shape == {"data": 8, "fsdp": 1, "tensor": 1}
-    assert sharding.mesh(Mesh(data=2)).shape == {"data": 2, "fsdp": 1, "tensor": 1}
-    assert sharding.mesh(Mesh(fsdp=2, tensor=2)).shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert sharding.mesh().shape == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert sharding.mesh(data=2).shape == {"data": 2, "fsdp": 1, "tensor": 1}
+    assert sharding.mesh(fsdp=2, tensor=2).shape == {"data": 2, "fsdp": 2, "tensor": 2}
     for sizes in ({"data": 9}, {"data": 0}, {"data": 4, "fsdp": 4}, {"tensor": 3}):
         with pytest.raises(InputError, match=r"mesh is {data: .*}; there are 8 devices"):
-            sharding.mesh(Mesh(**sizes))
+            sharding.mesh(**sizes)
+    for sizes in ({"data": -2}, {"fsdp": 0}, {"tensor": -1}):
+        with pytest.raises(InputError, match=r"mesh is {data: .*}; expected sizes of at least 1"):
+            sharding.mesh(**sizes)
 
 
 def test_a_batch_is_shared_out_and_parameters_are_whole_everywhere():
-    mesh = sharding.mesh(Mesh())
+    mesh = sharding.mesh()
     batch = sharding.put_batch({"inputs": {"input_ids": np.arange(32).reshape(16, 2)}}, mesh)
     ids = batch["inputs"]["input_ids"]
     assert [shard.data.shape for shard in ids.addressable_shards] == [(2, 2)] * 8
@@ -63,14 +66,14 @@ def run(tokenizer):
             "training": {"batch_size": 16}, "optimizer": {"learning_rate": 1e-3},
         })  # fmt: skip
         model = bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0), scan_layers=scan_layers)
-        task, devices = SequenceClassification(tokenizer, config, 32), sharding.mesh(settings.mesh)
+        task, devices = SequenceClassification(tokenizer, config, 32), sharding.mesh(**settings.mesh.model_dump())
         plan = loop.plan(model, settings, 10)
         state = loop.init_state(plan, 0)
         layout = sharding.placements(devices, state)
         state = jax.device_put(state, layout)
         step = loop.make_step(task, plan, out_shardings=(layout, sharding.replicated(devices)))
         # The same batches for all, of rows that eight devices can share.
-        eight = sharding.mesh(Mesh())
+        eight = sharding.mesh()
         loader = loop.make_loader(examples, model, settings, eight)
         losses = []
         with jax.set_mesh(devices):
@@ -125,7 +128,7 @@ def test_every_pattern_is_of_some_parameter():
 
 
 def test_an_axis_that_does_not_divide_is_whole():
-    mesh = sharding.mesh(Mesh(data=1, fsdp=1, tensor=8))
+    mesh = sharding.mesh(data=1, fsdp=1, tensor=8)
     assert sharding.placement(mesh, "bert.embeddings.word_embeddings.weight", (28996, 16)).is_fully_replicated
     assert not sharding.placement(mesh, "bert.embeddings.word_embeddings.weight", (28992, 16)).is_fully_replicated
 
@@ -149,7 +152,7 @@ def test_between_layers_each_device_has_its_own_rows(layout, scan_layers):
     )
     model = bert_jax.BertModel(config, rngs=nnx.Rngs(0), scan_layers=scan_layers)
     params, skeleton = tree.split(model)
-    mesh, flat = sharding.mesh(Mesh(**layout)), tree.flatten(params)
+    mesh, flat = sharding.mesh(**layout), tree.flatten(params)
 
     def hidden_states(flat, inputs):
         return tree.merge(skeleton, tree.unflatten(flat))(**inputs).hidden_states
@@ -184,7 +187,7 @@ def test_devices_draw_for_their_own_rows():
     key = jnp.array([7, 1], jnp.uint32)
     whole = jax.jit(lambda key: sharding.draw_by_rows(draw, key, (8, 2, 3)))
     np.testing.assert_array_equal(whole(key), jnp.broadcast_to(key[None, :, None], (8, 2, 3)))
-    with jax.set_mesh(sharding.mesh(Mesh(data=2, fsdp=2, tensor=2))):
+    with jax.set_mesh(sharding.mesh(data=2, fsdp=2, tensor=2)):
         found = np.asarray(jax.jit(lambda key: sharding.draw_by_rows(draw, key, (8, 2, 3)))(key))
         odd = jax.jit(lambda key: sharding.draw_by_rows(draw, key, (6, 2, 3)))(key)
     np.testing.assert_array_equal(found[:, 0], 7)
@@ -201,4 +204,4 @@ def test_a_mesh_of_someone_elses_is_left_alone():
 def test_a_mesh_that_does_not_divide_the_model():
     config = bert_jax.BertConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=6, intermediate_size=32)
     with pytest.raises(InputError, match=r"mesh.tensor is 4, which does not divide num_attention_heads, 6"):
-        sharding.check(sharding.mesh(Mesh(tensor=4)), config)
+        sharding.check(sharding.mesh(tensor=4), config)

@@ -240,7 +240,7 @@ def set_up(
     options = settings.training
     if options.metric not in (None, "loss", *task.metrics):
         raise InputError(f"training.metric is {options.metric!r}; this task has loss, {', '.join(task.metrics)}.")
-    mesh = sharding.mesh(settings.mesh, devices)
+    mesh = sharding.mesh(**settings.mesh.model_dump(), devices=devices)
     sharding.check(mesh, model.config)
     kernels.check(
         settings.model.attention,

@@ -11,7 +11,7 @@ import bert_jax
 from bert_jax import sharding, tree
 from bert_jax.data.loader import Loader
 from bert_jax.evaluation import measure
-from bert_jax.settings import Answers, Data, Mesh
+from bert_jax.settings import Answers, Data
 from bert_jax.tasks.question_answering import QuestionAnswering
 from bert_jax.tasks.sequence_classification import SequenceClassification
 from bert_jax.tasks.token_classification import TokenClassification
@@ -57,7 +57,7 @@ def trained(request, tokenizer):
 def test_packed_and_unpacked_outputs_agree(trained, devices, batch_size):
     task, model, examples = trained
     params, skeleton = tree.split(model)
-    mesh = sharding.mesh(Mesh(data=devices))
+    mesh = sharding.mesh(data=devices)
     params = jax.device_put(params, sharding.replicated(mesh))
     program = measure.program(task, skeleton)
     one, packed = (

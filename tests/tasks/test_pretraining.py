@@ -8,7 +8,7 @@ from bert_jax.data import corpus
 from bert_jax.data.loader import Loader
 from bert_jax.data.masking import MaskedExamples
 from bert_jax.evaluation import measure
-from bert_jax.settings import Corpus, Masked, Mesh
+from bert_jax.settings import Corpus, Masked
 from bert_jax.tasks.pretraining import MaskedLanguageModeling, PreTraining
 from bert_jax.training.losses import IGNORE
 
@@ -37,7 +37,7 @@ def case(request, tokenizer):
 
 def evaluate(task, model, examples, packing):
     params, skeleton = tree.split(model)
-    mesh = sharding.mesh(Mesh(data=1))
+    mesh = sharding.mesh(data=1)
     return measure.evaluate(
         task, measure.program(task, skeleton), params, examples, batch_size=16, packing=packing, mesh=mesh
     )

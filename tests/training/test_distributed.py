@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 import bert_jax
 from bert_jax import recipes, sharding
 from bert_jax.errors import InputError
-from bert_jax.settings import Mesh, Pretraining, Settings
+from bert_jax.settings import Pretraining, Settings
 from bert_jax.training import distributed
 
 LONGEST = 180  # seconds that any of these may take
@@ -217,4 +217,4 @@ def test_bad_arguments(data, tmp_path, monkeypatch):
 
 def test_parts_of_one_process():
     for axes in ({}, {"fsdp": 4}, {"tensor": 2}, {"data": 1}):
-        assert sharding.part(sharding.mesh(Mesh(**axes))) == (0, 1)
+        assert sharding.part(sharding.mesh(**axes)) == (0, 1)

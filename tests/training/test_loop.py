@@ -17,7 +17,7 @@ from bert_jax import sharding, tree
 from bert_jax.data.loader import Loader, Shape, one_a_row
 from bert_jax.errors import InputError, Interrupted, TrainingError
 from bert_jax.evaluation import measure
-from bert_jax.settings import Mesh, Settings
+from bert_jax.settings import Settings
 from bert_jax.tasks.sequence_classification import SequenceClassification
 from bert_jax.training import loop
 
@@ -80,7 +80,7 @@ def test_overfits_eight_examples(make, tmp_path):
         examples,
         batch_size=8,
         packing=512,
-        mesh=sharding.mesh(settings.mesh),
+        mesh=sharding.mesh(**settings.mesh.model_dump()),
     )
     assert result.metrics["loss"] < 0.01
     assert result.metrics["accuracy"] == 1.0
@@ -107,7 +107,7 @@ def test_ways_to_compute_a_step_agree(make, tmp_path, variant):
     expected, params, _ = run_steps(make, make_settings(tmp_path), whole)
     settings = make_settings(tmp_path, **variant.get("settings", {}))
     batches = [examples.batch(one_a_row(indices, 16 + variant.get("padding", 0), 32))]
-    mesh = sharding.mesh(Mesh()) if variant.get("mesh") else None
+    mesh = sharding.mesh() if variant.get("mesh") else None
     losses, other, _ = run_steps(make, settings, batches, options=variant.get("options"), mesh=mesh)
     np.testing.assert_allclose(losses, expected, rtol=2e-6)
     for path, leaf in params.items():
@@ -258,7 +258,7 @@ def test_the_best_checkpoint_is_what_comes_back(make, tmp_path):
     assert trained.metrics["loss"] == evaluations[trained.step]
     _, task = make()
     params, skeleton = tree.split(trained.model)
-    mesh = sharding.mesh(make_settings(tmp_path).mesh)
+    mesh = sharding.mesh(data=1)
     program, examples = measure.program(task, skeleton), task.featurize(sentiments.rows(16, seed=1))
     again = measure.evaluate(task, program, params, examples, batch_size=16, packing=512, mesh=mesh)
     assert again.metrics["loss"] == pytest.approx(evaluations[trained.step], rel=1e-6)

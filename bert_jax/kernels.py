@@ -71,6 +71,11 @@ def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length:
         )
 
 
+def multiple(name: str) -> int:
+    """The number that the tokens of a row must be a multiple of."""
+    return SPLASH_BLOCK if name == "splash" else 1
+
+
 def check_dropout(name: str, rate: float) -> None:
     """Raises `InputError` where a fused kernel is to drop attention probabilities, which it never holds."""
     if name != "plain" and rate > 0:

@@ -521,6 +521,11 @@ class BertPreTrainedModel(nnx.Module):
             arrays |= drawn((rngs or nnx.Rngs(0)).params())
         return tree.merge(skeleton, tree.unflatten(arrays))
 
+    @property
+    def encoder(self) -> "BertModel":
+        """The encoder: the model itself, or what its head reads."""
+        return self if isinstance(self, BertModel) else self.bert
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `model.safetensors` and `config.json`, which PyTorch transformers loads, bit for bit.
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import time
 from collections import Counter
@@ -15,11 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import yaml
 from flax import nnx
 from rich.console import Console
 
-from bert_jax import hub, sharding, tree, vocabulary
+from bert_jax import hub, kernels, sharding, tree, vocabulary
 from bert_jax.config import BertConfig
 from bert_jax.data import corpus, sources
 from bert_jax.data.loader import Examples, Shape
@@ -28,14 +30,14 @@ from bert_jax.errors import InputError, check_extra, listed, quoted
 from bert_jax.evaluation import measure
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import HeldOut, Pretraining, Settings
-from bert_jax.tasks.base import TrainableTask, check_pairs, check_vocabulary
+from bert_jax.tasks.base import Objective, TrainableTask, check_pairs, check_vocabulary
 from bert_jax.tasks.pretraining import MaskedLanguageModeling, PreTraining
 from bert_jax.tasks.question_answering import QuestionAnswering
 from bert_jax.tasks.sequence_classification import SequenceClassification
 from bert_jax.tasks.token_classification import TokenClassification
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.tools import aot, report
-from bert_jax.training import distributed, loop, lora, memory
+from bert_jax.training import distributed, log, loop, lora, memory, optim
 
 SETTINGS, RESULTS, PREDICTIONS, CURVE, CARD = (
     "settings.yaml", "results.json", "predictions.jsonl", "curve.png", "README.md",
@@ -235,22 +237,16 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     prepared = prepare(settings)
     console.print(_overview(settings, prepared), highlight=False, markup=False)
     distributed.agree("The training examples", prepared.examples["train"].digest)
-    # Before the folder is made, which is bound to these settings.
-    loop.set_up(prepared.task, prepared.model, prepared.examples["train"], settings)
+    train = prepared.examples["train"]
+    steps = steps_of(settings, train)
+    run = set_up(settings, prepared.task, prepared.model, train, steps)
     if "validation" in prepared.examples and not prepared.task.labelled(prepared.examples["validation"]):
         raise InputError(
             f"data.validation ({settings.data.validation}) has no labels, by which the best checkpoint would be "
             "chosen. Give it as data.test, or leave it out."
         )
     begin(settings)
-    trained = loop.train(
-        prepared.task,
-        prepared.model,
-        prepared.examples["train"],
-        prepared.examples.get("validation"),
-        settings,
-        console=console,
-    )
+    trained = fit(settings, run, steps, prepared.examples.get("validation"), console)
     results: dict[str, Any] = {"step": trained.step, "steps": trained.steps, "validation": trained.metrics}
     prepared.task.adopt(trained.metrics)
     split = "test" if "test" in prepared.examples else "validation"
@@ -268,7 +264,8 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     trained.model.save_pretrained(folder)
     prepared.tokenizer.save_pretrained(folder)
     if settings.model.lora:
-        lora.save_adapters(folder / ADAPTERS, trained.trained, settings.model.lora, settings.model.id,
+        assert run.plan.lora is not None
+        lora.save_adapters(folder / ADAPTERS, trained.trained, run.plan.lora, settings.model.id,
                            prepared.task.peft_type)  # fmt: skip
     if examples is not None:
         results["predictions"] = split
@@ -320,9 +317,10 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
         f"examples: {len(train):,} of {int(train.lengths.sum()):,} tokens{carried}",
         highlight=False,
     )
-    loop.set_up(task, model, train, settings)
+    steps = steps_of(settings, train)
+    run = set_up(settings, task, model, train, steps)
     begin(settings)
-    trained = loop.train(task, model, train, examples["validation"], settings, console=console)
+    trained = fit(settings, run, steps, examples["validation"], console)
     if not distributed.first():
         return folder
     trained.model.save_pretrained(folder)
@@ -330,6 +328,115 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
     results = {"step": trained.step, "steps": trained.steps, "validation": trained.metrics}
     end(settings, results, settings.training.metric or task.metrics[0], began, console)
     return folder
+
+
+def steps_of(settings: Settings | Pretraining, examples: Examples) -> int:
+    """The number of steps of a run."""
+    options = settings.training
+    return options.max_steps or math.ceil(options.epochs * -(-len(examples) // options.batch_size))
+
+
+def set_up(
+    settings: Settings | Pretraining,
+    task: Objective,
+    model: BertPreTrainedModel,
+    examples: Examples,
+    steps: int,
+    devices: Sequence[Any] | None = None,
+) -> loop.Run:
+    """Makes a run, for the devices of all processes or for those given.
+
+    Raises:
+        InputError: If the settings do not fit the model or the devices.
+    """
+    options = settings.model.lora
+    adapters = lora.LoRA(options.rank, options.alpha, options.targets) if options else None
+    return loop.set_up(
+        model,
+        task,
+        examples,
+        make_optimizer(settings, steps),
+        batch_size=settings.training.batch_size,
+        accumulation=settings.training.accumulation,
+        packing=settings.data.packing,
+        trainable=_trainable(settings, model),
+        lora=adapters,
+        mesh=sharding.mesh(**settings.mesh.model_dump(), devices=devices),
+        seed=settings.training.seed,
+        metric=settings.training.metric,
+    )
+
+
+def fit(
+    settings: Settings | Pretraining, run: loop.Run, steps: int, validation: Examples | None, console: Console
+) -> loop.Trained:
+    """Carries out a run in the folder of the settings."""
+    options = settings.training
+    return loop.fit(
+        run,
+        steps=steps,
+        validation=validation,
+        evaluate_every=options.evaluate_every,
+        evaluation_batch_size=options.evaluation_batch_size,
+        patience=options.patience,
+        folder=settings.output.folder,
+        save_every=options.save_every,
+        keep=options.keep,
+        log_every=options.log_every,
+        schedule=make_schedule(settings, steps),
+        tensorboard=settings.output.tensorboard,
+        console=console,
+    )
+
+
+def make_schedule(settings: Settings | Pretraining, steps: int) -> optax.Schedule:
+    """The learning rate by step."""
+    return optim.schedule(learning_rate=settings.optimizer.learning_rate, steps=steps, **settings.schedule.model_dump())
+
+
+def make_optimizer(settings: Settings | Pretraining, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of a number of steps."""
+    options = settings.optimizer
+    adam = optax.scale_by_adam(options.beta1, options.beta2, options.epsilon)
+    if options.name == "adamw" and not options.bias_correction:
+        adam = optim.scale_by_uncorrected_adam(options.beta1, options.beta2, options.epsilon)
+    transforms = {
+        "adamw": adam,
+        "lamb": adam,
+        "lion": optax.scale_by_lion(options.beta1, options.beta2),
+        "adafactor": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+    }
+    return optim.by_path(
+        transforms[options.name],
+        make_schedule(settings, steps),
+        max_grad_norm=options.max_grad_norm,
+        trust_ratio=options.name == "lamb",
+        **_rule_options(settings),
+    )
+
+
+def _rule_options(settings: Settings | Pretraining) -> dict[str, Any]:
+    names = ("weight_decay", "no_decay", "lr_multipliers", "layer_decay")
+    return {name: getattr(settings.optimizer, name) for name in names}
+
+
+def _trainable(settings: Settings | Pretraining, model: BertPreTrainedModel) -> list[str]:
+    """Patterns of the parameters to train beside adapters, a pattern for each.
+
+    Raises:
+        InputError: If a pattern of the settings matches nothing, or nothing is left to train.
+    """
+    paths = list(tree.split(model)[1].specs)
+    chosen = paths
+    if settings.model.lora:
+        optim.check_patterns("model.lora.trained", [settings.model.lora.trained], paths)
+        chosen = tree.select([settings.model.lora.trained, *settings.model.new], paths)
+    optim.check_patterns("optimizer.frozen", settings.optimizer.frozen, paths)
+    frozen = set(tree.select(settings.optimizer.frozen, paths))
+    chosen = [re.escape(path) for path in chosen if path not in frozen]
+    if not chosen and not settings.model.lora:
+        raise InputError("optimizer.frozen matches all parameters; nothing is left to train.")
+    return chosen
 
 
 def read_corpus(settings: Pretraining, split: str, tokenizer: Tokenizer, console: Console) -> MaskedExamples | None:
@@ -464,11 +571,11 @@ def end(
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "versions": {name: metadata.version(name) for name in ("bert-jax", "jax", "flax", "optax")},
     }
-    report.learning_curve(loop.read_journal(folder / loop.METRICS), metric).savefig(folder / CURVE, dpi=120)
+    report.learning_curve(log.read_journal(folder / log.METRICS), metric).savefig(folder / CURVE, dpi=120)
     _write(folder / CARD, report.model_card(settings, results))
     _write(folder / RESULTS, json.dumps(results, indent=2) + "\n")
     if test := results.get("test"):
-        console.print(f"test: {loop.in_words(test)}", soft_wrap=True)
+        console.print(f"test: {log.in_words(test)}", soft_wrap=True)
     predicted = f", predictions of {results['predictions']}" if "predictions" in results else ""
     console.print(
         f"{folder}: the model of step {results['step']} of {results['steps']}, its card, metrics{predicted}",
@@ -573,8 +680,8 @@ def evaluate_examples(
         params,
         examples,
         batch_size=settings.training.evaluation_batch_size,
-        packing=loop.packing(model, settings),
-        multiple=loop.multiple(settings),
+        packing=model.config.max_position_embeddings if settings.data.packing else None,
+        multiple=kernels.multiple(model.encoder.attention),
         mesh=mesh,
     )
 
@@ -600,13 +707,16 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
         values = ", ".join(f"{name} {values[i].tolist()}" for name, values in every.items())
         row = examples.origins[i][1] if examples.origins else prepared.rows["train"][i]
         parts.append(f"example {i + 1}: {row}\n  tokens: {pieces}\n  {values}")
-    run = loop.set_up(prepared.task, prepared.model, examples, settings, chips.devices if chips else None)
+    steps = steps_of(settings, examples)
+    run = set_up(settings, prepared.task, prepared.model, examples, steps, chips.devices if chips else None)
     loader, planned = run.loader, run.plan
     counts: Counter[str] = Counter()
-    for path, rule in planned.rules.items():
-        counts[str(rule)] += (planned.trained if rule.trained else planned.frozen)[path].size
+    for path, rule in optim.rules(planned.trained, **_rule_options(settings)).items():
+        counts[str(rule)] += planned.trained[path].size
+    if planned.frozen:
+        counts["frozen"] = sum(leaf.size for leaf in planned.frozen.values())
     parts.append("parameters:\n" + "\n".join(f"  {n:,}: {rule}" for rule, n in counts.most_common()))
-    places = [loader.place(step) for step in range(min(run.steps, loader.steps_per_epoch))]
+    places = [loader.place(step) for step in range(min(steps, loader.steps_per_epoch))]
     shapes = sorted(Counter(place.shape for place in places).items())
     programs = [f"  [{shape.rows}, {shape.length}]: {n} steps an epoch" for shape, n in shapes]
     used = sum(int(examples.lengths[place.indices].sum()) for place in places)
@@ -614,7 +724,7 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
     parts.append(
         "\n".join(
             [
-                f"{run.steps} steps, {loader.steps_per_epoch} an epoch, {used / used_of:.0%} of their tokens "
+                f"{steps} steps, {loader.steps_per_epoch} an epoch, {used / used_of:.0%} of their tokens "
                 "examples'; programs by [rows, tokens]:",
                 *programs,
             ]

@@ -56,6 +56,8 @@ HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction")
 TASKS = ("text-classification", "token-classification", "question-answering")
 VALUES = 100_000
 """Values of a file of settings; aliases that refer to aliases unfold to more than any memory holds."""
+RENAMED = {"optimizer.rates": "optimizer.lr_multipliers"}
+"""Settings of earlier versions -> their names now."""
 PROBLEMS = 20
 """Problems of a file of settings that a message names."""
 
@@ -222,18 +224,12 @@ class Answers(_Section):
     """Then none is given if its logits exceed the best answer's by more than this; found anew on validation."""
 
 
-class Rate(_Section):
-    """A rule for the learning rate of some parameters."""
-
-    parameters: Pattern
-    """Which."""
-    factor: NonNegativeFloat
-    """What their learning rate is multiplied by."""
-
-
 class Optimizer(_Section):
-    """AdamW (Loshchilov & Hutter 2019), and which parameters it treats how: of each list the first match counts."""
+    """The optimizer, and how it updates which parameters. The first pattern that matches counts."""
 
+    name: Literal["adamw", "lamb", "lion", "adafactor"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019), LAMB (You et al. 2020), Lion (Chen et al. 2023) or Adafactor (Shazeer & Stern
+    2018)."""
     learning_rate: PositiveFloat = 2e-5
     """Peak, a step."""
     weight_decay: NonNegativeFloat = 0.0
@@ -252,8 +248,8 @@ class Optimizer(_Section):
     """Gradients are scaled down to this global norm."""
     frozen: Patterns = ()
     """Parameters that stay as they are; they get neither gradient nor optimizer state."""
-    rates: tuple[Rate, ...] = ()
-    """Parameters with a learning rate of their own."""
+    lr_multipliers: dict[Pattern, NonNegativeFloat] = {}
+    """Pattern -> factor of the learning rate; takes precedence over layer_decay."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor of the learning rate from each layer to the one below, embeddings at the bottom (Howard & Ruder 2018)."""
 
@@ -596,6 +592,8 @@ def _problem(root: type[BaseModel], entry: Any) -> str:
         )
         hint = f"; did you mean {near}?" if near else ""
         return f"{key}: {entry['msg'].removeprefix('Value error, ')}{given}{hint}"
+    if new := RENAMED.get(".".join(path)):
+        return f"{key}: the setting is now {new}."
     section: Any = root
     for part in path[:-1]:
         section = section.model_fields[part].annotation if part in section.model_fields else section

@@ -70,7 +70,7 @@ def make_run(recipe: str, size: str, chips: aot.Target, **changes: Any) -> loop.
         scan_layers=settings.training.scan_layers,
     )
     task = recipes.make_task(settings, tokenizer, config)
-    return loop.set_up(task, model, task.featurize(ROWS[recipe]), settings, chips.devices)
+    return recipes.set_up(settings, task, model, task.featurize(ROWS[recipe]), 1000, chips.devices)
 
 
 def finetune(chips: aot.Target, recipe: str, size: str, shape: Shape, **changes: Any) -> dict[str, Any]:

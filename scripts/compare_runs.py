@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from bert_jax import recipes
-from bert_jax.training import loop
+from bert_jax.training import log
 
 COLORS = {"ours": "C0", "theirs": "C1"}
 
@@ -24,7 +24,7 @@ COLORS = {"ours": "C0", "theirs": "C1"}
 def scores(run: Path) -> dict[str, Any]:
     """Metrics of a run by split; of validation those of its journal, at the settings' null_threshold, not one found."""
     results: dict[str, Any] = json.loads((run / recipes.RESULTS).read_text())
-    for line in loop.read_journal(run / loop.METRICS):
+    for line in log.read_journal(run / log.METRICS):
         if "validation" in line and line["step"] == results.get("step"):
             results["validation"] = line["validation"]
     return results
@@ -54,7 +54,7 @@ def _by_seed(values: list[float]) -> str:
 
 def chart(sides: dict[str, list[Path]], metric: str | None) -> Figure:
     """Loss by step and, where epochs were evaluated, a metric of validation: thin lines are seeds."""
-    journals = {side: [loop.read_journal(run / loop.METRICS) for run in runs] for side, runs in sides.items()}
+    journals = {side: [log.read_journal(run / log.METRICS) for run in runs] for side, runs in sides.items()}
     figure = Figure(figsize=(10 if metric else 5.5, 3.2), layout="constrained")
     axes = figure.subplots(1, 2 if metric else 1, squeeze=False)[0]
     for side, many in journals.items():

@@ -11,9 +11,8 @@ from rich.console import Console
 
 from bert_jax import BertForSequenceClassification, Tokenizer
 from bert_jax.data import sources
-from bert_jax.settings import Settings
 from bert_jax.tasks.sequence_classification import SequenceClassification
-from bert_jax.training import memory
+from bert_jax.training import memory, optim
 from bert_jax.training.loop import train
 
 
@@ -27,13 +26,12 @@ def main(train_file: str, validation_file: str, folder: str, model_id: str = "go
     )
     task = SequenceClassification(tokenizer, model.config, max_length=128)
     examples = {split: task.featurize(found) for split, found in rows.items()}
-    settings = Settings.from_dict({
-        "task": "text-classification",
-        "optimizer": {"learning_rate": 3e-5},
-        "training": {"epochs": 2, "batch_size": 16},
-        "output": {"folder": f"{folder}/run"},
-    })  # fmt: skip
-    trained = train(task, model, examples["train"], examples["validation"], settings, console=Console())
+    steps = 2 * -(-len(examples["train"]) // 16)  # two epochs
+    optimizer = optim.adamw(optim.schedule("linear", 3e-5, steps))
+    trained = train(
+        model, task, examples["train"], optimizer, steps=steps, batch_size=16, validation=examples["validation"],
+        folder=f"{folder}/run", console=Console(),
+    )  # fmt: skip
     trained.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

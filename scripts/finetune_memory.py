@@ -67,16 +67,17 @@ def serve(arguments: list[str]) -> None:
 
     from bert_jax import recipes, sharding
     from bert_jax.settings import Settings
-    from bert_jax.training import loop
+    from bert_jax.training.step import init_state
 
     settings = Settings.from_file(arguments[0], arguments[1:])
     prepared = recipes.prepare(settings)
-    run = loop.set_up(prepared.task, prepared.model, prepared.examples["train"], settings)
-    state = sharding.put(loop.init_state(run.plan, settings.training.seed), run.layout)
+    steps = recipes.steps_of(settings, prepared.examples["train"])
+    run = recipes.set_up(settings, prepared.task, prepared.model, prepared.examples["train"], steps)
+    state = sharding.put(init_state(run.plan, settings.training.seed), run.layout)
     frozen = sharding.put(run.plan.frozen, sharding.placements(run.mesh, run.plan.frozen))
     batches = run.loader.batches(0, 100_000)
     step = run.step
-    if hasattr(memory, "release"):  # as `training.train` compiles it
+    if hasattr(memory, "release"):  # as `loop.fit` compiles it
         step = run.trace(run.loader.place(0).shape).lower().compile()
         memory.release()
     print("ready", flush=True)

@@ -20,14 +20,12 @@ def classified(rows: int, tokens: int) -> Any:
 
 
 def classifier(folder: Path, dropout: bool) -> Any:
-    """Our task, its settings, and a model that begins with a head of zeros."""
+    """Our task, and a model that begins with a head of zeros."""
     from flax import nnx
 
     import bert_jax
-    from bert_jax.settings import Settings
     from bert_jax.tasks.sequence_classification import SequenceClassification
 
-    settings = Settings.from_dict({"task": "text-classification", "output": {"folder": ""}})
     rates = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = bert_jax.BertForSequenceClassification.from_pretrained(
         folder, new=[r"classifier\..*"], rngs=nnx.Rngs(0), problem_type="single_label_classification", **rates
@@ -36,7 +34,7 @@ def classifier(folder: Path, dropout: bool) -> Any:
     params["classifier"]["weight"] = params["classifier"]["weight"] * 0
     model = bert_jax.tree.merge(bert_jax.tree.split(model)[1], params)
     task = SequenceClassification(bert_jax.Tokenizer.from_pretrained(folder), model.config, 512)
-    return task, settings, model
+    return task, model
 
 
 def our_fine_tuning(folder: Path, dropout: bool) -> Any:
@@ -44,13 +42,13 @@ def our_fine_tuning(folder: Path, dropout: bool) -> Any:
 
     from bert_jax import sharding
     from bert_jax.data.loader import Examples, one_a_row
-    from bert_jax.training import loop
+    from bert_jax.training import optim, step
 
-    task, settings, model = classifier(folder, dropout)
-    planned, mesh = loop.plan(model, settings, 1000), sharding.mesh(**settings.mesh.model_dump())
+    task, model = classifier(folder, dropout)
+    planned, mesh = step.plan(model, optim.adamw(optim.schedule("linear", 2e-5, 1000))), sharding.mesh()
     everywhere = sharding.replicated(mesh)
-    state = jax.device_put(loop.init_state(planned, 0), everywhere)
-    step = loop.make_step(task, planned, out_shardings=everywhere)
+    state = jax.device_put(step.init_state(planned, 0), everywhere)
+    train_step = step.make_step(task, planned, out_shardings=everywhere)
 
     # What calling costs, by a program with the step's arrays in and out that computes nothing: of the step itself, this
     # thread computes a part, and neither its time nor the wall's would tell the two apart.
@@ -73,7 +71,7 @@ def our_fine_tuning(folder: Path, dropout: bool) -> Any:
         host = time.perf_counter() - start
         jax.block_until_ready((state, metrics))
         start = time.perf_counter()
-        state, metrics = step(state, {}, sharding.put_batch(batch, mesh))
+        state, metrics = train_step(state, {}, sharding.put_batch(batch, mesh))
         loss = float(metrics["loss"])
         jax.block_until_ready(state)
         return time.perf_counter() - start, host, loss
@@ -93,7 +91,7 @@ def arrangements(folder: Path, lengths: Sequence[int]) -> dict[str, Callable[[],
     from bert_jax import sharding, tree
     from bert_jax.data.loader import Examples, Loader, one_a_row
     from bert_jax.evaluation import measure
-    from bert_jax.training import loop
+    from bert_jax.training import optim, step
 
     size, padded = 16, 128
     random = np.random.default_rng(0)
@@ -106,18 +104,18 @@ def arrangements(folder: Path, lengths: Sequence[int]) -> dict[str, Callable[[],
         places[name] = [loader.place(n) for n in range(loader.steps_per_epoch)]
     batches = {name: [examples.batch(place) for place in found] for name, found in places.items()}
 
-    task, settings, model = classifier(folder, dropout=True)
-    planned, mesh = loop.plan(model, settings, 1000), sharding.mesh(**settings.mesh.model_dump())
+    task, model = classifier(folder, dropout=True)
+    planned, mesh = step.plan(model, optim.adamw(optim.schedule("linear", 2e-5, 1000))), sharding.mesh()
     everywhere = sharding.replicated(mesh)
-    state = jax.device_put(loop.init_state(planned, 0), everywhere)
-    step = loop.make_step(task, planned, out_shardings=everywhere)
+    state = jax.device_put(step.init_state(planned, 0), everywhere)
+    train_step = step.make_step(task, planned, out_shardings=everywhere)
     params, skeleton = tree.split(model)
     predict = measure.program(task, skeleton)
 
     def train(name: str) -> Any:
         nonlocal state
         for batch in batches[name]:
-            state, metrics = step(state, {}, sharding.put_batch(batch, mesh))
+            state, metrics = train_step(state, {}, sharding.put_batch(batch, mesh))
         return state, metrics
 
     def look(name: str) -> Any:
@@ -209,18 +207,15 @@ def our_pretraining(folder: Path, dropout: bool) -> Any:
 
     import bert_jax
     from bert_jax import sharding
-    from bert_jax.settings import Pretraining
     from bert_jax.tasks.pretraining import MaskedLanguageModeling
-    from bert_jax.training import loop
+    from bert_jax.training import optim, step
 
-    settings = Pretraining.from_dict({"task": "pretraining", "data": {"train": "-"}, "output": {"folder": "-"},
-                                      "optimizer": {"learning_rate": 4e-4}})  # fmt: skip
     rates = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = bert_jax.BertForMaskedLM.from_pretrained("bert-mini-cased", **rates)
-    planned, mesh = loop.plan(model, settings, 1000), sharding.mesh(**settings.mesh.model_dump())
+    planned, mesh = step.plan(model, optim.adamw(optim.schedule("linear", 4e-4, 1000))), sharding.mesh()
     everywhere = sharding.replicated(mesh)
-    state = jax.device_put(loop.init_state(planned, 0), everywhere)
-    step = loop.make_step(MaskedLanguageModeling(), planned, out_shardings=everywhere)
+    state = jax.device_put(step.init_state(planned, 0), everywhere)
+    train_step = step.make_step(MaskedLanguageModeling(), planned, out_shardings=everywhere)
 
     def run(rows: int, tokens: int) -> tuple[float, float, float]:
         nonlocal state
@@ -230,7 +225,7 @@ def our_pretraining(folder: Path, dropout: bool) -> Any:
             "targets": {"masked_positions": positions, "labels": labels},
         }
         start = time.perf_counter()
-        state, metrics = step(state, {}, sharding.put_batch(batch, mesh))
+        state, metrics = train_step(state, {}, sharding.put_batch(batch, mesh))
         loss = float(metrics["loss"])
         jax.block_until_ready(state)
         return time.perf_counter() - start, 0.0, loss

@@ -66,8 +66,8 @@ def test_pretraining_configs_load(path, name):
         ({"training": {"xyzzy": 1}}, "training.xyzzy: there is no such setting; expected one of epochs, max_steps, "),
         ({"model": {"lora": {"rnk": 1}}}, "model.lora.rnk: there is no such setting; did you mean rank?"),
         (
-            {"optimizer": {"rates": [{"parameters": "a", "factor": 1, "factr": 1}]}},
-            "optimizer.rates.0.factr: there is no such setting; did you mean factor?",
+            {"optimizer": {"rates": [{"parameters": "a", "factor": 1}]}},
+            "optimizer.rates: the setting is now optimizer.lr_multipliers.",
         ),
         ({"training": {"batch_size": 0}}, "training.batch_size: Input should be greater than 0, got 0"),
         ({"training": {"batch_size": 1.5}}, "training.batch_size: Input should be a valid integer"),
@@ -78,7 +78,11 @@ def test_pretraining_configs_load(path, name):
         ({"model": {"hidden_dropout_prob": 1}}, "model.hidden_dropout_prob: Input should be less than 1, got 1"),
         ({"optimizer": {"learning_rate": -1}}, "optimizer.learning_rate: Input should be greater than 0, got -1"),
         ({"optimizer": {"layer_decay": 1.1}}, "optimizer.layer_decay: Input should be less than or equal to 1"),
-        ({"optimizer": {"rates": [{"parameters": "a"}]}}, "optimizer.rates.0.factor: Field required"),
+        (
+            {"optimizer": {"lr_multipliers": {"a": -1}}},
+            "optimizer.lr_multipliers.a: Input should be greater than or equal",
+        ),
+        ({"optimizer": {"lr_multipliers": {"(": 1}}}, "no regular expression"),
         ({"schedule": {"name": "linea"}}, "schedule.name: Input should be 'linear', 'cosine'"),
         ({"mesh": {"data": -2}}, "mesh.data: Input should be greater than or equal to -1, got -2"),
         ({"task": "translation"}, "task: Input should be 'text-classification', 'token-classification' or"),
@@ -156,7 +160,7 @@ def test_overrides(tmp_path):
         "data.labels=[no, 'yes=1']".replace("no", "'no'"),
         "model.lora.rank=2",
         "model.lora.alpha=4",
-        "optimizer.rates=[{parameters: a, factor: 0.5}]",
+        "optimizer.lr_multipliers={a: 0.5}",
         "training.remat=true",
         "model.revision=a=b",
         training={"epochs": 5, "batch_size": 7},
@@ -167,7 +171,7 @@ def test_overrides(tmp_path):
     assert settings.training.remat is True
     assert settings.optimizer.learning_rate == 3e-5
     assert settings.optimizer.max_grad_norm is None
-    assert settings.optimizer.rates == (module.Rate(parameters="a", factor=0.5),)
+    assert settings.optimizer.lr_multipliers == {"a": 0.5}
     assert settings.data.labels == ("no", "yes=1")
     assert settings.model == module.Model(id="there", revision="a=b", lora=module.LoRA(rank=2, alpha=4))
 
@@ -238,7 +242,7 @@ def test_to_yaml_round_trip(tmp_path):
         | {
             "model": {"lora": {"rank": 3}, "new": [r"bert\.pooler\..*"]},
             "data": {"labels": ["größer", "no", "1"], "train": ["a.csv", "b.csv"], "problem_type": "regression"},
-            "optimizer": {"learning_rate": 3e-5, "epsilon": 1e-12, "rates": [{"parameters": "a", "factor": 0.5}]},
+            "optimizer": {"learning_rate": 3e-5, "epsilon": 1e-12, "lr_multipliers": {"a": 0.5}},
             "training": {"epochs": 0.1},
         }
     )

@@ -11,9 +11,8 @@ import bert_jax
 from bert_jax import sharding, tree
 from bert_jax.data.loader import Examples
 from bert_jax.errors import InputError
-from bert_jax.settings import Settings
 from bert_jax.tasks.sequence_classification import SequenceClassification
-from bert_jax.training import loop
+from bert_jax.training import loop, optim, step
 from bert_jax.training.checkpoint import Checkpoints
 
 LAYOUTS = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 1, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
@@ -61,25 +60,28 @@ def run(tokenizer):
         key = (packing, scan_layers, *mesh.items())
         if key in done:
             return done[key]
-        settings = Settings.from_dict({
-            "task": "text-classification", "mesh": mesh, "output": {"folder": ""}, "data": {"packing": packing},
-            "training": {"batch_size": 16}, "optimizer": {"learning_rate": 1e-3},
-        })  # fmt: skip
         model = bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0), scan_layers=scan_layers)
-        task, devices = SequenceClassification(tokenizer, config, 32), sharding.mesh(**settings.mesh.model_dump())
-        plan = loop.plan(model, settings, 10)
-        state = loop.init_state(plan, 0)
+        task, devices = SequenceClassification(tokenizer, config, 32), sharding.mesh(**mesh)
+        optimizer = optim.adamw(optim.schedule("linear", 1e-3, 10))
+        plan = step.plan(model, optimizer)
+        state = step.init_state(plan, 0)
         layout = sharding.placements(devices, state)
         state = jax.device_put(state, layout)
-        step = loop.make_step(task, plan, out_shardings=(layout, sharding.replicated(devices)))
+        train_step = step.make_step(task, plan, out_shardings=(layout, sharding.replicated(devices)))
         # The same batches for all, of rows that eight devices can share.
         eight = sharding.mesh()
-        loader = loop.make_loader(examples, model, settings, eight)
+        loader = loop.set_up(
+            model, task, examples, optimizer, batch_size=16, packing=packing, seed=42, mesh=eight
+        ).loader
         losses = []
         with jax.set_mesh(devices):
-            text = step.lower(state, plan.frozen, sharding.put_batch(loader.batch_at(0), devices)).compile().as_text()
+            text = (
+                train_step.lower(state, plan.frozen, sharding.put_batch(loader.batch_at(0), devices))
+                .compile()
+                .as_text()
+            )
             for n in range(10):
-                state, metrics = step(state, plan.frozen, sharding.put_batch(loader.batch_at(n), devices))
+                state, metrics = train_step(state, plan.frozen, sharding.put_batch(loader.batch_at(n), devices))
                 losses.append(float(metrics["loss"]))
         done[key] = losses, state, layout, text
         return done[key]

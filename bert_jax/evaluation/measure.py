@@ -75,7 +75,7 @@ def evaluate(
         examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing, multiple=multiple,
         part=sharding.part(mesh),
     )  # fmt: skip
-    remedy = "Lower training.evaluation_batch_size or data.max_length."
+    remedy = "Lower evaluation_batch_size or the length of the examples."
     collected: dict[str, Any] = {}
     total = counted = 0.0
     flying: list[tuple[Place, Any]] = []

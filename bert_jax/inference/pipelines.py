@@ -146,8 +146,7 @@ class Pipeline:
         self.max_length = max_length
         self.params, self._skeleton = tree.split(model)
         self._lengths = [*(length for length in LENGTHS if length < max_length), max_length]
-        encoder = model if isinstance(model, BertModel) else model.bert
-        packs = encoder.attention not in kernels.UNPACKED
+        packs = model.encoder.attention not in kernels.UNPACKED
         self._packed = [*(length for length in PACKED if length < max_length), max_length] if packs else []
         self._parameters = list(inspect.signature(task.request).parameters)[1:]
         self._programs: dict[Bucket, jax.stages.Compiled] = {}

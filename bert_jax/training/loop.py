@@ -1,14 +1,13 @@
 """Training: one pure, donated, compiled step, and the loop around it, a straight line."""
 
 import contextlib
-import json
 import logging
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,206 +17,52 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bert_jax import kernels, sharding, tree
-from bert_jax.data.loader import Batch, Examples, Loader, Place, Shape
+from bert_jax.data.loader import Examples, Loader, Place, Shape
 from bert_jax.errors import InputError, Interrupted, TrainingError
 from bert_jax.evaluation import measure
 from bert_jax.model import BertPreTrainedModel
-from bert_jax.settings import Pretraining, Settings
 from bert_jax.tasks.base import Objective
-from bert_jax.training import distributed, lora, memory, optim
+from bert_jax.training import distributed, memory
 from bert_jax.training.checkpoint import Checkpoints
+from bert_jax.training.log import Journal, in_words, progress_bar
+from bert_jax.training.lora import LoRA
+from bert_jax.training.step import Arrays, Plan, TrainState, init_state, make_step, plan, state_shapes
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS, METRICS, TENSORBOARD = "checkpoints", "metrics.jsonl", "tensorboard"
-LESS_MEMORY = "Lower training.batch_size or data.max_length, raise training.accumulation, or set training.remat."
+CHECKPOINTS = "checkpoints"
+LESS_MEMORY = "Lower batch_size or the length of the examples, raise accumulation, or set remat."
 LOWER_IS_BETTER = ("loss", "mse", "mlm_loss", "nsp_loss", "pseudo_perplexity")
-Arrays = dict[str, jax.Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TrainState:
-    """What a step changes.
-
-    Attributes:
-        step: int32 [], steps done.
-        params: The parameters that are trained, float32, by path; LoRA's adapters are among them.
-        opt_state: The optimizer's.
-        key: uint32 key data; the dropout of a step is drawn from it and the step's number.
-    """
-
-    step: jax.Array
-    params: Arrays
-    opt_state: optax.OptState
-    key: jax.Array
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the settings make of a model: which parameters are trained and how.
-
-    Attributes:
-        skeleton: The model's.
-        trained: Parameters by path, LoRA's adapters included.
-        frozen: Those that stay as they are.
-        rules: Of the trained ones and of the frozen.
-        optimizer: Over the trained ones.
-        schedule: Step -> learning rate.
-        steps: Of the whole run.
-        lora_scale: alpha / rank.
-    """
-
-    skeleton: tree.Skeleton
-    trained: Arrays
-    frozen: Arrays
-    rules: dict[str, optim.Rule]
-    optimizer: optax.GradientTransformation
-    schedule: Callable[[Any], jax.Array]
-    steps: int
-    lora_scale: float
-
-    def params(self, trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]) -> tree.Params:
-        """The model's parameters of the trained and the frozen ones."""
-        return tree.unflatten(lora.merge({**frozen, **trained}, self.lora_scale))
-
-
-def plan(model: BertPreTrainedModel, settings: Settings | Pretraining, steps: int) -> Plan:
-    """Sorts a model's parameters into trained and frozen ones, and makes the optimizer.
-
-    Raises:
-        InputError: If a pattern of the settings matches nothing, or nothing is left to train.
-    """
-    params, skeleton = tree.split(model)
-    flat = tree.flatten(params)
-    adapters: Arrays = {}
-    if settings.model.lora:
-        adapters = lora.init(settings.model.lora, skeleton.specs, jax.random.key(settings.training.seed))
-        whole = tree.select([settings.model.lora.trained, *settings.model.new], flat)
-        if not tree.select([settings.model.lora.trained], flat):
-            raise InputError(f"model.lora.trained is {settings.model.lora.trained!r}, which matches no parameter.")
-        rules = optim.rules(settings.optimizer, [*adapters, *whole])
-        rules |= {path: optim.Rule(False, 0.0, 0.0, ("lora",)) for path in flat if path not in rules}
-    else:
-        rules = optim.rules(settings.optimizer, flat)
-    schedule = optim.schedule(settings.schedule, settings.optimizer.learning_rate, steps)
-    every = flat | adapters
-    return Plan(
-        skeleton=skeleton,
-        trained={path: every[path] for path, rule in rules.items() if rule.trained},
-        frozen={path: every[path] for path, rule in rules.items() if not rule.trained},
-        rules=rules,
-        optimizer=optim.adamw(settings.optimizer, schedule, rules),
-        schedule=schedule,
-        steps=steps,
-        lora_scale=settings.model.lora.alpha / settings.model.lora.rank if settings.model.lora else 0.0,
-    )
-
-
-def init_state(plan: Plan, seed: int) -> TrainState:
-    """The state before the first step; its arrays are copies, for steps overwrite them."""
-    trained = {path: jnp.array(leaf, copy=True) for path, leaf in plan.trained.items()}
-    return TrainState(jnp.int32(0), trained, plan.optimizer.init(trained), jax.random.key_data(jax.random.key(seed)))
-
-
-def make_step(
-    task: Objective, plan: Plan, *, accumulation: int = 1, out_shardings: Any = None
-) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, Arrays]]:
-    """The compiled step: state, frozen parameters and batch -> the next state, and `loss` and `grad_norm`.
-
-    The loss is a mean over what counts in the whole batch, also where the batch is computed in parts. The state is
-    donated: its arrays are overwritten.
-
-    Args:
-        task: Gives the loss.
-        plan: Of the parameters.
-        accumulation: Parts that the batch is cut into; they are computed one after another.
-        out_shardings: Where the results are to live.
-    """
-
-    def mean_loss(trained: Arrays, frozen: Arrays, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return task.loss(tree.merge(plan.skeleton, plan.params(trained, frozen)), batch, key)
-
-    def total_loss(*arguments: Any) -> tuple[jax.Array, jax.Array]:
-        mean, count = mean_loss(*arguments)
-        return mean * count, count
-
-    def train_step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Arrays]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        if accumulation == 1:  # the mean's own gradient: to divide the sum's costs a pass over memory
-            (loss, _), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params, frozen, batch, key)
-        else:
-            gradient = jax.value_and_grad(total_loss, has_aux=True)
-            # Every n-th row to the n-th part, so that padding rows, which come last, are shared out.
-            parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch)
-
-            def add(sums: Any, part: Any) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, sums, gradient(state.params, frozen, *part)), None
-
-            zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.params))
-            ((total, count), gradients), _ = jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulation)))
-            count = jnp.maximum(count, 1.0)
-            loss, gradients = total / count, jax.tree.map(lambda g: g / count, gradients)
-        updates, opt_state = plan.optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
-        return TrainState(state.step + 1, params, opt_state, state.key), metrics
-
-    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
-
-
-def packing(model: BertPreTrainedModel, settings: Settings | Pretraining) -> int | None:
-    """Tokens that a row of several examples may have, as many as the model has positions; None without packing."""
-    return model.config.max_position_embeddings if settings.data.packing else None
-
-
-def multiple(settings: Settings | Pretraining) -> int:
-    """What the tokens of a row have to be a multiple of."""
-    return kernels.SPLASH_BLOCK if settings.model.attention == "splash" else 1
-
-
-def make_loader(
-    examples: Examples, model: BertPreTrainedModel, settings: Settings | Pretraining, mesh: jax.sharding.Mesh
-) -> Loader:
-    """The batches of a run."""
-    return Loader(
-        examples,
-        settings.training.batch_size,
-        seed=settings.training.seed,
-        share=settings.training.accumulation * sharding.share(mesh),
-        packing=packing(model, settings),
-        multiple=multiple(settings),
-        part=sharding.part(mesh),
-    )
 
 
 class Run(NamedTuple):
-    """What a run's steps are made of, on devices that are there or not.
+    """What the steps of a run are made of, on devices that are there or not.
 
     Attributes:
         mesh: The devices.
+        task: Gives the loss and the metrics.
         loader: The batches.
-        steps: Of the whole run.
-        plan: Of the parameters.
+        plan: The parameters and the optimizer.
         layout: Where the state lives: a `TrainState` of shardings.
         step: The compiled step, see `make_step`.
+        metric: Chooses the best parameters.
     """
 
     mesh: jax.sharding.Mesh
+    task: Objective
     loader: Loader
-    steps: int
     plan: Plan
     layout: TrainState
     step: Any
+    metric: str
 
     def trace(self, shape: Shape) -> jax.stages.Traced:
         """The step on a batch of some shape, for a compiler; needs no more of the devices than their description."""
         plan, examples = self.plan, self.loader.examples
         place = Place(np.zeros(0, int), np.zeros(0, int), shape)  # of padding alone
-        state = sharding.abstract(_state_shapes(plan), self.layout)
+        state = sharding.abstract(state_shapes(plan), self.layout)
         frozen = sharding.abstract(plan.frozen, sharding.placements(self.mesh, plan.frozen))
         batch = sharding.abstract(examples.batch(place), sharding.by_row(self.mesh))
         with jax.set_mesh(self.mesh):
@@ -226,57 +71,62 @@ class Run(NamedTuple):
 
 
 def set_up(
-    task: Objective,
     model: BertPreTrainedModel,
+    task: Objective,
     examples: Examples,
-    settings: Settings | Pretraining,
-    devices: Sequence[Any] | None = None,
+    optimizer: optax.GradientTransformation,
+    *,
+    batch_size: int = 32,
+    accumulation: int = 1,
+    packing: bool = True,
+    trainable: Sequence[str] | None = None,
+    lora: LoRA | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    seed: int = 0,
+    metric: str | None = None,
 ) -> Run:
-    """Makes what `train` runs, for the devices of all processes or for those given.
+    """Makes what `train` runs; the arguments are those of `train`.
 
     Raises:
-        InputError: If the settings do not fit the model or the devices.
+        InputError: If the arguments do not fit the model or the devices.
     """
-    options = settings.training
-    if options.metric not in (None, "loss", *task.metrics):
-        raise InputError(f"training.metric is {options.metric!r}; this task has loss, {', '.join(task.metrics)}.")
-    mesh = sharding.mesh(**settings.mesh.model_dump(), devices=devices)
+    if metric not in (None, "loss", *task.metrics):
+        raise InputError(f"metric is {metric!r}; this task has loss, {', '.join(task.metrics)}.")
+    mesh = mesh or sharding.mesh()
     sharding.check(mesh, model.config)
     kernels.check(
-        settings.model.attention,
+        model.encoder.attention,
         platform=mesh.devices.flat[0].platform,
-        compute_dtype=settings.precision.compute_dtype,
-        packed=settings.data.packing,
+        compute_dtype=model.encoder.compute_dtype,
+        packed=packing,
     )
-    kernels.check_dropout(settings.model.attention, model.config.attention_probs_dropout_prob)
-    loader = make_loader(examples, model, settings, mesh)
-    steps = options.max_steps or math.ceil(options.epochs * loader.steps_per_epoch)
-    planned = plan(model, settings, steps)
-    layout = sharding.placements(mesh, _state_shapes(planned))
-    step = make_step(
-        task, planned, accumulation=options.accumulation, out_shardings=(layout, sharding.replicated(mesh))
+    kernels.check_dropout(model.encoder.attention, model.config.attention_probs_dropout_prob)
+    loader = Loader(
+        examples,
+        batch_size,
+        seed=seed,
+        share=accumulation * sharding.share(mesh),
+        packing=model.config.max_position_embeddings if packing else None,
+        multiple=kernels.multiple(model.encoder.attention),
+        part=sharding.part(mesh),
     )
-    return Run(mesh, loader, steps, planned, layout, step)
-
-
-def _state_shapes(plan: Plan) -> TrainState:
-    def state(trained: Arrays) -> TrainState:
-        return init_state(replace(plan, trained=trained), 0)
-
-    return jax.eval_shape(state, plan.trained)
+    planned = plan(model, optimizer, trainable=trainable, lora=lora, seed=seed)
+    layout = sharding.placements(mesh, state_shapes(planned))
+    step = make_step(task, planned, accumulation=accumulation, out_shardings=(layout, sharding.replicated(mesh)))
+    return Run(mesh, task, loader, planned, layout, step, metric or task.metrics[0])
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training gives.
+    """The result of training.
 
     Attributes:
-        model: With the parameters of the best checkpoint, or the last where there is no validation.
+        model: The model with the parameters of the best evaluation, or the last ones without validation.
         trained: The trained parameters by path, adapters not merged.
-        step: Steps of that checkpoint.
-        steps: Steps done in all.
-        metrics: Of validation at that checkpoint.
-        outputs: And what `Objective.outputs` returned there; None if an earlier process did that evaluation.
+        step: Number of steps after which these parameters were reached.
+        steps: Number of steps done in all.
+        metrics: The metrics of validation after that step.
+        outputs: What `Objective.outputs` returned in that evaluation; None if an earlier process did it.
     """
 
     model: BertPreTrainedModel
@@ -288,50 +138,118 @@ class Trained:
 
 
 def train(
-    task: Objective,
     model: BertPreTrainedModel,
+    task: Objective,
     examples: Examples,
-    validation: Examples | None,
-    settings: Settings | Pretraining,
+    optimizer: optax.GradientTransformation,
     *,
+    steps: int,
+    batch_size: int = 32,
+    accumulation: int = 1,
+    packing: bool = True,
+    trainable: Sequence[str] | None = None,
+    lora: LoRA | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    seed: int = 0,
+    validation: Examples | None = None,
+    evaluate_every: int | None = None,
+    evaluation_batch_size: int = 64,
+    metric: str | None = None,
+    patience: int | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    save_every: int | None = None,
+    keep: int = 1,
+    log_every: int = 10,
+    schedule: optax.Schedule | None = None,
+    tensorboard: bool = False,
     console: Console | None = None,
 ) -> Trained:
-    """Trains a model; where the settings' folder has checkpoints, goes on from the newest.
+    """Trains a model.
+
+        optimizer = optim.adamw(2e-5)  # or any optax transformation
+        result = bert_jax.train(model, task, task.featurize(rows), optimizer, steps=500)
+        result.model.save_pretrained("mine")
+
+    If `folder` has checkpoints, the run resumes from the newest, and its result is byte-identical to that of an
+    uninterrupted run.
 
     Args:
-        task: Gives loss and metrics.
-        model: What to start from; is left as it is.
+        model: What to start from; it is not changed.
+        task: Gives the loss and the metrics.
         examples: To learn from.
-        validation: To choose the best checkpoint by, or None.
-        settings: Of the run.
-        console: Where progress is shown; nowhere by default.
+        optimizer: An optax transformation over a flat dict of parameters by path.
+        steps: Number of steps of the whole run.
+        batch_size: Examples per step, over all devices.
+        accumulation: Parts that the examples of a step are computed in, one after another, to save memory.
+        packing: Lays several examples into a row, each attending to itself only.
+        trainable: Regular expressions of the paths of the parameters to train; None for all or, with `lora`, for the
+            adapters only.
+        lora: Trains low-rank adapters beside `trainable`.
+        mesh: The devices, from `sharding.mesh`; all of them by default.
+        seed: The order of examples, the adapters and dropout are drawn from it.
+        validation: Examples to choose the best parameters by.
+        evaluate_every: Steps between evaluations; an epoch by default.
+        evaluation_batch_size: Examples per batch of an evaluation.
+        metric: Chooses the best parameters; the first of the task by default. A loss is better if lower.
+        patience: Stops after this number of evaluations without a better metric.
+        folder: Where checkpoints and the journal are written; None trains without writing a file.
+        save_every: Steps between checkpoints, beside those of evaluations.
+        keep: Number of the latest checkpoints to keep, beside the best.
+        log_every: Steps between lines of the journal.
+        schedule: The learning rate by step, which the journal notes.
+        tensorboard: Writes events for TensorBoard too.
+        console: Shows the progress; nothing by default.
 
     Raises:
-        InputError: If the settings do not fit the model or the devices.
-        TrainingError: If the loss is not finite any more; names step and examples.
-        Interrupted: After Ctrl-C or SIGTERM; the state is saved, and the same call goes on.
+        InputError: If the arguments do not fit the model, the task, the devices or the folder.
+        TrainingError: If the loss is not finite; names the step and its examples.
+        Interrupted: After Ctrl-C or SIGTERM, if there is a folder. The state is saved, and the same call resumes.
         CheckpointError: If a checkpoint cannot be written or read.
     """
-    options, folder = settings.training, Path(settings.output.folder)
-    console = console or Console(quiet=True)
-    metric = options.metric or task.metrics[0]
+    run = set_up(
+        model, task, examples, optimizer, batch_size=batch_size, accumulation=accumulation, packing=packing,
+        trainable=trainable, lora=lora, mesh=mesh, seed=seed, metric=metric,
+    )  # fmt: skip
+    return fit(
+        run, steps=steps, validation=validation, evaluate_every=evaluate_every,
+        evaluation_batch_size=evaluation_batch_size, patience=patience, folder=folder,
+        save_every=save_every, keep=keep, log_every=log_every, schedule=schedule, tensorboard=tensorboard,
+        console=console,
+    )  # fmt: skip
 
+
+def fit(
+    run: Run,
+    *,
+    steps: int,
+    validation: Examples | None = None,
+    evaluate_every: int | None = None,
+    evaluation_batch_size: int = 64,
+    patience: int | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    save_every: int | None = None,
+    keep: int = 1,
+    log_every: int = 10,
+    schedule: optax.Schedule | None = None,
+    tensorboard: bool = False,
+    console: Console | None = None,
+) -> Trained:
+    """Carries out a run; see `train`, whose arguments these are."""
+    console, folder = console or Console(quiet=True), None if folder is None else Path(folder)
     # ── Devices, parameters, programs ────────────────────────────────────────────────────────────────────────────────
-    run = set_up(task, model, examples, settings)
-    mesh, loader, steps, planned, layout, _ = run
+    mesh, task, loader, planned, layout, _, metric = run
+    examples = loader.examples
     programs: dict[Shape, jax.stages.Compiled] = {}
-    for path, rule in planned.rules.items():
-        logger.info("%s: %s", path, rule)
-    state = sharding.put(init_state(planned, options.seed), layout)
+    state = sharding.put(init_state(planned, loader.seed), layout)
     frozen = sharding.put(planned.frozen, sharding.placements(mesh, planned.frozen))
     evaluate_batch = measure.program(task, planned.skeleton)
     combine: Any = planned.params
-    if settings.model.lora:  # without it there is nothing to compute, and a program would copy all parameters
+    if planned.lora:  # without it there is nothing to compute, and a program would copy all parameters
         whole = tree.unflatten(sharding.placements(mesh, dict(planned.skeleton.specs)))
         combine = jax.jit(planned.params, out_shardings=whole)
 
     # ── Where the run stands ─────────────────────────────────────────────────────────────────────────────────────────
-    checkpoints = Checkpoints(folder / CHECKPOINTS, options.keep)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, keep) if folder else None
     progress: dict[str, Any] = {
         "examples": examples.digest(),
         "best": None,
@@ -339,23 +257,24 @@ def train(
         "lines": [],  # metrics of the steps since the journal's last line
     }
     start = 0
-    if restored := checkpoints.restore(state):
+    if checkpoints and (restored := checkpoints.restore(state)):
         start, state, before = restored
         if before.get("examples") != progress["examples"]:
             raise InputError(
-                f"The training examples are not those that the run in {folder} began with. Go on with those, or take "
-                "another output.folder."
+                f"The training examples are not those that the run in {folder} began with. Resume with those, or use "
+                "another folder."
             )
         progress |= before
-        console.print(f"going on from step {start} of {steps}")
-    journal = Journal(folder, start, tensorboard=settings.output.tensorboard) if distributed.first() else None
-    every = options.evaluate_every or loader.steps_per_epoch
+        console.print(f"resuming at step {start} of {steps}")
+    journal = Journal(folder, start, tensorboard=tensorboard) if folder and distributed.first() else None
+    every = evaluate_every or loader.steps_per_epoch
 
     # ── The steps ────────────────────────────────────────────────────────────────────────────────────────────────────
     step = start
-    flying: list[tuple[int, Arrays]] = []
+    in_flight: list[tuple[int, Arrays]] = []
     lines: list[dict[str, float]] = progress["lines"]
     outputs: Mapping[str, Any] | None = None  # of the best evaluation
+    best_params: Arrays | None = None  # without a folder, which has a checkpoint of them
     seen, since = 0, time.perf_counter()
 
     def take_in(n: int, metrics: Arrays) -> str | None:
@@ -368,25 +287,27 @@ def train(
             raise TrainingError(
                 f"The loss of step {n} is {values['loss']}, on the examples in rows "
                 f"{', '.join(map(str, examples.rows(place.indices)))} of the training data. "
-                "A lower optimizer.learning_rate or a longer warm-up may help; checkpoints before that step stand."
+                "A lower learning rate or a longer warm-up may help; checkpoints before that step remain."
             )
         lines.append(values)
         seen += len(place.indices)
-        if n % options.log_every and n != steps:
+        if n % log_every and n != steps:
             return None
         now = time.perf_counter()  # once: what follows waits for the step in flight, which would be nobody's time
         rate, seen, since = seen / (now - since), 0, now
-        learning_rate = float(planned.schedule(n - 1))
         means = {name: float(np.mean([line[name] for line in lines])) for name in values}
+        learning_rate = {} if schedule is None else {"learning_rate": float(schedule(n - 1))}
         if journal:
-            journal.write(n, {"epoch": n / loader.steps_per_epoch, **means, "learning_rate": learning_rate,
+            journal.write(n, {"epoch": n / loader.steps_per_epoch, **means, **learning_rate,
                               "examples_per_second": rate})  # fmt: skip
         lines.clear()
-        return f"loss {means['loss']:.4f}  rate {learning_rate:.1e}  {rate:.0f} examples/s"
+        shown = "".join(f"  rate {value:.1e}" for value in learning_rate.values())
+        return f"loss {means['loss']:.4f}{shown}  {rate:.0f} examples/s"
 
-    with _signals(console) as received, _progress_bar(console, start, steps) as show, jax.set_mesh(mesh):
+    asked = _signals(console) if folder else contextlib.nullcontext([])
+    with asked as received, progress_bar(console, start, steps) as show, jax.set_mesh(mesh):
         for batch in loader.batches(start, steps):
-            if _finished(progress, options.patience):
+            if _finished(progress, patience):
                 break
             shape = loader.place(step).shape
             with measure.out_of_memory(shape, LESS_MEMORY):
@@ -395,13 +316,13 @@ def train(
                     memory.release()
                 state, metrics = programs[shape](state, frozen, sharding.put_batch(batch, mesh))
             step += 1
-            flying.append((step, metrics))
+            in_flight.append((step, metrics))
             stopping = bool(received) or distributed.asked_to_stop(step)
             evaluate_now = step % every == 0 or step == steps
-            save_now = evaluate_now or stopping or bool(options.save_every and step % options.save_every == 0)
+            save_now = evaluate_now or stopping or bool(save_every and step % save_every == 0)
             # The loss of the step before: waiting for this one's would leave the device idle meanwhile.
-            while flying and (len(flying) > 1 or save_now):
-                show(step, take_in(*flying.pop(0)))
+            while in_flight and (len(in_flight) > 1 or save_now):
+                show(step, take_in(*in_flight.pop(0)))
             score = None
             if validation is not None and evaluate_now:
                 paused = time.perf_counter()
@@ -412,20 +333,22 @@ def train(
                     evaluate_batch,
                     params,
                     validation,
-                    batch_size=options.evaluation_batch_size,
+                    batch_size=evaluation_batch_size,
                     packing=loader.packing,
                     multiple=loader.multiple,
                     mesh=mesh,
                 )
                 score = _note_best(progress, step, result.metrics, metric)
-                outputs = outputs if score is None else result.outputs
+                if score is not None:
+                    outputs = result.outputs
+                    best_params = None if folder else jax.tree.map(jnp.copy, state.params)
                 if journal:
                     journal.write(step, {"validation": result.metrics})
                 console.print(
                     f"step {step}: {in_words(result.metrics)}{'  (best)' if score is not None else ''}", soft_wrap=True
                 )
                 since += time.perf_counter() - paused
-            if save_now:
+            if save_now and checkpoints:
                 memory.release()
                 checkpoints.save(step, state, progress, score)
                 memory.release()
@@ -435,12 +358,15 @@ def train(
     # ── The best ─────────────────────────────────────────────────────────────────────────────────────────────────────
     best = progress["best"] or {"step": step, "metrics": {}}
     if best["step"] != step:
-        if restored := checkpoints.restore(state, best["step"]):
+        if best_params is not None:
+            state = replace(state, params=best_params)
+        elif checkpoints and (restored := checkpoints.restore(state, best["step"])):
             state = restored[1]
         else:
-            console.print(f"the best checkpoint, of step {best['step']}, is damaged; the last one takes its place")
+            console.print(f"the best checkpoint, of step {best['step']}, is damaged; the last one is used instead")
             best, outputs = {"step": step, "metrics": {}}, None
-    checkpoints.close()
+    if checkpoints:
+        checkpoints.close()
     if journal:
         journal.close()
     params, trained = jax.device_put((combine(state.params, frozen), state.params), sharding.replicated(mesh))
@@ -464,60 +390,6 @@ def _finished(progress: dict[str, Any], patience: int | None) -> bool:
     return patience is not None and progress["evaluations_without_better"] >= patience
 
 
-def in_words(metrics: Mapping[str, Any]) -> str:
-    """The numbers of some metrics, on a line; f1 of two labels says of which one it is."""
-    of = {"f1": f" of {metrics['f1_label']}"} if "f1_label" in metrics else {}
-    return "  ".join(
-        f"{name}{of.get(name, '')} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)
-    )
-
-
-class Journal:
-    """The metrics of a run by step: a line of JSON each, and events for TensorBoard.
-
-    Args:
-        folder: Of the run.
-        start: Steps done; what an earlier process wrote of later ones is dropped, for they come again.
-        tensorboard: Whether to write events.
-    """
-
-    def __init__(self, folder: Path, start: int, *, tensorboard: bool):
-        path = folder / METRICS
-        kept = [line for line in read_journal(path) if line["step"] <= start]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-        self._events: Any = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1 if start else None)
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes values, of which there may be trees."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        if self._events:
-            for name, value in tree.flatten(values).items():
-                if isinstance(value, float):
-                    self._events.add_scalar(name.replace(".", "/"), value, step)
-            self._events.flush()
-
-    def close(self) -> None:
-        """Ends the files."""
-        self._file.close()
-        if self._events:
-            self._events.close()
-
-
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; one that a kill cut off is dropped."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
-
-
 @contextlib.contextmanager
 def _signals(console: Console) -> Iterator[list[int]]:
     """The list that Ctrl-C and SIGTERM put their number in; a third one ends the process as ever, saved or not.
@@ -534,10 +406,12 @@ def _signals(console: Console) -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         if received:
-            console.print("still saving; once more ends the run at once, and it goes on from the checkpoint before")
+            console.print(
+                "still saving; a third signal ends the run at once, and it resumes from the previous checkpoint"
+            )
             signal.signal(number, before[signal.Signals(number)])
         elif alone:
-            console.print("stopping after this step, which is saved")
+            console.print("stopping after this step; its state is saved")
             received.append(number)
         else:
             signal.signal(number, before[signal.Signals(number)])
@@ -550,18 +424,3 @@ def _signals(console: Console) -> Iterator[list[int]]:
     finally:
         for asked, handler in before.items():
             signal.signal(asked, handler)
-
-
-@contextlib.contextmanager
-def _progress_bar(console: Console, start: int, steps: int) -> Iterator[Callable[[int, str | None], None]]:
-    columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-               TimeRemainingColumn()]  # fmt: skip
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=steps, completed=start, text="")
-
-        def show(step: int, text: str | None) -> None:
-            bar.update(task, completed=step)
-            if text is not None:
-                bar.update(task, text=text)
-
-        yield show

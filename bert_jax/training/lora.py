@@ -1,12 +1,13 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685): low-rank adapters beside frozen weights, as plain arrays by path.
 
-The network knows nothing of them: W + alpha / rank · B A is made where parameters meet the model, and a gradient
-reaches A and B through it. Saved apart, they are files of Hugging Face's `peft`.
+The network does not depend on them. W + alpha / rank · B A is computed when parameters are put into the model, and
+gradients flow through it to A and B. Adapters are saved separately, in the format of Hugging Face's `peft`.
 """
 
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from bert_jax import tree, weights
 from bert_jax.errors import CheckpointError, InputError, quoted
 from bert_jax.hub import read_json, replacing
 from bert_jax.model import BertPreTrainedModel
-from bert_jax.settings import LoRA
 
 # Fields of peft's LoraConfig (0.19) that say where adapters are, how they were trained, or where they come from, and so
 # do not change what stored ones stand for. Any other field is refused where it is set, those of later versions too.
@@ -36,11 +36,31 @@ _INITS = (True, False, "gaussian", "eva", "orthogonal")
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def init(settings: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) -> dict[str, jax.Array]:
+@dataclass(frozen=True)
+class LoRA:
+    """Which weights get adapters, and of which size.
+
+    Attributes:
+        rank: Rows of A and columns of B.
+        alpha: The product B A is scaled by alpha / rank.
+        targets: Regular expression of the paths of the weights that get adapters.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str = r"bert\.layers\.\d+\.attention\.(query|value)\.weight"
+
+    @property
+    def scale(self) -> float:
+        """The factor of the product B A."""
+        return self.alpha / self.rank
+
+
+def init(lora: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) -> dict[str, jax.Array]:
     """New adapters: A drawn as `peft` draws it, uniform in ±1/√in, and B zero, so that nothing changes at first.
 
     Args:
-        settings: Rank, and which weights.
+        lora: The rank, and which weights get adapters.
         specs: The model's parameters by path.
         key: PRNG key.
 
@@ -50,17 +70,17 @@ def init(settings: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Arr
     Raises:
         InputError: If no weight matches, or what matches is no matrix of a linear layer.
     """
-    targets = tree.select([settings.targets], specs)
+    targets = tree.select([lora.targets], specs)
     if not targets:
-        raise InputError(f"model.lora.targets {settings.targets!r} matches no parameter; one is {next(iter(specs))}.")
+        raise InputError(f"lora.targets {lora.targets!r} matches no parameter; one is {next(iter(specs))}.")
     adapters: dict[str, jax.Array] = {}
     for i, path in enumerate(targets):
         if specs[path].ndim != 2 or "embeddings" in path:
-            raise InputError(f"model.lora.targets matches {path}, which is not the weight of a linear layer.")
+            raise InputError(f"lora.targets matches {path}, which is not the weight of a linear layer.")
         out, into = specs[path].shape
         name, bound = path.removesuffix(".weight"), into**-0.5
-        a = jax.random.uniform(jax.random.fold_in(key, i), (settings.rank, into), jnp.float32, -bound, bound)
-        adapters |= {f"{name}.lora_A": a, f"{name}.lora_B": jnp.zeros((out, settings.rank), jnp.float32)}
+        a = jax.random.uniform(jax.random.fold_in(key, i), (lora.rank, into), jnp.float32, -bound, bound)
+        adapters |= {f"{name}.lora_A": a, f"{name}.lora_B": jnp.zeros((out, lora.rank), jnp.float32)}
     return adapters
 
 
@@ -75,13 +95,13 @@ def merge(params: Mapping[str, jax.Array], scale: float) -> dict[str, jax.Array]
     return merged
 
 
-def save_adapters(folder: Path, params: Mapping[str, Any], settings: LoRA, base: str, task_type: str) -> None:
+def save_adapters(folder: Path, params: Mapping[str, Any], lora: LoRA, base: str, task_type: str) -> None:
     """Writes adapters, and the parameters that were trained in full, in peft's format.
 
     Args:
         folder: Created if it does not exist.
         params: Trained parameters by path.
-        settings: The LoRA settings of the run.
+        lora: Rank and alpha of the adapters.
         base: The model that they belong to.
         task_type: By peft's name: SEQ_CLS, TOKEN_CLS, QUESTION_ANS.
 
@@ -99,8 +119,8 @@ def save_adapters(folder: Path, params: Mapping[str, Any], settings: LoRA, base:
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base,
-        "r": settings.rank,
-        "lora_alpha": settings.alpha,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(modules),

@@ -1,135 +1,220 @@
-"""BERT's optimizer: AdamW by rules over parameter paths, and the learning rate's schedules."""
+"""Optimizers over parameters by path, BERT's AdamW first, and the learning-rate schedules of transformers.
+
+    optimizer = optim.adamw(optim.schedule("linear", 2e-5, steps=500, warmup_ratio=0.1), weight_decay=0.01)
+
+`bert_jax.train` takes any `optax.GradientTransformation`. Those made here also decide by a parameter's path: which
+parameters decay, and by what their learning rate is multiplied.
+"""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from bert_jax.errors import InputError
-from bert_jax.settings import Optimizer, Schedule
+
+NO_DECAY = (r".*\bbias", r".*norm\.weight")
+"""Patterns of the parameters without weight decay by default: biases, and the weights of LayerNorm."""
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a parameter is treated.
+    """How a parameter is updated.
 
     Attributes:
-        trained: False leaves it as it is.
-        weight_decay: Decoupled, times the learning rate.
-        factor: Of the learning rate.
-        reasons: The patterns that say so.
+        weight_decay: Decoupled weight decay; it is multiplied by the learning rate.
+        lr_multiplier: Multiplies the learning rate.
+        reasons: The patterns that decided.
     """
 
-    trained: bool
     weight_decay: float
-    factor: float
+    lr_multiplier: float
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
-        if not self.trained:
-            what = "frozen"
-        else:
-            rate = "" if self.factor == 1 else f", learning rate × {self.factor:.4g}"
-            what = f"weight decay {self.weight_decay:g}{rate}"
+        rate = "" if self.lr_multiplier == 1 else f", learning rate × {self.lr_multiplier:.4g}"
+        what = f"weight decay {self.weight_decay:g}{rate}"
         return f"{what} ({'; '.join(self.reasons)})" if self.reasons else what
 
 
-def rules(settings: Optimizer, paths: Iterable[str]) -> dict[str, Rule]:
-    """Which rule takes which parameter; of each list of patterns the first match counts.
+def rules(
+    paths: Iterable[str],
+    *,
+    weight_decay: float = 0.0,
+    no_decay: Sequence[str] = NO_DECAY,
+    lr_multipliers: Mapping[str, float] | None = None,
+    layer_decay: float = 1.0,
+) -> dict[str, Rule]:
+    """The rule of each parameter. Patterns are regular expressions of whole paths; the first match counts.
+
+    Args:
+        paths: The paths of the parameters, `bert.layers.0.attention.query.weight`.
+        weight_decay: Weight decay of all parameters that `no_decay` does not match.
+        no_decay: Patterns of the parameters without weight decay.
+        lr_multipliers: Pattern -> factor of the learning rate.
+        layer_decay: Factor of the learning rate from each layer to the one below, with the embeddings below the lowest
+            layer (Howard & Ruder 2018, section 3.2). `lr_multipliers` takes precedence.
 
     Raises:
-        InputError: If a pattern matches nothing, or nothing is left to train.
+        InputError: If a pattern matches no parameter. The default of `no_decay` need not match.
     """
-    paths = list(paths)
+    paths, lr_multipliers = list(paths), lr_multipliers or {}
     layers = 1 + max((int(match[1]) for path in paths if (match := re.search(r"\blayers\.(\d+)\.", path))), default=-1)
-    rates = [rate.parameters for rate in settings.rates]
-    no_decay = set(settings.no_decay) - set(Optimizer().no_decay)  # the defaults may: LoRA's are no biases
-    for name, patterns in [("frozen", settings.frozen), ("rates", rates), ("no_decay", no_decay)]:
-        for pattern in patterns:
-            if not _first([pattern], *paths):
-                raise InputError(
-                    f"optimizer.{name} has {pattern!r}, which matches no parameter; expected a regular expression of "
-                    f"whole paths, {re.escape(paths[0].rpartition('.')[0])}.* for {paths[0]} and the like."
-                )
+    for name, patterns in [("lr_multipliers", lr_multipliers), ("no_decay", set(no_decay) - set(NO_DECAY))]:
+        check_patterns(name, patterns, paths)
     found = {}
     for path in paths:
-        reasons = []
-        if frozen := _first(settings.frozen, path):
-            found[path] = Rule(False, 0.0, 0.0, (f"frozen: {frozen}",))
-            continue
-        decay = settings.weight_decay
-        if without := _first(settings.no_decay, path):
-            decay, reasons = 0.0, [f"no_decay: {without}"]
-        factor = 1.0
-        if rate := _first(rates, path):
-            factor = settings.rates[rates.index(rate)].factor
-            reasons.append(f"rates: {rate}")
-        elif settings.layer_decay < 1:
-            factor = settings.layer_decay ** _layers_above(path, layers)
+        decay, multiplier, reasons = weight_decay, 1.0, []
+        if pattern := _first(no_decay, path):
+            decay, reasons = 0.0, [f"no_decay: {pattern}"]
+        if pattern := _first(lr_multipliers, path):
+            multiplier = lr_multipliers[pattern]
+            reasons.append(f"lr_multipliers: {pattern}")
+        elif layer_decay < 1:
+            multiplier = layer_decay ** _layers_above(path, layers)
             reasons.append("layer_decay")
-        found[path] = Rule(True, decay, factor, tuple(reasons))
-    if not any(rule.trained for rule in found.values()):
-        raise InputError("optimizer.frozen matches all parameters; nothing is left to train.")
+        found[path] = Rule(decay, multiplier, tuple(reasons))
     return found
 
 
-def _first(patterns: Iterable[str], *paths: str) -> str | None:
-    return next((pattern for pattern in patterns for path in paths if re.fullmatch(pattern, path)), None)
+def check_patterns(name: str, patterns: Iterable[str], paths: Sequence[str]) -> None:
+    """Raises `InputError` if one of the patterns matches none of the paths."""
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, path) for path in paths):
+            raise InputError(
+                f"{name} has {pattern!r}, which matches no parameter; expected a regular expression of whole paths, "
+                f"{re.escape(paths[0].rpartition('.')[0])}.* for {paths[0]} and the like."
+            )
+
+
+def _first(patterns: Iterable[str], path: str) -> str | None:
+    return next((pattern for pattern in patterns if re.fullmatch(pattern, path)), None)
 
 
 def _layers_above(path: str, layers: int) -> int:
-    """How far below the head: the top layer is 1, the embeddings are one below the lowest layer."""
+    """How far a parameter is below the head: the top layer is 1, the embeddings are one below the lowest layer."""
     if match := re.search(r"\blayers\.(\d+)\.", path):
         return layers - int(match[1])
     return layers + 1 if ".embeddings." in path else 0
 
 
 def adamw(
-    settings: Optimizer, schedule: Callable[[jax.Array], jax.Array], by_path: Mapping[str, Rule]
+    learning_rate: float | optax.Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    bias_correction: bool = True,
+    weight_decay: float = 0.0,
+    no_decay: Sequence[str] = NO_DECAY,
+    lr_multipliers: Mapping[str, float] | None = None,
+    layer_decay: float = 1.0,
+    max_grad_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over a flat dict of parameters by path.
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), with rules by path.
 
     The gradients are clipped by their global norm, m and v follow Kingma & Ba (2015), and
 
-        w <- w - schedule(step) · factor · (m̂ / (√v̂ + epsilon) + weight_decay · w)
+        w <- w - learning_rate(step) · lr_multiplier · (m̂ / (√v̂ + eps) + weight_decay · w)
 
-    where m̂ and v̂ are corrected for their start at zero or, with `bias_correction: false`, are m and v themselves, as
-    in google-research/bert optimization.py.
+    where m̂ and v̂ are m and v, corrected for their start at zero if `bias_correction` is set.
 
     Args:
-        settings: Rates.
-        schedule: Step -> learning rate.
-        by_path: From `rules`; those of trained parameters are read.
+        learning_rate: A number, or a function of the step.
+        b1: Decay of the mean of the gradients.
+        b2: Decay of the mean of the squared gradients.
+        eps: Added to the root of the mean of the squared gradients (BERT's own: 1e-6).
+        bias_correction: False is google-research/bert's optimization.py. On small data sets, keep it on (Zhang et al.
+            2020, Mosbach et al. 2020).
+        weight_decay: See `rules`.
+        no_decay: See `rules`.
+        lr_multipliers: See `rules`.
+        layer_decay: See `rules`.
+        max_grad_norm: Global norm that the gradients are scaled down to; None for no limit.
     """
-
-    def decay_and_scale(updates: dict[str, jax.Array], params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {
-            path: by_path[path].factor * (update + by_path[path].weight_decay * params[path])
-            for path, update in updates.items()
-        }
-
-    adam = optax.scale_by_adam if settings.bias_correction else scale_by_uncorrected_adam
-
-    def clip(updates: dict[str, jax.Array], params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        # One factor for all, which XLA multiplies in where the gradients are read; optax.clip_by_global_norm divides,
-        # and a quotient that is read twice costs a pass over memory to keep.
-        factor = jnp.minimum(1.0, settings.max_grad_norm / (optax.tree.norm(updates) + 1e-6))
-        return jax.tree.map(lambda g: g * factor, updates)
-
-    steps = [] if settings.max_grad_norm is None else [optax.stateless(clip)]
-    return optax.chain(
-        *steps,
-        adam(settings.beta1, settings.beta2, settings.epsilon),
-        optax.stateless(decay_and_scale),
-        optax.scale_by_learning_rate(schedule),
+    adam = optax.scale_by_adam(b1, b2, eps) if bias_correction else scale_by_uncorrected_adam(b1, b2, eps)
+    return by_path(
+        adam,
+        learning_rate,
+        weight_decay=weight_decay,
+        no_decay=no_decay,
+        lr_multipliers=lr_multipliers,
+        layer_decay=layer_decay,
+        max_grad_norm=max_grad_norm,
     )
 
 
+def by_path(
+    transform: optax.GradientTransformation,
+    learning_rate: float | optax.Schedule,
+    *,
+    weight_decay: float = 0.0,
+    no_decay: Sequence[str] = NO_DECAY,
+    lr_multipliers: Mapping[str, float] | None = None,
+    layer_decay: float = 1.0,
+    max_grad_norm: float | None = 1.0,
+    trust_ratio: bool = False,
+) -> optax.GradientTransformation:
+    """Puts clipping before a transformation of gradients, and weight decay and the learning rate after it.
+
+    Args:
+        transform: `optax.scale_by_adam()`, `optax.scale_by_lion()`, …
+        learning_rate: A number, or a function of the step.
+        weight_decay: See `rules`.
+        no_decay: See `rules`.
+        lr_multipliers: See `rules`.
+        layer_decay: See `rules`.
+        max_grad_norm: Global norm that the gradients are scaled down to; None for no limit.
+        trust_ratio: Scales the update of each parameter by the ratio of the norms of parameter and update, as LAMB does
+            (You et al. 2020, arXiv:1904.00962).
+    """
+
+    def by_parameter(params: optax.Params) -> dict[str, Rule]:
+        paths = [_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+        return rules(
+            paths, weight_decay=weight_decay, no_decay=no_decay, lr_multipliers=lr_multipliers, layer_decay=layer_decay
+        )
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        by_parameter(params)  # so that a pattern without a match is refused before the first step
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        found = by_parameter(params)
+        updates = jax.tree_util.tree_map_with_path(
+            lambda keys, u, w: u + found[_path(keys)].weight_decay * w, updates, params
+        )
+        if trust_ratio:
+            updates, _ = optax.scale_by_trust_ratio().update(updates, optax.ScaleByTrustRatioState(), params)
+        return jax.tree_util.tree_map_with_path(lambda keys, u: found[_path(keys)].lr_multiplier * u, updates), state
+
+    def clip(updates: optax.Updates, params: optax.Params) -> optax.Updates:
+        # One factor for all, which XLA multiplies in where the gradients are read; optax.clip_by_global_norm divides,
+        # and a quotient that is read twice costs a pass over memory to keep.
+        factor = jnp.minimum(1.0, max_grad_norm / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda g: g * factor, updates)
+
+    return optax.chain(
+        *([] if max_grad_norm is None else [optax.stateless(clip)]),
+        transform,
+        optax.GradientTransformation(init, update),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _path(keys: Any) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator=".")
+
+
 def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam without bias correction, which optax has no switch for: m / (√v + eps)."""
+    """Adam without bias correction, m / (√v + eps), for which optax has no option."""
 
     def init(params: optax.Params) -> optax.ScaleByAdamState:
         return optax.scale_by_adam(b1, b2, eps).init(params)
@@ -145,34 +230,54 @@ def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.Gradien
     return optax.GradientTransformation(init, update)
 
 
-def schedule(settings: Schedule, learning_rate: float, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Step (from 0) -> learning rate, float32, as transformers' optimization.py.
+def schedule(
+    name: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
+    learning_rate: float,
+    steps: int,
+    *,
+    warmup_steps: int | None = None,
+    warmup_ratio: float = 0.0,
+    cycles: float | None = None,
+    power: float = 1.0,
+    final_learning_rate: float = 1e-7,
+) -> optax.Schedule:
+    """The learning rate as a function of the step, from 0, float32. Source: transformers optimization.py.
 
     Args:
-        settings: Which of the six, and its warm-up.
+        name: What follows warm-up, by the names of transformers.
         learning_rate: The peak.
-        steps: Of the whole run.
+        steps: Number of steps of the whole run.
+        warmup_steps: Number of steps of linear warm-up.
+        warmup_ratio: Warm-up as a share of all steps, if `warmup_steps` is None.
+        cycles: For cosine, the number of waves (0.5 by default); for cosine_with_restarts, of restarts (1).
+        power: Exponent of polynomial.
+        final_learning_rate: Where polynomial ends.
+
+    Raises:
+        InputError: If there is no such schedule.
     """
-    warmup = settings.warmup_steps
+    if name not in SCHEDULES:
+        raise InputError(f"The schedule {name!r} is unknown; expected one of {', '.join(SCHEDULES)}.")
+    warmup = warmup_steps
     if warmup is None:
-        warmup = -int(-steps * settings.warmup_ratio // 1)  # rounded up
-    if settings.name == "constant":
+        warmup = -int(-steps * warmup_ratio // 1)  # rounded up
+    if name == "constant":
         warmup = 0
     rest = max(1, steps - warmup)
 
-    def rate(step: jax.Array) -> jax.Array:
+    def rate(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         progress = (step - warmup) / rest
-        if settings.name == "linear":
+        if name == "linear":
             after = jnp.maximum(0.0, 1.0 - progress)
-        elif settings.name == "cosine":
-            after = jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * (settings.cycles or 0.5) * 2.0 * progress)))
-        elif settings.name == "cosine_with_restarts":
-            wave = ((settings.cycles or 1.0) * progress) % 1.0
+        elif name == "cosine":
+            after = jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * (cycles or 0.5) * 2.0 * progress)))
+        elif name == "cosine_with_restarts":
+            wave = ((cycles or 1.0) * progress) % 1.0
             after = jnp.where(progress >= 1.0, 0.0, jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * wave))))
-        elif settings.name == "polynomial":
-            last = settings.final_learning_rate / learning_rate
-            after = (1.0 - last) * jnp.clip(1.0 - progress, 0.0, 1.0) ** settings.power + last
+        elif name == "polynomial":
+            last = final_learning_rate / learning_rate
+            after = (1.0 - last) * jnp.clip(1.0 - progress, 0.0, 1.0) ** power + last
         else:
             after = jnp.ones_like(step)
         return learning_rate * jnp.where(step < warmup, step / max(1, warmup), after)

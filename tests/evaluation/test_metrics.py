@@ -9,7 +9,7 @@ import pytest
 
 from bert_jax.evaluation import metrics
 from bert_jax.tools import report
-from bert_jax.training import loop
+from bert_jax.training import log
 
 NAMES = ("a", "b", "c")
 
@@ -40,7 +40,7 @@ def test_of_two_labels_f1_is_the_second_ones():
     assert result["f1"] == pytest.approx(2 * 1 / (3 + 2))
     assert result["f1"] == result["per_class"]["yes"]["f1"]
     assert result["f1_label"] == "yes"
-    assert "f1 of yes 0.4000" in loop.in_words(result)
+    assert "f1 of yes 0.4000" in log.in_words(result)
     assert "| f1 of yes | 0.4000 |" in report.markdown(result)
     assert result["confusion"] == [[4, 1], [2, 1]]
     assert result["matthews"] == pytest.approx((1 * 4 - 1 * 2) / np.sqrt(2 * 3 * 5 * 6))

@@ -21,9 +21,11 @@ import bert_jax
 from bert_jax import hub, recipes
 from bert_jax.data.loader import Examples, Loader, one_a_row
 from bert_jax.errors import CheckpointError
-from bert_jax.settings import LoRA, Schedule, Settings
+from bert_jax.settings import Settings
 from bert_jax.tasks.sequence_classification import MULTI, REGRESSION, SINGLE, UNKNOWN, SequenceClassification
-from bert_jax.training import loop, lora, optim
+from bert_jax.training import lora, optim
+from bert_jax.training.lora import LoRA
+from bert_jax.training.step import init_state, make_step, plan
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -90,23 +92,16 @@ def batches(problem_type, steps, *, padding=False):
     return found
 
 
-def settings(**sections):
-    sections.setdefault("optimizer", {"learning_rate": 5e-5})
-    sections.setdefault("schedule", {"name": "constant"})
-    return Settings.from_dict({"task": "text-classification", "output": {"folder": ""}, **sections})
-
-
-def our_steps(folder, tokenizer, settings, batches):
+def our_steps(folder, tokenizer, batches, *, weight_decay=0.0, accumulation=1, scan_layers=False):
     """Loss and norm of the gradients at each step."""
-    scan_layers = settings.training.scan_layers
     model = bert_jax.BertForSequenceClassification.from_pretrained(folder, scan_layers=scan_layers)
     task = SequenceClassification(tokenizer, model.config, 512)
-    planned = loop.plan(model, settings, len(batches))
-    state = loop.init_state(planned, 0)
-    step = loop.make_step(task, planned, accumulation=settings.training.accumulation)
+    planned = plan(model, optim.adamw(5e-5, weight_decay=weight_decay))
+    state = init_state(planned, 0)
+    train_step = make_step(task, planned, accumulation=accumulation)
     found = []
     for batch in batches:
-        state, metrics = step(state, planned.frozen, batch)
+        state, metrics = train_step(state, planned.frozen, batch)
         found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     return np.array(found)
 
@@ -152,11 +147,9 @@ def compare(close, what, ours, theirs):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 def test_20_steps(close, tokenizer, classifier, weight_decay):
     folder, given = classifier(SINGLE), batches(SINGLE, 20)
-    ours = settings(
-        optimizer={"learning_rate": 5e-5, "weight_decay": weight_decay}, training={"scan_layers": weight_decay > 0}
-    )
+    ours = our_steps(folder, tokenizer, given, weight_decay=weight_decay, scan_layers=weight_decay > 0)
     theirs = their_steps(folder, given, weight_decay=weight_decay)
-    compare(close, f"20 steps, weight decay {weight_decay}", our_steps(folder, tokenizer, ours, given), theirs)
+    compare(close, f"20 steps, weight decay {weight_decay}", ours, theirs)
 
 
 @pytest.mark.parametrize(("problem_type", "accumulation"), [(SINGLE, 4), (MULTI, 1), (REGRESSION, 4)])
@@ -164,8 +157,8 @@ def test_parts_and_rows_of_padding(close, tokenizer, classifier, problem_type, a
     """Full batches and others, against torch on the examples alone and in one part."""
     steps = 20 if problem_type == SINGLE else 6
     folder, given = classifier(problem_type), batches(problem_type, steps, padding=True)
-    ours = settings(training={"accumulation": accumulation, "scan_layers": True})
-    found, expected = our_steps(folder, tokenizer, ours, given), their_steps(folder, given)
+    found = our_steps(folder, tokenizer, given, accumulation=accumulation, scan_layers=True)
+    expected = their_steps(folder, given)
     compare(close, f"{problem_type}, batch in {accumulation}", found, expected)
 
 
@@ -179,9 +172,7 @@ def test_optimizer(close, max_grad_norm):
     }  # fmt: skip
     flat = bert_jax.tree.split(bert_jax.BertForSequenceClassification(CONFIG, rngs=nnx.Rngs(0)))[1].specs
     assert set(shapes) <= set(flat)
-    options = {"learning_rate": 0.01, "weight_decay": 2.0, "beta1": 0.8, "beta2": 0.95, "epsilon": 1e-6}
-    ours = settings(optimizer={**options, "max_grad_norm": max_grad_norm}).optimizer
-    rules = optim.rules(ours, shapes)
+    rules = optim.rules(shapes, weight_decay=2.0)
     assert [path for path, rule in rules.items() if rule.weight_decay] == [
         "bert.layers.0.intermediate.weight", "bert.embeddings.word_embeddings.weight", "classifier.weight",
     ]  # fmt: skip
@@ -189,7 +180,7 @@ def test_optimizer(close, max_grad_norm):
     params = {path: random.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
     gradients = [{path: random.normal(size=s).astype(np.float32) for path, s in shapes.items()} for _ in range(20)]
 
-    optimizer = optim.adamw(ours, optim.schedule(Schedule(name="constant"), ours.learning_rate, 20), rules)
+    optimizer = optim.adamw(0.01, weight_decay=2.0, b1=0.8, b2=0.95, eps=1e-6, max_grad_norm=max_grad_norm)
     found = {path: jax.numpy.asarray(value) for path, value in params.items()}
     state = optimizer.init(found)
     theirs = {path: torch.nn.Parameter(torch.tensor(value)) for path, value in params.items()}
@@ -234,7 +225,7 @@ def test_20_steps_from_trained_weights(close, tmp_path):
     loader = Loader(task.featurize(rows), 8, seed=0, packing=128)
     given = [loader.batch_at(step) for step in range(20)]
     assert {batch["weights"].sum() > len(batch["weights"]) for batch in given} == {True}
-    ours = our_steps(tmp_path, tokenizer, settings(), given)
+    ours = our_steps(tmp_path, tokenizer, given)
     alone = [loader.examples.batch(one_a_row(loader.place(step).indices, 8, 32)) for step in range(20)]
     compare(close, "20 steps of MiniLM, packed rows", ours, their_steps(tmp_path, alone))
 
@@ -259,7 +250,7 @@ def test_20_steps_from_trained_weights(close, tmp_path):
     ],
 )
 def test_schedules(close, name, ours, theirs, warmup):
-    rate = optim.schedule(Schedule(name=name, warmup_steps=warmup, **ours), 5e-5, 100)
+    rate = optim.schedule(name, 5e-5, 100, warmup_steps=warmup, **ours)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=5e-5)
     scheduler = transformers.get_scheduler(name, optimizer, warmup, 100, scheduler_specific_kwargs=theirs)
     expected = []
@@ -281,7 +272,7 @@ def test_warmup_ratio(tmp_path, ratio, steps):
     warmup = arguments.get_warmup_steps(steps)
     assert warmup == math.ceil(ratio * steps)
     by_ratio, by_steps = (
-        optim.schedule(Schedule(**given), 1.0, steps) for given in ({"warmup_ratio": ratio}, {"warmup_steps": warmup})
+        optim.schedule("linear", 1.0, steps, **given) for given in ({"warmup_ratio": ratio}, {"warmup_steps": warmup})
     )
     assert [float(by_ratio(n)) for n in range(steps)] == [float(by_steps(n)) for n in range(steps)]
 
@@ -322,13 +313,17 @@ def run(tmp_path, base):
         path = tmp_path / "train.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows[:32]))
         return recipes.finetune(
-            settings(
-                model={"id": str(base), **sections.pop("model", {})},
-                data={"train": str(path), "max_length": 32},
-                optimizer={"learning_rate": 3e-3},
-                training={"max_steps": 6, "batch_size": 16, "scan_layers": True},
-                output={"folder": str(tmp_path / "run"), **SMALL_OUTPUT},
-                **sections,
+            Settings.from_dict(
+                {
+                    "task": "text-classification",
+                    "model": {"id": str(base), **sections.pop("model", {})},
+                    "data": {"train": str(path), "max_length": 32},
+                    "optimizer": {"learning_rate": 3e-3},
+                    "schedule": {"name": "constant"},
+                    "training": {"max_steps": 6, "batch_size": 16, "scan_layers": True},
+                    "output": {"folder": str(tmp_path / "run"), **SMALL_OUTPUT},
+                    **sections,
+                }
             )
         )
 

@@ -9,9 +9,10 @@ import bert_jax
 from bert_jax.data import corpus
 from bert_jax.data.loader import Loader, one_a_row
 from bert_jax.data.masking import MaskedExamples
-from bert_jax.settings import Corpus, Masked, Pretraining
+from bert_jax.settings import Corpus, Masked
 from bert_jax.tasks.pretraining import MaskedLanguageModeling, PreTraining
-from bert_jax.training import loop
+from bert_jax.training import optim
+from bert_jax.training.step import init_state, make_step, plan
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -77,18 +78,13 @@ def test_20_steps(close, tmp_path, examples, tokenizer, task, ours, theirs):
         intermediate_size=96, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.08,
     )  # fmt: skip
     theirs(config).save_pretrained(tmp_path)
-    settings = Pretraining.from_dict({
-        "task": "pretraining", "data": {"train": "-"}, "output": {"folder": "-"},
-        "optimizer": {"learning_rate": 1e-4, "weight_decay": 0.01, "epsilon": 1e-6},
-        "schedule": {"name": "constant"},
-    })  # fmt: skip
-    planned = loop.plan(ours.from_pretrained(tmp_path), settings, STEPS)
-    state, step = loop.init_state(planned, 0), loop.make_step(task, planned)
+    planned = plan(ours.from_pretrained(tmp_path), optim.adamw(1e-4, weight_decay=0.01, eps=1e-6))
+    state, train_step = init_state(planned, 0), make_step(task, planned)
     packed, found = loader(examples, 96), []
     for n in range(STEPS):
         batch = packed.batch_at(n)
         assert batch["weights"].shape[1] > 1
-        state, metrics = step(state, {}, batch)
+        state, metrics = train_step(state, {}, batch)
         found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     found, expected = np.array(found), their_steps(tmp_path, theirs, examples)
     assert np.ptp(expected[:, 0]) > 0.1

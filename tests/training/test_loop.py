@@ -14,64 +14,23 @@ from flax import nnx
 
 import bert_jax
 from bert_jax import sharding, tree
-from bert_jax.data.loader import Loader, Shape, one_a_row
+from bert_jax.data.loader import Shape
 from bert_jax.errors import InputError, Interrupted, TrainingError
 from bert_jax.evaluation import measure
-from bert_jax.settings import Settings
 from bert_jax.tasks.sequence_classification import SequenceClassification
-from bert_jax.training import loop
-
-
-def make_settings(folder, **sections):
-    # One of the eight devices, except where a test is about them.
-    base = {"task": "text-classification", "output": {"folder": str(folder)}, "mesh": {"data": 1}}
-    return Settings.from_dict(base | sections)
+from bert_jax.training import log, loop, optim, step
 
 
 @pytest.fixture(scope="module")
 def make(tokenizer):
-    def make(layers=2, width=8, **config):
-        config = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | config
-        shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2}
-        config = bert_jax.BertConfig(**shape, intermediate_size=2 * width, id2label=("no", "yes"), **config)
-        # A dozen layers compile in time as one.
-        model = bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0), scan_layers=layers > 2)
-        return model, SequenceClassification(tokenizer, config, 32)
-
-    return make
+    return functools.partial(sentiments.classifier, tokenizer)
 
 
-def run_steps(make, settings, batches, steps=3, options=None, mesh=None, **config):
-    """Losses of some steps on the same batch, and the parameters after them."""
-    model, task = make(**config)
-    if options:
-        params, _ = tree.split(model)
-        model = bert_jax.BertForSequenceClassification(model.config, rngs=nnx.Rngs(0), **options)
-        model = tree.merge(tree.split(model)[1], params)
-    plan = loop.plan(model, settings, 100)
-    state, put = loop.init_state(plan, 0), lambda batch: batch
-    if mesh:
-        state = jax.device_put(state, sharding.replicated(mesh))
-        put = functools.partial(sharding.put_batch, mesh=mesh)
-    step = loop.make_step(task, plan, accumulation=settings.training.accumulation)
-    losses = []
-    for n in range(steps):
-        state, metrics = step(state, plan.frozen, put(batches[n % len(batches)]))
-        losses.append(float(metrics["loss"]))
-    return losses, {path: np.asarray(leaf) for path, leaf in state.params.items()}, step
-
-
-# ── The step ──
-
-
-def test_overfits_eight_examples(make, tmp_path):
-    settings = make_settings(
-        tmp_path, optimizer={"learning_rate": 3e-3}, training={"max_steps": 100, "batch_size": 8, "evaluate_every": 100}
-    )
+def test_overfits_eight_examples(make):
     model, task = make(width=32)
     before = jax.tree.map(np.array, tree.split(model)[0])
     examples = task.featurize(sentiments.rows(8))
-    trained = loop.train(task, model, examples, None, settings)
+    trained = loop.train(model, task, examples, optim.adamw(3e-3), steps=100, batch_size=8, mesh=one_device())
     jax.tree.map(np.testing.assert_array_equal, tree.split(model)[0], before)  # what was given stays as it was
     result = measure.evaluate(
         task,
@@ -80,126 +39,27 @@ def test_overfits_eight_examples(make, tmp_path):
         examples,
         batch_size=8,
         packing=512,
-        mesh=sharding.mesh(**settings.mesh.model_dump()),
+        mesh=one_device(),
     )
     assert result.metrics["loss"] < 0.01
     assert result.metrics["accuracy"] == 1.0
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        {"settings": {"training": {"accumulation": 4}}},
-        {"options": {"remat": True}},
-        {"options": {"scan_layers": True}},
-        {"mesh": True},
-        {"mesh": True, "settings": {"training": {"accumulation": 2}}},
-        {"padding": 8},
-        {"examples": 13, "settings": {"training": {"accumulation": 4}}},  # the last part has fewer than the others
-    ],
-    ids=str,
-)
-def test_ways_to_compute_a_step_agree(make, tmp_path, variant):
-    _, task = make()
-    examples = task.featurize(sentiments.rows(16))
-    indices = np.arange(variant.get("examples", 16))
-    whole = [examples.batch(one_a_row(indices, 16, 32))]
-    expected, params, _ = run_steps(make, make_settings(tmp_path), whole)
-    settings = make_settings(tmp_path, **variant.get("settings", {}))
-    batches = [examples.batch(one_a_row(indices, 16 + variant.get("padding", 0), 32))]
-    mesh = sharding.mesh() if variant.get("mesh") else None
-    losses, other, _ = run_steps(make, settings, batches, options=variant.get("options"), mesh=mesh)
-    np.testing.assert_allclose(losses, expected, rtol=2e-6)
-    for path, leaf in params.items():
-        np.testing.assert_allclose(other[path], leaf, atol=2e-5, err_msg=path)
+def one_device():
+    return sharding.mesh(data=1)
 
 
-def test_dropout_differs_from_step_to_step_and_repeats_from_run_to_run(make, tmp_path):
-    _, task = make()
-    batch = task.featurize(sentiments.rows(16)).batch(one_a_row(np.arange(16), 16, 32))
-    frozen = make_settings(tmp_path, optimizer={"learning_rate": 1e-30})  # the parameters stay
-    losses, _, _ = run_steps(make, frozen, [batch], hidden_dropout_prob=0.5)
-    again, _, _ = run_steps(make, frozen, [batch], hidden_dropout_prob=0.5)
-    assert losses == again
-    assert len(set(losses)) == 3
-
-
-def test_each_part_of_a_batch_drops_with_a_key_of_its_own(make, tmp_path):
-    model, task = make(hidden_dropout_prob=0.5)
-    # Both parts are the same eight examples.
-    twice = task.featurize([row for row in sentiments.rows(8) for _ in range(2)])
-    batch = twice.batch(one_a_row(np.arange(16), 16, 32))
-    settings = make_settings(tmp_path, training={"accumulation": 2})
-    losses, _, _ = run_steps(make, settings, [batch], steps=1, hidden_dropout_prob=0.5)
-    half = jax.tree.map(lambda array: array[::2], batch)
-    state = loop.init_state(loop.plan(model, settings, 100), 0)
-    keys = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), 0), 2)
-    loss = jax.jit(lambda key: task.loss(model, half, key)[0])
-    first, second = (float(loss(key)) for key in keys)
-    assert abs(first - second) > 1e-4
-    assert losses[0] == pytest.approx((first + second) / 2, rel=1e-5)
-
-
-def test_the_gradients_norm_is_that_before_clipping(make, tmp_path):
-    model, task = make()
-    batch = task.featurize(sentiments.rows(16)).batch(one_a_row(np.arange(16), 16, 32))
-    params, skeleton = tree.split(model)
-    gradient = jax.jit(jax.grad(lambda params: task.loss(tree.merge(skeleton, params), batch, None)[0]))(params)
-    expected = np.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(gradient)))
-    assert expected > 1e-2
-    plan = loop.plan(model, make_settings(tmp_path, optimizer={"max_grad_norm": 1e-3}), 100)
-    _, metrics = loop.make_step(task, plan)(loop.init_state(plan, 0), plan.frozen, batch)
-    assert float(metrics["grad_norm"]) == pytest.approx(expected, rel=1e-5)
-
-
-def test_frozen_parameters_stay_and_cost_no_state(make, tmp_path):
-    settings = make_settings(tmp_path, optimizer={"frozen": [r"bert\.embeddings\..*", r"bert\.layers\.0\..*"]})
-    model, task = make()
-    plan = loop.plan(model, settings, 10)
-    before = tree.flatten(tree.split(model)[0])
-    batch = task.featurize(sentiments.rows(8)).batch(one_a_row(np.arange(8), 8, 32))
-    _, params, _ = run_steps(make, settings, [batch])
-    assert {path for path in before if path not in params} == set(plan.frozen)
-    assert all(path.startswith(("bert.embeddings.", "bert.layers.0.")) for path in plan.frozen)
-    state = loop.init_state(plan, 0)
-    assert {leaf.size for leaf in jax.tree.leaves(state.opt_state)} <= {1, *(leaf.size for leaf in params.values())}
-    changed = [path for path, leaf in params.items() if not np.array_equal(leaf, before[path])]
-    assert "bert.layers.1.output.weight" in changed
-    assert "classifier.weight" in changed
-
-
-def test_lora_trains_adapters_and_head_alone(make, tmp_path):
-    settings = make_settings(tmp_path, model={"lora": {"rank": 2}}, optimizer={"learning_rate": 5e-2})
-    _, task = make()
-    batch = task.featurize(sentiments.rows(8)).batch(one_a_row(np.arange(8), 8, 32))
-    losses, params, _ = run_steps(make, settings, [batch], steps=30)
-    assert {path.rpartition(".")[2] for path in params if not path.startswith("classifier.")} == {"lora_A", "lora_B"}
-    assert sorted(path for path in params if path.startswith("classifier.")) == ["classifier.bias", "classifier.weight"]
-    assert losses[-1] < losses[0] - 0.05
-    assert np.abs(params["bert.layers.1.attention.query.lora_B"]).max() > 0
-
-
-def test_a_partial_batch_makes_no_new_program(make, tmp_path):
-    _, task = make()
-    examples = task.featurize(sentiments.rows(19))
-    loader = Loader(examples, 8, seed=0)
-    batches = [loader.batch_at(step) for step in range(loader.steps_per_epoch)]
-    assert sum(batch["weights"].sum() < 8 for batch in batches) == 1
-    _, _, step = run_steps(make, make_settings(tmp_path), batches, steps=9)
-    assert step._cache_size() == len({batch["inputs"]["input_ids"].shape for batch in batches})
-
-
-# ── The loop ──
-
-
-def finish(make, folder, layers=2, **sections):
+def finish(make, folder, layers=2, learning_rate=2e-5, **options):
     """A whole run with dropout: the trained parameters, and the lines of its journal."""
-    sections = {"training": {"epochs": 2, "batch_size": 16, "log_every": 2, "evaluate_every": 3}} | sections
-    settings = make_settings(folder, **sections)
+    options = {"steps": 8, "log_every": 2, "evaluate_every": 3} | options
     model, task = make(layers=layers, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     data, validation = task.featurize(sentiments.rows(64)), task.featurize(sentiments.rows(16, seed=1))
-    trained = loop.train(task, model, data, validation, settings)
-    return trained, loop.read_journal(folder / loop.METRICS)
+    schedule = optim.schedule("linear", learning_rate, options["steps"])
+    trained = loop.train(
+        model, task, data, optim.adamw(schedule), batch_size=16, validation=validation, folder=folder,
+        schedule=schedule, tensorboard=True, mesh=one_device(), **options,
+    )  # fmt: skip
+    return trained, log.read_journal(folder / log.METRICS) if folder else None
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +99,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(make, tmp_path, unbroken, mon
     assert equal(trained, expected)
     without_time = [{k: v for k, v in line.items() if k != "examples_per_second"} for line in journal]
     assert without_time == [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
-    assert list((tmp_path / loop.TENSORBOARD).iterdir())
+    assert list((tmp_path / log.TENSORBOARD).iterdir())
 
 
 def test_a_finished_run_gives_the_same_again(make, tmp_path):
@@ -249,91 +109,97 @@ def test_a_finished_run_gives_the_same_again(make, tmp_path):
 
 
 def test_the_best_checkpoint_is_what_comes_back(make, tmp_path):
-    training_section = {"epochs": 4, "batch_size": 16, "evaluate_every": 2, "metric": "loss"}
-    training_section |= {"keep": 2, "save_every": 5}
-    trained, journal = finish(make, tmp_path, training=training_section, optimizer={"learning_rate": 3e-2})
+    options = {"steps": 16, "evaluate_every": 2, "metric": "loss", "learning_rate": 3e-2}
+    trained, journal = finish(make, tmp_path, keep=2, save_every=5, **options)
     assert {int(path.name) for path in (tmp_path / loop.CHECKPOINTS).iterdir()} == {trained.step, 15, 16}
     evaluations = {line["step"]: line["validation"]["loss"] for line in journal if "validation" in line}
     assert trained.step == min(evaluations, key=evaluations.get)
     assert trained.metrics["loss"] == evaluations[trained.step]
     _, task = make()
     params, skeleton = tree.split(trained.model)
-    mesh = sharding.mesh(data=1)
+    mesh = one_device()
     program, examples = measure.program(task, skeleton), task.featurize(sentiments.rows(16, seed=1))
     again = measure.evaluate(task, program, params, examples, batch_size=16, packing=512, mesh=mesh)
     assert again.metrics["loss"] == pytest.approx(evaluations[trained.step], rel=1e-6)
 
 
+def test_without_a_folder_nothing_is_written_and_the_best_comes_back_too(make, tmp_path, monkeypatch):
+    options = {"steps": 16, "evaluate_every": 2, "metric": "loss", "learning_rate": 3e-2}
+    expected, _ = finish(make, tmp_path / "run", **options)
+    assert expected.step < expected.steps
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    trained, _ = finish(make, None, **options)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (trained.step, trained.steps, trained.metrics) == (expected.step, expected.steps, expected.metrics)
+    assert equal(trained, expected)
+
+
 def test_without_the_best_checkpoint_the_last_one_comes_back(make, tmp_path, capsys):
-    section = {"epochs": 4, "batch_size": 16, "evaluate_every": 2, "metric": "loss"}
-    best, _ = finish(make, tmp_path, training=section, optimizer={"learning_rate": 3e-2})
+    options = {"steps": 16, "evaluate_every": 2, "metric": "loss", "learning_rate": 3e-2}
+    best, _ = finish(make, tmp_path, **options)
     assert best.step < best.steps
     for file in (tmp_path / loop.CHECKPOINTS / str(best.step)).rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:16])
-    again, _ = finish(make, tmp_path, training=section, optimizer={"learning_rate": 3e-2})
+    again, _ = finish(make, tmp_path, **options)
     assert (again.step, again.metrics, again.outputs) == (best.steps, {}, None)
 
 
 def test_other_examples_than_the_run_began_with(make, tmp_path):
     model, task = make()
-    settings = make_settings(tmp_path, training={"max_steps": 1, "batch_size": 16})
-    loop.train(task, model, task.featurize(sentiments.rows(16)), None, settings)
+    optimizer, options = optim.adamw(2e-5), {"steps": 1, "batch_size": 16, "folder": tmp_path, "mesh": one_device()}
+    loop.train(model, task, task.featurize(sentiments.rows(16)), optimizer, **options)
     with pytest.raises(InputError, match=f"not those that the run in {tmp_path} began with"):
-        loop.train(task, model, task.featurize(sentiments.rows(16, seed=1)), None, settings)
+        loop.train(model, task, task.featurize(sentiments.rows(16, seed=1)), optimizer, **options)
 
 
 def test_patience(make, tmp_path):
-    section = {"epochs": 50, "batch_size": 16, "evaluate_every": 2, "patience": 2}
-    trained, journal = finish(make, tmp_path, training=section, optimizer={"learning_rate": 1e-12})
+    options = {"steps": 200, "evaluate_every": 2, "patience": 2, "learning_rate": 1e-12}
+    trained, journal = finish(make, tmp_path, **options)
     assert (trained.step, trained.steps) == (2, 6)  # nothing changes after the first evaluation
     assert max(line["step"] for line in journal) == 6
-    again, _ = finish(make, tmp_path, training=section, optimizer={"learning_rate": 1e-12})
+    again, _ = finish(make, tmp_path, **options)
     assert (again.step, again.steps) == (2, 6)
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(make, tmp_path):
-    section = {"epochs": 3, "batch_size": 16, "save_every": 1}
     model, task = make()
     params, skeleton = tree.split(model)
     params["classifier"]["bias"] = jnp.array([jnp.nan, 0.0])
-    settings = make_settings(tmp_path, training=section)
+    model, examples = tree.merge(skeleton, params), task.featurize(sentiments.rows(16))
     with pytest.raises(
         TrainingError, match=r"The loss of step 1 is nan, on the examples in rows 1, 2, 3, 4, 5"
     ) as error:
-        loop.train(task, tree.merge(skeleton, params), task.featurize(sentiments.rows(16)), None, settings)
-    assert "optimizer.learning_rate" in str(error.value)
+        loop.train(
+            model, task, examples, optim.adamw(2e-5), steps=3, batch_size=16, save_every=1, folder=tmp_path,
+            mesh=one_device(),
+        )  # fmt: skip
+    assert "learning rate" in str(error.value)
     assert not list((tmp_path / loop.CHECKPOINTS).iterdir())  # nothing of it is saved
 
 
-def test_a_batch_that_is_too_large_says_what_to_lower(make, tmp_path):
+def test_a_batch_that_is_too_large_says_what_to_lower(make):
     model, task = make()
     task.max_length = 512
-    section = {"batch_size": 50_000, "max_steps": 1}  # 100 GB of attention a layer
-    settings = make_settings(tmp_path, training=section, data={"packing": False})
+    options = {"steps": 1, "batch_size": 50_000, "packing": False}  # 100 GB of attention a layer
     examples = task.featurize([{"text": " ".join(sentiments.WORDS * 60), "label": "no"}])
-    with pytest.raises(TrainingError, match=r"50000 rows of 512 tokens .* Lower training.batch_size"):
-        loop.train(task, model, examples, None, settings)
+    with pytest.raises(TrainingError, match=r"50000 rows of 512 tokens .* Lower batch_size"):
+        loop.train(model, task, examples, optim.adamw(2e-5), mesh=one_device(), **options)
 
 
-def test_an_evaluation_that_is_too_large_says_what_to_lower(make, tmp_path):
+def test_an_evaluation_that_is_too_large_says_what_to_lower(make):
     model, task = make()
     task.max_length = 512
-    section = {"batch_size": 1, "max_steps": 1, "evaluation_batch_size": 50_000}
-    settings = make_settings(tmp_path, training=section, data={"packing": False})
+    options = {"steps": 1, "batch_size": 1, "evaluation_batch_size": 50_000, "packing": False}
     examples = task.featurize([{"text": " ".join(sentiments.WORDS * 60), "label": "no"}])
-    with pytest.raises(TrainingError, match=r"50000 rows of 512 tokens .* Lower training.evaluation_batch_size"):
-        loop.train(task, model, examples, examples, settings)
-
-
-def test_an_adapter_s_head_that_is_not_there(make, tmp_path):
-    with pytest.raises(InputError, match=r"model\.lora\.trained is 'clasifier', which matches no parameter"):
-        finish(make, tmp_path, model={"lora": {"trained": "clasifier"}}, training={"max_steps": 1})
+    with pytest.raises(TrainingError, match=r"50000 rows of 512 tokens .* Lower evaluation_batch_size"):
+        loop.train(model, task, examples, optim.adamw(2e-5), validation=examples, mesh=one_device(), **options)
 
 
 def test_a_metric_that_is_not_there(make, tmp_path):
-    with pytest.raises(InputError, match=r"training.metric is 'f2'; this task has loss, accuracy, .*, f1\."):
-        finish(make, tmp_path, training={"max_steps": 1, "metric": "f2"})
+    with pytest.raises(InputError, match=r"metric is 'f2'; this task has loss, accuracy, .*, f1\."):
+        finish(make, tmp_path, steps=1, metric="f2")
     assert not list(tmp_path.iterdir())
 
 
@@ -350,9 +216,8 @@ def test_the_journal_has_what_a_curve_needs(unbroken):
 
 
 def test_a_line_of_the_journal_is_the_mean_of_its_steps(make, tmp_path):
-    section = {"epochs": 1, "batch_size": 16, "evaluate_every": 4}
     journals = {
-        every: finish(make, tmp_path / str(every), training=section | {"log_every": every})[1] for every in (1, 4)
+        every: finish(make, tmp_path / str(every), steps=4, evaluate_every=4, log_every=every)[1] for every in (1, 4)
     }
     for name in ("loss", "grad_norm"):
         steps = [line[name] for line in journals[1] if name in line]
@@ -362,17 +227,16 @@ def test_a_line_of_the_journal_is_the_mean_of_its_steps(make, tmp_path):
         assert mean == pytest.approx(np.mean(steps), rel=1e-6)
 
 
-def test_another_seed_is_another_run(make, tmp_path):
+def test_another_seed_is_another_run(make):
     model, task = make()
     examples = task.featurize(sentiments.rows(64))
     runs = []
     for seed in (0, 0, 1):
-        settings = make_settings(tmp_path, training={"batch_size": 16, "seed": seed})
-        run = loop.set_up(task, model, examples, settings)
-        runs.append([run.loader.place(step).indices.tolist() for step in range(4)])
+        run = loop.set_up(model, task, examples, optim.adamw(2e-5), batch_size=16, seed=seed, mesh=one_device())
+        runs.append([run.loader.place(n).indices.tolist() for n in range(4)])
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
-    first, second = (loop.init_state(run.plan, seed).key.tolist() for seed in (0, 1))
+    first, second = (step.init_state(run.plan, seed).key.tolist() for seed in (0, 1))
     assert first != second
 
 
@@ -384,10 +248,10 @@ def bfloat16_step(tokenizer):
     """The step of a small model in bfloat16, traced, and its arguments."""
     config = bert_jax.BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
                                  num_labels=2)  # fmt: skip
-    settings = make_settings("", precision={"compute_dtype": "bfloat16"})
     model = bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0), compute_dtype="bfloat16")
     task = SequenceClassification(tokenizer, config, 32)
-    run = loop.set_up(task, model, task.featurize([{"text": "a text", "label": "LABEL_0"}] * 8), settings)
+    examples = task.featurize([{"text": "a text", "label": "LABEL_0"}] * 8)
+    run = loop.set_up(model, task, examples, optim.adamw(2e-5), mesh=one_device())
     return run, run.trace(Shape(8, 32, 1))
 
 
@@ -411,10 +275,11 @@ def test_softmax_layer_norm_and_loss_are_float32(bfloat16_step):
         assert set(kinds) == {"f32"}, operation
 
 
-def test_a_batch_is_computed_in_parts_one_after_another(make, tmp_path):
+def test_a_batch_is_computed_in_parts_one_after_another(make):
     model, task = make()
-    settings = make_settings(tmp_path, training={"accumulation": 4}, data={"packing": False})
-    jaxpr = loop.set_up(task, model, task.featurize(sentiments.rows(16)), settings).trace(Shape(8, 32, 1)).jaxpr
+    examples, options = task.featurize(sentiments.rows(16)), {"accumulation": 4, "packing": False}
+    run = loop.set_up(model, task, examples, optim.adamw(2e-5), mesh=one_device(), **options)
+    jaxpr = run.trace(Shape(8, 32, 1)).jaxpr
     assert [eqn.params["length"] for eqn in jaxpr.eqns if eqn.primitive.name == "scan"] == [4]
     assert "[2,32,8]" in str(jaxpr)  # activations of two rows
     assert "[8,32,8]" not in str(jaxpr)
@@ -429,7 +294,7 @@ def test_the_state_is_overwritten(bfloat16_step):
 
 def test_a_step_moves_nothing_between_host_and_device(bfloat16_step):
     run, _ = bfloat16_step
-    state = jax.device_put(loop.init_state(run.plan, 0), run.layout)
+    state = jax.device_put(step.init_state(run.plan, 0), run.layout)
     batch = sharding.put_batch(run.loader.batch_at(0), run.mesh)
     with jax.set_mesh(run.mesh), jax.transfer_guard("disallow"):
         state, metrics = run.step(state, {}, batch)

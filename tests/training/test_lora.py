@@ -11,10 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from bert_jax import BertConfig, BertForSequenceClassification, tree
 from bert_jax.errors import CheckpointError, InputError
-from bert_jax.settings import LoRA
 from bert_jax.training import lora
+from bert_jax.training.lora import LoRA
 
-SETTINGS = LoRA(rank=3, alpha=12)  # a scale of 4
+ADAPTERS = LoRA(rank=3, alpha=12)  # a scale of 4
 QUERY = "bert.layers.0.attention.query"
 PUBLISHED = "base_model.model.bert.encoder.layer.0.attention.self.query"
 
@@ -39,7 +39,7 @@ def flat(model):
 @pytest.fixture(scope="module")
 def adapters(model):
     """Adapters as training leaves them: B is not zero."""
-    made = lora.init(SETTINGS, tree.split(model)[1].specs, jax.random.key(0))
+    made = lora.init(ADAPTERS, tree.split(model)[1].specs, jax.random.key(0))
     random = np.random.RandomState(0)
     return {
         path: random.normal(size=leaf.shape).astype(np.float32) if path.endswith("_B") else np.asarray(leaf)
@@ -58,7 +58,7 @@ def head():
 
 @pytest.fixture
 def folder(tmp_path, adapters, head):
-    lora.save_adapters(tmp_path / "adapters", adapters | head, SETTINGS, "base", "SEQ_CLS")
+    lora.save_adapters(tmp_path / "adapters", adapters | head, ADAPTERS, "base", "SEQ_CLS")
     return tmp_path / "adapters"
 
 
@@ -74,8 +74,8 @@ def logits(model):
 
 
 def test_init(model):
-    settings = LoRA(rank=3, targets=r"bert\.layers\.\d+\.(attention\.query|intermediate)\.weight")
-    made = lora.init(settings, tree.split(model)[1].specs, jax.random.key(0))
+    options = LoRA(rank=3, targets=r"bert\.layers\.\d+\.(attention\.query|intermediate)\.weight")
+    made = lora.init(options, tree.split(model)[1].specs, jax.random.key(0))
     names = [f"bert.layers.{i}.{name}" for i in range(2) for name in ("attention.query", "intermediate")]
     assert made.keys() == {f"{name}.lora_{side}" for name in names for side in "AB"}
     for name in names:
@@ -180,7 +180,7 @@ def test_files_are_pefts(folder, adapters, head):
 
 def test_modules_to_save_are_modules_that_were_trained(tmp_path, adapters, flat, head):
     trained = adapters | head | {f"bert.pooler.{name}": flat[f"bert.pooler.{name}"] for name in ("weight", "bias")}
-    lora.save_adapters(tmp_path / "adapters", trained, SETTINGS, "base", "SEQ_CLS")
+    lora.save_adapters(tmp_path / "adapters", trained, ADAPTERS, "base", "SEQ_CLS")
     saved = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())["modules_to_save"]
     # `bert` would be a second copy of all the encoder.
     assert len(saved) == 2

@@ -7,7 +7,6 @@ from flax import nnx
 
 from bert_jax import BertConfig, BertForSequenceClassification, tree
 from bert_jax.errors import InputError
-from bert_jax.settings import Optimizer, Rate, Schedule
 from bert_jax.training import optim
 
 
@@ -22,13 +21,13 @@ def paths():
 
 
 def test_by_default_all_is_trained_alike(paths):
-    rules = optim.rules(Optimizer(), paths)
+    rules = optim.rules(paths)
     assert list(rules) == paths
-    assert all(rule.trained and rule.factor == 1 and rule.weight_decay == 0 for rule in rules.values())
+    assert all((rule.weight_decay, rule.lr_multiplier) == (0, 1) for rule in rules.values())
 
 
 def test_biases_and_norms_do_not_decay(paths):
-    rules = optim.rules(Optimizer(weight_decay=0.01), paths)
+    rules = optim.rules(paths, weight_decay=0.01)
     free = {path for path, rule in rules.items() if rule.weight_decay == 0}
     assert free == {path for path in paths if path.endswith(("bias", "norm.weight"))}
     norms = {path for path in free if path.endswith("weight")}
@@ -42,86 +41,68 @@ def test_biases_and_norms_do_not_decay(paths):
 
 
 def test_no_decay_is_a_setting(paths):
-    rules = optim.rules(Optimizer(weight_decay=0.5, no_decay=(r".*embeddings\.weight",)), paths)
+    rules = optim.rules(paths, weight_decay=0.5, no_decay=(r".*embeddings\.weight",))
     assert {path for path, rule in rules.items() if not rule.weight_decay} == {
         f"bert.embeddings.{name}_embeddings.weight" for name in ("word", "position", "token_type")
     }
 
 
 def test_a_pattern_of_no_decay_that_matches_nothing(paths):
-    with pytest.raises(InputError, match=r"optimizer\.no_decay has 'nrom.*', which matches no parameter"):
-        optim.rules(Optimizer(no_decay=("nrom.*",)), paths)
+    with pytest.raises(InputError, match=r"^no_decay has 'nrom.*', which matches no parameter"):
+        optim.rules(paths, no_decay=("nrom.*",))
 
 
-def test_frozen(paths):
-    patterns = (r"bert\.embeddings\..*", r"bert\.layers\.[0-9]\..*")
-    rules = optim.rules(Optimizer(frozen=patterns, weight_decay=0.1), paths)
-    frozen = {path for path, rule in rules.items() if not rule.trained}
-    # A pattern matches whole paths: layers 10 and 11 are none of [0-9].
-    assert frozen == {
-        path for path in paths if ".embeddings." in path or (".layers." in path and int(path.split(".")[2]) < 10)
-    }
-    assert rules["bert.layers.3.output.weight"] == optim.Rule(False, 0.0, 0.0, (f"frozen: {patterns[1]}",))
-    assert str(rules["bert.layers.3.output.weight"]) == f"frozen (frozen: {patterns[1]})"
-
-
-def test_the_first_rate_counts(paths):
-    rates = [(r"classifier\.weight", 10.0), (r"classifier\..*", 5.0), (r".*\.weight", 0.5)]
-    rules = optim.rules(Optimizer(rates=tuple(Rate(parameters=p, factor=f) for p, f in rates)), paths)
-    assert rules["classifier.weight"].factor == 10
-    assert rules["classifier.bias"].factor == 5
-    assert rules["bert.pooler.weight"].factor == 0.5
-    assert rules["bert.pooler.bias"].factor == 1
+def test_the_first_multiplier_that_matches_counts(paths):
+    multipliers = {r"classifier\.weight": 10.0, r"classifier\..*": 5.0, r".*\.weight": 0.5}
+    rules = optim.rules(paths, lr_multipliers=multipliers)
+    assert rules["classifier.weight"].lr_multiplier == 10
+    assert rules["classifier.bias"].lr_multiplier == 5
+    assert rules["bert.pooler.weight"].lr_multiplier == 0.5
+    assert rules["bert.pooler.bias"].lr_multiplier == 1
     assert str(rules["classifier.bias"]) == (
-        r"weight decay 0, learning rate × 5 (no_decay: .*\bbias; rates: classifier\..*)"
+        r"weight decay 0, learning rate × 5 (no_decay: .*\bbias; lr_multipliers: classifier\..*)"
     )
 
 
-def test_the_first_of_equal_rates_counts(paths):
-    rates = (Rate(parameters="classifier.*", factor=2), Rate(parameters="classifier.*", factor=3))
-    assert optim.rules(Optimizer(rates=rates), paths)["classifier.bias"].factor == 2
-
-
 def test_layer_decay(paths):
-    rules = optim.rules(Optimizer(layer_decay=0.5), paths)
+    rules = optim.rules(paths, layer_decay=0.5)
     expected = {"bert.embeddings.": 0.5**13, "bert.pooler.": 1.0, "classifier.": 1.0}
     expected |= {f"bert.layers.{i}.": 0.5 ** (12 - i) for i in range(12)}
     for prefix, factor in expected.items():
-        found = {rule.factor for path, rule in rules.items() if path.startswith(prefix)}
+        found = {rule.lr_multiplier for path, rule in rules.items() if path.startswith(prefix)}
         assert found == {factor}, prefix
     assert rules["bert.layers.11.output.weight"].reasons == ("layer_decay",)
 
 
-def test_a_rate_goes_before_layer_decay(paths):
-    rates = (Rate(parameters=r"bert\.layers\.0\..*", factor=3),)
-    rules = optim.rules(Optimizer(layer_decay=0.5, rates=rates), paths)
-    assert rules["bert.layers.0.output.weight"].factor == 3
-    assert rules["bert.layers.1.output.weight"].factor == 0.5**11
+def test_a_multiplier_takes_precedence_over_layer_decay(paths):
+    rules = optim.rules(paths, layer_decay=0.5, lr_multipliers={r"bert\.layers\.0\..*": 3})
+    assert rules["bert.layers.0.output.weight"].lr_multiplier == 3
+    assert rules["bert.layers.1.output.weight"].lr_multiplier == 0.5**11
 
 
-@pytest.mark.parametrize("name", ["frozen", "rates"])
-def test_patterns_that_match_nothing(paths, name):
-    pattern = r"bert\.encoder\..*"
-    patterns = (r"bert\..*", pattern)
-    if name == "rates":
-        patterns = tuple(Rate(parameters=each, factor=1) for each in patterns)
-    with pytest.raises(InputError, match=rf"^optimizer\.{name} has '.*encoder.*', which matches no parameter; "):
-        optim.rules(Optimizer(**{name: patterns}), paths)
+def test_multipliers_that_match_nothing(paths):
+    multipliers = {r"bert\..*": 1, r"bert\.encoder\..*": 1}
+    with pytest.raises(InputError, match=r"^lr_multipliers has '.*encoder.*', which matches no parameter; "):
+        optim.rules(paths, lr_multipliers=multipliers)
+    with pytest.raises(InputError, match="lr_multipliers"):  # before the first step
+        optim.adamw(1e-3, lr_multipliers=multipliers).init({"bert.layers.0.output.weight": jnp.ones(2)})
 
 
-def test_something_is_left_to_train(paths):
-    with pytest.raises(InputError, match="nothing is left to train"):
-        optim.rules(Optimizer(frozen=(".*",)), paths)
+def test_nested_parameters_have_the_same_paths():
+    flat = {"bert.layers.0.output.bias": jnp.ones(2), "classifier.weight": jnp.ones((2, 2))}
+    optimizer = optim.adamw(1e-2, weight_decay=0.5, lr_multipliers={"classifier.*": 3.0})
+    nested = tree.unflatten(flat)
+    expected, _ = optimizer.update(flat, optimizer.init(flat), flat)
+    found, _ = optimizer.update(nested, optimizer.init(nested), nested)
+    assert expected["classifier.weight"][0, 0] != 3 * expected["bert.layers.0.output.bias"][0]  # it decays
+    jax.tree.map(np.testing.assert_array_equal, tree.flatten(found), expected)
 
 
 # ── AdamW ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 STEPS = 5
-RULES = {
-    "a.weight": optim.Rule(True, 0.3, 1.0, ()),
-    "a.bias": optim.Rule(True, 0.0, 0.25, ()),
-    "b.weight": optim.Rule(True, 0.2, 2.0, ()),
-}
+DECAY = 0.3
+MULTIPLIERS = {"a.weight": 1.0, "a.bias": 0.25, "b.weight": 2.0}
 SHAPES = {"a.weight": (3, 4), "a.bias": (3,), "b.weight": (2, 2)}
 
 
@@ -129,7 +110,7 @@ def rate(step):
     return 0.02 * (step + 1) / 4
 
 
-def written_out(params, gradients, settings):
+def written_out(params, gradients, *, b1, b2, eps, bias_correction, max_grad_norm):
     """AdamW in float64, an array at a time."""
     params = {path: array.astype(np.float64) for path, array in params.items()}
     m = {path: np.zeros_like(array) for path, array in params.items()}
@@ -137,17 +118,16 @@ def written_out(params, gradients, settings):
     clipped = []
     for t, step_gradients in enumerate(gradients, 1):
         norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in step_gradients.values()))
-        limit = settings.max_grad_norm
-        clipped.append(limit is not None and norm > limit)
-        for path, rule in RULES.items():
-            g = step_gradients[path].astype(np.float64) * (limit / norm if clipped[-1] else 1)
-            m[path] = settings.beta1 * m[path] + (1 - settings.beta1) * g
-            v[path] = settings.beta2 * v[path] + (1 - settings.beta2) * g**2
+        clipped.append(max_grad_norm is not None and norm > max_grad_norm)
+        for path, multiplier in MULTIPLIERS.items():
+            g = step_gradients[path].astype(np.float64) * (max_grad_norm / norm if clipped[-1] else 1)
+            m[path] = b1 * m[path] + (1 - b1) * g
+            v[path] = b2 * v[path] + (1 - b2) * g**2
             m_hat, v_hat = m[path], v[path]
-            if settings.bias_correction:
-                m_hat, v_hat = m_hat / (1 - settings.beta1**t), v_hat / (1 - settings.beta2**t)
-            change = m_hat / (np.sqrt(v_hat) + settings.epsilon) + rule.weight_decay * params[path]
-            params[path] = params[path] - rate(t - 1) * rule.factor * change
+            if bias_correction:
+                m_hat, v_hat = m_hat / (1 - b1**t), v_hat / (1 - b2**t)
+            change = m_hat / (np.sqrt(v_hat) + eps) + (0 if path.endswith("bias") else DECAY) * params[path]
+            params[path] = params[path] - rate(t - 1) * multiplier * change
     return params, clipped
 
 
@@ -155,19 +135,17 @@ def written_out(params, gradients, settings):
 @pytest.mark.parametrize("max_grad_norm", [3.0, None])
 def test_adamw_is_what_is_written_out(bias_correction, max_grad_norm):
     # An epsilon and decays that show in the result.
-    settings = Optimizer(
-        bias_correction=bias_correction, max_grad_norm=max_grad_norm, epsilon=0.01, beta1=0.8, beta2=0.95
-    )
+    options = {"bias_correction": bias_correction, "max_grad_norm": max_grad_norm, "eps": 0.01, "b1": 0.8, "b2": 0.95}
     random = np.random.RandomState(0)
     params = {path: random.normal(size=shape).astype(np.float32) for path, shape in SHAPES.items()}
     gradients = [
         {path: (scale * random.normal(size=shape)).astype(np.float32) for path, shape in SHAPES.items()}
         for scale in (2.0, 0.1, 5.0, 0.3, 1.5)
     ]
-    expected, clipped = written_out(params, gradients, settings)
+    expected, clipped = written_out(params, gradients, **options)
     assert len(set(clipped)) == (1 if max_grad_norm is None else 2)  # some steps are clipped, some are not
 
-    optimizer = optim.adamw(settings, rate, RULES)
+    optimizer = optim.adamw(rate, weight_decay=DECAY, lr_multipliers=MULTIPLIERS, **options)
     got = {path: jnp.asarray(array) for path, array in params.items()}
     state = optimizer.init(got)
     update = jax.jit(optimizer.update)
@@ -180,7 +158,7 @@ def test_adamw_is_what_is_written_out(bias_correction, max_grad_norm):
 
 
 def test_a_factor_of_zero_changes_nothing():
-    optimizer = optim.adamw(Optimizer(), rate, {"w": optim.Rule(True, 0.1, 0.0, ())})
+    optimizer = optim.adamw(rate, weight_decay=0.1, lr_multipliers={"w": 0.0})
     params = {"w": jnp.ones(3)}
     updates, _ = optimizer.update({"w": jnp.ones(3)}, optimizer.init(params), params)
     np.testing.assert_array_equal(updates["w"], 0)
@@ -209,7 +187,7 @@ POINTS = {
 @pytest.mark.parametrize("name", POINTS)
 def test_schedules(name):
     options, points = POINTS[name]
-    rate = optim.schedule(Schedule(name=name.split(",")[0], warmup_steps=2, **options), 2.0, 10)
+    rate = optim.schedule(name.split(",")[0], 2.0, 10, warmup_steps=2, **options)
     for step, expected in points.items():
         assert float(rate(jnp.asarray(step))) == pytest.approx(expected, abs=1e-6), step
     assert rate(jnp.asarray(3)).dtype == jnp.float32
@@ -227,7 +205,7 @@ def test_schedules(name):
     ],
 )
 def test_warm_up(options, warmup):
-    rate = optim.schedule(Schedule(**options), 1.0, 10)
+    rate = optim.schedule("linear", 1.0, 10, **options)
     rates = [float(rate(step)) for step in range(10)]
     assert int(np.argmax(rates)) == warmup
     assert rates[warmup] == 1
@@ -235,5 +213,10 @@ def test_warm_up(options, warmup):
 
 
 def test_warm_up_longer_than_the_run():
-    rate = optim.schedule(Schedule(warmup_steps=20), 1.0, 10)
+    rate = optim.schedule("linear", 1.0, 10, warmup_steps=20)
     assert [float(rate(step)) for step in (0, 5, 10)] == pytest.approx([0, 0.25, 0.5])
+
+
+def test_an_unknown_schedule():
+    with pytest.raises(InputError, match="The schedule 'liner' is unknown; expected one of linear, cosine"):
+        optim.schedule("liner", 1.0, 10)

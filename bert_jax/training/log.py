@@ -1,0 +1,84 @@
+"""What a run tells: the metrics of its steps in a journal and for TensorBoard, and its progress on a console."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bert_jax import tree
+
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+
+
+def in_words(metrics: Mapping[str, Any]) -> str:
+    """The metrics that are numbers, on one line. F1 of two labels names its label."""
+    of = {"f1": f" of {metrics['f1_label']}"} if "f1_label" in metrics else {}
+    return "  ".join(
+        f"{name}{of.get(name, '')} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)
+    )
+
+
+class Journal:
+    """Writes the metrics of a run by step: one line of JSON each, and events for TensorBoard.
+
+    Args:
+        folder: The folder of the run.
+        start: Number of steps done. Lines of later steps are dropped, because these steps are computed again.
+        tensorboard: Whether to write events.
+    """
+
+    def __init__(self, folder: Path, start: int, *, tensorboard: bool):
+        path = folder / METRICS
+        kept = [line for line in read_journal(path) if line["step"] <= start]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._events: Any = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1 if start else None)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes the values of a step; they may be nested."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._events:
+            for name, value in tree.flatten(values).items():
+                if isinstance(value, float):
+                    self._events.add_scalar(name.replace(".", "/"), value, step)
+            self._events.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._events:
+            self._events.close()
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """Reads the lines of a `metrics.jsonl`; drops a line that a kill cut off."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, start: int, steps: int) -> Iterator[Callable[[int, str | None], None]]:
+    """A progress bar; gives a function that shows the number of steps done, and a text unless it is None."""
+    columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+               TimeRemainingColumn()]  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=steps, completed=start, text="")
+
+        def show(step: int, text: str | None) -> None:
+            bar.update(task, completed=step)
+            if text is not None:
+                bar.update(task, text=text)
+
+        yield show

@@ -1,0 +1,187 @@
+"""One step of training: a pure function of the state, the frozen parameters and a batch.
+
+planned = step.plan(model, optax.lion(1e-5))
+state, train_step = step.init_state(planned, seed=0), step.make_step(task, planned)
+for batch in loader.batches(0, 500):
+    state, metrics = train_step(state, planned.frozen, batch)
+model = tree.merge(planned.skeleton, planned.params(state.params, planned.frozen))
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bert_jax import tree
+from bert_jax.data.loader import Batch
+from bert_jax.errors import InputError
+from bert_jax.model import BertPreTrainedModel
+from bert_jax.tasks.base import Objective
+from bert_jax.training import lora as adapters
+from bert_jax.training.lora import LoRA
+from bert_jax.training.optim import check_patterns
+
+Arrays = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What a step changes.
+
+    Attributes:
+        step: int32 [], number of steps done.
+        params: The trained parameters by path, float32; LoRA adapters are among them.
+        opt_state: The state of the optimizer.
+        key: uint32 key data. The dropout of a step is drawn from it and the number of the step.
+    """
+
+    step: jax.Array
+    params: Arrays
+    opt_state: optax.OptState
+    key: jax.Array
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which parameters of a model are trained, and by which optimizer.
+
+    Attributes:
+        skeleton: The skeleton of the model.
+        trained: The trained parameters by path, LoRA adapters included.
+        frozen: The other parameters by path.
+        optimizer: Updates the trained parameters.
+        lora: The adapters' rank and scale; None without adapters.
+    """
+
+    skeleton: tree.Skeleton
+    trained: Arrays
+    frozen: Arrays
+    optimizer: optax.GradientTransformation
+    lora: LoRA | None = None
+
+    def params(self, trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]) -> tree.Params:
+        """The parameters of the model: the trained and the frozen ones, adapters merged."""
+        return tree.unflatten(adapters.merge({**frozen, **trained}, self.lora.scale if self.lora else 0.0))
+
+
+def plan(
+    model: BertPreTrainedModel,
+    optimizer: optax.GradientTransformation,
+    *,
+    trainable: Sequence[str] | None = None,
+    lora: LoRA | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Sorts the parameters of a model into trained and frozen ones.
+
+    Args:
+        model: The model.
+        optimizer: Any optax transformation.
+        trainable: Regular expressions of the paths of the parameters to train. The others are frozen: they get neither
+            gradient nor optimizer state. None trains all parameters or, with `lora`, the adapters only.
+        lora: Adapters to train beside `trainable`.
+        seed: The adapters are drawn from it.
+
+    Raises:
+        InputError: If a pattern matches no parameter, or the optimizer returns updates of another structure.
+    """
+    params, skeleton = tree.split(model)
+    flat = tree.flatten(params)
+    if trainable is None:
+        trainable = () if lora else (r".*",)
+    check_patterns("trainable", trainable, list(flat))
+    added = adapters.init(lora, skeleton.specs, jax.random.key(seed)) if lora else {}
+    chosen = set(tree.select(trainable, flat))
+    if not chosen and not added:
+        raise InputError("trainable is empty; expected patterns of the parameters to train.")
+    found = Plan(
+        skeleton=skeleton,
+        trained={**added, **{path: leaf for path, leaf in flat.items() if path in chosen}},
+        frozen={path: leaf for path, leaf in flat.items() if path not in chosen},
+        optimizer=optimizer,
+        lora=lora,
+    )
+    _check_updates(found)
+    return found
+
+
+def _check_updates(plan: Plan) -> None:
+    def update(trained: Arrays) -> Any:
+        return plan.optimizer.update(trained, plan.optimizer.init(trained), trained)[0]
+
+    expected = {path: leaf.shape for path, leaf in plan.trained.items()}
+    returned = jax.eval_shape(update, plan.trained)
+    shapes = (
+        {path: getattr(leaf, "shape", None) for path, leaf in returned.items()} if isinstance(returned, dict) else {}
+    )
+    if shapes != expected:
+        wrong = min(path for path in expected.keys() | shapes.keys() if shapes.get(path) != expected.get(path))
+        raise InputError(
+            f"The optimizer returns an update of shape {shapes.get(wrong)} for {wrong}, whose shape is "
+            f"{expected.get(wrong)}; expected the structure of the parameters."
+        )
+
+
+def init_state(plan: Plan, seed: int) -> TrainState:
+    """The state before the first step; its arrays are copies, because steps overwrite them."""
+    trained = {path: jnp.array(leaf, copy=True) for path, leaf in plan.trained.items()}
+    return TrainState(jnp.int32(0), trained, plan.optimizer.init(trained), jax.random.key_data(jax.random.key(seed)))
+
+
+def make_step(
+    task: Objective, plan: Plan, *, accumulation: int = 1, out_shardings: Any = None
+) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, Arrays]]:
+    """The compiled step: state, frozen parameters and batch -> the next state, and `loss` and `grad_norm`.
+
+    The loss is a mean over what counts in the whole batch, also where the batch is computed in parts. The state is
+    donated: its arrays are overwritten.
+
+    Args:
+        task: Gives the loss.
+        plan: Of the parameters.
+        accumulation: Parts that the batch is cut into; they are computed one after another.
+        out_shardings: Where the results are to live.
+    """
+
+    def mean_loss(trained: Arrays, frozen: Arrays, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return task.loss(tree.merge(plan.skeleton, plan.params(trained, frozen)), batch, key)
+
+    def total_loss(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        mean, count = mean_loss(*arguments)
+        return mean * count, count
+
+    def train_step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Arrays]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        if accumulation == 1:  # the mean's own gradient: to divide the sum's costs a pass over memory
+            (loss, _), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params, frozen, batch, key)
+        else:
+            gradient = jax.value_and_grad(total_loss, has_aux=True)
+            # Every n-th row to the n-th part, so that padding rows, which come last, are shared out.
+            parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch)
+
+            def add(sums: Any, part: Any) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, sums, gradient(state.params, frozen, *part)), None
+
+            zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.params))
+            ((total, count), gradients), _ = jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulation)))
+            count = jnp.maximum(count, 1.0)
+            loss, gradients = total / count, jax.tree.map(lambda g: g / count, gradients)
+        updates, opt_state = plan.optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def state_shapes(plan: Plan) -> TrainState:
+    """The shapes and dtypes of the state of a plan."""
+
+    def state(trained: Arrays) -> TrainState:
+        return init_state(replace(plan, trained=trained), 0)
+
+    return jax.eval_shape(state, plan.trained)

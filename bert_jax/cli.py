@@ -4,6 +4,7 @@ Each command imports what it needs.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -337,7 +338,8 @@ def serve(
         except BertJaxError:
             if settings.tasks or not pipes:  # asked for, or the only one
                 raise
-    server.serve(name, pipes, settings)
+    limits = server.Limits(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(server.Limits)})
+    server.serve(name, pipes, host=settings.host, port=settings.port, limits=limits)
 
 
 @app.command()

@@ -25,7 +25,7 @@ from bert_jax import hub, kernels, sharding, tree, vocabulary
 from bert_jax.config import BertConfig
 from bert_jax.data import corpus, sources
 from bert_jax.data.loader import Examples, Shape
-from bert_jax.data.masking import MaskedExamples
+from bert_jax.data.masking import MaskedExamples, Masking
 from bert_jax.errors import InputError, check_extra, listed, quoted
 from bert_jax.evaluation import measure
 from bert_jax.model import BertPreTrainedModel
@@ -453,12 +453,23 @@ def read_corpus(settings: Pretraining, split: str, tokenizer: Tokenizer, console
     files = [Path(place) for place in ([places] if isinstance(places, str) else places)]
     if not distributed.first():
         distributed.wait(split)
-    shards = corpus.tokenize(files, folder, tokenizer, settings.data, settings.training.seed, console)
+    data, seed = settings.data, settings.training.seed
+    shards = corpus.tokenize(
+        files,
+        folder,
+        tokenizer,
+        corpus.Layout(data.max_length, data.next_sentence, data.short),
+        seed=seed,
+        format=data.format,
+        text=data.text,
+        processes=data.processes,
+        console=console,
+    )
     if distributed.first():
         distributed.wait(split)
     if replaced := shards.manifest["replaced"]:
         console.print(f"data.{split}: {replaced:,} characters that are no UTF-8 are U+FFFD now.")
-    return MaskedExamples.of(shards, tokenizer, settings.data.masked, settings.training.seed)
+    return MaskedExamples.of(shards, tokenizer, Masking(**data.masked.model_dump()), seed)
 
 
 def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any) -> tuple[BertPreTrainedModel, str]:
@@ -572,7 +583,7 @@ def end(
         "versions": {name: metadata.version(name) for name in ("bert-jax", "jax", "flax", "optax")},
     }
     report.learning_curve(log.read_journal(folder / log.METRICS), metric).savefig(folder / CURVE, dpi=120)
-    _write(folder / CARD, report.model_card(settings, results))
+    _write(folder / CARD, model_card(settings, results))
     _write(folder / RESULTS, json.dumps(results, indent=2) + "\n")
     if test := results.get("test"):
         console.print(f"test: {log.in_words(test)}", soft_wrap=True)
@@ -581,6 +592,19 @@ def end(
         f"{folder}: the model of step {results['step']} of {results['steps']}, its card, metrics{predicted}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> str:
+    """The README.md of a run's model."""
+    base, train = settings.model.id, settings.data.train or ()
+    data, dataset, task = ", ".join([train] if isinstance(train, str) else train), None, "fill-mask"
+    made = f"{f'`{base}`' if base else 'A new network'}, pretrained on {data}"
+    if isinstance(settings, Settings):
+        dataset, task = settings.data.id, settings.task
+        made = f"`{base}` fine-tuned for {task} on {dataset or data}"
+    return report.model_card(
+        settings.output.folder, task, made, results, base=base, dataset=dataset, settings=settings.to_yaml()
+    )
 
 
 def evaluate(

@@ -6,6 +6,7 @@ cut short goes on where it stood.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -17,7 +18,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -25,7 +26,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bert_jax.errors import CheckpointError, InputError
-from bert_jax.settings import Corpus
 from bert_jax.tokenizer import Tokenizer
 
 HEADER = ("tokens", "tokens of the first segment", "whether the second is of another document")
@@ -175,15 +175,34 @@ def runs(documents: Iterable[Document], room: int) -> Iterator[list[int]]:
             yield tokens
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How documents become examples.
+
+    Attributes:
+        max_length: Tokens of an example, special tokens included.
+        next_sentence: Makes pairs of segments, for next-sentence prediction; otherwise runs of tokens.
+        short: Share of the pairs that are made shorter than `max_length`, down to 2 tokens.
+    """
+
+    max_length: int = 128
+    next_sentence: bool = True
+    short: float = 0.1
+
+
 def rows(
-    documents: Sequence[Document], data: Corpus, special: tuple[int, int, int], dtype: Any, random: np.random.Generator
+    documents: Sequence[Document],
+    layout: Layout,
+    special: tuple[int, int, int],
+    dtype: Any,
+    random: np.random.Generator,
 ) -> np.ndarray:
     """The rows of a shard: [n, HEADER and max_length]."""
     cls, sep, pad = special
-    header, length = len(HEADER), data.max_length
+    header, length = len(HEADER), layout.max_length
     found = []
-    if data.next_sentence:
-        for first, second, other in pairs(documents, length - 3, data.short, random):
+    if layout.next_sentence:
+        for first, second, other in pairs(documents, length - 3, layout.short, random):
             ids = [cls, *first, sep, *second, sep]
             found.append([len(ids), len(first) + 2, int(other), *ids])
     else:
@@ -199,17 +218,29 @@ def rows(
 
 
 def tokenize(
-    files: Sequence[Path], folder: Path, tokenizer: Tokenizer, data: Corpus, seed: int, console: Console | None = None
+    files: Sequence[Path],
+    folder: Path,
+    tokenizer: Tokenizer,
+    layout: Layout,
+    *,
+    seed: int = 0,
+    format: Literal["text", "jsonl"] | None = None,
+    text: str = "text",
+    processes: int | None = None,
+    console: Console | None = None,
 ) -> "Shards":
-    """Makes the shards of files that are not there yet, and opens them.
+    """Makes the shards of files that do not exist yet, and opens all of them.
 
     Args:
-        files: Texts with an empty line between documents, or JSON lines, perhaps gzipped.
-        folder: Of the shards.
-        tokenizer: The model's.
-        data: Says how rows are laid out.
-        seed: Of the pairs.
-        console: Shows progress.
+        files: Texts with an empty line between documents, or JSON lines; either may be gzipped.
+        folder: The folder of the shards.
+        tokenizer: The tokenizer of the model.
+        layout: How documents become examples.
+        seed: The pairs are drawn from it.
+        format: The format of the files; by their names if None.
+        text: The key of the text in JSON lines.
+        processes: Number of processes that tokenize; by default as many as there are processors.
+        console: Shows the progress.
 
     Raises:
         InputError: If a file cannot be read, there is nothing in them, there is one document alone where pairs are
@@ -219,12 +250,12 @@ def tokenize(
     if missing := [name for name, id in zip(("[CLS]", "[SEP]", "[PAD]"), special, strict=True) if id is None]:
         raise InputError(f"The tokenizer has no {', '.join(missing)}; pretraining cannot do without.")
     backend = tokenizer.backend.to_str()
-    layout = {name: getattr(data, name) for name in ("format", "text", "next_sentence", "short", "max_length")}
     try:
         listed = [[str(path), path.stat().st_size] for path in files]
     except OSError as error:
         raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from None
-    made_of = {"files": listed, "tokenizer": hashlib.sha256(backend.encode()).hexdigest(), "seed": seed, **layout}
+    made_of = {"files": listed, "tokenizer": hashlib.sha256(backend.encode()).hexdigest(), "seed": seed}
+    made_of |= {"format": format, "text": text, **dataclasses.asdict(layout)}
     made_of = json.loads(json.dumps(made_of))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,17 +263,17 @@ def tokenize(
             before = json.loads((folder / PARTS).read_text(encoding="utf-8"))
             if different := [name for name in made_of if before.get(name) != made_of[name]]:
                 raise InputError(
-                    f"{folder} holds shards of another {' and '.join(different)}. Take another data.shards, or "
-                    "remove it."
+                    f"{folder} holds shards of another {' and '.join(different)}. Use another folder (data.shards), "
+                    "or remove it."
                 )
         elif any(folder.iterdir()):
-            raise InputError(f"{folder} holds files of something else; take another data.shards.")
+            raise InputError(f"{folder} holds files of something else; use another folder (data.shards).")
         else:
             _write_json(folder / PARTS, made_of)
         if not (folder / WHOLE).exists():
-            reader = Reader(files, data.format, data.text)
-            make = functools.partial(_make_shard, folder, backend, data, special, seed)
-            parts = _made(make, _units(reader), folder, data, console)
+            reader = Reader(files, format, text)
+            make = functools.partial(_make_shard, folder, backend, layout, special, seed)
+            parts = _made(make, _units(reader), folder, layout, processes, console)
             if not sum(part["rows"] for part in parts):
                 raise InputError(f"{', '.join(str(path) for path in files)}: there is no text in it.")
             _write_json(folder / WHOLE, {"replaced": reader.replaced, "shards": parts})
@@ -270,12 +301,17 @@ def _units(reader: Iterable[list[str]]) -> Iterator[list[list[str]]]:
 
 
 def _made(
-    make: Any, units: Iterator[list[list[str]]], folder: Path, data: Corpus, console: Console | None
+    make: Any,
+    units: Iterator[list[list[str]]],
+    folder: Path,
+    layout: Layout,
+    processes: int | None,
+    console: Console | None,
 ) -> list[Any]:
     """Makes shards in several processes; those that an earlier run made are only looked up."""
-    workers = data.processes or os.cpu_count() or 1
+    workers = processes or os.cpu_count() or 1
     done: dict[int, Any] = {}
-    flying: dict[Any, int] = {}
+    in_flight: dict[Any, int] = {}
     # Not forked: the threads of JAX and of the tokenizers would not survive that.
     context = multiprocessing.get_context("spawn")
     with (
@@ -284,7 +320,7 @@ def _made(
     ):
         bar = progress.add_task("tokenizing", total=None)
         for number, unit in enumerate(units):
-            if number == 0 and len(unit) == 1 and data.next_sentence:
+            if number == 0 and len(unit) == 1 and layout.next_sentence:
                 raise InputError(
                     "The texts are one document, and next-sentence prediction needs another. Put empty lines between "
                     "documents, or set data.next_sentence=false."
@@ -293,12 +329,12 @@ def _made(
             if record.exists():
                 done[number] = json.loads(record.read_text(encoding="utf-8"))
                 continue
-            flying[pool.submit(make, number, unit)] = number
-            if len(flying) >= 2 * workers:
-                finished, _ = concurrent.futures.wait(flying, return_when=concurrent.futures.FIRST_COMPLETED)
-                done |= {flying.pop(future): future.result() for future in finished}
+            in_flight[pool.submit(make, number, unit)] = number
+            if len(in_flight) >= 2 * workers:
+                finished, _ = concurrent.futures.wait(in_flight, return_when=concurrent.futures.FIRST_COMPLETED)
+                done |= {in_flight.pop(future): future.result() for future in finished}
                 progress.update(bar, description=f"tokenizing: {len(done)} shards")
-        done |= {number: future.result() for future, number in flying.items()}
+        done |= {number: future.result() for future, number in in_flight.items()}
     return [done[number] for number in sorted(done)]
 
 
@@ -309,7 +345,7 @@ def _shard(folder: Path, number: int) -> Path:
 def _make_shard(
     folder: Path,
     backend: str,
-    data: Corpus,
+    layout: Layout,
     special: tuple[int, int, int],
     seed: int,
     number: int,
@@ -327,8 +363,8 @@ def _make_shard(
             documents.append(document)
     dtype = np.uint16 if tokenizer.get_vocab_size() < 2**16 else np.int32
     random = np.random.default_rng((seed, number))
-    usable = documents if len(documents) > 1 or not data.next_sentence else []
-    table = rows(usable, data, special, dtype, random)
+    usable = documents if len(documents) > 1 or not layout.next_sentence else []
+    table = rows(usable, layout, special, dtype, random)
     path = _shard(folder, number)
     staged = path.with_suffix(".new")
     with open(staged, "wb") as file:

@@ -10,9 +10,23 @@ import numpy as np
 from bert_jax.data.corpus import HEADER, Shards
 from bert_jax.data.loader import Batch, Examples, Place
 from bert_jax.errors import InputError
-from bert_jax.settings import Masked
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.training.losses import IGNORE
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Which tokens of an example are to be guessed.
+
+    Attributes:
+        share: Share of its tokens; at least one is chosen.
+        most: The maximum number; the original has 20 of 128 tokens and 76 of 512 (max_predictions_per_seq).
+        whole_words: Chooses all pieces of a word together.
+    """
+
+    share: float = 0.15
+    most: int = 20
+    whole_words: bool = False
 
 
 def count(tokens: int, share: float, most: int) -> int:
@@ -79,7 +93,7 @@ class MaskedExamples(Examples):
     there (`IGNORE`); `guessed_in` int32 [B, P], the number of their example in the row.
 
     Attributes:
-        masked: How many, and whether as whole words.
+        masking: How many tokens are chosen, and whether as whole words.
         seed: Of the choice.
         mask_id: Of [MASK].
         vocab_size: Any token may stand in the place of one.
@@ -87,7 +101,7 @@ class MaskedExamples(Examples):
         continuing: bool [vocab_size], true for pieces that go on with a word.
     """
 
-    masked: Masked = field(default_factory=Masked)
+    masking: Masking = Masking()
     seed: int = 0
     mask_id: int = 0
     vocab_size: int = 0
@@ -95,7 +109,7 @@ class MaskedExamples(Examples):
     continuing: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
     @classmethod
-    def of(cls, shards: Shards, tokenizer: Tokenizer, masked: Masked, seed: int) -> "MaskedExamples":
+    def of(cls, shards: Shards, tokenizer: Tokenizer, masking: Masking, seed: int) -> "MaskedExamples":
         """The examples of shards.
 
         Raises:
@@ -117,7 +131,7 @@ class MaskedExamples(Examples):
             token_type_ids=_Lazy(types, len(lengths)),
             targets={"next_sentence_label": shards.column(HEADER[2])},
             pad_token_id=tokenizer.pad_token_id or 0,
-            masked=masked,
+            masking=masking,
             seed=seed,
             mask_id=tokenizer.mask_token_id,
             vocab_size=tokenizer.vocab_size,
@@ -136,7 +150,7 @@ class MaskedExamples(Examples):
         batch = super().batch(place, part)
         rows, (_, length, examples) = len(batch["starts"]), place.shape
         # The sum over a row's examples of at most so many is at most this.
-        most = min(examples * self.masked.most, int(self.masked.share * length) + examples)
+        most = min(examples * self.masking.most, int(self.masking.share * length) + examples)
         positions, guessed_in = (np.zeros((rows, most), np.int32) for _ in range(2))
         labels = np.full((rows, most), IGNORE, np.int32)
         used = np.zeros(rows, int)
@@ -148,9 +162,9 @@ class MaskedExamples(Examples):
                 continue
             chosen = choose(
                 candidates,
-                count(len(ids), self.masked.share, self.masked.most),
+                count(len(ids), self.masking.share, self.masking.most),
                 random,
-                self.continuing[ids[candidates]] if self.masked.whole_words else None,
+                self.continuing[ids[candidates]] if self.masking.whole_words else None,
             )
             here = row, slice(used[row], used[row] + len(chosen))
             positions[here], labels[here], guessed_in[here] = at + chosen, ids[chosen], n

@@ -22,6 +22,7 @@ import threading
 import time
 import typing
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,6 @@ from bert_jax import __version__
 from bert_jax.errors import InputError
 from bert_jax.inference import catalogue
 from bert_jax.inference.pipelines import LENGTHS, Pipeline
-from bert_jax.settings import Serving
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +101,34 @@ class Job:
         self.loop.call_soon_threadsafe(done)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What the server accepts and how long it works on it.
+
+    Attributes:
+        batch: The maximum number of inputs that are computed together.
+        wait: Seconds that an input waits for others to share its batch, while the model is idle.
+        queue: The maximum number of waiting inputs; beyond it, requests are refused with status 429.
+        timeout: Seconds until a request without an answer ends with status 504.
+        max_body: The maximum size of a request, in bytes.
+        max_inputs: The maximum number of inputs of a request.
+        max_characters: The maximum number of characters of an input.
+    """
+
+    batch: int = 64
+    wait: float = 0.0005
+    queue: int = 512
+    timeout: float = 30.0
+    max_body: int = 2**20
+    max_inputs: int = 128
+    max_characters: int = 20_000
+
+
 class Batcher:
     """One thread that computes: it takes what waits, at most so many inputs, and waits shortly for more."""
 
-    def __init__(self, settings: Serving, seen: Callable[[int], None]):
-        self.settings, self.seen = settings, seen
+    def __init__(self, limits: Limits, seen: Callable[[int], None]):
+        self.limits, self.seen = limits, seen
         self.waiting = 0  # inputs; of the event loop's thread alone
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
@@ -118,14 +141,14 @@ class Batcher:
             Refused: If too many wait already, or it takes too long.
         """
         size = max(1, len(job.requests))
-        if self.waiting + size > max(self.settings.queue, size):
+        if self.waiting + size > max(self.limits.queue, size):
             raise Refused(429, "busy", "Too many inputs are waiting; try again in a second.", {"Retry-After": "1"})
         self.waiting += size
         self._jobs.put(job)
         try:
-            return await asyncio.wait_for(job.answer, self.settings.timeout)
+            return await asyncio.wait_for(job.answer, self.limits.timeout)
         except TimeoutError:
-            raise Refused(504, "timeout", f"There was no answer in {self.settings.timeout:g} s.") from None
+            raise Refused(504, "timeout", f"There was no answer in {self.limits.timeout:g} s.") from None
         finally:
             job.gone = True
             self.waiting -= size
@@ -142,13 +165,13 @@ class Batcher:
             held = None
             if first is None:
                 return
-            batch, size, until = [first], len(first.requests), time.monotonic() + self.settings.wait
-            while size < self.settings.batch:
+            batch, size, until = [first], len(first.requests), time.monotonic() + self.limits.wait
+            while size < self.limits.batch:
                 try:
                     job = self._jobs.get(timeout=max(0.0, until - time.monotonic()))
                 except queue.Empty:
                     break
-                if job is None or job.kind != first.kind or size + len(job.requests) > self.settings.batch:
+                if job is None or job.kind != first.kind or size + len(job.requests) > self.limits.batch:
                     held = job
                     if job is None:
                         self._jobs.put(None)
@@ -243,11 +266,11 @@ class Server:
     Args:
         name: Of the model, as clients are told.
         pipes: Task -> pipeline, the first for /score.
-        settings: Limits.
+        limits: What it accepts.
     """
 
-    def __init__(self, name: str, pipes: dict[str, Pipeline], settings: Serving):
-        self.name, self.pipes, self.settings = name, pipes, settings
+    def __init__(self, name: str, pipes: dict[str, Pipeline], limits: Limits):
+        self.name, self.pipes, self.limits = name, pipes, limits
         self.ready = False
         self.attention: Attention | None = None
         registry = self.registry = CollectorRegistry()
@@ -263,7 +286,7 @@ class Server:
         Gauge("bert_jax_programs", "Compiled programs.", registry=registry).set_function(
             lambda: sum(len(pipe.programs) for pipe in pipes.values())
         )
-        self.batcher = Batcher(settings, self.fill.observe)
+        self.batcher = Batcher(limits, self.fill.observe)
         self.app = self._app()
 
     def _app(self) -> FastAPI:
@@ -362,13 +385,13 @@ class Server:
             raise Refused(415, "content_type", "Expected the content type application/json.")
         body = bytearray()
         try:
-            async with asyncio.timeout(self.settings.timeout):
+            async with asyncio.timeout(self.limits.timeout):
                 async for chunk in request.stream():
                     body += chunk
-                    if len(body) > self.settings.max_body:
-                        raise Refused(413, "too_large", f"The body has more than {self.settings.max_body} bytes.")
+                    if len(body) > self.limits.max_body:
+                        raise Refused(413, "too_large", f"The body has more than {self.limits.max_body} bytes.")
         except TimeoutError:
-            raise Refused(408, "timeout", f"The body was not there in {self.settings.timeout:g} s.") from None
+            raise Refused(408, "timeout", f"The body was not there in {self.limits.timeout:g} s.") from None
         except ClientDisconnect:
             raise Refused(499, "gone", "The client has left.") from None
         try:
@@ -382,9 +405,9 @@ class Server:
         several = isinstance(inputs, list)
         entries = inputs if several else [inputs]
         with _refusing(content):
-            if len(entries) > self.settings.max_inputs:
+            if len(entries) > self.limits.max_inputs:
                 raise InputError(
-                    f"there are {len(entries)} inputs; at most {self.settings.max_inputs} are taken at once."
+                    f"there are {len(entries)} inputs; at most {self.limits.max_inputs} are taken at once."
                 )
             requests = []
             for i, entry in enumerate(entries):
@@ -401,8 +424,8 @@ class Server:
 
     def _check_size(self, entry: Any, where: str) -> None:
         size = sum(map(len, _texts(entry)))
-        if size > self.settings.max_characters:
-            raise InputError(f"{where}it has {size} characters; at most {self.settings.max_characters} are taken.")
+        if size > self.limits.max_characters:
+            raise InputError(f"{where}it has {size} characters; at most {self.limits.max_characters} are taken.")
 
     async def _answer(self, request: Request, job: Job) -> Any:
         """The job's answer; if the client leaves meanwhile, the job is dropped."""
@@ -514,21 +537,35 @@ async def _fault(request: Request, error: Exception) -> Response:
     return _error(500, "fault", "The server is at fault; the request may be right.")
 
 
-def serve(name: str, pipes: dict[str, Pipeline], settings: Serving) -> None:
+def serve(
+    name: str,
+    pipes: dict[str, Pipeline],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    limits: Limits = Limits(),  # noqa: B008: it is frozen
+) -> None:
     """Serves until SIGTERM or Ctrl-C, and then answers what it has accepted.
 
+    Args:
+        name: The name of the model, as clients see it.
+        pipes: Task -> pipeline; the first answers at /score.
+        host: The address to listen at.
+        port: The port to listen at; 0 for a free one.
+        limits: What the server accepts.
+
     Raises:
-        InputError: If the address cannot be listened at.
+        InputError: If it cannot listen at the address.
     """
-    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((settings.host, settings.port))
+        listener.bind((host, port))
         listener.listen(2048)
     except OSError as error:
-        raise InputError(f"Cannot listen at {settings.host}, port {settings.port}: {error.strerror}.") from None
+        raise InputError(f"Cannot listen at {host}, port {port}: {error.strerror}.") from None
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     host, port = listener.getsockname()[:2]
     logger.info("http://%s:%s answers %s with %s", host, port, ", ".join(pipes), name)
-    server = Server(name, pipes, settings)
+    server = Server(name, pipes, limits)
     uvicorn.Server(uvicorn.Config(server.app, log_level="warning", access_log=False)).run(sockets=[listener])

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_jax.settings import Pretraining, Settings
-
 if TYPE_CHECKING:
     from bert_jax.tools.figure import Figure
 
@@ -106,36 +104,42 @@ def _class(part: Mapping[str, Any]) -> str:
     return f"{low}+" if high is None else f"{low}–{high}" if high > low else f"{low}"
 
 
-def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> str:
+def model_card(
+    folder: str,
+    task: str,
+    made: str,
+    results: Mapping[str, Any],
+    *,
+    base: str | None,
+    dataset: str | None,
+    settings: str,
+) -> str:
     """The README.md of a model: what it is, its numbers, and how it was made.
 
     Args:
-        settings: Of the run.
-        results: What `results.json` holds.
+        folder: The folder of the model.
+        task: The name of its task.
+        made: How it was made, "`bert-base-cased` fine-tuned for …".
+        results: The content of `results.json`.
+        base: The checkpoint that training began with.
+        dataset: The id of the data set on the Hub.
+        settings: The settings of the run, as YAML.
     """
-    name, base = Path(settings.output.folder).absolute().name, settings.model.id
-    task = settings.task if isinstance(settings, Settings) else "fill-mask"
     front = ["---", f"pipeline_tag: {task}", "library_name: transformers", "tags: [bert, jax]"]
     if base and not Path(base).exists():
         front.append(f"base_model: {base}")
-    train = settings.data.train or ()
-    data = ", ".join([train] if isinstance(train, str) else train)
-    if isinstance(settings, Settings):
-        if settings.data.id:
-            front.append(f"datasets: [{settings.data.id}]")
-        made = f"`{base}` fine-tuned for {settings.task} on {settings.data.id or data}"
-    else:
-        made = f"{f'`{base}`' if base else 'A new network'}, pretrained on {data}"
+    if dataset:
+        front.append(f"datasets: [{dataset}]")
     parts = [
         "\n".join([*front, "---"]),
-        f"# {name}",
+        f"# {Path(folder).absolute().name}",
         f"{made} with [bert_jax](https://pypi.org/project/bert-jax) {results['versions']['bert-jax']}.",
-        f"```python\nimport bert_jax\n\n{_snippet(task, settings.output.folder, results)}\n```",
+        f"```python\nimport bert_jax\n\n{_snippet(task, folder, results)}\n```",
     ]
     for split in ("validation", "test"):
         if metrics := results.get(split):
             parts += [f"## {split.capitalize()}", markdown(metrics)]
-    parts += ["![learning curve](curve.png)", "## Settings", f"```yaml\n{settings.to_yaml()}```"]
+    parts += ["![learning curve](curve.png)", "## Settings", f"```yaml\n{settings}```"]
     versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
     parts.append(
         f"Step {results['step']} of {results['steps']}, {results['seconds']:.0f} s on {results['device']}; {versions}."

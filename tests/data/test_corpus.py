@@ -7,13 +7,8 @@ import pytest
 from bert_jax.data import corpus
 from bert_jax.data.corpus import HEADER, Reader, pairs, runs, sentences
 from bert_jax.errors import CheckpointError, InputError
-from bert_jax.settings import Corpus
 
 LINES = [f"Word{n} stands here. It is number {n}, they say.\nAnother line follows it." for n in range(30)]
-
-
-def data(**changes):
-    return Corpus(**{"train": "-", "max_length": 32, "processes": 1} | changes)
 
 
 def document(number, lengths):
@@ -127,9 +122,9 @@ def text(tmp_path):
     return path
 
 
-def made(text, tokenizer, name="shards", **changes):
-    folder = text.parent / name
-    return folder, corpus.tokenize([text], folder, tokenizer, data(**changes), seed=1)
+def made(text, tokenizer, name="shards", processes=1, **layout):
+    folder, layout = text.parent / name, corpus.Layout(**{"max_length": 32} | layout)
+    return folder, corpus.tokenize([text], folder, tokenizer, layout, seed=1, processes=processes)
 
 
 def table(shards):
@@ -182,7 +177,7 @@ def test_a_damaged_shard(text, tokenizer):
 
 def test_shards_of_something_else(text, tokenizer):
     made(text, tokenizer)
-    with pytest.raises(InputError, match=r"shards of another max_length. Take another data.shards"):
+    with pytest.raises(InputError, match=r"shards of another max_length. Use another folder"):
         made(text, tokenizer, max_length=16)
     text.write_text("Another text.\n\nOf two.")
     with pytest.raises(InputError, match="shards of another files"):

@@ -5,8 +5,7 @@ import pytest
 
 from bert_jax.data import corpus
 from bert_jax.data.loader import Loader
-from bert_jax.data.masking import MaskedExamples, choose, count, hide
-from bert_jax.settings import Corpus, Masked
+from bert_jax.data.masking import MaskedExamples, Masking, choose, count, hide
 from bert_jax.training.losses import IGNORE
 
 TEXT = [
@@ -18,13 +17,13 @@ TEXT = [
 def shards(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "text.txt").write_text("\n".join(TEXT))
-    data = Corpus(train="text.txt", max_length=48, processes=1)
-    return corpus.tokenize([folder / "text.txt"], folder / "shards", tokenizer, data, seed=3)
+    layout = corpus.Layout(max_length=48)
+    return corpus.tokenize([folder / "text.txt"], folder / "shards", tokenizer, layout, seed=3, processes=1)
 
 
 def loader(shards, tokenizer, *, packing=None, part=(0, 1), seed=5, **masked):
     return Loader(
-        MaskedExamples.of(shards, tokenizer, Masked(**masked), seed),
+        MaskedExamples.of(shards, tokenizer, Masking(**masked), seed),
         8,
         seed=seed,
         packing=packing,
@@ -135,7 +134,7 @@ def test_processes_make_the_rows_of_one_batch(shards, tokenizer):
 
 
 def test_examples_are_what_was_laid_out(shards, tokenizer):
-    examples = MaskedExamples.of(shards, tokenizer, Masked(), 0)
+    examples = MaskedExamples.of(shards, tokenizer, Masking(), 0)
     assert len(examples.input_ids) == len(list(examples.input_ids)) == len(examples) > 40
     following = 0
     for ids, types, label in zip(
@@ -152,7 +151,7 @@ def test_examples_are_what_was_laid_out(shards, tokenizer):
 def test_a_vocabulary_without_mask(shards, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "mask_token_id", None)
     with pytest.raises(Exception, match=r"no \[MASK\]"):
-        MaskedExamples.of(shards, tokenizer, Masked(), 0)
+        MaskedExamples.of(shards, tokenizer, Masking(), 0)
 
 
 def test_nothing_is_read_at_once(shards):

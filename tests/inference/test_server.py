@@ -353,19 +353,18 @@ def test_a_mistake_on_the_command_line(arguments, words):
 
 def test_a_port_that_is_taken(folder, pipes):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        settings = server.Serving(port=taken.getsockname()[1])
         with pytest.raises(InputError, match=r"Cannot listen at 127.0.0.1, port \d+: Address already in use"):
-            server.serve("x", pipes, settings)
+            server.serve("x", pipes, port=taken.getsockname()[1])
 
 
 # ── The batcher ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def jobs(settings, work, sizes):
+def jobs(limits, work, sizes):
     """Answers of jobs that are submitted together."""
 
     async def run():
-        batcher = server.Batcher(settings, lambda n: None)
+        batcher = server.Batcher(limits, lambda n: None)
         made = [server.Job(work, "kind", list(range(size))) for size in sizes]
         try:
             return await asyncio.gather(*(batcher.submit(job) for job in made), return_exceptions=True)
@@ -382,7 +381,7 @@ def test_jobs_are_computed_together_up_to_the_limit():
         seen.append([len(job.requests) for job in batch])
         return [len(job.requests) for job in batch]
 
-    assert jobs(server.Serving(batch=4, wait=0.2), work, [1, 2, 3, 1, 5]) == [1, 2, 3, 1, 5]
+    assert jobs(server.Limits(batch=4, wait=0.2), work, [1, 2, 3, 1, 5]) == [1, 2, 3, 1, 5]
     assert seen == [[1, 2], [3, 1], [5]]
 
 
@@ -392,7 +391,7 @@ def test_a_batch_that_fails_is_nobody_else_s():
             raise RuntimeError("broken")
         return [True for _ in batch]
 
-    failed, fine = jobs(server.Serving(batch=3, wait=0.01), work, [3, 1])
+    failed, fine = jobs(server.Limits(batch=3, wait=0.01), work, [3, 1])
     assert isinstance(failed, RuntimeError)
     assert fine is True
 
@@ -406,7 +405,7 @@ def test_who_waits_too_long_is_told_and_dropped():
         computed.extend(batch)
         return [True for _ in batch]
 
-    found = jobs(server.Serving(batch=1, timeout=0.1), work, [1, 1, 1])
+    found = jobs(server.Limits(batch=1, timeout=0.1), work, [1, 1, 1])
     assert [error.status for error in found] == [504] * 3
     assert len(computed) == 1
 

@@ -8,8 +8,7 @@ import transformers
 import bert_jax
 from bert_jax.data import corpus
 from bert_jax.data.loader import Loader, one_a_row
-from bert_jax.data.masking import MaskedExamples
-from bert_jax.settings import Corpus, Masked
+from bert_jax.data.masking import MaskedExamples, Masking
 from bert_jax.tasks.pretraining import MaskedLanguageModeling, PreTraining
 from bert_jax.training import optim
 from bert_jax.training.step import init_state, make_step, plan
@@ -30,9 +29,9 @@ CASES = [
 def examples(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "text.txt").write_text("\n\n".join(TEXT))
-    data = Corpus(train="-", max_length=48, short=0.3)
-    shards = corpus.tokenize([folder / "text.txt"], folder / "shards", tokenizer, data, seed=0)
-    return MaskedExamples.of(shards, tokenizer, Masked(whole_words=True), 0)
+    layout = corpus.Layout(max_length=48, short=0.3)
+    shards = corpus.tokenize([folder / "text.txt"], folder / "shards", tokenizer, layout)
+    return MaskedExamples.of(shards, tokenizer, Masking(whole_words=True), 0)
 
 
 def loader(examples, packing):

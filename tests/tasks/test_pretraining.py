@@ -6,9 +6,8 @@ from flax import nnx
 from bert_jax import BertConfig, BertForMaskedLM, BertForPreTraining, sharding, tree
 from bert_jax.data import corpus
 from bert_jax.data.loader import Loader
-from bert_jax.data.masking import MaskedExamples
+from bert_jax.data.masking import MaskedExamples, Masking
 from bert_jax.evaluation import measure
-from bert_jax.settings import Corpus, Masked
 from bert_jax.tasks.pretraining import MaskedLanguageModeling, PreTraining
 from bert_jax.training.losses import IGNORE
 
@@ -20,9 +19,9 @@ TASKS = [(PreTraining(), BertForPreTraining), (MaskedLanguageModeling(), BertFor
 def examples(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "text.txt").write_text("\n\n".join(TEXT))
-    data = Corpus(train="-", max_length=32, processes=1, short=0.5)
-    shards = corpus.tokenize([folder / "text.txt"], folder / "shards", tokenizer, data, seed=0)
-    return MaskedExamples.of(shards, tokenizer, Masked(), 0)
+    layout = corpus.Layout(max_length=32, short=0.5)
+    shards = corpus.tokenize([folder / "text.txt"], folder / "shards", tokenizer, layout, processes=1)
+    return MaskedExamples.of(shards, tokenizer, Masking(), 0)
 
 
 @pytest.fixture(scope="module", params=TASKS, ids=["both", "masked tokens alone"])

@@ -165,7 +165,10 @@ OPTAX = {
     "lion": optax.lion(1e-2),
     "adafactor": optax.adafactor(1e-2),
     "lamb": optax.lamb(1e-2),
-    "masked": optax.chain(optax.masked(optax.adam(1e-2), lambda params: {path: "bias" in path for path in params})),
+    "masked": optax.chain(
+        optax.masked(optax.adam(1e-2), lambda params: {path: "bias" in path for path in params}),
+        optax.masked(optax.set_to_zero(), lambda params: {path: "bias" not in path for path in params}),
+    ),
     "multi_transform": optax.multi_transform(
         {"head": optax.adam(1e-2), "body": optax.sgd(1e-2)},
         lambda params: {path: "head" if path.startswith("classifier") else "body" for path in params},

@@ -282,7 +282,7 @@ def evaluate(
             check_extra("train", "matplotlib")
             with hub.replacing(output):  # now, and not after the evaluation: whether it can be written
                 pass
-        metrics = held_out.evaluate(
+        metrics = recipes.evaluate_held_out(
             [model, *(beside or ())], settings, split, ignore=ignore or (), console=Console(stderr=True)
         )
         markdown = report.held_out_markdown(metrics)
@@ -294,7 +294,7 @@ def evaluate(
     else:
         _console().print(Markdown(markdown))
     if output and isinstance(settings, HeldOut):  # last, for it may not be writable
-        held_out.leave(output, settings, metrics)
+        held_out.leave(output, settings.to_yaml(), metrics)
 
 
 @app.command()

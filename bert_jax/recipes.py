@@ -27,7 +27,7 @@ from bert_jax.data import corpus, sources
 from bert_jax.data.loader import Examples, Shape
 from bert_jax.data.masking import MaskedExamples, Masking
 from bert_jax.errors import InputError, check_extra, listed, quoted
-from bert_jax.evaluation import measure
+from bert_jax.evaluation import held_out, measure
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import HeldOut, Pretraining, Settings
 from bert_jax.tasks.base import Objective, TrainableTask, check_pairs, check_vocabulary
@@ -135,7 +135,7 @@ def make_task(settings: Settings, tokenizer: Tokenizer, config: BertConfig) -> T
     return task
 
 
-def max_length(settings: Settings | HeldOut | Pretraining, config: BertConfig) -> int:
+def max_length(settings: Settings | Pretraining, config: BertConfig) -> int:
     """The settings' length, if the model has so many positions.
 
     Raises:
@@ -643,6 +643,28 @@ def evaluate(
     if console and found:
         console.print(found, highlight=False, markup=False)
     return evaluate_examples(task, model, examples, settings).metrics
+
+
+def evaluate_held_out(
+    models: Sequence[str], settings: HeldOut, split: str, *, ignore: Sequence[str] = (), console: Console | None = None
+) -> dict[str, dict[str, Any]]:
+    """Evaluates pretrained models on the texts of a split; see `held_out.evaluate`."""
+    texts = [row["text"] for row in read_split(settings, split).rows]
+    if not texts:
+        raise InputError(f"data.{split} is not set.")
+    return held_out.evaluate(
+        models,
+        texts,
+        task=settings.task,
+        max_length=settings.data.max_length,
+        words=settings.masking.words,
+        share=settings.masking.share,
+        seed=settings.seed,
+        resamples=settings.resamples,
+        compute_dtype=settings.precision.compute_dtype,
+        ignore=ignore,
+        console=console,
+    )
 
 
 def _check_order(settings: Settings, config: Mapping[str, Any]) -> None:

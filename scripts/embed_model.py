@@ -21,8 +21,7 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 import bert_jax
-from bert_jax import hub
-from bert_jax.evaluation import held_out
+from bert_jax import hub, recipes
 from bert_jax.settings import HeldOut
 
 NAME = "bert-mini-cased"
@@ -68,7 +67,7 @@ def measured(folders: dict[str, Path], texts: Path, sentences: Path) -> dict[str
         third.write("\n".join(lines[::3]))
         third.flush()
         settings = HeldOut.from_dict({"task": "fill-mask", "data": {"test": third.name, "max_length": 128}})
-        results = held_out.evaluate([str(folder) for folder in folders.values()], settings, "test")
+        results = recipes.evaluate_held_out([str(folder) for folder in folders.values()], settings, "test")
     found = {}
     for name, folder in folders.items():
         measures = {key: results[str(folder)][key]["value"] for key in ("nll", "accuracy@1", "accuracy@5")}

@@ -15,13 +15,13 @@ PACKAGE = Path(bert_jax.__file__).parent
 FLOORS = [
     ["errors", "tools.figure", "training.memory"],
     ["hub", "training.distributed"],
-    ["config", "tree", "training.losses", "evaluation.metrics", "settings", "data.sources"],
+    ["config", "tree", "training.losses", "evaluation.metrics", "data.sources"],
     ["data.loader"],
     ["weights", "tokenizer", "sharding"],
     ["kernels"],
     ["model", "tools.aot", "data.corpus", "vocabulary"],
     ["data.masking"],
-    ["training.optim", "training.lora", "training.checkpoint"],
+    ["training.optim", "training.lora", "training.checkpoint", "training.log"],
     ["tasks.base"],
     [
         "tasks.masked_lm",
@@ -32,10 +32,11 @@ FLOORS = [
         "tasks.question_answering",
         "tasks.pretraining",
     ],
-    ["evaluation.measure", "inference.pipelines", "tools.report"],
+    ["evaluation.measure", "inference.pipelines", "tools.report", "training.step"],
     ["training.loop", "tools.verify", "inference.catalogue"],
-    ["recipes", "inference.prediction", "inference.server", "tools.viz"],
-    ["evaluation.held_out"],
+    ["inference.prediction", "inference.server", "tools.viz", "evaluation.held_out"],
+    ["settings"],
+    ["recipes"],
     ["cli"],
 ]
 

@@ -4,13 +4,14 @@ The measures are means over all hidden tokens (or pairs), with 95 % intervals by
 """
 
 import hashlib
+import itertools
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from bert_jax import hub, recipes
+from bert_jax import hub
 from bert_jax.errors import InputError
 from bert_jax.inference.pipelines import WINDOW, Pipeline, pipeline
 from bert_jax.model import BertForMaskedLM, BertForNextSentencePrediction
-from bert_jax.settings import HeldOut, Masking
 from bert_jax.tasks.base import Request, Row
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
@@ -33,6 +33,7 @@ FREQUENCIES = (1, 2, 10, 100, 1000)
 POSITIONS = (1, 16, 32, 64, 128, 256)
 """Lower bounds of a token's place in its row."""
 KS = (1, 5, 10)
+Words = Literal["random", "each"]
 
 
 class Hidden(NamedTuple):
@@ -63,7 +64,7 @@ class HiddenTokens(FillMask):
         # What is not below the label is above it, NaN too; the label itself is not below either, and makes rank 1.
         return {"nll": nll, "rank": jnp.sum(~(logits < label), axis=-1)}
 
-    def hide(self, text: str, masking: Masking, seed: int) -> Request:
+    def hide(self, text: str, words: Words, share: float, seed: int) -> Request:
         """Hides tokens of a text, which is cut at the model's length; a request for `Pipeline.run`.
 
         What is hidden depends on the text and the seed alone. The result is a list of `Hidden`.
@@ -72,13 +73,13 @@ class HiddenTokens(FillMask):
         inside = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
         if not inside:
             return []
-        if masking.words == "each":
-            words: dict[int | None, list[int]] = {}
+        if words == "each":
+            by_word: dict[int | None, list[int]] = {}
             for i in inside:
-                words.setdefault(encoding.word_ids[i], []).append(i)
-            groups = list(words.values())
+                by_word.setdefault(encoding.word_ids[i], []).append(i)
+            groups = list(by_word.values())
         else:
-            count = max(1, round(masking.share * len(inside)))
+            count = max(1, round(share * len(inside)))
             groups = [sorted(_generator(seed, text).choice(inside, count, replace=False).tolist())]
         rows = []
         for group in groups:
@@ -121,9 +122,15 @@ class Following(NextSentencePrediction):
 
 def evaluate(
     models: Sequence[str],
-    settings: HeldOut,
-    split: str,
+    texts: Sequence[str],
     *,
+    task: Literal["fill-mask", "next-sentence-prediction"] = "fill-mask",
+    max_length: int = 128,
+    words: Words = "random",
+    share: float = 0.15,
+    seed: int = 42,
+    resamples: int = 1000,
+    compute_dtype: str = "float32",
     ignore: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -131,8 +138,15 @@ def evaluate(
 
     Args:
         models: Folders, ids on the Hub, or `bert-mini-cased`.
-        settings: The task, the texts, and what is hidden of them.
-        split: Of `settings.data`.
+        texts: The texts.
+        task: What is measured.
+        max_length: Tokens of a text, special tokens included; longer texts are truncated.
+        words: "random" hides a share of the tokens of a text at once. "each" hides each word by itself, all its pieces
+            together.
+        share: The share of the tokens that "random" hides; at least one token.
+        seed: Hidden tokens, cuts, pairs and intervals are drawn from it.
+        resamples: Number of resamples of the texts, from which the 95 % intervals are computed (bootstrap).
+        compute_dtype: The dtype of the activations, "float32" or "bfloat16".
         ignore: Regular expressions of tensors in the first model's checkpoint that are left out.
         console: Shows progress.
 
@@ -145,52 +159,66 @@ def evaluate(
     Raises:
         InputError: If the texts or the model cannot be used.
     """
-    texts = [row["text"] for row in recipes.read_split(settings, split).rows]
-    if not texts:
-        raise InputError(f"data.{split} is not set.")
     for i, text in enumerate(texts, 1):
         if not isinstance(text, str) or not text.strip():
-            raise InputError(f"data.{split}: row {i} is no text, or an empty one.")
-    measure = _fill_mask if settings.task == "fill-mask" else _next_sentence
+            raise InputError(f"Row {i} of the texts is not a text, or is empty.")
     found: dict[str, dict[str, Any]] = {}
     for model in models:
-        pipe = pipeline(
-            settings.task, model, ignore=() if found else ignore, compute_dtype=settings.precision.compute_dtype
-        )
-        found[model] = measure(pipe, texts, settings, name=model, console=console)
+        pipe = pipeline(task, model, ignore=() if found else ignore, compute_dtype=compute_dtype)
+        if max_length > pipe.max_length:
+            raise InputError(f"max_length is {max_length}; the model takes {pipe.max_length} tokens.")
+        if task == "fill-mask":
+            hidden = HiddenTokens(pipe.tokenizer, pipe.config, max_length)
+            requests = (hidden.hide(text, words, share, seed) for text in texts)
+            results = _run(pipe, hidden, requests, len(texts), model, console)
+            found[model] = _fill_mask(hidden, texts, results, seed, resamples)
+        else:
+            following = Following(pipe.tokenizer, pipe.config, max_length)
+            cut, follows = pairs(texts, seed)
+            requests = (following.judge(*pair) for pair in cut)
+            results = _run(pipe, following, requests, len(cut), model, console)
+            found[model] = _next_sentence(follows, results, seed, resamples)
     return found
 
 
-def leave(folder: Path, settings: HeldOut, results: dict[str, dict[str, Any]]) -> None:
-    """Writes `evaluation.json`, `evaluation.md`, `evaluation.png` and the settings.
+def leave(folder: Path, settings: str, results: dict[str, dict[str, Any]]) -> None:
+    """Writes `evaluation.json`, `evaluation.md`, `evaluation.png` and the settings, which are YAML.
 
     Raises:
         CheckpointError: If the folder cannot be written.
     """
     with hub.replacing(folder) as staging:
-        (staging / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+        (staging / "settings.yaml").write_text(settings, encoding="utf-8")
         (staging / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (staging / "evaluation.md").write_text(report.held_out_markdown(results) + "\n", encoding="utf-8")
         report.held_out_figure(results).savefig(staging / "evaluation.png", dpi=120)
 
 
+def _run(
+    pipe: Pipeline, task: Any, requests: Iterator[Request], count: int, model: str, console: Console | None
+) -> list[Any]:
+    """The results of requests, in parts of `WINDOW`."""
+    pipe.task = task
+    results: list[Any] = []
+    console = console or Console(quiet=True)
+    for _ in track(range(0, count, WINDOW), description=model, console=console, transient=True):
+        results += pipe.run(list(itertools.islice(requests, WINDOW)))
+    return results
+
+
 def _fill_mask(
-    pipe: Pipeline, texts: list[str], settings: HeldOut, *, name: str, console: Console | None
+    task: HiddenTokens, texts: Sequence[str], found: list[list[Hidden]], seed: int, resamples: int
 ) -> dict[str, Any]:
-    pipe.task = task = HiddenTokens(pipe.tokenizer, pipe.config, _length(settings, pipe))
-    found: list[list[Hidden]] = []
-    for part in _parts(texts, name, console):
-        found += pipe.run([task.hide(text, settings.masking, settings.seed) for text in part])
     tokens = np.array([hidden for text in found for hidden in text], np.float64).reshape(-1, 4)
     if not len(tokens):
         raise InputError("The texts have no tokens to hide.")
     token, position, nll, rank = tokens.T
     owner = np.repeat(np.arange(len(found)), [len(text) for text in found])
     values = {"nll": nll, **{f"accuracy@{k}": rank <= k for k in KS}, "mrr": 1 / rank}
-    measures = _means(values, owner, settings)
+    measures = _means(values, owner, seed, resamples)
     perplexity = {name: math.exp(min(value, 700.0)) for name, value in measures["nll"].items()}
     measures = {"nll": measures.pop("nll"), "pseudo_perplexity": perplexity, **measures}
-    encoded = pipe.tokenizer.encode(texts, max_length=task.max_length)
+    encoded = task.tokenizer.encode(list(texts), max_length=task.max_length)
     counts = Counter(t for (encoding,) in encoded for t in encoding.ids)
     frequency = np.array([counts[int(t)] for t in token])
     return {
@@ -202,24 +230,10 @@ def _fill_mask(
     }
 
 
-def _next_sentence(
-    pipe: Pipeline, texts: list[str], settings: HeldOut, *, name: str, console: Console | None
-) -> dict[str, Any]:
-    pipe.task = task = Following(pipe.tokenizer, pipe.config, _length(settings, pipe))
-    cut, follows = pairs(texts, settings.seed)
-    found: list[np.ndarray] = []
-    for part in _parts(cut, name, console):
-        found += pipe.run([task.judge(*pair) for pair in part])
-    log_p = np.array(found)[np.arange(len(cut)), np.where(follows, 0, 1)]
+def _next_sentence(follows: np.ndarray, found: list[np.ndarray], seed: int, resamples: int) -> dict[str, Any]:
+    log_p = np.array(found)[np.arange(len(found)), np.where(follows, 0, 1)]
     values = {"accuracy": log_p > np.log(0.5), "nll": -log_p}
-    return {"pairs": len(cut), **_means(values, np.arange(len(cut)), settings)}
-
-
-def _length(settings: HeldOut, pipe: Pipeline) -> int:
-    length = recipes.max_length(settings, pipe.config)
-    if length > pipe.max_length:
-        raise InputError(f"data.max_length is {length}; the model's tokenizer has {pipe.max_length}.")
-    return length
+    return {"pairs": len(found), **_means(values, np.arange(len(found)), seed, resamples)}
 
 
 def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.ndarray]:
@@ -243,12 +257,12 @@ def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.nd
     return [(first, other) for (first, _), other in zip(halves, second, strict=True)], follows
 
 
-def _means(values: dict[str, np.ndarray], owner: np.ndarray, settings: HeldOut) -> dict[str, dict[str, float]]:
+def _means(values: dict[str, np.ndarray], owner: np.ndarray, seed: int, resamples: int) -> dict[str, dict[str, float]]:
     """Means over tokens, and where 95 % of those of resampled texts lie."""
     texts = int(owner.max()) + 1
     sums = np.stack([np.bincount(owner, v, minlength=texts) for v in (np.ones(len(owner)), *values.values())], axis=1)
-    random = np.random.default_rng(settings.seed)
-    drawn = np.array([random.multinomial(texts, np.full(texts, 1 / texts)) @ sums for _ in range(settings.resamples)])
+    random = np.random.default_rng(seed)
+    drawn = np.array([random.multinomial(texts, np.full(texts, 1 / texts)) @ sums for _ in range(resamples)])
     # A resample may, of few texts, have no token.
     low, high = np.nanpercentile(drawn[:, 1:] / np.where(drawn[:, :1] > 0, drawn[:, :1], np.nan), [2.5, 97.5], axis=0)
     return {
@@ -267,13 +281,6 @@ def _by_class(key: np.ndarray, bounds: Sequence[int], nll: np.ndarray, rank: np.
             found.append({"from": low, "to": high, "tokens": int(inside.sum()), "nll": float(nll[inside].mean()),
                           "accuracy@1": float((rank[inside] <= 1).mean())})  # fmt: skip
     return found
-
-
-def _parts(texts: Sequence[Any], model: str, console: Console | None) -> Iterator[list[Any]]:
-    starts = range(0, len(texts), WINDOW)
-    console = console or Console(quiet=True)
-    for start in track(starts, description=model, console=console, transient=True):
-        yield list(texts[start : start + WINDOW])
 
 
 def _generator(seed: int, text: str) -> np.random.Generator:

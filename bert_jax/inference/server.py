@@ -543,7 +543,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    limits: Limits = Limits(),  # noqa: B008: it is frozen
+    limits: Limits | None = None,
 ) -> None:
     """Serves until SIGTERM or Ctrl-C, and then answers what it has accepted.
 
@@ -552,7 +552,7 @@ def serve(
         pipes: Task -> pipeline; the first answers at /score.
         host: The address to listen at.
         port: The port to listen at; 0 for a free one.
-        limits: What the server accepts.
+        limits: What the server accepts; the defaults of `Limits` if None.
 
     Raises:
         InputError: If it cannot listen at the address.
@@ -567,5 +567,5 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     host, port = listener.getsockname()[:2]
     logger.info("http://%s:%s answers %s with %s", host, port, ", ".join(pipes), name)
-    server = Server(name, pipes, limits)
+    server = Server(name, pipes, limits or Limits())
     uvicorn.Server(uvicorn.Config(server.app, log_level="warning", access_log=False)).run(sockets=[listener])

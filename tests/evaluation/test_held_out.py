@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import bert_jax
+from bert_jax import recipes
 from bert_jax.errors import InputError
 from bert_jax.evaluation import held_out
 from bert_jax.settings import HeldOut, Masking, Settings, read
@@ -41,7 +42,7 @@ def write(tmp_path, texts):
 
 
 def rows(task, text, masking, seed=0):
-    return next(task.hide(text, masking, seed))
+    return next(task.hide(text, masking.words, masking.share, seed))
 
 
 @pytest.mark.parametrize("share", [0.15, 0.5])
@@ -86,7 +87,7 @@ def test_measures_are_those_of_a_direct_computation(tmp_path, task, tokenizer, w
                 ranks.append(1 + np.sum(log_p[position] > log_p[position, label]))
                 places.append(position)
     run = settings(write(tmp_path, TEXTS), masking={"words": words}, resamples=50)
-    result = held_out.evaluate(["bert-mini-cased"], run, "test")["bert-mini-cased"]
+    result = recipes.evaluate_held_out(["bert-mini-cased"], run, "test")["bert-mini-cased"]
     assert result["texts"] == 4
     assert result["tokens"] == len(nll)
     expected = {"nll": np.mean(nll), "pseudo_perplexity": np.exp(np.mean(nll)), "mrr": np.mean(1 / np.array(ranks))}
@@ -104,7 +105,7 @@ def test_measures_are_those_of_a_direct_computation(tmp_path, task, tokenizer, w
 
 def test_frequencies_are_those_of_the_texts(tmp_path):
     run = settings(write(tmp_path, ["yes"] * 12 + ["Paris"]), masking={"words": "each"}, resamples=5)
-    parts = held_out.evaluate(["bert-mini-cased"], run, "test")["bert-mini-cased"]["by_frequency"]
+    parts = recipes.evaluate_held_out(["bert-mini-cased"], run, "test")["bert-mini-cased"]["by_frequency"]
     assert [(part["from"], part["to"], part["tokens"]) for part in parts] == [(1, 1, 1), (10, 99, 12)]
 
 
@@ -143,7 +144,7 @@ def test_next_sentence_prediction(tmp_path, tokenizer):
     texts = [f"{n} {text}" for n, text in enumerate(texts)]
     data = {"test": str(write(tmp_path, texts)), "max_length": 32}
     run = HeldOut.from_dict({"task": "next-sentence-prediction", "data": data})
-    result = held_out.evaluate([str(tmp_path / "model")], run, "test")[str(tmp_path / "model")]
+    result = recipes.evaluate_held_out([str(tmp_path / "model")], run, "test")[str(tmp_path / "model")]
     pairs, follows = held_out.pairs(texts, 42)
     network = bert_jax.BertForNextSentencePrediction.from_pretrained(tmp_path / "model")
     p, cut = [], 0
@@ -194,11 +195,11 @@ def test_the_command_with_two_models_and_a_folder_of_texts(tmp_path):
 @pytest.mark.parametrize(
     ("texts", "changes", "message"),
     [
-        (["", "a"], {}, "data.test: row 1 is no text, or an empty one"),
+        (["", "a"], {}, "Row 1 of the texts is not a text, or is empty"),
         (["a"], {"data": {"test": None}}, "data.test is not set"),
-        (["a", ""], {}, "data.test: row 2 is no text, or an empty one"),
-        (["a"], {"data": {"max_length": 1000}}, "the model has 512 positions"),
-        (["a"], {"data": {"max_length": 600}}, "the model has 512 positions"),
+        (["a", ""], {}, "Row 2 of the texts is not a text, or is empty"),
+        (["a"], {"data": {"max_length": 1000}}, "the model takes 512 tokens"),
+        (["a"], {"data": {"max_length": 600}}, "the model takes 512 tokens"),
         (["a"], {"task": "next-sentence-prediction"}, "two texts of several sentences"),
     ],
 )
@@ -210,7 +211,7 @@ def test_bad_input(tmp_path, texts, changes, message):
             held_out.pairs(texts, 0)
         return
     with pytest.raises(InputError, match=message):
-        held_out.evaluate(["bert-mini-cased"], run, "test")
+        recipes.evaluate_held_out(["bert-mini-cased"], run, "test")
 
 
 def test_a_file_is_read_by_its_task(tmp_path):

@@ -352,9 +352,9 @@ def test_a_mistake_on_the_command_line(arguments, words):
 
 
 def test_a_port_that_is_taken(folder, pipes):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(InputError, match=r"Cannot listen at 127.0.0.1, port \d+: Address already in use"):
-            server.serve("x", pipes, port=taken.getsockname()[1])
+    message = r"Cannot listen at 127.0.0.1, port \d+: Address already in use"
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match=message):
+        server.serve("x", pipes, port=taken.getsockname()[1])
 
 
 # ── The batcher ──────────────────────────────────────────────────────────────────────────────────────────────────────

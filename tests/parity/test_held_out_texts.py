@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from bert_jax import hub
+from bert_jax import hub, recipes
 from bert_jax.evaluation import held_out
 from bert_jax.settings import HeldOut
 
@@ -26,7 +26,7 @@ def test_measures(tmp_path, words):
     settings = HeldOut.from_dict(
         {"task": "fill-mask", "data": {"test": str(tmp_path / "texts.jsonl")}, "masking": {"words": words}}
     )
-    ours = held_out.evaluate(["bert-mini-cased"], settings, "test")["bert-mini-cased"]
+    ours = recipes.evaluate_held_out(["bert-mini-cased"], settings, "test")["bert-mini-cased"]
     folder = hub.EMBEDDED / "bert-mini-cased"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -35,7 +35,7 @@ def test_measures(tmp_path, words):
     nll, rank = [], []
     for text in texts:
         ids = tokenizer(text, truncation=True, max_length=128)["input_ids"]
-        for row in next(task.hide(text, settings.masking, settings.seed)):
+        for row in next(task.hide(text, settings.masking.words, settings.masking.share, settings.seed)):
             # What is hidden is ours to choose; what the rest says comes from transformers' own tokens.
             masked = torch.tensor([ids])
             masked[0, row.masked_positions] = tokenizer.mask_token_id

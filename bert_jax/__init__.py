@@ -19,11 +19,15 @@ _CONTENTS = {
     "BertForQuestionAnswering": "model",
     "Tokenizer": "tokenizer",
     "pipeline": "inference.pipelines",
+    "train": "training.loop",
 }
+_MODULES = {"lora": "training.lora", "optim": "training.optim", "sharding": "sharding", "tree": "tree"}
 
-__all__ = sorted(_CONTENTS)
+__all__ = sorted(_CONTENTS | _MODULES)
 
 if TYPE_CHECKING:
+    from bert_jax import sharding as sharding
+    from bert_jax import tree as tree
     from bert_jax.config import BertConfig as BertConfig
     from bert_jax.inference.pipelines import pipeline as pipeline
     from bert_jax.model import BertForMaskedLM as BertForMaskedLM
@@ -34,15 +38,21 @@ if TYPE_CHECKING:
     from bert_jax.model import BertForTokenClassification as BertForTokenClassification
     from bert_jax.model import BertModel as BertModel
     from bert_jax.tokenizer import Tokenizer as Tokenizer
+    from bert_jax.training import lora as lora
+    from bert_jax.training import optim as optim
+    from bert_jax.training.loop import train as train
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _CONTENTS:
+    if name in _MODULES:
+        value = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    elif name in _CONTENTS:
+        value = getattr(importlib.import_module(f"{__name__}.{_CONTENTS[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_CONTENTS[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_CONTENTS})
+    return sorted({*globals(), *__all__})

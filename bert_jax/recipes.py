@@ -30,9 +30,9 @@ from bert_jax.errors import InputError, check_extra, listed, quoted
 from bert_jax.evaluation import held_out, measure
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import HeldOut, Pretraining, Settings
-from bert_jax.tasks.base import Objective, TrainableTask, check_pairs, check_vocabulary
+from bert_jax.tasks.base import Objective, ReadOptions, TrainableTask, check_pairs, check_vocabulary
 from bert_jax.tasks.pretraining import MaskedLanguageModeling, PreTraining
-from bert_jax.tasks.question_answering import QuestionAnswering
+from bert_jax.tasks.question_answering import AnswerOptions, QuestionAnswering
 from bert_jax.tasks.sequence_classification import SequenceClassification
 from bert_jax.tasks.token_classification import TokenClassification
 from bert_jax.tokenizer import Tokenizer
@@ -104,8 +104,9 @@ def prepare(settings: Settings) -> Prepared:
     task_class = TASKS[settings.task]
     splits = {split: read_split(settings, split) for split in ("train", "validation", "test")}
     rows = {split: found.rows for split, found in splits.items() if found.rows}
-    found = task_class.clean(rows, settings.data)
-    config = task_class.config(rows.get("train", []), settings.data, splits["train"].labels)
+    options = _read_options(settings)
+    found = task_class.clean(rows, options)
+    config = task_class.config(rows.get("train", []), options, splits["train"].labels)
     _check_order(settings, config)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
         if (value := getattr(settings.model, name)) is not None:
@@ -127,9 +128,16 @@ def prepare(settings: Settings) -> Prepared:
     return Prepared(task, model, tokenizer, rows, featurize(task, rows), found)
 
 
+def _read_options(settings: Settings) -> ReadOptions:
+    data = settings.data
+    return ReadOptions(data.labels, data.problem_type, data.wrong_answers)
+
+
 def make_task(settings: Settings, tokenizer: Tokenizer, config: BertConfig) -> TrainableTask:
     """The settings' task, for a model."""
-    options = {"answers": settings.answers} if settings.task == "question-answering" else {}
+    options: dict[str, Any] = {}
+    if settings.task == "question-answering":
+        options["answers"] = AnswerOptions(**settings.answers.model_dump())
     check_vocabulary(tokenizer, config)
     task: TrainableTask = TASKS[settings.task](tokenizer, config, max_length(settings, config), **options)
     return task
@@ -629,7 +637,7 @@ def evaluate(
     if not rows:
         raise InputError(f"data.{split} is not set.")
     task_class = TASKS[settings.task]
-    found = task_class.clean({split: rows}, settings.data)
+    found = task_class.clean({split: rows}, _read_options(settings))
     tokenizer = Tokenizer.from_pretrained(model_id)
     model = task_class.model_class.from_pretrained(
         model_id, ignore=ignore, compute_dtype=settings.precision.compute_dtype

@@ -8,7 +8,7 @@ depend on these, and returns its result. It never sees a batch: rows of many req
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -16,7 +16,6 @@ import numpy as np
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
 from bert_jax.errors import CheckpointError, InputError, listed
-from bert_jax.settings import Data
 from bert_jax.tokenizer import Tokenizer
 
 
@@ -36,6 +35,21 @@ def check_vocabulary(tokenizer: Tokenizer, config: BertConfig) -> None:
             f"The tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: "
             "they do not belong together."
         )
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a task reads the rows of a data set.
+
+    Attributes:
+        labels: The names of the labels in the order of their ids; None to find them in the training rows.
+        problem_type: What the labels of a text classification are; None to decide by the labels.
+        wrong_answers: What to do about an answer that is not where its row says: skip the row, or stop.
+    """
+
+    labels: tuple[str, ...] | None = None
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
+    wrong_answers: Literal["skip", "stop"] = "skip"
 
 
 @dataclass
@@ -124,17 +138,19 @@ class TrainableTask(Task, Objective, Protocol):
     """By which `peft` knows such a model."""
 
     @staticmethod
-    def clean(rows: Mapping[str, list[dict[str, Any]]], data: Data) -> str:
+    def clean(rows: Mapping[str, list[dict[str, Any]]], options: ReadOptions) -> str:
         """Puts splits' rows into the form that `featurize` takes, in place; returns what people should know of it."""
         ...
 
     @staticmethod
-    def config(rows: Sequence[Mapping[str, Any]], data: Data, labels: tuple[str, ...] | None = None) -> dict[str, Any]:
+    def config(
+        rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
+    ) -> dict[str, Any]:
         """The config's fields that follow from the training rows: their labels.
 
         Args:
             rows: Cleaned ones.
-            data: Its `labels` are the names in the order of their ids, where they are set.
+            options: See `clean`.
             labels: That order as the data set has it; None where it has none.
         """
         ...

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,12 +15,33 @@ from bert_jax.data.loader import Examples
 from bert_jax.data.sources import literal
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.model import BertForQuestionAnswering
-from bert_jax.settings import Answers, Data
-from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask, check_pairs
+from bert_jax.tasks.base import Outputs, ReadOptions, Request, Row, TrainableTask, check_pairs
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.training import losses
 
-DEFAULTS = Answers()
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How contexts are cut into windows, and how answers are read from them.
+
+    Attributes:
+        stride: Tokens by which neighbouring windows of a context overlap; a third of the length of a row if None.
+        max_question_length: The maximum number of tokens of a question; the rest is truncated.
+        max_answer_length: The maximum number of tokens of an answer.
+        n_best: Number of first and last tokens that are tried, and of answers that are kept.
+        unanswerable: A question may have no answer: SQuAD 2.0.
+        null_threshold: No answer is given if its logits exceed those of the best answer by more than this.
+    """
+
+    stride: int | None = None
+    max_question_length: int = 64
+    max_answer_length: int = 30
+    n_best: int = 20
+    unanswerable: bool = False
+    null_threshold: float = 0.0
+
+
+DEFAULTS = AnswerOptions()
 NO_ANSWER: dict[str, Any] = {"score": 0.0, "start": 0, "end": 0, "answer": ""}
 
 
@@ -36,7 +58,7 @@ class QuestionAnswering(TrainableTask):
     metrics = ("f1", "exact_match", "best_f1", "best_exact_match")
     per_token = True
 
-    def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int, answers: Answers = DEFAULTS):
+    def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int, answers: AnswerOptions = DEFAULTS):
         check_pairs(config)
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -141,7 +163,7 @@ class QuestionAnswering(TrainableTask):
     # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @staticmethod
-    def clean(rows: Mapping[str, list[dict[str, Any]]], data: Data) -> str:
+    def clean(rows: Mapping[str, list[dict[str, Any]]], options: ReadOptions) -> str:
         """See `TrainableTask.clean`: answers become lists of texts and starts; what does not match is dropped."""
         wrong, nothing, count = [], [], sum(map(len, rows.values()))
         for split, found in rows.items():
@@ -159,7 +181,7 @@ class QuestionAnswering(TrainableTask):
                 raise InputError(f"data.{split}: the id {quoted(repeated[0])} stands at {ids[repeated[0]]} questions.")
             if n := sum(row["answers"] is not None and not row["answers"]["text"] for row in kept):
                 nothing.append(f"{n:,} of data.{split}")
-        if wrong and (data.wrong_answers == "stop" or not all(rows.values())):
+        if wrong and (options.wrong_answers == "stop" or not all(rows.values())):
             left = "" if all(rows.values()) else " None that can be used is left."
             raise InputError(f"{wrong[0]} ({len(wrong)} of {count} rows cannot be used.{left})")
         said = []
@@ -170,14 +192,16 @@ class QuestionAnswering(TrainableTask):
         return "\n".join(said)
 
     @staticmethod
-    def config(rows: Sequence[Mapping[str, Any]], data: Data, labels: tuple[str, ...] | None = None) -> dict[str, Any]:
+    def config(
+        rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
+    ) -> dict[str, Any]:
         """See `TrainableTask.config`: transformers makes the head's two outputs of two labels."""
         return {"id2label": ("LABEL_0", "LABEL_1"), "num_labels": 2}
 
     def adopt(self, metrics: Mapping[str, Any]) -> None:
         """See `TrainableTask.adopt`: the threshold of no answer."""
         if "null_threshold" in metrics:
-            self.answers = self.answers.model_copy(update={"null_threshold": metrics["null_threshold"]})
+            self.answers = replace(self.answers, null_threshold=metrics["null_threshold"])
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         """Rows with `question`, `context` and perhaps `answers` -> windows, with the places of the first answer.

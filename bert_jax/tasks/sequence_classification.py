@@ -16,8 +16,7 @@ from bert_jax.data.loader import Examples
 from bert_jax.data.sources import TEXT, literal
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.model import BertForSequenceClassification
-from bert_jax.settings import Data
-from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask, check_pairs, known_labels
+from bert_jax.tasks.base import Outputs, ReadOptions, Request, Row, TrainableTask, check_pairs, known_labels
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.training import losses
 
@@ -102,36 +101,40 @@ class SequenceClassification(TrainableTask):
     # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @staticmethod
-    def clean(rows: Mapping[str, list[dict[str, Any]]], data: Data) -> str:
+    def clean(rows: Mapping[str, list[dict[str, Any]]], options: ReadOptions) -> str:
         """See `TrainableTask.clean`: a label becomes a name, a number, a list of names, or a 0/1 vector.
 
-        What lists are is decided over all splits; `settings.Data.problem_type` says how.
+        What lists are is decided over all splits; `problem_type` says how.
         """
         cells = [
             Cell(f"data.{split}: row {i}", row)
             for split, found in rows.items() for i, row in enumerate(found, 1) if row.get("label") is not None
         ]  # fmt: skip
-        names = data.labels or ()
-        if data.problem_type in (None, MULTI):
-            _read_lists(cells, data.problem_type)
+        names = options.labels or ()
+        if options.problem_type in (None, MULTI):
+            _read_lists(cells, options.problem_type)
         for cell in cells:
             cell.label = list(cell.label) if isinstance(cell.label, tuple) else cell.label
             _check(cell, cell.label, names)
-        several = data.problem_type == MULTI or any(isinstance(cell.label, list) for cell in cells)
+        several = options.problem_type == MULTI or any(isinstance(cell.label, list) for cell in cells)
         if not several:
-            return "" if data.problem_type == REGRESSION else _read_ids(cells, names)
+            return "" if options.problem_type == REGRESSION else _read_ids(cells, names)
         for cell in cells:
-            if data.problem_type not in (None, MULTI) and isinstance(cell.label, list):
-                raise InputError(f"{cell.where}: the label is {quoted(cell.label)}; {data.problem_type} expects one.")
+            if options.problem_type not in (None, MULTI) and isinstance(cell.label, list):
+                raise InputError(
+                    f"{cell.where}: the label is {quoted(cell.label)}; {options.problem_type} expects one."
+                )
             if not isinstance(cell.label, list | str):
                 raise InputError(f"{cell.where}: the label is {quoted(cell.label)}; expected a list, as in other rows.")
         return _read_sets(cells, names)
 
     @staticmethod
-    def config(rows: Sequence[Mapping[str, Any]], data: Data, labels: tuple[str, ...] | None = None) -> dict[str, Any]:
+    def config(
+        rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
+    ) -> dict[str, Any]:
         """See `TrainableTask.config`: the problem type and the labels' names."""
         given = [row.get("label") for row in rows]
-        problem_type, names = label_set(given, data.problem_type)
+        problem_type, names = label_set(given, options.problem_type)
         for i, label in enumerate(given, 1):
             if label is None or (label == "" and problem_type != MULTI):
                 raise InputError(f"data.train: row {i} has no label; data.label names the column.")
@@ -141,9 +144,9 @@ class SequenceClassification(TrainableTask):
             )
         if not names:
             raise InputError("No example of data.train has a label; expected at least one in all.")
-        if problem_type == REGRESSION and len(data.labels or names) != 1:
-            raise InputError(f"data.labels has {len(data.labels or ())} names; a regression has one number.")
-        names = data.labels or (labels if labels and set(names) <= set(labels) else names)
+        if problem_type == REGRESSION and len(options.labels or names) != 1:
+            raise InputError(f"data.labels has {len(options.labels or ())} names; a regression has one number.")
+        names = options.labels or (labels if labels and set(names) <= set(labels) else names)
         return {"problem_type": problem_type, "id2label": names, "num_labels": len(names)}
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:

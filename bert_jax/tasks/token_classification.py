@@ -15,8 +15,7 @@ from bert_jax.data.loader import Examples
 from bert_jax.data.sources import literal
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.model import BertForTokenClassification
-from bert_jax.settings import Data
-from bert_jax.tasks.base import Outputs, Request, Row, TrainableTask, known_labels
+from bert_jax.tasks.base import Outputs, ReadOptions, Request, Row, TrainableTask, known_labels
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.training import losses
 
@@ -195,12 +194,12 @@ class TokenClassification(TrainableTask):
     # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @staticmethod
-    def clean(rows: Mapping[str, list[dict[str, Any]]], data: Data) -> str:
+    def clean(rows: Mapping[str, list[dict[str, Any]]], options: ReadOptions) -> str:
         """See `TrainableTask.clean`: tags of any scheme become IOB2's, for that is what entities are read from."""
         for split, found in rows.items():
             for i, row in enumerate(found, 1):
                 try:
-                    row["tokens"], row["tags"] = _words_and_tags(row["tokens"], row.get("tags"), data.labels)
+                    row["tokens"], row["tags"] = _words_and_tags(row["tokens"], row.get("tags"), options.labels)
                 except InputError as error:
                     raise InputError(f"data.{split}: row {i}: {error}") from None
         schemes = {}
@@ -225,7 +224,9 @@ class TokenClassification(TrainableTask):
         return "; ".join(f"tags of {split}: {scheme}" for split, scheme in schemes.items())
 
     @staticmethod
-    def config(rows: Sequence[Mapping[str, Any]], data: Data, labels: tuple[str, ...] | None = None) -> dict[str, Any]:
+    def config(
+        rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
+    ) -> dict[str, Any]:
         """See `TrainableTask.config`; of its own, O, then B- and I- of each type, sorted, then what else there is.
 
         The data set's order does not count where its tags were of another scheme than IOB2.
@@ -235,8 +236,8 @@ class TokenClassification(TrainableTask):
             raise InputError("data.train: no row has tags; data.tags names the column.")
         kinds = sorted({tag[1:] for tag in _marked(tags)})
         usual = ["O", *(f"{prefix}{kind}" for kind in kinds for prefix in "BI")] if kinds else []
-        names = data.labels or (*usual, *sorted(tags - set(usual)))
-        if not data.labels and labels and tags <= set(labels) and not any(tag[0] in "ES" for tag in _marked(labels)):
+        names = options.labels or (*usual, *sorted(tags - set(usual)))
+        if not options.labels and labels and tags <= set(labels) and not any(tag[0] in "ES" for tag in _marked(labels)):
             names = labels
         if unknown := sorted(tags - set(names)):
             raise InputError(f"data.labels lacks the tag {quoted(unknown[0])} of data.train; it has {listed(names)}.")

@@ -11,8 +11,8 @@ import bert_jax
 from bert_jax import sharding, tree
 from bert_jax.data.loader import Loader
 from bert_jax.evaluation import measure
-from bert_jax.settings import Answers, Data
-from bert_jax.tasks.question_answering import QuestionAnswering
+from bert_jax.tasks.base import ReadOptions
+from bert_jax.tasks.question_answering import AnswerOptions, QuestionAnswering
 from bert_jax.tasks.sequence_classification import SequenceClassification
 from bert_jax.tasks.token_classification import TokenClassification
 
@@ -35,7 +35,7 @@ def rows(task_class, count=21):
             found.append({"question": "Which ?", "context": text, "answers": answers})
         else:
             found.append({"text": text, "label": ["no", "yes"][n % 2]})
-    task_class.clean({"train": found}, Data())
+    task_class.clean({"train": found}, ReadOptions())
     return found
 
 
@@ -48,7 +48,7 @@ def trained(request, tokenizer):
     # Larger weights, so that a wrong token or mask shows.
     params, skeleton = tree.split(model)
     params = jax.tree.map(lambda leaf: 4 * leaf if leaf.ndim == 2 else leaf, params)
-    options = {"answers": Answers(stride=8)} if request.param is QuestionAnswering else {}
+    options = {"answers": AnswerOptions(stride=8)} if request.param is QuestionAnswering else {}
     task = request.param(tokenizer, config, LONGEST, **options)
     return task, tree.merge(skeleton, params), task.featurize(rows(request.param))
 

@@ -13,8 +13,8 @@ import bert_jax
 from bert_jax import BertConfig
 from bert_jax.data.loader import one_a_row
 from bert_jax.errors import InputError
-from bert_jax.settings import Answers, Data
-from bert_jax.tasks.question_answering import QuestionAnswering
+from bert_jax.tasks.base import ReadOptions
+from bert_jax.tasks.question_answering import AnswerOptions, QuestionAnswering
 
 CONTEXT = "Norman castles stand in Paris, Rome and Huggingface today."
 PIECES = ["Norman", "castles", "stand", "in", "Paris", ",", "Rome", "and", "Hu", "##gging", "##face", "today", "."]
@@ -216,9 +216,9 @@ def places_of_run_qa(row, window):
 
 @pytest.mark.parametrize(("length", "stride"), [(384, 128), (64, 16), (40, 0)])
 def test_features_are_those_of_run_qa(tokenizer, length, stride):
-    task = QuestionAnswering(tokenizer, BertConfig.from_dict(reference.CONFIG), length, Answers(stride=stride))
+    task = QuestionAnswering(tokenizer, BertConfig.from_dict(reference.CONFIG), length, AnswerOptions(stride=stride))
     given = rows()
-    assert "without an answer: " in QuestionAnswering.clean({"train": given}, Data())
+    assert "without an answer: " in QuestionAnswering.clean({"train": given}, ReadOptions())
     examples = task.featurize(given)
     place, inside = 0, 0
     for row in given:
@@ -271,12 +271,12 @@ def postprocessed(row, features, starts, ends, *, n_best, longest, threshold, ve
 @pytest.mark.parametrize("unanswerable", [True, False])
 @pytest.mark.parametrize("threshold", [0.0, -3.0])
 def test_answers_are_those_of_run_qa(tokenizer, unanswerable, threshold):
-    options = Answers(
+    options = AnswerOptions(
         stride=16, max_answer_length=7, n_best=5, null_threshold=threshold, unanswerable=unanswerable
     )  # fmt: skip
     task = QuestionAnswering(tokenizer, BertConfig.from_dict(reference.CONFIG), 64, options)
     given = [row for row in rows() if unanswerable or row["answers"]["text"]]
-    QuestionAnswering.clean({"train": given}, Data())
+    QuestionAnswering.clean({"train": given}, ReadOptions())
     examples = task.featurize(given)
     source = np.random.default_rng(0)
     outputs = {name: [source.normal(0, 3, len(ids)) for ids in examples.input_ids] for name in ("start", "end")}
@@ -308,12 +308,12 @@ def test_answers_are_those_of_run_qa(tokenizer, unanswerable, threshold):
 
 
 def test_the_best_answer_counts_where_nothing_is_likelier(tokenizer):
-    options = Answers(n_best=2, unanswerable=True)
+    options = AnswerOptions(n_best=2, unanswerable=True)
     task = QuestionAnswering(tokenizer, BertConfig.from_dict(reference.CONFIG), 64, options)
     asked = {"question": "Where?", "context": CONTEXT}
     given = [asked | {"answers": {"text": ["Paris"], "answer_start": [24]}}, asked | {"answers": []},
              asked | {"answers": None}]  # fmt: skip
-    QuestionAnswering.clean({"validation": given}, Data())
+    QuestionAnswering.clean({"validation": given}, ReadOptions())
     examples = task.featurize(given)
     outputs = {}
     for name, place in examples.targets.items():
@@ -331,9 +331,9 @@ def test_the_best_answer_counts_where_nothing_is_likelier(tokenizer):
 def test_the_loss_of_a_window_does_not_depend_on_its_padding(tokenizer, checkpoint):
     config = BertConfig.from_dict(questions.CONFIG)
     model = bert_jax.BertForQuestionAnswering(config, rngs=bert_jax.model.nnx.Rngs(0))
-    task = QuestionAnswering(tokenizer, config, 64, Answers(stride=16))
+    task = QuestionAnswering(tokenizer, config, 64, AnswerOptions(stride=16))
     given = rows(4)
-    QuestionAnswering.clean({"train": given}, Data())
+    QuestionAnswering.clean({"train": given}, ReadOptions())
     examples = task.featurize(given)
     indices = np.arange(3)
     losses_ = [task.loss(model, examples.batch(one_a_row(indices, n, length)), None) for n, length in
@@ -371,12 +371,12 @@ def test_the_loss_of_a_window_does_not_depend_on_its_padding(tokenizer, checkpoi
 def test_rows_that_cannot_be_used_are_counted_and_named(change, message):
     good = {"id": "a", "question": "Where?", "context": CONTEXT, "answers": {"text": ["Paris"], "answer_start": [24]}}
     given = {"train": [dict(good), good | {"id": "b"} | change, good | {"id": "c"}]}
-    said = QuestionAnswering.clean(given, Data())
+    said = QuestionAnswering.clean(given, ReadOptions())
     assert said.startswith("passed over 1 of 3 rows, the first of them: data.train, row 2 b: ")
     assert message in said
     assert [(row["id"], row["row"]) for row in given["train"]] == [("a", 1), ("c", 3)]
     with pytest.raises(InputError, match=r"\(1 of 1 rows cannot be used\. None that can be used is left\.\)$"):
-        QuestionAnswering.clean({"train": [good | change]}, Data(wrong_answers="stop"))
+        QuestionAnswering.clean({"train": [good | change]}, ReadOptions(wrong_answers="stop"))
 
 
 def test_forms_of_answers():
@@ -386,15 +386,15 @@ def test_forms_of_answers():
     for answers in (expected, [{"text": "Paris", "answer_start": 24}], json.dumps(expected), str(expected), of_pandas,
                     {"text": "Paris", "answer_start": 24}):  # fmt: skip
         given = [row | {"answers": answers}]
-        assert QuestionAnswering.clean({"train": given}, Data()) == ""
+        assert QuestionAnswering.clean({"train": given}, ReadOptions()) == ""
         assert given[0]["answers"] == expected
     far = [row | {"answers": {"text": ["Rome"], "answer_start": [0]}}]  # counts for its text where nothing is learnt
-    said = QuestionAnswering.clean({"train": [row | {"answers": []}], "validation": far}, Data())
+    said = QuestionAnswering.clean({"train": [row | {"answers": []}], "validation": far}, ReadOptions())
     assert said == "without an answer: 1 of data.train (with answers.unanswerable the model may say so)"
     assert far[0]["answers"]["text"] == ["Rome"]
     for nothing in ([], {"text": [], "answer_start": []}, {"text": [""], "answer_start": [0]}, ""):
         given = [row | {"answers": nothing}]
-        QuestionAnswering.clean({"train": given}, Data())
+        QuestionAnswering.clean({"train": given}, ReadOptions())
         assert given[0]["answers"] == {"text": [], "answer_start": []}
 
 
@@ -407,7 +407,7 @@ def test_plausible_answers_are_none(impossible):
         row | {"is_impossible": None},
         dict(row),
     ]
-    said = QuestionAnswering.clean({"train": given}, Data())
+    said = QuestionAnswering.clean({"train": given}, ReadOptions())
     assert said == "without an answer: 1 of data.train (with answers.unanswerable the model may say so)"
     assert [entry["answers"]["text"] for entry in given] == [[], ["Paris"], ["Paris"], ["Paris"]]
 
@@ -415,24 +415,24 @@ def test_plausible_answers_are_none(impossible):
 def test_questions_without_answers_are_not_trained_on_unasked():
     row = {"question": "Where?", "context": CONTEXT, "answers": None}
     with pytest.raises(InputError, match=r"data\.train, row 1: it has no answers .*\(1 of 1 rows"):
-        QuestionAnswering.clean({"train": [dict(row)]}, Data())
+        QuestionAnswering.clean({"train": [dict(row)]}, ReadOptions())
     given = [dict(row)]  # to be predicted
-    assert QuestionAnswering.clean({"validation": given}, Data()) == ""
+    assert QuestionAnswering.clean({"validation": given}, ReadOptions()) == ""
     assert given[0]["answers"] is None
 
 
 def test_an_id_stands_for_one_question():
     row = {"id": "a", "question": "Where?", "context": CONTEXT, "answers": []}
     with pytest.raises(InputError, match=r"data\.validation: the id 'a' stands at 2 questions"):
-        QuestionAnswering.clean({"validation": [dict(row), dict(row)]}, Data())
+        QuestionAnswering.clean({"validation": [dict(row), dict(row)]}, ReadOptions())
 
 
 def test_a_question_longer_than_the_window(tokenizer):
-    task = QuestionAnswering(tokenizer, BertConfig.from_dict(reference.CONFIG), 32, Answers(stride=8))
+    task = QuestionAnswering(tokenizer, BertConfig.from_dict(reference.CONFIG), 32, AnswerOptions(stride=8))
     row = {"question": "why " * 50, "context": CONTEXT, "answers": None}
     with pytest.raises(InputError, match=r"row 7: a question of 50 tokens leaves no room in windows of 32 .* by 8\."):
         task.featurize([row | {"row": 7}])
     short = QuestionAnswering(
-        tokenizer, BertConfig.from_dict(reference.CONFIG), 32, Answers(stride=8, max_question_length=4)
+        tokenizer, BertConfig.from_dict(reference.CONFIG), 32, AnswerOptions(stride=8, max_question_length=4)
     )
     assert short.featurize([row]).input_ids[0].tolist().count(tokenizer.sep_token_id) == 2

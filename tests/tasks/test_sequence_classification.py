@@ -10,7 +10,7 @@ import bert_jax
 from bert_jax import tree
 from bert_jax.data.loader import Examples, one_a_row
 from bert_jax.errors import InputError
-from bert_jax.settings import Data
+from bert_jax.tasks.base import ReadOptions
 from bert_jax.tasks.sequence_classification import MULTI, REGRESSION, SINGLE, UNKNOWN, SequenceClassification, label_set
 
 NAMES = ("anger", "joy", "love")
@@ -309,8 +309,8 @@ def test_label_set(labels, problem_type, expected):
 def clean(*labels, **data):
     """What becomes of a column of labels, and of the config."""
     rows = [{"text": "a", "label": label} for label in labels]
-    SequenceClassification.clean({"train": rows}, Data(**data))
-    fields = SequenceClassification.config(rows, Data(**data))
+    SequenceClassification.clean({"train": rows}, ReadOptions(**data))
+    fields = SequenceClassification.config(rows, ReadOptions(**data))
     return [row["label"] for row in rows], (fields["problem_type"], fields["id2label"])
 
 
@@ -356,7 +356,7 @@ def test_several_labels_of_a_row(labels, data, expected, names):
 def test_class_ids_of_labels_that_are_named(labels):
     assert clean(*labels, labels=("c", "a", "b")) == (["a", "c", "b"], (SINGLE, ("c", "a", "b")))
     rows = {"test": [{"label": label} for label in (0, -1, "", None)]}
-    assert SequenceClassification.clean(rows, Data(labels=ABC)) == "labels: class ids"
+    assert SequenceClassification.clean(rows, ReadOptions(labels=ABC)) == "labels: class ids"
     assert [row["label"] for row in rows["test"]] == ["a", None, None, None]
     assert clean("1", "2", labels=("2", "1"))[0] == ["1", "2"]  # names
     with pytest.raises(
@@ -422,8 +422,8 @@ def test_labels_that_cannot_be_read(task, labels, data, message):
     rows = [{"text": "a", "label": label} for label in labels]
 
     def read():
-        SequenceClassification.clean({"train": rows}, Data(**data))
-        task(**SequenceClassification.config(rows, Data(**data))).featurize(rows)
+        SequenceClassification.clean({"train": rows}, ReadOptions(**data))
+        task(**SequenceClassification.config(rows, ReadOptions(**data))).featurize(rows)
 
     with pytest.raises(InputError, match=re.escape(message)) as raised:
         read()
@@ -435,9 +435,9 @@ def test_lists_are_read_over_all_splits(task):
     with pytest.raises(
         InputError, match=r"^data\.validation: row 1: the label is \[2\], and that of data\.train: row 1"
     ):
-        SequenceClassification.clean(rows, Data())
+        SequenceClassification.clean(rows, ReadOptions())
     rows = {"train": [{"text": "a", "label": [1, 0, 1]}], "test": [{"text": "a", "label": None}, {"text": "a"}]}
-    assert SequenceClassification.clean(rows, Data()) == "labels: 0/1 vectors over LABEL_0, LABEL_1, LABEL_2"
+    assert SequenceClassification.clean(rows, ReadOptions()) == "labels: 0/1 vectors over LABEL_0, LABEL_1, LABEL_2"
     examples = task(problem_type=MULTI).featurize([*rows["train"], *rows["test"]])
     expected = np.array([[1, 0, 1], [np.nan] * 3, [np.nan] * 3], np.float32)
     np.testing.assert_array_equal(examples.targets["labels"], expected, strict=True)
@@ -450,7 +450,7 @@ def test_an_order_that_is_given_wins():
     classes = ("not_equivalent", "equivalent", "unsure")
 
     def order(classes=None, **data):
-        return SequenceClassification.config(rows, Data(**data), classes)["id2label"]
+        return SequenceClassification.config(rows, ReadOptions(**data), classes)["id2label"]
 
     assert order() == ("equivalent", "not_equivalent")
     assert order(classes) == classes

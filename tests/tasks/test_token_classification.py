@@ -10,7 +10,7 @@ import bert_jax
 from bert_jax import BertConfig
 from bert_jax.data.loader import one_a_row
 from bert_jax.errors import InputError
-from bert_jax.settings import Data
+from bert_jax.tasks.base import ReadOptions
 from bert_jax.tasks.token_classification import TokenClassification
 from bert_jax.training import losses
 
@@ -177,7 +177,7 @@ SENTENCE = {"tokens": ["Mrs", "Unbelievably", "\u200b", "lives", "here"], "tags"
 
 
 def clean(rows, **data):
-    said = TokenClassification.clean({"train": rows}, Data(**data))
+    said = TokenClassification.clean({"train": rows}, ReadOptions(**data))
     return said, [row["tags"] for row in rows]
 
 
@@ -260,7 +260,7 @@ def test_tags_by_number_as_text_and_missing():
     assert clean(rows_of([0, 1, 2]), labels=("O", "B-A", "I-A"))[1] == [["O", "B-A", "I-A"]]
     rows = [{"tokens": ["a", "b"], "tags": "['O', 'B-creative-work']"}, {"tokens": ["a"], "tags": None}]
     assert clean(rows)[1] == [["O", "B-creative-work"], None]
-    config = TokenClassification.config(rows, Data())
+    config = TokenClassification.config(rows, ReadOptions())
     assert config == {"id2label": ("O", "B-creative-work", "I-creative-work"), "num_labels": 3}
 
 
@@ -296,11 +296,13 @@ def test_each_split_has_a_scheme_of_its_own():
         "validation": rows_of(["B-A", "O"], ["B-A", "I-A"]),
         "test": [{"tokens": ["a"]}],
     }
-    assert TokenClassification.clean(rows, Data()) == "tags of train: IOB1, read as IOB2; tags of validation: IOB2"
+    assert (
+        TokenClassification.clean(rows, ReadOptions()) == "tags of train: IOB1, read as IOB2; tags of validation: IOB2"
+    )
     assert [row["tags"] for row in rows["train"]] == [["B-A", "O"], ["B-A", "B-A"]]
     rows["validation"][1]["tags"][1] = "X"
     with pytest.raises(InputError, match=r"^data\.validation: the tag 'X' follows no scheme"):
-        TokenClassification.clean(rows, Data())
+        TokenClassification.clean(rows, ReadOptions())
 
 
 def test_prefixes_of_no_scheme():
@@ -325,7 +327,7 @@ def test_lists_as_numpy_writes_them(tags):
 def test_entities_without_a_type(tokenizer):
     rows = rows_of(["I", "I", "O", "I", "B"])
     assert clean(rows)[0] == "tags: IOB1, read as IOB2"
-    fields = TokenClassification.config(rows, Data())
+    fields = TokenClassification.config(rows, ReadOptions())
     assert fields["id2label"] == ("O", "B", "I")
     task = TokenClassification(tokenizer, BertConfig.from_dict(reference.CONFIG).replace(**fields), 32)
     assert task.metrics[0] == "f1"
@@ -343,17 +345,17 @@ def test_entities_without_a_type(tokenizer):
 def test_the_order_of_the_data_set():
     rows = [{"tokens": ["a", "b"], "tags": ["O", "B-A"]}]
     classes = ("O", "B-Z", "I-Z", "B-A", "I-A")
-    assert TokenClassification.config(rows, Data(), classes)["id2label"] == classes
-    assert TokenClassification.config(rows, Data(labels=("B-A", "O")), classes)["id2label"] == ("B-A", "O")
+    assert TokenClassification.config(rows, ReadOptions(), classes)["id2label"] == classes
+    assert TokenClassification.config(rows, ReadOptions(labels=("B-A", "O")), classes)["id2label"] == ("B-A", "O")
     for other in (("O", "I-A"), ("O", "B-A", "I-A", "E-A", "S-A")):  # of tags that have become IOB2's
-        assert TokenClassification.config(rows, Data(), other)["id2label"] == ("O", "B-A", "I-A")
+        assert TokenClassification.config(rows, ReadOptions(), other)["id2label"] == ("O", "B-A", "I-A")
 
 
 def test_names_of_labels_in_the_settings():
     rows = [{"tokens": ["a", "b"], "tags": ["O", "B-A"]}]
-    assert TokenClassification.config(rows, Data(labels=("B-A", "O")))["id2label"] == ("B-A", "O")
+    assert TokenClassification.config(rows, ReadOptions(labels=("B-A", "O")))["id2label"] == ("B-A", "O")
     with pytest.raises(InputError, match=r"data\.labels lacks the tag 'B-A' of data.train; it has O, B-B"):
-        TokenClassification.config(rows, Data(labels=("O", "B-B")))
+        TokenClassification.config(rows, ReadOptions(labels=("O", "B-B")))
     with pytest.raises(InputError, match=r"the tag 7 is outside data\.labels, which has 2"):
         clean(rows_of([7]), labels=("O", "B-B"))
 
@@ -371,4 +373,4 @@ def test_an_unknown_tag_and_no_tags(task):
     with pytest.raises(InputError, match="row 1: the tag 'B-X' is unknown; the labels are O, B-PER"):
         task().featurize([{"tokens": ["a"], "tags": ["B-X"]}])
     with pytest.raises(InputError, match="no row has tags"):
-        TokenClassification.config([{"tokens": ["a"], "tags": None}], Data())
+        TokenClassification.config([{"tokens": ["a"], "tags": None}], ReadOptions())

@@ -11,12 +11,12 @@ __version__ = "0.1.0"
 _CONTENTS = {
     "BertConfig": "config",
     "BertModel": "model",
-    "BertForPreTraining": "model",
-    "BertForMaskedLM": "model",
-    "BertForNextSentencePrediction": "model",
-    "BertForSequenceClassification": "model",
-    "BertForTokenClassification": "model",
-    "BertForQuestionAnswering": "model",
+    "BertForPreTraining": "heads",
+    "BertForMaskedLM": "heads",
+    "BertForNextSentencePrediction": "heads",
+    "BertForSequenceClassification": "heads",
+    "BertForTokenClassification": "heads",
+    "BertForQuestionAnswering": "heads",
     "Tokenizer": "tokenizer",
     "pipeline": "inference.pipelines",
     "train": "training.loop",
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from bert_jax import sharding as sharding
     from bert_jax import tree as tree
     from bert_jax.config import BertConfig as BertConfig
+    from bert_jax.heads import BertForMaskedLM as BertForMaskedLM
+    from bert_jax.heads import BertForNextSentencePrediction as BertForNextSentencePrediction
+    from bert_jax.heads import BertForPreTraining as BertForPreTraining
+    from bert_jax.heads import BertForQuestionAnswering as BertForQuestionAnswering
+    from bert_jax.heads import BertForSequenceClassification as BertForSequenceClassification
+    from bert_jax.heads import BertForTokenClassification as BertForTokenClassification
     from bert_jax.inference.pipelines import pipeline as pipeline
-    from bert_jax.model import BertForMaskedLM as BertForMaskedLM
-    from bert_jax.model import BertForNextSentencePrediction as BertForNextSentencePrediction
-    from bert_jax.model import BertForPreTraining as BertForPreTraining
-    from bert_jax.model import BertForQuestionAnswering as BertForQuestionAnswering
-    from bert_jax.model import BertForSequenceClassification as BertForSequenceClassification
-    from bert_jax.model import BertForTokenClassification as BertForTokenClassification
     from bert_jax.model import BertModel as BertModel
     from bert_jax.tokenizer import Tokenizer as Tokenizer
     from bert_jax.training import lora as lora

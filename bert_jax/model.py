@@ -1,21 +1,16 @@
-"""BERT (Devlin et al. 2018, arXiv:1810.04805) in Flax NNX, top to bottom: layers, encoder, heads.
-
-Shapes, in trailing comments:
-    B batch · T tokens · S tokens attended to · D hidden_size · N heads · H head size · F intermediate_size
-    V vocab_size · C labels · K masked positions
+"""BERT's encoder (Devlin et al. 2018, arXiv:1810.04805) in Flax NNX: embeddings, layers, pooler, and checkpoints.
 
 The modules hold nothing but `nnx.Param`, in float32. Dropout happens if and only if a `dropout_key` is passed.
 The dtype of the activations is decided once, behind the embeddings (`compute_dtype`): products take operands of that
-dtype and accumulate in float32; softmax, LayerNorm and logits are float32 throughout.
+dtype and accumulate in float32; softmax, LayerNorm and logits are float32 throughout. For the letters of the shapes see
+`nn`.
 
 Reference: google-research/bert modeling.py, and transformers' modeling_bert.py, whose class names these are.
 """
 
-import functools
 import logging
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,22 +21,18 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from bert_jax import hub, kernels, sharding, tree, weights
+from bert_jax import hub, sharding, tree, weights
+from bert_jax.attention import ATTENTION, Attended, SelfAttention, check, platform
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError, quoted
-from bert_jax.kernels import Attended
+from bert_jax.nn import ACTIVATIONS, Embedding, Keys, LayerNorm, Linear, dropout, split_key
 
 logger = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
-FIRST = np.zeros((1, 1), np.int32)
-"""The `positions` of a head that reads [CLS] alone."""
 
 
-# ── What a model returns ─────────────────────────────────────────────────────────────────────────────────────────────
 # Under jit, what the caller does not return is never computed.
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BertModelOutput:
@@ -60,314 +51,6 @@ class BertModelOutput:
     pooler_output: jax.Array
     hidden_states: tuple[jax.Array, ...]
     attentions: tuple[jax.Array | None, ...]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class HeadOutput:
-    """What a model with one head returns: float32 logits, shaped as the model says, and the encoder's inside."""
-
-    logits: jax.Array
-    hidden_states: tuple[jax.Array, ...]
-    attentions: tuple[jax.Array | None, ...]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PreTrainingOutput:
-    """What `BertForPreTraining` returns.
-
-    Attributes:
-        prediction_logits: float32 [B, T, V], or [B, P, V] at the chosen positions.
-        seq_relationship_logits: float32 [B, 2], or [B, K, 2] of the chosen first tokens; 0 is "B follows A".
-        hidden_states: As in `BertModelOutput`.
-        attentions: As in `BertModelOutput`.
-    """
-
-    prediction_logits: jax.Array
-    seq_relationship_logits: jax.Array
-    hidden_states: tuple[jax.Array, ...]
-    attentions: tuple[jax.Array | None, ...]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class QuestionAnsweringOutput:
-    """What `BertForQuestionAnswering` returns: float32 [B, T] logits of an answer's first and of its last token."""
-
-    start_logits: jax.Array
-    end_logits: jax.Array
-    hidden_states: tuple[jax.Array, ...]
-    attentions: tuple[jax.Array | None, ...]
-
-
-# ── Layers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Linear(nnx.Module):
-    """An affine map of the last axis, `x @ weight.T + bias`, in the dtype of x.
-
-    The weight is [out, in], as it is published: nothing is transposed on the way in and out, and CPUs multiply it
-    faster that way (1.2 times at 16 tokens).
-    """
-
-    def __init__(self, in_features: int, out_features: int, std: float, rngs: nnx.Rngs | None):
-        self.weight = _new_param(rngs, (out_features, in_features), _truncated_normal(std))
-        self.bias = _new_param(rngs, (out_features,), jax.nn.initializers.zeros)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in] -> [..., out]."""
-        if x.size <= 128 * x.shape[-1]:
-            # Of few tokens, CPUs take the weight faster as the left operand: BERT-base on 16 tokens in 31 ms, not 35.
-            # Of many, turning the activations around costs more than that gains. Other compilers see no difference.
-            y = jnp.moveaxis(_product("...i,oi->o...", x, self.weight[...]), 0, -1)
-        else:
-            y = _product("...i,oi->...o", x, self.weight[...])
-        return (y + _last_axis(self.bias[...], y)).astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """Zero mean and unit variance over the last axis (Ba et al. 2016), then weight and bias; float32 inside."""
-
-    def __init__(self, features: int, eps: float, rngs: nnx.Rngs | None):
-        self.eps = eps
-        self.weight = _new_param(rngs, (features,), jax.nn.initializers.ones)
-        self.bias = _new_param(rngs, (features,), jax.nn.initializers.zeros)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
-        x32 = x.astype(jnp.float32)
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.eps)
-        return (y * _last_axis(self.weight[...], y) + _last_axis(self.bias[...], y)).astype(x.dtype)
-
-
-class Embedding(nnx.Module):
-    """A table of vectors [entries, D], looked up by id."""
-
-    def __init__(self, entries: int, features: int, std: float, rngs: nnx.Rngs | None):
-        self.weight = _new_param(rngs, (entries, features), _truncated_normal(std))
-
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """int [...] -> float32 [..., D]; an id outside the table gives NaN, not its neighbour."""
-        return jnp.take(self.weight[...], ids, axis=0)
-
-    def attend(self, x: jax.Array) -> jax.Array:
-        """Products with every entry: the decoder that is tied to the embedding. [..., D] -> float32 [..., V]."""
-        return _product("...d,vd->...v", x, self.weight[...])
-
-
-def _new_param(rngs: nnx.Rngs | None, shape: tuple[int, ...], init: Callable[..., jax.Array]) -> nnx.Param:
-    """A parameter drawn anew or, without `rngs`, its shape alone, for a checkpoint to fill."""
-    if rngs is None:
-        return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
-    return nnx.Param(init(rngs.params(), shape, jnp.float32))
-
-
-class _Keys:
-    """Draws the keys that `nnx.Rngs(key)` draws. The count is a Python integer: a traced one costs 5 ms a parameter."""
-
-    def __init__(self, key: jax.Array):
-        self.key, self.count = key, 0
-
-    def params(self) -> jax.Array:
-        key = jax.random.fold_in(self.key, self.count)
-        self.count += 1
-        return key
-
-
-def _truncated_normal(std: float) -> Callable[..., jax.Array]:
-    return jax.nn.initializers.truncated_normal(std)  # cut at two standard deviations, as the original
-
-
-def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """An einsum with operands in the dtype of x and a float32 result, forward and backward.
-
-    Where x is float32, so is the product: left to the default, TPUs take bfloat16 and recent GPUs TF32.
-    """
-    if x.dtype != jnp.float32:
-        return _low_product(equation, x, y)
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.einsum(equation, x, y.astype(x.dtype), precision=highest, preferred_element_type=jnp.float32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _low_product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """An einsum in x's dtype, less than float32; left to itself, the backward pass multiplies in the result's."""
-    return jnp.einsum(equation, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def _low_product_forward(equation: str, x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _low_product(equation, x, y), (x, y)
-
-
-def _low_product_backward(
-    equation: str, operands: tuple[jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, y = operands
-    axes = equation.replace("...", "ABCDEF"[: x.ndim + 3 - len(equation.split(",")[0])])
-    (of_x, of_y), of_result = axes.split("->")[0].split(","), axes.split("->")[1]
-    gradient = gradient.astype(x.dtype)
-    to_x = _low_product(f"{of_result},{of_y}->{of_x}", gradient, y)
-    to_y = _low_product(f"{of_x},{of_result}->{of_y}", x, gradient)
-    return to_x.astype(x.dtype), to_y.astype(y.dtype)
-
-
-_low_product.defvjp(_low_product_forward, _low_product_backward)
-
-
-def _last_axis(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """A vector of features laid along the last axis, without an implicit promotion of rank."""
-    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
-
-
-def _gelu_tanh(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
-# By config.json's names. `gelu` is the exact one; jax.nn.gelu would be the tanh approximation by default.
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": _gelu,
-    "gelu_python": _gelu,
-    "gelu_new": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "relu": jax.nn.relu,
-}
-
-
-def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    if key is None or rate == 0.0:
-        return x
-    dropped = round(rate * 2**16)
-    keep = _random_bits(key, x.shape) >= dropped
-    return jnp.where(keep, x / (1.0 - dropped / 2**16), 0.0).astype(x.dtype)
-
-
-def _random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """16 random bits an element, uint32 of `shape`: enough to meet a rate to 1e-5. Whose depends on the platform."""
-    key = jax.random.key_data(key)[:2]
-    return jax.lax.platform_dependent(
-        key, tpu=functools.partial(_rbg, shape=shape), default=functools.partial(_threefry, shape=shape)
-    )
-
-
-def _rbg(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The TPU's own generator, `jax.random`'s "rbg", which its compiler gives less temporary memory than threefry.
-
-    Other layouts of devices draw other bits.
-    """
-
-    def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        _, bits = jax.lax.rng_bit_generator(jnp.concatenate([key, key]), shape, dtype=jnp.uint16)
-        return bits.astype(jnp.uint32)
-
-    return sharding.draw_by_rows(draw, key, shape)
-
-
-def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2), as jax.random has
-    it, over the place in the batch and within the row. A block of 64 bits serves four elements; jax.random spends one
-    on each and, on CPU, a loop of passes over memory on all of them: five times as long, a tenth of a training step.
-    """
-    first, second = key
-    keys = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
-    batch, *middle, last = shape
-    rows = math.prod(middle)
-    # The four quarters lie along the middle: there each is one piece of memory, and the batch can be shared out.
-    blocks = (batch, -(-rows // 4), last)
-    i, j, k = (jax.lax.broadcasted_iota(jnp.uint32, blocks, axis) for axis in range(3))
-    x, y = i + keys[0], j * np.uint32(last) + k + keys[1]
-    for n in range(5):
-        for distance in ((13, 15, 26, 6), (17, 29, 16, 24))[n % 2]:
-            x = x + y
-            y = x ^ ((y << distance) | (y >> (32 - distance)))
-        x = x + keys[(n + 1) % 3]
-        y = y + keys[(n + 2) % 3] + np.uint32(n + 1)
-    bits = jnp.concatenate([x & 0xFFFF, x >> 16, y & 0xFFFF, y >> 16], axis=1)
-    return bits[:, :rows].reshape(shape)
-
-
-def _split(key: jax.Array | None, n: int) -> Sequence[jax.Array | None]:
-    return [None] * n if key is None else list(jax.random.split(key, n))
-
-
-# ── Attention ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def plain_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    attended: Attended | None,
-    dropout_rate: float,
-    dropout_key: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Scaled dot-product attention, written out (Vaswani et al. 2017, section 3.2.1).
-
-    Args:
-        query: [B, T, N, H].
-        key: [B, S, N, H].
-        value: [B, S, N, H].
-        attended: Who attends to whom; None for all to all. A row without any attends to all alike.
-        dropout_rate: Share of the probabilities that is dropped where there is a `dropout_key`.
-        dropout_key: PRNG key, or None.
-
-    Returns:
-        The context [B, T, N, H] in the dtype of value, and the probabilities, float32 [B, N, T, S], before dropout.
-    """
-    # Heads first, once and for all: left inside the products, CPUs turn them around anew in the backward pass.
-    query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))  # [B, N, T, H]
-    scores = _product("bnth,bnsh->bnts", query, key) * query.shape[-1] ** -0.5
-    if attended is not None:
-        scores = jnp.where(attended.mask(), scores, jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1)
-    dropped = _dropout(probabilities, dropout_rate, dropout_key).astype(value.dtype)
-    context = _product("bnts,bnsh->bnth", dropped, value).astype(value.dtype)
-    return jnp.moveaxis(context, 1, 2), probabilities
-
-
-# Name -> kernel. A fused kernel has the same signature and returns None for the probabilities that it never holds.
-ATTENTION: dict[str, Callable[..., tuple[jax.Array, jax.Array | None]]] = {
-    "plain": plain_attention,
-    "splash": kernels.splash,
-    "cudnn": kernels.cudnn,
-}
-
-
-class SelfAttention(nnx.Module):
-    """Multi-head self-attention and its output projection (Vaswani et al. 2017, section 3.2.2)."""
-
-    def __init__(self, config: BertConfig, attention: str, rngs: nnx.Rngs | None):
-        self.config = config
-        self.attention = attention
-        size, std = config.hidden_size, config.initializer_range
-        self.query = Linear(size, size, std, rngs)
-        self.key = Linear(size, size, std, rngs)
-        self.value = Linear(size, size, std, rngs)
-        self.output = Linear(size, size, std, rngs)
-
-    def __call__(
-        self, x: jax.Array, states: jax.Array, attended: Attended | None, dropout_key: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """What x [B, T, D] gathers from states [B, S, D]: [B, T, D] and the probabilities [B, N, T, S].
-
-        Where x is not all of the states there is little to fuse, and attention is plain.
-        """
-        rate = self.config.attention_probs_dropout_prob
-        if dropout_key is not None:
-            kernels.check_dropout(self.attention, rate)
-        query, key, value = (
-            linear(source).reshape(*source.shape[:-1], self.config.num_attention_heads, -1)  # [B, T, N, H]
-            for linear, source in ((self.query, x), (self.key, states), (self.value, states))
-        )
-        kernel = ATTENTION[self.attention if x is states else "plain"]
-        context, probabilities = kernel(query, key, value, attended, rate, dropout_key)
-        return self.output(context.reshape(x.shape)), probabilities
 
 
 class BertLayer(nnx.Module):
@@ -401,7 +84,7 @@ class BertLayer(nnx.Module):
             [B, T, D] in the dtype of x, and the attention probabilities [B, N, T, S].
         """
         rate = self.config.hidden_dropout_prob
-        attention_key, context_key, output_key = _split(dropout_key, 3)
+        attention_key, context_key, output_key = split_key(dropout_key, 3)
         states = x
         if positions is not None:
             x = jnp.take_along_axis(states, positions[..., None], axis=1)
@@ -409,14 +92,11 @@ class BertLayer(nnx.Module):
                 attended = attended._replace(queries=jnp.take_along_axis(attended.queries, positions, axis=1))
         with jax.named_scope("attention"):
             context, probabilities = self.attention(x, states, attended, attention_key)
-            x = self.attention_norm(x + _dropout(context, rate, context_key))
+            x = self.attention_norm(x + dropout(context, rate, context_key))
         with jax.named_scope("feed_forward"):
             inner = ACTIVATIONS[self.config.hidden_act](self.intermediate(x))  # [B, T, F]
-            x = self.output_norm(x + _dropout(self.output(inner), rate, output_key))
+            x = self.output_norm(x + dropout(self.output(inner), rate, output_key))
         return x, probabilities
-
-
-# ── Encoder ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class BertEmbeddings(nnx.Module):
@@ -444,7 +124,7 @@ class BertEmbeddings(nnx.Module):
             padding = (input_ids == self.config.pad_token_id)[..., None]
             words = jnp.where(padding, jax.lax.stop_gradient(words), words)
         x = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)  # [B, T, D]
-        return _dropout(self.layer_norm(x), self.config.hidden_dropout_prob, dropout_key)
+        return dropout(self.layer_norm(x), self.config.hidden_dropout_prob, dropout_key)
 
 
 class BertPreTrainedModel(nnx.Module):
@@ -514,7 +194,7 @@ class BertPreTrainedModel(nnx.Module):
 
             @jax.jit  # computes the new ones alone
             def drawn(key: jax.Array) -> dict[str, jax.Array]:
-                params, _ = tree.split(cls(config, rngs=_Keys(key), **options))
+                params, _ = tree.split(cls(config, rngs=Keys(key), **options))
                 flat = tree.flatten(params)
                 return {path: flat[path] for path in report.new}
 
@@ -596,7 +276,7 @@ class BertModel(BertPreTrainedModel):
             InputError: If T is too long, shapes differ, or (outside jit) an id is outside its table.
         """
         input_ids = jnp.asarray(input_ids)
-        _check_inputs(
+        check_inputs(
             self.config,
             input_ids,
             attention_mask=attention_mask,
@@ -617,14 +297,14 @@ class BertModel(BertPreTrainedModel):
             documents = jnp.asarray(document_ids)
             keys = documents if attended is None else jnp.where(attended.keys > 0, documents, documents.min() - 1)
             attended = Attended(documents, keys)
-        kernels.check(
+        check(
             self.attention,
-            platform=kernels.platform(),
+            platform=platform(),
             compute_dtype=self.compute_dtype,
             packed=document_ids is not None,
             length=input_ids.shape[1],
         )
-        embeddings_key, layers_key = _split(dropout_key, 2)
+        embeddings_key, layers_key = split_key(dropout_key, 2)
         with jax.named_scope("embeddings"):
             x = self.embeddings(input_ids, jnp.asarray(token_type_ids), jnp.asarray(position_ids), embeddings_key)
         x = sharding.by_rows(x.astype(self.compute_dtype))
@@ -673,7 +353,7 @@ class BertModel(BertPreTrainedModel):
         return tuple(hidden_states), tuple(probabilities)
 
 
-def _check_inputs(config: BertConfig, input_ids: jax.Array, **others: Any) -> None:
+def check_inputs(config: BertConfig, input_ids: jax.Array, **others: Any) -> None:
     """Refuses shapes that do not go together and, where the values can be seen, numbers outside their tables."""
     if input_ids.ndim != 2:
         raise InputError(f"input_ids has the shape {input_ids.shape}; expected [batch, tokens].")
@@ -708,157 +388,3 @@ def _check_inputs(config: BertConfig, input_ids: jax.Array, **others: Any) -> No
             raise InputError(
                 f"{name}[{row}, {token}] is {np.asarray(array)[row, token]}; expected 0 to {limits[name] - 1}.{hint}"
             )
-
-
-# ── Heads ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class MaskedLMHead(nnx.Module):
-    """Scores of the vocabulary: dense, activation, LayerNorm, and the decoder tied to the word embeddings."""
-
-    def __init__(self, config: BertConfig, rngs: nnx.Rngs | None):
-        self.config = config
-        self.transform = Linear(config.hidden_size, config.hidden_size, config.initializer_range, rngs)
-        self.layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs)
-        self.bias = _new_param(rngs, (config.vocab_size,), jax.nn.initializers.zeros)
-
-    def __call__(self, hidden: jax.Array, word_embeddings: Embedding) -> jax.Array:
-        """[B, T, D] -> float32 [B, T, V]."""
-        with jax.named_scope("predictions"):
-            x = self.layer_norm(ACTIVATIONS[self.config.hidden_act](self.transform(hidden)))
-            logits = word_embeddings.attend(x)
-            return logits + _last_axis(self.bias[...], logits)
-
-
-class BertForPreTraining(BertPreTrainedModel):
-    """The encoder with both of its pretraining heads (Devlin et al. 2018, section 3.1)."""
-
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
-        self.config = config
-        self.bert = BertModel(config, rngs=rngs, **options)
-        self.predictions = MaskedLMHead(config, rngs)
-        self.seq_relationship = Linear(config.hidden_size, 2, config.initializer_range, rngs)
-
-    def __call__(
-        self,
-        input_ids: ArrayLike,
-        *args: Any,
-        masked_positions: ArrayLike | None = None,
-        first_positions: ArrayLike | None = None,
-        **kwargs: Any,
-    ) -> PreTrainingOutput:
-        """Arguments of `BertModel`, and where to read the two heads.
-
-        Args:
-            input_ids: int [B, T].
-            args: See `BertModel`.
-            masked_positions: int [B, P], where to score the vocabulary; None for all tokens.
-            first_positions: int [B, K], where each example of a row begins; the next-sentence logits are [B, K, 2].
-                None reads the first token alone, and they are [B, 2].
-            kwargs: See `BertModel`.
-        """
-        if masked_positions is None and first_positions is None:
-            out = self.bert(input_ids, *args, **kwargs)
-            hidden, pooled = out.last_hidden_state, out.pooler_output
-        else:
-            input_ids = jnp.asarray(input_ids)
-            _check_inputs(self.config, input_ids)
-            rows, tokens = input_ids.shape
-            masked = jnp.arange(tokens)[None] if masked_positions is None else jnp.asarray(masked_positions)
-            first = jnp.zeros((rows, 1), int) if first_positions is None else jnp.asarray(first_positions)
-            n = first.shape[1]
-            positions = jnp.concatenate([first, jnp.broadcast_to(masked, (rows, masked.shape[1]))], axis=1)
-            out = self.bert(input_ids, *args, positions=positions, **kwargs)
-            hidden = out.last_hidden_state[:, n:]
-            pooled = out.pooler_output[:, 0] if first_positions is None else out.pooler_output[:, :n]
-        logits = self.predictions(hidden, self.bert.embeddings.word_embeddings)
-        with jax.named_scope("seq_relationship"):
-            return PreTrainingOutput(logits, self.seq_relationship(pooled), out.hidden_states, out.attentions)
-
-
-class BertForMaskedLM(BertPreTrainedModel):
-    """The encoder with the masked-language-model head."""
-
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
-        self.config = config
-        self.bert = BertModel(config, rngs=rngs, add_pooling_layer=False, **options)
-        self.predictions = MaskedLMHead(config, rngs)
-
-    def __call__(self, *args: Any, masked_positions: ArrayLike | None = None, **kwargs: Any) -> HeadOutput:
-        """Arguments of `BertModel`, and `masked_positions`: int [B, K], where to score the vocabulary; None for all.
-
-        Returns:
-            Logits float32 [B, T, V], or [B, K, V].
-        """
-        out = self.bert(*args, positions=masked_positions, **kwargs)
-        logits = self.predictions(out.last_hidden_state, self.bert.embeddings.word_embeddings)
-        return HeadOutput(logits, out.hidden_states, out.attentions)
-
-
-class BertForNextSentencePrediction(BertPreTrainedModel):
-    """The encoder with the next-sentence head: logits float32 [B, 2], or [B, K, 2]; 0 is "B follows A"."""
-
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
-        self.config = config
-        self.bert = BertModel(config, rngs=rngs, **options)
-        self.seq_relationship = Linear(config.hidden_size, 2, config.initializer_range, rngs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> HeadOutput:
-        """Arguments of `BertModel`."""
-        out = self.bert(*args, **kwargs)
-        with jax.named_scope("seq_relationship"):
-            return HeadOutput(self.seq_relationship(out.pooler_output), out.hidden_states, out.attentions)
-
-
-class BertForSequenceClassification(BertPreTrainedModel):
-    """The encoder with a classifier over the pooled first token, or `positions`: logits float32 [B, C] or [B, K, C]."""
-
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
-        self.config = config
-        self.bert = BertModel(config, rngs=rngs, **options)
-        self.classifier = Linear(config.hidden_size, config.num_labels, config.initializer_range, rngs)
-
-    def __call__(self, *args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> HeadOutput:
-        """Arguments of `BertModel`."""
-        bert_key, classifier_key = _split(dropout_key, 2)
-        out = self.bert(*args, dropout_key=bert_key, **kwargs)
-        with jax.named_scope("classifier"):
-            pooled = _dropout(out.pooler_output, _classifier_dropout(self.config), classifier_key)
-            return HeadOutput(self.classifier(pooled), out.hidden_states, out.attentions)
-
-
-class BertForTokenClassification(BertPreTrainedModel):
-    """The encoder with a classifier over each token: logits float32 [B, T, C]."""
-
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
-        self.config = config
-        self.bert = BertModel(config, rngs=rngs, add_pooling_layer=False, **options)
-        self.classifier = Linear(config.hidden_size, config.num_labels, config.initializer_range, rngs)
-
-    def __call__(self, *args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> HeadOutput:
-        """Arguments of `BertModel`."""
-        bert_key, classifier_key = _split(dropout_key, 2)
-        out = self.bert(*args, dropout_key=bert_key, **kwargs)
-        with jax.named_scope("classifier"):
-            hidden = _dropout(out.last_hidden_state, _classifier_dropout(self.config), classifier_key)
-            return HeadOutput(self.classifier(hidden.astype(jnp.float32)), out.hidden_states, out.attentions)
-
-
-class BertForQuestionAnswering(BertPreTrainedModel):
-    """The encoder with two scores a token, for an answer's start and end (Devlin et al. 2018, section 4.2)."""
-
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
-        self.config = config
-        self.bert = BertModel(config, rngs=rngs, add_pooling_layer=False, **options)
-        self.qa_outputs = Linear(config.hidden_size, 2, config.initializer_range, rngs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> QuestionAnsweringOutput:
-        """Arguments of `BertModel`."""
-        out = self.bert(*args, **kwargs)
-        with jax.named_scope("qa_outputs"):
-            logits = self.qa_outputs(out.last_hidden_state.astype(jnp.float32))  # [B, T, 2]
-        return QuestionAnsweringOutput(logits[..., 0], logits[..., 1], out.hidden_states, out.attentions)
-
-
-def _classifier_dropout(config: BertConfig) -> float:
-    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout

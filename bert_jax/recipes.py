@@ -21,7 +21,7 @@ import yaml
 from flax import nnx
 from rich.console import Console
 
-from bert_jax import hub, kernels, sharding, tree, vocabulary
+from bert_jax import attention, hub, sharding, tree, vocabulary
 from bert_jax.config import BertConfig
 from bert_jax.data import corpus, sources
 from bert_jax.data.loader import Examples, Shape
@@ -735,7 +735,7 @@ def evaluate_examples(
         examples,
         batch_size=settings.training.evaluation_batch_size,
         packing=model.config.max_position_embeddings if settings.data.packing else None,
-        multiple=kernels.multiple(model.encoder.attention),
+        multiple=attention.multiple(model.encoder.attention),
         mesh=mesh,
     )
 

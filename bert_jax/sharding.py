@@ -7,7 +7,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -161,32 +161,10 @@ def by_rows(x: jax.Array) -> jax.Array:
     Returns:
         x; as it was where no mesh of ours is set (`jax.set_mesh`), or one of a single device.
     """
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS)) if _shares() > 1 else x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS)) if shares() > 1 else x
 
 
-def draw_by_rows(draw: Callable[..., jax.Array], key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """What `draw(key, shape)` gives; where rows are shared out, each device draws its own, with a key of its own.
-
-    Compilers share out no generator of random bits: left alone, every device would draw the whole batch's.
-
-    Args:
-        draw: Of key and shape.
-        key: uint32 [2].
-        shape: Of the result, rows first.
-    """
-    shares = _shares()
-    if shares == 1 or shape[0] % shares:
-        return draw(key, shape)
-
-    def part(key: jax.Array) -> jax.Array:
-        own = key.at[1].add(jax.lax.axis_index(ROWS).astype(key.dtype))
-        return draw(own, (shape[0] // shares, *shape[1:]))
-
-    spec = PartitionSpec(ROWS)
-    return jax.shard_map(part, in_specs=PartitionSpec(), out_specs=spec, axis_names=set(ROWS), check_vma=False)(key)
-
-
-def _shares() -> int:
-    """How many the rows of a batch are shared out to under the mesh that is set; 1 where it is none of ours."""
+def shares() -> int:
+    """The number of shards of a batch under the mesh that is set; 1 if the mesh has other axes."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in ROWS) if set(ROWS) <= set(mesh.axis_names) else 1

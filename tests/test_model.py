@@ -12,7 +12,7 @@ from flax import nnx
 from jax.extend.random import threefry_2x32
 
 import bert_jax
-from bert_jax import BertConfig, kernels, model, tree, weights
+from bert_jax import BertConfig, attention, heads, model, nn, random, tree, weights
 from bert_jax.errors import InputError
 from bert_jax.training import losses
 
@@ -116,12 +116,12 @@ def test_parameter_counts_are_the_published_ones(config, encoder, pretraining):
         return sum(spec.size for spec in tree.split(model)[1].specs.values())
 
     assert count(model.BertModel(config)) == encoder
-    assert count(model.BertForPreTraining(config)) == pretraining
+    assert count(heads.BertForPreTraining(config)) == pretraining
 
 
 @pytest.mark.parametrize("config", [BertConfig.base_cased(), BertConfig.large_cased()])
 def test_shapes_of_the_published_sizes(config):
-    params, skeleton = tree.split(model.BertForPreTraining(config))
+    params, skeleton = tree.split(bert_jax.BertForPreTraining(config))
     ids = jax.ShapeDtypeStruct((2, 512), jnp.int32)
     positions = jax.ShapeDtypeStruct((2, 76), jnp.int32)
     out = jax.eval_shape(lambda p, i, k: tree.merge(skeleton, p)(i, i, masked_positions=k), params, ids, positions)
@@ -152,7 +152,7 @@ def test_new_parameters_are_drawn_as_bert_does(architecture):
 
 
 def test_the_model_holds_nothing_but_params():
-    drawn = model.BertForPreTraining(SMALL, rngs=nnx.Rngs(0))
+    drawn = heads.BertForPreTraining(SMALL, rngs=nnx.Rngs(0))
     assert {type(variable) for _, variable in nnx.iter_graph(drawn) if isinstance(variable, nnx.Variable)} == {
         nnx.Param
     }
@@ -312,7 +312,7 @@ def test_the_last_layer_at_chosen_positions_is_the_whole_layer_there(checkpoint,
     def pooled(params, positions):
         return jnp.sum(tree.merge(skeleton, params)(**given, positions=positions).pooler_output ** 2)
 
-    gradients = [tree.flatten(jax.grad(pooled)(params, positions)) for positions in (None, model.FIRST)]
+    gradients = [tree.flatten(jax.grad(pooled)(params, positions)) for positions in (None, heads.FIRST)]
     for path, expected in gradients[0].items():
         close(gradients[1][path], expected)
 
@@ -385,23 +385,24 @@ def test_dropout_if_and_only_if_a_key(checkpoint, architecture):
 
 def test_each_place_drops_at_its_rate_with_a_key_of_its_own(monkeypatch):
     """The places are those of transformers' modeling_bert.py."""
-    found, drop = [], model._dropout
+    found, drop = [], nn.dropout
 
     def watched(x, rate, key):
         found.append((x.shape, rate, None if key is None else tuple(np.asarray(jax.random.key_data(key)).tolist())))
         return drop(x, rate, key)
 
-    monkeypatch.setattr(model, "_dropout", watched)
+    for module in (attention, heads, model):
+        monkeypatch.setattr(module, "dropout", watched)
     config = SMALL.replace(
         num_hidden_layers=2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2, classifier_dropout=0.3
     )
-    hidden, attention = ((3, 10, 8), 0.1), ((3, 2, 10, 10), 0.2)
-    encoder = [hidden, *[attention, hidden, hidden] * 2]
-    heads = {"BertForSequenceClassification": [((3, 8), 0.3)], "BertForTokenClassification": [((3, 10, 8), 0.3)]}
+    hidden, probabilities = ((3, 10, 8), 0.1), ((3, 2, 10, 10), 0.2)
+    encoder = [hidden, *[probabilities, hidden, hidden] * 2]
+    of_head = {"BertForSequenceClassification": [((3, 8), 0.3)], "BertForTokenClassification": [((3, 10, 8), 0.3)]}
     for architecture in HEADS:
         found.clear()
-        getattr(model, architecture)(config, rngs=nnx.Rngs(0))(**reference.inputs(), dropout_key=jax.random.key(0))
-        assert [entry[:2] for entry in found] == [*encoder, *heads.get(architecture, [])], architecture
+        getattr(bert_jax, architecture)(config, rngs=nnx.Rngs(0))(**reference.inputs(), dropout_key=jax.random.key(0))
+        assert [entry[:2] for entry in found] == [*encoder, *of_head.get(architecture, [])], architecture
         keys = {entry[2] for entry in found}
         assert None not in keys
         assert len(keys) == len(found), architecture
@@ -409,7 +410,7 @@ def test_each_place_drops_at_its_rate_with_a_key_of_its_own(monkeypatch):
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_rate_and_scale(rate):
-    dropped = np.asarray(model._dropout(jnp.ones((100, 100, 100)), rate, jax.random.key(0)))
+    dropped = np.asarray(nn.dropout(jnp.ones((100, 100, 100)), rate, jax.random.key(0)))
     assert sorted(set(dropped.ravel().tolist())) == [0.0, pytest.approx(1 / (1 - rate), rel=2e-5)]
     assert abs((dropped == 0).mean() - rate) < 0.002  # four standard deviations at most, as below
     # No plane stands out, and no quarter (the four have bits of one block) goes with another.
@@ -423,7 +424,7 @@ def test_dropout_rate_and_scale(rate):
 
 def test_random_bits_are_those_of_threefry():
     key, batch, rows, columns = jax.random.key(7), 2, 3, 5
-    ours = np.asarray(model._random_bits(key, (batch, 4, rows, columns)))
+    ours = np.asarray(random.random_bits(key, (batch, 4, rows, columns)))
     i, j = np.indices((batch, rows * columns), np.uint32).reshape(2, -1)
     blocks = threefry_2x32(jax.random.key_data(key), jnp.concatenate([i, j]))
     x, y = np.asarray(blocks).reshape(2, batch, rows, columns)
@@ -445,7 +446,7 @@ def test_gradients_of_products_in_bfloat16(equation, x, y):
 
     def gradients(x, y):
         def loss(x, y):
-            return jnp.sum(jnp.sin(model._product(equation, x, y)))
+            return jnp.sum(jnp.sin(nn.product(equation, x, y)))
 
         return jax.grad(loss, argnums=(0, 1))(x, y)
 
@@ -458,13 +459,13 @@ def test_gradients_of_products_in_bfloat16(equation, x, y):
 
 @pytest.mark.parametrize("shape", [(4, 8), (3, 5, 7), (2, 3, 6, 6)])
 def test_random_bits_of_any_shape(shape):
-    bits = np.asarray(model._random_bits(jax.random.key(7), shape))
+    bits = np.asarray(random.random_bits(jax.random.key(7), shape))
     assert bits.shape == shape
     assert len(np.unique(bits)) > 0.99 * bits.size
 
 
 def test_tpus_draw_bits_with_their_own_generator():
-    traced = jax.jit(lambda key: model._random_bits(key, (8, 4, 16))).trace(jax.random.key(0))
+    traced = jax.jit(lambda key: random.random_bits(key, (8, 4, 16))).trace(jax.random.key(0))
     text = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu", "cuda")}
     assert "rng_bit_generator" in text["tpu"]
     assert "xor" not in text["tpu"]  # the written-out one's
@@ -474,16 +475,16 @@ def test_tpus_draw_bits_with_their_own_generator():
 
 def test_no_layer_drops_as_another():
     # All layers alike, no attention dropout: were two keys the same, two masks would be.
-    keys = [model._split(jax.random.fold_in(jax.random.key(0), i), 3) for i in range(12)]
+    keys = [nn.split_key(jax.random.fold_in(jax.random.key(0), i), 3) for i in range(12)]
     data = {tuple(np.asarray(jax.random.key_data(key))) for layer in keys for key in layer}
     assert len(data) == 36
 
 
 def test_fused_attention_refuses_dropout_and_gives_no_maps(checkpoint, monkeypatch):
     def fused(query, key, value, mask, rate, dropout_key):
-        return model.plain_attention(query, key, value, mask, rate, dropout_key)[0], None
+        return attention.plain_attention(query, key, value, mask, rate, dropout_key)[0], None
 
-    monkeypatch.setitem(model.ATTENTION, "fused", fused)
+    monkeypatch.setitem(attention.ATTENTION, "fused", fused)
     network = load(checkpoint, "BertModel", attention="fused")
     out = network(**reference.inputs())
     assert out.attentions == (None,) * 12
@@ -499,21 +500,21 @@ def test_forty_thousand_rows_are_reduced_rightly(width):
     """jaxlib 0.10.2 reduces products with vectors of three wrongly from row 32,769 on (jax issue 39103)."""
     n, random = 40_000, np.random.default_rng(0)
     x = random.normal(1, 1, (n, width)).astype(np.float32)
-    linear, norm = model.Linear(width, width, 1.0, nnx.Rngs(0)), model.LayerNorm(width, 0.1, nnx.Rngs(0))
+    linear, norm = nn.Linear(width, width, 1.0, nnx.Rngs(0)), nn.LayerNorm(width, 0.1, nnx.Rngs(0))
     labels = np.where(random.random(n) < 0.9, random.integers(0, width, n), losses.IGNORE)
     weights = (random.random(n) < 0.9).astype(np.float32)
-    attended = kernels.Attended(jnp.ones((n // 4, 1), jnp.int32), jnp.asarray(random.integers(0, 2, (n // 4, 4))))
+    attended = attention.Attended(jnp.ones((n // 4, 1), jnp.int32), jnp.asarray(random.integers(0, 2, (n // 4, 4))))
 
     def loss(x):
         return losses.cross_entropy(linear(x), labels)
 
-    def attention(x):
-        heads = x.reshape(n // 4, 4, 1, width)
-        return model.plain_attention(heads, heads, heads, attended, 0.0, None)[1]
+    def probabilities(x):
+        one_head = x.reshape(n // 4, 4, 1, width)
+        return attention.plain_attention(one_head, one_head, one_head, attended, 0.0, None)[1]
 
     found = {
         "linear and norm": lambda x: norm(linear(x)),
-        "attention": attention,
+        "attention": probabilities,
         "cross entropy": loss,
         "binary cross entropy": lambda x: losses.binary_cross_entropy(linear(x), x > 1, weights),
         "squared error": lambda x: losses.squared_error(linear(x), x, weights),
@@ -582,7 +583,7 @@ def test_an_unseen_bad_id_gives_nan(checkpoint):
 @pytest.mark.parametrize("options", [{"compute_dtype": "float16"}, {"attention": "flash"}])
 def test_unknown_options_are_refused(options):
     with pytest.raises(InputError, match="expected one of"):
-        model.BertForMaskedLM(SMALL, **options)
+        heads.BertForMaskedLM(SMALL, **options)
 
 
 def test_base_class_is_no_network():

@@ -18,9 +18,11 @@ FLOORS = [
     ["config", "tree", "training.losses", "evaluation.metrics", "data.sources"],
     ["data.loader"],
     ["weights", "tokenizer", "sharding"],
-    ["kernels"],
+    ["random"],
+    ["nn"],
+    ["attention"],
     ["model", "tools.aot", "data.corpus", "vocabulary"],
-    ["data.masking"],
+    ["data.masking", "heads"],
     ["training.optim", "training.lora", "training.checkpoint", "training.log"],
     ["tasks.base"],
     [

@@ -21,8 +21,8 @@ from rich.progress import track
 
 from bert_jax import hub
 from bert_jax.errors import InputError
+from bert_jax.heads import BertForMaskedLM, BertForNextSentencePrediction
 from bert_jax.inference.pipelines import WINDOW, Pipeline, pipeline
-from bert_jax.model import BertForMaskedLM, BertForNextSentencePrediction
 from bert_jax.tasks.base import Request, Row
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction

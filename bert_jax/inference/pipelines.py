@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bert_jax import hub, kernels, sharding, tree
+from bert_jax import attention, hub, sharding, tree
 from bert_jax.data.loader import best_fit
 from bert_jax.errors import CheckpointError, InputError, quoted
+from bert_jax.heads import FIRST
 from bert_jax.hub import DEFAULT_MODEL
-from bert_jax.model import FIRST, BertModel, BertPreTrainedModel
+from bert_jax.model import BertModel, BertPreTrainedModel
 from bert_jax.tasks.base import Outputs, Request, Row, Task, check_vocabulary
 from bert_jax.tasks.feature_extraction import FeatureExtraction
 from bert_jax.tasks.masked_lm import FillMask
@@ -146,7 +147,7 @@ class Pipeline:
         self.max_length = max_length
         self.params, self._skeleton = tree.split(model)
         self._lengths = [*(length for length in LENGTHS if length < max_length), max_length]
-        packs = model.encoder.attention not in kernels.UNPACKED
+        packs = model.encoder.attention not in attention.UNPACKED
         self._packed = [*(length for length in PACKED if length < max_length), max_length] if packs else []
         self._parameters = list(inspect.signature(task.request).parameters)[1:]
         self._programs: dict[Bucket, jax.stages.Compiled] = {}

@@ -8,7 +8,7 @@ import numpy as np
 
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError, quoted
-from bert_jax.model import BertForMaskedLM
+from bert_jax.heads import BertForMaskedLM
 from bert_jax.tasks.base import Request, Row
 from bert_jax.tokenizer import Tokenizer
 

@@ -7,7 +7,7 @@ import jax
 
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError, quoted
-from bert_jax.model import BertForNextSentencePrediction
+from bert_jax.heads import BertForNextSentencePrediction
 from bert_jax.tasks.base import Request, Row, check_pairs
 from bert_jax.tokenizer import Tokenizer
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bert_jax.data.loader import Examples
-from bert_jax.model import BertForMaskedLM, BertForPreTraining
+from bert_jax.heads import BertForMaskedLM, BertForPreTraining
 from bert_jax.tasks.base import Objective
 from bert_jax.training.losses import IGNORE, cross_entropy
 

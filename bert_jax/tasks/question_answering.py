@@ -14,7 +14,7 @@ from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
 from bert_jax.data.sources import literal
 from bert_jax.errors import InputError, listed, quoted
-from bert_jax.model import BertForQuestionAnswering
+from bert_jax.heads import BertForQuestionAnswering
 from bert_jax.tasks.base import Outputs, ReadOptions, Request, Row, TrainableTask, check_pairs
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.training import losses

@@ -14,7 +14,7 @@ from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
 from bert_jax.data.sources import literal
 from bert_jax.errors import InputError, listed, quoted
-from bert_jax.model import BertForTokenClassification
+from bert_jax.heads import BertForTokenClassification
 from bert_jax.tasks.base import Outputs, ReadOptions, Request, Row, TrainableTask, known_labels
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.training import losses

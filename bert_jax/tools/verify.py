@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from bert_jax.errors import InputError
+from bert_jax.heads import BertForTokenClassification
 from bert_jax.inference.pipelines import pipeline
-from bert_jax.model import BertForTokenClassification, BertModel
+from bert_jax.model import BertModel
 from bert_jax.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from bert_jax import kernels, sharding, tree
+from bert_jax import attention, sharding, tree
 from bert_jax.data.loader import Examples, Loader, Place, Shape
 from bert_jax.errors import InputError, Interrupted, TrainingError
 from bert_jax.evaluation import measure
@@ -94,20 +94,20 @@ def set_up(
         raise InputError(f"metric is {metric!r}; this task has loss, {', '.join(task.metrics)}.")
     mesh = mesh or sharding.mesh()
     sharding.check(mesh, model.config)
-    kernels.check(
+    attention.check(
         model.encoder.attention,
         platform=mesh.devices.flat[0].platform,
         compute_dtype=model.encoder.compute_dtype,
         packed=packing,
     )
-    kernels.check_dropout(model.encoder.attention, model.config.attention_probs_dropout_prob)
+    attention.check_dropout(model.encoder.attention, model.config.attention_probs_dropout_prob)
     loader = Loader(
         examples,
         batch_size,
         seed=seed,
         share=accumulation * sharding.share(mesh),
         packing=model.config.max_position_embeddings if packing else None,
-        multiple=kernels.multiple(model.encoder.attention),
+        multiple=attention.multiple(model.encoder.attention),
         part=sharding.part(mesh),
     )
     planned = plan(model, optimizer, trainable=trainable, lora=lora, seed=seed)

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from flax import nnx
 
 import bert_jax
 from bert_jax.errors import InputError
@@ -55,7 +56,7 @@ def test_a_text_alone_has_its_result_alone(fill_mask):
 def test_questions_pairs_and_vectors(checkpoint, tokenizer):
     config = bert_jax.BertConfig(vocab_size=28996, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
                                  intermediate_size=8)  # fmt: skip
-    rngs = bert_jax.model.nnx.Rngs(0)
+    rngs = nnx.Rngs(0)
     qa = bert_jax.pipeline(
         "question-answering", bert_jax.BertForQuestionAnswering(config, rngs=rngs), tokenizer=tokenizer
     )

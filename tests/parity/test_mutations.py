@@ -21,11 +21,11 @@ MUTATIONS = {
         'ACTIVATIONS["gelu_new"](self.intermediate(x))',
     ),
     "tanh GELU in the head": (
-        "model.py",
+        "heads.py",
         "ACTIVATIONS[self.config.hidden_act](self.transform(hidden))",
         'ACTIVATIONS["gelu_new"](self.transform(hidden))',
     ),
-    "eps 1e-6": ("model.py", "        self.eps = eps\n", "        self.eps = 1e-6\n"),
+    "eps 1e-6": ("nn.py", "        self.eps = eps\n", "        self.eps = 1e-6\n"),
     "layers in string order": (
         "model.py",
         "run(self.layers[i], ",
@@ -33,7 +33,7 @@ MUTATIONS = {
     ),
     "token types dropped": ("model.py", "self.token_type_embeddings(token_type_ids)", "0.0"),
     "mask ignored": (
-        "model.py",
+        "attention.py",
         "    if attended is not None:\n        scores",
         "    if False:\n        scores",
     ),

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import bert_jax
 from bert_jax import tree, weights
-from bert_jax.kernels import Attended
+from bert_jax.attention import Attended
 from bert_jax.training import losses
 
 SHAPES = {
@@ -126,7 +126,7 @@ def test_submodules(folder, shape, close):
             ("attention.output.dense", layer.attention.output, ()),
             ("attention.output.LayerNorm", layer.attention_norm, ()),
             ("intermediate.dense", layer.intermediate, ()),
-            ("intermediate", lambda x, layer=layer: bert_jax.model._gelu(layer.intermediate(x)), ()),
+            ("intermediate", lambda x, layer=layer: bert_jax.nn.ACTIVATIONS["gelu"](layer.intermediate(x)), ()),
             ("output.dense", layer.output, ()),
             ("output.LayerNorm", layer.output_norm, ()),
             ("", lambda x, layer=layer: layer(x, attended)[0], ()),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import questions
 import reference
+from flax import nnx
 
 import bert_jax
 from bert_jax import BertConfig
@@ -330,7 +331,7 @@ def test_the_best_answer_counts_where_nothing_is_likelier(tokenizer):
 
 def test_the_loss_of_a_window_does_not_depend_on_its_padding(tokenizer, checkpoint):
     config = BertConfig.from_dict(questions.CONFIG)
-    model = bert_jax.BertForQuestionAnswering(config, rngs=bert_jax.model.nnx.Rngs(0))
+    model = bert_jax.BertForQuestionAnswering(config, rngs=nnx.Rngs(0))
     task = QuestionAnswering(tokenizer, config, 64, AnswerOptions(stride=16))
     given = rows(4)
     QuestionAnswering.clean({"train": given}, ReadOptions())

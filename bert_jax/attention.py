@@ -5,15 +5,19 @@ A kernel is a function of query [B, T, N, H], key and value [B, S, N, H] in the 
 [B, N, T, S], or None where it has none.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 from bert_jax import sharding
+from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
+from bert_jax.nn import Linear, dropout, product
 
 FUSED = {"splash": ("TPUs", "tpu"), "cudnn": ("NVIDIA GPUs", "gpu")}
 """Fused kernels: what they are for, in words and by JAX's name."""
@@ -188,3 +192,74 @@ def cudnn(
             "alone to compile for a GPU that is not here."
         ) from None
     return context, None
+
+
+def plain_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    attended: Attended | None,
+    dropout_rate: float,
+    dropout_key: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Scaled dot-product attention, written out (Vaswani et al. 2017, section 3.2.1).
+
+    Args:
+        query: [B, T, N, H].
+        key: [B, S, N, H].
+        value: [B, S, N, H].
+        attended: Who attends to whom; None for all to all. A row without any attends to all alike.
+        dropout_rate: Share of the probabilities that is dropped where there is a `dropout_key`.
+        dropout_key: PRNG key, or None.
+
+    Returns:
+        The context [B, T, N, H] in the dtype of value, and the probabilities, float32 [B, N, T, S], before dropout.
+    """
+    # Heads first, once and for all: left inside the products, CPUs turn them around anew in the backward pass.
+    query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))  # [B, N, T, H]
+    scores = product("bnth,bnsh->bnts", query, key) * query.shape[-1] ** -0.5
+    if attended is not None:
+        scores = jnp.where(attended.mask(), scores, jnp.finfo(jnp.float32).min)
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    dropped = dropout(probabilities, dropout_rate, dropout_key).astype(value.dtype)
+    context = product("bnts,bnsh->bnth", dropped, value).astype(value.dtype)
+    return jnp.moveaxis(context, 1, 2), probabilities
+
+
+# Name -> kernel. A fused kernel has the same signature and returns None for the probabilities that it never holds.
+ATTENTION: dict[str, Callable[..., tuple[jax.Array, jax.Array | None]]] = {
+    "plain": plain_attention,
+    "splash": splash,
+    "cudnn": cudnn,
+}
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head self-attention and its output projection (Vaswani et al. 2017, section 3.2.2)."""
+
+    def __init__(self, config: BertConfig, attention: str, rngs: nnx.Rngs | None):
+        self.config = config
+        self.attention = attention
+        size, std = config.hidden_size, config.initializer_range
+        self.query = Linear(size, size, std, rngs)
+        self.key = Linear(size, size, std, rngs)
+        self.value = Linear(size, size, std, rngs)
+        self.output = Linear(size, size, std, rngs)
+
+    def __call__(
+        self, x: jax.Array, states: jax.Array, attended: Attended | None, dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """What x [B, T, D] gathers from states [B, S, D]: [B, T, D] and the probabilities [B, N, T, S].
+
+        Where x is not all of the states there is little to fuse, and attention is plain.
+        """
+        rate = self.config.attention_probs_dropout_prob
+        if dropout_key is not None:
+            check_dropout(self.attention, rate)
+        query, key, value = (
+            linear(source).reshape(*source.shape[:-1], self.config.num_attention_heads, -1)  # [B, T, N, H]
+            for linear, source in ((self.query, x), (self.key, states), (self.value, states))
+        )
+        kernel = ATTENTION[self.attention if x is states else "plain"]
+        context, probabilities = kernel(query, key, value, attended, rate, dropout_key)
+        return self.output(context.reshape(x.shape)), probabilities

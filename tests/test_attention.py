@@ -7,13 +7,13 @@ import pytest
 from flax import nnx
 
 import bert_jax
-from bert_jax import kernels, model, sharding
+from bert_jax import attention, sharding
+from bert_jax.attention import Attended
 from bert_jax.errors import InputError
-from bert_jax.kernels import Attended
 from bert_jax.model import plain_attention
 
 TOKENS = 256
-splash = functools.partial(kernels.splash, interpret=True)
+splash = functools.partial(attention.splash, interpret=True)
 
 
 def operands(rows=2, heads=4, size=16, dtype=jnp.float32):
@@ -60,8 +60,8 @@ def test_a_mask_of_numbers():
 @pytest.mark.parametrize("options", [{}, {"remat": True, "scan_layers": True}], ids=str)
 def test_a_model_with_splash_is_the_model(monkeypatch, options):
     """Packed rows, and a last layer that computes the first tokens alone."""
-    monkeypatch.setitem(model.ATTENTION, "splash", splash)
-    monkeypatch.setattr(kernels, "check", lambda *_, **__: None)
+    monkeypatch.setitem(attention.ATTENTION, "splash", splash)
+    monkeypatch.setattr(model, "check", lambda *_, **__: None)
     config = bert_jax.BertConfig(
         hidden_size=16,
         num_hidden_layers=3,
@@ -96,13 +96,13 @@ def test_a_model_with_splash_is_the_model(monkeypatch, options):
     ],
 )
 def test_where_a_kernel_would_be_wrong(name, changes, message):
-    right = {"platform": kernels.FUSED[name][1], "compute_dtype": "bfloat16", "packed": False, "length": 256}
-    kernels.check(name, **right)
+    right = {"platform": attention.FUSED[name][1], "compute_dtype": "bfloat16", "packed": False, "length": 256}
+    attention.check(name, **right)
     with pytest.raises(InputError, match=message):
-        kernels.check(name, **(right | changes))
+        attention.check(name, **(right | changes))
 
 
-@pytest.mark.parametrize("name", kernels.FUSED)
+@pytest.mark.parametrize("name", attention.FUSED)
 def test_models_refuse_on_cpu_also_under_jit(name):
     config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     network = bert_jax.BertModel(config, rngs=nnx.Rngs(0), attention=name, compute_dtype="bfloat16")
@@ -115,4 +115,4 @@ def test_cudnn_wants_padding_on_the_right():
     query, key, value = operands(dtype=jnp.bfloat16)
     left = Attended(jnp.ones((2, 1), jnp.int32), attended("padded").keys[:, ::-1])
     with pytest.raises(InputError, match="attention_mask has it before tokens"):
-        kernels.cudnn(query, key, value, left, 0.0, None)
+        attention.cudnn(query, key, value, left, 0.0, None)

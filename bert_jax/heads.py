@@ -1,0 +1,207 @@
+"""BERT's heads, each on an encoder: pretraining, masked tokens, next sentences, classes, tags, answers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+from bert_jax.config import BertConfig
+from bert_jax.model import BertModel, BertPreTrainedModel, check_inputs
+from bert_jax.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, last_axis, new_param, split_key
+
+FIRST = np.zeros((1, 1), np.int32)
+"""The `positions` of a head that reads [CLS] alone."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HeadOutput:
+    """What a model with one head returns: float32 logits, shaped as the model says, and the encoder's inside."""
+
+    logits: jax.Array
+    hidden_states: tuple[jax.Array, ...]
+    attentions: tuple[jax.Array | None, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PreTrainingOutput:
+    """What `BertForPreTraining` returns.
+
+    Attributes:
+        prediction_logits: float32 [B, T, V], or [B, P, V] at the chosen positions.
+        seq_relationship_logits: float32 [B, 2], or [B, K, 2] of the chosen first tokens; 0 is "B follows A".
+        hidden_states: As in `BertModelOutput`.
+        attentions: As in `BertModelOutput`.
+    """
+
+    prediction_logits: jax.Array
+    seq_relationship_logits: jax.Array
+    hidden_states: tuple[jax.Array, ...]
+    attentions: tuple[jax.Array | None, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QuestionAnsweringOutput:
+    """What `BertForQuestionAnswering` returns: float32 [B, T] logits of an answer's first and of its last token."""
+
+    start_logits: jax.Array
+    end_logits: jax.Array
+    hidden_states: tuple[jax.Array, ...]
+    attentions: tuple[jax.Array | None, ...]
+
+
+class MaskedLMHead(nnx.Module):
+    """Scores of the vocabulary: dense, activation, LayerNorm, and the decoder tied to the word embeddings."""
+
+    def __init__(self, config: BertConfig, rngs: nnx.Rngs | None):
+        self.config = config
+        self.transform = Linear(config.hidden_size, config.hidden_size, config.initializer_range, rngs)
+        self.layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, rngs)
+        self.bias = new_param(rngs, (config.vocab_size,), jax.nn.initializers.zeros)
+
+    def __call__(self, hidden: jax.Array, word_embeddings: Embedding) -> jax.Array:
+        """[B, T, D] -> float32 [B, T, V]."""
+        with jax.named_scope("predictions"):
+            x = self.layer_norm(ACTIVATIONS[self.config.hidden_act](self.transform(hidden)))
+            logits = word_embeddings.attend(x)
+            return logits + last_axis(self.bias[...], logits)
+
+
+class BertForPreTraining(BertPreTrainedModel):
+    """The encoder with both of its pretraining heads (Devlin et al. 2018, section 3.1)."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
+        self.config = config
+        self.bert = BertModel(config, rngs=rngs, **options)
+        self.predictions = MaskedLMHead(config, rngs)
+        self.seq_relationship = Linear(config.hidden_size, 2, config.initializer_range, rngs)
+
+    def __call__(
+        self,
+        input_ids: ArrayLike,
+        *args: Any,
+        masked_positions: ArrayLike | None = None,
+        first_positions: ArrayLike | None = None,
+        **kwargs: Any,
+    ) -> PreTrainingOutput:
+        """Arguments of `BertModel`, and where to read the two heads.
+
+        Args:
+            input_ids: int [B, T].
+            args: See `BertModel`.
+            masked_positions: int [B, P], where to score the vocabulary; None for all tokens.
+            first_positions: int [B, K], where each example of a row begins; the next-sentence logits are [B, K, 2].
+                None reads the first token alone, and they are [B, 2].
+            kwargs: See `BertModel`.
+        """
+        if masked_positions is None and first_positions is None:
+            out = self.bert(input_ids, *args, **kwargs)
+            hidden, pooled = out.last_hidden_state, out.pooler_output
+        else:
+            input_ids = jnp.asarray(input_ids)
+            check_inputs(self.config, input_ids)
+            rows, tokens = input_ids.shape
+            masked = jnp.arange(tokens)[None] if masked_positions is None else jnp.asarray(masked_positions)
+            first = jnp.zeros((rows, 1), int) if first_positions is None else jnp.asarray(first_positions)
+            n = first.shape[1]
+            positions = jnp.concatenate([first, jnp.broadcast_to(masked, (rows, masked.shape[1]))], axis=1)
+            out = self.bert(input_ids, *args, positions=positions, **kwargs)
+            hidden = out.last_hidden_state[:, n:]
+            pooled = out.pooler_output[:, 0] if first_positions is None else out.pooler_output[:, :n]
+        logits = self.predictions(hidden, self.bert.embeddings.word_embeddings)
+        with jax.named_scope("seq_relationship"):
+            return PreTrainingOutput(logits, self.seq_relationship(pooled), out.hidden_states, out.attentions)
+
+
+class BertForMaskedLM(BertPreTrainedModel):
+    """The encoder with the masked-language-model head."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
+        self.config = config
+        self.bert = BertModel(config, rngs=rngs, add_pooling_layer=False, **options)
+        self.predictions = MaskedLMHead(config, rngs)
+
+    def __call__(self, *args: Any, masked_positions: ArrayLike | None = None, **kwargs: Any) -> HeadOutput:
+        """Arguments of `BertModel`, and `masked_positions`: int [B, K], where to score the vocabulary; None for all.
+
+        Returns:
+            Logits float32 [B, T, V], or [B, K, V].
+        """
+        out = self.bert(*args, positions=masked_positions, **kwargs)
+        logits = self.predictions(out.last_hidden_state, self.bert.embeddings.word_embeddings)
+        return HeadOutput(logits, out.hidden_states, out.attentions)
+
+
+class BertForNextSentencePrediction(BertPreTrainedModel):
+    """The encoder with the next-sentence head: logits float32 [B, 2], or [B, K, 2]; 0 is "B follows A"."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
+        self.config = config
+        self.bert = BertModel(config, rngs=rngs, **options)
+        self.seq_relationship = Linear(config.hidden_size, 2, config.initializer_range, rngs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> HeadOutput:
+        """Arguments of `BertModel`."""
+        out = self.bert(*args, **kwargs)
+        with jax.named_scope("seq_relationship"):
+            return HeadOutput(self.seq_relationship(out.pooler_output), out.hidden_states, out.attentions)
+
+
+class BertForSequenceClassification(BertPreTrainedModel):
+    """The encoder with a classifier over the pooled first token, or `positions`: logits float32 [B, C] or [B, K, C]."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
+        self.config = config
+        self.bert = BertModel(config, rngs=rngs, **options)
+        self.classifier = Linear(config.hidden_size, config.num_labels, config.initializer_range, rngs)
+
+    def __call__(self, *args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> HeadOutput:
+        """Arguments of `BertModel`."""
+        bert_key, classifier_key = split_key(dropout_key, 2)
+        out = self.bert(*args, dropout_key=bert_key, **kwargs)
+        with jax.named_scope("classifier"):
+            pooled = dropout(out.pooler_output, _classifier_dropout(self.config), classifier_key)
+            return HeadOutput(self.classifier(pooled), out.hidden_states, out.attentions)
+
+
+class BertForTokenClassification(BertPreTrainedModel):
+    """The encoder with a classifier over each token: logits float32 [B, T, C]."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
+        self.config = config
+        self.bert = BertModel(config, rngs=rngs, add_pooling_layer=False, **options)
+        self.classifier = Linear(config.hidden_size, config.num_labels, config.initializer_range, rngs)
+
+    def __call__(self, *args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> HeadOutput:
+        """Arguments of `BertModel`."""
+        bert_key, classifier_key = split_key(dropout_key, 2)
+        out = self.bert(*args, dropout_key=bert_key, **kwargs)
+        with jax.named_scope("classifier"):
+            hidden = dropout(out.last_hidden_state, _classifier_dropout(self.config), classifier_key)
+            return HeadOutput(self.classifier(hidden.astype(jnp.float32)), out.hidden_states, out.attentions)
+
+
+class BertForQuestionAnswering(BertPreTrainedModel):
+    """The encoder with two scores a token, for an answer's start and end (Devlin et al. 2018, section 4.2)."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
+        self.config = config
+        self.bert = BertModel(config, rngs=rngs, add_pooling_layer=False, **options)
+        self.qa_outputs = Linear(config.hidden_size, 2, config.initializer_range, rngs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> QuestionAnsweringOutput:
+        """Arguments of `BertModel`."""
+        out = self.bert(*args, **kwargs)
+        with jax.named_scope("qa_outputs"):
+            logits = self.qa_outputs(out.last_hidden_state.astype(jnp.float32))  # [B, T, 2]
+        return QuestionAnsweringOutput(logits[..., 0], logits[..., 1], out.hidden_states, out.attentions)
+
+
+def _classifier_dropout(config: BertConfig) -> float:
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout

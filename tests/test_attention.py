@@ -7,10 +7,9 @@ import pytest
 from flax import nnx
 
 import bert_jax
-from bert_jax import attention, sharding
-from bert_jax.attention import Attended
+from bert_jax import attention, model, sharding
+from bert_jax.attention import Attended, plain_attention
 from bert_jax.errors import InputError
-from bert_jax.model import plain_attention
 
 TOKENS = 256
 splash = functools.partial(attention.splash, interpret=True)

@@ -304,8 +304,7 @@ def fit(
         shown = "".join(f"  rate {value:.1e}" for value in learning_rate.values())
         return f"loss {means['loss']:.4f}{shown}  {rate:.0f} examples/s"
 
-    asked = _signals(console) if folder else contextlib.nullcontext([])
-    with asked as received, progress_bar(console, start, steps) as show, jax.set_mesh(mesh):
+    with _signals(console, folder) as received, progress_bar(console, start, steps) as show, jax.set_mesh(mesh):
         for batch in loader.batches(start, steps):
             if _finished(progress, patience):
                 break
@@ -391,13 +390,14 @@ def _finished(progress: dict[str, Any], patience: int | None) -> bool:
 
 
 @contextlib.contextmanager
-def _signals(console: Console) -> Iterator[list[int]]:
-    """The list that Ctrl-C and SIGTERM put their number in; a third one ends the process as ever, saved or not.
+def _signals(console: Console, folder: Path | None) -> Iterator[list[int]]:
+    """Collects Ctrl-C and SIGTERM in a list; the third signal ends the process as usual.
 
-    Of several processes, JAX takes in SIGTERM (`processes.asked_to_stop`), and Ctrl-C becomes one.
+    With several processes, JAX handles SIGTERM (`distributed.asked_to_stop`), and Ctrl-C becomes a SIGTERM. Without a
+    folder there is nothing to save, and signals are not handled.
     """
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only that one may ask
+    if folder is None or threading.current_thread() is not threading.main_thread():  # only that thread may handle them
         yield received
         return
     before: dict[signal.Signals, Any] = {}

@@ -79,7 +79,7 @@ def test_without_model_type():
         ({"pad_token_id": -1}, "pad_token_id is -1"),
         ({"pad_token_id": 60}, "pad_token_id is 60"),
         ({"id2label": {"0": "A", "2": "B"}}, "without gaps"),
-        ({"id2label": ["A", "B"]}, "expected an object"),
+        ({"id2label": ["A", "B"]}, "expected a JSON object"),
         ({"id2label": {"0": "A", "1": None}}, "id2label"),
         ({"id2label": {}}, "id2label"),
         ({"id2label": "AB"}, "id2label"),

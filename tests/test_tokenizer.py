@@ -524,7 +524,7 @@ def test_files_that_are_none(folder, tmp_path):
         for number, make in enumerate([os.mkdir, os.mkfifo, lambda path: os.symlink("nothing", path)]):
             path = folder(CASED, f"{name} {number}")
             make(path / name)
-            with pytest.raises(CheckpointError, match=rf"{re.escape(name)} is no file"):
+            with pytest.raises(CheckpointError, match=rf"{re.escape(name)} is not a regular file"):
                 Tokenizer.from_pretrained(path)
 
 

@@ -102,8 +102,8 @@ def test_new_adapters_change_nothing(model, flat, logits):
         (r"bert\.encoder\..*", "matches no parameter; one is bert.embeddings"),
         ("query", "matches no parameter"),  # a pattern is of the whole path
         (r".*\.query\..*", "matches bert.layers.0.attention.query.bias, which is not the weight of a linear layer"),
-        (r".*word_embeddings\.weight", "matches bert.embeddings.word_embeddings.weight, which is no weight"),
-        (r".*output_norm\.weight", "matches bert.layers.0.output_norm.weight, which is no weight"),
+        (r".*word_embeddings\.weight", "matches bert.embeddings.word_embeddings.weight, which is not the weight"),
+        (r".*output_norm\.weight", "matches bert.layers.0.output_norm.weight, which is not the weight"),
     ],
 )
 def test_bad_targets(model, targets, message):

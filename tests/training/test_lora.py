@@ -107,7 +107,7 @@ def test_new_adapters_change_nothing(model, flat, logits):
     ],
 )
 def test_bad_targets(model, targets, message):
-    with pytest.raises(InputError, match=rf"^model\.lora\.targets .*{re.escape(message)}"):
+    with pytest.raises(InputError, match=rf"^lora\.targets .*{re.escape(message)}"):
         lora.init(LoRA(targets=targets), tree.split(model)[1].specs, jax.random.key(0))
 
 

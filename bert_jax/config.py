@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from bert_jax import hub
 from bert_jax.errors import ConfigError, quoted
@@ -37,6 +37,29 @@ _LIMITS = {
     "type_vocab_size": 2**16,
     "num_labels": 2**20,
 }
+
+
+class ConfigChanges(TypedDict, total=False):
+    """Fields of `BertConfig` to change."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    hidden_act: str
+    hidden_dropout_prob: float
+    attention_probs_dropout_prob: float
+    max_position_embeddings: int
+    type_vocab_size: int
+    initializer_range: float
+    layer_norm_eps: float
+    pad_token_id: int | None
+    classifier_dropout: float | None
+    num_labels: int
+    id2label: Mapping[int | str, str] | Mapping[int, str] | Mapping[str, str] | Sequence[str] | None
+    label2id: Mapping[str, int] | None
+    problem_type: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +151,7 @@ class BertConfig:
         assert isinstance(self.id2label, tuple | None)  # since it is made
         return self.id2label or tuple(f"LABEL_{i}" for i in range(self.num_labels))
 
-    def replace(self, **changes: Any) -> "BertConfig":
+    def replace(self, **changes: Unpack[ConfigChanges]) -> "BertConfig":
         """A copy with some fields changed. A new number of labels, or new names, replace the old names.
 
         Raises:
@@ -138,9 +161,10 @@ class BertConfig:
         if unknown := [name for name in changes if name not in fields]:
             raise ConfigError(f"The config has no {', '.join(unknown)}; it has {', '.join(fields)}.")
         named = changes.get("id2label") is not None or changes.get("label2id") is not None
+        values: dict[str, Any] = {"label2id": None, **changes}
         if named or changes.get("num_labels", self.num_labels) != self.num_labels:
-            changes = {"num_labels": -1, "id2label": None, **changes}
-        return dataclasses.replace(self, **{"label2id": None, **changes})
+            values = {"num_labels": -1, "id2label": None, **values}
+        return dataclasses.replace(self, **values)
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "BertConfig":

@@ -1,7 +1,6 @@
 """BERT's heads, each on an encoder: pretraining, masked tokens, next sentences, classes, tags, answers."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from bert_jax.config import BertConfig
-from bert_jax.model import BertModel, BertPreTrainedModel, check_inputs
+from bert_jax.model import Attention, BertModel, BertPreTrainedModel, ComputeDtype, check_inputs
 from bert_jax.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, last_axis, new_param, split_key
 
 FIRST = np.zeros((1, 1), np.int32)
@@ -76,32 +75,52 @@ class MaskedLMHead(nnx.Module):
 class BertForPreTraining(BertPreTrainedModel):
     """The encoder with both of its pretraining heads (Devlin et al. 2018, section 3.1)."""
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        compute_dtype: ComputeDtype = "float32",
+        attention: Attention = "plain",
+        remat: bool = False,
+        scan_layers: bool = False,
+    ):
         self.config = config
-        self.bert = BertModel(config, rngs=rngs, **options)
+        self.bert = BertModel(
+            config, rngs=rngs, compute_dtype=compute_dtype, attention=attention, remat=remat, scan_layers=scan_layers
+        )
         self.predictions = MaskedLMHead(config, rngs)
         self.seq_relationship = Linear(config.hidden_size, 2, config.initializer_range, rngs)
 
     def __call__(
         self,
         input_ids: ArrayLike,
-        *args: Any,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        document_ids: ArrayLike | None = None,
+        *,
         masked_positions: ArrayLike | None = None,
         first_positions: ArrayLike | None = None,
-        **kwargs: Any,
+        dropout_key: jax.Array | None = None,
     ) -> PreTrainingOutput:
-        """Arguments of `BertModel`, and where to read the two heads.
+        """Scores the vocabulary and the next sentence. For the other arguments see `BertModel`.
 
         Args:
             input_ids: int [B, T].
-            args: See `BertModel`.
-            masked_positions: int [B, P], where to score the vocabulary; None for all tokens.
-            first_positions: int [B, K], where each example of a row begins; the next-sentence logits are [B, K, 2].
-                None reads the first token alone, and they are [B, 2].
-            kwargs: See `BertModel`.
+            attention_mask: See `BertModel`.
+            token_type_ids: See `BertModel`.
+            position_ids: See `BertModel`.
+            document_ids: See `BertModel`.
+            masked_positions: int [B, P], the tokens at which to score the vocabulary; None for all tokens.
+            first_positions: int [B, K], the first token of each example of a row; the next-sentence logits are
+                [B, K, 2]. None reads the first token of the row, and they are [B, 2].
+            dropout_key: See `BertModel`.
         """
         if masked_positions is None and first_positions is None:
-            out = self.bert(input_ids, *args, **kwargs)
+            out = self.bert(
+                input_ids, attention_mask, token_type_ids, position_ids, document_ids, dropout_key=dropout_key
+            )
             hidden, pooled = out.last_hidden_state, out.pooler_output
         else:
             input_ids = jnp.asarray(input_ids)
@@ -111,7 +130,15 @@ class BertForPreTraining(BertPreTrainedModel):
             first = jnp.zeros((rows, 1), int) if first_positions is None else jnp.asarray(first_positions)
             n = first.shape[1]
             positions = jnp.concatenate([first, jnp.broadcast_to(masked, (rows, masked.shape[1]))], axis=1)
-            out = self.bert(input_ids, *args, positions=positions, **kwargs)
+            out = self.bert(
+                input_ids,
+                attention_mask,
+                token_type_ids,
+                position_ids,
+                document_ids,
+                positions=positions,
+                dropout_key=dropout_key,
+            )
             hidden = out.last_hidden_state[:, n:]
             pooled = out.pooler_output[:, 0] if first_positions is None else out.pooler_output[:, :n]
         logits = self.predictions(hidden, self.bert.embeddings.word_embeddings)
@@ -122,18 +149,53 @@ class BertForPreTraining(BertPreTrainedModel):
 class BertForMaskedLM(BertPreTrainedModel):
     """The encoder with the masked-language-model head."""
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        compute_dtype: ComputeDtype = "float32",
+        attention: Attention = "plain",
+        remat: bool = False,
+        scan_layers: bool = False,
+    ):
         self.config = config
-        self.bert = BertModel(config, rngs=rngs, add_pooling_layer=False, **options)
+        self.bert = BertModel(
+            config,
+            rngs=rngs,
+            add_pooling_layer=False,
+            compute_dtype=compute_dtype,
+            attention=attention,
+            remat=remat,
+            scan_layers=scan_layers,
+        )
         self.predictions = MaskedLMHead(config, rngs)
 
-    def __call__(self, *args: Any, masked_positions: ArrayLike | None = None, **kwargs: Any) -> HeadOutput:
-        """Arguments of `BertModel`, and `masked_positions`: int [B, K], where to score the vocabulary; None for all.
+    def __call__(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        document_ids: ArrayLike | None = None,
+        *,
+        masked_positions: ArrayLike | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> HeadOutput:
+        """Scores the vocabulary at `masked_positions`, int [B, K], or at all tokens. For the rest see `BertModel`.
 
         Returns:
-            Logits float32 [B, T, V], or [B, K, V].
+            Logits float32 [B, K, V], or [B, T, V].
         """
-        out = self.bert(*args, positions=masked_positions, **kwargs)
+        out = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            document_ids,
+            positions=masked_positions,
+            dropout_key=dropout_key,
+        )
         logits = self.predictions(out.last_hidden_state, self.bert.embeddings.word_embeddings)
         return HeadOutput(logits, out.hidden_states, out.attentions)
 
@@ -141,14 +203,43 @@ class BertForMaskedLM(BertPreTrainedModel):
 class BertForNextSentencePrediction(BertPreTrainedModel):
     """The encoder with the next-sentence head: logits float32 [B, 2], or [B, K, 2]; 0 is "B follows A"."""
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        compute_dtype: ComputeDtype = "float32",
+        attention: Attention = "plain",
+        remat: bool = False,
+        scan_layers: bool = False,
+    ):
         self.config = config
-        self.bert = BertModel(config, rngs=rngs, **options)
+        self.bert = BertModel(
+            config, rngs=rngs, compute_dtype=compute_dtype, attention=attention, remat=remat, scan_layers=scan_layers
+        )
         self.seq_relationship = Linear(config.hidden_size, 2, config.initializer_range, rngs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> HeadOutput:
-        """Arguments of `BertModel`."""
-        out = self.bert(*args, **kwargs)
+    def __call__(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        document_ids: ArrayLike | None = None,
+        *,
+        positions: ArrayLike | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> HeadOutput:
+        """The arguments are those of `BertModel`."""
+        out = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            document_ids,
+            positions=positions,
+            dropout_key=dropout_key,
+        )
         with jax.named_scope("seq_relationship"):
             return HeadOutput(self.seq_relationship(out.pooler_output), out.hidden_states, out.attentions)
 
@@ -156,15 +247,44 @@ class BertForNextSentencePrediction(BertPreTrainedModel):
 class BertForSequenceClassification(BertPreTrainedModel):
     """The encoder with a classifier over the pooled first token, or `positions`: logits float32 [B, C] or [B, K, C]."""
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        compute_dtype: ComputeDtype = "float32",
+        attention: Attention = "plain",
+        remat: bool = False,
+        scan_layers: bool = False,
+    ):
         self.config = config
-        self.bert = BertModel(config, rngs=rngs, **options)
+        self.bert = BertModel(
+            config, rngs=rngs, compute_dtype=compute_dtype, attention=attention, remat=remat, scan_layers=scan_layers
+        )
         self.classifier = Linear(config.hidden_size, config.num_labels, config.initializer_range, rngs)
 
-    def __call__(self, *args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> HeadOutput:
-        """Arguments of `BertModel`."""
+    def __call__(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        document_ids: ArrayLike | None = None,
+        *,
+        positions: ArrayLike | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> HeadOutput:
+        """The arguments are those of `BertModel`."""
         bert_key, classifier_key = split_key(dropout_key, 2)
-        out = self.bert(*args, dropout_key=bert_key, **kwargs)
+        out = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            document_ids,
+            positions=positions,
+            dropout_key=bert_key,
+        )
         with jax.named_scope("classifier"):
             pooled = dropout(out.pooler_output, _classifier_dropout(self.config), classifier_key)
             return HeadOutput(self.classifier(pooled), out.hidden_states, out.attentions)
@@ -173,15 +293,50 @@ class BertForSequenceClassification(BertPreTrainedModel):
 class BertForTokenClassification(BertPreTrainedModel):
     """The encoder with a classifier over each token: logits float32 [B, T, C]."""
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        compute_dtype: ComputeDtype = "float32",
+        attention: Attention = "plain",
+        remat: bool = False,
+        scan_layers: bool = False,
+    ):
         self.config = config
-        self.bert = BertModel(config, rngs=rngs, add_pooling_layer=False, **options)
+        self.bert = BertModel(
+            config,
+            rngs=rngs,
+            add_pooling_layer=False,
+            compute_dtype=compute_dtype,
+            attention=attention,
+            remat=remat,
+            scan_layers=scan_layers,
+        )
         self.classifier = Linear(config.hidden_size, config.num_labels, config.initializer_range, rngs)
 
-    def __call__(self, *args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> HeadOutput:
-        """Arguments of `BertModel`."""
+    def __call__(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        document_ids: ArrayLike | None = None,
+        *,
+        positions: ArrayLike | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> HeadOutput:
+        """The arguments are those of `BertModel`."""
         bert_key, classifier_key = split_key(dropout_key, 2)
-        out = self.bert(*args, dropout_key=bert_key, **kwargs)
+        out = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            document_ids,
+            positions=positions,
+            dropout_key=bert_key,
+        )
         with jax.named_scope("classifier"):
             hidden = dropout(out.last_hidden_state, _classifier_dropout(self.config), classifier_key)
             return HeadOutput(self.classifier(hidden.astype(jnp.float32)), out.hidden_states, out.attentions)
@@ -190,14 +345,49 @@ class BertForTokenClassification(BertPreTrainedModel):
 class BertForQuestionAnswering(BertPreTrainedModel):
     """The encoder with two scores a token, for an answer's start and end (Devlin et al. 2018, section 4.2)."""
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        compute_dtype: ComputeDtype = "float32",
+        attention: Attention = "plain",
+        remat: bool = False,
+        scan_layers: bool = False,
+    ):
         self.config = config
-        self.bert = BertModel(config, rngs=rngs, add_pooling_layer=False, **options)
+        self.bert = BertModel(
+            config,
+            rngs=rngs,
+            add_pooling_layer=False,
+            compute_dtype=compute_dtype,
+            attention=attention,
+            remat=remat,
+            scan_layers=scan_layers,
+        )
         self.qa_outputs = Linear(config.hidden_size, 2, config.initializer_range, rngs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> QuestionAnsweringOutput:
-        """Arguments of `BertModel`."""
-        out = self.bert(*args, **kwargs)
+    def __call__(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        document_ids: ArrayLike | None = None,
+        *,
+        positions: ArrayLike | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> QuestionAnsweringOutput:
+        """The arguments are those of `BertModel`."""
+        out = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            document_ids,
+            positions=positions,
+            dropout_key=dropout_key,
+        )
         with jax.named_scope("qa_outputs"):
             logits = self.qa_outputs(out.last_hidden_state.astype(jnp.float32))  # [B, T, 2]
         return QuestionAnsweringOutput(logits[..., 0], logits[..., 1], out.hidden_states, out.attentions)

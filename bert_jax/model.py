@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,14 @@ from jax.typing import ArrayLike
 
 from bert_jax import hub, sharding, tree, weights
 from bert_jax.attention import ATTENTION, Attended, SelfAttention, check, platform
-from bert_jax.config import BertConfig
+from bert_jax.config import BertConfig, ConfigChanges
 from bert_jax.errors import InputError, quoted
 from bert_jax.nn import ACTIVATIONS, Embedding, Keys, LayerNorm, Linear, dropout, split_key
 
 logger = logging.getLogger(__name__)
 
+ComputeDtype = Literal["float32", "bfloat16"]
+Attention = Literal["plain", "splash", "cudnn"]
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
@@ -139,8 +141,16 @@ class BertPreTrainedModel(nnx.Module):
         scan_layers: Compiles the layers as one loop; the parameters stay per layer.
     """
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs | None = None, **options: Any):
-        raise TypeError(f"{type(self).__name__} is no network by itself; take one of the models.")
+    config: BertConfig
+
+    def __init__(self, config: BertConfig) -> None:
+        raise TypeError(f"{type(self).__name__} is not a network; use one of the models, such as BertModel.")
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"{type(self).__name__}({c.num_hidden_layers} layers, {c.hidden_size} wide, {c.num_attention_heads} heads)"
+        )
 
     @classmethod
     def from_pretrained(
@@ -151,12 +161,12 @@ class BertPreTrainedModel(nnx.Module):
         new: Sequence[str] = (),
         ignore: Sequence[str] = (),
         rngs: nnx.Rngs | None = None,
-        compute_dtype: str = "float32",
-        attention: str = "plain",
+        compute_dtype: ComputeDtype = "float32",
+        attention: Attention = "plain",
         remat: bool = False,
         scan_layers: bool = False,
         add_pooling_layer: bool | None = None,
-        **config_changes: Any,
+        **config_changes: Unpack[ConfigChanges],
     ) -> Self:
         """The model of a checkpoint. What became of each tensor is logged (INFO); `bert-jax info` shows it too.
 
@@ -173,7 +183,7 @@ class BertPreTrainedModel(nnx.Module):
             remat: See the class.
             scan_layers: See the class.
             add_pooling_layer: Of `BertModel` alone: False leaves out the pooler, which some checkpoints lack.
-            config_changes: Fields of the config to change: `num_labels=6` where the head is new or the config
+            **config_changes: Fields of the config to change: `num_labels=6` if the head is new or the config
                 contradicts the file, `hidden_dropout_prob=0.0`.
 
         Raises:
@@ -225,8 +235,8 @@ class BertModel(BertPreTrainedModel):
         config: BertConfig,
         *,
         rngs: nnx.Rngs | None = None,
-        compute_dtype: str = "float32",
-        attention: str = "plain",
+        compute_dtype: ComputeDtype = "float32",
+        attention: Attention = "plain",
         remat: bool = False,
         scan_layers: bool = False,
         add_pooling_layer: bool = True,

@@ -82,7 +82,7 @@ def test_pretraining_configs_load(path, name):
             {"optimizer": {"lr_multipliers": {"a": -1}}},
             "optimizer.lr_multipliers.a: Input should be greater than or equal",
         ),
-        ({"optimizer": {"lr_multipliers": {"(": 1}}}, "no regular expression"),
+        ({"optimizer": {"lr_multipliers": {"(": 1}}}, "optimizer.lr_multipliers.(.[key]: no regular expression: "),
         ({"schedule": {"name": "linea"}}, "schedule.name: Input should be 'linear', 'cosine'"),
         ({"mesh": {"data": -2}}, "mesh.data: Input should be greater than or equal to -1, got -2"),
         ({"task": "translation"}, "task: Input should be 'text-classification', 'token-classification' or"),

@@ -729,7 +729,7 @@ def test_sixty_four_examples_are_learnt_by_heart(pretraining, tmp_path):
 @pytest.mark.parametrize("task", ["finetune", "pretrain"])
 def test_killed_at_random_moments_it_ends_bit_for_bit(tree, pretraining, tmp_path, task):
     """SIGKILL, again and again, the same command each time."""
-    kills = int(os.environ.get("BERT_JAX_KILLS", "3"))
+    kills = int(os.environ.get("BERT_JAX_KILLS", "5"))
     tree = tree if task == "finetune" else pretraining
     tree["training"] = {"max_steps": 400, "batch_size": 8, "save_every": 10, "evaluate_every": 100, "keep": 2}
     tree["output"]["tensorboard"] = False

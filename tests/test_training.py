@@ -197,9 +197,11 @@ def test_a_partial_batch_makes_no_new_program(make, tmp_path):
 # ── The loop ──
 
 
-def finish(make, folder, layers=2, **sections):
+def finish(make, folder, layers=1, **sections):
     """A whole run with dropout: the trained parameters, and the lines of its journal."""
     sections = {"training": {"epochs": 2, "batch_size": 16, "log_every": 2, "evaluate_every": 3}} | sections
+    if layers > 2:  # A part of each layer has state enough, and compiles in a third of the time.
+        sections |= {"optimizer": {"frozen": [r".*(attention|intermediate|embeddings).*"]}}
     settings = make_settings(folder, **sections)
     model, task = make(layers=layers, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     data, validation = task.featurize(rows(64)), task.featurize(rows(16, seed=1))
@@ -222,7 +224,7 @@ def equal(a, b):
 
 
 # The paths of a dozen layers do not sort as strings.
-@pytest.mark.parametrize(("number", "at", "times", "layers"), [(signal.SIGTERM, 2, 1, 12), (signal.SIGINT, 5, 2, 2)])
+@pytest.mark.parametrize(("number", "at", "times", "layers"), [(signal.SIGTERM, 2, 1, 12), (signal.SIGINT, 5, 2, 1)])
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(make, tmp_path, unbroken, monkeypatch, number, at, times, layers):
     made = sharding.put_batch
     calls = []
@@ -343,7 +345,7 @@ def test_a_metric_that_is_not_there(make, tmp_path):
 
 
 def test_the_journal_has_what_a_curve_needs(unbroken):
-    trained, journal = unbroken(2)
+    trained, journal = unbroken(1)
     losses = [line for line in journal if "loss" in line]
     assert [line["step"] for line in losses] == [2, 4, 6, 8]
     assert [line["epoch"] for line in losses] == [0.5, 1.0, 1.5, 2.0]

@@ -126,7 +126,11 @@ def replacing(folder: Path) -> Iterator[Path]:
         else:
             os.rename(staging, folder)
     except OSError as error:
-        state = f"Replaced before the error: {listed(replaced)}" if replaced else "What stood there before is unchanged"
+        state = (
+            f"Replaced before the error: {listed(replaced)}; save again"
+            if replaced
+            else "What stood there before is unchanged"
+        )
         raise CheckpointError(f"Cannot write {folder}: {error}. {state}.") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -77,7 +77,10 @@ def new_param(rngs: nnx.Rngs | None, shape: tuple[int, ...], init: Callable[...,
 
 
 class Keys:
-    """Draws the keys that `nnx.Rngs(key)` draws. The count is a Python integer: a traced one costs 5 ms a parameter."""
+    """Draws the keys that `nnx.Rngs(key)` draws, to be used under jit.
+
+    The count is a Python integer. Flax prints the program so far whenever a traced count changes, 5 ms per parameter.
+    """
 
     def __init__(self, key: jax.Array):
         self.key, self.count = key, 0

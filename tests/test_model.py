@@ -383,6 +383,12 @@ def test_dropout_if_and_only_if_a_key(checkpoint, architecture):
     assert not np.array_equal(first(jax.random.key(1)), first())
 
 
+def test_keys_are_those_of_nnx():
+    ours, flax = model._Keys(jax.random.key(3)), nnx.Rngs(jax.random.key(3))
+    for _ in range(3):
+        np.testing.assert_array_equal(jax.random.key_data(ours.params()), jax.random.key_data(flax.params()))
+
+
 def test_each_place_drops_at_its_rate_with_a_key_of_its_own(monkeypatch):
     """The places are those of transformers' modeling_bert.py."""
     found, drop = [], nn.dropout

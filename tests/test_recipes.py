@@ -1,3 +1,4 @@
+import functools
 import io
 import json
 import os
@@ -31,8 +32,11 @@ from bert_jax.tasks.pretraining import PreTraining
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A small pretrained model with the published vocabulary."""
-    folder = tmp_path_factory.mktemp("models") / "base"
-    config = bert_jax.BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    return save_model(tmp_path_factory.mktemp("models") / "base", layers=1)
+
+
+def save_model(folder, layers):
+    config = bert_jax.BertConfig(hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32)
     bert_jax.BertForPreTraining(config, rngs=nnx.Rngs(1)).save_pretrained(folder)
     bert_jax.Tokenizer.from_pretrained("bert-mini-cased").save_pretrained(folder)
     return folder
@@ -326,8 +330,8 @@ def test_impossible_questions_of_rows(tree, tmp_path):
     assert [entry["answers"]["text"] for entry in rows] == [[], ["Rome"], ["Rome"]]
 
 
-def test_lora_is_saved_merged_and_apart(tree):
-    tree["model"]["lora"] = {"rank": 2, "alpha": 3}
+def test_lora_is_saved_merged_and_apart(tree, tmp_path):
+    tree["model"] = {"id": str(save_model(tmp_path / "two", layers=2)), "lora": {"rank": 2, "alpha": 3}}
     folder = run(tree | {"optimizer": {"learning_rate": 1e-2}})
     adapters = load_file(folder / "adapters" / "adapter_model.safetensors")
     assert "base_model.model.classifier.weight" in adapters
@@ -340,8 +344,8 @@ def test_lora_is_saved_merged_and_apart(tree):
     np.testing.assert_allclose(merged.bert.layers[0].attention.query.weight[...], before + 3 / 2 * b @ a, atol=1e-6)
 
 
-def test_top_layers_drawn_anew(tree):
-    tree["model"]["new"] = [r"bert\.layers\.1\..*"]
+def test_top_layers_drawn_anew(tree, tmp_path):
+    tree["model"] = {"id": str(save_model(tmp_path / "two", layers=2)), "new": [r"bert\.layers\.1\..*"]}
     prepared = recipes.prepare(Settings.from_dict(tree))
     stored = load_file(Path(tree["model"]["id"]) / "model.safetensors")
     weights = [layer.attention.query.weight[...] for layer in prepared.model.bert.layers]
@@ -708,7 +712,7 @@ def test_sixty_four_examples_are_learnt_by_heart(pretraining, tmp_path):
     params, skeleton = tree_module.split(bert_jax.BertForPreTraining(config, rngs=nnx.Rngs(0)))
     optimizer, task = optax.adam(1e-2), PreTraining()
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
     def step(params, state):
         loss, gradients = jax.value_and_grad(lambda p: task.loss(tree_module.merge(skeleton, p), fixed, None)[0])(
             params
@@ -729,7 +733,7 @@ def test_sixty_four_examples_are_learnt_by_heart(pretraining, tmp_path):
 @pytest.mark.parametrize("task", ["finetune", "pretrain"])
 def test_killed_at_random_moments_it_ends_bit_for_bit(tree, pretraining, tmp_path, task):
     """SIGKILL, again and again, the same command each time."""
-    kills = int(os.environ.get("BERT_JAX_KILLS", "3"))
+    kills = int(os.environ.get("BERT_JAX_KILLS", "5"))
     tree = tree if task == "finetune" else pretraining
     tree["training"] = {"max_steps": 400, "batch_size": 8, "save_every": 10, "evaluate_every": 100, "keep": 2}
     tree["output"]["tensorboard"] = False

@@ -542,7 +542,7 @@ def test_a_file_in_the_way(checkpoint, tmp_path):
 
 def test_a_folder_in_the_way(checkpoint, tmp_path):
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(CheckpointError, match=r"Cannot write .*Replaced before the error: config\.json\.$"):
+    with pytest.raises(CheckpointError, match=r"Cannot write .*Replaced before the error: config\.json; save again\.$"):
         bert_jax.BertModel.from_pretrained(checkpoint("BertModel")).save_pretrained(tmp_path)
 
 

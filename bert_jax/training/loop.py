@@ -79,7 +79,7 @@ def set_up(
     batch_size: int = 32,
     accumulation: int = 1,
     packing: bool = True,
-    trainable: Sequence[str] | None = None,
+    trainable: str | Sequence[str] | None = None,
     lora: LoRA | None = None,
     mesh: jax.sharding.Mesh | None = None,
     seed: int = 0,
@@ -147,7 +147,7 @@ def train(
     batch_size: int = 32,
     accumulation: int = 1,
     packing: bool = True,
-    trainable: Sequence[str] | None = None,
+    trainable: str | Sequence[str] | None = None,
     lora: LoRA | None = None,
     mesh: jax.sharding.Mesh | None = None,
     seed: int = 0,
@@ -182,8 +182,8 @@ def train(
         batch_size: Examples per step, over all devices.
         accumulation: Parts that the examples of a step are computed in, one after another, to save memory.
         packing: Lays several examples into a row, each attending to itself only.
-        trainable: Regular expressions of the paths of the parameters to train; None for all or, with `lora`, for the
-            adapters only.
+        trainable: Regular expressions, one or several, of the paths of the parameters to train. None trains all or,
+            with `lora`, the adapters only.
         lora: Trains low-rank adapters beside `trainable`.
         mesh: The devices, from `sharding.mesh`; all of them by default.
         seed: The order of examples, the adapters and dropout are drawn from it.

@@ -72,7 +72,7 @@ def plan(
     model: BertPreTrainedModel,
     optimizer: optax.GradientTransformation,
     *,
-    trainable: Sequence[str] | None = None,
+    trainable: str | Sequence[str] | None = None,
     lora: LoRA | None = None,
     seed: int = 0,
 ) -> Plan:
@@ -81,7 +81,7 @@ def plan(
     Args:
         model: The model.
         optimizer: Any optax transformation.
-        trainable: Regular expressions of the paths of the parameters to train. The others are frozen: they get neither
+        trainable: Regular expressions, one or several, of the paths of the parameters to train. The others are frozen: they get neither
             gradient nor optimizer state. None trains all parameters or, with `lora`, the adapters only.
         lora: Adapters to train beside `trainable`.
         seed: The adapters are drawn from it.
@@ -92,7 +92,9 @@ def plan(
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
     if trainable is None:
-        trainable = () if lora else (r".*",)
+        trainable = () if lora else r".*"
+    if isinstance(trainable, str):
+        trainable = (trainable,)
     check_patterns("trainable", trainable, list(flat))
     added = adapters.init(lora, skeleton.specs, jax.random.key(seed)) if lora else {}
     chosen = set(tree.select(trainable, flat))

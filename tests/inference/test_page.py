@@ -1,5 +1,6 @@
 """The page at /, in headless Chromium."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -76,7 +77,7 @@ def test_several_masks_and_the_keyboard(page):
 def test_attention_of_a_layer_a_head_and_a_token(page):
     page.fill("#text", "She went home [MASK].")
     page.locator("#panel-mask .go").click()
-    page.wait_for_function("document.querySelectorAll('#attention .token').length === 7")
+    page.get_by_label("Attention of went").wait_for()
     everything = page.locator("#attention line").count()
     token = page.locator("#attention .token").nth(2)
     token.focus()
@@ -89,6 +90,26 @@ def test_attention_of_a_layer_a_head_and_a_token(page):
     with page.expect_response("**/v1/attention") as answer:
         page.select_option("#layer", "0")
     assert answer.value.request.post_data_json == {"text": "She went home [MASK].", "layer": 0}
+
+
+def test_a_late_answer_does_not_replace_a_newer_one(page):
+    """The first request's answer is held back until the second has been shown."""
+    from playwright.sync_api import Error
+
+    late = []
+    page.route("**/v1/attention", lambda route: late.append(route) if not late else route.continue_())
+    page.fill("#text", "This comes first [MASK].")
+    with page.expect_request("**/v1/attention"):
+        page.locator("#panel-mask .go").click()
+    page.fill("#text", "This comes second [MASK].")
+    page.locator("#panel-mask .go").click()
+    page.get_by_label("Attention of second").wait_for()
+    with contextlib.suppress(Error):  # it is gone, if the page has called it off
+        late[0].continue_()
+    page.unroute("**/v1/attention")
+    page.wait_for_timeout(500)
+    assert page.get_by_label("Attention of second").count() == 1
+    assert page.text_content("#mask-message") == ""
 
 
 def test_a_mistake_is_said(page):

@@ -216,7 +216,7 @@ def test_a_few_long_rows_do_not_lengthen_the_others(fill_mask):
 
 def test_several_texts_a_row_or_one(tokenizer):
     """Every task gives of many texts what it gives of each alone."""
-    config = bert_jax.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+    config = bert_jax.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
                                  num_labels=4, initializer_range=0.2)  # fmt: skip
     texts = [" ".join(f"word {n}" for n in range(i % 7, i % 7 + 3 + i % 23)) for i in range(150)]
     inputs = {

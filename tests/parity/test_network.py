@@ -69,8 +69,8 @@ def theirs(folder, architecture):
 
 
 @functools.lru_cache(maxsize=1)
-def ours(folder, architecture):
-    return getattr(bert_jax, architecture).from_pretrained(folder)
+def ours(folder, architecture, scan_layers=False):
+    return getattr(bert_jax, architecture).from_pretrained(folder, scan_layers=scan_layers)
 
 
 def inputs(config, rows, tokens):
@@ -164,7 +164,7 @@ def test_heads(folder, shape, close, architecture):
 @pytest.mark.parametrize("tokens", [1, 2, 15, 64, 129, 512])
 @torch.no_grad()
 def test_lengths(folder, shape, close, tokens):
-    model = ours(folder, "BertForPreTraining")
+    model = ours(folder, "BertForPreTraining", scan_layers=shape == "large")
     given = inputs(model.config, 2, tokens)
     expected = theirs(folder, "BertForPreTraining")(**as_torch(given))
     params, skeleton = tree.split(model)
@@ -207,21 +207,28 @@ def targets(config, name):
     }[name]
 
 
+LOSSES = [
+    ("BertForPreTraining", "pretraining"),
+    ("BertForMaskedLM", "mlm"),
+    ("BertForNextSentencePrediction", "nsp"),
+    ("BertForSequenceClassification", "single_label_classification"),
+    ("BertForSequenceClassification", "multi_label_classification"),
+    ("BertForSequenceClassification", "regression"),
+    ("BertForTokenClassification", "token"),
+    ("BertForQuestionAnswering", "qa"),
+]
+
+
+# Every loss at one shape. The two at the published shapes reach all there is: embeddings, layers, pooler, a head of the
+# first token and heads of all tokens.
 @pytest.mark.parametrize(
-    ("architecture", "name"),
-    [
-        ("BertForPreTraining", "pretraining"),
-        ("BertForMaskedLM", "mlm"),
-        ("BertForNextSentencePrediction", "nsp"),
-        ("BertForSequenceClassification", "single_label_classification"),
-        ("BertForSequenceClassification", "multi_label_classification"),
-        ("BertForSequenceClassification", "regression"),
-        ("BertForTokenClassification", "token"),
-        ("BertForQuestionAnswering", "qa"),
-    ],
+    ("shape", "architecture", "name"),
+    [(shape, *case) for shape in SHAPES for case in LOSSES if shape == "small" or case[1] in ("pretraining", "token")],
+    indirect=["shape"],
 )
 def test_gradients(folder, shape, close, architecture, name):
-    model, reference_model = ours(folder, architecture), theirs(folder, architecture)
+    model = ours(folder, architecture, scan_layers=shape == "large")
+    reference_model = theirs(folder, architecture)
     given = inputs(model.config, 2, 16)
     labels, objective = targets(model.config, name)
     params, skeleton = tree.split(model)

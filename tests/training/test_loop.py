@@ -49,9 +49,11 @@ def one_device():
     return sharding.mesh(data=1)
 
 
-def finish(make, folder, layers=2, learning_rate=2e-5, **options):
+def finish(make, folder, layers=1, learning_rate=2e-5, **options):
     """A whole run with dropout: the trained parameters, and the lines of its journal."""
     options = {"steps": 8, "log_every": 2, "evaluate_every": 3} | options
+    if layers > 2:  # A part of each layer has state enough, and compiles in a third of the time.
+        options |= {"trainable": [r"(?!.*(attention|intermediate|embeddings)).*"]}
     model, task = make(layers=layers, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     data, validation = task.featurize(sentiments.rows(64)), task.featurize(sentiments.rows(16, seed=1))
     schedule = optim.schedule("linear", learning_rate, options["steps"])
@@ -77,7 +79,7 @@ def equal(a, b):
 
 
 # The paths of a dozen layers do not sort as strings.
-@pytest.mark.parametrize(("number", "at", "times", "layers"), [(signal.SIGTERM, 2, 1, 12), (signal.SIGINT, 5, 2, 2)])
+@pytest.mark.parametrize(("number", "at", "times", "layers"), [(signal.SIGTERM, 2, 1, 12), (signal.SIGINT, 5, 2, 1)])
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(make, tmp_path, unbroken, monkeypatch, number, at, times, layers):
     made = sharding.put_batch
     calls = []
@@ -204,7 +206,7 @@ def test_a_metric_that_is_not_there(make, tmp_path):
 
 
 def test_the_journal_has_what_a_curve_needs(unbroken):
-    trained, journal = unbroken(2)
+    trained, journal = unbroken(1)
     losses = [line for line in journal if "loss" in line]
     assert [line["step"] for line in losses] == [2, 4, 6, 8]
     assert [line["epoch"] for line in losses] == [0.5, 1.0, 1.5, 2.0]

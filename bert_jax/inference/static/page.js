@@ -6,10 +6,15 @@ const SVG = "http://www.w3.org/2000/svg";
 const MASK = "[MASK]";
 let attention = null; // {tokens, attention} of the layer that is shown
 let chosen = null; // a token's number
+const underway = {}; // the last request of each route
 
+// A new request takes the place of the route's last one: its answer may be late, and is not wanted.
 async function ask(route, body) {
+  underway[route]?.abort();
+  underway[route] = new AbortController();
   const answer = await fetch(route, {
     method: "POST",
+    signal: underway[route].signal,
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify(body),
   });
@@ -38,6 +43,7 @@ async function saying(message, work) {
     await work();
     message.textContent = "";
   } catch (error) {
+    if (error.name === "AbortError") return; // the newer request says how it goes
     message.className = "message error";
     message.textContent = error.message;
   }

@@ -81,8 +81,9 @@ def plan(
     Args:
         model: The model.
         optimizer: Any optax transformation.
-        trainable: Regular expressions, one or several, of the paths of the parameters to train. The others are frozen: they get neither
-            gradient nor optimizer state. None trains all parameters or, with `lora`, the adapters only.
+        trainable: Regular expressions, one or several, of the paths of the parameters to train. The others are frozen:
+            they get neither gradient nor optimizer state. None trains all parameters or, with `lora`, the adapters
+            only.
         lora: Adapters to train beside `trainable`.
         seed: The adapters are drawn from it.
 

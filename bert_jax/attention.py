@@ -219,7 +219,7 @@ def plain_attention(
     query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))  # [B, N, T, H]
     scores = product("bnth,bnsh->bnts", query, key) * query.shape[-1] ** -0.5
     if attended is not None:
-        scores = jnp.where(attended.mask(), scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(attended.mask(), scores, np.finfo(np.float32).min)
     probabilities = jax.nn.softmax(scores, axis=-1)
     dropped = dropout(probabilities, dropout_rate, dropout_key).astype(value.dtype)
     context = product("bnts,bnsh->bnth", dropped, value).astype(value.dtype)

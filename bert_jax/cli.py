@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from bert_jax.inference.pipelines import Pipeline
+    from bert_jax.tasks.base import Task
 
 FALLBACK_MODEL = "bert-mini-cased"
 CACHE_VARIABLE = "BERT_JAX_COMPILATION_CACHE"
@@ -182,7 +183,7 @@ def predict(
         return
     console = _console()
     counts = prediction.predict_files(
-        pipe, input, output, task=task, model=f"{model}@{revision}" if revision else model, columns=tuple(column or ()),
+        pipe, input, output, model=f"{model}@{revision}" if revision else model, columns=tuple(column or ()),
         format=format, shard=(int(match[1]), int(match[2])), parameters=parameters, console=console,
     )  # fmt: skip
     aside = f"; {counts.rejected:,} set aside in {output}.rejected.jsonl" if counts.rejected else ""
@@ -322,6 +323,7 @@ def serve(
     _use_compilation_cache()
     from bert_jax import hub
     from bert_jax.inference import pipelines, server
+    from bert_jax.tasks import registry
 
     name, folder = _model(settings.model, settings.revision)
     # Published models have a next-sentence head and do not say so.
@@ -329,11 +331,11 @@ def serve(
         *(pipelines.tasks_of(hub.architectures(folder)) or ["fill-mask"]),
         "next-sentence-prediction",
     ]
-    pipes: dict[str, Pipeline] = {}
+    pipes: dict[str, Pipeline[Task]] = {}
     for task_name in dict.fromkeys(tasks):
         try:
             pipes[task_name] = pipelines.pipeline(
-                task_name, folder, ignore=settings.ignore, compute_dtype=settings.compute_dtype
+                registry.task_name(task_name), folder, ignore=settings.ignore, compute_dtype=settings.compute_dtype
             )
         except BertJaxError:
             if settings.tasks or not pipes:  # asked for, or the only one
@@ -412,11 +414,14 @@ def verify(
         raise typer.Exit(1 if misses else 2)
 
 
-def _pipeline(task: str, model: str | None, revision: str | None, ignore: list[str] | None) -> tuple[str, "Pipeline"]:
+def _pipeline(
+    task: str, model: str | None, revision: str | None, ignore: list[str] | None
+) -> tuple[str, "Pipeline[Task]"]:
     from bert_jax.inference import pipelines
+    from bert_jax.tasks import registry
 
     name, folder = _model(model, revision)
-    return name, pipelines.pipeline(task, folder, ignore=ignore or ())
+    return name, pipelines.pipeline(registry.task_name(task), folder, ignore=ignore or ())
 
 
 def _model(model: str | None, revision: str | None) -> tuple[str, Path]:

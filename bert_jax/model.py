@@ -204,12 +204,14 @@ class BertPreTrainedModel(nnx.Module):
 
             @jax.jit  # computes the new ones alone
             def drawn(key: jax.Array) -> dict[str, jax.Array]:
-                params, _ = tree.split(cls(config, rngs=Keys(key), **options))
+                model_class: Any = cls  # a subclass, whose constructor takes rngs
+                params, _ = tree.split(model_class(config, rngs=Keys(key), **options))
                 flat = tree.flatten(params)
                 return {path: flat[path] for path in report.new}
 
             arrays |= drawn((rngs or nnx.Rngs(0)).params())
-        return tree.merge(skeleton, tree.unflatten(arrays))
+        model: Self = tree.merge(skeleton, tree.unflatten(arrays))
+        return model
 
     @property
     def encoder(self) -> "BertModel":

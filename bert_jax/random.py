@@ -18,9 +18,10 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     The generator depends on the platform.
     """
     key = jax.random.key_data(key)[:2]
-    return jax.lax.platform_dependent(
+    bits: jax.Array = jax.lax.platform_dependent(
         key, tpu=functools.partial(_rbg, shape=shape), default=functools.partial(_threefry, shape=shape)
     )
+    return bits
 
 
 def _rbg(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -30,7 +31,7 @@ def _rbg(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """
 
     def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        _, bits = jax.lax.rng_bit_generator(jnp.concatenate([key, key]), shape, dtype=jnp.uint16)
+        bits: jax.Array = jax.lax.rng_bit_generator(jnp.concatenate([key, key]), shape, dtype=jnp.uint16)[1]
         return bits.astype(jnp.uint32)
 
     return draw_by_rows(draw, key, shape)

@@ -32,9 +32,8 @@ from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import HeldOut, Pretraining, Settings
 from bert_jax.tasks.base import Objective, ReadOptions, TrainableTask, check_pairs, check_vocabulary
 from bert_jax.tasks.pretraining import MaskedLanguageModeling, PreTraining
-from bert_jax.tasks.question_answering import AnswerOptions, QuestionAnswering
-from bert_jax.tasks.sequence_classification import SequenceClassification
-from bert_jax.tasks.token_classification import TokenClassification
+from bert_jax.tasks.question_answering import AnswerOptions
+from bert_jax.tasks.registry import TASKS, TRAINABLE
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.tools import aot, report
 from bert_jax.training import distributed, log, loop, lora, memory, optim
@@ -50,11 +49,6 @@ UNNAMED = ("id", "is_impossible")
 """Columns that no setting names."""
 LOADED_LATER = ("grain", "sklearn.metrics")
 """Modules that a run imports on its way, 60 MB."""
-TASKS: dict[str, Any] = {
-    "text-classification": SequenceClassification,
-    "token-classification": TokenClassification,
-    "question-answering": QuestionAnswering,
-}
 
 
 @dataclass(frozen=True)
@@ -198,7 +192,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
     if not rows:
         raise InputError(f"{where} has no examples.")
     there = dict.fromkeys(name for row in rows for name in row)  # rows of JSON need not all have the same ones
-    task = TASKS.get(settings.task)
+    task = TASKS[settings.task] if settings.task in TRAINABLE else None
     usual, required = (task.columns, task.required) if task else ({"text": sources.TEXT}, ("text",))
     try:
         wanted = {

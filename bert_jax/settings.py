@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from bert_jax.errors import InputError, listed, quoted
+from bert_jax.tasks.registry import TRAINABLE
 
 
 def _compiles(pattern: str) -> str:
@@ -53,7 +54,10 @@ Labels = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinc
 """Names of labels, each once."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction")
-TASKS = ("text-classification", "token-classification", "question-answering")
+if TYPE_CHECKING:
+    TrainableTask = str
+else:
+    TrainableTask = Literal[TRAINABLE]
 VALUES = 100_000
 """Values of a file of settings; aliases that refer to aliases unfold to more than any memory holds."""
 RENAMED = {"optimizer.rates": "optimizer.lr_multipliers"}
@@ -382,7 +386,7 @@ class _Root(_Section):
 class Settings(_Root):
     """A run of fine-tuning."""
 
-    task: Literal["text-classification", "token-classification", "question-answering"]
+    task: TrainableTask
     """By Hugging Face's name."""
     model: Model = Model()
     data: Data = Data()
@@ -469,7 +473,7 @@ class Serving(_Root):
 def read(path: str | Path, overrides: Iterable[str] = ()) -> Settings | HeldOut:
     """Settings of the kind that the file's task asks for; see `Settings.from_file`."""
     tree = _tree(path, overrides)
-    kind = HeldOut if _nearest(tree.get("task"), [*TASKS, *HELD_OUT_TASKS]) in HELD_OUT_TASKS else Settings
+    kind = HeldOut if _nearest(tree.get("task"), [*TRAINABLE, *HELD_OUT_TASKS]) in HELD_OUT_TASKS else Settings
     return kind.from_dict(tree, source=str(path))
 
 

@@ -112,7 +112,8 @@ class Source:
     def read(self) -> np.ndarray:
         """The tensor, as it is stored."""
         with _opened(self.file) as file:
-            return file.get_tensor(self.name)
+            tensor: np.ndarray = file.get_tensor(self.name)
+            return tensor
 
 
 def plan(
@@ -396,7 +397,8 @@ def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
             part[...] = source[start : start + 2**18]
         if not np.isfinite(part).all():
             return None
-    return aligned.reshape(tensor.shape)
+    shaped: np.ndarray = aligned.reshape(tensor.shape)
+    return shaped
 
 
 def _published_name(name: str) -> str:

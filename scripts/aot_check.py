@@ -21,8 +21,9 @@ import numpy as np
 
 from bert_jax import BertConfig, recipes
 from bert_jax.data.loader import Examples, Loader, Shape
-from bert_jax.inference.pipelines import TASKS, Bucket, Pipeline
+from bert_jax.inference.pipelines import Bucket, Pipeline
 from bert_jax.settings import Settings
+from bert_jax.tasks import registry
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.tools import aot
 from bert_jax.training import loop
@@ -62,7 +63,7 @@ def make_run(recipe: str, size: str, chips: aot.Target, **changes: Any) -> loop.
     )
     config = SIZES[size].replace(num_labels=6, **dropout)
     tokenizer = Tokenizer.from_pretrained("bert-mini-cased")  # its vocabulary is the published one
-    model = recipes.TASKS[settings.task].model_class(
+    model = registry.TASKS[settings.task].model_class(
         config,
         compute_dtype=settings.precision.compute_dtype,
         attention=settings.model.attention,
@@ -84,7 +85,7 @@ def finetune(chips: aot.Target, recipe: str, size: str, shape: Shape, **changes:
 
 def fill_mask(chips: aot.Target, size: str, bucket: Bucket) -> dict[str, Any]:
     """The program of `bert-jax fill-mask` for a bucket, on one device."""
-    kind, config = TASKS["fill-mask"], SIZES[size]
+    kind, config = registry.TASKS["fill-mask"], SIZES[size]
     tokenizer = Tokenizer.from_pretrained("bert-mini-cased")
     pipe = Pipeline(kind(tokenizer, config, 512), kind.model_class(config, compute_dtype="bfloat16"), tokenizer, 512)
     check = aot.check(pipe.trace(bucket, device=chips.devices[0]), chips)

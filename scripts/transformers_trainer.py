@@ -26,6 +26,7 @@ from sklearn.metrics import accuracy_score
 from bert_jax import recipes
 from bert_jax.evaluation import metrics
 from bert_jax.settings import Settings
+from bert_jax.tasks import registry
 from bert_jax.training.loop import METRICS
 
 Features = dict[str, list[Any]]
@@ -129,7 +130,7 @@ def main() -> None:
     network, featurize, metric = TASKS[settings.task]
     loaded = {split: recipes.read_split(settings, split) for split in ("train", "validation", "test")}
     splits = {split: found.rows for split, found in loaded.items() if found.rows}
-    task = recipes.TASKS[settings.task]
+    task = registry.TASKS[settings.task]
     task.clean(splits, settings.data)
     names = list(task.config(splits["train"], settings.data, loaded["train"].labels).get("id2label", ()))
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model.id)

@@ -26,6 +26,7 @@ from bert_jax import tree as tree_module
 from bert_jax.data.loader import Loader
 from bert_jax.errors import CheckpointError, ConfigError, InputError
 from bert_jax.settings import Pretraining, Settings
+from bert_jax.tasks import registry
 from bert_jax.tasks.pretraining import PreTraining
 
 
@@ -215,7 +216,7 @@ def test_f1_of_mrpc_is_that_of_the_equivalent(tree, tmp_path, hub_id, split):
     settings = Settings.from_dict(tree | {"data": {"max_length": 32} | place})
     loaded = recipes.read_split(settings, split)
     assert loaded.labels == MRPC
-    fields = recipes.TASKS[settings.task].config(loaded.rows, settings.data, loaded.labels)
+    fields = registry.TASKS[settings.task].config(loaded.rows, settings.data, loaded.labels)
     task = recipes.make_task(settings, recipes.Tokenizer.from_pretrained(settings.model.id),
                              bert_jax.BertConfig().replace(**fields))  # fmt: skip
     scores = np.array([[name == MRPC[p] for name in task.labels] for p in predictions], float)
@@ -326,7 +327,7 @@ def test_impossible_questions_of_rows(tree, tmp_path):
     path = write(tmp_path / "q.jsonl", [row | {"is_impossible": True}, row | {"is_impossible": False}, row])
     settings = Settings.from_dict(tree | {"task": "question-answering", "data": {"train": path}})
     rows = recipes.read_split(settings, "train").rows
-    recipes.TASKS[settings.task].clean({"train": rows}, settings.data)
+    registry.TASKS[settings.task].clean({"train": rows}, settings.data)
     assert [entry["answers"]["text"] for entry in rows] == [[], ["Rome"], ["Rome"]]
 
 

@@ -124,7 +124,8 @@ class MaskedExamples(Examples):
         continuing[[i for piece, i in pieces.items() if piece.startswith("##")]] = True
 
         def types(i: int) -> np.ndarray:
-            return (np.arange(lengths[i]) >= first[i]).astype(np.int32)
+            second: np.ndarray = np.arange(lengths[i]) >= first[i]
+            return second.astype(np.int32)
 
         examples = cls(
             input_ids=_Lazy(lambda i: shards.ids(i)[: lengths[i]].astype(np.int32), len(lengths)),

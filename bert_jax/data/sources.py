@@ -29,6 +29,12 @@ FORMATS = {
 
 TEXT = ("text", "sentence", "sentence1", "question1", "premise", "question", "review", "content", "input_string")
 """Usual names of the column of texts: the model catalogue's, GLUE's, and those of most data sets of the Hub."""
+TEXTS: tuple[tuple[str, ...], ...] = tuple((name,) for name in TEXT)
+PAIRS: tuple[tuple[str, ...], ...] = (
+    ("text", "text_pair"), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"),
+    ("question", "sentence"),
+)  # fmt: skip
+"""Usual names of the columns of pairs of texts."""
 
 Row = dict[str, Any]
 ClassLabels = dict[str, tuple[str, ...]]

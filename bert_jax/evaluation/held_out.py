@@ -23,7 +23,8 @@ from bert_jax import hub
 from bert_jax.errors import InputError
 from bert_jax.heads import BertForMaskedLM, BertForNextSentencePrediction
 from bert_jax.inference.pipelines import WINDOW, Pipeline, pipeline
-from bert_jax.tasks.base import Request, Row
+from bert_jax.model import ComputeDtype
+from bert_jax.tasks.base import Request, Row, Task
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
 from bert_jax.tools import report
@@ -64,7 +65,7 @@ class HiddenTokens(FillMask):
         # What is not below the label is above it, NaN too; the label itself is not below either, and makes rank 1.
         return {"nll": nll, "rank": jnp.sum(~(logits < label), axis=-1)}
 
-    def hide(self, text: str, words: Words, share: float, seed: int) -> Request:
+    def hide(self, text: str, words: Words, share: float, seed: int) -> Request[list[Hidden]]:
         """Hides tokens of a text, which is cut at the model's length; a request for `Pipeline.run`.
 
         What is hidden depends on the text and the seed alone. The result is a list of `Hidden`.
@@ -105,7 +106,7 @@ class Following(NextSentencePrediction):
         """Logarithms of the two labels' probabilities: float32 [B, K, 2]."""
         return {"log_p": jax.nn.log_softmax(model(**inputs, positions=starts).logits)}
 
-    def judge(self, first: str, second: str) -> Request:
+    def judge(self, first: str, second: str) -> Request[np.ndarray]:
         """A request whose result is `forward`'s for the pair: the end of the first text, the beginning of the second.
 
         Where both are long each has half of the room.
@@ -130,7 +131,7 @@ def evaluate(
     share: float = 0.15,
     seed: int = 42,
     resamples: int = 1000,
-    compute_dtype: str = "float32",
+    compute_dtype: ComputeDtype = "float32",
     ignore: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -175,8 +176,8 @@ def evaluate(
         else:
             following = Following(pipe.tokenizer, pipe.config, max_length)
             cut, follows = pairs(texts, seed)
-            requests = (following.judge(*pair) for pair in cut)
-            results = _run(pipe, following, requests, len(cut), model, console)
+            judged = (following.judge(*pair) for pair in cut)
+            results = _run(pipe, following, judged, len(cut), model, console)
             found[model] = _next_sentence(follows, results, seed, resamples)
     return found
 
@@ -195,7 +196,7 @@ def leave(folder: Path, settings: str, results: dict[str, dict[str, Any]]) -> No
 
 
 def _run(
-    pipe: Pipeline, task: Any, requests: Iterator[Request], count: int, model: str, console: Console | None
+    pipe: Pipeline[Task], task: Any, requests: Iterator[Request[Any]], count: int, model: str, console: Console | None
 ) -> list[Any]:
     """The results of requests, in parts of `WINDOW`."""
     pipe.task = task

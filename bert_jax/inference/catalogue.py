@@ -7,6 +7,7 @@ import numpy as np
 
 from bert_jax.errors import InputError, quoted
 from bert_jax.inference.pipelines import Pipeline
+from bert_jax.tasks.base import Task
 
 INPUTS = ("inputs", "input_data")
 PARAMETERS = ("parameters", "params")
@@ -14,7 +15,7 @@ TEXTS = "input_string"
 """The catalogue's column of texts."""
 
 
-def score(pipe: Pipeline, request: Any) -> Any:
+def score(pipe: Pipeline[Task], request: Any) -> Any:
     """Answers a request.
 
     Its `inputs` (or `input_data`) are a list of inputs; columns, `{"input_string": […]}` or for questions

@@ -4,13 +4,14 @@ fill_mask = bert_jax.pipeline("fill-mask", "google-bert/bert-base-cased")
 fill_mask("Paris is the [MASK] of France.", top_k=2)
 """
 
+import functools
 import inspect
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +22,16 @@ from bert_jax.data.loader import best_fit
 from bert_jax.errors import CheckpointError, InputError, quoted
 from bert_jax.heads import FIRST
 from bert_jax.hub import DEFAULT_MODEL
-from bert_jax.model import BertModel, BertPreTrainedModel
+from bert_jax.model import BertModel, BertPreTrainedModel, ComputeDtype
 from bert_jax.tasks.base import Outputs, Request, Row, Task, check_vocabulary
 from bert_jax.tasks.feature_extraction import FeatureExtraction
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
 from bert_jax.tasks.question_answering import QuestionAnswering
+from bert_jax.tasks.registry import TASKS, TaskName, task_name
 from bert_jax.tasks.sequence_classification import SequenceClassification
 from bert_jax.tasks.token_classification import TokenClassification
 from bert_jax.tokenizer import Tokenizer
-
-TASKS: dict[str, Any] = {
-    "fill-mask": FillMask,
-    "next-sentence-prediction": NextSentencePrediction,
-    "feature-extraction": FeatureExtraction,
-    "text-classification": SequenceClassification,
-    "token-classification": TokenClassification,
-    "question-answering": QuestionAnswering,
-}
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
 """Tokens that rows are padded to."""
@@ -53,12 +46,21 @@ WINDOW = 1024
 
 
 class Bucket(NamedTuple):
-    """The shape of a program: rows, tokens a row, masked positions a row (0 for tasks without), and texts a row."""
+    """What a program is compiled for.
+
+    Attributes:
+        rows: Number of rows.
+        length: Tokens per row.
+        masks: Masked positions per row, 0 if the task has none.
+        texts: Maximum number of texts per row.
+        labelled: Whether the true tokens of the masked positions are given.
+    """
 
     rows: int
     length: int
     masks: int
     texts: int = 1
+    labelled: bool = False
 
 
 class Spot(NamedTuple):
@@ -73,16 +75,86 @@ class Spot(NamedTuple):
 Entry = tuple[Row, int, int]
 """A row that a task asked for, its request, and its place among the request's rows."""
 
+Model = str | os.PathLike[str] | BertPreTrainedModel
+Input = TypeVar("Input")
+Result = TypeVar("Result")
+Parameters = ParamSpec("Parameters")
+Input_contra = TypeVar("Input_contra", contravariant=True)
+Result_co = TypeVar("Result_co", covariant=True)
+Task_co = TypeVar("Task_co", covariant=True)
 
+
+class Asks(Protocol[Input_contra, Parameters, Result_co]):
+    """A task, as far as the types of its inputs, parameters and results go."""
+
+    @property
+    def request(self) -> Callable[Concatenate[Input_contra, Parameters], Request[Result_co]]:
+        """See `Task.request`."""
+        ...
+
+
+class Predicts(Protocol[Input, Parameters, Result]):
+    """A call of a pipeline: with one input, a list, or any iterable."""
+
+    @overload
+    def __call__(self, inputs: Input, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # a list is an iterable
+        self, inputs: list[Input], /, *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> list[Result]: ...
+    @overload
+    def __call__(
+        self, inputs: Iterable[Input], /, *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> Iterator[Result]: ...
+
+
+# fmt: off
+
+@overload
+def pipeline(
+    task: Literal["fill-mask"], model: Model = ..., *, tokenizer: Tokenizer | None = ..., revision: str | None = ...,
+    ignore: Sequence[str] = ..., compute_dtype: ComputeDtype = ...,
+) -> "Pipeline[FillMask]": ...
+@overload
+def pipeline(
+    task: Literal["next-sentence-prediction"], model: Model = ..., *, tokenizer: Tokenizer | None = ...,
+    revision: str | None = ..., ignore: Sequence[str] = ..., compute_dtype: ComputeDtype = ...,
+) -> "Pipeline[NextSentencePrediction]": ...
+@overload
+def pipeline(
+    task: Literal["feature-extraction"], model: Model = ..., *, tokenizer: Tokenizer | None = ...,
+    revision: str | None = ..., ignore: Sequence[str] = ..., compute_dtype: ComputeDtype = ...,
+) -> "Pipeline[FeatureExtraction]": ...
+@overload
+def pipeline(
+    task: Literal["text-classification"], model: Model = ..., *, tokenizer: Tokenizer | None = ...,
+    revision: str | None = ..., ignore: Sequence[str] = ..., compute_dtype: ComputeDtype = ...,
+) -> "Pipeline[SequenceClassification]": ...
+@overload
+def pipeline(
+    task: Literal["token-classification"], model: Model = ..., *, tokenizer: Tokenizer | None = ...,
+    revision: str | None = ..., ignore: Sequence[str] = ..., compute_dtype: ComputeDtype = ...,
+) -> "Pipeline[TokenClassification]": ...
+@overload
+def pipeline(
+    task: Literal["question-answering"], model: Model = ..., *, tokenizer: Tokenizer | None = ...,
+    revision: str | None = ..., ignore: Sequence[str] = ..., compute_dtype: ComputeDtype = ...,
+) -> "Pipeline[QuestionAnswering]": ...
+@overload
+def pipeline(
+    task: TaskName, model: Model = ..., *, tokenizer: Tokenizer | None = ..., revision: str | None = ...,
+    ignore: Sequence[str] = ..., compute_dtype: ComputeDtype = ...,
+) -> "Pipeline[Task]": ...
+# fmt: on
 def pipeline(
     task: str,
-    model: str | os.PathLike[str] | BertPreTrainedModel = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     *,
     tokenizer: Tokenizer | None = None,
     revision: str | None = None,
     ignore: Sequence[str] = (),
-    compute_dtype: str = "float32",
-) -> "Pipeline":
+    compute_dtype: ComputeDtype = "float32",
+) -> "Pipeline[Task]":
     """A model made ready for a task.
 
     Args:
@@ -99,9 +171,7 @@ def pipeline(
         ModelNotFoundError: If there is no such model, or the Hub does not answer.
         CheckpointError: If the checkpoint lacks the task's head, or is damaged.
     """
-    if task not in TASKS:
-        raise InputError(f"The task {quoted(task)} is unknown; expected one of {', '.join(TASKS)}.")
-    model_class = TASKS[task].model_class
+    model_class = TASKS[task_name(task)].model_class
     if isinstance(model, BertPreTrainedModel):
         if not isinstance(model, model_class):
             raise InputError(f"{task} takes a {model_class.__name__}; this is a {type(model).__name__}.")
@@ -131,17 +201,17 @@ def pipeline(
 
 def tasks_of(architectures: Sequence[str]) -> list[str]:
     """The tasks that such a model was trained for."""
-    made_for = {task: {TASKS[task].model_class.__name__} for task in TASKS}
+    made_for = {name: {task.model_class.__name__} for name, task in TASKS.items()}
     made_for["fill-mask"].add("BertForPreTraining")
     made_for["next-sentence-prediction"].add("BertForPreTraining")
     return [task for task, classes in made_for.items() if classes.intersection(architectures)]
 
 
-class Pipeline:
-    """A task, a model and its programs. Call it with an input, a list, or any iterable."""
+class Pipeline(Generic[Task_co]):
+    """A task, a model and its programs. Call it with one input, a list, or any iterable."""
 
-    def __init__(self, task: Task, model: BertPreTrainedModel, tokenizer: Tokenizer, max_length: int):
-        self.task = task
+    def __init__(self, task: Task_co, model: BertPreTrainedModel, tokenizer: Tokenizer, max_length: int):
+        self.task: Any = task
         self.tokenizer = tokenizer
         self.config = model.config
         self.max_length = max_length
@@ -149,8 +219,11 @@ class Pipeline:
         self._lengths = [*(length for length in LENGTHS if length < max_length), max_length]
         packs = model.encoder.attention not in attention.UNPACKED
         self._packed = [*(length for length in PACKED if length < max_length), max_length] if packs else []
-        self._parameters = list(inspect.signature(task.request).parameters)[1:]
         self._programs: dict[Bucket, jax.stages.Compiled] = {}
+
+    @functools.cached_property
+    def _parameters(self) -> list[str]:
+        return list(inspect.signature(self.task.request).parameters)[1:]
 
     def warm_up(self) -> None:
         """Compiles the programs of all buckets, several at a time, and runs the one that takes the most memory.
@@ -161,7 +234,7 @@ class Pipeline:
         shapes += [(_most(length), length, length // 8) for length in self._packed]
         buckets = []
         for rows, length, texts in shapes:
-            masks = sorted(set(_masks(length, texts))) if isinstance(self.task, FillMask) else [0]
+            masks = sorted(set(_masks(length, texts))) if self.task.masked else [0]
             buckets += [Bucket(rows, length, n, texts) for n in masks]
         with ThreadPoolExecutor(os.cpu_count()) as compilers:
             list(compilers.map(self._program, buckets))
@@ -174,13 +247,13 @@ class Pipeline:
         """The buckets that a program has been compiled for."""
         return sorted(self._programs)
 
-    def __call__(self, inputs: Any, /, **parameters: Any) -> Any:
-        """Predicts.
+    @property
+    def __call__(self: "Pipeline[Asks[Input, Parameters, Result]]") -> Predicts[Input, Parameters, Result]:
+        """Predicts: `pipe(inputs, …)`. The parameters are the keywords of the task's `request`.
 
         Args:
             inputs: One input of the task (a text, a pair as a tuple, a dict with question and context), a list of
                 them, or another iterable.
-            parameters: The task's own (fill-mask: top_k, targets, joint).
 
         Returns:
             The task's result for one input; a list of results, in order, for a list; an iterator for any other
@@ -190,14 +263,18 @@ class Pipeline:
             InputError: Names what cannot be used and, of several inputs, the index.
             CheckpointError: If the model's results are not finite.
         """
+        predict: Predicts[Input, Parameters, Result] = self._predict
+        return predict
+
+    def _predict(self, inputs: Any, /, *_: object, **parameters: object) -> Any:
         if isinstance(inputs, str | tuple | dict):
-            return self.run([self.request(inputs, **parameters)])[0]
+            return self.run([self.request(inputs, parameters)])[0]
         if not isinstance(inputs, Iterable):
             raise InputError(f"expected an input or several, got {quoted(inputs)} ({type(inputs).__name__}).")
         results = self._stream(iter(inputs), parameters)
         return list(results) if isinstance(inputs, list) else results
 
-    def request(self, entry: Any, /, **parameters: Any) -> Request:
+    def request(self, entry: Any, parameters: Mapping[str, Any]) -> Request[Any]:
         """One input's request, for `run`.
 
         Raises:
@@ -206,20 +283,21 @@ class Pipeline:
         if unknown := [name for name in parameters if name not in self._parameters]:
             known = ", ".join(self._parameters) or "none"
             raise InputError(f"the parameter {quoted(unknown[0])} is unknown; this task's are {known}.")
-        return self.task.request(entry, **parameters)
+        request: Request[Any] = self.task.request(entry, **parameters)
+        return request
 
-    def _stream(self, inputs: Iterator[Any], parameters: dict[str, Any]) -> Iterator[Any]:
+    def _stream(self, inputs: Iterator[Any], parameters: Mapping[str, Any]) -> Iterator[Any]:
         numbered = enumerate(inputs)
         while window := list(itertools.islice(numbered, WINDOW)):
             requests = []
             for i, entry in window:
                 try:
-                    requests.append(self.request(entry, **parameters))
+                    requests.append(self.request(entry, parameters))
                 except InputError as error:
                     raise InputError(f"inputs[{i}]: {error}") from None
             yield from self.run(requests)
 
-    def run(self, requests: Sequence[Request]) -> list[Any]:
+    def run(self, requests: Sequence[Request[Any]]) -> list[Any]:
         """Carries requests to their results, batching the rows of all of them; results in the requests' order."""
         results: list[Any] = [None] * len(requests)
         waiting: dict[int, list[Outputs | None]] = {}  # request -> outputs of its rows so far
@@ -289,11 +367,11 @@ class Pipeline:
             masks = max(sum(len(row.masked_positions) for row, _, _ in together) for together in batch)
             if masks:
                 masks = next(n for n in _masks(length, texts) if n >= masks)
-            yield batch, Bucket(rows, length, masks, texts)
+            labelled = any(row.labels for together in batch for row, _, _ in together)
+            yield batch, Bucket(rows, length, masks, texts, labelled)
 
     def _forward(self, batch: list[list[Entry]], bucket: Bucket) -> dict[str, jax.Array]:
-        labelled = any(row.labels for together in batch for row, _, _ in together)
-        inputs = {name: np.zeros(shape, np.int32) for name, shape in self._shapes(bucket, labelled).items()}
+        inputs = {name: np.zeros(shape, np.int32) for name, shape in self._shapes(bucket).items()}
         inputs["input_ids"][:] = self.tokenizer.pad_token_id or 0
         for spot, (row, _, _) in _spots(batch):
             here = spot.row, slice(spot.token, spot.token + len(row.input_ids))
@@ -310,16 +388,17 @@ class Pipeline:
                 inputs["masked_positions"][masks] = spot.token + np.array(row.masked_positions)
             if row.labels:
                 inputs["labels"][masks] = row.labels
-        return self._program(bucket, labelled)(self.params, inputs)
+        outputs: dict[str, jax.Array] = self._program(bucket)(self.params, inputs)
+        return outputs
 
-    def _program(self, bucket: Bucket, labelled: bool = False) -> jax.stages.Compiled:
+    def _program(self, bucket: Bucket) -> jax.stages.Compiled:
         if bucket not in self._programs:
-            self._programs[bucket] = self.trace(bucket, labelled).lower().compile()
+            self._programs[bucket] = self.trace(bucket).lower().compile()
         return self._programs[bucket]
 
-    def trace(self, bucket: Bucket, labelled: bool = False, device: Any = None) -> jax.stages.Traced:
+    def trace(self, bucket: Bucket, device: Any = None) -> jax.stages.Traced:
         """The program of a bucket, for a compiler; for a device that need not be there, or the default one."""
-        shapes = self._shapes(bucket, labelled)
+        shapes = self._shapes(bucket)
         inputs = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in shapes.items()}
         params = self.params
         if device is not None:
@@ -327,7 +406,7 @@ class Pipeline:
         traced: jax.stages.Traced = jax.jit(self._step).trace(params, inputs)
         return traced
 
-    def _shapes(self, bucket: Bucket, labelled: bool = False) -> dict[str, tuple[int, int]]:
+    def _shapes(self, bucket: Bucket) -> dict[str, tuple[int, int]]:
         names = ["input_ids", "token_type_ids"]
         names += ["document_ids", "position_ids"] if bucket.texts > 1 else ["attention_mask"]
         shapes = dict.fromkeys(names, (bucket.rows, bucket.length))
@@ -335,13 +414,14 @@ class Pipeline:
             shapes["starts"] = (bucket.rows, bucket.texts)
         if bucket.masks:
             shapes["masked_positions"] = (bucket.rows, bucket.masks)
-        if labelled:
+        if bucket.labelled:
             shapes["labels"] = (bucket.rows, bucket.masks)
         return shapes
 
     def _step(self, params: tree.Params, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         starts = inputs.pop("starts", jnp.asarray(FIRST))
-        return self.task.forward(self.model(params), inputs, starts)
+        outputs: dict[str, jax.Array] = self.task.forward(self.model(params), inputs, starts)
+        return outputs
 
     def model(self, params: tree.Params) -> Any:
         """The model with these parameters, its own or traced ones."""

@@ -27,7 +27,7 @@ from bert_jax.data import sources
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.inference.catalogue import jsonable
 from bert_jax.inference.pipelines import WINDOW, Pipeline
-from bert_jax.tasks.base import Request
+from bert_jax.tasks.base import Request, Task
 
 WHOLE = 2**28
 """Bytes up to which all of an input is hashed, which takes 0.6 s; of a larger one, `SAMPLES` blocks are, in 0.2 s."""
@@ -35,16 +35,6 @@ SAMPLES, BLOCK = 64, 2**20
 PREDICTION = "prediction"
 """The column that is added."""
 OUTPUTS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
-TEXTS: list[tuple[str, ...]] = [(name,) for name in sources.TEXT]
-PAIRS: list[tuple[str, ...]] = [("text", "text_pair"), ("sentence1", "sentence2"), ("question1", "question2"),
-                                ("premise", "hypothesis"), ("question", "sentence")]  # fmt: skip
-COLUMNS: dict[str, list[tuple[str, ...]]] = {
-    "text-classification": [*PAIRS, *TEXTS],
-    "question-answering": [("question", "context")],
-    "next-sentence-prediction": PAIRS,
-    "token-classification": [("tokens",), *TEXTS],
-}
-"""Usual names of the columns that make an input; of other tasks, `TEXTS`."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +46,10 @@ class Counts:
 
 
 def predict_files(
-    pipe: Pipeline,
+    pipe: Pipeline[Task],
     inputs: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
-    task: str,
     model: str,
     columns: tuple[str, ...] = (),
     format: str | None = None,
@@ -77,8 +66,7 @@ def predict_files(
         pipe: The model.
         inputs: Files that `sources.entries` reads.
         output: A file; its name says how: JSONL, CSV (both perhaps gzipped) or Parquet.
-        task: By its name.
-        model: By its name; a run that goes on must be of the same.
+        model: Its name; a run that resumes must have the same.
         columns: Those that make an input: one, or two for a pair; by usual names by default.
         format: Of the inputs; by their names by default, .txt being a text a line.
         shard: (i, n): each n-th row, beginning with the i-th, from 1.
@@ -99,19 +87,22 @@ def predict_files(
         files = [[str(path), size, _digest(path)] for path, size in zip(paths, sizes, strict=True)]
     except OSError as error:
         raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from None
-    run: dict[str, Any] = {"task": task, "model": model, "inputs": files, "columns": columns, "format": format,
-                           "shard": shard, "parameters": parameters}  # fmt: skip
+    run: dict[str, Any] = {
+        "task": pipe.task.name, "model": model, "inputs": files, "columns": columns, "format": format, "shard": shard,
+        "parameters": parameters,
+    }  # fmt: skip
     try:
         run = json.loads(json.dumps(run))  # as it will be read again
     except TypeError as error:
         raise InputError(f"a parameter is no number, text or list: {error}.") from None
-    candidates = [columns] if columns else COLUMNS.get(task, TEXTS)
+    usual = pipe.task.columns_of_input
+    candidates = [columns] if columns else usual
     # What would set all rows aside is found before anything is written.
-    pair = task in ("question-answering", "next-sentence-prediction")
-    if columns and len(columns) not in ((2,) if pair else (1, 2) if task == "text-classification" else (1,)):
-        raise InputError(f"{len(columns)} columns; {task} takes {'two' if pair else 'one'}.")
+    pair = all(len(names) == 2 for names in usual)
+    if columns and len(columns) not in {len(names) for names in usual}:
+        raise InputError(f"{len(columns)} columns; {pipe.task.name} takes {'two' if pair else 'one'}.")
     example = f"a {pipe.tokenizer.mask_token}"
-    pipe.request((example, example) if pair else example, **parameters)
+    pipe.request((example, example) if pair else example, parameters)
     table = not output.name.endswith(OUTPUTS[:2])
     for path in paths:
         tried = [
@@ -217,12 +208,12 @@ class _Window:
     read: int
     position: int
     rows: list[sources.Row]
-    requests: list[Request]
+    requests: list[Request[Any]]
     rejected: list[dict[str, Any]]
 
 
 def _predict(
-    pipe: Pipeline, next_window: Callable[[], _Window | None], journal: _Journal, progress: Progress, bar: Any
+    pipe: Pipeline[Task], next_window: Callable[[], _Window | None], journal: _Journal, progress: Progress, bar: Any
 ) -> None:
     began = journal.read
     with (
@@ -262,7 +253,7 @@ def _predict(
 
 
 def _window(
-    pipe: Pipeline,
+    pipe: Pipeline[Task],
     entries: Iterator[tuple[Path, int, sources.Entry]],
     candidates: Sequence[tuple[str, ...]],
     parameters: dict[str, Any],
@@ -276,7 +267,7 @@ def _window(
             if problem := _usable(row, candidates, table):
                 raise problem
             assert not isinstance(row, InputError)
-            request = pipe.request(_input(row, candidates), **parameters)
+            request = pipe.request(_input(row, candidates), parameters)
         except InputError as error:
             content = {} if isinstance(row, InputError) else {"row": row}
             window.rejected.append({"file": str(path), "line": line, "reason": str(error), **content})

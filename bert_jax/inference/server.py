@@ -41,6 +41,7 @@ from bert_jax import __version__
 from bert_jax.errors import InputError
 from bert_jax.inference import catalogue
 from bert_jax.inference.pipelines import LENGTHS, Pipeline
+from bert_jax.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +54,6 @@ SAMPLE = {
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 ATTENTION_TOKENS = 128
 """Of a text whose attention is shown."""
-INPUT: dict[str, Any] = {
-    "next-sentence-prediction": tuple[str, str],
-    "text-classification": str | tuple[str, str],
-    "token-classification": str | list[str],
-    "question-answering": dict[str, str],
-}
-"""What an input of a task is; of the others a text."""
 
 
 class Refused(Exception):
@@ -193,7 +187,7 @@ class Batcher:
             job.deliver(answer)
 
 
-def run_together(pipe: Pipeline) -> Callable[[list[Job]], list[list[Any]]]:
+def run_together(pipe: Pipeline[Task]) -> Callable[[list[Job]], list[list[Any]]]:
     """Runs the requests of several jobs as one and gives each its results."""
 
     def work(batch: list[Job]) -> list[list[Any]]:
@@ -206,7 +200,7 @@ def run_together(pipe: Pipeline) -> Callable[[list[Job]], list[list[Any]]]:
 class Attention:
     """Attention of one text, a layer at a time; a program for each length."""
 
-    def __init__(self, pipe: Pipeline):
+    def __init__(self, pipe: Pipeline[Task]):
         self.pipe = pipe
         self._lengths = [length for length in LENGTHS if length <= min(ATTENTION_TOKENS, pipe.max_length)]
         self._programs = {length: self._compiled(length) for length in self._lengths}
@@ -241,15 +235,15 @@ class Attention:
 # ── HTTP ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def body_model(task: str, pipe: Pipeline) -> type[pydantic.BaseModel]:
+def body_model(pipe: Pipeline[Task]) -> type[pydantic.BaseModel]:
     """The typed body of /v1/{task}: its inputs, and the parameters of the task's `request` with their types."""
-    entry = INPUT.get(task, str)
+    entry = pipe.task.json_input
     fields: dict[str, Any] = {"inputs": (typing.Union[entry, list[entry]], ...)}  # type: ignore[valid-type]  # noqa: UP007
     hints = typing.get_type_hints(pipe.task.request)
     for name, parameter in list(inspect.signature(pipe.task.request).parameters.items())[1:]:
         fields[name] = (hints[name], parameter.default)
     config = pydantic.ConfigDict(extra="forbid", strict=True)
-    return pydantic.create_model(f"{task.title().replace('-', '')}Body", __config__=config, **fields)
+    return pydantic.create_model(f"{pipe.task.name.title().replace('-', '')}Body", __config__=config, **fields)
 
 
 class AttentionBody(pydantic.BaseModel):
@@ -269,7 +263,7 @@ class Server:
         limits: What it accepts.
     """
 
-    def __init__(self, name: str, pipes: dict[str, Pipeline], limits: Limits):
+    def __init__(self, name: str, pipes: dict[str, Pipeline[Task]], limits: Limits):
         self.name, self.pipes, self.limits = name, pipes, limits
         self.ready = False
         self.attention: Attention | None = None
@@ -301,7 +295,7 @@ class Server:
         app.get("/page.js", include_in_schema=False)(lambda: FileResponse(STATIC / "page.js"))
         app.post("/score", openapi_extra=_documented({"type": "object", "example": SAMPLE}))(self._score)
         for task, pipe in self.pipes.items():
-            body = body_model(task, pipe)
+            body = body_model(pipe)
             route = app.post(f"/v1/{task}", name=task, openapi_extra=_documented(body.model_json_schema()))
             route(self._predicting(task, body))
         documented = _documented(AttentionBody.model_json_schema())
@@ -400,7 +394,7 @@ class Server:
             raise Refused(400, "not_json", "The body is not JSON.") from None
 
     async def _predict(
-        self, request: Request, pipe: Pipeline, inputs: Any, parameters: dict[str, Any], content: Any
+        self, request: Request, pipe: Pipeline[Task], inputs: Any, parameters: dict[str, Any], content: Any
     ) -> Any:
         several = isinstance(inputs, list)
         entries = inputs if several else [inputs]
@@ -414,7 +408,7 @@ class Server:
                 where = f"inputs[{i}]: " if several else ""
                 self._check_size(entry, where)
                 try:
-                    requests.append(pipe.request(entry, **parameters))
+                    requests.append(pipe.request(entry, parameters))
                 except InputError as error:
                     raise InputError(f"{where}{error}") from None
         results = (
@@ -539,7 +533,7 @@ async def _fault(request: Request, error: Exception) -> Response:
 
 def serve(
     name: str,
-    pipes: dict[str, Pipeline],
+    pipes: dict[str, Pipeline[Task]],
     *,
     host: str = "127.0.0.1",
     port: int = 8000,

@@ -8,7 +8,7 @@ depend on these, and returns its result. It never sees a batch: rows of many req
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypedDict, TypeVar
 
 import jax
 import numpy as np
@@ -72,16 +72,32 @@ class Row:
 Outputs = Mapping[str, np.ndarray]
 """A row's share of what `Task.forward` returned: of its masked positions or its tokens, without padding, or its own."""
 
-Request = Generator[list[Row], list[Outputs], Any]
+Result = TypeVar("Result")
+Request = Generator[list[Row], list[Outputs], Result]
+
+
+class LabelScore(TypedDict):
+    """A label and its score."""
+
+    label: str
+    score: float
 
 
 class Task(Protocol):
-    """What a pipeline needs to know of a task. It is made of a tokenizer, a config, and the tokens a row may have."""
+    """What inference needs to know about a task. Its constructor takes a tokenizer, a config and the longest row."""
 
+    name: str
+    """Hugging Face's name of the task."""
     model_class: Any
-    """The model whose head it reads."""
+    """The class of its models."""
     per_token: bool
-    """Whether outputs have an entry a token, and not a text."""
+    """Whether outputs have one entry per token, not per text."""
+    masked: bool
+    """Whether rows have masked positions."""
+    columns_of_input: tuple[tuple[str, ...], ...]
+    """Usual names of the columns of a file that make up an input; the first that a file has are used."""
+    json_input: Any
+    """The type of one input in a request's JSON."""
 
     def forward(self, model: Any, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
         """From a batch to arrays; pure, and compiled once a bucket.
@@ -97,8 +113,8 @@ class Task(Protocol):
         ...
 
     @property
-    def request(self) -> Callable[..., Request]:
-        """One input's way through the task. Raises `InputError` at once where the input cannot be used."""
+    def request(self) -> Callable[..., Request[Any]]:
+        """Takes one input, and the task's parameters as keywords. Raises `InputError` if they cannot be used."""
         ...
 
 

@@ -1,6 +1,6 @@
 """feature-extraction: the encoder's vectors, of each token or of a text as a whole."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from bert_jax.config import BertConfig
+from bert_jax.data.sources import TEXTS
 from bert_jax.errors import InputError, quoted
 from bert_jax.model import BertModel
 from bert_jax.tasks.base import Request, Row
@@ -19,8 +20,11 @@ POOLING = (None, "cls", "mean")
 class FeatureExtraction:
     """Vectors of the last layer."""
 
+    name = "feature-extraction"
     model_class = BertModel
-    per_token = True
+    per_token, masked = True, False
+    columns_of_input = TEXTS
+    json_input: Any = str
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         self.tokenizer = tokenizer
@@ -30,7 +34,9 @@ class FeatureExtraction:
         """Last hidden states, float32 [B, T, D]."""
         return {"states": model(**inputs).last_hidden_state.astype(jnp.float32)}
 
-    def request(self, text: Any, *, pooling: str | None = None, normalize: bool = False) -> Request:
+    def request(
+        self, text: str, *, pooling: Literal["cls", "mean"] | None = None, normalize: bool = False
+    ) -> Request[np.ndarray]:
         """Encodes one text.
 
         Args:
@@ -54,10 +60,10 @@ class FeatureExtraction:
         encoding = self.tokenizer.encode([text], max_length=self.max_length)[0][0]
         return self._encode(encoding, pooling, normalize)
 
-    def _encode(self, encoding: Encoding, pooling: str | None, normalize: bool) -> Request:
+    def _encode(self, encoding: Encoding, pooling: str | None, normalize: bool) -> Request[np.ndarray]:
         (output,) = yield [Row(encoding.ids, encoding.type_ids)]
         states = output["states"]
-        vectors = {None: states, "cls": states[0], "mean": states.mean(axis=0)}[pooling]
+        vectors: np.ndarray = {None: states, "cls": states[0], "mean": states.mean(axis=0)}[pooling]
         if normalize:
-            return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-        return vectors.copy()  # not a view that keeps the whole batch
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+        return np.array(vectors)  # not a view that keeps the whole batch

@@ -1,12 +1,13 @@
 """fill-mask: which tokens a [MASK] stands for, alone, among given words, or several masks together."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
 
 from bert_jax.config import BertConfig
+from bert_jax.data.sources import TEXTS
 from bert_jax.errors import InputError, quoted
 from bert_jax.heads import BertForMaskedLM
 from bert_jax.tasks.base import Request, Row
@@ -16,11 +17,37 @@ BEAMS = 16
 """Partial fillings that are kept from mask to mask when several are filled jointly (more if top_k is)."""
 
 
+class TargetPiece(TypedDict):
+    """One token of a target that has several."""
+
+    score: float
+    token: int
+    token_str: str
+    rank: int
+
+
+class Filling(TypedDict):
+    """What a mask may stand for; `FillMask.request` says which fields are there."""
+
+    score: float
+    token: int | list[int]
+    token_str: str | list[str]
+    sequence: str
+    rank: NotRequired[int]
+    pieces: NotRequired[list[TargetPiece]]
+
+
+Fillings = list[Filling] | list[list[Filling]]
+
+
 class FillMask:
     """Fills masks as Hugging Face's pipeline does, and beyond it ranks targets of any length and fills jointly."""
 
+    name = "fill-mask"
     model_class = BertForMaskedLM
-    per_token = False
+    per_token, masked = False, True
+    columns_of_input = TEXTS
+    json_input: Any = str
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         if tokenizer.mask_token_id is None:
@@ -35,7 +62,7 @@ class FillMask:
 
     def request(
         self, text: str, *, top_k: int | None = None, targets: str | Sequence[str] | None = None, joint: bool = False
-    ) -> Request:
+    ) -> Request[Fillings]:
         """Fills the masks of one text.
 
         Args:
@@ -83,7 +110,7 @@ class FillMask:
             return self._score_targets(ids, masks, pieces, top_k or len(pieces))
         return self._fill(ids, masks, top_k or 5)
 
-    def _fill(self, ids: list[int], masks: list[int], top_k: int) -> Request:
+    def _fill(self, ids: list[int], masks: list[int], top_k: int) -> Request[Fillings]:
         outputs = yield [self._row(ids, group) for group in self._groups(masks)]
         probabilities = np.concatenate([output["probabilities"] for output in outputs])  # [masks, V]
         results = [
@@ -92,7 +119,9 @@ class FillMask:
         ]
         return results[0] if len(masks) == 1 else results
 
-    def _score_targets(self, ids: list[int], masks: list[int], targets: list[list[int]], top_k: int) -> Request:
+    def _score_targets(
+        self, ids: list[int], masks: list[int], targets: list[list[int]], top_k: int
+    ) -> Request[Fillings]:
         # One request for all: the masks as they are and, for each target of n pieces, n rows that are filled up to
         # their first, second, … piece.
         groups = list(self._groups(masks))
@@ -111,18 +140,19 @@ class FillMask:
             for target in targets:
                 steps = [p] if len(target) == 1 else [next(outputs)["probabilities"][0] for _ in target]
                 score = np.prod([step[token] for step, token in zip(steps, target, strict=True)])
-                entry = self._entry(ids, mask, target, score, alone=len(masks) == 1) | {"rank": _rank(p, score)}
+                entry = self._entry(ids, mask, target, score, alone=len(masks) == 1)
+                entry["rank"] = _rank(p, score)
                 if len(target) > 1:
                     entry["pieces"] = [
-                        {"score": float(step[token]), "token": token, "token_str": self.tokenizer.decode([token])}
-                        | {"rank": _rank(step, step[token])}
+                        {"score": float(step[token]), "token": token, "token_str": self.tokenizer.decode([token]),
+                         "rank": _rank(step, step[token])}
                         for step, token in zip(steps, target, strict=True)
-                    ]
+                    ]  # fmt: skip
                 entries.append(entry)
             results.append(sorted(entries, key=lambda entry: -entry["score"])[:top_k])
         return results[0] if len(masks) == 1 else results
 
-    def _fill_jointly(self, ids: list[int], masks: list[int], top_k: int) -> Request:
+    def _fill_jointly(self, ids: list[int], masks: list[int], top_k: int) -> Request[Fillings]:
         beams: list[tuple[float, list[int]]] = [(1.0, [])]
         for n in range(len(masks)):
             rows = []
@@ -140,7 +170,7 @@ class FillMask:
                 for token in _best(p, width)
             ]
             beams = sorted(beams, key=lambda beam: -beam[0])[:width]
-        entries = []
+        entries: list[Filling] = []
         for score, tokens in beams[:top_k]:
             filled = list(ids)
             for mask, token in zip(masks, tokens, strict=True):
@@ -200,7 +230,7 @@ class FillMask:
         window = [ids[0], *ids[start : start + room], ids[-1]]
         return Row(window, [0] * len(window), [position - start + 1 for position in positions])
 
-    def _entry(self, ids: list[int], mask: int, pieces: list[int], score: Any, *, alone: bool) -> dict[str, Any]:
+    def _entry(self, ids: list[int], mask: int, pieces: list[int], score: Any, *, alone: bool) -> Filling:
         filled = [*ids[:mask], *pieces, *ids[mask + 1 :]]
         return {
             "score": float(score),
@@ -214,7 +244,8 @@ class FillMask:
 def _best(p: np.ndarray, k: int) -> list[int]:
     """Ids of the k highest entries, best first; of equals the lower id."""
     candidates = np.flatnonzero(p >= np.partition(p, -k)[-k])  # half of argpartition's time
-    return candidates[np.lexsort((candidates, -p[candidates]))][:k].tolist()
+    best: list[int] = candidates[np.lexsort((candidates, -p[candidates]))][:k].tolist()
+    return best
 
 
 def _rank(p: np.ndarray, score: Any) -> int:

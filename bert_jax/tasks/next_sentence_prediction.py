@@ -1,14 +1,15 @@
 """next-sentence-prediction: whether a second text follows the first (Devlin et al. 2018, section 3.1, task 2)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
+from tokenizers import Encoding
 
 from bert_jax.config import BertConfig
+from bert_jax.data.sources import PAIRS
 from bert_jax.errors import InputError, quoted
 from bert_jax.heads import BertForNextSentencePrediction
-from bert_jax.tasks.base import Request, Row, check_pairs
+from bert_jax.tasks.base import LabelScore, Request, Row, check_pairs
 from bert_jax.tokenizer import Tokenizer
 
 LABELS = ("IsNext", "NotNext")
@@ -18,8 +19,11 @@ LABELS = ("IsNext", "NotNext")
 class NextSentencePrediction:
     """Tells whether the second text of a pair follows the first."""
 
+    name = "next-sentence-prediction"
     model_class = BertForNextSentencePrediction
-    per_token = False
+    per_token, masked = False, False
+    columns_of_input = PAIRS
+    json_input: Any = tuple[str, str]
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         check_pairs(config)
@@ -32,7 +36,7 @@ class NextSentencePrediction:
         """Probabilities of the two labels: float32 [B, K, 2]."""
         return {"probabilities": jax.nn.softmax(model(**inputs, positions=starts).logits)}
 
-    def request(self, pair: Sequence[str]) -> Request:
+    def request(self, pair: tuple[str, str]) -> Request[LabelScore]:
         """Judges one pair.
 
         Args:
@@ -57,7 +61,7 @@ class NextSentencePrediction:
             )
         return self._judge(encoding)
 
-    def _judge(self, encoding: Any) -> Request:
+    def _judge(self, encoding: Encoding) -> Request[LabelScore]:
         (output,) = yield [Row(encoding.ids, encoding.type_ids)]
         best = int(output["probabilities"].argmax())
         return {"label": LABELS[best], "score": float(output["probabilities"][best])}

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -42,13 +42,28 @@ class AnswerOptions:
 
 
 DEFAULTS = AnswerOptions()
-NO_ANSWER: dict[str, Any] = {"score": 0.0, "start": 0, "end": 0, "answer": ""}
+
+
+class Answer(TypedDict):
+    """An answer: its score, its characters in the context, and its text."""
+
+    score: float
+    start: int
+    end: int
+    answer: str
+
+
+def _no_answer(score: float) -> Answer:
+    return {"score": score, "start": 0, "end": 0, "answer": ""}
 
 
 class QuestionAnswering(TrainableTask):
     """Reads answers off a context, as transformers' pipeline did up to version 4.57."""
 
+    name = "question-answering"
     model_class = BertForQuestionAnswering
+    columns_of_input = (("question", "context"),)
+    json_input: Any = dict[str, str]
     columns = {  # noqa: RUF012
         "id": ("id",), "question": ("question",), "context": ("context",), "answers": ("answers",),
         "is_impossible": ("is_impossible",),
@@ -56,7 +71,7 @@ class QuestionAnswering(TrainableTask):
     required, target = ("question", "context"), "answers"
     head, peft_type = r"qa_outputs\..*", "QUESTION_ANS"
     metrics = ("f1", "exact_match", "best_f1", "best_exact_match")
-    per_token = True
+    per_token, masked = True, False
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int, answers: AnswerOptions = DEFAULTS):
         check_pairs(config)
@@ -74,7 +89,7 @@ class QuestionAnswering(TrainableTask):
 
     def request(
         self,
-        inputs: Mapping[str, str] | Sequence[str],
+        inputs: Mapping[str, str] | tuple[str, str],
         *,
         top_k: int = 1,
         max_answer_len: int = 15,
@@ -83,7 +98,7 @@ class QuestionAnswering(TrainableTask):
         max_question_len: int = 64,
         handle_impossible_answer: bool = False,
         null_threshold: float | None = None,
-    ) -> Request:
+    ) -> Request[Answer | list[Answer]]:
         """Answers one question.
 
         Args:
@@ -132,9 +147,9 @@ class QuestionAnswering(TrainableTask):
 
     def _answer(
         self, context: str, windows: list[Encoding], top_k: int, longest: int, null: bool, threshold: float | None
-    ) -> Request:
+    ) -> Request[Answer | list[Answer]]:
         outputs = yield [Row(window.ids, window.type_ids) for window in windows]
-        answers: dict[str, dict[str, Any]] = {}
+        answers: dict[str, Answer] = {}
         null_score, null_logits, best_logits = np.inf, np.inf, -np.inf
         for window, output in zip(windows, outputs, strict=True):
             spans, null_probability = _spans(window, output, longest, 2 * top_k + 10)
@@ -147,17 +162,17 @@ class QuestionAnswering(TrainableTask):
                 characters: list[Any] = [window.word_to_chars(word, 1) for word in words]
                 start, end = characters[0][0], characters[1][1]
                 answer = context[start:end]
-                entry: dict[str, Any] = {"score": 0.0, "start": start, "end": end, "answer": answer}
+                entry: Answer = {"score": 0.0, "start": start, "end": end, "answer": answer}
                 answers.setdefault(answer.lower(), entry)["score"] += score
         entries = sorted(answers.values(), key=lambda entry: -entry["score"])
         if null:
-            entries.append(NO_ANSWER | {"score": null_score})
+            entries.append(_no_answer(null_score))
             if threshold is None:
                 entries.sort(key=lambda entry: -entry["score"])
             elif null_logits - best_logits > threshold:
                 entries.insert(0, entries.pop())
         if top_k == 1:
-            return entries[0] if entries else dict(NO_ANSWER)
+            return entries[0] if entries else _no_answer(0.0)
         return entries[:top_k]
 
     # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -258,9 +273,7 @@ class QuestionAnswering(TrainableTask):
         out = model(**inputs, dropout_key=dropout_key)
         windows = inputs.get("document_ids", inputs.get("attention_mask"))[:, None]  # 0 is padding
         own = windows == 1 + jnp.arange(starts.shape[1])[None, :, None]  # [B, K, T]
-        start, end = (
-            jnp.where(own, x[:, None], jnp.finfo(jnp.float32).min) for x in (out.start_logits, out.end_logits)
-        )
+        start, end = (jnp.where(own, x[:, None], np.finfo(np.float32).min) for x in (out.start_logits, out.end_logits))
         counts = batch["weights"] > 0
         places = (jnp.where(counts, starts + batch["targets"][name], losses.IGNORE) for name in ("start", "end"))
         return losses.span_cross_entropy(start, end, *places), jnp.sum(counts, dtype=jnp.float32)

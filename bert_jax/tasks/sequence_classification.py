@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,19 @@ from tokenizers import Encoding
 
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
-from bert_jax.data.sources import TEXT, literal
+from bert_jax.data.sources import PAIRS, TEXT, TEXTS, literal
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.heads import BertForSequenceClassification
-from bert_jax.tasks.base import Outputs, ReadOptions, Request, Row, TrainableTask, check_pairs, known_labels
+from bert_jax.tasks.base import (
+    LabelScore,
+    Outputs,
+    ReadOptions,
+    Request,
+    Row,
+    TrainableTask,
+    check_pairs,
+    known_labels,
+)
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.training import losses
 
@@ -35,11 +44,14 @@ UNKNOWN = -1
 class SequenceClassification(TrainableTask):
     """Classifies: one label a text, any number of labels, or a number instead (`problem_type`, as in transformers)."""
 
+    name = "text-classification"
     model_class = BertForSequenceClassification
+    columns_of_input = (*PAIRS, *TEXTS)
+    json_input: Any = str | tuple[str, str]
     columns = {"text": TEXT, "text_pair": (), "label": LABEL}  # noqa: RUF012
     required, target = ("text",), "label"
     head, peft_type = r"classifier\..*", "SEQ_CLS"
-    per_token = False
+    per_token, masked = False, False
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         self.tokenizer = tokenizer
@@ -50,9 +62,9 @@ class SequenceClassification(TrainableTask):
         # As in transformers' pipeline: one label without a problem_type is trained as a regression, and read as one
         # independent label.
         independent = MULTI if config.num_labels == 1 else SINGLE
-        self.scores = {SINGLE: jax.nn.softmax, MULTI: jax.nn.sigmoid, REGRESSION: lambda logits: logits}[
-            config.problem_type or independent
-        ]
+        scores: dict[str, Callable[[jax.Array], jax.Array]]
+        scores = {SINGLE: jax.nn.softmax, MULTI: jax.nn.sigmoid, REGRESSION: lambda logits: logits}
+        self.scores = scores[config.problem_type or independent]
         self.metrics = METRICS[self.problem_type]
         if self.problem_type == SINGLE and config.num_labels == 2:
             self.metrics += ("f1",)
@@ -65,7 +77,7 @@ class SequenceClassification(TrainableTask):
         """Scores, float32 [B, K, C]: probabilities over the labels, of each label by itself, or the numbers."""
         return {"scores": self.scores(model(**inputs, positions=starts).logits)}
 
-    def request(self, text: str | Sequence[str], *, top_k: int | None = 1) -> Request:
+    def request(self, text: str | tuple[str, str], *, top_k: int | None = 1) -> Request[LabelScore | list[LabelScore]]:
         """Classifies one text.
 
         Args:
@@ -92,10 +104,10 @@ class SequenceClassification(TrainableTask):
         encoded = self.tokenizer.encode(texts[:1], texts[1:] or None, max_length=self.max_length)
         return self._classify(encoded[0][0], top_k)
 
-    def _classify(self, encoding: Encoding, top_k: int | None) -> Request:
+    def _classify(self, encoding: Encoding, top_k: int | None) -> Request[LabelScore | list[LabelScore]]:
         (output,) = yield [Row(encoding.ids, encoding.type_ids)]
         order = np.argsort(-output["scores"], kind="stable")[:top_k]
-        entries = [{"label": self.labels[i], "score": float(output["scores"][i])} for i in order]
+        entries: list[LabelScore] = [{"label": self.labels[i], "score": float(output["scores"][i])} for i in order]
         return entries[0] if top_k == 1 else entries
 
     # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,36 @@ from tokenizers import Encoding
 
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
-from bert_jax.data.sources import literal
+from bert_jax.data.sources import TEXTS, literal
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.heads import BertForTokenClassification
 from bert_jax.tasks.base import Outputs, ReadOptions, Request, Row, TrainableTask, known_labels
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.training import losses
 
-STRATEGIES = ("none", "simple", "first", "average", "max")
+Strategy = Literal["none", "simple", "first", "average", "max"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+
+
+class TokenEntity(TypedDict):
+    """A token with a label."""
+
+    entity: str
+    score: float
+    index: int
+    word: str
+    start: int
+    end: int
+
+
+class Entity(TypedDict):
+    """Neighbouring tokens with one label."""
+
+    entity_group: str
+    score: float
+    word: str
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -37,12 +59,15 @@ class Piece:
 class TokenClassification(TrainableTask):
     """Labels tokens and groups them to entities, as transformers' pipeline does."""
 
+    name = "token-classification"
     model_class = BertForTokenClassification
+    columns_of_input = (("tokens",), *TEXTS)
+    json_input: Any = str | list[str]
     columns = {"tokens": ("tokens", "words"), "tags": ("ner_tags_str", "ner_tags", "tags")}  # noqa: RUF012
     required, target = ("tokens",), "tags"
     head, peft_type = r"classifier\..*", "TOKEN_CLS"
     metrics: tuple[str, ...] = ("f1", "precision", "recall", "accuracy")
-    per_token = True
+    per_token, masked = True, False
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         self.tokenizer = tokenizer
@@ -60,11 +85,11 @@ class TokenClassification(TrainableTask):
 
     def request(
         self,
-        text: str | Sequence[str],
+        text: str | tuple[str, ...],
         *,
-        aggregation_strategy: str = "none",
+        aggregation_strategy: Strategy = "none",
         ignore_labels: Sequence[str] = ("O",),
-    ) -> Request:
+    ) -> Request[list[TokenEntity] | list[Entity]]:
         """Labels one text.
 
         Args:
@@ -105,16 +130,15 @@ class TokenClassification(TrainableTask):
 
     def _label(
         self, text: str, words: list[str] | None, windows: list[Encoding], strategy: str, ignored: frozenset[str]
-    ) -> Request:
+    ) -> Request[list[TokenEntity] | list[Entity]]:
         outputs = yield [Row(window.ids, window.type_ids) for window in windows]
         pieces = self._pieces(text, words, windows, outputs)
         if strategy in ("none", "simple"):
-            entities = [self._entity([piece], piece.scores, piece.token) | {"index": piece.index} for piece in pieces]
+            entities = [self._entity([piece], piece.scores, piece.token) for piece in pieces]
         else:
             entities = [self._word(word, strategy) for word in _words(pieces)]
         if strategy == "none":
-            keys = ("entity", "score", "index", "word", "start", "end")
-            return [{key: entity[key] for key in keys} for entity in entities if entity["entity"] not in ignored]
+            return [entity for entity in entities if entity["entity"] not in ignored]
         groups = [self._group(group) for group in _groups(entities)]
         return [group for group in groups if group["entity_group"] not in ignored]
 
@@ -160,7 +184,7 @@ class TokenClassification(TrainableTask):
             first += len(inside) - self.stride
         return [(n, i) for _, n, i in chosen]
 
-    def _word(self, pieces: list[Piece], strategy: str) -> dict[str, Any]:
+    def _word(self, pieces: list[Piece], strategy: str) -> TokenEntity:
         if strategy == "first":
             scores = pieces[0].scores
         elif strategy == "max":
@@ -169,17 +193,18 @@ class TokenClassification(TrainableTask):
             scores = np.mean([piece.scores for piece in pieces], axis=0)
         return self._entity(pieces, scores, self._joined([piece.token for piece in pieces]))
 
-    def _entity(self, pieces: list[Piece], scores: np.ndarray, word: str) -> dict[str, Any]:
+    def _entity(self, pieces: list[Piece], scores: np.ndarray, word: str) -> TokenEntity:
         best = int(scores.argmax())
         return {
             "entity": self.labels[best],
             "score": float(scores[best]),
+            "index": pieces[0].index,
             "word": word,
             "start": pieces[0].start,
             "end": pieces[-1].end,
         }
 
-    def _group(self, entities: list[dict[str, Any]]) -> dict[str, Any]:
+    def _group(self, entities: list[TokenEntity]) -> Entity:
         return {
             "entity_group": entities[0]["entity"].split("-", 1)[-1],
             "score": float(np.mean([entity["score"] for entity in entities])),
@@ -402,13 +427,13 @@ def _words(pieces: Iterable[Piece]) -> list[list[Piece]]:
     return words
 
 
-def _groups(entities: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def _groups(entities: Iterable[TokenEntity]) -> list[list[TokenEntity]]:
     """Neighbours of one type; B- opens a new group, and a label without a prefix goes on like I-."""
 
     def kind(label: str) -> str:
         return label[2:] if label.startswith(("B-", "I-")) else label
 
-    groups: list[list[dict[str, Any]]] = []
+    groups: list[list[TokenEntity]] = []
     for entity in entities:
         label = entity["entity"]
         if groups and kind(groups[-1][-1]["entity"]) == kind(label) and not label.startswith("B-"):

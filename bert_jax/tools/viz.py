@@ -7,13 +7,14 @@ import numpy as np
 from bert_jax.errors import InputError
 from bert_jax.inference.pipelines import Pipeline
 from bert_jax.model import BertPreTrainedModel
+from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from bert_jax.tools.figure import Figure
 
 
-def fillings(fill_mask: Pipeline, text: str, *, top_k: int = 5) -> "Figure":
+def fillings(fill_mask: Pipeline[FillMask], text: str, *, top_k: int = 5) -> "Figure":
     """Bars of the scores of what a fill-mask pipeline puts in, a panel a mask."""
     from bert_jax.tools.figure import Figure
 

@@ -376,7 +376,7 @@ def _note_best(progress: dict[str, Any], step: int, metrics: dict[str, Any], met
     """Keeps in mind the best evaluation; the score if this one is it, higher being better."""
     if metric not in metrics:
         raise InputError("The validation examples have no labels; without them there is no best checkpoint.")
-    score = -metrics[metric] if metric in LOWER_IS_BETTER else metrics[metric]
+    score: float = -metrics[metric] if metric in LOWER_IS_BETTER else metrics[metric]
     if progress["best"] is None or score > progress["best"]["score"]:
         progress["best"] = {"step": step, "score": score, "metrics": metrics}
         progress["evaluations_without_better"] = 0

@@ -178,7 +178,8 @@ def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedMod
             wrong.append(f"{name} has adapters {found}, expected {expected}")
     if wrong:
         raise CheckpointError(f"The adapters in {folder} do not fit this model:\n  " + "\n  ".join(wrong))
-    return tree.merge(skeleton, tree.unflatten(merge(flat, scale)))
+    merged: BertPreTrainedModel = tree.merge(skeleton, tree.unflatten(merge(flat, scale)))
+    return merged
 
 
 def _published(adapters: list[str]) -> list[str]:

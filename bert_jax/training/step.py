@@ -187,4 +187,5 @@ def state_shapes(plan: Plan) -> TrainState:
     def state(trained: Arrays) -> TrainState:
         return init_state(replace(plan, trained=trained), 0)
 
-    return jax.eval_shape(state, plan.trained)
+    shapes: TrainState = jax.eval_shape(state, plan.trained)
+    return shapes

@@ -16,8 +16,9 @@ from bert_jax import hub
 from bert_jax.errors import InputError
 from bert_jax.inference import catalogue
 from bert_jax.inference.pipelines import Pipeline
+from bert_jax.tasks.base import Task
 
-pipe: Pipeline
+pipe: Pipeline[Task]
 
 
 def init() -> None:

@@ -1,6 +1,8 @@
 """Batching: no result depends on its company, its order, or the form in which it was asked for."""
 
+import inspect
 import itertools
+import typing
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from flax import nnx
 import bert_jax
 from bert_jax.errors import CheckpointError, InputError
 from bert_jax.inference import pipelines
+from bert_jax.tasks import registry
 from bert_jax.tasks.base import Row
 
 TEXTS = [
@@ -61,7 +64,7 @@ def one_type(task):
     config = bert_jax.BertConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, type_vocab_size=1
     )
-    return pipelines.TASKS[task].model_class(config, rngs=nnx.Rngs(0))
+    return registry.TASKS[task].model_class(config, rngs=nnx.Rngs(0))
 
 
 def test_a_model_of_one_token_type_takes_no_pairs(tokenizer):
@@ -89,7 +92,7 @@ def test_a_model_of_one_token_type_takes_no_pairs(tokenizer):
 )
 def test_results_that_are_not_finite_are_an_error(tokenizer, task, text):
     config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    model = pipelines.TASKS[task].model_class(config, rngs=nnx.Rngs(0))
+    model = registry.TASKS[task].model_class(config, rngs=nnx.Rngs(0))
     encoder = getattr(model, "bert", model)
     pipe = bert_jax.pipeline(task, model, tokenizer=tokenizer)
     assert pipe(text) is not None
@@ -229,7 +232,7 @@ def test_several_texts_a_row_or_one(tokenizer):
         "feature-extraction": np.ravel,
         "token-classification": lambda result: [entry["score"] for entry in result],
     }
-    for task, made in pipelines.TASKS.items():
+    for task, made in registry.TASKS.items():
         model = made.model_class(config, rngs=nnx.Rngs(0))
         pipe = bert_jax.pipeline(task, model, tokenizer=tokenizer)
         given = inputs.get(task, texts)
@@ -258,3 +261,17 @@ def test_warm_up_compiles_all_that_inputs_will_need(tmp_path, checkpoint, tokeni
     for texts in (["a [MASK]"], ["[MASK] " * 25] * 3, ["a [MASK] b [MASK] c [MASK]"] * 70, ["one [MASK] " * 9] * 20):
         pipe(texts)
     assert pipe.programs == programs
+
+
+def test_every_task_has_an_overload_of_its_own():
+    """The types that an editor knows agree with the registry."""
+    *of_tasks, of_names = typing.get_overloads(bert_jax.pipeline)
+    found = {}
+    for overload in of_tasks:
+        hints = typing.get_type_hints(overload)
+        (task,) = typing.get_args(hints["task"])
+        (found[task],) = typing.get_args(hints["return"])
+    assert found == registry.TASKS
+    assert typing.get_type_hints(of_names)["task"] is registry.TaskName
+    parameters = [list(inspect.signature(made).parameters) for made in (bert_jax.pipeline, *of_tasks, of_names)]
+    assert all(names == parameters[0] for names in parameters)

@@ -16,6 +16,7 @@ from conftest import wheel
 import bert_jax
 from bert_jax import hub, recipes
 from bert_jax.settings import Settings
+from bert_jax.tasks import registry
 
 SHARED = os.environ.get("BERT_JAX_SHARED")
 pytestmark = pytest.mark.skipif(SHARED is None, reason="BERT_JAX_SHARED names no folder with the data sets")
@@ -35,7 +36,7 @@ def task_and_rows(task_name, body, data, **sections):
                                    "output": {"folder": ""}, **sections})  # fmt: skip
     loaded = {split: recipes.read_split(settings, split) for split in ("train", "validation", "test")}
     splits = {split: found.rows for split, found in loaded.items() if found.rows}
-    task_class = recipes.TASKS[task_name]
+    task_class = registry.TASKS[task_name]
     task_class.clean(splits, settings.data)
     fields = task_class.config(splits["train"], settings.data, loaded["train"].labels)
     config = bert_jax.BertConfig.from_file(Path(body) / hub.CONFIG_FILE).replace(**fields)

@@ -19,9 +19,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 
-from bert_jax import BertConfig, recipes
+from bert_jax import BertConfig
 from bert_jax.data.loader import Examples, Loader, Shape
 from bert_jax.inference.pipelines import Bucket, Pipeline
+from bert_jax.recipes import preparation, runs
 from bert_jax.settings import Settings
 from bert_jax.tasks import registry
 from bert_jax.tokenizer import Tokenizer
@@ -70,8 +71,8 @@ def make_run(recipe: str, size: str, chips: aot.Target, **changes: Any) -> loop.
         remat=settings.training.remat,
         scan_layers=settings.training.scan_layers,
     )
-    task = recipes.make_task(settings, tokenizer, config)
-    return recipes.set_up(settings, task, model, task.featurize(ROWS[recipe]), 1000, chips.devices)
+    task = preparation.make_task(settings, tokenizer, config)
+    return runs.set_up(settings, task, model, task.featurize(ROWS[recipe]), 1000, chips.devices)
 
 
 def finetune(chips: aot.Target, recipe: str, size: str, shape: Shape, **changes: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The folders are of `bert-jax finetune` and of `scripts/transformers_trainer.py`,
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from bert_jax import recipes
+from bert_jax.recipes import runs
 from bert_jax.training import log
 
 COLORS = {"ours": "C0", "theirs": "C1"}
@@ -23,7 +24,7 @@ COLORS = {"ours": "C0", "theirs": "C1"}
 
 def scores(run: Path) -> dict[str, Any]:
     """Metrics of a run by split; of validation those of its journal, at the settings' null_threshold, not one found."""
-    results: dict[str, Any] = json.loads((run / recipes.RESULTS).read_text())
+    results: dict[str, Any] = json.loads((run / runs.RESULTS).read_text())
     for line in log.read_journal(run / log.METRICS):
         if "validation" in line and line["step"] == results.get("step"):
             results["validation"] = line["validation"]
@@ -32,7 +33,7 @@ def scores(run: Path) -> dict[str, Any]:
 
 def table(sides: dict[str, list[Path]]) -> str:
     """A line for each metric that both sides have: its mean, and by seed."""
-    results = {side: [scores(run) for run in runs] for side, runs in sides.items()}
+    results = {side: [scores(run) for run in folders] for side, folders in sides.items()}
     lines = ["| | ours, mean | by seed | theirs, mean | by seed | ours − theirs |", "|---|---|---|---|---|---|"]
     for split in ("validation", "test"):
         found = [[one[split] for one in many if split in one] for many in results.values()]
@@ -54,7 +55,7 @@ def _by_seed(values: list[float]) -> str:
 
 def chart(sides: dict[str, list[Path]], metric: str | None) -> Figure:
     """Loss by step and, where epochs were evaluated, a metric of validation: thin lines are seeds."""
-    journals = {side: [log.read_journal(run / log.METRICS) for run in runs] for side, runs in sides.items()}
+    journals = {side: [log.read_journal(run / log.METRICS) for run in folders] for side, folders in sides.items()}
     figure = Figure(figsize=(10 if metric else 5.5, 3.2), layout="constrained")
     axes = figure.subplots(1, 2 if metric else 1, squeeze=False)[0]
     for side, many in journals.items():
@@ -91,9 +92,9 @@ def main() -> None:
     parser.add_argument("--chart", type=Path, metavar="PNG")
     arguments = parser.parse_args()
     sides = {side: getattr(arguments, side) for side in COLORS}
-    for run in (run for runs in sides.values() for run in runs):
-        if not (run / recipes.RESULTS).exists():
-            parser.error(f"{run} has no {recipes.RESULTS}; expected the folder of a run that has ended")
+    for run in itertools.chain.from_iterable(sides.values()):
+        if not (run / runs.RESULTS).exists():
+            parser.error(f"{run} has no {runs.RESULTS}; expected the folder of a run that has ended")
     print(table(sides))
     if arguments.chart:
         chart(sides, arguments.metric).savefig(arguments.chart, dpi=120)

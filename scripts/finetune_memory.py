@@ -65,14 +65,15 @@ def serve(arguments: list[str]) -> None:
     memory.keep_freed()
     import jax
 
-    from bert_jax import recipes, sharding
+    from bert_jax import sharding
+    from bert_jax.recipes import preparation, runs
     from bert_jax.settings import Settings
     from bert_jax.training.step import init_state
 
     settings = Settings.from_file(arguments[0], arguments[1:])
-    prepared = recipes.prepare(settings)
-    steps = recipes.steps_of(settings, prepared.examples["train"])
-    run = recipes.set_up(settings, prepared.task, prepared.model, prepared.examples["train"], steps)
+    prepared = preparation.prepare(settings)
+    steps = runs.steps_of(settings, prepared.examples["train"])
+    run = runs.set_up(settings, prepared.task, prepared.model, prepared.examples["train"], steps)
     state = sharding.put(init_state(run.plan, settings.training.seed), run.layout)
     frozen = sharding.put(run.plan.frozen, sharding.placements(run.mesh, run.plan.frozen))
     batches = run.loader.batches(0, 100_000)

@@ -23,8 +23,8 @@ import numpy as np
 import transformers
 from sklearn.metrics import accuracy_score
 
-from bert_jax import recipes
 from bert_jax.evaluation import metrics
+from bert_jax.recipes import preparation, runs
 from bert_jax.settings import Settings
 from bert_jax.tasks import registry
 from bert_jax.training.loop import METRICS
@@ -128,7 +128,7 @@ def main() -> None:
     training, optimizer = settings.training, settings.optimizer
     began = time.perf_counter()
     network, featurize, metric = TASKS[settings.task]
-    loaded = {split: recipes.read_split(settings, split) for split in ("train", "validation", "test")}
+    loaded = {split: preparation.read_split(settings, split) for split in ("train", "validation", "test")}
     splits = {split: found.rows for split, found in loaded.items() if found.rows}
     task = registry.TASKS[settings.task]
     task.clean(splits, settings.data)
@@ -212,7 +212,7 @@ def main() -> None:
             entry = {"validation": scores} if scores else {"loss": line["loss"]} if "loss" in line else {}
             if entry:
                 file.write(json.dumps({"step": line["step"], **entry}) + "\n")
-    (folder / recipes.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (folder / runs.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(results))
 
 

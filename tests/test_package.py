@@ -34,11 +34,14 @@ FLOORS = [
         "tasks.question_answering",
         "tasks.pretraining",
     ],
+    ["tasks.registry"],
     ["evaluation.measure", "inference.pipelines", "tools.report", "training.step"],
     ["training.loop", "tools.verify", "inference.catalogue"],
     ["inference.prediction", "inference.server", "tools.viz", "evaluation.held_out"],
     ["settings"],
-    ["recipes"],
+    ["recipes.preparation", "recipes.runs"],
+    ["recipes.evaluation", "recipes.pretraining", "recipes.forecast"],
+    ["recipes.finetuning"],
     ["cli"],
 ]
 

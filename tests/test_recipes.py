@@ -25,6 +25,8 @@ from bert_jax import hub, recipes
 from bert_jax import tree as tree_module
 from bert_jax.data.loader import Loader
 from bert_jax.errors import CheckpointError, ConfigError, InputError
+from bert_jax.recipes import preparation
+from bert_jax.recipes import pretraining as pretraining_recipe
 from bert_jax.settings import Pretraining, Settings
 from bert_jax.tasks import registry
 from bert_jax.tasks.pretraining import PreTraining
@@ -112,13 +114,14 @@ def test_the_models_options_are_those_of_the_settings(tree, pretraining, tokeniz
         "precision": {"compute_dtype": "bfloat16"},
     }
     model = tree["model"] | {"hidden_dropout_prob": 0.25, "attention_probs_dropout_prob": 0.5}
-    fine = recipes.prepare(Settings.from_dict(tree | sections | {"model": model | {"classifier_dropout": 0.75}})).model
+    settings = Settings.from_dict(tree | sections | {"model": model | {"classifier_dropout": 0.75}})
+    fine = preparation.prepare(settings).model
     assert fine.config.classifier_dropout == 0.75
     settings = Pretraining.from_dict(pretraining | sections | {"model": model})
-    for found in (fine, recipes.starting_model(settings, tokenizer, bert_jax.BertForMaskedLM)[0]):
+    for found in (fine, pretraining_recipe.starting_model(settings, tokenizer, bert_jax.BertForMaskedLM)[0]):
         assert (found.bert.remat, found.bert.scan_layers, found.bert.compute_dtype) == (True, True, "bfloat16")
         assert (found.config.hidden_dropout_prob, found.config.attention_probs_dropout_prob) == (0.25, 0.5)
-    plain = recipes.prepare(Settings.from_dict(tree)).model.bert
+    plain = preparation.prepare(Settings.from_dict(tree)).model.bert
     assert (plain.remat, plain.scan_layers, plain.compute_dtype) == (False, False, "float32")
 
 
@@ -214,10 +217,10 @@ def test_f1_of_mrpc_is_that_of_the_equivalent(tree, tmp_path, hub_id, split):
         {"id": str(tmp_path / "data"), split: split} if hub_id else {split: str(tmp_path / "data" / f"{split}.parquet")}
     )
     settings = Settings.from_dict(tree | {"data": {"max_length": 32} | place})
-    loaded = recipes.read_split(settings, split)
+    loaded = preparation.read_split(settings, split)
     assert loaded.labels == MRPC
     fields = registry.TASKS[settings.task].config(loaded.rows, settings.data, loaded.labels)
-    task = recipes.make_task(settings, recipes.Tokenizer.from_pretrained(settings.model.id),
+    task = preparation.make_task(settings, bert_jax.Tokenizer.from_pretrained(settings.model.id),
                              bert_jax.BertConfig().replace(**fields))  # fmt: skip
     scores = np.array([[name == MRPC[p] for name in task.labels] for p in predictions], float)
     found = task.evaluate({"scores": scores}, task.featurize(loaded.rows))
@@ -274,9 +277,9 @@ def test_files_whose_class_ids_differ(tree, tmp_path):
     ):
         run(tree)
     settings = Settings.from_dict(tree | {"data": tree["data"] | {"labels": MRPC}})
-    assert [row["label"] for row in recipes.read_split(settings, "train").rows] == [*MRPC, *MRPC[::-1]]
+    assert [row["label"] for row in preparation.read_split(settings, "train").rows] == [*MRPC, *MRPC[::-1]]
     mixed = [a, write(tmp_path / "c.jsonl", [{"sentence1": "x", "label": "equivalent"}])]
-    found = recipes.read_split(Settings.from_dict(tree | {"data": {"train": mixed}}), "train")
+    found = preparation.read_split(Settings.from_dict(tree | {"data": {"train": mixed}}), "train")
     assert (len(found.rows), found.labels) == (3, MRPC)
 
 
@@ -326,7 +329,7 @@ def test_impossible_questions_of_rows(tree, tmp_path):
     row = {"question": "Where?", "context": "In Rome.", "answers": {"text": ["Rome"], "answer_start": [3]}}
     path = write(tmp_path / "q.jsonl", [row | {"is_impossible": True}, row | {"is_impossible": False}, row])
     settings = Settings.from_dict(tree | {"task": "question-answering", "data": {"train": path}})
-    rows = recipes.read_split(settings, "train").rows
+    rows = preparation.read_split(settings, "train").rows
     registry.TASKS[settings.task].clean({"train": rows}, settings.data)
     assert [entry["answers"]["text"] for entry in rows] == [[], ["Rome"], ["Rome"]]
 
@@ -347,7 +350,7 @@ def test_lora_is_saved_merged_and_apart(tree, tmp_path):
 
 def test_top_layers_drawn_anew(tree, tmp_path):
     tree["model"] = {"id": str(save_model(tmp_path / "two", layers=2)), "new": [r"bert\.layers\.1\..*"]}
-    prepared = recipes.prepare(Settings.from_dict(tree))
+    prepared = preparation.prepare(Settings.from_dict(tree))
     stored = load_file(Path(tree["model"]["id"]) / "model.safetensors")
     weights = [layer.attention.query.weight[...] for layer in prepared.model.bert.layers]
     names = [f"bert.encoder.layer.{i}.attention.self.query.weight" for i in range(2)]
@@ -458,7 +461,7 @@ def test_patience_without_validation_is_refused(tree):
 def test_columns_that_the_first_row_lacks(tree, tmp_path):
     rows = [{"text": "good"}, *sentiments.rows(12)]
     tree["data"]["validation"] = write(tmp_path / "v.jsonl", rows)
-    found = recipes.read_split(Settings.from_dict(tree), "validation").rows
+    found = preparation.read_split(Settings.from_dict(tree), "validation").rows
     assert [row["label"] for row in found] == [row.get("label") for row in rows]
 
 
@@ -660,7 +663,7 @@ def test_pretraining_with_another_vocabulary(pretraining, base, tmp_path):
     pretraining["model"] |= {"tokenizer": str(tmp_path / "vocabulary"), "new": [r"predictions\..*"]}
     settings = Pretraining.from_dict(pretraining)
     tokenizer = bert_jax.Tokenizer.from_pretrained(tmp_path / "vocabulary")
-    model, notes = recipes.starting_model(settings, tokenizer, bert_jax.BertForPreTraining)
+    model, notes = pretraining_recipe.starting_model(settings, tokenizer, bert_jax.BertForPreTraining)
     assert "11 the same piece, 0 in lower case, 1 the mean of their old pieces, 0 the mean of all" in notes
     assert model.config.vocab_size == len(pieces)
     before = bert_jax.BertForPreTraining.from_pretrained(base)
@@ -706,7 +709,7 @@ def test_sixty_four_examples_are_learnt_by_heart(pretraining, tmp_path):
     pretraining["model"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     settings = Pretraining.from_dict(pretraining)
     tokenizer = bert_jax.Tokenizer.from_pretrained(pretraining["model"]["id"])
-    examples = recipes.read_corpus(settings, "train", tokenizer, Console(quiet=True))
+    examples = pretraining_recipe.read_corpus(settings, "train", tokenizer, Console(quiet=True))
     fixed = Loader(examples, 64, seed=0, packing=64).batch_at(0)
     config = bert_jax.BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
                                  hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip

@@ -14,7 +14,8 @@ import transformers
 from conftest import wheel
 
 import bert_jax
-from bert_jax import hub, recipes
+from bert_jax import hub
+from bert_jax.recipes import preparation
 from bert_jax.settings import Settings
 from bert_jax.tasks import registry
 
@@ -34,13 +35,13 @@ def body(request):
 def task_and_rows(task_name, body, data, **sections):
     settings = Settings.from_dict({"task": task_name, "model": {"id": str(body)}, "data": data,
                                    "output": {"folder": ""}, **sections})  # fmt: skip
-    loaded = {split: recipes.read_split(settings, split) for split in ("train", "validation", "test")}
+    loaded = {split: preparation.read_split(settings, split) for split in ("train", "validation", "test")}
     splits = {split: found.rows for split, found in loaded.items() if found.rows}
     task_class = registry.TASKS[task_name]
     task_class.clean(splits, settings.data)
     fields = task_class.config(splits["train"], settings.data, loaded["train"].labels)
     config = bert_jax.BertConfig.from_file(Path(body) / hub.CONFIG_FILE).replace(**fields)
-    task = recipes.make_task(settings, bert_jax.Tokenizer.from_pretrained(body), config)
+    task = preparation.make_task(settings, bert_jax.Tokenizer.from_pretrained(body), config)
     return settings, task, splits
 
 

@@ -21,6 +21,7 @@ import bert_jax
 from bert_jax import hub, recipes
 from bert_jax.data.loader import Examples, Loader, one_a_row
 from bert_jax.errors import CheckpointError
+from bert_jax.recipes import runs
 from bert_jax.settings import Settings
 from bert_jax.tasks.sequence_classification import MULTI, REGRESSION, SINGLE, UNKNOWN, SequenceClassification
 from bert_jax.training import lora, optim
@@ -392,11 +393,11 @@ def test_adapters_load_in_peft(close, run, base):
     folder = run(SINGLE, mesh={"data": 1}, model={"lora": {"rank": 4, "alpha": 16.0}})
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     expected = logits(merged, folder)
-    model = with_peft(base, folder / recipes.ADAPTERS)
+    model = with_peft(base, folder / runs.ADAPTERS)
     near(logits(model, base), expected)
     with model.disable_adapter():  # adapters, and not only the new head, make the difference
         assert np.abs(logits(model, base) - expected).max() > 1e-2
-    loaded = lora.load_adapters(folder / recipes.ADAPTERS, new_classifier(base))
+    loaded = lora.load_adapters(folder / runs.ADAPTERS, new_classifier(base))
     close("LoRA: logits", our_logits(loaded, base), expected)
     saved = bert_jax.BertForSequenceClassification.from_pretrained(folder)
     close("LoRA: logits", our_logits(saved, base), expected)

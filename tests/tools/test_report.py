@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import yaml
 
-from bert_jax import recipes
+from bert_jax.recipes import runs
 from bert_jax.settings import Settings
 from bert_jax.tools import report
 
@@ -101,7 +101,7 @@ def test_a_label_with_a_bar_stays_one_cell():
 
 def card(results=RESULTS, **tree):
     settings = Settings.from_dict({"task": "text-classification", "output": {"folder": "runs/mine"}} | tree)
-    text = recipes.model_card(settings, results)
+    text = runs.model_card(settings, results)
     _, front, body = text.split("---\n", 2)
     return settings, yaml.safe_load(front), body
 

@@ -1,0 +1,7 @@
+"""What the command line runs: settings in, a folder or metrics out. With `settings` and `cli`, all that knows YAML."""
+
+from bert_jax.recipes.evaluation import evaluate as evaluate
+from bert_jax.recipes.evaluation import evaluate_held_out as evaluate_held_out
+from bert_jax.recipes.finetuning import finetune as finetune
+from bert_jax.recipes.forecast import dry_run as dry_run
+from bert_jax.recipes.pretraining import pretrain as pretrain

@@ -164,7 +164,7 @@ def predict(
     import re
 
     from bert_jax.errors import InputError
-    from bert_jax.settings import assignments
+    from bert_jax.yaml_file import assignments
 
     if bool(text) == bool(input) or bool(input) != bool(output):
         raise InputError("expected texts, or --input and --output.")
@@ -323,6 +323,7 @@ def serve(
     _use_compilation_cache()
     from bert_jax import hub
     from bert_jax.inference import pipelines, server
+    from bert_jax.inference.batcher import Limits
     from bert_jax.tasks import registry
 
     name, folder = _model(settings.model, settings.revision)
@@ -340,7 +341,7 @@ def serve(
         except BertJaxError:
             if settings.tasks or not pipes:  # asked for, or the only one
                 raise
-    limits = server.Limits(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(server.Limits)})
+    limits = Limits(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Limits)})
     server.serve(name, pipes, host=settings.host, port=settings.port, limits=limits)
 
 

@@ -5,7 +5,6 @@
 A field's docstring is its meaning, with its unit; its annotation says what is taken, its default what is done unasked.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -28,6 +27,7 @@ from pydantic import (
 
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.tasks.registry import TRAINABLE
+from bert_jax.yaml_file import leaves, nearest, read_tree
 
 
 def _compiles(pattern: str) -> str:
@@ -58,8 +58,6 @@ if TYPE_CHECKING:
     TrainableTask = str
 else:
     TrainableTask = Literal[TRAINABLE]
-VALUES = 100_000
-"""Values of a file of settings; aliases that refer to aliases unfold to more than any memory holds."""
 RENAMED = {"optimizer.rates": "optimizer.lr_multipliers"}
 """Settings of earlier versions -> their names now."""
 PROBLEMS = 20
@@ -356,7 +354,7 @@ class _Root(_Section):
         """
         overrides = list(overrides)
         source = f"{path}{' and the command line' if overrides else ''}"
-        return cls.from_dict(_tree(path, overrides), source=source)
+        return cls.from_dict(read_tree(path, overrides), source=source)
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any], source: str = "settings") -> Self:
@@ -375,7 +373,7 @@ class _Root(_Section):
 
     def differences(self, other: "_Root") -> list[str]:
         """What differs, leaf by leaf, `key: ours, theirs`."""
-        mine, theirs = (_leaves(settings.model_dump(mode="json")) for settings in (self, other))
+        mine, theirs = (leaves(settings.model_dump(mode="json")) for settings in (self, other))
         return [
             f"{key}: {quoted(mine.get(key))}, {quoted(theirs.get(key))}"
             for key in [*mine, *(key for key in theirs if key not in mine)]
@@ -472,115 +470,9 @@ class Serving(_Root):
 
 def read(path: str | Path, overrides: Iterable[str] = ()) -> Settings | HeldOut:
     """Settings of the kind that the file's task asks for; see `Settings.from_file`."""
-    tree = _tree(path, overrides)
-    kind = HeldOut if _nearest(tree.get("task"), [*TRAINABLE, *HELD_OUT_TASKS]) in HELD_OUT_TASKS else Settings
+    tree = read_tree(path, overrides)
+    kind = HeldOut if nearest(tree.get("task"), [*TRAINABLE, *HELD_OUT_TASKS]) in HELD_OUT_TASKS else Settings
     return kind.from_dict(tree, source=str(path))
-
-
-def _nearest(given: Any, names: Iterable[str]) -> str | None:
-    return (
-        next(iter(difflib.get_close_matches(given[:100], names, n=1, cutoff=0.5)), None)
-        if isinstance(given, str)
-        else None
-    )
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without keys that are given twice, of which the first would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        given: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in given:
-                raise yaml.YAMLError(f"line {key.start_mark.line + 1} gives {quoted(key.value)} once more.")
-            given.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _parsed(text: str) -> Any:
-    """What a YAML text says.
-
-    Raises:
-        ValueError: If it says nothing that settings could be, with the reason.
-    """
-    try:
-        found = yaml.load(text, _Loader)
-    except RecursionError:
-        raise ValueError("it is nested too deeply.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(error) from None
-    left, inside = VALUES, [found]
-    while inside:
-        value = inside.pop()
-        left -= 1
-        if left < 0:
-            raise ValueError(f"it holds more than {VALUES:,} values, those of aliases counted.")
-        inside += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return found
-
-
-def _tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
-    """A file with its variant and the overrides laid over it."""
-    try:
-        tree = _parsed(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}.") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not YAML: {listed([error])}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{path} holds a {type(tree).__name__}; expected a tree of settings.")
-    changes = assignments(overrides)
-    variants, name = tree.pop("task_names", None) or {}, tree.pop("task_name", None)
-    name = changes.pop("task_name", name)
-    if name is not None:
-        if not isinstance(variants, dict) or not isinstance(name, str) or not isinstance(variants.get(name), dict):
-            raise InputError(f"task_name is {quoted(name)}; {path} has {listed(variants) or 'none'}.")
-        tree = _laid_over(tree, variants[name])
-    return _laid_over(tree, changes)
-
-
-def assignments(texts: Iterable[str]) -> dict[str, Any]:
-    """`section.key=value`, the value in YAML -> a tree.
-
-    Raises:
-        InputError: Names the one that has no value, or one that YAML would read as something less than was given.
-    """
-    changes: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not value.strip():
-            raise InputError(f"{quoted(text)} gives no value; expected key=value, or key=null for none.")
-        try:
-            given = _parsed(value)
-            end = max(token.end_mark.index for token in yaml.scan(value) if not isinstance(token, _ENDS))
-            for part in reversed(key.split(".")):
-                given = {part: given}
-            changes = _laid_over(changes, given)
-        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: of a date that is none, too
-            raise InputError(f"{quoted(text)}: the value is not YAML; single quotes keep what is in them.") from None
-        if lost := value[end:].strip():
-            raise InputError(
-                f"{quoted(text)}: {quoted(lost)} is a comment in YAML; single quotes keep it: {listed([key])}='…'."
-            )
-    return changes
-
-
-_ENDS = (yaml.BlockEndToken, yaml.StreamEndToken)  # which stand behind what is passed over
-
-
-def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _laid_over(merged[key], value) if both else value
-    return merged
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return leaves
 
 
 def _problem(root: type[BaseModel], entry: Any) -> str:
@@ -590,9 +482,7 @@ def _problem(root: type[BaseModel], entry: Any) -> str:
     if entry["type"] != "extra_forbidden":
         given = "" if entry["type"] == "missing" else f", got {quoted(entry['input'])}"
         near = (
-            _nearest(entry["input"], re.findall("'([^']+)'", entry["msg"]))
-            if entry["type"] == "literal_error"
-            else None
+            nearest(entry["input"], re.findall("'([^']+)'", entry["msg"])) if entry["type"] == "literal_error" else None
         )
         hint = f"; did you mean {near}?" if near else ""
         return f"{key}: {entry['msg'].removeprefix('Value error, ')}{given}{hint}"
@@ -602,6 +492,6 @@ def _problem(root: type[BaseModel], entry: Any) -> str:
     for part in path[:-1]:
         section = section.model_fields[part].annotation if part in section.model_fields else section
         section = next((kind for kind in getattr(section, "__args__", ()) if hasattr(kind, "model_fields")), section)
-    near = _nearest(path[-1], section.model_fields)
+    near = nearest(path[-1], section.model_fields)
     hint = f"did you mean {near}?" if near else f"expected one of {', '.join(section.model_fields)}."
     return f"{key}: there is no such setting; {hint}"

@@ -8,36 +8,34 @@ import json
 import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Encoding, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Encoding
 
 from bert_jax import hub
 from bert_jax.errors import CheckpointError, InputError, quoted
+from bert_jax.tokenizer_files import (
+    BERT_CLASSES,
+    FLAGS,
+    GENERIC_CLASSES,
+    SPECIAL_TOKENS,
+    added_token,
+    check_vocab,
+    declared_tokens,
+    from_json,
+    max_length_of,
+    named_tokens,
+    read_json,
+    read_vocab,
+    unlike_bert,
+    wordpiece,
+)
 
 logger = logging.getLogger(__name__)
-
-SPECIAL_TOKENS = {
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
-}
-
-BERT_CLASSES = ("Bert", "DistilBert", "Electra", "MobileBert", "ConvBert")
-"""Classes that split text as BERT's, by their names without `Tokenizer` and `Fast`."""
-GENERIC_CLASSES = ("PreTrained", "TokenizersBackend")
-"""Classes that take `tokenizer.json` as it is."""
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""The special tokens that settings name, in the order in which transformers adds them."""
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-"""Of an added token."""
 
 Text = str | Sequence[str]
 """A text, or a list of words where `is_split_into_words`."""
@@ -94,16 +92,16 @@ class Tokenizer:
             CheckpointError: If it has no tokenizer files, they are damaged, or they are not of a WordPiece tokenizer.
         """
         folder = hub.download(model_id, revision=revision)
-        settings, file = _read(folder, "tokenizer_config.json"), _read(folder, "tokenizer.json")
+        settings, file = read_json(folder, "tokenizer_config.json"), read_json(folder, "tokenizer.json")
         added = {}
         if settings.get("added_tokens_decoder") is None:  # or the files of older versions do not count
-            settings |= _read(folder, "special_tokens_map.json")
-            added = _read(folder, "added_tokens.json")
+            settings |= read_json(folder, "special_tokens_map.json")
+            added = read_json(folder, "added_tokens.json")
         try:
-            limit = _limit(settings.get("model_max_length"))
-            special = _named(settings)
+            limit = max_length_of(settings.get("model_max_length"))
+            special = named_tokens(settings)
             named = SPECIAL_TOKENS | special
-            tokens = _declared(settings, added, file["added_tokens"] if file else [])
+            tokens = declared_tokens(settings, added, file["added_tokens"] if file else [])
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"tokenizer_config.json or tokenizer.json in {folder} is damaged ({quoted(error)}); download it again."
@@ -114,7 +112,7 @@ class Tokenizer:
         kind = re.sub("(Tokenizer)?(Fast)?$", "", name or "Bert") if isinstance(name, str | None) and name != "" else ""
         bert = kind in BERT_CLASSES
         if (folder / "tokenizer.json").is_file():
-            backend = _from_json(folder / "tokenizer.json", file, settings if bert else None, named)
+            backend = from_json(folder / "tokenizer.json", file, settings if bert else None, named)
             if not bert and kind not in GENERIC_CLASSES:
                 logger.warning("%s is used as it is, not as a %s.", folder / "tokenizer.json", quoted(name))
         elif not (folder / "vocab.txt").is_file():
@@ -124,12 +122,12 @@ class Tokenizer:
                 f"{folder} asks for a {quoted(name)}; expected BERT's WordPiece tokenizer, or a tokenizer.json."
             )
         else:
-            backend = _wordpiece(folder / "vocab.txt", _lines(folder / "vocab.txt"), settings, named)
+            backend = wordpiece(folder / "vocab.txt", read_vocab(folder / "vocab.txt"), settings, named)
         if bert:
             vocab = backend.get_vocab()
-            tokens += [(None, _token(token)) for token in named.values() if token in vocab]
+            tokens += [(None, added_token(token)) for token in named.values() if token in vocab]
         backend.add_tokens([token for _, token in tokens])
-        _check_vocab(folder, backend.get_vocab(), [])  # behind repeated lines an added token may get another's id
+        check_vocab(folder, backend.get_vocab(), [])  # behind repeated lines an added token may get another's id
         if absent := [token for token in named.values() if backend.token_to_id(token) is None]:
             logger.warning("%s: the vocabulary has no %s, so texts cannot contain it.", folder, " and no ".join(absent))
         for id, token in tokens:
@@ -146,7 +144,7 @@ class Tokenizer:
         Raises:
             CheckpointError: If the folder cannot be written.
         """
-        bert, normalizer = not _unlike_bert(self.backend), self.backend.normalizer
+        bert, normalizer = not unlike_bert(self.backend), self.backend.normalizer
         settings: dict[str, Any] = {
             "tokenizer_class": "BertTokenizer" if bert else "PreTrainedTokenizerFast",
             "model_max_length": self.model_max_length,
@@ -331,201 +329,6 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Maps token ids to text: joins the pieces and removes the spaces before punctuation."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-
-
-def _read(folder: Path, name: str) -> dict[str, Any]:
-    """The object in a JSON file of a folder; empty where there is no such file."""
-    path = folder / name
-    if not path.is_file() and os.path.lexists(path):
-        raise CheckpointError(f"{path} is not a regular file; replace or remove it.")
-    return hub.read_json(path) if path.is_file() else {}
-
-
-def _limit(given: Any) -> int:
-    """The maximum number of tokens in a row; there must be room for at least one token of text."""
-    if given is None:
-        return 512
-    # A tokenizer without a limit of its own is saved with one of 10^30.
-    if isinstance(given, bool) or not isinstance(given, int | float) or not (limit := int(min(given, 10**6))) > 2:
-        raise ValueError(f"model_max_length is {quoted(given)}")
-    return limit
-
-
-def _named(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens that settings name, as they are written in a text.
-
-    Raises:
-        ValueError: If a token is missing or empty, or is the same as [MASK].
-    """
-    for name in SPECIAL_TOKENS:
-        if name in settings and settings[name] in (None, ""):
-            raise ValueError(f"{name} is {settings[name]!r}")
-    if settings.get("split_special_tokens"):
-        raise ValueError("split_special_tokens is set")
-    special = {name: _token(settings[name]).content for name in NAMED if settings.get(name) is not None}
-    roles = SPECIAL_TOKENS | special
-    if shared := [name for name in SPECIAL_TOKENS if name != "mask_token" and roles[name] == roles["mask_token"]]:
-        raise ValueError(f"{shared[0]} and mask_token are both {roles['mask_token']}")
-    return special
-
-
-def _token(given: Any, *, special: bool = True) -> AddedToken:
-    """A token as a file declares it: its text, or an object with flags."""
-    if isinstance(given, str):
-        return AddedToken(given, special=special, normalized=not special)
-    flags = {flag: given[flag] for flag in FLAGS if flag in given}
-    return AddedToken(given["content"], **{"special": special} | flags)
-
-
-def _declared(
-    settings: Mapping[str, Any], added: Mapping[str, int], of_file: Sequence[Mapping[str, Any]]
-) -> list[tuple[int | None, AddedToken]]:
-    """The added tokens that files declare, in the order in which they get ids, each with its id where one is given.
-
-    Args:
-        settings: `tokenizer_config.json`, and `special_tokens_map.json` laid over it.
-        added: `added_tokens.json`.
-        of_file: The added tokens of `tokenizer.json`.
-    """
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    if not isinstance(extra, list | dict):
-        raise TypeError(f"extra_special_tokens is {quoted(extra)}")
-    named = [settings[name] for name in NAMED if settings.get(name) is not None]
-    named += [
-        token for name, token in settings.items()
-        if name not in NAMED and name.endswith("_token") and isinstance(token, str | dict)
-    ]  # fmt: skip
-    special = [_token(token) for token in [*named, *(extra.values() if isinstance(extra, Mapping) else extra)]]
-    names, contents = ({token.content for token in some} for some in (special[: len(named)], special))
-    decoder = settings.get("added_tokens_decoder")
-    if decoder is not None:
-        numbered = {int(id): _token(token, special=False) for id, token in decoder.items()}
-        pairs = list(numbered.items())
-    else:
-        by_content = {content: (id, _token(content, special=content in contents)) for content, id in added.items()}
-        by_content |= {token["content"]: (token["id"], _token(token, special=False)) for token in of_file}
-        pairs = list(by_content.values())
-    for _, token in pairs:
-        token.special = token.special or token.content in names
-    return [*sorted(pairs, key=lambda pair: pair[0]), *((None, token) for token in special)]
-
-
-def _lines(vocab_file: Path) -> dict[str, int]:
-    """Reads a vocabulary file, one piece per line, without trailing white space. Of equal lines, the last counts."""
-    try:
-        with open(vocab_file, encoding="utf-8", newline="") as file:
-            pieces = file.read().split("\n")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{vocab_file} is damaged ({error}); download it again.") from None
-    if pieces[-1] == "":
-        pieces.pop()
-    return {piece.rstrip(): i for i, piece in enumerate(pieces)}
-
-
-def _from_json(
-    path: Path, file: Mapping[str, Any], settings: Mapping[str, Any] | None, special: Mapping[str, str]
-) -> tokenizers.Tokenizer:
-    """The tokenizer of a `tokenizer.json`, without its added tokens.
-
-    Args:
-        path: The file's.
-        file: Its content.
-        settings: `tokenizer_config.json`, which decides for BERT's own class; None for the file as it is.
-        special: The named special tokens.
-
-    Raises:
-        CheckpointError: If it is damaged, not of WordPiece, or contradicts the class that is to read it.
-    """
-    try:
-        model = file["model"]
-        kind, vocab = model.get("type", "WordPiece"), model["vocab"]
-        if kind == "WordPiece":
-            # With the vocabulary apart, which takes the library longest.
-            content = {**file, "added_tokens": [], "model": {**model, "vocab": {}} if settings is not None else model}
-            backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-            vocab = dict(vocab)
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{path} is damaged ({quoted(error)}); download it again.") from None
-    if kind != "WordPiece" or not isinstance(backend.model, models.WordPiece):
-        raise CheckpointError(f"{path} holds a {quoted(kind)} tokenizer; expected WordPiece.")
-    if settings is None:
-        _check_vocab(path, vocab, [backend.model.unk_token])
-        return backend
-    if other := _unlike_bert(backend):
-        raise CheckpointError(
-            f"{path} has a {' and a '.join(other)} that BertTokenizer does not have, but tokenizer_config.json "
-            "names that class. To use the file as it is, set tokenizer_class to PreTrainedTokenizerFast."
-        )
-    return _wordpiece(path, vocab, settings, special, cased=not backend.normalizer.lowercase)
-
-
-def _wordpiece(
-    path: Path,
-    vocab: dict[str, int],
-    settings: Mapping[str, Any],
-    special: Mapping[str, str],
-    *,
-    cased: bool | None = None,
-) -> tokenizers.Tokenizer:
-    """The tokenizer of google-research/bert tokenization.py over a vocabulary.
-
-    Args:
-        path: The vocabulary's file.
-        vocab: Piece -> id.
-        settings: `tokenizer_config.json`.
-        special: The named special tokens.
-        cased: Whether text keeps its case where the settings do not say; by default what the vocabulary suggests.
-    """
-    _check_vocab(path, vocab, [special[name] for name in ("unk_token", "cls_token", "sep_token")])
-    lowercase = settings.get("do_lower_case")
-    if lowercase is None:
-        if cased is None:
-            pieces = (piece for piece in vocab if piece not in special.values() and piece[:1] != "[")
-            cased = any(piece != piece.lower() for piece in pieces)
-        lowercase = not cased
-        if cased:
-            logger.warning("%s: no do_lower_case in tokenizer_config.json; text keeps its case.", path)
-    chinese = settings.get("tokenize_chinese_chars")
-    backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=special["unk_token"]))
-    try:
-        backend.normalizer = normalizers.BertNormalizer(
-            handle_chinese_chars=True if chinese is None else chinese,
-            strip_accents=settings.get("strip_accents"),
-            lowercase=lowercase,
-        )
-    except TypeError as error:
-        raise CheckpointError(f"tokenizer_config.json of {path} is damaged ({error}); download it again.") from None
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece(prefix="##")
-    cls, sep = special["cls_token"], special["sep_token"]
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{cls}:0 $A:0 {sep}:0",
-        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-        special_tokens=[(cls, vocab[cls]), (sep, vocab[sep])],
-    )
-    return backend
-
-
-def _unlike_bert(backend: tokenizers.Tokenizer) -> list[str]:
-    """Those of a tokenizer's parts that are not BERT's."""
-    model, normalizer = backend.model, backend.normalizer
-    parts = {
-        "normalizer": isinstance(normalizer, normalizers.BertNormalizer) and normalizer.clean_text,
-        "pre_tokenizer": isinstance(backend.pre_tokenizer, pre_tokenizers.BertPreTokenizer),
-        "model": (model.continuing_subword_prefix, model.max_input_chars_per_word) == ("##", 100),
-        "post_processor": [backend.num_special_tokens_to_add(pair) for pair in (False, True)] == [2, 3],
-    }
-    return [name for name, is_bert in parts.items() if not is_bert]
-
-
-def _check_vocab(path: Path, vocab: Mapping[str, int], needed: Sequence[str]) -> None:
-    if missing := [token for token in needed if token not in vocab]:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}; expected a vocabulary with all of these.")
-    if not all(type(id) is int and 0 <= id < 2**24 for id in vocab.values()):
-        raise CheckpointError(f"{path} is damaged (a token id is not a whole number below 2^24); download it again.")
-    if len(set(vocab.values())) < len(vocab):
-        id, count = Counter(vocab.values()).most_common(1)[0]
-        raise CheckpointError(f"{path} has the id {id} for {count} tokens; expected one token for each id.")
 
 
 def _are_words(entry: Any) -> bool:

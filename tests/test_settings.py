@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from bert_jax import settings as module
+from bert_jax import yaml_file
 from bert_jax.errors import InputError
 from bert_jax.settings import Pretraining, Settings
 
@@ -321,7 +322,7 @@ def test_overrides_of_the_readme_are_taken():
     given = [word for command in commands for word in command if re.match(r"[a-z_.]+=", word)]
     assert len(given) >= 15
     for override in given:
-        assert module.assignments([override])
+        assert yaml_file.assignments([override])
 
 
 @pytest.mark.parametrize(

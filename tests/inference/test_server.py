@@ -1,6 +1,5 @@
 """A real server in a process of its own, and clients that talk to it over a socket."""
 
-import asyncio
 import http.client
 import importlib.util
 import json
@@ -11,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -355,59 +353,6 @@ def test_a_port_that_is_taken(folder, pipes):
     message = r"Cannot listen at 127.0.0.1, port \d+: Address already in use"
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match=message):
         server.serve("x", pipes, port=taken.getsockname()[1])
-
-
-# ── The batcher ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def jobs(limits, work, sizes):
-    """Answers of jobs that are submitted together."""
-
-    async def run():
-        batcher = server.Batcher(limits, lambda n: None)
-        made = [server.Job(work, "kind", list(range(size))) for size in sizes]
-        try:
-            return await asyncio.gather(*(batcher.submit(job) for job in made), return_exceptions=True)
-        finally:
-            await asyncio.get_running_loop().run_in_executor(None, batcher.close)
-
-    return asyncio.run(run())
-
-
-def test_jobs_are_computed_together_up_to_the_limit():
-    seen = []
-
-    def work(batch):
-        seen.append([len(job.requests) for job in batch])
-        return [len(job.requests) for job in batch]
-
-    assert jobs(server.Limits(batch=4, wait=0.2), work, [1, 2, 3, 1, 5]) == [1, 2, 3, 1, 5]
-    assert seen == [[1, 2], [3, 1], [5]]
-
-
-def test_a_batch_that_fails_is_nobody_else_s():
-    def work(batch):
-        if len(batch[0].requests) == 3:
-            raise RuntimeError("broken")
-        return [True for _ in batch]
-
-    failed, fine = jobs(server.Limits(batch=3, wait=0.01), work, [3, 1])
-    assert isinstance(failed, RuntimeError)
-    assert fine is True
-
-
-def test_who_waits_too_long_is_told_and_dropped():
-    begun, computed = threading.Event(), []
-
-    def work(batch):
-        begun.set()
-        time.sleep(0.3)
-        computed.extend(batch)
-        return [True for _ in batch]
-
-    found = jobs(server.Limits(batch=1, timeout=0.1), work, [1, 1, 1])
-    assert [error.status for error in found] == [504] * 3
-    assert len(computed) == 1
 
 
 # ── Azure ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,197 @@
+"""Batches of the requests of many clients: one thread computes, each client gets its own results."""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bert_jax.errors import InputError
+from bert_jax.inference.pipelines import LENGTHS, Pipeline
+from bert_jax.tasks.base import Task
+
+logger = logging.getLogger(__name__)
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+ATTENTION_TOKENS = 128
+"""Of a text whose attention is shown."""
+
+
+class Refused(Exception):
+    """A request that is not answered: status, code and sentence of the error."""
+
+    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers
+
+
+class Job:
+    """What a request wants of a pipeline, and where its answer goes.
+
+    Args:
+        work: Makes answers of several jobs of one kind at once.
+        kind: Jobs of one kind are computed together.
+        requests: Of the pipeline, one an input.
+    """
+
+    def __init__(self, work: Callable[[list["Job"]], list[Any]], kind: Any, requests: Sequence[Any]):
+        self.work, self.kind, self.requests = work, kind, requests
+        self.loop = asyncio.get_running_loop()
+        self.answer: asyncio.Future[Any] = self.loop.create_future()
+        self.gone = False
+
+    def deliver(self, value: Any) -> None:
+        """Hands the answer, or an exception, to the loop that waits for it."""
+
+        def done() -> None:
+            if not self.answer.done():
+                if isinstance(value, BaseException):
+                    self.answer.set_exception(value)
+                else:
+                    self.answer.set_result(value)
+
+        self.loop.call_soon_threadsafe(done)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server accepts and how long it works on it.
+
+    Attributes:
+        batch: The maximum number of inputs that are computed together.
+        wait: Seconds that an input waits for others to share its batch, while the model is idle.
+        queue: The maximum number of waiting inputs; beyond it, requests are refused with status 429.
+        timeout: Seconds until a request without an answer ends with status 504.
+        max_body: The maximum size of a request, in bytes.
+        max_inputs: The maximum number of inputs of a request.
+        max_characters: The maximum number of characters of an input.
+    """
+
+    batch: int = 64
+    wait: float = 0.0005
+    queue: int = 512
+    timeout: float = 30.0
+    max_body: int = 2**20
+    max_inputs: int = 128
+    max_characters: int = 20_000
+
+
+class Batcher:
+    """One thread that computes: it takes what waits, at most so many inputs, and waits shortly for more."""
+
+    def __init__(self, limits: Limits, seen: Callable[[int], None]):
+        self.limits, self.seen = limits, seen
+        self.waiting = 0  # inputs; of the event loop's thread alone
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+        self._thread.start()
+
+    async def submit(self, job: Job) -> Any:
+        """The answer to a job.
+
+        Raises:
+            Refused: If too many wait already, or it takes too long.
+        """
+        size = max(1, len(job.requests))
+        if self.waiting + size > max(self.limits.queue, size):
+            raise Refused(429, "busy", "Too many inputs are waiting; try again in a second.", {"Retry-After": "1"})
+        self.waiting += size
+        self._jobs.put(job)
+        try:
+            return await asyncio.wait_for(job.answer, self.limits.timeout)
+        except TimeoutError:
+            raise Refused(504, "timeout", f"There was no answer in {self.limits.timeout:g} s.") from None
+        finally:
+            job.gone = True
+            self.waiting -= size
+
+    def close(self) -> None:
+        """Ends the thread when all that waits is done."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        held: Job | None = None
+        while True:
+            first = held or self._jobs.get()
+            held = None
+            if first is None:
+                return
+            batch, size, until = [first], len(first.requests), time.monotonic() + self.limits.wait
+            while size < self.limits.batch:
+                try:
+                    job = self._jobs.get(timeout=max(0.0, until - time.monotonic()))
+                except queue.Empty:
+                    break
+                if job is None or job.kind != first.kind or size + len(job.requests) > self.limits.batch:
+                    held = job
+                    if job is None:
+                        self._jobs.put(None)
+                    break
+                batch.append(job)
+                size += len(job.requests)
+            self._compute([job for job in batch if not job.gone])
+
+    def _compute(self, batch: list[Job]) -> None:
+        if not batch:
+            return
+        self.seen(sum(len(job.requests) for job in batch))
+        try:
+            answers: list[Any] = batch[0].work(batch)
+        except Exception as error:
+            logger.error("a batch failed: %s", type(error).__name__)  # and not its words, which may be a client's
+            answers = [error] * len(batch)
+        for job, answer in zip(batch, answers, strict=True):
+            job.deliver(answer)
+
+
+def run_together(pipe: Pipeline[Task]) -> Callable[[list[Job]], list[list[Any]]]:
+    """Runs the requests of several jobs as one and gives each its results."""
+
+    def work(batch: list[Job]) -> list[list[Any]]:
+        results = iter(pipe.run([request for job in batch for request in job.requests]))
+        return [[next(results) for _ in job.requests] for job in batch]
+
+    return work
+
+
+class Attention:
+    """Attention of one text, a layer at a time; a program for each length."""
+
+    def __init__(self, pipe: Pipeline[Task]):
+        self.pipe = pipe
+        self._lengths = [length for length in LENGTHS if length <= min(ATTENTION_TOKENS, pipe.max_length)]
+        self._programs = {length: self._compiled(length) for length in self._lengths}
+
+    def _compiled(self, length: int) -> Any:
+        def attentions(params: Any, inputs: dict[str, jax.Array]) -> jax.Array:
+            return jnp.stack([layer[0] for layer in self.pipe.model(params).bert(**inputs).attentions])
+
+        inputs = {name: jax.ShapeDtypeStruct((1, length), np.int32) for name in MODEL_INPUTS}
+        return jax.jit(attentions).lower(self.pipe.params, inputs).compile()
+
+    def encode(self, text: str) -> Any:
+        """The text's tokens; raises `InputError` if there are too many."""
+        encoding = self.pipe.tokenizer.encode([text])[0][0]
+        if len(encoding) > self._lengths[-1]:
+            raise InputError(f"the text has {len(encoding)} tokens; attention is shown of {self._lengths[-1]} at most.")
+        return encoding
+
+    def work(self, batch: list[Job]) -> list[Any]:
+        """Answers jobs whose requests are (encoding, layer), one after another."""
+        answers = []
+        for job in batch:
+            ((encoding, layer),) = job.requests
+            tokens = len(encoding)
+            length = next(length for length in self._lengths if length >= tokens)
+            inputs = self.pipe.tokenizer.pad([encoding.ids], [encoding.type_ids], length=length)
+            weights = np.asarray(self._programs[length](self.pipe.params, inputs)[layer, :, :tokens, :tokens])
+            answers.append({"tokens": encoding.tokens, "attention": weights.astype(np.float64).round(4).tolist()})
+        return answers

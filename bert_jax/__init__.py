@@ -1,6 +1,6 @@
-"""BERT on JAX: the published checkpoints, number for number, in Flax NNX.
+"""BERT on JAX: the published checkpoints, reproduced number for number in Flax NNX.
 
-This is the table of contents; a name is imported when it is first used, so that `import bert_jax` costs nothing.
+This module lists the public names. Each is imported on first use, so that `import bert_jax` costs nothing.
 """
 
 import importlib

@@ -1,8 +1,8 @@
-"""Attention by name: written out, and the fused kernels that TPUs and GPUs have, which never hold the probabilities.
+"""Attention kernels by name: plain attention, and fused kernels for TPUs and GPUs that never store the probabilities.
 
-A kernel is a function of query [B, T, N, H], key and value [B, S, N, H] in the compute dtype, who attends to whom
-(`Attended`), and dropout's rate and key; it returns the context [B, T, N, H] and the probabilities, float32
-[B, N, T, S], or None where it has none.
+A kernel accepts query [B, T, N, H], key and value [B, S, N, H] in the compute dtype, which tokens attend to which
+(`Attended`), the dropout rate and the dropout key. It returns the context [B, T, N, H] and the probabilities, float32
+[B, N, T, S], or None if it is fused.
 """
 
 from collections.abc import Callable
@@ -20,18 +20,18 @@ from bert_jax.errors import InputError
 from bert_jax.nn import Linear, dropout, product
 
 FUSED = {"splash": ("TPUs", "tpu"), "cudnn": ("NVIDIA GPUs", "gpu")}
-"""Fused kernels: what they are for, in words and by JAX's name."""
+"""Fused kernel -> the hardware that it is for, in words and by JAX's name."""
 UNPACKED = ("cudnn",)
-"""Those of them that know rows of one text each alone."""
+"""Fused kernels that support only rows of one text each, not packed rows."""
 SPLASH_BLOCK = 128
-"""Tokens that splash attention takes at a time: rows have to be a multiple of it."""
+"""The smallest block of splash attention, in tokens. Row lengths must be a multiple of it."""
 
 
 class Attended(NamedTuple):
-    """Which tokens are attended to: those whose number is the asking token's.
+    """Which tokens attend to which: a query attends to the keys that have its number.
 
     Attributes:
-        queries: int32 [B, T], or [B, 1] where all tokens of a row ask for the same.
+        queries: int32 [B, T], or [B, 1] if all queries of a row have the same number.
         keys: int32 [B, S].
     """
 
@@ -39,19 +39,19 @@ class Attended(NamedTuple):
     keys: jax.Array
 
     def mask(self) -> jax.Array:
-        """The same as a mask: bool [B, 1, T or 1, S]."""
+        """The equivalent mask, bool [B, 1, T or 1, S]."""
         return (self.queries[:, :, None] == self.keys[:, None, :])[:, None]
 
 
 def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length: int | None = None) -> None:
-    """Raises `InputError` where a kernel would be wrong, or cannot run.
+    """Raises `InputError` if a kernel would give wrong results or cannot run.
 
     Args:
-        name: Of the kernel.
-        platform: Of the devices, by JAX's name.
-        compute_dtype: Of the activations.
+        name: The name of the kernel.
+        platform: The platform of the devices, by JAX's name.
+        compute_dtype: The dtype of the activations.
         packed: Whether rows hold several texts.
-        length: Tokens a row; None if they are not known yet.
+        length: Tokens per row; None if not known yet.
     """
     if name not in FUSED:
         return
@@ -76,12 +76,12 @@ def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length:
 
 
 def multiple(name: str) -> int:
-    """The number that the tokens of a row must be a multiple of."""
+    """The number that row lengths, in tokens, must be a multiple of."""
     return SPLASH_BLOCK if name == "splash" else 1
 
 
 def check_dropout(name: str, rate: float) -> None:
-    """Raises `InputError` where a fused kernel is to drop attention probabilities, which it never holds."""
+    """Raises `InputError` if a fused kernel is to drop attention probabilities, because it never stores them."""
     if name != "plain" and rate > 0:
         raise InputError(
             f"attention is {name!r}, a fused kernel without attention dropout, and the config has "
@@ -90,7 +90,7 @@ def check_dropout(name: str, rate: float) -> None:
 
 
 def platform() -> str:
-    """Of the devices that a program is made for: those of the mesh that is set, or the default ones."""
+    """JAX's name of the platform to compile for: that of the current mesh, or the default platform."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else str(device.platform)
 
@@ -107,16 +107,16 @@ def splash(
 ) -> tuple[jax.Array, None]:
     """Splash attention, JAX's block-wise kernel for TPUs (Dao et al. 2022, "FlashAttention", in Pallas).
 
-    Rows and heads are computed where they live: compilers share out no custom kernel.
+    Each device computes its own rows and heads, because compilers do not shard custom kernels.
 
     Args:
-        query: [B, T, N, H], T a multiple of `SPLASH_BLOCK`.
-        key: [B, S, N, H], S likewise.
+        query: [B, T, N, H], with T a multiple of `SPLASH_BLOCK`.
+        key: [B, S, N, H], with S a multiple of `SPLASH_BLOCK`.
         value: [B, S, N, H].
-        attended: Who attends to whom; None for all to all.
-        dropout_rate: Not used: callers refuse it.
+        attended: Which tokens attend to which; None if all attend to all.
+        dropout_rate: Not used, because callers refuse attention dropout.
         dropout_key: Not used.
-        interpret: Runs it without a TPU, slowly, for tests.
+        interpret: Runs the kernel without a TPU, slowly, for tests.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -167,12 +167,12 @@ def cudnn(
         query: bfloat16 [B, T, N, H].
         key: bfloat16 [B, S, N, H].
         value: bfloat16 [B, S, N, H].
-        attended: Who attends to whom, of which each row's number of keys is read; None for all to all.
-        dropout_rate: Not used: callers refuse it.
+        attended: Which tokens attend to which; None if all attend to all. Only each row's number of keys is used.
+        dropout_rate: Not used, because callers refuse attention dropout.
         dropout_key: Not used.
 
     Raises:
-        InputError: If padding comes before tokens, where that can be seen, or cuDNN is not installed.
+        InputError: If padding comes before tokens (checked only outside jit), or cuDNN is not installed.
     """
     lengths = None
     if attended is not None:
@@ -208,14 +208,15 @@ def plain_attention(
         query: [B, T, N, H].
         key: [B, S, N, H].
         value: [B, S, N, H].
-        attended: Who attends to whom; None for all to all. A row without any attends to all alike.
-        dropout_rate: Share of the probabilities that is dropped where there is a `dropout_key`.
+        attended: Which tokens attend to which; None if all attend to all. A fully masked row attends to all tokens
+            equally.
+        dropout_rate: The fraction of the probabilities that is dropped if there is a `dropout_key`.
         dropout_key: PRNG key, or None.
 
     Returns:
         The context [B, T, N, H] in the dtype of value, and the probabilities, float32 [B, N, T, S], before dropout.
     """
-    # Heads first, once and for all: left inside the products, CPUs turn them around anew in the backward pass.
+    # Moves the heads to the front once. Inside the products, CPUs would transpose again in the backward pass.
     query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))  # [B, N, T, H]
     scores = product("bnth,bnsh->bnts", query, key) * query.shape[-1] ** -0.5
     if attended is not None:
@@ -226,7 +227,7 @@ def plain_attention(
     return jnp.moveaxis(context, 1, 2), probabilities
 
 
-# Name -> kernel. A fused kernel has the same signature and returns None for the probabilities that it never holds.
+# Name -> kernel. A fused kernel returns None for the probabilities, because it never stores them.
 ATTENTION: dict[str, Callable[..., tuple[jax.Array, jax.Array | None]]] = {
     "plain": plain_attention,
     "splash": splash,
@@ -249,9 +250,9 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x: jax.Array, states: jax.Array, attended: Attended | None, dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """What x [B, T, D] gathers from states [B, S, D]: [B, T, D] and the probabilities [B, N, T, S].
+        """Attends from x [B, T, D] to states [B, S, D]; returns [B, T, D] and the probabilities [B, N, T, S].
 
-        Where x is not all of the states there is little to fuse, and attention is plain.
+        If x is only some of the states, there is little to fuse, and attention is plain.
         """
         rate = self.config.attention_probs_dropout_prob
         if dropout_key is not None:

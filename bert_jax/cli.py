@@ -1,6 +1,6 @@
 """The command line: `bert-jax fill-mask | score | predict | serve | finetune | pretrain | evaluate | info | verify`.
 
-Each command imports what it needs.
+Each command imports only what it needs.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: a mistake of the user ends in one line on stderr and exit status 2."""
+    """Entry point: a user's mistake prints one line to stderr and ends with exit status 2."""
     try:
         app()
     except Interrupted as error:
@@ -64,10 +64,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print("bert-jax: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of our output has left
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (OSError, MemoryError) as error:  # a path that is too long, a folder that is locked, a batch of millions
+    except (OSError, MemoryError) as error:  # such as a path too long, a locked folder, a batch of millions
         print(f"bert-jax: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -210,11 +210,11 @@ def finetune(
     from bert_jax.errors import InputError
     from bert_jax.settings import Settings
 
-    settings = Settings.from_file(config, overrides or ())  # before jax is imported: a mistake shows at once
+    settings = Settings.from_file(config, overrides or ())  # before importing jax, so that mistakes show at once
     if target and not dry_run:
         raise InputError("--target goes with --dry-run: it says what to compile for, and nothing can run there.")
     if target:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # only compilers are asked; programs for other chips cannot be cached
+        os.environ["JAX_PLATFORMS"] = "cpu"  # only compiles; programs for other chips cannot be cached
     memory.keep_freed()  # imports jax
     if not target:
         _use_compilation_cache()
@@ -281,7 +281,7 @@ def evaluate(
     if isinstance(settings, HeldOut):
         if output:
             check_extra("train", "matplotlib")
-            with hub.replacing(output):  # now, and not after the evaluation: whether it can be written
+            with hub.replacing(output):  # checks now, not after the evaluation, that it is writable
                 pass
         metrics = recipes.evaluate_held_out(
             [model, *(beside or ())], settings, split, ignore=ignore or (), console=Console(stderr=True)
@@ -294,7 +294,7 @@ def evaluate(
         print(json.dumps(metrics, indent=2))
     else:
         _console().print(Markdown(markdown))
-    if output and isinstance(settings, HeldOut):  # last, for it may not be writable
+    if output and isinstance(settings, HeldOut):  # last, because it may not be writable
         held_out.leave(output, settings.to_yaml(), metrics)
 
 
@@ -327,7 +327,7 @@ def serve(
     from bert_jax.tasks import registry
 
     name, folder = _model(settings.model, settings.revision)
-    # Published models have a next-sentence head and do not say so.
+    # Published models have a next-sentence head but do not list it in their architectures.
     tasks = settings.tasks or [
         *(pipelines.tasks_of(hub.architectures(folder)) or ["fill-mask"]),
         "next-sentence-prediction",
@@ -339,7 +339,7 @@ def serve(
                 registry.task_name(task_name), folder, ignore=settings.ignore, compute_dtype=settings.compute_dtype
             )
         except BertJaxError:
-            if settings.tasks or not pipes:  # asked for, or the only one
+            if settings.tasks or not pipes:  # requested, or no task has loaded yet
                 raise
     limits = Limits(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Limits)})
     server.serve(name, pipes, host=settings.host, port=settings.port, limits=limits)
@@ -426,7 +426,7 @@ def _pipeline(
 
 
 def _model(model: str | None, revision: str | None) -> tuple[str, Path]:
-    """A model's name and folder; of the default model where the Hub is out of reach, the embedded one's."""
+    """A model's name and folder; if the default model cannot be reached on the Hub, those of the embedded one."""
     from bert_jax import hub
 
     name = model or DEFAULT_MODEL
@@ -441,7 +441,7 @@ def _model(model: str | None, revision: str | None) -> tuple[str, Path]:
 
 
 def _print_fillings(console: "Console", title: str, fillings: list[dict[str, Any]]) -> None:
-    """A table with a bar a filling; bars are as long as the score, the best one's in full."""
+    """Prints a table with one bar per filling; bar lengths follow the scores, and the best score has a full bar."""
     from rich.bar import Bar
     from rich.table import Table
     from rich.text import Text
@@ -466,7 +466,7 @@ def _console(quiet: bool = False) -> "Console":
 
 @contextlib.contextmanager
 def _joined(given: str | None) -> Iterator["Console"]:
-    """Joins the other processes, if there are any; gives the console, which only the first one writes to."""
+    """Joins the other processes, if there are any; yields the console, which only the first process writes to."""
     if given is None:
         yield _console()
         return
@@ -480,11 +480,11 @@ def _joined(given: str | None) -> Iterator["Console"]:
         raise
     except BertJaxError as error:
         print(f"bert-jax: {distributed.name()}: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # at once: JAX's own way out waits for the others, and these wait for this one
+        os._exit(2)  # at once: JAX's normal exit waits for the other processes, which wait for this one
 
 
 def _use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder: the second run of a command does not compile."""
+    """Keeps compiled programs in the user's cache folder, so that the second run of a command does not compile."""
     place = os.environ.get(CACHE_VARIABLE) or str(
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_jax" / "programs"
     )
@@ -493,7 +493,7 @@ def _use_compilation_cache() -> None:
     import jax
 
     jax.config.update("jax_compilation_cache_dir", place)
-    # The defaults skip programs that compile in under a second, which is most of ours.
+    # By default, JAX does not cache programs that compile in under a second, and most of ours do.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 

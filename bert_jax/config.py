@@ -1,4 +1,4 @@
-"""`BertConfig`: the hyperparameters of `config.json`, by their names, and nothing that the network does not do."""
+"""`BertConfig`: the hyperparameters in `config.json` that the network supports, under the same names."""
 
 import dataclasses
 import logging
@@ -11,7 +11,7 @@ from bert_jax.errors import ConfigError, quoted
 
 logger = logging.getLogger(__name__)
 
-# What else a config.json may ask for that would change the numbers: key -> the one value the network has.
+# Other keys of config.json that would change the numbers -> the only value that the network supports.
 _FIXED = {
     "model_type": "bert",
     "position_embedding_type": "absolute",
@@ -26,7 +26,7 @@ _FIXED = {
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 HIDDEN_ACTS = ("gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh", "relu")
 
-# The largest sizes that are taken: well above any published BERT, and small enough to be refused before they are built.
+# The largest accepted sizes, well above any published BERT. Larger sizes are refused before anything is built.
 _LIMITS = {
     "vocab_size": 2**24,
     "hidden_size": 2**16,
@@ -64,12 +64,12 @@ class ConfigChanges(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Hyperparameters of BERT (Devlin et al. 2018, section 3; field names of Hugging Face's `config.json`).
+    """Hyperparameters of BERT (Devlin et al. 2018, section 3), with the field names of Hugging Face's `config.json`.
 
-    Sizes are counts; `layer_norm_eps` is added to a variance; dropouts are probabilities.
+    Sizes are counts, `layer_norm_eps` is added to a variance, and dropouts are probabilities.
 
     Raises:
-        ConfigError: If a value is of the wrong kind or describes a network that is not BERT's.
+        ConfigError: If a value is invalid or describes a network that is not a BERT.
     """
 
     vocab_size: int = 28996
@@ -78,23 +78,23 @@ class BertConfig:
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     hidden_act: str = "gelu"
-    """`gelu` is the exact one, by erf; `gelu_new` is the tanh approximation."""
+    """`gelu` is exact and uses erf; `gelu_new` is the tanh approximation."""
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     initializer_range: float = 0.02
-    """Standard deviation of the truncated normal that new weights are drawn from."""
+    """The standard deviation of the truncated normal that new weights are drawn from."""
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
     classifier_dropout: float | None = None
-    """Dropout before a classifier; None takes `hidden_dropout_prob`."""
+    """Dropout before a classifier; None uses `hidden_dropout_prob`."""
     num_labels: int = -1
-    """How many labels a classifier has. By default as many as `id2label` or `label2id` name, or 2."""
+    """The number of labels of a classifier; by default that of the names in `id2label` or `label2id`, or 2."""
     id2label: Mapping[int | str, str] | Sequence[str] | None = None
-    """The labels' names by id, as a dict or in order; held as a tuple. None names them LABEL_0, LABEL_1, …"""
+    """The label names, as a dict by id or in the order of ids; stored as a tuple. None means LABEL_0, LABEL_1, …"""
     label2id: Mapping[str, int] | None = dataclasses.field(default=None, compare=False, repr=False)
-    """The inverse of `id2label`, which may be given instead."""
+    """The inverse of `id2label`; may be given instead of it."""
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ class BertConfig:
         if names is not None and self.num_labels not in (-1, len(names)):
             raise ConfigError(f"There are names of {len(names)} labels, but num_labels is {self.num_labels}.")
         count = (2 if names is None else len(names)) if self.num_labels == -1 else self.num_labels
-        # A config is static under jit, so that what is compared of it is hashable.
+        # A config is static under jit, so the fields that are compared must be hashable.
         for name, value in [("num_labels", count), ("id2label", names)]:
             object.__setattr__(self, name, value)
         object.__setattr__(self, "label2id", {label: i for i, label in enumerate(self.labels)})
@@ -147,15 +147,15 @@ class BertConfig:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the labels, in the order of their ids."""
-        assert isinstance(self.id2label, tuple | None)  # since it is made
+        """The label names in the order of their ids."""
+        assert isinstance(self.id2label, tuple | None)  # set by __post_init__
         return self.id2label or tuple(f"LABEL_{i}" for i in range(self.num_labels))
 
     def replace(self, **changes: Unpack[ConfigChanges]) -> "BertConfig":
         """A copy with some fields changed. A new number of labels, or new names, replace the old names.
 
         Raises:
-            ConfigError: If there is no such field, or a value is not valid for it.
+            ConfigError: If a field does not exist, or a value is invalid.
         """
         fields = [field.name for field in dataclasses.fields(self)]
         if unknown := [name for name in changes if name not in fields]:
@@ -173,10 +173,10 @@ class BertConfig:
         Keys that are not BERT's hyperparameters (`pooler_type`, `transformers_version`, …) are ignored.
 
         Args:
-            config: A parsed `config.json`. One without `model_type` is taken if it has BERT's sizes.
+            config: A parsed `config.json`. Without `model_type`, it is accepted if it has BERT's sizes.
 
         Raises:
-            ConfigError: If the file is of another model, or a value asks for something that is not supported.
+            ConfigError: If the file belongs to another model, or a value asks for something that is not supported.
         """
         if config.get("model_type", "bert") != "bert":
             raise ConfigError(
@@ -196,7 +196,7 @@ class BertConfig:
         if known.get("id2label") is not None:
             if not isinstance(known["id2label"], Mapping):
                 raise ConfigError(f"id2label is {quoted(known['id2label'])}; expected a JSON object of ids and names.")
-            known.pop("label2id", None)  # as in transformers: the names by id count, whatever the other map says
+            known.pop("label2id", None)  # as in transformers: id2label takes precedence over label2id
             if known.pop("num_labels", count := len(known["id2label"])) != count:
                 logger.warning(
                     "config.json names %d labels, but num_labels is %s; the names take precedence.",
@@ -207,7 +207,7 @@ class BertConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "BertConfig":
-        """`from_dict` of a JSON file; see there for what is refused."""
+        """The config in a JSON file; `from_dict` describes what is refused."""
         config = hub.read_json(Path(path), ConfigError)
         try:
             return cls.from_dict(config)
@@ -226,7 +226,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _label_names(id2label: Any, label2id: Any) -> tuple[str, ...] | None:
-    """The labels' names in the order of their ids, from one of the two maps or both; None where neither is given."""
+    """The label names in the order of their ids, from one map or both; None if neither is given."""
     names = None if id2label is None else _in_order("id2label", id2label)
     if not label2id:
         return names
@@ -242,7 +242,7 @@ def _label_names(id2label: Any, label2id: Any) -> tuple[str, ...] | None:
 
 
 def _in_order(field: str, given: Any) -> tuple[str, ...]:
-    """Names in the order of their ids, from `{0: name, …}`, `{"0": name, …}` or names in order."""
+    """Names in the order of their ids, from `{0: name, …}`, `{"0": name, …}` or a list or tuple of names."""
     if not isinstance(given, Mapping):
         given = dict(enumerate(given)) if isinstance(given, list | tuple) else {None: given}
     try:

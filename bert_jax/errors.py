@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 QUOTED = 200
-"""Characters of what was given that a message shows."""
+"""The maximum number of characters of a value that a message shows."""
 
 
 class BertJaxError(Exception):
@@ -16,19 +16,19 @@ class BertJaxError(Exception):
 
 
 class InputError(BertJaxError, ValueError):
-    """A text, an argument or a setting that cannot be used."""
+    """An invalid text, argument or setting."""
 
 
 class ConfigError(BertJaxError, ValueError):
-    """A `config.json` that describes no network of ours."""
+    """A `config.json` that does not describe a supported network."""
 
 
 class CheckpointError(BertJaxError, ValueError):
-    """Weights or tokenizer files that are damaged, incomplete, or of another model."""
+    """Weights or tokenizer files that are damaged, incomplete or from another model."""
 
 
 class ModelNotFoundError(BertJaxError, OSError):
-    """A model id, folder or revision that is not there."""
+    """A model id, folder or revision that does not exist."""
 
 
 class HubUnreachableError(ModelNotFoundError):
@@ -36,16 +36,16 @@ class HubUnreachableError(ModelNotFoundError):
 
 
 class TrainingError(BertJaxError, ArithmeticError):
-    """A run that cannot go on: a loss that is not finite, a metric that is not there."""
+    """A run that cannot continue, because a loss is not finite or a metric is missing."""
 
 
 class Interrupted(BertJaxError):
-    """A run that was asked to stop and has saved where it stands.
+    """A run that was asked to stop and has saved its state.
 
     Args:
-        step: Steps done.
-        folder: Of the run.
-        signal: The number that asked.
+        step: The number of steps done.
+        folder: The folder of the run.
+        signal: The number of the signal that stopped the run.
     """
 
     def __init__(self, step: int, folder: object, signal: int):
@@ -54,18 +54,18 @@ class Interrupted(BertJaxError):
 
 
 def check_extra(extra: str, *modules: str) -> None:
-    """Raises `InputError` where modules of an extra are not installed."""
+    """Raises `InputError` if modules of an extra are not installed."""
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
         raise InputError(f"This needs {', '.join(missing)}: pip install 'bert-jax[{extra}]'.")
 
 
 def quoted(value: Any) -> str:
-    """The value as Python writes it, cut off after `QUOTED` characters. The rest of a large value is never built."""
+    """The value as Python writes it, cut after `QUOTED` characters. The rest of a large value is never built."""
     return _cut(_written(value))
 
 
 def listed(values: Iterable[Any]) -> str:
-    """Values with commas between them, cut off after `QUOTED` characters."""
+    """The values separated by commas, cut after `QUOTED` characters."""
     return _cut(f"{', ' * (i > 0)}{str(value)[: QUOTED + 1]}" for i, value in enumerate(values))
 
 
@@ -97,7 +97,7 @@ def _written(value: Any) -> Iterator[str]:
         yield "," * (type(value) is tuple and len(value) == 1) + closing
     elif isinstance(value, str | bytes):
         yield repr(value[: QUOTED + 1])
-    elif isinstance(value, int) and value.bit_length() > 10_000:  # Python does not write longer ones as decimals
+    elif isinstance(value, int) and value.bit_length() > 10_000:  # Python does not write longer integers as decimals
         yield f"a whole number of {value.bit_length()} bits"
     else:
         yield repr(value)

@@ -1,4 +1,4 @@
-"""BERT's heads, each on an encoder: pretraining, masked tokens, next sentences, classes, tags, answers."""
+"""BERT's heads, each on an encoder: pretraining, masked tokens, next sentence, text and token classes, answers."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,16 @@ from bert_jax.model import Attention, BertModel, BertPreTrainedModel, ComputeDty
 from bert_jax.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, last_axis, new_param, split_key
 
 FIRST = np.zeros((1, 1), np.int32)
-"""The `positions` of a head that reads [CLS] alone."""
+"""The `positions` for a head that reads only [CLS]."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HeadOutput:
-    """What a model with one head returns: float32 logits, shaped as the model says, and the encoder's inside."""
+    """The output of a model with one head: float32 logits, and the encoder's hidden states and attentions.
+
+    The model documents the shape of its logits.
+    """
 
     logits: jax.Array
     hidden_states: tuple[jax.Array, ...]
@@ -29,11 +32,11 @@ class HeadOutput:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PreTrainingOutput:
-    """What `BertForPreTraining` returns.
+    """The output of `BertForPreTraining`.
 
     Attributes:
-        prediction_logits: float32 [B, T, V], or [B, P, V] at the chosen positions.
-        seq_relationship_logits: float32 [B, 2], or [B, K, 2] of the chosen first tokens; 0 is "B follows A".
+        prediction_logits: float32 [B, T, V], or [B, P, V] at `masked_positions`.
+        seq_relationship_logits: float32 [B, 2], or [B, K, 2] at `first_positions`; index 0 is "B follows A".
         hidden_states: As in `BertModelOutput`.
         attentions: As in `BertModelOutput`.
     """
@@ -47,7 +50,7 @@ class PreTrainingOutput:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuestionAnsweringOutput:
-    """What `BertForQuestionAnswering` returns: float32 [B, T] logits of an answer's first and of its last token."""
+    """The output of `BertForQuestionAnswering`: float32 [B, T] logits of an answer's first and last tokens."""
 
     start_logits: jax.Array
     end_logits: jax.Array
@@ -56,7 +59,7 @@ class QuestionAnsweringOutput:
 
 
 class MaskedLMHead(nnx.Module):
-    """Scores of the vocabulary: dense, activation, LayerNorm, and the decoder tied to the word embeddings."""
+    """Scores the vocabulary: dense layer, activation, LayerNorm, and a decoder tied to the word embeddings."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs | None):
         self.config = config
@@ -73,7 +76,7 @@ class MaskedLMHead(nnx.Module):
 
 
 class BertForPreTraining(BertPreTrainedModel):
-    """The encoder with both of its pretraining heads (Devlin et al. 2018, section 3.1)."""
+    """The encoder with both pretraining heads (Devlin et al. 2018, section 3.1)."""
 
     def __init__(
         self,
@@ -104,7 +107,7 @@ class BertForPreTraining(BertPreTrainedModel):
         first_positions: ArrayLike | None = None,
         dropout_key: jax.Array | None = None,
     ) -> PreTrainingOutput:
-        """Scores the vocabulary and the next sentence. For the other arguments see `BertModel`.
+        """Scores the vocabulary and the next sentence.
 
         Args:
             input_ids: int [B, T].
@@ -113,8 +116,8 @@ class BertForPreTraining(BertPreTrainedModel):
             position_ids: See `BertModel`.
             document_ids: See `BertModel`.
             masked_positions: int [B, P], the tokens at which to score the vocabulary; None for all tokens.
-            first_positions: int [B, K], the first token of each example of a row; the next-sentence logits are
-                [B, K, 2]. None reads the first token of the row, and they are [B, 2].
+            first_positions: int [B, K], the first token of each example in a row; the next-sentence logits are then
+                [B, K, 2]. With None, the first token of the row is used, and the logits are [B, 2].
             dropout_key: See `BertModel`.
         """
         if masked_positions is None and first_positions is None:
@@ -182,10 +185,12 @@ class BertForMaskedLM(BertPreTrainedModel):
         masked_positions: ArrayLike | None = None,
         dropout_key: jax.Array | None = None,
     ) -> HeadOutput:
-        """Scores the vocabulary at `masked_positions`, int [B, K], or at all tokens. For the rest see `BertModel`.
+        """Scores the vocabulary at `masked_positions`, int [B, K], or at all tokens.
+
+        The other arguments are those of `BertModel`.
 
         Returns:
-            Logits float32 [B, K, V], or [B, T, V].
+            Logits, float32 [B, K, V] or [B, T, V].
         """
         out = self.bert(
             input_ids,
@@ -201,7 +206,7 @@ class BertForMaskedLM(BertPreTrainedModel):
 
 
 class BertForNextSentencePrediction(BertPreTrainedModel):
-    """The encoder with the next-sentence head: logits float32 [B, 2], or [B, K, 2]; 0 is "B follows A"."""
+    """The encoder with the next-sentence head: logits float32 [B, 2] or [B, K, 2]; index 0 is "B follows A"."""
 
     def __init__(
         self,
@@ -245,7 +250,7 @@ class BertForNextSentencePrediction(BertPreTrainedModel):
 
 
 class BertForSequenceClassification(BertPreTrainedModel):
-    """The encoder with a classifier over the pooled first token, or `positions`: logits float32 [B, C] or [B, K, C]."""
+    """The encoder with a classifier of the pooled first token or `positions`: logits float32 [B, C] or [B, K, C]."""
 
     def __init__(
         self,
@@ -291,7 +296,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
 
 
 class BertForTokenClassification(BertPreTrainedModel):
-    """The encoder with a classifier over each token: logits float32 [B, T, C]."""
+    """The encoder with a classifier of each token: logits float32 [B, T, C]."""
 
     def __init__(
         self,
@@ -343,7 +348,7 @@ class BertForTokenClassification(BertPreTrainedModel):
 
 
 class BertForQuestionAnswering(BertPreTrainedModel):
-    """The encoder with two scores a token, for an answer's start and end (Devlin et al. 2018, section 4.2)."""
+    """The encoder with two scores per token, for an answer's start and end (Devlin et al. 2018, section 4.2)."""
 
     def __init__(
         self,

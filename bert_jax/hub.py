@@ -24,9 +24,9 @@ DEFAULT_MODEL = "google-bert/bert-base-cased"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-"""The index of a checkpoint whose weights are in several files."""
+"""The index of a checkpoint with several weight files."""
 EMBEDDED = Path(__file__).parent / "embedded"
-"""Holds the models that ship in the package, a folder each."""
+"""The folder of the models that ship in the package, with one subfolder per model."""
 
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -34,22 +34,23 @@ TOKENIZER_FILES = (
 
 
 def download(model_id: str | os.PathLike[str], *, revision: str | None = None, timeout: float = 10.0) -> Path:
-    """The folder of a model's files; from the Hub, they are downloaded into its cache first.
+    """The folder with a model's files. Files from the Hub are first downloaded into its cache.
 
-    With `HF_HUB_OFFLINE=1`, or when the Hub does not answer, the cache alone is asked.
+    With `HF_HUB_OFFLINE=1`, or if the Hub does not answer, only the cache is used.
 
     Args:
-        model_id: A folder, the name of an embedded model (`bert-mini-cased`), or an id on the Hub. A folder wins.
+        model_id: A folder, the name of an embedded model (`bert-mini-cased`), or an id on the Hub. A folder takes
+            precedence.
         revision: Branch, tag or commit on the Hub; None for `main`.
         timeout: Seconds to wait for the Hub's first answer.
 
     Returns:
-        A folder with config.json.
+        A folder that contains config.json.
 
     Raises:
-        ModelNotFoundError: If there is no such folder, model or revision.
+        ModelNotFoundError: If the folder, model or revision does not exist.
         HubUnreachableError: If the Hub does not answer and the cache does not have the whole model.
-        CheckpointError: If the model has no weights in safetensors.
+        CheckpointError: If the model has no safetensors weights.
     """
     folder = Path(model_id)
     if folder.is_dir():
@@ -62,20 +63,20 @@ def download(model_id: str | os.PathLike[str], *, revision: str | None = None, t
 
 
 def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[str, Any]:
-    """The object that a JSON file of a model holds.
+    """The object in a JSON file of a model.
 
     Args:
         path: The file.
-        error: What to raise.
+        error: The exception class to raise.
 
     Raises:
-        BertJaxError: If the file cannot be read, or holds something else.
+        BertJaxError: If the file cannot be read, or does not hold an object. The exception is of the class `error`.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as reason:
         raise error(f"Cannot read {path}: {reason.strerror}.") from None
-    except (ValueError, RecursionError) as reason:  # also an integer of more digits than Python reads
+    except (ValueError, RecursionError) as reason:  # also for an integer with more digits than Python reads
         raise error(f"{path} is damaged ({reason}); download it again.") from None
     if not isinstance(content, dict):
         raise error(f"{path} is damaged (a {type(content).__name__}, not a JSON object); download it again.")
@@ -83,25 +84,25 @@ def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[s
 
 
 def architectures(folder: Path) -> list[str]:
-    """Names of the classes that a model was saved from, as its config.json has them; empty where it has none."""
+    """The names of the classes that a model was saved from, as listed in config.json; empty if it lists none."""
     try:
         names = read_json(folder / CONFIG_FILE).get("architectures")
-    except CheckpointError:  # BertConfig says what is wrong with it
+    except CheckpointError:  # BertConfig reports the problem
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def embedded() -> list[str]:
-    """Names of the models that ship in the package."""
+    """The names of the models that ship in the package."""
     return sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())
 
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A folder for new files. They move into `folder` when all of them are written, and not before.
+    """Yields a staging folder for new files. They move into `folder` only after all of them are written.
 
     Raises:
-        CheckpointError: If the disk or the folder's rights do not allow it; says which files of `folder` were replaced.
+        CheckpointError: If the disk or the permissions do not allow it; names the files of `folder` that were replaced.
     """
     folder = Path(folder).absolute()
     try:
@@ -113,7 +114,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         yield staging
         for path in staging.iterdir():
-            path.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+            path.chmod(0o666 & ~_umask())  # safetensors gives access only to the owner
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         staging.chmod(0o777 & ~_umask())
@@ -122,7 +123,7 @@ def replacing(folder: Path) -> Iterator[Path]:
                 os.replace(path, folder / path.name)
                 replaced.append(path.name)
             if (folder / INDEX_FILE).exists() and (folder / WEIGHTS_FILE).exists():
-                (folder / INDEX_FILE).unlink()  # of shards that stood here before
+                (folder / INDEX_FILE).unlink()  # left over from earlier shards
         else:
             os.rename(staging, folder)
     except OSError as error:
@@ -143,7 +144,7 @@ def _umask() -> int:
 
 
 def _from_hub(repo: str, revision: str, timeout: float) -> Path:
-    # Imported here: its network half takes 0.2 s to import, and a local folder needs none of it.
+    # Imported here, because its network part takes 0.2 s to import and a local folder does not need it.
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
     from huggingface_hub.utils import validate_repo_id
@@ -165,17 +166,17 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
     def fetch(name: str, revision: str) -> Path:
         if not cache_only:
             return Path(hf_hub_download(repo, name, revision=revision))
-        # Not hf_hub_download(local_files_only=True): building its headers asks the Hub, for three seconds more.
+        # Not hf_hub_download(local_files_only=True), which asks the Hub while building headers: three seconds more.
         path = try_to_load_from_cache(repo, name, revision=revision)
         if not isinstance(path, str):
             raise LocalEntryNotFoundError(name)
         return Path(path)
 
     try:
-        config = fetch(CONFIG_FILE, revision)  # by its name, which the cache remembers for when the Hub is away
+        config = fetch(CONFIG_FILE, revision)  # by revision name, which the cache stores for offline use
         found = revision if cache_only else commit
         for name in TOKENIZER_FILES:
-            with contextlib.suppress(EntryNotFoundError):  # which of them there are differs
+            with contextlib.suppress(EntryNotFoundError):  # each model has only some of these files
                 fetch(name, found)
         try:
             fetch(WEIGHTS_FILE, found)
@@ -198,11 +199,11 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
 
 
 def _commit(repo: str, revision: str, timeout: float) -> str:
-    """Asks the Hub once which commit a revision is; the files of a commit then come from the cache without asking.
+    """Asks the Hub once for the commit of a revision. Cached files of a commit need no further requests.
 
     Raises:
         TimeoutError: If the Hub cannot be reached, or does not answer in time.
-        ModelNotFoundError: If it answers that there is no such model or revision.
+        ModelNotFoundError: If the Hub reports that the model or revision does not exist.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import (
@@ -213,7 +214,7 @@ def _commit(repo: str, revision: str, timeout: float) -> str:
         RevisionNotFoundError,
     )
 
-    # In a thread, because the client's own limit covers neither a slow name server nor its second try.
+    # Runs in a thread, because the client's own timeout covers neither a slow name server nor its second attempt.
     answers: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -246,10 +247,10 @@ def _commit(repo: str, revision: str, timeout: float) -> str:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, of a `model.safetensors.index.json`.
+    """Tensor name -> file name, from a `model.safetensors.index.json`.
 
     Raises:
-        CheckpointError: If it is damaged, or names something else than files beside it.
+        CheckpointError: If it is damaged, or names anything other than files next to it.
     """
     content = read_json(index)
     files = content.get("weight_map")

@@ -1,11 +1,10 @@
 """BERT's encoder (Devlin et al. 2018, arXiv:1810.04805) in Flax NNX: embeddings, layers, pooler, and checkpoints.
 
-The modules hold nothing but `nnx.Param`, in float32. Dropout happens if and only if a `dropout_key` is passed.
-The dtype of the activations is decided once, behind the embeddings (`compute_dtype`): products take operands of that
-dtype and accumulate in float32; softmax, LayerNorm and logits are float32 throughout. For the letters of the shapes see
-`nn`.
+The modules hold only `nnx.Param`s, in float32. Dropout is applied if and only if a `dropout_key` is passed.
+The activations are converted to `compute_dtype` once, after the embeddings. Products use operands of that dtype and
+accumulate in float32. Softmax, LayerNorm and logits are always float32. `nn` explains the letters in shapes.
 
-Reference: google-research/bert modeling.py, and transformers' modeling_bert.py, whose class names these are.
+Reference: google-research/bert modeling.py, and transformers' modeling_bert.py, which has the same class names.
 """
 
 import logging
@@ -34,19 +33,20 @@ Attention = Literal["plain", "splash", "cudnn"]
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
-# Under jit, what the caller does not return is never computed.
+# Under jit, outputs that the caller does not return are not computed.
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BertModelOutput:
-    """What the encoder returns.
+    """The output of the encoder.
 
     Attributes:
-        last_hidden_state: [B, T, D], in the compute dtype; [B, K, D] of `positions`.
-        pooler_output: float32 [B, D] of the first token, or [B, K, D] of `positions`; None from a model without a
+        last_hidden_state: [B, T, D] in the compute dtype, or [B, K, D] at `positions`.
+        pooler_output: float32 [B, D] for the first token, or [B, K, D] at `positions`; None if the model has no
             pooler.
-        hidden_states: The embeddings' output and then each layer's, L + 1 times [B, T, D], the last as above.
-        attentions: Each layer's attention probabilities, L times float32 [B, N, T, S], the last [B, N, K, S] of
-            `positions`; None from a fused kernel.
+        hidden_states: The outputs of the embeddings and of each layer, L + 1 times [B, T, D]. The last is
+            `last_hidden_state`.
+        attentions: The attention probabilities of each layer, L times float32 [B, N, T, S]. With `positions`, the
+            last is [B, N, K, S]. None for a layer with a fused kernel.
     """
 
     last_hidden_state: jax.Array
@@ -56,7 +56,7 @@ class BertModelOutput:
 
 
 class BertLayer(nnx.Module):
-    """One block of the encoder: attention and feed-forward, each with dropout, residual and then LayerNorm."""
+    """One block of the encoder: attention and feed-forward, each followed by dropout, residual and LayerNorm."""
 
     def __init__(self, config: BertConfig, attention: str, rngs: nnx.Rngs | None):
         self.config = config
@@ -74,13 +74,13 @@ class BertLayer(nnx.Module):
         dropout_key: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """One layer.
+        """Applies the layer.
 
         Args:
             x: [B, S, D].
-            attended: Who attends to whom; None for all to all.
-            dropout_key: PRNG key; without one nothing is dropped.
-            positions: int [B, T] or [1, T], the tokens to go on with; None for all. All are attended to.
+            attended: Which tokens attend to which; None if all attend to all.
+            dropout_key: PRNG key; without one, nothing is dropped.
+            positions: int [B, T] or [1, T], the tokens to compute; None for all. They attend to all tokens of x.
 
         Returns:
             [B, T, D] in the dtype of x, and the attention probabilities [B, N, T, S].
@@ -90,7 +90,7 @@ class BertLayer(nnx.Module):
         states = x
         if positions is not None:
             x = jnp.take_along_axis(states, positions[..., None], axis=1)
-            if attended is not None and attended.queries.shape[1] > 1:  # documents of their own
+            if attended is not None and attended.queries.shape[1] > 1:  # one number per token, from document_ids
                 attended = attended._replace(queries=jnp.take_along_axis(attended.queries, positions, axis=1))
         with jax.named_scope("attention"):
             context, probabilities = self.attention(x, states, attended, attention_key)
@@ -119,10 +119,10 @@ class BertEmbeddings(nnx.Module):
         position_ids: jax.Array,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """int [B, T] each, or [1, T] -> float32 [B, T, D]."""
+        """Each int [B, T] or [1, T] -> float32 [B, T, D]."""
         words = self.word_embeddings(input_ids)
         if self.config.pad_token_id is not None:
-            # The padding's vector learns nothing from being looked up: torch.nn.Embedding(padding_idx=…).
+            # Lookups give the padding vector no gradient, as with torch.nn.Embedding(padding_idx=…).
             padding = (input_ids == self.config.pad_token_id)[..., None]
             words = jnp.where(padding, jax.lax.stop_gradient(words), words)
         x = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)  # [B, T, D]
@@ -130,15 +130,15 @@ class BertEmbeddings(nnx.Module):
 
 
 class BertPreTrainedModel(nnx.Module):
-    """What all models share: a config, and checkpoints in and out.
+    """The base class of all models: it has the config, and it loads and saves checkpoints.
 
     Args of every model:
         config: Sizes and rates.
-        rngs: Draws the parameters; without it the model holds their shapes alone, for a checkpoint to fill.
-        compute_dtype: Of the activations, "float32" or "bfloat16"; the parameters are float32.
-        attention: Name of the kernel in `ATTENTION`.
-        remat: Keeps of each layer only its input for the backward pass and computes the inside again.
-        scan_layers: Compiles the layers as one loop; the parameters stay per layer.
+        rngs: Draws the parameters. Without it, the model holds only their shapes, and a checkpoint fills them later.
+        compute_dtype: The dtype of the activations, "float32" or "bfloat16". The parameters are float32.
+        attention: The name of a kernel in `ATTENTION`.
+        remat: Stores only the input of each layer for the backward pass and recomputes the rest.
+        scan_layers: Compiles the layers as one loop. Each layer keeps its own parameters.
     """
 
     config: BertConfig
@@ -168,28 +168,28 @@ class BertPreTrainedModel(nnx.Module):
         add_pooling_layer: bool | None = None,
         **config_changes: Unpack[ConfigChanges],
     ) -> Self:
-        """The model of a checkpoint. What became of each tensor is logged (INFO); `bert-jax info` shows it too.
+        """Loads the model of a checkpoint. The log (INFO) and `bert-jax info` report how each tensor is used.
 
         Args:
             model_id: A folder, an id on the Hugging Face Hub, or `bert-mini-cased`.
             revision: Branch, tag or commit on the Hub.
-            new: Regular expressions of parameter paths that are drawn anew, whatever the file holds:
-                `[r"classifier\\..*"]` for a head to be trained. Any other parameter the file lacks is an error.
-            ignore: Regular expressions of tensors in the file, by their whole names, that are left out:
-                `[r"loss_fct\\..*"]`. A tensor that no BERT has is an error otherwise.
+            new: Regular expressions of parameter paths that are reinitialised, whatever the file holds:
+                `[r"classifier\\..*"]` for a head to be trained. Any other parameter that the file lacks is an error.
+            ignore: Regular expressions of tensors to leave out, matched against their whole names in the file:
+                `[r"loss_fct\\..*"]`. Any other tensor that no BERT has is an error.
             rngs: Draws the new parameters; `nnx.Rngs(0)` by default.
             compute_dtype: See the class.
             attention: See the class.
             remat: See the class.
             scan_layers: See the class.
-            add_pooling_layer: Of `BertModel` alone: False leaves out the pooler, which some checkpoints lack.
+            add_pooling_layer: Applies only to `BertModel`: False leaves out the pooler, which some checkpoints lack.
             **config_changes: Fields of the config to change: `num_labels=6` if the head is new or the config
                 contradicts the file, `hidden_dropout_prob=0.0`.
 
         Raises:
-            ModelNotFoundError: If there is no such model, or the Hub does not answer.
-            ConfigError: If its config is not of a BERT, or a change is to no field of it.
-            CheckpointError: If its weights are damaged, or do not fit; lists all that is wrong.
+            ModelNotFoundError: If the model does not exist, or the Hub does not answer.
+            ConfigError: If its config does not describe a BERT, or a change names an unknown field.
+            CheckpointError: If its weights are damaged or do not fit; lists every problem.
         """
         folder = hub.download(model_id, revision=revision)
         config = BertConfig.from_file(folder / hub.CONFIG_FILE).replace(**config_changes)
@@ -202,9 +202,9 @@ class BertPreTrainedModel(nnx.Module):
         logger.info("%s: %s", model_id, report)
         if report.new:
 
-            @jax.jit  # computes the new ones alone
+            @jax.jit  # computes only the new parameters
             def drawn(key: jax.Array) -> dict[str, jax.Array]:
-                model_class: Any = cls  # a subclass, whose constructor takes rngs
+                model_class: Any = cls  # a subclass; its constructor accepts rngs
                 params, _ = tree.split(model_class(config, rngs=Keys(key), **options))
                 flat = tree.flatten(params)
                 return {path: flat[path] for path in report.new}
@@ -215,14 +215,14 @@ class BertPreTrainedModel(nnx.Module):
 
     @property
     def encoder(self) -> "BertModel":
-        """The encoder: the model itself, or what its head reads."""
+        """The encoder: the model itself, or the `BertModel` under its head."""
         return self if isinstance(self, BertModel) else self.bert
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `model.safetensors` and `config.json`, which PyTorch transformers loads, bit for bit.
+        """Writes `model.safetensors` and `config.json`, from which PyTorch transformers loads bit-identical weights.
 
         Raises:
-            CheckpointError: If the folder cannot be written; what stood there before stands still.
+            CheckpointError: If the folder cannot be written; names the earlier files that were replaced, if any.
         """
         params, _ = tree.split(self)
         config = {"architectures": [type(self).__name__], **self.config.to_dict()}
@@ -230,7 +230,7 @@ class BertPreTrainedModel(nnx.Module):
 
 
 class BertModel(BertPreTrainedModel):
-    """The encoder, with the pooler that next-sentence prediction and classification read."""
+    """The encoder and its pooler, which next-sentence prediction and classification use."""
 
     def __init__(
         self,
@@ -271,21 +271,21 @@ class BertModel(BertPreTrainedModel):
         positions: ArrayLike | None = None,
         dropout_key: jax.Array | None = None,
     ) -> BertModelOutput:
-        """Encodes tokens. All models take these arguments.
+        """Encodes tokens. Models with heads accept these arguments too, but some replace `positions`.
 
         Args:
-            input_ids: int [B, T], T at most `max_position_embeddings`.
-            attention_mask: [B, T], 1 for tokens, 0 for padding; None where there is no padding.
+            input_ids: int [B, T], with T at most `max_position_embeddings`.
+            attention_mask: [B, T], 1 for tokens and 0 for padding; None if there is no padding.
             token_type_ids: int [B, T], 0 for the first text and 1 for the second; None for zeros.
             position_ids: int [B, T], or [1, T] for all rows; None for 0, 1, 2, …
-            document_ids: int [B, T], for rows that hold several texts: a token attends to its own document alone.
-            positions: int [B, K], or [1, K] for all rows: the tokens that the caller reads. The last layer is computed
-                for these alone, and the last hidden state, the pooler's output and the attention are [B, K, D],
-                [B, K, D] and [B, N, K, S]. None for all tokens.
-            dropout_key: PRNG key; without one nothing is dropped.
+            document_ids: int [B, T], for packed rows (several texts per row): a token attends only to its own document.
+            positions: int [B, K], or [1, K] for all rows: the tokens that the caller reads; None for all tokens. The
+                last layer is computed only for these tokens. The last hidden state is then [B, K, D], the pooler's
+                output [B, K, D] and the last attention [B, N, K, S].
+            dropout_key: PRNG key; without one, nothing is dropped.
 
         Raises:
-            InputError: If T is too long, shapes differ, or (outside jit) an id is outside its table.
+            InputError: If T is too large, shapes do not match, or (outside jit) an id is outside its table.
         """
         input_ids = jnp.asarray(input_ids)
         check_inputs(
@@ -334,7 +334,7 @@ class BertModel(BertPreTrainedModel):
     def _encode(
         self, x: jax.Array, attended: Attended | None, key: jax.Array | None, positions: jax.Array | None
     ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array | None, ...]]:
-        """The layers, one after another: all hidden states, x before them, and attentions."""
+        """Applies the layers in order; returns all hidden states, the first of which is x, and the attentions."""
 
         def run(layer: BertLayer, x: jax.Array, i: ArrayLike, *positions: Any) -> tuple[jax.Array, jax.Array | None]:
             return layer(x, attended, None if key is None else jax.random.fold_in(key, i), *positions)
@@ -342,7 +342,7 @@ class BertModel(BertPreTrainedModel):
         if self.remat:
             run = jax.checkpoint(run)
         n = len(self.layers)
-        # Those that compute all tokens; a last layer that does not has shapes of its own.
+        # The layers that compute all tokens. With positions, the last layer has other shapes.
         full = n if positions is None else n - 1
         hidden_states, probabilities = [x], []
         if self.scan_layers and full:
@@ -366,7 +366,7 @@ class BertModel(BertPreTrainedModel):
 
 
 def check_inputs(config: BertConfig, input_ids: jax.Array, **others: Any) -> None:
-    """Refuses shapes that do not go together and, where the values can be seen, numbers outside their tables."""
+    """Raises `InputError` if shapes do not match or, outside jit, if a number is outside its table."""
     if input_ids.ndim != 2:
         raise InputError(f"input_ids has the shape {input_ids.shape}; expected [batch, tokens].")
     rows, tokens = input_ids.shape

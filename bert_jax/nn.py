@@ -1,8 +1,8 @@
-"""The layers that BERT is made of: linear maps, LayerNorm, embeddings, activations and dropout.
+"""BERT's building blocks: linear maps, LayerNorm, embeddings, activations and dropout.
 
-Shapes, in trailing comments:
+Letters in shapes:
     B batch · T tokens · S tokens attended to · D hidden_size · N heads · H head size · F intermediate_size
-    V vocab_size · C labels · K masked positions
+    V vocab_size · C labels · K selected positions
 """
 
 import functools
@@ -18,8 +18,8 @@ from bert_jax.random import random_bits
 class Linear(nnx.Module):
     """An affine map of the last axis, `x @ weight.T + bias`, in the dtype of x.
 
-    The weight is [out, in], as it is published: nothing is transposed on the way in and out, and CPUs multiply it
-    faster that way (1.2 times at 16 tokens).
+    The weight is [out, in], as in published checkpoints. Loading and saving need no transpose, and CPUs multiply this
+    layout faster (1.2 times at 16 tokens).
     """
 
     def __init__(self, in_features: int, out_features: int, std: float, rngs: nnx.Rngs | None):
@@ -29,8 +29,9 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]."""
         if x.size <= 128 * x.shape[-1]:
-            # Of few tokens, CPUs take the weight faster as the left operand: BERT-base on 16 tokens in 31 ms, not 35.
-            # Of many, turning the activations around costs more than that gains. Other compilers see no difference.
+            # CPUs multiply few tokens faster with the weight as the left operand: 31 ms instead of 35 ms for BERT-base
+            # on 16 tokens. With many tokens, transposing the activations costs more than this gains. Other compilers
+            # see no difference.
             y = jnp.moveaxis(product("...i,oi->o...", x, self.weight[...]), 0, -1)
         else:
             y = product("...i,oi->...o", x, self.weight[...])
@@ -38,7 +39,10 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Zero mean and unit variance over the last axis (Ba et al. 2016), then weight and bias; float32 inside."""
+    """Normalizes the last axis to zero mean and unit variance (Ba et al. 2016), then applies weight and bias.
+
+    The computation is in float32.
+    """
 
     def __init__(self, features: int, eps: float, rngs: nnx.Rngs | None):
         self.eps = eps
@@ -61,25 +65,26 @@ class Embedding(nnx.Module):
         self.weight = new_param(rngs, (entries, features), truncated_normal(std))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """int [...] -> float32 [..., D]; an id outside the table gives NaN, not its neighbour."""
+        """int [...] -> float32 [..., D]; an id outside the table gives NaN, not a neighbouring vector."""
         return jnp.take(self.weight[...], ids, axis=0)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Products with every entry: the decoder that is tied to the embedding. [..., D] -> float32 [..., V]."""
+        """Dot products with every entry, as the tied decoder needs them. [..., D] -> float32 [..., V]."""
         return product("...d,vd->...v", x, self.weight[...])
 
 
 def new_param(rngs: nnx.Rngs | None, shape: tuple[int, ...], init: Callable[..., jax.Array]) -> nnx.Param:
-    """A parameter drawn anew or, without `rngs`, its shape alone, for a checkpoint to fill."""
+    """A newly initialised parameter. Without `rngs`, it holds only its shape, and a checkpoint fills it later."""
     if rngs is None:
         return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
     return nnx.Param(init(rngs.params(), shape, jnp.float32))
 
 
 class Keys:
-    """Draws the keys that `nnx.Rngs(key)` draws, to be used under jit.
+    """Draws the same keys as `nnx.Rngs(key)`, for use under jit.
 
-    The count is a Python integer. Flax prints the program so far whenever a traced count changes, 5 ms per parameter.
+    The count is a Python integer, because Flax prints the program traced so far whenever a traced count changes. That
+    takes 5 ms per parameter.
     """
 
     def __init__(self, key: jax.Array):
@@ -94,13 +99,13 @@ class Keys:
 
 def truncated_normal(std: float) -> Callable[..., jax.Array]:
     """The initializer of all weights."""
-    return jax.nn.initializers.truncated_normal(std)  # cut at two standard deviations, as the original
+    return jax.nn.initializers.truncated_normal(std)  # cut at two standard deviations, like the original
 
 
 def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """An einsum with operands in the dtype of x and a float32 result, forward and backward.
+    """An einsum with operands in the dtype of x and a float32 result, in the forward and the backward pass.
 
-    Where x is float32, so is the product: left to the default, TPUs take bfloat16 and recent GPUs TF32.
+    If x is float32, the multiplication is in float32 too. By default, TPUs would use bfloat16 and recent GPUs TF32.
     """
     if x.dtype != jnp.float32:
         return _low_product(equation, x, y)
@@ -110,7 +115,7 @@ def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _low_product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """An einsum in x's dtype, less than float32; left to itself, the backward pass multiplies in the result's."""
+    """`product` for an x narrower than float32. JAX's own backward pass would multiply in float32."""
     return jnp.einsum(equation, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
@@ -134,7 +139,7 @@ _low_product.defvjp(_low_product_forward, _low_product_backward)
 
 
 def last_axis(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """A vector of features laid along the last axis, without an implicit promotion of rank."""
+    """The vector reshaped to the rank of `like`, along the last axis. This avoids implicit rank promotion."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
@@ -146,7 +151,7 @@ def _gelu_tanh(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-# By config.json's names. `gelu` is the exact one; jax.nn.gelu would be the tanh approximation by default.
+# Keyed by the names in config.json. `gelu` is exact; jax.nn.gelu defaults to the tanh approximation.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": _gelu,
     "gelu_python": _gelu,
@@ -157,7 +162,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeros a share `rate` of x and scales the rest; x itself without a key."""
+    """Zeros a fraction `rate` of x and scales the rest. Without a key, returns x unchanged."""
     if key is None or rate == 0.0:
         return x
     dropped = round(rate * 2**16)
@@ -166,5 +171,5 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def split_key(key: jax.Array | None, n: int) -> Sequence[jax.Array | None]:
-    """Splits a key into n; n times None without a key."""
+    """Splits a key into n keys. Without a key, returns n times None."""
     return [None] * n if key is None else list(jax.random.split(key, n))

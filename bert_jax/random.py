@@ -1,4 +1,4 @@
-"""Random bits for dropout: of the chip's own generator on TPUs, else Threefry, four elements a block."""
+"""Random bits for dropout, from the chip's own generator on TPUs and otherwise Threefry, four elements per block."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from bert_jax import sharding
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Draws 16 random bits per element, uint32 of `shape`: enough to meet a rate to 1e-5.
+    """Draws 16 random bits per element, as uint32 of `shape`. This meets a dropout rate to within 1e-5.
 
     The generator depends on the platform.
     """
@@ -25,9 +25,9 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _rbg(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The TPU's own generator, `jax.random`'s "rbg", which its compiler gives less temporary memory than threefry.
+    """The TPU's own generator, `jax.random`'s "rbg". It needs less temporary memory than Threefry on TPUs.
 
-    Other layouts of devices draw other bits.
+    The bits depend on the layout of the devices.
     """
 
     def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -38,15 +38,17 @@ def _rbg(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2), as jax.random has
-    it, over the place in the batch and within the row. A block of 64 bits serves four elements; jax.random spends one
-    on each and, on CPU, a loop of passes over memory on all of them: five times as long, a tenth of a training step.
+    """Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2).
+
+    The algorithm is that of jax.random. It is applied to the position in the batch and within the row. One block of 64
+    bits serves four elements. jax.random uses one block per element and, on CPU, a loop of passes over memory. That
+    takes five times as long, a tenth of a training step.
     """
     first, second = key
     keys = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
     batch, *middle, last = shape
     rows = math.prod(middle)
-    # The four quarters lie along the middle: there each is one piece of memory, and the batch can be shared out.
+    # The four quarters lie along the middle axis. Each is contiguous in memory there, and the batch can be sharded.
     blocks = (batch, -(-rows // 4), last)
     i, j, k = (jax.lax.broadcasted_iota(jnp.uint32, blocks, axis) for axis in range(3))
     x, y = i + keys[0], j * np.uint32(last) + k + keys[1]
@@ -61,14 +63,14 @@ def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def draw_by_rows(draw: Callable[..., jax.Array], key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """What `draw(key, shape)` gives; where rows are shared out, each device draws its own, with a key of its own.
+    """Returns `draw(key, shape)`. If rows are sharded, each device draws its own rows with its own key.
 
-    Compilers share out no generator of random bits: left alone, every device would draw the whole batch's.
+    Compilers do not shard random generators, so every device would otherwise draw the bits of the whole batch.
 
     Args:
-        draw: Of key and shape.
+        draw: A function of a key and a shape.
         key: uint32 [2].
-        shape: Of the result, rows first.
+        shape: The shape of the result, rows first.
     """
     shares = sharding.shares()
     if shares == 1 or shape[0] % shares:

@@ -1,8 +1,8 @@
-"""Settings: one YAML file is one validated tree, `key=value` changes a leaf, and what is unknown is refused.
+"""Settings: a YAML file becomes a validated tree, `key=value` changes a leaf, and unknown settings are refused.
 
     settings = Settings.from_file("configs/finetune/emotion.yaml", ["training.epochs=1"])
 
-A field's docstring is its meaning, with its unit; its annotation says what is taken, its default what is done unasked.
+A field's docstring gives its meaning and unit, its annotation the valid values, and its default the value if unset.
 """
 
 import re
@@ -39,9 +39,9 @@ def _compiles(pattern: str) -> str:
 
 
 Pattern = Annotated[str, AfterValidator(_compiles)]
-"""A regular expression that matches whole parameter paths, `bert.layers.0.attention.query.weight`."""
+"""A regular expression that matches whole parameter paths, such as `bert.layers.0.attention.query.weight`."""
 Patterns = Annotated[tuple[Pattern, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
-"""Several, or one."""
+"""One pattern, or several."""
 
 
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Labels = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)]
-"""Names of labels, each once."""
+"""Distinct names of labels."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction")
 if TYPE_CHECKING:
@@ -59,9 +59,9 @@ if TYPE_CHECKING:
 else:
     TrainableTask = Literal[TRAINABLE]
 RENAMED = {"optimizer.rates": "optimizer.lr_multipliers"}
-"""Settings of earlier versions -> their names now."""
+"""Names of settings in earlier versions -> their current names."""
 PROBLEMS = 20
-"""Problems of a file of settings that a message names."""
+"""Maximum number of problems in a settings file that a message names."""
 
 
 class _Section(BaseModel):
@@ -69,16 +69,16 @@ class _Section(BaseModel):
 
 
 class LoRA(_Section):
-    """Low-rank adapters beside frozen weights (Hu et al. 2021, arXiv:2106.09685): W + alpha / rank · B A."""
+    """Low-rank adapters added to frozen weights (Hu et al. 2021, arXiv:2106.09685): W + alpha / rank · B A."""
 
     rank: PositiveInt = 8
-    """Rows of A and columns of B."""
+    """Number of rows of A and columns of B."""
     alpha: PositiveFloat = 16.0
-    """Scale of the product, over the rank."""
+    """Scale of the product B A; it is divided by the rank."""
     targets: Pattern = r"bert\.layers\.\d+\.attention\.(query|value)\.weight"
     """Weights that get adapters."""
     trained: Pattern = r"(classifier|qa_outputs)\..*"
-    """Parameters that are trained in full beside the adapters: the new head. What model.new names is too."""
+    """Parameters that are trained in full in addition to the adapters: the new head. Those of model.new are, too."""
 
 
 class _Start(_Section):
@@ -87,270 +87,281 @@ class _Start(_Section):
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     new: Patterns = ()
-    """Parameters to draw anew beside the task's head: top layers, the pooler."""
+    """Parameters to reinitialise in addition to the task's head, such as top layers or the pooler."""
     ignore: Patterns = ()
-    """Tensors of the checkpoint that are left out, by their whole names; one that no BERT has is an error otherwise."""
+    """Tensors of the checkpoint to leave out, by their whole names. Otherwise a tensor that no BERT has is an error."""
     hidden_dropout_prob: Fraction | None = None
-    """Dropout of embeddings, attention's output and feed-forward; the checkpoint's by default."""
+    """Dropout rate of embeddings, attention outputs and feed-forward layers; the checkpoint's by default."""
     attention_probs_dropout_prob: Fraction | None = None
-    """Dropout of attention probabilities; the checkpoint's by default."""
+    """Dropout rate of attention probabilities; the checkpoint's by default."""
     attention: Literal["plain", "splash", "cudnn"] = "plain"
-    """Fused kernels need less memory: splash on TPUs, cudnn on GPUs, both in bfloat16 without attention dropout."""
+    """The attention kernel. Fused kernels need less memory: splash on TPUs, cudnn on GPUs, both in bfloat16 without
+    attention dropout."""
 
 
 class Model(_Start):
-    """Which checkpoint to start from, and what of it."""
+    """Which checkpoint to start from, and which parts of it to use."""
 
     classifier_dropout: Fraction | None = None
-    """Dropout before the classifier; the checkpoint's, or hidden_dropout_prob."""
+    """Dropout rate before the classifier; by default the checkpoint's, or else hidden_dropout_prob."""
     lora: LoRA | None = None
-    """Train low-rank adapters and the head, and nothing else."""
+    """Trains only low-rank adapters and the head."""
 
 
 class PretrainingModel(_Start):
-    """Which checkpoint to go on from, or what network to begin with."""
+    """Which checkpoint to continue from, or which new network to start with."""
 
     id: str | None = None  # type: ignore[assignment]
-    """A folder, an id on the Hugging Face Hub, or bert-mini-cased; none draws all parameters anew."""
+    """A folder, an id on the Hugging Face Hub, or bert-mini-cased. Without it, all parameters are newly initialised."""
     config: dict[str, Any] = {}
-    """Fields of config.json; of a new network those that differ from BERT-base's."""
+    """Fields of config.json to change; a new network starts from those of BERT-base."""
     tokenizer: str | None = None
-    """Whose vocabulary to use, a folder or an id; the checkpoint's by default. Rows of another are carried over."""
+    """Folder or id of the tokenizer to use; the checkpoint's by default. If its vocabulary differs from the
+    checkpoint's, embedding rows are carried over."""
     lora: ClassVar[None] = None
 
 
 class Data(_Section):
-    """Where examples come from. A split is a file (or several), or a split's name of `id`'s."""
+    """Where examples come from. A split is one or more files or, if `id` is set, split names of that data set."""
 
     id: str | None = None
-    """A data set on the Hugging Face Hub (extra `data`); without it the splits are files."""
+    """A data set on the Hugging Face Hub (extra `data`); without it, the splits are files."""
     name: str | None = None
-    """Configuration of the Hub's data set: mrpc of nyu-mll/glue."""
+    """Configuration of the data set on the Hub, such as mrpc of nyu-mll/glue."""
     revision: str | None = None
-    """Branch, tag or commit of the Hub's data set."""
+    """Branch, tag or commit of the data set on the Hub."""
     train: str | tuple[str, ...] | None = None
-    """Examples to learn from."""
+    """Examples to train on."""
     validation: str | tuple[str, ...] | None = None
     """Examples to choose the best checkpoint by."""
     test: str | tuple[str, ...] | None = None
-    """Examples that are looked at once, at the end."""
+    """Examples to evaluate once, at the end of the run."""
     format: Literal["jsonl", "csv", "tsv", "parquet", "conll", "squad", "text", "text;label"] | None = None
-    """Of the files; by their names by default, .txt being text;label."""
+    """Format of the files. By default it follows from their names; .txt is text;label."""
     text: str | None = None
-    """Column of the text; by default the first of text, sentence, sentence1, … that is there."""
+    """Column of the text; by default the first of text, sentence, sentence1, … that exists."""
     text_pair: str | None = None
-    """Column of the second text; none by default."""
+    """Column of the second text of a pair; none by default."""
     label: str | None = None
-    """Column of the label; by default the first of label, label_string, … that is there."""
+    """Column of the label; by default the first of label, label_string, … that exists."""
     tokens: str | None = None
-    """Column of a sentence's words; tokens or words by default."""
+    """Column of the words of a sentence; tokens or words by default."""
     tags: str | None = None
-    """Column of the words' tags; ner_tags_str, ner_tags or tags by default."""
+    """Column of the tags of the words; ner_tags_str, ner_tags or tags by default."""
     question: str | None = None
     """Column of the question; question by default."""
     context: str | None = None
     """Column of the text that holds the answer; context by default."""
     answers: str | None = None
-    """Column of the answers, their text and answer_start; answers by default. Empty, the question has none."""
+    """Column of the answers, with text and answer_start; answers by default. If it is empty, the question has no
+    answer."""
     wrong_answers: Literal["skip", "stop"] = "skip"
-    """What to do about an answer that does not stand where its row says."""
+    """What to do if an answer is not at the place that its row gives: skip the row, or stop."""
     labels: Labels | None = None
     """Names of the labels in the order of their ids. By default these are the classes of the data set (ClassLabel) in
-    its order, or else the names in the training examples, sorted. Of two labels, the metric f1 is that of the second.
-    Where names are set, whole numbers that are none of them are class ids, alone and in lists, and 0/1 vectors have a
-    number for each name; `bert-jax evaluate` gives the names to a model whose labels are LABEL_0, LABEL_1, …"""
+    its order, or else the sorted names in the training examples. If there are two labels, the metric f1 is that of the
+    second. If names are set, whole numbers that are not among them are class ids, also in lists, and 0/1 vectors have
+    one number per name. `bert-jax evaluate` gives the names to a model that has the labels LABEL_0, LABEL_1, …"""
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
-    """What labels are; by default lists make it multi-label, numbers with a fraction regression. Lists hold names, or
-    are 0/1 vectors of one length, a number a label: without `labels`, their places are LABEL_0, LABEL_1, … In tables,
-    lists have the form of JSON, Python or numpy; with multi_label_classification, names with commas between them will
-    do."""
+    """What the labels are. By default, lists make it multi-label and numbers with a fraction make it regression. Lists
+    hold names, or are 0/1 vectors of the same length with one number per label; without `labels`, their positions are
+    named LABEL_0, LABEL_1, … In tables, lists are written as in JSON, Python or numpy; multi_label_classification also
+    accepts comma-separated names."""
     max_length: PositiveInt = 128
-    """Tokens of an example, special ones included; longer texts are cut."""
+    """Maximum number of tokens per example, special tokens included; longer texts are truncated."""
     packing: bool = True
-    """Lays several examples into a row, each attending to itself alone: hardly any padding, and one program."""
+    """Packs several examples into a row, each attending only to itself: hardly any padding, and one program."""
     limit: PositiveInt | None = None
-    """Takes only so many examples of each split, the first ones."""
+    """Uses only the first examples of each split, up to this number."""
 
 
 class Masked(_Section):
-    """Which tokens of an example are to be guessed."""
+    """Which tokens of an example the model is to guess."""
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Of its tokens, at least one."""
+    """Share of the tokens of an example; at least one is chosen."""
     most: PositiveInt = 20
-    """Of an example; the original has 20 of 128 tokens and 76 of 512 (max_predictions_per_seq)."""
+    """Maximum number per example; the original has 20 of 128 tokens and 76 of 512 (max_predictions_per_seq)."""
     whole_words: bool = False
     """Chooses all pieces of a word together."""
 
 
 class Corpus(_Section):
-    """Texts to pretrain on: an empty line between documents, or JSON lines with one each; perhaps gzipped."""
+    """Texts to pretrain on: documents separated by empty lines, or JSON lines with one document each; optionally
+    gzipped."""
 
     train: str | tuple[str, ...]
-    """Files to learn from."""
+    """Files to train on."""
     validation: str | tuple[str, ...] | None = None
     """Files to choose the best checkpoint by."""
     format: Literal["text", "jsonl"] | None = None
-    """Of the files; by their names by default."""
+    """Format of the files; by default it follows from their names."""
     text: str = "text"
-    """What the text is called in JSON lines."""
+    """Key of the text in JSON lines."""
     shards: str | None = None
-    """Folder for the tokenized texts, which several runs may share; beside the output by default."""
+    """Folder for the tokenized texts, which several runs may share; next to the output by default."""
     processes: PositiveInt | None = None
-    """That tokenize; as many as there are processors by default."""
+    """Number of processes that tokenize; by default the number of processors."""
     next_sentence: bool = True
-    """Lays out pairs of segments and learns whether they follow each other; off, it is masked tokens alone."""
+    """Makes pairs of segments and also learns whether they follow each other. If false, the model learns only masked
+    tokens."""
     max_length: Annotated[int, Field(ge=8)] = 128
-    """Tokens of an example, special ones included."""
+    """Maximum number of tokens per example, special tokens included."""
     short: Fraction = 0.1
-    """Share of pairs that are made shorter than that, of 2 tokens at least."""
+    """Share of pairs that are made shorter than max_length, down to 2 tokens."""
     masked: Masked = Masked()
     packing: bool = True
-    """Lays several short examples into a row, each attending to itself alone."""
+    """Packs several short examples into a row, each attending only to itself."""
 
 
 class Answers(_Section):
-    """question-answering: how contexts are cut into windows, and how answers are read off them."""
+    """Settings for question-answering: how contexts are cut into windows, and how answers are read from them."""
 
     stride: NonNegativeInt | None = None
-    """Tokens by which neighbouring windows of a context overlap; a third of data.max_length by default."""
+    """Number of tokens by which neighbouring windows of a context overlap; a third of data.max_length by default."""
     max_question_length: PositiveInt = 64
-    """Tokens of a question; the rest is cut off."""
+    """Maximum number of tokens of a question; the rest is truncated."""
     max_answer_length: PositiveInt = 30
-    """Tokens of an answer."""
+    """Maximum number of tokens of an answer."""
     n_best: PositiveInt = 20
-    """First and last tokens that are tried, and answers that are kept."""
+    """Number of first and last tokens to try, and of answers to keep."""
     unanswerable: bool = False
-    """A question may have no answer: SQuAD 2.0."""
+    """Whether a question may have no answer, as in SQuAD 2.0."""
     null_threshold: float = 0.0
-    """Then none is given if its logits exceed the best answer's by more than this; found anew on validation."""
+    """If `unanswerable`, no answer is given if its logits exceed those of the best answer by more than this. Validation
+    finds a new value."""
 
 
 class Optimizer(_Section):
-    """The optimizer, and how it updates which parameters. The first pattern that matches counts."""
+    """The optimizer, and how it updates each parameter. The first pattern that matches a parameter counts."""
 
     name: Literal["adamw", "lamb", "lion", "adafactor"] = "adamw"
     """AdamW (Loshchilov & Hutter 2019), LAMB (You et al. 2020), Lion (Chen et al. 2023) or Adafactor (Shazeer & Stern
     2018)."""
     learning_rate: PositiveFloat = 2e-5
-    """Peak, a step."""
+    """Peak learning rate, per step."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled, times the learning rate."""
+    """Decoupled weight decay; it is multiplied by the learning rate."""
     no_decay: Patterns = (r".*\bbias", r".*norm\.weight")
     """Parameters without weight decay."""
     beta1: Fraction = 0.9
-    """Decay of the gradients' mean, a step."""
+    """Decay of the mean of the gradients, per step."""
     beta2: Fraction = 0.999
-    """Decay of the squared gradients' mean, a step."""
+    """Decay of the mean of the squared gradients, per step."""
     epsilon: PositiveFloat = 1e-8
-    """Added to the root of the squared gradients' mean (BERT's own: 1e-6)."""
+    """Added to the root of the mean of the squared gradients (BERT's own: 1e-6)."""
     bias_correction: bool = True
-    """Off is BERT's original optimizer; on small data keep it on (Zhang et al. 2020, Mosbach et al. 2020)."""
+    """Corrects the bias of AdamW's means. False is BERT's original optimizer; on small data sets, keep it on (Zhang et
+    al. 2020, Mosbach et al. 2020)."""
     max_grad_norm: PositiveFloat | None = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Global norm that gradients are scaled down to; null for no limit."""
     frozen: Patterns = ()
-    """Parameters that stay as they are; they get neither gradient nor optimizer state."""
+    """Parameters that are not trained; they get neither gradient nor optimizer state."""
     lr_multipliers: dict[Pattern, NonNegativeFloat] = {}
-    """Pattern -> factor of the learning rate; takes precedence over layer_decay."""
+    """Pattern -> learning-rate multiplier; takes precedence over layer_decay."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Factor of the learning rate from each layer to the one below, embeddings at the bottom (Howard & Ruder 2018)."""
+    """Learning-rate multiplier from each layer to the one below, embeddings at the bottom (Howard & Ruder 2018)."""
 
 
 class Schedule(_Section):
-    """The learning rate over the steps, by transformers' names."""
+    """The learning rate over the steps; the schedules have the names of transformers."""
 
     name: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = (
         "linear"
     )
-    """What follows warm-up."""
+    """Schedule after warm-up."""
     warmup_steps: NonNegativeInt | None = None
-    """Steps of linear warm-up."""
+    """Number of steps of linear warm-up."""
     warmup_ratio: Fraction = 0.0
-    """Warm-up as a share of all steps, where warmup_steps is not given."""
+    """Warm-up as a share of all steps, if warmup_steps is not set."""
     cycles: PositiveFloat | None = None
-    """Of the cosine: waves (0.5 by default), or restarts (1)."""
+    """Number of waves for cosine (0.5 by default), or of restarts for cosine_with_restarts (1)."""
     power: PositiveFloat = 1.0
-    """Of the polynomial."""
+    """Exponent for polynomial."""
     final_learning_rate: NonNegativeFloat = 1e-7
-    """Of the polynomial."""
+    """Learning rate at the end of polynomial."""
 
 
 class Training(_Section):
-    """The loop."""
+    """The training loop."""
 
     epochs: PositiveFloat = 3.0
-    """Passes over the training examples."""
+    """Number of passes over the training examples."""
     max_steps: PositiveInt | None = None
-    """Steps, instead of epochs."""
+    """Number of steps; replaces epochs."""
     batch_size: PositiveInt = 32
-    """Examples a step, over all devices."""
+    """Examples per step, over all devices."""
     accumulation: PositiveInt = 1
-    """Parts that a step's examples are computed in, one after another, to save memory."""
+    """Gradient accumulation: number of parts that a step's examples are computed in, one after another, to save
+    memory."""
     evaluation_batch_size: PositiveInt = 64
-    """Examples at a time in evaluation."""
+    """Examples per batch of an evaluation."""
     evaluate_every: PositiveInt | None = None
     """Steps between evaluations, each with a checkpoint; an epoch by default."""
     save_every: PositiveInt | None = None
-    """Steps between checkpoints beside those of evaluations."""
+    """Steps between checkpoints, in addition to those of evaluations."""
     log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl."""
     metric: str | None = None
-    """Chooses the best checkpoint; the task's by default. `loss` and `mse` are better lower, others higher."""
+    """Metric that chooses the best checkpoint; the task's by default. Lower is better for `loss` and `mse`, higher for
+    all other metrics."""
     patience: PositiveInt | None = None
-    """Stops after so many evaluations without a better metric."""
+    """Number of evaluations without a better metric after which the run stops."""
     keep: PositiveInt = 1
-    """Latest checkpoints that are kept beside the best."""
+    """Number of the latest checkpoints to keep, in addition to the best."""
     seed: NonNegativeInt = 42
-    """Of new parameters, the order of examples, and dropout."""
+    """Seed of new parameters, the order of examples, and dropout."""
     remat: bool = False
-    """Computes each layer's inside again in the backward pass instead of keeping it: less memory, a third more time."""
+    """Recomputes the inner activations of each layer in the backward pass instead of keeping them: less memory, a third
+    more time."""
     scan_layers: bool = False
-    """Compiles one layer instead of all: quicker to compile, a little slower to run."""
+    """Compiles one layer instead of all: faster to compile, slightly slower to run."""
 
 
 class Precision(_Section):
-    """Parameters, gradients and optimizer are float32 always."""
+    """Numerical precision. Parameters, gradients and optimizer state are always float32."""
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations and of products' operands; bfloat16 on TPUs and recent GPUs."""
+    """Dtype of activations and of the operands of products; bfloat16 is for TPUs and recent GPUs."""
 
 
 class Mesh(_Section):
-    """Axes that the devices are laid along."""
+    """The axes of the device mesh."""
 
     data: Annotated[int, Field(ge=-1)] = -1
-    """Groups of devices that share out a batch's examples; -1 for as many as there are devices for."""
+    """Number of device groups that shard the examples of a batch; -1 for as many groups as there are devices for."""
     fsdp: PositiveInt = 1
-    """Devices that share out a group's examples, and the parameters, gradients and optimizer's state with them."""
+    """Devices that shard the examples of a group, and with them the parameters, gradients and optimizer state."""
     tensor: PositiveInt = 1
-    """Devices that share out the heads and the inside of the feed-forward; fast links between them pay."""
+    """Devices that shard the attention heads and the inner features of the feed-forward layers; they benefit from fast
+    links."""
 
 
 class Output(_Section):
-    """What a run leaves."""
+    """What a run writes."""
 
     folder: str
-    """The model in Hugging Face's form, settings, metrics, predictions, curve, checkpoints."""
+    """Folder for the model in Hugging Face's format, settings, metrics, predictions, curve and checkpoints."""
     tensorboard: bool = True
-    """Writes event files for TensorBoard too."""
+    """Also writes event files for TensorBoard."""
 
 
 class _Root(_Section):
-    """A whole file's tree."""
+    """The tree of a whole settings file."""
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
         """Reads a YAML file.
 
-        A file may hold variants: where `task_name: mrpc` is given, what stands under `task_names: {mrpc: …}` is laid
+        A file may hold variants: if `task_name: mrpc` is given, the settings under `task_names: {mrpc: …}` are merged
         over the rest.
 
         Args:
             path: The file.
-            overrides: `section.key=value`, the value in YAML.
+            overrides: Texts of the form `section.key=value`, with the value in YAML.
 
         Raises:
-            InputError: Names each key that is unknown, with the nearest that is not, and each value that is none.
+            InputError: Names each unknown key, with the nearest known one, and each invalid value.
         """
         overrides = list(overrides)
         source = f"{path}{' and the command line' if overrides else ''}"
@@ -358,7 +369,7 @@ class _Root(_Section):
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any], source: str = "settings") -> Self:
-        """Validates a tree; see `from_file` for what is refused."""
+        """Validates a tree; `source` names it in errors. See `from_file` for what is refused."""
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
@@ -368,11 +379,11 @@ class _Root(_Section):
             raise InputError("\n  ".join([f"{source}:", *problems])) from None
 
     def to_yaml(self) -> str:
-        """All settings, defaults included: what `from_file` reads back."""
+        """All settings, defaults included, as YAML that `from_file` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def differences(self, other: "_Root") -> list[str]:
-        """What differs, leaf by leaf, `key: ours, theirs`."""
+        """The leaves that differ, each as `key: ours, theirs`."""
         mine, theirs = (leaves(settings.model_dump(mode="json")) for settings in (self, other))
         return [
             f"{key}: {quoted(mine.get(key))}, {quoted(theirs.get(key))}"
@@ -382,10 +393,10 @@ class _Root(_Section):
 
 
 class Settings(_Root):
-    """A run of fine-tuning."""
+    """A fine-tuning run."""
 
     task: TrainableTask
-    """By Hugging Face's name."""
+    """Hugging Face's name of the task."""
     model: Model = Model()
     data: Data = Data()
     answers: Answers = Answers()
@@ -398,10 +409,10 @@ class Settings(_Root):
 
 
 class Pretraining(_Root):
-    """A run of pretraining."""
+    """A pretraining run."""
 
     task: Literal["pretraining"]
-    """The one there is."""
+    """Always `pretraining`."""
     model: PretrainingModel = PretrainingModel()
     data: Corpus
     optimizer: Optimizer = Optimizer()
@@ -413,25 +424,25 @@ class Pretraining(_Root):
 
 
 class Masking(_Section):
-    """Which tokens are hidden from a model that is to fill them."""
+    """Which tokens are hidden from a model that is to fill them in."""
 
     words: Literal["random", "each"] = "random"
-    """`random` hides a share of a text's tokens at once; `each` hides each word by itself, all its pieces together."""
+    """`random` hides a share of a text's tokens at once; `each` hides one word at a time, with all its pieces."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Of a text's tokens, at least one."""
+    """Share of the tokens of a text; at least one is hidden."""
 
 
 class HeldOut(_Root):
     """An evaluation of pretrained models on texts that they have not seen."""
 
     task: Literal["fill-mask", "next-sentence-prediction"]
-    """By Hugging Face's name."""
+    """Hugging Face's name of the task."""
     data: Data = Data()
     masking: Masking = Masking()
     seed: NonNegativeInt = 42
-    """Of what is hidden, of which texts are cut and paired, and of the intervals."""
+    """Seed of the hidden tokens, of how texts are cut and paired, and of the intervals."""
     resamples: PositiveInt = 1000
-    """Of the texts, by which 95 % intervals are found (bootstrap)."""
+    """Number of bootstrap resamples of the texts, for the 95 % intervals."""
     precision: Precision = Precision()
 
 
@@ -439,44 +450,44 @@ class Serving(_Root):
     """A server of one model."""
 
     model: str | None = None
-    """A folder, an id on the Hub, or bert-mini-cased; by default as for `bert-jax fill-mask`."""
+    """A folder, an id on the Hub, or bert-mini-cased; by default the same as for `bert-jax fill-mask`."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     ignore: Patterns = ()
-    """Tensors of the checkpoint that are left out, by their whole names."""
+    """Tensors of the checkpoint to leave out, by their whole names."""
     tasks: tuple[str, ...] = ()
-    """Those that it answers, the first at /score; by default what the model was trained for."""
+    """Tasks that the server answers, the first at /score; by default those that the model was trained for."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 is all of the machine's."""
+    """Address to listen at; 0.0.0.0 is all addresses of the machine."""
     port: Annotated[int, Field(ge=0, lt=2**16)] = 8000
-    """Port to listen at; 0 takes a free one."""
+    """Port to listen at; 0 for a free one."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the activations."""
+    """Dtype of the activations."""
     batch: PositiveInt = 64
-    """Inputs that are computed together."""
+    """Maximum number of inputs that are computed together."""
     wait: NonNegativeFloat = 0.0005
-    """Seconds that an input waits for others to share its batch with, where the model is idle."""
+    """Seconds that an input waits for other inputs to share its batch, while the model is idle."""
     queue: PositiveInt = 512
-    """Inputs that may wait; beyond, requests are refused with 429."""
+    """Maximum number of waiting inputs; beyond it, requests are refused with status 429."""
     timeout: PositiveFloat = 30.0
-    """Seconds until a request that is not answered ends with 504."""
+    """Seconds until a request without an answer ends with status 504."""
     max_body: PositiveInt = 2**20
-    """Bytes of a request."""
+    """Maximum size of a request, in bytes."""
     max_inputs: PositiveInt = 128
-    """Inputs of a request."""
+    """Maximum number of inputs of a request."""
     max_characters: PositiveInt = 20_000
-    """Characters of an input."""
+    """Maximum number of characters of an input."""
 
 
 def read(path: str | Path, overrides: Iterable[str] = ()) -> Settings | HeldOut:
-    """Settings of the kind that the file's task asks for; see `Settings.from_file`."""
+    """Reads settings of the class that the file's task requires; see `Settings.from_file`."""
     tree = read_tree(path, overrides)
     kind = HeldOut if nearest(tree.get("task"), [*TRAINABLE, *HELD_OUT_TASKS]) in HELD_OUT_TASKS else Settings
     return kind.from_dict(tree, source=str(path))
 
 
 def _problem(root: type[BaseModel], entry: Any) -> str:
-    """A line about one of pydantic's errors."""
+    """Describes one of pydantic's errors in a line."""
     path = [str(part) for part in entry["loc"]]
     key = listed([".".join(path)])
     if entry["type"] != "extra_forbidden":

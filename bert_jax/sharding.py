@@ -1,8 +1,8 @@
-"""Where arrays live: devices laid along named axes, and what is shared out along which.
+"""Where arrays live: devices are arranged along named mesh axes, and each axis shards certain arrays.
 
-`data` shares out the rows of a batch, `fsdp` those and the parameters with their gradients and the optimizer's state
-(Rajbhandari et al. 2020, "ZeRO", stage 3), `tensor` the heads and the feed-forward's inside (Shoeybi et al. 2019,
-"Megatron-LM", section 3).
+`data` shards the rows of a batch. `fsdp` shards those rows and also the parameters, their gradients and the optimizer
+state (Rajbhandari et al. 2020, "ZeRO", stage 3). `tensor` shards the attention heads and the inner features of the
+feed-forward layers (Shoeybi et al. 2019, "Megatron-LM", section 3).
 """
 
 import math
@@ -19,10 +19,11 @@ from bert_jax.errors import InputError
 from bert_jax.training import distributed
 
 ROWS = ("data", "fsdp")
-"""The axes that share out a batch."""
+"""The mesh axes that shard the rows of a batch."""
 
-# Paths of parameters -> the axes of the mesh that share out theirs; the first match counts, and what none matches is
-# whole on every device, as is an axis that does not divide. Linear weights are [out, in].
+# Pattern of parameter paths -> the mesh axis that shards each array axis. The first match counts. A parameter without
+# a match is replicated on every device. An array axis that the mesh axis does not divide is not sharded.
+# Linear weights are [out, in].
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*\.(query|key|value|intermediate)\.weight", PartitionSpec("tensor", "fsdp")),
     (r".*\.(query|key|value|intermediate)\.bias", PartitionSpec("tensor")),
@@ -35,12 +36,12 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 def mesh(
     *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-    """Lays devices along the axes `data`, `fsdp` and `tensor`.
+    """Arranges devices along the axes `data`, `fsdp` and `tensor`.
 
     Args:
-        data: Groups of devices that shard the rows of a batch; -1 for as many groups as there are devices for.
-        fsdp: Devices that shard the rows of a group, and with them the parameters, gradients and optimizer state.
-        tensor: Devices that shard the attention heads and the inner features of the feed-forward layers.
+        data: Number of device groups that shard the rows of a batch; -1 for as many groups as the devices allow.
+        fsdp: Number of devices that shard the rows of a group, and also the parameters, gradients and optimizer state.
+        tensor: Number of devices that shard the attention heads and the inner features of the feed-forward layers.
         devices: The devices to use; those of all processes by default.
 
     Raises:
@@ -66,12 +67,12 @@ def mesh(
 
 
 def part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
-    """Which part of a batch's rows this process's devices hold, and of how many.
+    """The index of the part of a batch's rows that this process's devices hold, and the number of parts.
 
-    Processes that an axis other than `ROWS` joins hold the same part.
+    Processes connected by an axis other than `ROWS` hold the same part.
 
     Raises:
-        InputError: If the mesh leaves this process without devices, or parts would be of different sizes.
+        InputError: If the mesh leaves this process without devices, or the parts would differ in size.
     """
     owners = mesh.devices.reshape(share(mesh), -1)
     groups = [n for n, row in enumerate(owners) if jax.process_index() in {device.process_index for device in row}]
@@ -86,7 +87,7 @@ def part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
 
 
 def check(mesh: jax.sharding.Mesh, config: BertConfig) -> None:
-    """Raises `InputError` where the mesh does not divide the model."""
+    """Raises `InputError` if the axis `tensor` of the mesh does not divide the model."""
     for name in ("num_attention_heads", "intermediate_size"):
         if getattr(config, name) % mesh.shape["tensor"]:
             raise InputError(
@@ -95,24 +96,24 @@ def check(mesh: jax.sharding.Mesh, config: BertConfig) -> None:
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """A sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_row(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Rows of a batch, shared out."""
+    """A sharding of the rows of a batch."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def placement(mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Where a parameter lives."""
+    """The sharding of a parameter."""
     spec = next((spec for pattern, spec in RULES if re.fullmatch(pattern, path)), PartitionSpec())
     fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False)]
     return NamedSharding(mesh, PartitionSpec(*fitting))
 
 
 def placements(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """Where a pytree lives that has dicts of parameters by path, such as a state with its optimizer's."""
+    """The shardings of a pytree that has dicts of parameters by path, such as a state with its optimizer state."""
 
     def of(path: Any, leaf: Any) -> NamedSharding:
         name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
@@ -122,7 +123,7 @@ def placements(mesh: jax.sharding.Mesh, tree: Any) -> Any:
 
 
 def put(arrays: Any, layout: Any) -> Any:
-    """Puts a pytree of arrays, which every process has whole, where they are to live."""
+    """Puts a pytree of arrays on devices in the given layout. Every process passes the whole arrays."""
     if jax.process_count() == 1:
         return jax.device_put(arrays, layout)
 
@@ -133,14 +134,14 @@ def put(arrays: Any, layout: Any) -> Any:
 
 
 def abstract(tree: Any, places: Any) -> Any:
-    """What a pytree's arrays are and where they live, without their values: all in one place, or each in its own."""
+    """The shapes, dtypes and shardings of a pytree's arrays, without values; `places` is one sharding or a pytree."""
     if isinstance(places, jax.sharding.Sharding):
         places = jax.tree.map(lambda _: places, tree)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
 def put_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
-    """Puts a batch, of which each process brings its own rows, on the devices."""
+    """Puts a batch on the devices. Each process passes its own rows."""
     sharding = by_row(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
@@ -148,23 +149,23 @@ def put_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
 
 
 def share(mesh: jax.sharding.Mesh) -> int:
-    """What the rows of a batch have to be a multiple of."""
+    """The number of shards of a batch on a mesh. The number of rows must be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def by_rows(x: jax.Array) -> jax.Array:
-    """Activations between layers: their rows are shared out, and all else is whole. Compilers might choose otherwise.
+    """Constrains activations between layers to be sharded by rows only; compilers might choose another layout.
 
     Args:
         x: [B, …].
 
     Returns:
-        x; as it was where no mesh of ours is set (`jax.set_mesh`), or one of a single device.
+        x; without the constraint if the current mesh (`jax.set_mesh`) lacks the axes `ROWS` or does not shard rows.
     """
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS)) if shares() > 1 else x
 
 
 def shares() -> int:
-    """The number of shards of a batch under the mesh that is set; 1 if the mesh has other axes."""
+    """The number of shards of a batch under the current mesh; 1 if the mesh lacks the axes `ROWS`."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in ROWS) if set(ROWS) <= set(mesh.axis_names) else 1

@@ -1,7 +1,7 @@
-"""Text -> token ids: WordPiece by the `tokenizers` library, made into numpy inputs.
+"""Text -> token ids: WordPiece from the `tokenizers` library, with numpy arrays as model inputs.
 
-Nothing here is stateful: truncation and padding are arguments of a call and not settings of the tokenizer, so that
-threads can share one.
+A tokenizer is stateless: truncation and padding are arguments of each call, not settings, so that threads can share a
+tokenizer.
 """
 
 import json
@@ -38,20 +38,20 @@ from bert_jax.tokenizer_files import (
 logger = logging.getLogger(__name__)
 
 Text = str | Sequence[str]
-"""A text, or a list of words where `is_split_into_words`."""
+"""A text, or a list of words if `is_split_into_words` is set."""
 
 
 class Tokenizer:
     """The tokenizer of a checkpoint.
 
     Attributes:
-        backend: The `tokenizers.Tokenizer` inside.
-        vocab_size: One more than the highest id.
-        model_max_length: Tokens that a row may have, [CLS] and [SEP] included.
+        backend: The underlying `tokenizers.Tokenizer`.
+        vocab_size: The highest id plus one.
+        model_max_length: The maximum number of tokens per row, including [CLS] and [SEP].
         special_tokens: "mask_token", "pad_token", … -> the token as it is written in a text.
-        mask_token: The token that stands for a word to be filled in.
-        mask_token_id: And `pad_token_id`, `unk_token_id`, `cls_token_id`, `sep_token_id`: None where the vocabulary
-            has no such token.
+        mask_token: The token that marks a word to be filled in.
+        mask_token_id: The id of `mask_token`, or None if it is not in the vocabulary. There are also `pad_token_id`,
+            `unk_token_id`, `cls_token_id` and `sep_token_id`.
     """
 
     def __init__(
@@ -78,23 +78,23 @@ class Tokenizer:
     def from_pretrained(cls, model_id: str | os.PathLike[str], *, revision: str | None = None) -> Self:
         """The tokenizer of a checkpoint, from its `tokenizer.json` or, without one, its `vocab.txt`.
 
-        The files are read as transformers 5 reads them: `tokenizer_config.json` decides on `do_lower_case`,
-        `strip_accents`, `tokenize_chinese_chars` and the special tokens, and added tokens are taken from wherever they
-        are declared. One thing differs. Where no file says whether to lower-case, a vocabulary with capital letters is
-        cased, and a warning says so; transformers lower-cases.
+        The files are read as transformers 5 reads them: `tokenizer_config.json` determines `do_lower_case`,
+        `strip_accents`, `tokenize_chinese_chars` and the special tokens, and added tokens are read wherever they are
+        declared. There is one difference. If no file says whether to lower-case and the vocabulary has capital letters,
+        text keeps its case and a warning is logged. transformers lower-cases text then.
 
         Args:
             model_id: A folder, an id on the Hugging Face Hub, or `bert-mini-cased`.
             revision: Branch, tag or commit on the Hub.
 
         Raises:
-            ModelNotFoundError: If there is no such model.
-            CheckpointError: If it has no tokenizer files, they are damaged, or they are not of a WordPiece tokenizer.
+            ModelNotFoundError: If the model does not exist.
+            CheckpointError: If the tokenizer files are missing or damaged, or do not describe a WordPiece tokenizer.
         """
         folder = hub.download(model_id, revision=revision)
         settings, file = read_json(folder, "tokenizer_config.json"), read_json(folder, "tokenizer.json")
         added = {}
-        if settings.get("added_tokens_decoder") is None:  # or the files of older versions do not count
+        if settings.get("added_tokens_decoder") is None:  # otherwise the files of older versions are ignored
             settings |= read_json(folder, "special_tokens_map.json")
             added = read_json(folder, "added_tokens.json")
         try:
@@ -127,7 +127,7 @@ class Tokenizer:
             vocab = backend.get_vocab()
             tokens += [(None, added_token(token)) for token in named.values() if token in vocab]
         backend.add_tokens([token for _, token in tokens])
-        check_vocab(folder, backend.get_vocab(), [])  # behind repeated lines an added token may get another's id
+        check_vocab(folder, backend.get_vocab(), [])  # after repeated lines, an added token may get the id of another
         if absent := [token for token in named.values() if backend.token_to_id(token) is None]:
             logger.warning("%s: the vocabulary has no %s, so texts cannot contain it.", folder, " and no ".join(absent))
         for id, token in tokens:
@@ -139,7 +139,7 @@ class Tokenizer:
         return cls(backend, model_max_length=limit, special_tokens=special)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer.json`, `tokenizer_config.json` and `vocab.txt`, for this class and for transformers.
+        """Writes `tokenizer.json`, `tokenizer_config.json` and `vocab.txt`, as this class and transformers read them.
 
         Raises:
             CheckpointError: If the folder cannot be written.
@@ -160,8 +160,8 @@ class Tokenizer:
         pieces = {id: piece for piece, id in self.backend.get_vocab(with_added_tokens=False).items()}
         lines: list[str] = []
         for id in range(max(pieces), -1, -1):
-            # An id without a piece is that of a repeated line. The last of equal lines counts, so that the next piece
-            # can stand there too.
+            # An id without a piece belongs to a repeated line. The last of equal lines counts, so this line can repeat
+            # the next piece.
             lines.append(pieces[id] if id in pieces else lines[-1])
         with hub.replacing(Path(folder)) as staging:
             self.backend.save(str(staging / "tokenizer.json"))
@@ -187,19 +187,19 @@ class Tokenizer:
 
         Args:
             text: Texts, or lists of words.
-            text_pair: A second text to each.
-            is_split_into_words: The texts are lists of words; `Encoding.word_ids` index these.
-            add_special_tokens: Puts [CLS] and [SEP] around.
-            max_length: Tokens a row may have, special ones included; None for no limit.
-            stride: Tokens by which neighbouring windows overlap; None keeps the first window alone.
-            truncate: Which text of a pair gives way: "longest_first" or "only_second".
+            text_pair: The second text of each pair.
+            is_split_into_words: Whether the texts are lists of words. `Encoding.word_ids` are then indices into them.
+            add_special_tokens: Whether to add [CLS] and [SEP].
+            max_length: The maximum number of tokens per row, including special tokens; None for no limit.
+            stride: The number of tokens by which neighbouring windows overlap; None keeps only the first window.
+            truncate: Which text of a pair to shorten: "longest_first" or "only_second".
 
         Returns:
-            For each text its `tokenizers.Encoding`s: ids, type_ids, tokens, offsets (characters), word_ids,
+            The `tokenizers.Encoding`s of each text: ids, type_ids, tokens, offsets (characters), word_ids,
             sequence_ids, special_tokens_mask.
 
         Raises:
-            InputError: If something is no text (its index is named), or max_length leaves no room.
+            InputError: If an entry is not a text (the message gives its index), or max_length leaves no room.
         """
         if truncate not in ("longest_first", "only_second"):
             raise InputError(f"truncate is {quoted(truncate)}; expected 'longest_first' or 'only_second'.")
@@ -222,7 +222,7 @@ class Tokenizer:
         for i, (encoding,) in enumerate(rows):
             if len(encoding) <= max_length:
                 continue
-            # The library panics where a cut text would keep no more than the stride.
+            # The library panics if a truncated text would keep no more tokens than the stride.
             lengths = [encoding.sequence_ids.count(n) for n in range(1 if text_pair is None else 2)]
             if text_pair is None:
                 kept = room
@@ -240,7 +240,7 @@ class Tokenizer:
         return rows
 
     def _truncating(self, max_length: int, stride: int, strategy: str) -> tokenizers.Tokenizer:
-        """A copy of the backend that truncates; truncation is a setting of it, which threads must not share."""
+        """A copy of the backend that truncates. Threads share the backend itself, so its settings must not change."""
         key = (max_length, stride, strategy)
         if key not in self._copies:
             copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
@@ -261,12 +261,12 @@ class Tokenizer:
         """The inputs of a model: `model(**tokenizer(["Paris is the [MASK] of France."]))`.
 
         Args:
-            text: A text or several.
-            text_pair: A second text to each.
-            is_split_into_words: The texts are lists of words.
-            truncation: Cuts rows that are too long; without it they are refused.
-            max_length: Tokens a row may have; `model_max_length` by default.
-            length: Tokens to pad to; the longest row's by default.
+            text: One text or several.
+            text_pair: The second text of each pair.
+            is_split_into_words: Whether the texts are lists of words.
+            truncation: Whether to cut rows that are too long. Otherwise they are refused.
+            max_length: The maximum number of tokens per row; `model_max_length` by default.
+            length: The number of tokens to pad to; that of the longest row by default.
 
         Returns:
             `input_ids`, `attention_mask` and `token_type_ids`, each int32 [B, T].
@@ -296,13 +296,13 @@ class Tokenizer:
         length: int | None = None,
         rows: int = 0,
     ) -> dict[str, np.ndarray]:
-        """Rows of ids -> a rectangle.
+        """Pads rows of ids to rectangular arrays.
 
         Args:
-            ids: Token ids, row by row.
-            type_ids: Token types, likewise.
-            length: Tokens to pad to; the longest row's by default.
-            rows: Rows to pad to; added rows attend to nothing.
+            ids: The token ids of each row.
+            type_ids: The token types of each row.
+            length: The number of tokens to pad to; that of the longest row by default.
+            rows: The number of rows to pad to. Added rows are fully masked.
 
         Returns:
             `input_ids`, `attention_mask` and `token_type_ids`, each int32 [rows, length].

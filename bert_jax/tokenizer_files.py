@@ -1,4 +1,4 @@
-"""The files of a tokenizer: which tokens they declare, and the backend that they describe."""
+"""The files of a tokenizer: the tokens that they declare, and the backend that they describe."""
 
 import json
 import logging
@@ -25,17 +25,17 @@ SPECIAL_TOKENS = {
 }
 
 BERT_CLASSES = ("Bert", "DistilBert", "Electra", "MobileBert", "ConvBert")
-"""Classes that split text as BERT's, by their names without `Tokenizer` and `Fast`."""
+"""Classes that split text as BERT's does, by their names without `Tokenizer` and `Fast`."""
 GENERIC_CLASSES = ("PreTrained", "TokenizersBackend")
-"""Classes that take `tokenizer.json` as it is."""
+"""Classes that use `tokenizer.json` as it is."""
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""The special tokens that settings name, in the order in which transformers adds them."""
+"""The special tokens that settings can name, in the order in which transformers adds them."""
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-"""Of an added token."""
+"""The flags of an added token."""
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """The object in a JSON file of a folder; empty where there is no such file."""
+    """The object in a JSON file of a folder; empty if there is no such file."""
     path = folder / name
     if not path.is_file() and os.path.lexists(path):
         raise CheckpointError(f"{path} is not a regular file; replace or remove it.")
@@ -43,20 +43,20 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def max_length_of(given: Any) -> int:
-    """The maximum number of tokens in a row; there must be room for at least one token of text."""
+    """The maximum number of tokens per row. It must leave room for at least one token of text."""
     if given is None:
         return 512
-    # A tokenizer without a limit of its own is saved with one of 10^30.
+    # A tokenizer without its own limit is saved with a limit of 10^30.
     if isinstance(given, bool) or not isinstance(given, int | float) or not (limit := int(min(given, 10**6))) > 2:
         raise ValueError(f"model_max_length is {quoted(given)}")
     return limit
 
 
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens that settings name, as they are written in a text.
+    """The special tokens that the settings name, as they are written in a text.
 
     Raises:
-        ValueError: If a token is missing or empty, or is the same as [MASK].
+        ValueError: If a token is None or empty, or is the same as the mask token.
     """
     for name in SPECIAL_TOKENS:
         if name in settings and settings[name] in (None, ""):
@@ -71,7 +71,7 @@ def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def added_token(given: Any, *, special: bool = True) -> AddedToken:
-    """A token as a file declares it: its text, or an object with flags."""
+    """The token that a file declares, either as its text or as an object with flags."""
     if isinstance(given, str):
         return AddedToken(given, special=special, normalized=not special)
     flags = {flag: given[flag] for flag in FLAGS if flag in given}
@@ -81,10 +81,10 @@ def added_token(given: Any, *, special: bool = True) -> AddedToken:
 def declared_tokens(
     settings: Mapping[str, Any], added: Mapping[str, int], of_file: Sequence[Mapping[str, Any]]
 ) -> list[tuple[int | None, AddedToken]]:
-    """The added tokens that files declare, in the order in which they get ids, each with its id where one is given.
+    """The added tokens that files declare, in the order in which they get ids, each with its id if one is given.
 
     Args:
-        settings: `tokenizer_config.json`, and `special_tokens_map.json` laid over it.
+        settings: `tokenizer_config.json`, overridden by `special_tokens_map.json`.
         added: `added_tokens.json`.
         of_file: The added tokens of `tokenizer.json`.
     """
@@ -112,7 +112,7 @@ def declared_tokens(
 
 
 def read_vocab(vocab_file: Path) -> dict[str, int]:
-    """Reads a vocabulary file, one piece per line, without trailing white space. Of equal lines, the last counts."""
+    """Reads a vocabulary file, one piece per line, without trailing white space. The last of equal lines counts."""
     try:
         with open(vocab_file, encoding="utf-8", newline="") as file:
             pieces = file.read().split("\n")
@@ -129,23 +129,23 @@ def from_json(
     """The tokenizer of a `tokenizer.json`, without its added tokens.
 
     Args:
-        path: The file's.
-        file: Its content.
-        settings: `tokenizer_config.json`, which decides for BERT's own class; None for the file as it is.
+        path: The path of the file.
+        file: The content of the file.
+        settings: `tokenizer_config.json`, which takes precedence for BERT's own class; None uses the file as it is.
         special: The named special tokens.
 
     Raises:
-        CheckpointError: If it is damaged, not of WordPiece, or contradicts the class that is to read it.
+        CheckpointError: If the file is damaged, is not a WordPiece tokenizer, or contradicts the class that reads it.
     """
     try:
         model = file["model"]
         kind, vocab = model.get("type", "WordPiece"), model["vocab"]
         if kind == "WordPiece":
-            # With the vocabulary apart, which takes the library longest.
+            # The vocabulary is kept apart, because the library takes longest to read it.
             content = {**file, "added_tokens": [], "model": {**model, "vocab": {}} if settings is not None else model}
             backend = tokenizers.Tokenizer.from_str(json.dumps(content))
             vocab = dict(vocab)
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises no narrower exception
         raise CheckpointError(f"{path} is damaged ({quoted(error)}); download it again.") from None
     if kind != "WordPiece" or not isinstance(backend.model, models.WordPiece):
         raise CheckpointError(f"{path} holds a {quoted(kind)} tokenizer; expected WordPiece.")
@@ -168,14 +168,15 @@ def wordpiece(
     *,
     cased: bool | None = None,
 ) -> tokenizers.Tokenizer:
-    """The tokenizer of google-research/bert tokenization.py over a vocabulary.
+    """The tokenizer of google-research/bert tokenization.py with the given vocabulary.
 
     Args:
-        path: The vocabulary's file.
+        path: The file of the vocabulary.
         vocab: Piece -> id.
         settings: `tokenizer_config.json`.
         special: The named special tokens.
-        cased: Whether text keeps its case where the settings do not say; by default what the vocabulary suggests.
+        cased: Whether text keeps its case if the settings do not say; by default, whether the vocabulary has capital
+            letters.
     """
     check_vocab(path, vocab, [special[name] for name in ("unk_token", "cls_token", "sep_token")])
     lowercase = settings.get("do_lower_case")
@@ -208,7 +209,7 @@ def wordpiece(
 
 
 def unlike_bert(backend: tokenizers.Tokenizer) -> list[str]:
-    """Those of a tokenizer's parts that are not BERT's."""
+    """The parts of a tokenizer that differ from BERT's."""
     model, normalizer = backend.model, backend.normalizer
     parts = {
         "normalizer": isinstance(normalizer, normalizers.BertNormalizer) and normalizer.clean_text,

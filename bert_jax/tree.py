@@ -1,8 +1,8 @@
 """Models as nested dicts of arrays, and the dotted paths that name their parameters.
 
-People hold an `nnx.Module`; everything hot (jit, optax, checkpoints) holds its parameters as a plain nested dict:
-`params, skeleton = split(model)` and `model = merge(skeleton, params)` are the only doors between the two.
-A path is a parameter's place in the module, `bert.layers.11.attention.query.weight`.
+Users hold an `nnx.Module`. Performance-critical code (jit, optax, checkpoints) holds its parameters as a plain nested
+dict. Only `params, skeleton = split(model)` and `model = merge(skeleton, params)` convert between the two.
+A path is a parameter's place in the module, such as `bert.layers.11.attention.query.weight`.
 """
 
 import re
@@ -14,23 +14,23 @@ import jax
 from flax import nnx
 
 Params = dict[Any, Any]
-"""A nested dict of arrays; the layers of a list are under the integers 0, 1, 2, …"""
+"""A nested dict of arrays. The layers of a list have the integer keys 0, 1, 2, …"""
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What is left of a model when its arrays are taken away: its structure, and each parameter's shape and dtype."""
+    """A model without its arrays: its structure, and the shape and dtype of each parameter."""
 
     graphdef: nnx.GraphDef
     specs: Mapping[str, jax.ShapeDtypeStruct]
-    """By dotted path, in the order of the module."""
+    """Dotted path -> shape and dtype, in the order of the module."""
 
 
 def split(model: nnx.Module) -> tuple[Params, Skeleton]:
-    """Takes a model apart.
+    """Splits a model into its parameters and its skeleton.
 
     Returns:
-        Its parameters as a nested dict, and the skeleton that `merge` puts them back on.
+        The parameters as a nested dict, and the skeleton, from which `merge` rebuilds the model.
     """
     graphdef, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
@@ -38,17 +38,17 @@ def split(model: nnx.Module) -> tuple[Params, Skeleton]:
 
 
 def merge(skeleton: Skeleton, params: Params) -> Any:
-    """The model of a skeleton with these parameters: the inverse of `split`, and the sole caller of `nnx.merge`.
+    """Builds a model from a skeleton and parameters: the inverse of `split`, and the only caller of `nnx.merge`.
 
-    `nnx.merge` compares only the number of leaves: other names and shapes pass it, and layers under string keys come
-    out in the order 0, 1, 10, 11, 2 … So every path, shape and dtype is compared here first.
+    `nnx.merge` compares only the number of leaves. It accepts other names and shapes, and it puts layers with string
+    keys in the order 0, 1, 10, 11, 2, … Therefore this function first compares every path, shape and dtype.
 
     Args:
-        skeleton: From `split`.
-        params: Nested dict of arrays; layers may be under the strings "0", "1", … as some checkpoints have them.
+        skeleton: The skeleton that `split` returns.
+        params: Nested dict of arrays. Layers may have the string keys "0", "1", …, as in some checkpoints.
 
     Raises:
-        ValueError: Lists each path that is missing, unexpected, or of another shape or dtype.
+        ValueError: If a path is missing or unexpected, or has another shape or dtype; lists every such path.
     """
     flat = flatten(params)
     wrong = [f"missing: {path}" for path in skeleton.specs if path not in flat]
@@ -63,7 +63,7 @@ def merge(skeleton: Skeleton, params: Params) -> Any:
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted path -> leaf, in the tree's own order: `{"a": {0: x}}` is `{"a.0": x}`."""
+    """Dotted path -> leaf, in the order of the tree: `{"a": {0: x}}` becomes `{"a.0": x}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -74,7 +74,7 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
-    """The inverse of `flatten`; digits become integers."""
+    """The inverse of `flatten`. Keys that consist of digits become integers."""
     tree: Params = {}
     for path, leaf in flat.items():
         *parents, name = (int(key) if key.isdigit() else key for key in path.split("."))
@@ -86,6 +86,6 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
 
 
 def select(patterns: Iterable[str], paths: Iterable[str]) -> list[str]:
-    """The paths that one of the regular expressions matches whole, in the order of `paths`."""
+    """The paths that match at least one of the regular expressions in full, in the order of `paths`."""
     compiled = [re.compile(pattern) for pattern in patterns]
     return [path for path in paths if any(pattern.fullmatch(path) for pattern in compiled)]

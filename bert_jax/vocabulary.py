@@ -1,4 +1,4 @@
-"""One vocabulary's embeddings for another: each new piece begins as what is nearest to it by name."""
+"""Carries embeddings over to another vocabulary: each new piece starts from the old ones nearest to it by name."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ SAME, LOWER, PIECES, NONE = "the same piece", "in lower case", "the mean of thei
 
 
 def carry(before: Tokenizer, after: Tokenizer) -> tuple[list[list[int]], dict[str, int]]:
-    """Which rows of the old table each row of the new one is made of.
+    """Finds the rows of the old embedding table that each row of the new table is made of.
 
     Returns:
-        Ids of `before`, a list for each id of `after`, empty where there is nothing like it; and how many pieces were
-        found which way.
+        A list of ids of `before` for each id of `after`, empty if nothing is similar; and the number of pieces found in
+        each way.
     """
     old = before.backend.get_vocab()
     sources: list[list[int]] = [[] for _ in range(after.vocab_size)]
@@ -28,7 +28,7 @@ def carry(before: Tokenizer, after: Tokenizer) -> tuple[list[list[int]], dict[st
             sources[i], how = [old[piece.lower()]], LOWER
         else:
             pieces = before.encode([text], add_special_tokens=False)[0][0].tokens
-            # What goes on with a word is made of pieces that do.
+            # A piece that continues a word is made of pieces that continue a word.
             pieces = [f"##{p}" if goes_on and n == 0 and f"##{p}" in old else p for n, p in enumerate(pieces)]
             sources[i] = [old[p] for p in pieces if old[p] != before.unk_token_id]
             how = PIECES if sources[i] else NONE
@@ -37,6 +37,9 @@ def carry(before: Tokenizer, after: Tokenizer) -> tuple[list[list[int]], dict[st
 
 
 def rows(table: np.ndarray, sources: Sequence[Sequence[int]]) -> np.ndarray:
-    """The new table [new, …] of an old one [old, …]: the mean of each row's sources, of all rows where it has none."""
+    """The new table [new, …] from the old table [old, …].
+
+    Each row is the mean of its sources, or of all old rows if it has no sources.
+    """
     everything = table.mean(axis=0)
     return np.stack([table[list(ids)].mean(axis=0) if ids else everything for ids in sources])

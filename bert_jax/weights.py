@@ -1,6 +1,6 @@
-"""Published tensor names <-> parameter paths: one table, read left to load and right to save.
+"""Published tensor names <-> parameter paths: one table, used for loading and for saving.
 
-This module maps a folder and a model's shapes to a dict of arrays, and back. It knows no model class.
+This module maps a folder and a model's shapes to a dict of arrays, and back. It does not depend on any model class.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  teaches numpy, and so safetensors, the name bfloat16
+import ml_dtypes  # noqa: F401  makes the name bfloat16 known to numpy, and so to safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -23,8 +23,8 @@ from bert_jax import tree
 from bert_jax.errors import CheckpointError
 from bert_jax.hub import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_index, replacing
 
-# Tensor of the published checkpoints (google-bert/bert-base-cased) -> parameter. They are held as they are stored;
-# a linear's weight is [out, in].
+# Tensor in the published checkpoints (google-bert/bert-base-cased) -> parameter. Parameters are held as stored; the
+# weight of a linear layer is [out, in].
 TABLE = {
     "bert.embeddings.word_embeddings.weight": "bert.embeddings.word_embeddings.weight",
     "bert.embeddings.position_embeddings.weight": "bert.embeddings.position_embeddings.weight",
@@ -62,35 +62,35 @@ TABLE = {
     "qa_outputs.bias": "qa_outputs.bias",
 }
 
-# Tensors that some files store a second time, under the name of what they are tied to.
+# Names under which some files store a tensor a second time -> the tensor that it is tied to.
 TIED = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
 
-# What wrappers put before every name: torch.compile, DistributedDataParallel, and modules that hold the network.
+# The prefix that wrappers put before every name: torch.compile, DistributedDataParallel, modules that hold the network.
 WRAPPERS = re.compile(r"((_orig_mod|module|model)\.)*")
 
 _LISTED = 40
-"""Lines of a message that lists what is wrong."""
+"""The maximum number of problems that an error message lists."""
 
-# What PyTorch keeps beside the weights and the network does not need.
+# Buffers that PyTorch stores next to the weights and that the network does not need.
 BUFFERS = {"bert.embeddings.position_ids", "bert.embeddings.token_type_ids"}
 
 
 @dataclass
 class Report:
-    """What became of each tensor of a checkpoint, by the names in the file, and of each parameter of the model."""
+    """How each tensor of a checkpoint, by its name in the file, and each parameter of the model was handled."""
 
     prefix: str = ""
-    """What stood before every name in the file, and was taken off: `module.`, `_orig_mod.`, `model.`"""
+    """The prefix that was removed from every name in the file: `module.`, `_orig_mod.`, `model.`"""
     loaded: list[str] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
-    """Stored a second time, and equal to what they are tied to."""
+    """Tensors stored a second time and equal to the tensor that they are tied to."""
     ignored: dict[str, str] = field(default_factory=dict)
-    """Name -> why."""
+    """Name -> reason."""
     new: list[str] = field(default_factory=list)
-    """Paths of the parameters that were not loaded but made new, as asked for."""
+    """Paths of the parameters that were reinitialised instead of loaded, as requested."""
 
     def __str__(self) -> str:
         lines = [f"loaded {len(self.loaded)} tensors" + (f", all named {self.prefix}…" if self.prefix else "")]
@@ -102,15 +102,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a parameter comes from: a tensor's name, and the file that holds it."""
+    """Where a parameter comes from: the name of a tensor, and the file that holds it."""
 
     name: str
     file: Path
     dtype: str
-    """As safetensors writes it: F32, F16, BF16."""
+    """The dtype as safetensors writes it: F32, F16, BF16."""
 
     def read(self) -> np.ndarray:
-        """The tensor, as it is stored."""
+        """The tensor as it is stored."""
         with _opened(self.file) as file:
             tensor: np.ndarray = file.get_tensor(self.name)
             return tensor
@@ -119,22 +119,22 @@ class Source:
 def plan(
     folder: Path, specs: Mapping[str, jax.ShapeDtypeStruct], *, new: Iterable[str] = (), ignore: Iterable[str] = ()
 ) -> tuple[dict[str, Source], Report]:
-    """What a folder's weights would give a model, from the headers of its files: no tensor is read but tied ones.
+    """Finds the source of each parameter of a model in a folder, from the file headers. Only tied tensors are read.
 
     Args:
-        folder: Holds `model.safetensors`, or shards and their index.
+        folder: Contains `model.safetensors`, or shards and their index.
         specs: The model's parameters by path (`tree.Skeleton.specs`).
-        new: Regular expressions of the paths that are to be made new, whatever the file holds.
-        ignore: Regular expressions of whole names in the file that are to be left out.
+        new: Regular expressions of the parameter paths to reinitialise, whatever the file holds.
+        ignore: Regular expressions of the tensors to leave out, matched against their whole names in the file.
 
     Returns:
         Parameter path -> source, and the report.
 
     Raises:
-        CheckpointError: Lists at once all tensors that are missing, unknown, of another shape, or not floats. Or if a
-            pattern matches nothing.
+        CheckpointError: If tensors are missing, unknown, of another shape or not floats (lists all of them at once), or
+            if a pattern matches nothing.
     """
-    # Parameters of a bare BertModel have no `bert.` before them, nor have the tensors in its files.
+    # In a bare BertModel, neither the parameters nor the tensors in its files have the prefix `bert.`.
     bare = "" if any(path.startswith("bert.") for path in specs) else "bert."
     fresh = tree.select(new, specs)
     if unmatched := [pattern for pattern in new if not tree.select([pattern], specs)]:
@@ -190,7 +190,7 @@ def plan(
             report.tied.append(f"{source.name} = {sources[path].name}")
             if not np.array_equal(source.read(), sources[path].read()):
                 wrong.append(f"not tied: {source.name} differs from {sources[path].name}; this network ties the two")
-        else:  # stored once, under the other name
+        else:  # stored only once, under the other name
             sources[path] = source
             wrong += _misfit(source.name, stored[source.name][1], source.dtype, list(specs[path].shape))
     missing = [path for path in specs if path not in sources and path not in fresh]
@@ -214,13 +214,13 @@ def load(
 ) -> tuple[dict[str, jax.Array], Report]:
     """Reads a folder's weights, one tensor at a time.
 
-    Args: see `plan`.
+    The arguments are those of `plan`.
 
     Returns:
-        Parameter path -> array of the spec's dtype, without those that are new; and the report.
+        Parameter path -> array in the spec's dtype, without the new parameters; and the report.
 
     Raises:
-        CheckpointError: As `plan`, or if weights are not finite, by their names; nothing is loaded then.
+        CheckpointError: If `plan` raises it, or if weights are not finite; names those tensors. Nothing is loaded then.
     """
     sources, report = plan(folder, specs, new=new, ignore=ignore)
     arrays, infinite = {}, []
@@ -242,16 +242,16 @@ def load(
 def save(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Writes `model.safetensors` and `config.json` as PyTorch transformers reads them.
 
-    Everything is written and flushed beside the folder first and then renamed into place, so that a kill or a full
-    disk leaves either the old files or the new ones.
+    All files are first written and flushed next to the folder and then renamed into place, so that a kill or a full
+    disk leaves every file either old or new, never partial.
 
     Args:
-        folder: Is made if need be; other files in it stay.
+        folder: Created if necessary; other files in it stay.
         params: Parameter path -> array.
         config: The content of `config.json`.
 
     Raises:
-        CheckpointError: If it cannot be written; what stood before stands still.
+        CheckpointError: If the folder cannot be written; names the earlier files that were replaced, if any.
     """
     prefix = "" if any(path.startswith("bert.") for path in params) else "bert."
     tensors = {}
@@ -262,13 +262,13 @@ def save(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> 
     with replacing(folder) as staging:
         try:
             save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, in that library's words
+        except SafetensorError as error:  # as safetensors reports a full disk
             raise OSError(str(error)) from None
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def published_names(paths: Iterable[str]) -> list[str]:
-    """The names that parameters have in published checkpoints, path by path."""
+    """The names that parameters have in published checkpoints, in the order of `paths`."""
     paths = list(paths)
     names = {path: published for published, path in _table(paths).items()}
     return [names[path] for path in paths]
@@ -286,10 +286,11 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _tensors(sources: Mapping[str, Source]) -> Iterator[tuple[str, np.ndarray]]:
-    """Reads tensors as they are stored, by path.
+    """Yields each path with its tensor as it is stored.
 
-    An open map keeps the pages it has read, and by the end the whole file would stand in memory a second time. So a
-    file is opened again after every 32 MB (for each tensor that takes 0.3 ms: BERT-base 55 ms more).
+    An open memory map keeps the pages that it has read, so the whole file would end up in memory a second time.
+    Therefore a file is reopened after every 32 MB. Reopening it for each tensor would take 0.3 ms each, 55 ms more for
+    BERT-base.
     """
     for file, group in itertools.groupby(
         sorted(sources.items(), key=lambda item: item[1].file), lambda item: item[1].file
@@ -339,9 +340,9 @@ def _stored(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
 
 
 def _shard(folder: Path, name: str) -> Path:
-    """A shard's path; links are followed within the folder alone, or within the Hub's cache."""
+    """The path of a shard. Links are followed only within the folder or within the Hub's cache."""
     path, home = folder / name, folder.resolve()
-    if home.parent.name == "snapshots":  # of a cache, whose files are links to blobs
+    if home.parent.name == "snapshots":  # the Hub's cache, in which files are links to blobs
         home = home.parent.parent
     if not path.exists():
         raise CheckpointError(f"{path} is missing, though {INDEX_FILE} names it; download the checkpoint again.")
@@ -353,10 +354,10 @@ def _shard(folder: Path, name: str) -> Path:
 
 
 def _prefix(folder: Path, names: Iterable[str]) -> str:
-    """What wrappers put before every name.
+    """The prefix that wrappers put before every name.
 
     Raises:
-        CheckpointError: If it is not the same before every name.
+        CheckpointError: If not all names have the same prefix.
     """
     before: dict[str, list[str]] = {}
     for name in names:
@@ -372,13 +373,14 @@ def _prefix(folder: Path, names: Iterable[str]) -> str:
 
 
 def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
-    """A copy at a multiple of 2 MB (small ones of 64 bytes), which the CPU backend then holds without a further copy.
+    """A copy aligned to 2 MB (small arrays to 64 bytes), which the CPU backend holds without copying it again.
 
-    Large ones get huge pages from Linux: reading every weight for one sentence is a tenth faster from those. They do
-    not come from malloc, whose notes between two arrays would take such a page each, 140 MB for BERT-large.
+    Linux gives large arrays huge pages, which makes reading every weight for one sentence a tenth faster. These arrays
+    do not come from malloc, because its bookkeeping between two arrays would occupy one such page each, 140 MB for
+    BERT-large.
 
     Returns:
-        The copy, or None where a number is not finite.
+        The copy, or None if a number is not finite.
     """
     size, page = tensor.size * dtype.itemsize, 64
     if size < 2**22 or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -391,9 +393,9 @@ def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
     start = -memory.ctypes.data % page
     aligned = memory[start : start + size].view(dtype)
     source = tensor.reshape(-1)
-    for start in range(0, aligned.size, 2**18):  # what has just been copied is checked while it is in the cache
+    for start in range(0, aligned.size, 2**18):  # checks each part while it is still in the cache
         part = aligned[start : start + 2**18]
-        with np.errstate(over="ignore"):  # of float64
+        with np.errstate(over="ignore"):  # from float64
             part[...] = source[start : start + 2**18]
         if not np.isfinite(part).all():
             return None
@@ -402,14 +404,14 @@ def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
 
 
 def _published_name(name: str) -> str:
-    """The name that the table has: with the `bert.` prefix, and LayerNorm's `weight` and `bias` for `gamma`, `beta`."""
+    """The name in the table: with the prefix `bert.`, and with LayerNorm's `gamma`, `beta` as `weight`, `bias`."""
     name = re.sub(r"\bLayerNorm\.gamma$", "LayerNorm.weight", name)
     name = re.sub(r"\bLayerNorm\.beta$", "LayerNorm.bias", name)
     return f"bert.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
 
 
 def _path(published: str) -> str | None:
-    """The parameter path of a published name; None outside the table."""
+    """The parameter path of a published name; None if the name is not in the table."""
     layer = re.match(r"bert\.encoder\.layer\.(\d+)\.", published)
     if not layer:
         return TABLE.get(published)
@@ -418,7 +420,7 @@ def _path(published: str) -> str | None:
 
 
 def _table(paths: Iterable[str]) -> dict[str, str]:
-    """The table with a line for each layer that the paths have: published name -> path."""
+    """The table with one line for each layer in the paths: published name -> path."""
     found = (re.match(r"(?:bert\.)?layers\.(\d+)\.", path) for path in paths)
     layers = 1 + max((int(match[1]) for match in found if match), default=-1)
     table = {}
@@ -438,6 +440,6 @@ def _misfit(name: str, shape: list[int], dtype: str, expected: list[int]) -> lis
 
 
 def _pattern(name: str) -> str:
-    """A regular expression of all that stands beside a tensor or a parameter, as Python writes it."""
+    """A regular expression, as Python writes it, that matches a tensor or parameter and its siblings."""
     pattern = re.escape(name.rpartition(".")[0]) + r"\..*" if "." in name else re.escape(name)
     return f"r'{pattern}'" if len(pattern) <= 200 else f"r'{pattern[:199]}…'"

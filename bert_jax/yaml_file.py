@@ -1,4 +1,4 @@
-"""YAML files of settings: a file, one of its variants and overrides, laid over one another into one tree."""
+"""YAML files of settings: merges a file, one of its variants and overrides into one tree."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -10,11 +10,11 @@ import yaml
 from bert_jax.errors import InputError, listed, quoted
 
 VALUES = 100_000
-"""Values of a file of settings; aliases that refer to aliases unfold to more than any memory holds."""
+"""Maximum number of values in a settings file. Without it, nested aliases could expand beyond any memory."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without keys that are given twice, of which the first would be lost."""
+    """A YAML loader that refuses duplicate keys, because the first value would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         given: set[str] = set()
@@ -26,10 +26,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parsed(text: str) -> Any:
-    """What a YAML text says.
+    """The parsed value of a YAML text.
 
     Raises:
-        ValueError: If it says nothing that settings could be, with the reason.
+        ValueError: If the text is invalid, nested too deeply, or holds more than `VALUES` values.
     """
     try:
         found = yaml.load(text, _Loader)
@@ -48,7 +48,11 @@ def _parsed(text: str) -> Any:
 
 
 def read_tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
-    """A file with its variant and the overrides laid over it."""
+    """Reads a file and merges its variant and then the overrides into it.
+
+    Raises:
+        InputError: If the file, the variant or an override cannot be used.
+    """
     try:
         tree = _parsed(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -68,10 +72,10 @@ def read_tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def assignments(texts: Iterable[str]) -> dict[str, Any]:
-    """`section.key=value`, the value in YAML -> a tree.
+    """Texts of the form `section.key=value`, with the value in YAML -> a tree.
 
     Raises:
-        InputError: Names the one that has no value, or one that YAML would read as something less than was given.
+        InputError: If a text has no value or invalid YAML, or YAML would drop part of the value as a comment.
     """
     changes: dict[str, Any] = {}
     for text in texts:
@@ -84,7 +88,7 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
             for part in reversed(key.split(".")):
                 given = {part: given}
             changes = _laid_over(changes, given)
-        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: of a date that is none, too
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: also for an invalid date
             raise InputError(f"{quoted(text)}: the value is not YAML; single quotes keep what is in them.") from None
         if lost := value[end:].strip():
             raise InputError(
@@ -93,7 +97,7 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
     return changes
 
 
-_ENDS = (yaml.BlockEndToken, yaml.StreamEndToken)  # which stand behind what is passed over
+_ENDS = (yaml.BlockEndToken, yaml.StreamEndToken)  # their marks lie behind a trailing comment
 
 
 def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +109,7 @@ def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of a tree by their dotted paths."""
+    """Dotted path -> leaf, for each leaf of a tree."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -113,7 +117,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(given: Any, names: Iterable[str]) -> str | None:
-    """The name that a mistyped one is closest to, if any is close."""
+    """The name that is closest to a mistyped one; None if no name is close."""
     return (
         next(iter(difflib.get_close_matches(given[:100], names, n=1, cutoff=0.5)), None)
         if isinstance(given, str)

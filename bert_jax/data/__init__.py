@@ -1,1 +1,1 @@
-"""Examples: where they come from, and the batches they make."""
+"""Examples: their sources, and the batches made from them."""

@@ -1,8 +1,8 @@
-"""Texts -> shards on disk: documents, cut into sentences, tokenized, and laid out as pretraining wants them.
+"""Texts -> shards on disk: documents, split into sentences, tokenized, and laid out for pretraining.
 
-A shard is a numpy file of rows, `HEADER` and the token ids; beside the shards stand `corpus.json`, what they are made
-of, and, once all are there, `manifest.json`, what they hold. A shard appears when it is whole, so that work that was
-cut short goes on where it stood.
+A shard is a numpy file of rows; a row is `HEADER` and the token ids. Next to the shards, `corpus.json` records what
+they are made from. Once all shards exist, `manifest.json` records what they hold. A shard gets its name only when it is
+complete, so that interrupted work resumes where it stopped.
 """
 
 import concurrent.futures
@@ -30,24 +30,24 @@ from bert_jax.tokenizer import Tokenizer
 
 HEADER = ("tokens", "tokens of the first segment", "whether the second is of another document")
 SHARD = 2**24
-"""Characters of text that make a shard."""
+"""Number of characters of text that fill a shard."""
 PIECE = 100_000
-"""Characters that are tokenized at once; a longer line is cut at a space."""
+"""Maximum number of characters that are tokenized at once; a longer sentence is cut, at a space if it has one."""
 WHOLE, PARTS = "manifest.json", "corpus.json"
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'’”)\]]*(?=\s+[\"'‘“(\[]*[A-Z0-9])")
 
 Document = list[list[int]]
-"""Sentences, each the ids of its tokens."""
+"""Sentences, each a list of token ids."""
 
 
 # ── Texts -> documents ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Reader:
-    """Documents of files, one after another.
+    """Reads the documents of files, one after another.
 
     Attributes:
-        replaced: Bytes so far that are no UTF-8; U+FFFD stands for them.
+        replaced: Number of U+FFFD characters so far that replace bytes that are not UTF-8.
     """
 
     def __init__(self, paths: Sequence[Path], format: str | None, column: str):
@@ -55,7 +55,7 @@ class Reader:
         self.replaced = 0
 
     def __iter__(self) -> Iterator[list[str]]:
-        """The lines of each document: of JSON lines those of the row's text, else those between two empty lines."""
+        """Yields the lines of each document: in JSON lines a row's text, else the lines between two empty lines."""
         for path in self.paths:
             rows = (self.format or ("jsonl" if ".jsonl" in path.suffixes else "text")) == "jsonl"
             document: list[str] = []
@@ -93,7 +93,7 @@ class Reader:
 
 
 def sentences(line: str) -> Iterator[str]:
-    """A line's sentences, by their punctuation; none is longer than `PIECE`."""
+    """Splits a line into sentences by punctuation; no sentence is longer than `PIECE`."""
     ends = [match.end() for match in SENTENCE_END.finditer(line)]
     for start, end in itertools.pairwise([0, *ends, len(line)]):
         sentence = line[start:end]
@@ -115,12 +115,13 @@ def pairs(
 
     Args:
         documents: At least two.
-        room: Tokens that both segments may have together.
-        short: Share of pairs that are made for less than that, from 2 tokens on.
-        random: Draws them.
+        room: Maximum number of tokens of both segments together.
+        short: Share of pairs that are made for a random length from 2 to `room`.
+        random: The random generator.
 
     Returns:
-        First segment, second segment, and whether the second is of another document; it is in half of the pairs.
+        First segment, second segment, and whether the second is from another document: always if no sentence is left
+        for it, otherwise in half of the pairs.
     """
     for number, document in enumerate(documents):
         start = 0
@@ -140,7 +141,7 @@ def pairs(
                     second += sentence
                     if len(second) >= target - len(first):
                         break
-                end = first_end  # what was not used comes again
+                end = first_end  # unused sentences are used for the next pair
             else:
                 second = [token for sentence in document[first_end:end] for token in sentence]
             first_cut, second_cut = _trimmed(len(first), len(second), room, random)
@@ -149,7 +150,7 @@ def pairs(
 
 
 def _trimmed(first: int, second: int, room: int, random: np.random.Generator) -> tuple[slice, slice]:
-    """What is left of two segments when the longer loses tokens, at either end, until they fit."""
+    """The slices of two segments that remain after the longer one loses tokens, at either end, until both fit."""
     lengths, fronts = [first, second], [0, 0]
     while sum(lengths) > room:
         longer = 0 if lengths[0] > lengths[1] else 1
@@ -160,7 +161,7 @@ def _trimmed(first: int, second: int, room: int, random: np.random.Generator) ->
 
 
 def runs(documents: Iterable[Document], room: int) -> Iterator[list[int]]:
-    """Documents cut into runs of sentences that fill the room; a sentence that is longer is cut."""
+    """Cuts documents into runs of sentences that fill `room` tokens; a longer sentence is cut."""
     for document in documents:
         tokens: list[int] = []
         for sentence in document:
@@ -180,8 +181,8 @@ class Layout:
     """How documents become examples.
 
     Attributes:
-        max_length: Tokens of an example, special tokens included.
-        next_sentence: Makes pairs of segments, for next-sentence prediction; otherwise runs of tokens.
+        max_length: Maximum number of tokens of an example, special tokens included.
+        next_sentence: Whether to make pairs of segments for next-sentence prediction instead of runs of tokens.
         short: Share of the pairs that are made shorter than `max_length`, down to 2 tokens.
     """
 
@@ -197,7 +198,7 @@ def rows(
     dtype: Any,
     random: np.random.Generator,
 ) -> np.ndarray:
-    """The rows of a shard: [n, HEADER and max_length]."""
+    """The rows of a shard: [n, len(HEADER) + max_length]."""
     cls, sep, pad = special
     header, length = len(HEADER), layout.max_length
     found = []
@@ -229,22 +230,22 @@ def tokenize(
     processes: int | None = None,
     console: Console | None = None,
 ) -> "Shards":
-    """Makes the shards of files that do not exist yet, and opens all of them.
+    """Makes the shards that do not exist yet, and opens all shards.
 
     Args:
-        files: Texts with an empty line between documents, or JSON lines; either may be gzipped.
+        files: Text files with an empty line between documents, or JSON lines; both may be gzipped.
         folder: The folder of the shards.
         tokenizer: The tokenizer of the model.
         layout: How documents become examples.
-        seed: The pairs are drawn from it.
-        format: The format of the files; by their names if None.
+        seed: The seed from which pairs are drawn.
+        format: The format of the files; None to infer it from their names.
         text: The key of the text in JSON lines.
-        processes: Number of processes that tokenize; by default as many as there are processors.
+        processes: Number of processes that tokenize; by default the number of processors.
         console: Shows the progress.
 
     Raises:
-        InputError: If a file cannot be read, there is nothing in them, there is one document alone where pairs are
-            wanted, or the folder holds shards of something else or cannot be written. Finished shards stay.
+        InputError: If a file cannot be read, the files hold no text, pairs are wanted but there is only one document,
+            or the folder holds something else or cannot be written. Finished shards stay.
     """
     special: Any = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
     if missing := [name for name, id in zip(("[CLS]", "[SEP]", "[PAD]"), special, strict=True) if id is None]:
@@ -283,9 +284,9 @@ def tokenize(
 
 
 def _units(reader: Iterable[list[str]]) -> Iterator[list[list[str]]]:
-    """Documents in parts of `SHARD` characters and, where there are so many, two documents: each needs another."""
+    """Groups documents; a group has at least `SHARD` characters and two documents, if possible; pairs need two."""
     unit: list[list[str]] = []
-    ready: list[list[str]] | None = None  # held back, for it may get a last document that would be alone
+    ready: list[list[str]] | None = None  # held back, because it may get a last document that would be alone
     size = 0
     for document in reader:
         if size >= SHARD and len(unit) > 1:
@@ -308,11 +309,11 @@ def _made(
     processes: int | None,
     console: Console | None,
 ) -> list[Any]:
-    """Makes shards in several processes; those that an earlier run made are only looked up."""
+    """Makes shards in several processes; if an earlier run made a shard, only its record is read."""
     workers = processes or os.cpu_count() or 1
     done: dict[int, Any] = {}
     in_flight: dict[Any, int] = {}
-    # Not forked: the threads of JAX and of the tokenizers would not survive that.
+    # Not forked: the threads of JAX and of the tokenizers do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with (
         concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool,
@@ -351,7 +352,7 @@ def _make_shard(
     number: int,
     unit: list[list[str]],
 ) -> dict[str, Any]:
-    """Tokenizes some documents and writes their shard; returns what it holds. Runs in a process of its own."""
+    """Tokenizes some documents and writes their shard; returns its record. Runs in its own process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     tokenizer = tokenizers.Tokenizer.from_str(backend)
     documents = []
@@ -387,8 +388,8 @@ class Shards:
     """The rows of a folder's shards.
 
     Attributes:
-        tables: Memory-mapped, each [n, HEADER and tokens].
-        manifest: What `manifest.json` says.
+        tables: Memory-mapped arrays, each [n, len(HEADER) + max_length].
+        manifest: The contents of `manifest.json`.
     """
 
     tables: Sequence[np.ndarray]
@@ -396,10 +397,10 @@ class Shards:
 
     @classmethod
     def opened(cls, folder: Path) -> "Shards":
-        """Opens the shards of a folder, each compared with its hash.
+        """Opens the shards of a folder and compares each with its hash.
 
         Raises:
-            CheckpointError: If one is damaged or missing.
+            CheckpointError: If a shard is damaged or missing.
         """
         manifest = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
         tables = []
@@ -415,16 +416,16 @@ class Shards:
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
-        """Rows before each shard: int64 [shards + 1]."""
+        """Number of rows before each shard, and in all shards: int64 [shards + 1]."""
         return np.cumsum([0, *map(len, self.tables)])
 
     def column(self, name: str) -> np.ndarray:
-        """An entry of the header, row by row: int32 [rows]."""
+        """One entry of the header, for all rows: int32 [rows]."""
         n = HEADER.index(name)
         return np.concatenate([table[:, n].astype(np.int32) for table in self.tables])
 
     def ids(self, row: int) -> np.ndarray:
-        """Token ids of a row, padding included."""
+        """The token ids of a row, padding included."""
         shard = int(np.searchsorted(self.starts, row, "right")) - 1
         return self.tables[shard][row - self.starts[shard], len(HEADER) :]
 

@@ -1,4 +1,4 @@
-"""Examples -> batches. An epoch's batches are a pure function of seed, epoch and lengths; the place is the step."""
+"""Examples -> batches, found by their step. An epoch's batches are a pure function of seed, epoch and lengths."""
 
 import bisect
 import functools
@@ -12,20 +12,20 @@ import numpy as np
 from bert_jax.training.losses import IGNORE
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Tokens that a batch without packing is padded to: a program each, a third of padding at worst."""
+"""Row lengths that batches without packing are padded to. Each has its own program; at most a third is padding."""
 WINDOW = 50
-"""Batches whose examples are sorted by length together, as in transformers' `group_by_length`."""
+"""Number of batches whose examples are sorted by length together, as in transformers' `group_by_length`."""
 
 
 class Batch(TypedDict):
-    """Rows of one length that hold examples, one each or, packed, several one after another, and padding.
+    """Rows of equal length that hold one example each, or several one after another if packed, and padding.
 
     Attributes:
-        inputs: What the model takes, each [B, T]: input_ids, token_type_ids and attention_mask or, where rows are
-            packed, document_ids (0 for padding) and position_ids.
-        targets: What the task's loss takes: [B, K, …] by example or [B, T] by token.
+        inputs: The keyword arguments of the model, each [B, T]: input_ids, token_type_ids and attention_mask, or, if
+            rows are packed, document_ids (0 for padding) and position_ids in place of attention_mask.
+        targets: The targets that the task's loss expects: [B, K, …] per example or [B, T] per token.
         starts: int32 [B, K], the first token of each example in its row.
-        weights: float32 [B, K], 1 for an example, 0 where a row has none.
+        weights: float32 [B, K], 1 for an example, 0 for an unused entry.
     """
 
     inputs: dict[str, np.ndarray]
@@ -35,7 +35,7 @@ class Batch(TypedDict):
 
 
 class Shape(NamedTuple):
-    """Of a batch, and so of a program: rows, tokens a row, and examples that a row may hold."""
+    """The shape of a batch and of its program: rows, tokens per row, and maximum number of examples per row."""
 
     rows: int
     length: int
@@ -43,13 +43,13 @@ class Shape(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a batch is made of.
+    """The examples of a batch, and their rows in it.
 
     Attributes:
-        indices: Of examples, int64 [n].
-        rows: The row that each lies in, int64 [n]; those of one row lie in it in this order.
-        shape: Of the batch.
-        epoch: That it is of, where examples look different in each.
+        indices: Indices of the examples, int64 [n].
+        rows: The row of each example, int64 [n]; examples in the same row are laid out in this order.
+        shape: The shape of the batch.
+        epoch: The epoch of the batch, for examples that differ between epochs.
     """
 
     indices: np.ndarray
@@ -59,7 +59,7 @@ class Place(NamedTuple):
 
 
 def one_a_row(indices: np.ndarray, rows: int, length: int) -> Place:
-    """The place of examples that each have a row of their own."""
+    """The place of examples that each have their own row."""
     return Place(indices, np.arange(len(indices)), Shape(rows, length, 1))
 
 
@@ -68,13 +68,13 @@ class Examples:
     """Featurised examples, in the order of their rows.
 
     Attributes:
-        input_ids: Token ids, special tokens included, example by example.
-        token_type_ids: Token types, likewise.
-        targets: Name -> an entry an example: a number or a vector of equal shape for all.
-        token_targets: Name -> an array an example, with an entry a token; padding gets `losses.IGNORE`.
-        origins: An entry an example, by which the task knows again what it was made of, its row's number first; no
-            program sees it.
-        pad_token_id: What rows are padded with.
+        input_ids: One array of token ids per example, special tokens included.
+        token_type_ids: One array of token types per example.
+        targets: Name -> one entry per example: a number, or a vector of the same shape for all.
+        token_targets: Name -> one array per example with one entry per token; padding gets `losses.IGNORE`.
+        origins: One entry per example that tells the task what the example was made from, the index of its row first;
+            no program sees it.
+        pad_token_id: The id that rows are padded with.
     """
 
     input_ids: Sequence[np.ndarray]
@@ -89,11 +89,11 @@ class Examples:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example: int64 [N]."""
+        """Number of tokens of each example: int64 [N]."""
         return np.array([len(ids) for ids in self.input_ids])
 
     def digest(self) -> str:
-        """SHA-256 of the tokens and of what is to be learnt of them."""
+        """SHA-256 of the tokens and the targets."""
         found = hashlib.sha256()
         for arrays in (self.input_ids, self.targets.values(), *self.token_targets.values()):
             for array in arrays:
@@ -101,11 +101,11 @@ class Examples:
         return found.hexdigest()
 
     def rows(self, indices: np.ndarray) -> list[int]:
-        """Rows of the data, from 1, that examples were made of."""
+        """The rows of the data, counted from 1, that the examples were made from."""
         return sorted({1 + (self.origins[i][0] if self.origins else int(i)) for i in indices})
 
     def spots(self, place: Place) -> Iterator[tuple[int, int, int, int]]:
-        """Where a place's examples lie, one after another: index, row, number within the row, and first token."""
+        """Yields the spot of each example of a place: index, row, number within the row, and first token."""
         count, used = (np.zeros(place.shape.rows, int) for _ in range(2))
         for index, row in zip(place.indices.tolist(), place.rows.tolist(), strict=True):
             yield index, row, int(count[row]), int(used[row])
@@ -113,13 +113,13 @@ class Examples:
             used[row] += self.lengths[index]
 
     def share(self, place: Place, part: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-        """The spots in a part of the rows: which, and of how many."""
+        """The spots in one part of the rows, with row 0 its first; `part` is its index and the number of parts."""
         size = place.shape.rows // part[1]
         first = part[0] * size
         return [(i, row - first, n, at) for i, row, n, at in self.spots(place) if 0 <= row - first < size]
 
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
-        """The batch of a place, or a part of its rows: which, and of how many."""
+        """The batch of a place, or one part of its rows; `part` is the index of the part and the number of parts."""
         size = place.shape.rows // part[1]
         shape = size, place.shape.length
         packed = place.shape.examples > 1
@@ -152,13 +152,13 @@ class Examples:
         return Batch(inputs=inputs, targets=targets, starts=starts, weights=weights)
 
 
-# ── Which examples go together ───────────────────────────────────────────────────────────────────────────────────────
+# ── Grouping of examples ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def bucketed(
     lengths: np.ndarray, batch_size: int, rows: int, random: np.random.Generator, multiple: int = 1
 ) -> list[Place]:
-    """Batches in random order, one example a row, examples of like length together; one batch has the rest."""
+    """Makes batches of examples of similar length, one per row, in random order; one batch holds the remainder."""
     order = random.permutation(len(lengths))
     window = WINDOW * batch_size
     order = np.concatenate([
@@ -171,20 +171,20 @@ def bucketed(
 
 
 def padded_length(tokens: int, multiple: int = 1) -> int:
-    """The length of the program that takes so many tokens."""
+    """The row length that so many tokens are padded to."""
     return -(-next((length for length in LENGTHS if length >= tokens), tokens) // multiple) * multiple
 
 
 def balanced(lengths: np.ndarray, batch_size: int, random: np.random.Generator) -> list[np.ndarray]:
-    """Batches in random order, of nearly as many tokens each: one example of every stratum of lengths.
+    """Makes batches of nearly equal numbers of tokens, in random order: one example from each stratum of lengths.
 
     Args:
-        lengths: Tokens of each example.
-        batch_size: Examples a batch; where they do not divide, some batches have one less.
-        random: Draws them.
+        lengths: Number of tokens of each example.
+        batch_size: Examples per batch; if the examples do not divide evenly, some batches have one less.
+        random: The random generator.
 
     Returns:
-        Indices of each batch, longest example first.
+        The indices of the examples of each batch, longest example first.
     """
     count = -(-len(lengths) // batch_size)
     order = random.permutation(len(lengths))
@@ -195,33 +195,33 @@ def balanced(lengths: np.ndarray, batch_size: int, random: np.random.Generator) 
 
 
 def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.ndarray, Shape]:
-    """Lays examples into as few rows as `best_fit` finds.
+    """Packs examples into as few rows as `best_fit` finds.
 
     Args:
-        lengths: Tokens of each example.
-        indices: Of those to lay, longest first.
-        length: Tokens that a row has.
+        lengths: Number of tokens of each example.
+        indices: Indices of the examples to pack, longest first.
+        length: Tokens per row.
 
     Returns:
-        The row of each, and the shape that holds them.
+        The row of each packed example, and the shape that holds all of them.
     """
     rows = best_fit(lengths[indices].tolist(), length)
     return np.array(rows), Shape(max(rows) + 1, length, int(np.bincount(rows).max()))
 
 
 def best_fit(tokens: Sequence[int], length: int, *, rows: int | None = None, examples: int | None = None) -> list[int]:
-    """Lays examples one after another, each into the fullest row that still has room for it.
+    """Packs examples one after another, each into the fullest row that still has room for it.
 
     Args:
-        tokens: Of each example, the most first (best fit decreasing).
-        length: Tokens that a row has.
-        rows: How many rows there are; None for as many as it takes.
-        examples: How many a row may hold; None for any number.
+        tokens: Number of tokens of each example, in descending order (best fit decreasing).
+        length: Tokens per row.
+        rows: Number of rows; None for as many as are needed.
+        examples: Maximum number of examples per row; None for no limit.
 
     Returns:
-        The row of each; -1 where it has room in none.
+        The row of each example; -1 if no row has room for it.
     """
-    room: list[tuple[int, int]] = []  # that rows have left, the fullest first
+    room: list[tuple[int, int]] = []  # (tokens left, row), fullest row first
     count: list[int] = []
     chosen: list[int] = []
     for size in tokens:
@@ -243,19 +243,19 @@ def best_fit(tokens: Sequence[int], length: int, *, rows: int | None = None, exa
 def packed_shape(
     lengths: np.ndarray, batches: Sequence[np.ndarray], share: int, limit: int, multiple: int = 1
 ) -> Shape:
-    """The shape that holds any of some batches in the least work.
+    """The shape that holds any of the batches with the least work.
 
     Args:
-        lengths: Tokens of each example.
-        batches: Indices of each, longest first.
-        share: What the rows have to be a multiple of.
-        limit: Tokens that a row may have, as many as the model has positions.
-        multiple: What the tokens of a row have to be a multiple of.
+        lengths: Number of tokens of each example.
+        batches: The indices of the examples of each batch, longest first.
+        share: The number of rows has to be a multiple of this.
+        limit: Maximum number of tokens per row: the number of positions of the model.
+        multiple: The number of tokens per row has to be a multiple of this.
     """
     most, longest = max(int(lengths[batch].sum()) for batch in batches), int(lengths.max())
 
     def least(length: int) -> int:
-        """Work that any shape with rows of so many tokens is."""
+        """The least work of any shape with rows of this length."""
         return _work(-(-most // length // share) * share, length)
 
     step = max(8, multiple)
@@ -268,28 +268,28 @@ def packed_shape(
         rows = -(-max(shape.rows for shape in shapes) // share) * share
         if best is None or _work(rows, length) < _work(best.rows, best.length):
             examples = max(shape.examples for shape in shapes)
-            # Some to spare: a batch of a later epoch that does not fit takes a program of its own.
+            # Two examples to spare: a batch of a later epoch that does not fit needs its own program.
             best = Shape(rows, length, 1 if examples == 1 else examples + 2)
     assert best is not None
     return best
 
 
 def _work(rows: int, length: int) -> int:
-    """Of a batch, in parts of a thousand of a token's: each token it attends to is about one (measured, 384 wide)."""
+    """The work of a batch: each token is 1000, plus about 1 per token that it attends to (measured, 384 wide)."""
     return rows * length * (1000 + length)
 
 
 class Loader:
-    """The batches of a run by their step, of whose rows each process makes a part.
+    """The batches of a run by step; each process makes one part of their rows.
 
     Args:
-        examples: What to learn from.
-        batch_size: Examples a batch, over all processes.
-        seed: Of their order.
-        share: What the rows of a batch have to be a multiple of, to be shared out.
-        packing: Tokens that a row may have if it may hold several examples; None for one example a row.
-        multiple: What the tokens of a row have to be a multiple of.
-        part: Which part of the rows to make, and of how many.
+        examples: The examples to learn from.
+        batch_size: Examples per batch, over all processes.
+        seed: The seed of the order of the examples.
+        share: The number of rows of a batch has to be a multiple of this, to be divided evenly.
+        packing: Maximum number of tokens of a row that holds several examples; None for one example per row.
+        multiple: The number of tokens per row has to be a multiple of this.
+        part: The index of the part of the rows to make, and the number of parts.
     """
 
     def __init__(
@@ -310,7 +310,7 @@ class Loader:
 
     @functools.cached_property
     def _shape(self) -> Shape:
-        """What the first epoch's batches fit into."""
+        """A shape that every batch of the first epoch fits into."""
         batches = balanced(self.examples.lengths, self.batch_size, np.random.default_rng((self.seed, 0)))
         return packed_shape(self.examples.lengths, batches, self.share, self.packing or 0, self.multiple)
 
@@ -328,16 +328,16 @@ class Loader:
         return Place(indices, rows, self._shape._replace(rows=self._shape.rows + more, examples=examples))
 
     def place(self, step: int) -> Place:
-        """What a step's batch is made of, in all processes."""
+        """The place of the batch of a step, the same in all processes."""
         epoch, n = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[n]._replace(epoch=epoch)
 
     def batch_at(self, step: int) -> Batch:
-        """Our part of the rows of a step's batch."""
+        """This process's part of the rows of the batch of a step."""
         return self.examples.batch(self.place(step), self.part)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of some steps, made ahead by a thread."""
+        """The batches of the steps from `start` to `stop` - 1, made ahead by a thread."""
         import grain
 
         steps = grain.MapDataset.range(start, stop).map(self.batch_at)

@@ -1,4 +1,4 @@
-"""Which tokens a model is to guess, and what stands in their place (Devlin et al. 2018, appendix A.1)."""
+"""The choice of tokens for a model to predict, and what replaces them (Devlin et al. 2018, appendix A.1)."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +16,12 @@ from bert_jax.training.losses import IGNORE
 
 @dataclass(frozen=True)
 class Masking:
-    """Which tokens of an example are to be guessed.
+    """How the tokens to predict are chosen in an example.
 
     Attributes:
-        share: Share of its tokens; at least one is chosen.
-        most: The maximum number; the original has 20 of 128 tokens and 76 of 512 (max_predictions_per_seq).
-        whole_words: Chooses all pieces of a word together.
+        share: Share of the tokens to choose; at least one is chosen.
+        most: Maximum number of chosen tokens; the original has 20 of 128 and 76 of 512 (max_predictions_per_seq).
+        whole_words: Whether to choose all pieces of a word together.
     """
 
     share: float = 0.15
@@ -30,24 +30,24 @@ class Masking:
 
 
 def count(tokens: int, share: float, most: int) -> int:
-    """How many of a text's tokens, special ones included, are chosen."""
+    """How many tokens to choose in a text of `tokens` tokens, special tokens included."""
     return min(most, max(1, round(share * tokens)))
 
 
 def choose(
     candidates: np.ndarray, n: int, random: np.random.Generator, continuing: np.ndarray | None = None
 ) -> np.ndarray:
-    """Chooses tokens to guess.
+    """Chooses the tokens to predict.
 
     Args:
         candidates: Positions to choose from, int [m], ascending.
-        n: How many.
-        random: Draws them.
-        continuing: bool [m], true for a piece that goes on with the word of the candidate before it; then words are
-            chosen as wholes, and as many as fit into n. A first word that is longer than n is chosen in part.
+        n: Number of tokens to choose.
+        random: The random generator.
+        continuing: bool [m], true for a piece that continues the word of the candidate before it. If given, whole words
+            are chosen, as many as fit into n. If no word fits, the first n pieces of the first word are chosen.
 
     Returns:
-        Positions, int64 [at most n], ascending.
+        The chosen positions, int64 [at most n], ascending.
     """
     if continuing is None:
         return np.sort(random.choice(candidates, min(n, len(candidates)), replace=False))
@@ -62,14 +62,14 @@ def choose(
 
 
 def hide(ids: np.ndarray, random: np.random.Generator, mask_id: int, vocab_size: int) -> np.ndarray:
-    """What stands in the place of chosen tokens: [MASK] in 80 %, any token in 10 %, the token itself in 10 %."""
+    """Replaces chosen tokens: 80 % become [MASK], 10 % become any token, and 10 % stay as they are."""
     fate = random.random(len(ids))
     return np.where(fate < 0.8, mask_id, np.where(fate < 0.9, random.integers(vocab_size, size=len(ids)), ids))
 
 
 @dataclass(frozen=True)
 class _Lazy(Sequence[np.ndarray]):
-    """What `read` gives for 0, 1, …, size - 1."""
+    """What `read` returns for 0, 1, …, size - 1, read on access."""
 
     read: Callable[[int], np.ndarray]
     size: int
@@ -86,19 +86,19 @@ class _Lazy(Sequence[np.ndarray]):
 
 @dataclass(frozen=True)
 class MaskedExamples(Examples):
-    """Examples some of whose tokens are to be guessed.
+    """Examples in which some tokens are chosen for prediction.
 
-    Which ones is a pure function of seed, epoch and example. A batch's `targets` get, for P tokens to guess in a row:
-    `masked_positions` int32 [B, P], where they stand (0 where there are fewer); `labels` int32 [B, P], what stood
-    there (`IGNORE`); `guessed_in` int32 [B, P], the number of their example in the row.
+    The choice is a pure function of seed, epoch and example. It adds to a batch's `targets`, for up to P chosen tokens
+    per row: `masked_positions` int32 [B, P], their positions in the row (0 for unused entries); `labels` int32 [B, P],
+    the original tokens (`IGNORE` for unused entries); `guessed_in` int32 [B, P], the number of the example in its row.
 
     Attributes:
         masking: How many tokens are chosen, and whether as whole words.
-        seed: Of the choice.
-        mask_id: Of [MASK].
-        vocab_size: Any token may stand in the place of one.
+        seed: The seed of the choice.
+        mask_id: The id of [MASK].
+        vocab_size: The size of the vocabulary, from which random replacements are drawn.
         special: Ids that are never chosen.
-        continuing: bool [vocab_size], true for pieces that go on with a word.
+        continuing: bool [vocab_size], true for pieces that continue a word.
     """
 
     masking: Masking = Masking()
@@ -110,7 +110,7 @@ class MaskedExamples(Examples):
 
     @classmethod
     def of(cls, shards: Shards, tokenizer: Tokenizer, masking: Masking, seed: int) -> "MaskedExamples":
-        """The examples of shards.
+        """Makes the examples of shards.
 
         Raises:
             InputError: If the vocabulary has no [MASK].
@@ -139,18 +139,18 @@ class MaskedExamples(Examples):
             special=tuple(id for id in special if id is not None),
             continuing=continuing,
         )
-        vars(examples)["lengths"] = lengths.astype(np.int64)  # known, where each example would have to be read
+        vars(examples)["lengths"] = lengths.astype(np.int64)  # known; computing them would read every example
         return examples
 
     def digest(self) -> str:
-        """SHA-256 of the lengths; the shards have hashes of their own."""
+        """SHA-256 of the lengths; the shards have their own hashes."""
         return hashlib.sha256(self.lengths.tobytes()).hexdigest()
 
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
         """See `Examples.batch`."""
         batch = super().batch(place, part)
         rows, (_, length, examples) = len(batch["starts"]), place.shape
-        # The sum over a row's examples of at most so many is at most this.
+        # An upper bound of the number of chosen tokens per row, summed over its examples.
         most = min(examples * self.masking.most, int(self.masking.share * length) + examples)
         positions, guessed_in = (np.zeros((rows, most), np.int32) for _ in range(2))
         labels = np.full((rows, most), IGNORE, np.int32)

@@ -1,4 +1,4 @@
-"""Rows of files and of the Hub's data sets, as dicts by column."""
+"""Rows of files and of data sets on the Hub, as dicts from column to value."""
 
 import ast
 import contextlib
@@ -25,29 +25,29 @@ FORMATS = {
     ".conll": "conll",
     ".txt": "text;label",
 }
-"""By a file's name, without a `.gz` behind it."""
+"""The format of a file by the extension of its name, without a final `.gz`."""
 
 TEXT = ("text", "sentence", "sentence1", "question1", "premise", "question", "review", "content", "input_string")
-"""Usual names of the column of texts: the model catalogue's, GLUE's, and those of most data sets of the Hub."""
+"""Usual names of the text column: those of the model catalogue, of GLUE, and of most data sets on the Hub."""
 TEXTS: tuple[tuple[str, ...], ...] = tuple((name,) for name in TEXT)
 PAIRS: tuple[tuple[str, ...], ...] = (
     ("text", "text_pair"), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"),
     ("question", "sentence"),
 )  # fmt: skip
-"""Usual names of the columns of pairs of texts."""
+"""Usual names of the two columns of pairs of texts."""
 
 Row = dict[str, Any]
 ClassLabels = dict[str, tuple[str, ...]]
-"""Columns of class ids, as `datasets` stores labels, and the names of the classes in the order of their ids."""
+"""Column of class ids, as `datasets` stores labels -> the names of the classes in the order of their ids."""
 
 
 class Entry(NamedTuple):
-    """What stands at one place of a file.
+    """A row of a file, or the error in its place.
 
     Attributes:
-        line: Of the file, from 1; of Parquet, the row.
-        row: By column or, where there is none to be read, why.
-        position: Bytes of the file that have been read.
+        line: The line in the file, counted from 1; in Parquet, the row.
+        row: The row by column, or an error that says why it cannot be read.
+        position: Number of bytes of the file that have been read.
     """
 
     line: int
@@ -56,10 +56,10 @@ class Entry(NamedTuple):
 
 
 def read(path: str | Path, format: str | None = None, *, labelled: bool = True) -> Iterator[Row]:
-    """Streams the rows of a file; see `entries`. Class ids become names where Parquet written by `datasets` has them.
+    """Streams the rows of a file; see `entries`. Class ids become names if `datasets` wrote the file, as Parquet.
 
     Raises:
-        InputError: If the file cannot be read, or names the line that cannot.
+        InputError: If the file or a line of it cannot be read; the message names the line.
     """
     names = class_labels(path, format)
     for line, row, _ in entries(path, format, labelled=labelled):
@@ -72,10 +72,10 @@ def read(path: str | Path, format: str | None = None, *, labelled: bool = True) 
 
 
 def class_labels(path: str | Path, format: str | None = None) -> ClassLabels:
-    """The columns of class ids of a Parquet file that `datasets` wrote; of other files, none.
+    """The columns of class ids of a Parquet file that `datasets` wrote; empty for other files.
 
     Raises:
-        InputError: If it is a Parquet file that cannot be read.
+        InputError: If a Parquet file cannot be read.
     """
     path = Path(path)
     if (format or FORMATS.get(path.suffix)) != "parquet":
@@ -87,15 +87,15 @@ def class_labels(path: str | Path, format: str | None = None) -> ClassLabels:
         raise InputError(f"Cannot read {path}: {error.strerror}.") from None
     try:
         return _class_labels(json.loads(metadata[b"huggingface"])["info"]["features"])
-    except (KeyError, TypeError, ValueError, AttributeError):  # of none that `datasets` wrote
+    except (KeyError, TypeError, ValueError, AttributeError):  # not written by `datasets`
         return {}
 
 
 def _class_labels(features: Mapping[str, Any]) -> ClassLabels:
-    """Of a data set's features, as `datasets.Features.to_dict` gives them: class ids and lists of class ids."""
+    """The columns of class ids, or lists of them, among the features that `datasets.Features.to_dict` returns."""
     found = {}
     for column, kind in features.items():
-        kind = kind[0] if isinstance(kind, list) and kind else kind  # as earlier versions wrote lists
+        kind = kind[0] if isinstance(kind, list) and kind else kind  # lists, as earlier versions wrote them
         kind = kind.get("feature", kind) if isinstance(kind, Mapping) else {}
         if isinstance(kind, Mapping) and kind.get("_type") == "ClassLabel" and kind.get("names"):
             found[column] = tuple(map(str, kind["names"]))
@@ -103,7 +103,7 @@ def _class_labels(features: Mapping[str, Any]) -> ClassLabels:
 
 
 def _named(row: Row, labels: ClassLabels) -> Row:
-    """A row with names for class ids; None for -1, which test sets without labels have."""
+    """The row with class names instead of class ids; None instead of -1, which unlabelled test sets have."""
     named: Row = {}
     for column, names in labels.items():
         ids: Any = row.get(column)
@@ -118,17 +118,17 @@ def _named(row: Row, labels: ClassLabels) -> Row:
 
 
 def entries(path: str | Path, format: str | None = None, *, labelled: bool = True) -> Iterator[Entry]:
-    """Streams a file: its rows, and the places where there is something else.
+    """Streams a file: its rows, and an error in place of each row that cannot be read.
 
     Args:
-        path: JSONL, CSV, TSV (both with a header), Parquet, or text; all but Parquet may be gzipped. Or a folder, whose
-            .txt files, in subfolders too, are a row's `text` each.
-        format: "jsonl", "csv", "tsv", "parquet", "text" (a line is a row's `text`) or "text;label" (a line is a text,
-            and its label behind the last semicolon; a header that begins with a usual name of the text's column is
-            passed over), or "conll" (a line is a word, its tag in the last column; a blank line ends a row of `tokens`
-            and `tags`), or "squad" (SQuAD's JSON, read whole; a question is a row). By the file's name by default;
-            .json is SQuAD's if it begins so, or JSONL.
-        labelled: A name in .txt says "text;label", and "text" otherwise.
+        path: A file of JSONL, CSV, TSV (both with a header), Parquet, or text; all but Parquet may be gzipped. Or a
+            folder; each of its .txt files, also in subfolders, is the `text` of one row.
+        format: "jsonl", "csv", "tsv", "parquet", "text" (a line is the `text` of a row), "text;label" (a line is a text
+            and, after the last semicolon, its label; a header that begins with a usual name of the text column is
+            skipped), "conll" (a line is a word with its tag in the last column; a blank line ends a row of `tokens` and
+            `tags`), or "squad" (SQuAD's JSON, read whole; a question is a row). None infers it from the file's name;
+            a .json file is "squad" if it begins like SQuAD's JSON, else "jsonl".
+        labelled: Whether a .txt file without a given format is "text;label" instead of "text".
 
     Raises:
         InputError: If the file cannot be read.
@@ -161,10 +161,10 @@ def entries(path: str | Path, format: str | None = None, *, labelled: bool = Tru
 
 
 def format_of(path: Path, labelled: bool) -> str:
-    """What a file holds, by its name.
+    """The format of a file according to its name.
 
     Raises:
-        InputError: If that does not say.
+        InputError: If the name does not tell the format.
     """
     suffix = Path(path.stem if path.suffix == ".gz" else path).suffix
     if suffix not in FORMATS:
@@ -197,7 +197,7 @@ def _folder(path: Path) -> Iterator[Entry]:
 
 
 def _lines(file: IO[str], undecodable: list[str]) -> Iterator[str]:
-    """Lines, those with bytes that are no text noted down."""
+    """Yields the lines; adds those with bytes that are not UTF-8 to `undecodable`."""
     for line in file:
         try:
             line.encode()
@@ -222,8 +222,8 @@ def _jsonl(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
 
 
 def _csv(lines: Iterator[str], **dialect: Any) -> Iterator[tuple[int, Row | InputError]]:
-    csv.field_size_limit(2**24)  # characters; the default's 131,072 are fewer than a book has
-    record: list[str] = []  # the lines that the reader has taken for the present row
+    csv.field_size_limit(2**24)  # characters; the default of 131,072 is too few for a book
+    record: list[str] = []  # the lines that the reader has read for the current row
 
     def noted() -> Iterator[str]:
         for line in lines:
@@ -260,7 +260,7 @@ def _csv(lines: Iterator[str], **dialect: Any) -> Iterator[tuple[int, Row | Inpu
 
 
 def _swallowed(begin: int, end: int, opening: int, error: csv.Error) -> Iterator[tuple[int, InputError]]:
-    """Each line of a row that is broken, from `begin` to `end`, and the line where its last quote opens."""
+    """Yields an error for each line of a broken row, from `begin` to `end`; its last quote opens in line `opening`."""
     if opening >= end:
         yield begin, InputError(f"{error}.")
     else:
@@ -271,7 +271,7 @@ def _swallowed(begin: int, end: int, opening: int, error: csv.Error) -> Iterator
 
 
 def _open_quote(record: list[str], dialect: Any) -> int:
-    """The line of a record, from 0, in which the last of its quotes opens."""
+    """The line of a record, counted from 0, in which its last quote opens."""
     opening, quote, inside, before = 0, dialect.quotechar, False, dialect.delimiter
     for number, line in enumerate(record):
         for character in line:
@@ -355,7 +355,7 @@ def _parquet(file: IO[bytes]) -> Iterator[Entry]:
 
 
 def read_hub(id: str, name: str | None, split: str, revision: str | None) -> tuple[ClassLabels, Iterator[Row]]:
-    """The columns of class ids of a data set on the Hub, and the rows of a split, with names for these ids.
+    """The columns of class ids of a data set on the Hub, and the rows of a split with class names instead of ids.
 
     Raises:
         InputError: If there is no such data set or split, or the extra `data` is not installed.
@@ -366,19 +366,19 @@ def read_hub(id: str, name: str | None, split: str, revision: str | None) -> tup
         raise InputError("Data sets of the Hub need the extra `data`: pip install 'bert-jax[data]'.") from None
     try:
         found = datasets.load_dataset(id, name, split=split, revision=revision)
-    except Exception as error:  # the library raises all kinds
+    except Exception as error:  # the library raises all kinds of exceptions
         raise InputError(f"Cannot load {split} of {id}{f' ({name})' if name else ''}: {error}") from None
     labels = _class_labels(found.features.to_dict())
     return labels, (_named(row, labels) for row in found)
 
 
 def literal(text: str) -> Any:
-    """What a cell of a table stands for: a list or object in JSON, in Python's form, or in numpy's, without commas.
+    """Parses a cell of a table: a list or object in JSON, in Python's form, or in numpy's form without commas.
 
     An empty cell is an empty list.
 
     Raises:
-        InputError: If it is none of these.
+        InputError: If the cell has none of these forms.
     """
     if not text.strip():
         return []
@@ -407,10 +407,10 @@ _CONSTANTS = {"true": "True", "false": "False", "null": "None"}
 
 
 def _with_commas(text: str) -> str:
-    """Python's form of a literal in numpy's. Python itself would join the neighbouring texts of `['a' 'b']`.
+    """Converts a literal in numpy's form to Python's. Python itself would join the strings in `['a' 'b']`.
 
     Raises:
-        ValueError: If it is no literal, or a list has commas between some of its items and none between others.
+        ValueError: If the text is not a literal, or only some items of a list are separated by commas.
     """
     written, separators, place, ended = "", [{","}], 0, False
     while text[place:].strip():
@@ -423,7 +423,7 @@ def _with_commas(text: str) -> str:
         if part == ",":
             separators[-1].add(part)
         if kind == "opening":
-            separators.append(set() if part == "[" else {","})  # the items of lists alone may stand without commas
+            separators.append(set() if part == "[" else {","})  # only the items of lists may lack commas
         if kind == "closing" and (len(separators) == 1 or len(separators.pop()) > 1):
             raise ValueError("commas or brackets are missing")
         written += {"opening": part[-1], "dtype": ""}.get(kind or "", _CONSTANTS.get(part, part))
@@ -434,10 +434,10 @@ def _with_commas(text: str) -> str:
 
 
 def column(there: Collection[str], name: str | None, usual: Iterable[str]) -> str | None:
-    """The column to take: the one that is named or else the first usual one that is there, None if none is.
+    """The column to use: the named one or, if `name` is None, the first usual one that exists; None if none exists.
 
     Raises:
-        InputError: If the one that is named is not there.
+        InputError: If the named column does not exist.
     """
     if name is None:
         return next((candidate for candidate in usual if candidate in there), None)

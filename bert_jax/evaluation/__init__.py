@@ -1,1 +1,1 @@
-"""Evaluation: metrics, and models over examples and held-out texts."""
+"""Evaluation: metrics, and evaluation of models on examples and on held-out texts."""

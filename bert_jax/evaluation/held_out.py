@@ -1,6 +1,6 @@
-"""How well pretrained models do what they were trained for, on texts held out from them: fill masks, tell what follows.
+"""Evaluates pretrained models on held-out texts by their training objectives: fill-mask and next-sentence-prediction.
 
-The measures are means over all hidden tokens (or pairs), with 95 % intervals by resampling the texts: Efron 1979.
+The measures are means over all hidden tokens (or pairs), with 95 % intervals from resampling the texts (Efron 1979).
 """
 
 import hashlib
@@ -30,21 +30,21 @@ from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
 from bert_jax.tools import report
 
 FREQUENCIES = (1, 2, 10, 100, 1000)
-"""Lower bounds of how often a token stands in the evaluated texts."""
+"""Lower bounds of the frequency classes: how often a token occurs in the evaluated texts."""
 POSITIONS = (1, 16, 32, 64, 128, 256)
-"""Lower bounds of a token's place in its row."""
+"""Lower bounds of the position classes: the position of a token in its row."""
 KS = (1, 5, 10)
 Words = Literal["random", "each"]
 
 
 class Hidden(NamedTuple):
-    """A token that was hidden, and how a model filled its place.
+    """A hidden token, and how a model rates it.
 
     Attributes:
-        token: Its id.
-        position: In the row, [CLS] being 0.
-        nll: Negative log-likelihood, nats.
-        rank: Of the token among the vocabulary, 1 for the likeliest.
+        token: The id of the token.
+        position: The position in the row; [CLS] is 0.
+        nll: Negative log-likelihood, in nats.
+        rank: The rank of the token in the vocabulary, 1 for the likeliest.
     """
 
     token: int
@@ -54,21 +54,21 @@ class Hidden(NamedTuple):
 
 
 class HiddenTokens(FillMask):
-    """fill-mask where what stood under the mask is known."""
+    """The fill-mask task with known tokens under the masks."""
 
     def forward(self, model: BertForMaskedLM, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
-        """Of each masked position: `nll` float32 [B, P] in nats, and `rank` int32 [B, P]."""
+        """Returns `nll` float32 [B, P] in nats and `rank` int32 [B, P] of each masked position."""
         labels = inputs["labels"][..., None]
         logits = model(**{name: array for name, array in inputs.items() if name != "labels"}).logits  # [B, P, V]
         label = jnp.take_along_axis(logits, labels, axis=-1)
         nll = jax.nn.logsumexp(logits, axis=-1) - label[..., 0]
-        # What is not below the label is above it, NaN too; the label itself is not below either, and makes rank 1.
+        # Counts the logits that are not below that of the label: NaN is included, and so is the label, as rank 1.
         return {"nll": nll, "rank": jnp.sum(~(logits < label), axis=-1)}
 
     def hide(self, text: str, words: Words, share: float, seed: int) -> Request[list[Hidden]]:
-        """Hides tokens of a text, which is cut at the model's length; a request for `Pipeline.run`.
+        """Hides tokens of a text, truncated to `max_length`; a request for `Pipeline.run`.
 
-        What is hidden depends on the text and the seed alone. The result is a list of `Hidden`.
+        The choice of hidden tokens depends only on the text and the arguments. The result is a list of `Hidden`.
         """
         encoding = self.tokenizer.encode([text], max_length=self.max_length)[0][0]
         inside = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
@@ -98,18 +98,19 @@ class HiddenTokens(FillMask):
 
 
 class Following(NextSentencePrediction):
-    """next-sentence-prediction where the answer is known."""
+    """The next-sentence-prediction task with known answers."""
 
     def forward(
         self, model: BertForNextSentencePrediction, inputs: dict[str, jax.Array], starts: jax.Array
     ) -> dict[str, jax.Array]:
-        """Logarithms of the two labels' probabilities: float32 [B, K, 2]."""
+        """Returns the log-probabilities of the two labels: `log_p` float32 [B, K, 2]."""
         return {"log_p": jax.nn.log_softmax(model(**inputs, positions=starts).logits)}
 
     def judge(self, first: str, second: str) -> Request[np.ndarray]:
-        """A request whose result is `forward`'s for the pair: the end of the first text, the beginning of the second.
+        """A request that returns the log-probabilities of the labels for a pair.
 
-        Where both are long each has half of the room.
+        If the pair is too long, the end of the first text and the beginning of the second are kept. If both are long,
+        each gets half of the room.
         """
         a, b = (row[0].ids for row in self.tokenizer.encode([first, second], add_special_tokens=False))
         room = self.max_length - 3
@@ -139,23 +140,23 @@ def evaluate(
 
     Args:
         models: Folders, ids on the Hub, or `bert-mini-cased`.
-        texts: The texts.
-        task: What is measured.
-        max_length: Tokens of a text, special tokens included; longer texts are truncated.
-        words: "random" hides a share of the tokens of a text at once. "each" hides each word by itself, all its pieces
-            together.
+        texts: The texts to evaluate on.
+        task: The task to measure.
+        max_length: Maximum number of tokens of a text, special tokens included; longer texts are truncated.
+        words: "random" hides a share of the tokens of a text at once. "each" hides one word at a time, with all its
+            pieces.
         share: The share of the tokens that "random" hides; at least one token.
-        seed: Hidden tokens, cuts, pairs and intervals are drawn from it.
-        resamples: Number of resamples of the texts, from which the 95 % intervals are computed (bootstrap).
+        seed: The seed of hidden tokens, cuts, pairs and intervals.
+        resamples: Number of resamples of the texts for the 95 % intervals (bootstrap).
         compute_dtype: The dtype of the activations, "float32" or "bfloat16".
-        ignore: Regular expressions of tensors in the first model's checkpoint that are left out.
+        ignore: Regular expressions of tensors in the checkpoint of the first model that are not loaded.
         console: Shows progress.
 
     Returns:
-        Model -> measures, each `{value, low, high}`. Of fill-mask `nll` (nats), `pseudo_perplexity` (its exponential;
-        of `words: each` and words of one piece that of Salazar et al. 2020, arXiv:1910.14659), `accuracy@k`, `mrr`
-        (mean reciprocal rank), and `by_frequency` and `by_position` with tokens, nll and accuracy@1 of each class. Of
-        next-sentence-prediction `accuracy` and `nll`.
+        Model -> measures, each `{value, low, high}`. fill-mask has `nll` (nats), `pseudo_perplexity` (exponential of
+        `nll`; with `words: each` and words of one piece, this is the measure of Salazar et al. 2020, arXiv:1910.14659),
+        `accuracy@k`, `mrr` (mean reciprocal rank), and `by_frequency` and `by_position` with tokens, nll and accuracy@1
+        of each class. next-sentence-prediction has `accuracy` and `nll`.
 
     Raises:
         InputError: If the texts or the model cannot be used.
@@ -183,7 +184,7 @@ def evaluate(
 
 
 def leave(folder: Path, settings: str, results: dict[str, dict[str, Any]]) -> None:
-    """Writes `evaluation.json`, `evaluation.md`, `evaluation.png` and the settings, which are YAML.
+    """Writes `evaluation.json`, `evaluation.md`, `evaluation.png` and `settings.yaml`, whose content is `settings`.
 
     Raises:
         CheckpointError: If the folder cannot be written.
@@ -198,7 +199,7 @@ def leave(folder: Path, settings: str, results: dict[str, dict[str, Any]]) -> No
 def _run(
     pipe: Pipeline[Task], task: Any, requests: Iterator[Request[Any]], count: int, model: str, console: Console | None
 ) -> list[Any]:
-    """The results of requests, in parts of `WINDOW`."""
+    """Runs requests in groups of `WINDOW`, and returns their results."""
     pipe.task = task
     results: list[Any] = []
     console = console or Console(quiet=True)
@@ -238,10 +239,10 @@ def _next_sentence(follows: np.ndarray, found: list[np.ndarray], seed: int, resa
 
 
 def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.ndarray]:
-    """Texts cut in two where a sentence ends, half of the first parts with the second part of another text.
+    """Cuts texts in two at the end of a sentence, and pairs half of the first parts with another text's second part.
 
     Returns:
-        The pairs, and which of them follow: bool [pairs].
+        The pairs, and whether the second part follows the first: bool [pairs].
 
     Raises:
         InputError: If fewer than two texts can be cut.
@@ -259,12 +260,12 @@ def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.nd
 
 
 def _means(values: dict[str, np.ndarray], owner: np.ndarray, seed: int, resamples: int) -> dict[str, dict[str, float]]:
-    """Means over tokens, and where 95 % of those of resampled texts lie."""
+    """Means over tokens, and the interval that contains 95 % of the means of the resampled texts."""
     texts = int(owner.max()) + 1
     sums = np.stack([np.bincount(owner, v, minlength=texts) for v in (np.ones(len(owner)), *values.values())], axis=1)
     random = np.random.default_rng(seed)
     drawn = np.array([random.multinomial(texts, np.full(texts, 1 / texts)) @ sums for _ in range(resamples)])
-    # A resample may, of few texts, have no token.
+    # If there are few texts, a resample may have no token.
     low, high = np.nanpercentile(drawn[:, 1:] / np.where(drawn[:, :1] > 0, drawn[:, :1], np.nan), [2.5, 97.5], axis=0)
     return {
         name: {"value": float(np.mean(v)), "low": float(low[i]), "high": float(high[i])}

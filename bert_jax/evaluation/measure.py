@@ -1,4 +1,4 @@
-"""A model over examples: what it returns for each of them, and the metrics of that."""
+"""Runs a model over examples: its outputs for each example, and their metrics."""
 
 import contextlib
 import functools
@@ -21,12 +21,13 @@ Program = Callable[[tree.Params, Batch], tuple[dict[str, jax.Array], jax.Array, 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What became of some examples.
+    """The results of an evaluation.
 
     Attributes:
-        metrics: `loss` (a mean over what counts, in nats or the target's unit squared) and the task's own.
-        outputs: What `Objective.outputs` returned, by example in their order: arrays or, where it has an entry a token,
-            lists of arrays, each as long as its example.
+        metrics: `loss` (the mean over the entries that count, in nats or in the target's unit squared) and the metrics
+            of the task.
+        outputs: What `Objective.outputs` returned, in the order of the examples: arrays with one entry per example or,
+            if the task has one entry per token, lists of arrays, each as long as its example.
     """
 
     metrics: dict[str, Any]
@@ -34,7 +35,10 @@ class Evaluation:
 
 
 def program(task: Objective, skeleton: tree.Skeleton) -> jax.stages.Wrapped:
-    """The compiled function of a batch: outputs, mean loss, and what that is the mean of; whole on every device."""
+    """Returns the compiled function: parameters and batch -> outputs, mean loss, and the count that the mean is over.
+
+    Every device gets the full results.
+    """
 
     @functools.partial(jax.jit, out_shardings=PartitionSpec())
     def evaluate_batch(params: tree.Params, batch: Any) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
@@ -56,20 +60,20 @@ def evaluate(
     multiple: int = 1,
     mesh: jax.sharding.Mesh,
 ) -> Evaluation:
-    """Runs a model over examples, each once; padding weighs nothing.
+    """Runs a model once over each example; padding has no weight.
 
     Args:
-        task: Says what outputs mean.
-        evaluate_batch: From `program`.
-        params: The model's parameters.
-        examples: All of them.
-        batch_size: Examples at a time, over all devices.
-        packing: Tokens that a row may have if it may hold several examples; None for one example a row.
-        multiple: What the tokens of a row have to be a multiple of.
+        task: Computes the metrics from the outputs.
+        evaluate_batch: The function that `program` returns.
+        params: The parameters of the model.
+        examples: All examples to evaluate.
+        batch_size: Examples per batch, over all devices.
+        packing: Maximum number of tokens of a packed row, which holds several examples; None for one example per row.
+        multiple: The number of tokens per row is a multiple of this.
         mesh: The devices.
 
     Raises:
-        TrainingError: If a batch does not fit into memory, or what the model gives is not finite.
+        TrainingError: If a batch does not fit into memory, or the outputs or the loss are not finite.
     """
     loader = Loader(
         examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing, multiple=multiple,
@@ -93,14 +97,14 @@ def evaluate(
         for name, array in outputs.items():
             column = collected.setdefault(name, [None] * len(examples))
             for i, row, n, at in examples.spots(place):
-                # A copy: a slice would keep the batch.
+                # A copy, because a slice would keep the whole batch in memory.
                 column[i] = array[row, at : at + examples.lengths[i]].copy() if task.per_token else array[row, n]
 
     for step in range(loader.steps_per_epoch):
         with jax.set_mesh(mesh), out_of_memory(loader.place(step).shape, remedy):
             batch = sharding.put_batch(loader.batch_at(step), mesh)
             flying.append((loader.place(step), evaluate_batch(params, batch)))
-        if len(flying) > 1:  # the device computes one while the host takes in the one before
+        if len(flying) > 1:  # the device computes this batch while the host reads the previous one
             deliver(*flying.pop(0))
     for entry in flying:
         deliver(*entry)
@@ -120,7 +124,7 @@ def largest(
     multiple: int = 1,
     mesh: jax.sharding.Mesh,
 ) -> tuple[Shape, jax.stages.Compiled]:
-    """The shape of an evaluation's largest batch, and the program for it, compiled and not run; see `evaluate`."""
+    """Returns the shape of the largest batch of an evaluation and its program, compiled but not run; see `evaluate`."""
     loader = Loader(examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing, multiple=multiple)
     shapes = {loader.place(step).shape for step in range(loader.steps_per_epoch)}
     shape = max(shapes, key=lambda shape: shape.rows * shape.length)
@@ -136,7 +140,7 @@ def largest(
 
 @contextlib.contextmanager
 def out_of_memory(shape: Shape, remedy: str) -> Iterator[None]:
-    """Says which batch does not fit into memory, and what to do."""
+    """Turns an out-of-memory error into a `TrainingError` that names the batch and the remedy."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

@@ -1,4 +1,4 @@
-"""Metrics: predictions against labels, by scikit-learn and scipy."""
+"""Metrics of predictions against labels, computed with scikit-learn and scipy."""
 
 import re
 import string
@@ -12,16 +12,17 @@ from sklearn import metrics
 
 
 def classification(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
-    """Of one label an example.
+    """Metrics of classification with one label per example.
 
     Args:
         labels: int [N].
         predictions: int [N].
-        names: Of the labels.
+        names: The names of the labels.
 
     Returns:
-        accuracy, f1 (macro, micro, weighted and, of two labels, of the second, whose name is `f1_label`), matthews;
-        `per_class` with precision, recall, f1 and support; `confusion`, rows being labels and columns predictions.
+        accuracy; f1 (macro, micro, weighted and, if there are two labels, that of the second, whose name is
+        `f1_label`); matthews; `per_class` with precision, recall, f1 and support; `confusion`, with one row per label
+        and one column per predicted label.
     """
     present = list(range(len(names)))
     table = metrics.precision_recall_fscore_support(labels, predictions, labels=present, zero_division=0.0)
@@ -38,17 +39,17 @@ def classification(labels: np.ndarray, predictions: np.ndarray, names: tuple[str
 
 
 def multi_label(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
-    """Of any number of labels an example.
+    """Metrics of classification with any number of labels per example.
 
     Args:
         labels: [N, C], 0 or 1.
         predictions: [N, C], 0 or 1.
-        names: Of the labels.
+        names: The names of the labels.
 
     Returns:
-        accuracy (all labels of an example right), f1 (macro, micro, weighted), and `per_class`.
+        accuracy (the share of examples with all labels right), f1 (macro, micro, weighted), and `per_class`.
     """
-    # With a column more, or scikit-learn would read a single one as two classes.
+    # One more column, because scikit-learn would read a single column as two classes.
     present = list(range(len(names)))
     labels, predictions = (np.pad(array, ((0, 0), (0, 1))).astype(int) for array in (labels, predictions))
     table = metrics.precision_recall_fscore_support(labels, predictions, labels=present, zero_division=0.0)
@@ -60,14 +61,14 @@ def multi_label(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, .
 
 
 def regression(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
-    """Of numbers: pearson, spearman, and mean squared error (`mse`, the unit squared).
+    """Metrics of regression: pearson, spearman, and the mean squared error (`mse`, in the unit of the labels squared).
 
     Args:
         labels: float [N].
         predictions: float [N].
 
     Returns:
-        The three; a correlation is 0 where either side does not vary.
+        The three metrics; both correlations are 0 if the labels or the predictions do not vary.
     """
     varied = len(labels) > 1 and np.ptp(labels) > 0 and np.ptp(predictions) > 0
     return {
@@ -93,10 +94,10 @@ def _f1(labels: np.ndarray, predictions: np.ndarray, present: list[int]) -> dict
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """The entities of a sentence, as conlleval and seqeval read IOB1, IOB2 and BIOES, also where they are ill-formed.
+    """Finds the entities of a sentence as conlleval and seqeval do, in IOB1, IOB2 and BIOES, even if ill-formed.
 
     Args:
-        tags: "O", or B-, I-, E- or S- and a type, or these letters alone: their type is "_", as seqeval has it.
+        tags: "O", or B-, I-, E- or S- with a type, or only one of these letters, with the type "_", as in seqeval.
 
     Returns:
         (type, first word, last word), in order.
@@ -117,11 +118,11 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def tagging(labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Of sentences' tags.
+    """Metrics of the tags of sentences.
 
     Returns:
-        precision, recall and f1 over all entities (an entity counts if its type and both ends are right), accuracy of
-        the tags, and `per_class` with precision, recall, f1 and support of each type.
+        precision, recall and f1 over all entities (an entity is right if its type and both ends are), accuracy of the
+        tags, and `per_class` with precision, recall, f1 and support of each type.
     """
     truth, found = ({(n, *span) for n, tags in enumerate(side) for span in entities(tags)}
                     for side in (labels, predictions))  # fmt: skip
@@ -142,7 +143,7 @@ def _span_scores(truth: set[Any], found: set[Any]) -> dict[str, Any]:
 
 
 def normalized(answer: str) -> str:
-    """An answer as the official script of SQuAD compares it: lower case, no punctuation, no articles, single spaces."""
+    """Normalises an answer like SQuAD's official script: lower case, no punctuation, no articles, single spaces."""
     kept = "".join(character for character in answer.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
@@ -150,17 +151,19 @@ def normalized(answer: str) -> str:
 def answering(
     golds: Sequence[Sequence[str]], answers: Sequence[str], null_over_best: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """Of answers to questions, by the definitions of evaluate-v2.0.py of SQuAD 2.0 (and of 1.1, where all have one).
+    """Metrics of answers to questions, as evaluate-v2.0.py of SQuAD 2.0 defines them (and 1.1, if all have an answer).
 
     Args:
-        golds: Accepted answers of each question; of one that has none, none.
-        answers: What was answered, "" for nothing.
-        null_over_best: By how much nothing was better than the best answer; of `answers` then each has to be that best
-            answer. Finds the threshold above which nothing is answered, with the highest f1, and reports it too.
+        golds: The accepted answers of each question; empty if the question has no answer.
+        answers: The answer given to each question, "" for no answer.
+        null_over_best: By how much the score of "no answer" exceeds that of the best answer, for each question. If
+            given, each of `answers` must be that best answer. Then the result also has the threshold with the
+            highest f1, above which no answer is given.
 
     Returns:
-        exact_match and f1, means over questions from 0 to 100; where some have no answer, also `has_answer_…` and
-        `no_answer_…`; with null_over_best `best_f1`, `best_exact_match` and `null_threshold`, that of best_f1.
+        exact_match and f1, means over questions from 0 to 100. If some questions have no answer, also `has_answer_…`
+        and `no_answer_…`. With null_over_best, also `best_f1`, `best_exact_match` and `null_threshold`, the threshold
+        of best_f1.
     """
     has_answer = np.array([bool(gold) for gold in golds])
     golds = [[answer for answer in gold if normalized(answer)] or [""] for gold in golds]
@@ -178,7 +181,7 @@ def answering(
                 result[f"{name}_{measure}"] = float(values[which].mean()) if which.any() else 0.0
     if null_over_best is None:
         return result
-    # From answering nothing at all, the questions one by one, those first that are surest of an answer.
+    # Starts with no question answered and adds one question at a time, those that are surest of an answer first.
     order = np.argsort(null_over_best, kind="stable")
     for name, values in (("exact_match", exact), ("f1", f1)):
         gains = np.where(has_answer, values, np.where(np.array(answers) == "", 0.0, -100.0))[order]

@@ -1,1 +1,1 @@
-"""Inference: pipelines, files of inputs, a server."""
+"""Inference: pipelines, prediction of files, and a server."""

@@ -1,4 +1,4 @@
-"""Batches of the requests of many clients: one thread computes, each client gets its own results."""
+"""Batches the requests of many clients: one thread computes, and each client gets its own results."""
 
 import asyncio
 import logging
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 ATTENTION_TOKENS = 128
-"""Of a text whose attention is shown."""
+"""Maximum number of tokens of a text whose attention is shown."""
 
 
 class Refused(Exception):
-    """A request that is not answered: status, code and sentence of the error."""
+    """A refused request, with the status, code and message of the error."""
 
     def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None):
         super().__init__(message)
@@ -33,12 +33,12 @@ class Refused(Exception):
 
 
 class Job:
-    """What a request wants of a pipeline, and where its answer goes.
+    """The work that a request asks of a pipeline, and where its answer goes.
 
     Args:
-        work: Makes answers of several jobs of one kind at once.
+        work: Computes the answers to several jobs of one kind at once.
         kind: Jobs of one kind are computed together.
-        requests: Of the pipeline, one an input.
+        requests: Requests for the pipeline, one per input.
     """
 
     def __init__(self, work: Callable[[list["Job"]], list[Any]], kind: Any, requests: Sequence[Any]):
@@ -48,7 +48,7 @@ class Job:
         self.gone = False
 
     def deliver(self, value: Any) -> None:
-        """Hands the answer, or an exception, to the loop that waits for it."""
+        """Hands the answer, or an exception, to the event loop that waits for it."""
 
         def done() -> None:
             if not self.answer.done():
@@ -62,11 +62,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server accepts and how long it works on it.
+    """What the server accepts, and how long it works on a request.
 
     Attributes:
         batch: The maximum number of inputs that are computed together.
-        wait: Seconds that an input waits for others to share its batch, while the model is idle.
+        wait: Seconds that an input waits for other inputs to share its batch, while the model is idle.
         queue: The maximum number of waiting inputs; beyond it, requests are refused with status 429.
         timeout: Seconds until a request without an answer ends with status 504.
         max_body: The maximum size of a request, in bytes.
@@ -84,20 +84,27 @@ class Limits:
 
 
 class Batcher:
-    """One thread that computes: it takes what waits, at most so many inputs, and waits shortly for more."""
+    """One thread that computes batches of waiting jobs, up to `limits.batch` inputs.
+
+    It waits up to `limits.wait` seconds for more jobs to fill a batch.
+
+    Args:
+        limits: What is accepted.
+        seen: Receives the number of inputs of each batch.
+    """
 
     def __init__(self, limits: Limits, seen: Callable[[int], None]):
         self.limits, self.seen = limits, seen
-        self.waiting = 0  # inputs; of the event loop's thread alone
+        self.waiting = 0  # inputs; accessed only by the event loop's thread
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
     async def submit(self, job: Job) -> Any:
-        """The answer to a job.
+        """Queues a job and returns its answer.
 
         Raises:
-            Refused: If too many wait already, or it takes too long.
+            Refused: If too many inputs are waiting already, or the answer takes too long.
         """
         size = max(1, len(job.requests))
         if self.waiting + size > max(self.limits.queue, size):
@@ -113,7 +120,7 @@ class Batcher:
             self.waiting -= size
 
     def close(self) -> None:
-        """Ends the thread when all that waits is done."""
+        """Ends the thread after all waiting jobs are done."""
         self._jobs.put(None)
         self._thread.join()
 
@@ -146,14 +153,14 @@ class Batcher:
         try:
             answers: list[Any] = batch[0].work(batch)
         except Exception as error:
-            logger.error("a batch failed: %s", type(error).__name__)  # and not its words, which may be a client's
+            logger.error("a batch failed: %s", type(error).__name__)  # not the message: it may quote a client
             answers = [error] * len(batch)
         for job, answer in zip(batch, answers, strict=True):
             job.deliver(answer)
 
 
 def run_together(pipe: Pipeline[Task]) -> Callable[[list[Job]], list[list[Any]]]:
-    """Runs the requests of several jobs as one and gives each its results."""
+    """Returns a function that runs the requests of several jobs together and gives each job its results."""
 
     def work(batch: list[Job]) -> list[list[Any]]:
         results = iter(pipe.run([request for job in batch for request in job.requests]))
@@ -163,7 +170,7 @@ def run_together(pipe: Pipeline[Task]) -> Callable[[list[Job]], list[list[Any]]]
 
 
 class Attention:
-    """Attention of one text, a layer at a time; a program for each length."""
+    """Attention weights of one text, one layer at a time; one compiled program per length."""
 
     def __init__(self, pipe: Pipeline[Task]):
         self.pipe = pipe
@@ -178,14 +185,14 @@ class Attention:
         return jax.jit(attentions).lower(self.pipe.params, inputs).compile()
 
     def encode(self, text: str) -> Any:
-        """The text's tokens; raises `InputError` if there are too many."""
+        """Tokenizes a text; raises `InputError` if it has too many tokens."""
         encoding = self.pipe.tokenizer.encode([text])[0][0]
         if len(encoding) > self._lengths[-1]:
             raise InputError(f"the text has {len(encoding)} tokens; attention is shown of {self._lengths[-1]} at most.")
         return encoding
 
     def work(self, batch: list[Job]) -> list[Any]:
-        """Answers jobs whose requests are (encoding, layer), one after another."""
+        """Answers jobs one after another; each has a single request, (encoding, layer)."""
         answers = []
         for job in batch:
             ((encoding, layer),) = job.requests

@@ -1,4 +1,4 @@
-"""The JSON of model catalogues: a request in any of the forms that endpoints take, and the response to it."""
+"""The JSON of model catalogues: a request in any of the forms that endpoints accept, and its response."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,25 +12,25 @@ from bert_jax.tasks.base import Task
 INPUTS = ("inputs", "input_data")
 PARAMETERS = ("parameters", "params")
 TEXTS = "input_string"
-"""The catalogue's column of texts."""
+"""The catalogue's name for the column of texts."""
 
 
 def score(pipe: Pipeline[Task], request: Any) -> Any:
     """Answers a request.
 
-    Its `inputs` (or `input_data`) are a list of inputs; columns, `{"input_string": […]}` or for questions
+    `inputs` (or `input_data`) is a list of inputs; columns, `{"input_string": […]}` or for questions
     `{"question": […], "context": […]}`; or pandas split form, `{"columns": […], "index": […], "data": [[…]]}`. An input
-    of two texts, or of words, is a list. `parameters` (or `params`) are the task's own.
+    that consists of two texts, or of words, is a list. `parameters` (or `params`) holds the parameters of the task.
 
     Args:
-        pipe: The model.
-        request: As `json.loads` gives it.
+        pipe: The pipeline that answers.
+        request: The request, as `json.loads` returns it.
 
     Returns:
-        What `json.dumps` takes: a result an input, in order; of a text that stands alone, its result.
+        A value for `json.dumps`: one result per input, in order; if the input is not in a list, its result.
 
     Raises:
-        InputError: Names what is wrong with the request and, of several inputs, the index.
+        InputError: Names what is wrong with the request and, if there are several inputs, the index.
     """
     inputs, parameters = read(request)
     results = pipe(inputs, **parameters)
@@ -38,14 +38,14 @@ def score(pipe: Pipeline[Task], request: Any) -> Any:
 
 
 def jsonable(result: Any) -> Any:
-    """A pipeline's result with lists for arrays."""
+    """A pipeline's result, with its arrays converted to lists."""
     if isinstance(result, list):
         return [jsonable(entry) for entry in result]
     return result.tolist() if isinstance(result, np.ndarray) else result
 
 
 def read(request: Any) -> tuple[Any, dict[str, Any]]:
-    """A request's inputs and parameters, as `Pipeline` takes them; raises as `score`."""
+    """A request's inputs and parameters, in the form that `Pipeline` accepts; raises the same errors as `score`."""
     if not isinstance(request, Mapping):
         raise InputError(f'expected an object like {{"inputs": {{"{TEXTS}": ["…"]}}}}, got {_kind(request)}.')
     if unknown := [key for key in request if key not in INPUTS + PARAMETERS]:
@@ -67,7 +67,7 @@ def read(request: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _columns(split: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Pandas' split form -> columns."""
+    """Pandas split form -> columns."""
     names, data = split.get("columns", [TEXTS]), split["data"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"columns is {quoted(names)}; expected names, like {TEXTS!r}.")
@@ -81,7 +81,7 @@ def _columns(split: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _rows(columns: Mapping[str, Any]) -> Any:
-    """Columns -> inputs; of the one column of texts, what stands in it."""
+    """Columns -> inputs; if the column of texts is the only one, its content."""
     if list(columns) == [TEXTS]:
         return columns[TEXTS]
     if all(isinstance(values, list) for values in columns.values()):

@@ -1,4 +1,4 @@
-"""Texts -> predictions: rows of many requests, one each or packed, in buckets of one compiled program each.
+"""Texts -> predictions: rows of many requests share batches, packed or not, with one compiled program per bucket.
 
 fill_mask = bert_jax.pipeline("fill-mask", "google-bert/bert-base-cased")
 fill_mask("Paris is the [MASK] of France.", top_k=2)
@@ -34,15 +34,15 @@ from bert_jax.tasks.token_classification import TokenClassification
 from bert_jax.tokenizer import Tokenizer
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
-"""Tokens that rows are padded to."""
+"""Lengths that rows are padded to, in tokens."""
 ROWS = (1, 4, 16, 64)
-"""Rows that a batch with one text a row is padded to."""
+"""Numbers of rows that a batch with one text per row is padded to."""
 TOKENS = 2048
-"""Tokens of a full batch, padding included. Where more than these wait, rows hold several texts."""
+"""Tokens of a full batch, padding included. If more tokens than this are waiting, rows hold several texts."""
 PACKED = (128, 256, 384, 512)
-"""Tokens that rows of several texts are padded to; of texts, a row holds an eighth of that at most."""
+"""Lengths that packed rows are padded to, in tokens. A packed row holds at most an eighth as many texts."""
 WINDOW = 1024
-"""Inputs of a stream that are sorted by length together."""
+"""Number of inputs of a stream that are sorted by length together."""
 
 
 class Bucket(NamedTuple):
@@ -64,7 +64,7 @@ class Bucket(NamedTuple):
 
 
 class Spot(NamedTuple):
-    """Where a row that a task asked for lies: row of the batch, number in there, first token, first masked position."""
+    """Where a requested row lies: row of the batch, index within it, first token, first masked position."""
 
     row: int
     text: int
@@ -73,7 +73,7 @@ class Spot(NamedTuple):
 
 
 Entry = tuple[Row, int, int]
-"""A row that a task asked for, its request, and its place among the request's rows."""
+"""A row that a task asked for, the index of its request, and its place among the rows of that request."""
 
 Model = str | os.PathLike[str] | BertPreTrainedModel
 Input = TypeVar("Input")
@@ -85,7 +85,7 @@ Task_co = TypeVar("Task_co", covariant=True)
 
 
 class Asks(Protocol[Input_contra, Parameters, Result_co]):
-    """A task, as far as the types of its inputs, parameters and results go."""
+    """The types of a task's inputs, parameters and results."""
 
     @property
     def request(self) -> Callable[Concatenate[Input_contra, Parameters], Request[Result_co]]:
@@ -155,19 +155,19 @@ def pipeline(
     ignore: Sequence[str] = (),
     compute_dtype: ComputeDtype = "float32",
 ) -> "Pipeline[Task]":
-    """A model made ready for a task.
+    """Makes a model ready for a task.
 
     Args:
         task: "fill-mask", "next-sentence-prediction", "feature-extraction", "text-classification",
             "token-classification" or "question-answering".
-        model: A folder, an id on the Hugging Face Hub, `bert-mini-cased`, or a model in hand.
-        tokenizer: For a model in hand; else the checkpoint's own.
+        model: A folder, an id on the Hugging Face Hub, `bert-mini-cased`, or a loaded model.
+        tokenizer: Required for a loaded model; by default the checkpoint's tokenizer.
         revision: Branch, tag or commit on the Hub.
         ignore: Regular expressions of tensors in the checkpoint that are left out, see `BertModel.from_pretrained`.
-        compute_dtype: Of the activations, "float32" or "bfloat16".
+        compute_dtype: Dtype of the activations, "float32" or "bfloat16". A loaded model keeps its own.
 
     Raises:
-        InputError: If the task is unknown, or the model in hand is none for it.
+        InputError: If the task is unknown, or a loaded model does not fit the task or comes without a tokenizer.
         ModelNotFoundError: If there is no such model, or the Hub does not answer.
         CheckpointError: If the checkpoint lacks the task's head, or is damaged.
     """
@@ -181,14 +181,14 @@ def pipeline(
     else:
         folder = hub.download(model, revision=revision)
         tokenizer = tokenizer or Tokenizer.from_pretrained(folder)
-        options = {"add_pooling_layer": False} if model_class is BertModel else {}  # no task reads it
+        options = {"add_pooling_layer": False} if model_class is BertModel else {}  # no task reads the pooler
         fitting = tasks_of(hub.architectures(folder))
         misfit = CheckpointError(
             f"{model} is a {' and '.join(hub.architectures(folder))}, made for {' and '.join(fitting)}; "
             f"{task} takes a {model_class.__name__}."
         )
         other = bool(fitting) and task not in fitting
-        if other and task in ("text-classification", "token-classification"):  # their heads have tensors of like names
+        if other and task in ("text-classification", "token-classification"):  # their heads share tensor names
             raise misfit
         try:
             network = model_class.from_pretrained(folder, ignore=ignore, compute_dtype=compute_dtype, **options)
@@ -200,7 +200,7 @@ def pipeline(
 
 
 def tasks_of(architectures: Sequence[str]) -> list[str]:
-    """The tasks that such a model was trained for."""
+    """The tasks that a model with these architectures was trained for."""
     made_for = {name: {task.model_class.__name__} for name, task in TASKS.items()}
     made_for["fill-mask"].add("BertForPreTraining")
     made_for["next-sentence-prediction"].add("BertForPreTraining")
@@ -226,9 +226,9 @@ class Pipeline(Generic[Task_co]):
         return list(inspect.signature(self.task.request).parameters)[1:]
 
     def warm_up(self) -> None:
-        """Compiles the programs of all buckets, several at a time, and runs the one that takes the most memory.
+        """Compiles the programs of all buckets, several at a time, and runs the one that uses the most memory.
 
-        No input will wait for a compiler then, and memory has been at its height.
+        After that, no input waits for a compiler, and memory use has reached its peak.
         """
         shapes = [(rows, length, 1) for length in self._lengths for rows in ROWS if rows <= _most(length)]
         shapes += [(_most(length), length, length // 8) for length in self._packed]
@@ -244,12 +244,12 @@ class Pipeline(Generic[Task_co]):
 
     @property
     def programs(self) -> list[Bucket]:
-        """The buckets that a program has been compiled for."""
+        """The buckets that have a compiled program."""
         return sorted(self._programs)
 
     @property
     def __call__(self: "Pipeline[Asks[Input, Parameters, Result]]") -> Predicts[Input, Parameters, Result]:
-        """Predicts: `pipe(inputs, …)`. The parameters are the keywords of the task's `request`.
+        """Predicts: `pipe(inputs, …)`. The keyword parameters are those of the task's `request`.
 
         Args:
             inputs: One input of the task (a text, a pair as a tuple, a dict with question and context), a list of
@@ -260,7 +260,7 @@ class Pipeline(Generic[Task_co]):
             iterable, which is read ahead by at most `WINDOW` inputs.
 
         Raises:
-            InputError: Names what cannot be used and, of several inputs, the index.
+            InputError: Names what cannot be used and, if there are several inputs, the index.
             CheckpointError: If the model's results are not finite.
         """
         predict: Predicts[Input, Parameters, Result] = self._predict
@@ -275,7 +275,7 @@ class Pipeline(Generic[Task_co]):
         return list(results) if isinstance(inputs, list) else results
 
     def request(self, entry: Any, parameters: Mapping[str, Any]) -> Request[Any]:
-        """One input's request, for `run`.
+        """Makes the request of one input, for `run`.
 
         Raises:
             InputError: If the input cannot be used, or the task has no such parameter.
@@ -298,7 +298,7 @@ class Pipeline(Generic[Task_co]):
             yield from self.run(requests)
 
     def run(self, requests: Sequence[Request[Any]]) -> list[Any]:
-        """Carries requests to their results, batching the rows of all of them; results in the requests' order."""
+        """Runs requests to their results, batching the rows of all requests; returns results in the same order."""
         results: list[Any] = [None] * len(requests)
         waiting: dict[int, list[Outputs | None]] = {}  # request -> outputs of its rows so far
         queued: list[Entry] = []
@@ -336,14 +336,14 @@ class Pipeline(Generic[Task_co]):
             flying: deque[tuple[list[list[Entry]], dict[str, jax.Array]]] = deque()
             for batch, bucket in self._batches(round_):
                 flying.append((batch, self._forward(batch, bucket)))
-                if len(flying) > 1:  # while the device computes one batch, the host decodes the one before
+                if len(flying) > 1:  # while the device computes a batch, the host decodes the previous one
                     deliver(*flying.popleft())
             while flying:
                 deliver(*flying.popleft())
         return results
 
     def _batches(self, queued: list[Entry]) -> Iterator[tuple[list[list[Entry]], Bucket]]:
-        """Cuts rows into batches, each with what goes into a row of it and the bucket that holds it."""
+        """Divides entries into batches; yields the entries of each row of a batch, and the bucket that holds it."""
         queued = sorted(
             queued, key=lambda entry: (len(entry[0].input_ids), len(entry[0].masked_positions)), reverse=True
         )
@@ -358,8 +358,8 @@ class Pipeline(Generic[Task_co]):
                     (left if row < 0 else batch[row]).append(entry)
                 queued = left
             else:
-                # The largest batch that would be more than half full of rows that need its length: the others have a
-                # shorter one of their own.
+                # The largest batch of which more than half of the rows need this length. The remaining, shorter rows
+                # go into batches with a shorter length.
                 shorter, length = next((a, b) for a, b in itertools.pairwise([0, *self._lengths]) if b >= lengths[0])
                 filling = sum(tokens > shorter for tokens in lengths)
                 rows, texts = max(rows for rows in ROWS if rows <= _most(length) and filling > rows // 2), 1
@@ -397,7 +397,7 @@ class Pipeline(Generic[Task_co]):
         return self._programs[bucket]
 
     def trace(self, bucket: Bucket, device: Any = None) -> jax.stages.Traced:
-        """The program of a bucket, for a compiler; for a device that need not be there, or the default one."""
+        """Traces the program of a bucket, for a device that need not be present; None is the default device."""
         shapes = self._shapes(bucket)
         inputs = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in shapes.items()}
         params = self.params
@@ -424,12 +424,12 @@ class Pipeline(Generic[Task_co]):
         return outputs
 
     def model(self, params: tree.Params) -> Any:
-        """The model with these parameters, its own or traced ones."""
+        """The model with these parameters, which may be its own or traced ones."""
         return tree.merge(self._skeleton, params)
 
 
 def _spots(batch: list[list[Entry]]) -> Iterator[tuple[Spot, Entry]]:
-    """Where each of a batch's entries lies: those of one row one after another."""
+    """Where each entry of a batch lies; the entries of a row follow one another."""
     for i, texts in enumerate(batch):
         token = mask = 0
         for n, entry in enumerate(texts):
@@ -439,14 +439,14 @@ def _spots(batch: list[list[Entry]]) -> Iterator[tuple[Spot, Entry]]:
 
 
 def _most(length: int) -> int:
-    """Rows of a full batch."""
+    """Number of rows of a full batch."""
     return max(1, TOKENS // length)
 
 
 def _masks(length: int, texts: int) -> tuple[int, int, int]:
-    """Masked positions that rows are padded to.
+    """Numbers of masked positions that rows are padded to.
 
-    A few: two at least, for of one row a product is a slow matrix-vector product on CPU. Then a quarter of the tokens,
-    which holds what training masks, or all of them.
+    The smallest is at least two, because with one position the product is a slow matrix-vector product on CPU. Next is
+    a quarter of the tokens, which holds what training masks. The largest is all tokens.
     """
     return 2 if texts == 1 else max(2, length // 16), length // 4, length

@@ -1,7 +1,7 @@
-"""Files -> predictions: row by row in their order, in constant memory, and on after a kill.
+"""Files -> predictions: row by row, in order, in constant memory, with resume after a kill.
 
-Beside the output stand, until it is finished, `….partial` with the rows so far, and for good `….run.json`, which says
-what run this is and how far it is, and `….rejected.jsonl` with the rows that could not be used, if there were any.
+A run writes these files next to the output. `….partial` has the rows so far and is removed at the end. `….run.json`
+identifies the run and records its progress. `….rejected.jsonl` has the rows that could not be used, if any.
 """
 
 import csv
@@ -30,16 +30,16 @@ from bert_jax.inference.pipelines import WINDOW, Pipeline
 from bert_jax.tasks.base import Request, Task
 
 WHOLE = 2**28
-"""Bytes up to which all of an input is hashed, which takes 0.6 s; of a larger one, `SAMPLES` blocks are, in 0.2 s."""
+"""Bytes up to which an input is hashed completely (0.6 s). If it is larger, `SAMPLES` blocks are hashed (0.2 s)."""
 SAMPLES, BLOCK = 64, 2**20
 PREDICTION = "prediction"
-"""The column that is added."""
+"""The column that is added to each row."""
 OUTPUTS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the rows: so many predicted, and so many set aside."""
+    """How many rows were predicted, and how many were rejected."""
 
     predicted: int
     rejected: int
@@ -57,24 +57,24 @@ def predict_files(
     parameters: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> Counts:
-    """Predicts each row of files and writes it, the prediction added, to another.
+    """Predicts each row of the input files and writes the row, with its prediction, to the output.
 
-    After a kill the same call goes on; a row whose input cannot be used goes to `….rejected.jsonl` with the reason, and
-    the rest goes on.
+    After a kill, the same call resumes. A row with an unusable input is written to `….rejected.jsonl` with the reason,
+    and the run continues.
 
     Args:
-        pipe: The model.
+        pipe: The pipeline that predicts.
         inputs: Files that `sources.entries` reads.
-        output: A file; its name says how: JSONL, CSV (both perhaps gzipped) or Parquet.
-        model: Its name; a run that resumes must have the same.
-        columns: Those that make an input: one, or two for a pair; by usual names by default.
-        format: Of the inputs; by their names by default, .txt being a text a line.
-        shard: (i, n): each n-th row, beginning with the i-th, from 1.
-        parameters: The task's own.
+        output: The output file. Its name gives the format: JSONL or CSV, both optionally gzipped, or Parquet.
+        model: Name of the model; a run that resumes must have the same name.
+        columns: The columns that make up an input: one, or two for a pair. By default, the usual names.
+        format: Format of the inputs. By default it follows from their names; .txt has one text per line.
+        shard: (i, n): every n-th row, starting with the i-th, counted from 1.
+        parameters: The parameters of the task.
         console: Shows progress.
 
     Raises:
-        InputError: If a file cannot be read or written, a table lacks the column, or the output is of another run.
+        InputError: If a file cannot be read or written, a table lacks the column, or the output belongs to another run.
     """
     output, paths = Path(output), [Path(path) for path in inputs]
     if not output.name.endswith(OUTPUTS):
@@ -92,12 +92,12 @@ def predict_files(
         "parameters": parameters,
     }  # fmt: skip
     try:
-        run = json.loads(json.dumps(run))  # as it will be read again
+        run = json.loads(json.dumps(run))  # the form in which the journal is read back
     except TypeError as error:
         raise InputError(f"a parameter is no number, text or list: {error}.") from None
     usual = pipe.task.columns_of_input
     candidates = [columns] if columns else usual
-    # What would set all rows aside is found before anything is written.
+    # Errors that would reject all rows are raised before anything is written.
     pair = all(len(names) == 2 for names in usual)
     if columns and len(columns) not in {len(names) for names in usual}:
         raise InputError(f"{len(columns)} columns; {pipe.task.name} takes {'two' if pair else 'one'}.")
@@ -134,7 +134,7 @@ def predict_files(
 
 @dataclass
 class _Journal:
-    """How far a run is. Both files are cut back to what it says, so that no row is lost or comes twice."""
+    """The progress of a run. A resume truncates both files to the recorded sizes, so no row is lost or repeated."""
 
     output: Path
     run: dict[str, Any]
@@ -191,7 +191,7 @@ class _Journal:
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
-    """What of a run's arguments is not as it was."""
+    """Describes how an argument of a run has changed."""
     if key == "inputs" and isinstance(before, list):
         names = [[entry[0] for entry in files] for files in (before, now)]
         if names[0] == names[1]:
@@ -203,7 +203,7 @@ def _difference(key: str, before: Any, now: Any) -> str:
 
 @dataclass
 class _Window:
-    """Rows that are predicted together: those that can be, and what is wrong with the others."""
+    """Rows that are predicted together, and the rejected rows with their reasons."""
 
     read: int
     position: int
@@ -222,7 +222,7 @@ def _predict(
         ThreadPoolExecutor(1) as ahead,  # while one window is computed, the next is read and tokenized
     ):
         try:
-            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before anything is cut away
+            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before anything is truncated
         except OSError:
             raise InputError(f"{journal.output} is being written by another process.") from None
         for file, size in ((partial, journal.partial_bytes), (rejected, journal.rejected_bytes)):
@@ -237,7 +237,7 @@ def _predict(
             for row, result in zip(window.rows, results, strict=True):
                 partial.write(_line(row | {PREDICTION: jsonable(result)}))
             for row in window.rejected:
-                rejected.write(_line(row, ascii=True))  # whatever was in it
+                rejected.write(_line(row, ascii=True))  # ASCII can hold any content
             for file in (partial, rejected):
                 file.flush()
                 os.fsync(file.fileno())
@@ -280,7 +280,7 @@ def _window(
 def _entries(
     paths: Sequence[Path], format: str | None, shard: tuple[int, int]
 ) -> Iterator[tuple[Path, int, sources.Entry]]:
-    """Rows of all files, each with its file and the bytes of the files before."""
+    """The rows of all files, each with its file and the total size of the preceding files in bytes."""
 
     def every() -> Iterator[tuple[Path, int, sources.Entry]]:
         before = 0
@@ -293,14 +293,14 @@ def _entries(
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of a folder's texts."""
+    """Size of a file, or of the texts in a folder, in bytes."""
     return sum(file.stat().st_size for file in path.rglob("*.txt")) if path.is_dir() else path.stat().st_size
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of what a file holds, or a folder's texts and their names.
+    """SHA-256 of the content of a file, or of the texts in a folder and their names.
 
-    Of a file over `WHOLE` bytes it is that of `SAMPLES` blocks, evenly spread from its first byte to its last.
+    If a file has more than `WHOLE` bytes, only `SAMPLES` blocks are hashed, evenly spread from first to last byte.
     """
     digest = hashlib.sha256()
     if path.is_dir():
@@ -320,7 +320,7 @@ def _digest(path: Path) -> str:
 
 
 def _usable(row: sources.Row | InputError, candidates: Sequence[tuple[str, ...]], table: bool) -> InputError | None:
-    """What is wrong with a row, before its input is looked at."""
+    """What makes a row unusable before its input is examined; None if it is usable."""
     try:
         if isinstance(row, InputError):
             return row
@@ -337,11 +337,11 @@ def _usable(row: sources.Row | InputError, candidates: Sequence[tuple[str, ...]]
 
 
 def _input(row: sources.Row, candidates: Sequence[tuple[str, ...]]) -> Any:
-    """What the task takes of a row: the first columns that are there."""
+    """The task's input in a row, read from the first candidate columns that the row has."""
     for names in candidates:
         if all(name in row for name in names):
             cells = [row[name] for name in names]
-            if names == ("tokens",) and isinstance(cells[0], str):  # a list, as tables have it
+            if names == ("tokens",) and isinstance(cells[0], str):  # a list written as text, as in tables
                 cells[0] = sources.literal(cells[0])
             values = tuple(tuple(cell) if isinstance(cell, list) else cell for cell in cells)
             return values if len(names) > 1 else values[0]
@@ -361,7 +361,7 @@ def _progress(console: Console | None, total: int) -> Progress:
 
 
 def _convert(partial: Path, output: Path) -> None:
-    """The rows as the output's name wants them; it appears when it is whole."""
+    """Writes the rows in the format of the output's name. The output appears only when it is complete."""
     if output.suffix == ".jsonl":
         os.replace(partial, output)
         return
@@ -372,7 +372,7 @@ def _convert(partial: Path, output: Path) -> None:
             with opened(staged, "wb") as file:
                 shutil.copyfileobj(rows, file)
         else:
-            # Twice through the rows: what columns there are, and of what kind, the last row alone may tell.
+            # Two passes over the rows: the columns and their types are known only after the last row.
             kinds: dict[str, set[type]] = {}
             for row in map(_flat, rows):
                 for name, value in row.items():
@@ -392,7 +392,7 @@ def _convert(partial: Path, output: Path) -> None:
 
 
 def _flat(line: bytes) -> dict[str, Any]:
-    """A row of a table: `{label, score}` becomes two columns, and what is no number or text is written in JSON."""
+    """A row of a table: `{label, score}` becomes two columns, and lists and objects are written as JSON."""
     row = json.loads(line)
     prediction = row.pop(PREDICTION)
     parts = prediction if isinstance(prediction, dict) else {"": prediction}

@@ -1,10 +1,10 @@
-"""A model over HTTP: requests of many clients share batches, and each is answered or refused in bounded time.
+"""Serves a model over HTTP: requests of many clients share batches, and each is answered or refused in bounded time.
 
     bert-jax serve bert-mini-cased
     curl -H 'Content-Type: application/json' localhost:8000/score -d '{"inputs": {"input_string": ["A [MASK] day."]}}'
 
-An answer is that of `pipeline(…)`: the same tokenizing, the same padded batches, the same programs, all of which are
-compiled before the server says that it is ready.
+The answers are those of `pipeline(…)`, with the same tokenization, padded batches and programs. All programs are
+compiled before the server reports that it is ready.
 """
 
 import ast
@@ -45,11 +45,11 @@ SAMPLE = {
     "inputs": {"input_string": ["Paris is the [MASK] of France.", "Today is a [MASK] day!"]},
     "parameters": {"top_k": 2},
 }
-"""The catalogue card's request."""
+"""The example request of the catalogue card."""
 
 
 def body_model(pipe: Pipeline[Task]) -> type[pydantic.BaseModel]:
-    """The typed body of /v1/{task}: its inputs, and the parameters of the task's `request` with their types."""
+    """The typed body of /v1/{task}: the inputs, and the parameters of the task's `request` with their types."""
     entry = pipe.task.json_input
     fields: dict[str, Any] = {"inputs": (typing.Union[entry, list[entry]], ...)}  # type: ignore[valid-type]  # noqa: UP007
     hints = typing.get_type_hints(pipe.task.request)
@@ -68,12 +68,12 @@ class AttentionBody(pydantic.BaseModel):
 
 
 class Server:
-    """The application and what it counts.
+    """The application and its metrics.
 
     Args:
-        name: Of the model, as clients are told.
-        pipes: Task -> pipeline, the first for /score.
-        limits: What it accepts.
+        name: The name of the model, as clients see it.
+        pipes: Task -> pipeline; the first answers at /score.
+        limits: What the server accepts.
     """
 
     def __init__(self, name: str, pipes: dict[str, Pipeline[Task]], limits: Limits):
@@ -138,13 +138,13 @@ class Server:
     # ── Routes ──
 
     async def _health(self) -> Response:
-        """Whether all programs are compiled."""
+        """Reports whether all programs are compiled."""
         state = {"status": "ready" if self.ready else "warming up", "model": self.name, "tasks": list(self.pipes),
                  "layers": next(iter(self.pipes.values())).config.num_hidden_layers}  # fmt: skip
         return JSONResponse(state, status_code=200 if self.ready else 503)
 
     async def _metrics(self) -> Response:
-        """For Prometheus."""
+        """The metrics, in Prometheus' text format."""
         return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4")
 
     async def _score(self, request: Request) -> Response:
@@ -167,7 +167,7 @@ class Server:
         return predict
 
     async def _attend(self, request: Request) -> Response:
-        """What each token of a text attends to, by head, in one layer (from 0)."""
+        """The attention weights of each token of a text, by head, in one layer (counted from 0)."""
         content = await self._content(request)
         given = _validated(AttentionBody, content)
         assert self.attention
@@ -235,7 +235,7 @@ class Server:
             raise InputError(f"{where}it has {size} characters; at most {self.limits.max_characters} are taken.")
 
     async def _answer(self, request: Request, job: Job) -> Any:
-        """The job's answer; if the client leaves meanwhile, the job is dropped."""
+        """The job's answer; if the client disconnects before it, the job is dropped."""
         answer = asyncio.ensure_future(self.batcher.submit(job))
         left = asyncio.ensure_future(_left(request))
         try:
@@ -249,13 +249,13 @@ class Server:
 
 
 class Counting:
-    """Counts requests and their time; around all else, and cheaper than the framework's own middleware."""
+    """Counts and times requests. It wraps the whole application and is cheaper than the framework's own middleware."""
 
     def __init__(self, app: Any, server: Server):
         self.app, self.server = app, server
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Passes a request on."""
+        """Passes a request to the application and records its status and time."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -293,7 +293,7 @@ def _validated(body: type[pydantic.BaseModel], content: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _refusing(content: Any) -> Any:
-    """Makes an `InputError` an answer, without what it quotes of the client's texts."""
+    """Turns an `InputError` into a refusal, without its quotations of the client's texts."""
     try:
         yield
     except InputError as error:
@@ -301,7 +301,7 @@ def _refusing(content: Any) -> Any:
 
 
 def without_quotes(message: str, texts: Sequence[str]) -> str:
-    """A message with each quotation of a text, or of its beginning, as '…'."""
+    """A message in which '…' replaces each quotation of one of the texts, or of a part of it."""
 
     def replaced(match: re.Match[str]) -> str:
         try:
@@ -352,7 +352,7 @@ def serve(
     port: int = 8000,
     limits: Limits | None = None,
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C, and then answers what it has accepted.
+    """Serves until SIGTERM or Ctrl-C, then answers the requests it has accepted and returns.
 
     Args:
         name: The name of the model, as clients see it.
@@ -362,7 +362,7 @@ def serve(
         limits: What the server accepts; the defaults of `Limits` if None.
 
     Raises:
-        InputError: If it cannot listen at the address.
+        InputError: If the server cannot listen at the address.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

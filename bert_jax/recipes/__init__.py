@@ -1,4 +1,7 @@
-"""What the command line runs: settings in, a folder or metrics out. With `settings` and `cli`, all that knows YAML."""
+"""What the command line runs: settings in, a folder or metrics out.
+
+Only this package, `settings`, `yaml_file` and `cli` use YAML.
+"""
 
 from bert_jax.recipes.evaluation import evaluate as evaluate
 from bert_jax.recipes.evaluation import evaluate_held_out as evaluate_held_out

@@ -1,4 +1,4 @@
-"""Metrics of models on labelled rows, or on texts that they have not seen."""
+"""Metrics of models on labelled rows, or on texts that the models have not seen."""
 
 import json
 from collections.abc import Sequence
@@ -23,17 +23,22 @@ from bert_jax.tokenizer import Tokenizer
 def evaluate(
     model_id: str, settings: Settings, split: str, *, ignore: Sequence[str] = (), console: Console | None = None
 ) -> dict[str, Any]:
-    """Metrics of a fine-tuned model on a split of the settings' data; what its run found on validation counts.
+    """Evaluates a fine-tuned model on a split of the settings' data.
+
+    Values that the model's run found on validation, such as a threshold, are applied.
 
     Args:
         model_id: A folder or an id on the Hub.
-        settings: Say which data, how long, and how many at a time.
+        settings: Give the data, the length of examples and the batch size.
         split: "validation" or "test".
         ignore: Regular expressions of tensors in the checkpoint that are left out.
-        console: Is told what people should know of the data; nobody by default.
+        console: Shows notes on the data; None shows nothing.
+
+    Returns:
+        The metrics.
 
     Raises:
-        InputError: If the split is not set, has no labels, or not the model's.
+        InputError: If the split is not set, has no labels, or has labels that the model does not have.
         CheckpointError: If the model has no head for the task.
     """
     check_extra("train", "sklearn")
@@ -61,7 +66,7 @@ def evaluate(
 def evaluate_held_out(
     models: Sequence[str], settings: HeldOut, split: str, *, ignore: Sequence[str] = (), console: Console | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Evaluates pretrained models on the texts of a split; see `held_out.evaluate`."""
+    """Evaluates pretrained models on the texts of a split and returns model -> measures; see `held_out.evaluate`."""
     texts = [row["text"] for row in read_split(settings, split).rows]
     if not texts:
         raise InputError(f"data.{split} is not set.")
@@ -83,7 +88,7 @@ def evaluate_held_out(
 def evaluate_examples(
     task: TrainableTask, model: BertPreTrainedModel, examples: Examples, settings: Settings
 ) -> measure.Evaluation:
-    """A model in hand over examples."""
+    """Evaluates a loaded model on examples."""
     mesh = sharding.mesh(**settings.mesh.model_dump())
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)

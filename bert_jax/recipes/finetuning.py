@@ -1,4 +1,4 @@
-"""Fine-tuning: settings -> a model for a task, and all about it in a folder."""
+"""Fine-tuning: settings -> a folder with a model for a task, its metrics and its predictions."""
 
 import json
 import time
@@ -17,16 +17,16 @@ from bert_jax.training import distributed, lora
 
 
 def finetune(settings: Settings, *, console: Console | None = None) -> Path:
-    """Fine-tunes a model and leaves all about it in `settings.output.folder`.
+    """Fine-tunes a model and writes it, with its metrics and predictions, to `settings.output.folder`.
 
-    The same call after a kill goes on where the last checkpoint stands; after the end it does nothing.
+    After a kill, the same call resumes from the last checkpoint. After the end of the run, it does nothing.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: If the settings, the data or the folder cannot be used; the folder is untouched.
-        TrainingError: See `training.train`, as for the following.
+        InputError: If the settings, the data or the folder cannot be used; the folder is left untouched.
+        TrainingError: See `training.train`, which also raises the following errors.
         Interrupted: After Ctrl-C or SIGTERM.
         CheckpointError: If a file cannot be written.
     """
@@ -72,9 +72,9 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
         results["predictions"] = split
         predictions = prepared.task.predictions(outputs, examples)
         lines = [row | {"prediction": p} for row, p in zip(prepared.rows[split], predictions, strict=True)]
-        texts = [json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines]  # of Parquet, dates too
+        texts = [json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines]  # Parquet also has dates
         write(folder / PREDICTIONS, "".join(texts))
-        if settings.task == "question-answering":  # as the official scripts of SQuAD take it
+        if settings.task == "question-answering":  # the form that SQuAD's official scripts expect
             ids = [line["row"] - 1 if line.get("id") is None else line["id"] for line in lines]
             answers = {str(id): line["prediction"]["answer"] for id, line in zip(ids, lines, strict=True)}
             write(folder / ANSWERS, json.dumps(answers, ensure_ascii=False) + "\n")

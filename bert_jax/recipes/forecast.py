@@ -1,4 +1,4 @@
-"""What a run would do, found out without a step: data, examples, memory, and what a compiler says."""
+"""Describes what a run would do, without a training step: data, examples, memory and what a compiler reports."""
 
 import importlib
 from collections import Counter
@@ -16,19 +16,21 @@ from bert_jax.tools import aot
 from bert_jax.training import loop, memory, optim
 
 LOADED_LATER = ("grain", "sklearn.metrics")
-"""Modules that a run imports on its way, 60 MB."""
+"""Modules that a run imports only when it needs them; they occupy 60 MB."""
 
 
 def dry_run(settings: Settings, target: str | None = None, *, console: Console | None = None) -> str:
-    """What a run would do, without a step: settings, first examples in words, shapes, parameters, memory, programs.
+    """Describes what a run would do, without a training step.
+
+    The text has the settings, the first examples in words, shapes, parameters, memory and programs.
 
     Args:
-        settings: Of the run.
-        target: Chips to compile the step for that need not be here, `v5e:2x4`; this machine's devices by default.
-        console: Where a target's programs are shown as they are compiled; nowhere by default.
+        settings: The settings of the run.
+        target: Chips to compile the step for, `v5e:2x4`, which need not be present; this machine's devices by default.
+        console: Shows a target's programs as they are compiled; None shows nothing.
 
     Raises:
-        InputError: As `finetune`, or if there is no such target.
+        InputError: See `finetune`; also if there is no such target.
     """
     chips = aot.get(target) if target else None
     prepared = prepare(settings)
@@ -72,17 +74,17 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
 
 
 def peak_memory(settings: Settings, prepared: Prepared, run: loop.Run, shape: Shape) -> str | None:
-    """What a run takes at its peak, in words; None where the compiler does not tell.
+    """Describes the peak memory of a run; None if the compiler does not report memory.
 
-    Where the devices are the host's processor, this is the memory of the whole process: what it occupies now, with its
-    libraries, the data, the model and the programs, then the state of training, and the largest of what the phases of a
-    run take in turn. Elsewhere it is the memory of one device, without the evaluations' parameters.
+    On CPU, this is the memory of the whole process, a sum of three parts: what the process occupies now (libraries,
+    data, model and programs), the training state, and the most that any one phase of the run needs. On other devices,
+    it is the memory of one device, without the parameters of evaluations.
 
     Args:
-        settings: Of the run.
-        prepared: Its model and examples.
-        run: Its steps.
-        shape: Of the largest batch of training.
+        settings: The settings of the run.
+        prepared: The model and the examples of the run.
+        run: The steps of the run.
+        shape: The shape of the largest training batch.
     """
     step = run.trace(shape).lower().compile().memory_analysis()
     if step is None:
@@ -118,7 +120,7 @@ def peak_memory(settings: Settings, prepared: Prepared, run: loop.Run, shape: Sh
 
 
 def compile_for(chips: aot.Target, run: loop.Run, shape: Shape, config: BertConfig, console: Console) -> str:
-    """What a target's compiler says of a run's step on a batch of some shape, and how many rows a batch may have."""
+    """What a target's compiler reports for a run's step on a batch of this shape, and the largest batch that fits."""
     share, per_device = run.loader.share, len(chips.devices)
 
     def check(n: int) -> aot.Check:

@@ -1,4 +1,4 @@
-"""Settings and data -> a task, a model and its examples."""
+"""Settings and data -> a task, a model and examples."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,20 +24,20 @@ from bert_jax.tasks.registry import TASKS, TRAINABLE
 from bert_jax.tokenizer import Tokenizer
 
 UNNAMED = ("id", "is_impossible")
-"""Columns that no setting names."""
+"""Columns that have no setting for their names."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a run starts from.
+    """What a run starts from.
 
     Attributes:
-        task: Made for this model.
-        model: With its new head.
-        tokenizer: The model's.
-        rows: The splits' rows, their columns by the names of the task.
-        examples: The same, featurised.
-        found: What people should know of the data.
+        task: The task, made for this model.
+        model: The model, with its new head.
+        tokenizer: The tokenizer of the model.
+        rows: Split -> its rows, with columns named as the task names them.
+        examples: Split -> the same rows, featurized.
+        found: Notes on the data for the user.
     """
 
     task: TrainableTask
@@ -50,11 +50,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Split:
-    """What a split of the settings' data holds.
+    """The content of a split of the settings' data.
 
     Attributes:
-        rows: Their columns by the names that tasks know.
-        labels: Names of the classes in the order of their ids, where the data set stores labels as class ids.
+        rows: The rows, with columns named as tasks name them.
+        labels: Names of the classes in the order of their ids, if the data set stores labels as class ids.
     """
 
     rows: list[sources.Row]
@@ -67,7 +67,7 @@ def prepare(settings: Settings) -> Prepared:
     Raises:
         InputError: Names the file, column, row or label that cannot be used.
         ModelNotFoundError: If there is no such model.
-        CheckpointError: If its weights do not fit, or its vocabulary does not fit them.
+        CheckpointError: If the weights do not fit the model, or the vocabulary does not fit the weights.
     """
     if settings.data.train is None:
         raise InputError("data.train is not set; expected a file, or the name of a split where data.id is set.")
@@ -99,13 +99,13 @@ def prepare(settings: Settings) -> Prepared:
 
 
 def read_options(settings: Settings) -> ReadOptions:
-    """The options of `data` that a task reads rows by."""
+    """The options of `data` that decide how a task reads rows."""
     data = settings.data
     return ReadOptions(data.labels, data.problem_type, data.wrong_answers)
 
 
 def make_task(settings: Settings, tokenizer: Tokenizer, config: BertConfig) -> TrainableTask:
-    """The settings' task, for a model."""
+    """Makes the settings' task for a model."""
     options: dict[str, Any] = {}
     if settings.task == "question-answering":
         options["answers"] = AnswerOptions(**settings.answers.model_dump())
@@ -115,10 +115,10 @@ def make_task(settings: Settings, tokenizer: Tokenizer, config: BertConfig) -> T
 
 
 def max_length(settings: Settings | Pretraining, config: BertConfig) -> int:
-    """The settings' length, if the model has so many positions.
+    """The settings' `data.max_length`.
 
     Raises:
-        InputError: If it has not.
+        InputError: If the model has fewer positions.
     """
     if settings.data.max_length > config.max_position_embeddings:
         raise InputError(
@@ -128,7 +128,7 @@ def max_length(settings: Settings | Pretraining, config: BertConfig) -> int:
 
 
 def featurize(task: TrainableTask, rows: dict[str, list[sources.Row]]) -> dict[str, Examples]:
-    """Splits' rows -> their examples; an error names the split."""
+    """The rows of each split -> its examples; an error names the split."""
     examples = {}
     for split, found in rows.items():
         try:
@@ -139,10 +139,10 @@ def featurize(task: TrainableTask, rows: dict[str, list[sources.Row]]) -> dict[s
 
 
 def read_split(settings: Settings | HeldOut, split: str) -> Split:
-    """Reads a split; it is empty where the settings have none.
+    """Reads a split; the result is empty if the split is not set.
 
     Raises:
-        InputError: If it cannot be read, has no rows, or lacks a column, or its files name the labels differently.
+        InputError: If it cannot be read, has no rows or lacks a column, or its files name the labels differently.
     """
     data = settings.data
     places = getattr(data, split)
@@ -168,7 +168,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
     where = f"data.{split} ({places})"
     if not rows:
         raise InputError(f"{where} has no examples.")
-    there = dict.fromkeys(name for row in rows for name in row)  # rows of JSON need not all have the same ones
+    there = dict.fromkeys(name for row in rows for name in row)  # JSON rows may differ in columns
     task = TASKS[settings.task] if settings.task in TRAINABLE else None
     usual, required = (task.columns, task.required) if task else ({"text": sources.TEXT}, ("text",))
     try:
@@ -195,10 +195,10 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
 
 
 def _check_order(settings: Settings, config: Mapping[str, Any]) -> None:
-    """Refuses to name the labels of a checkpoint that was fine-tuned for the task in another order, unless asked to.
+    """Refuses to reorder the labels of a checkpoint that is fine-tuned for the task, unless data.labels is set.
 
     Raises:
-        InputError: Says how to keep the checkpoint's order.
+        InputError: If the order differs; the message says how to keep that of the checkpoint.
     """
     folder = hub.download(settings.model.id, revision=settings.model.revision)
     names = tuple(config["id2label"] or ())
@@ -213,11 +213,11 @@ def _check_order(settings: Settings, config: Mapping[str, Any]) -> None:
 
 
 def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None) -> BertConfig:
-    """A model's config, LABEL_0, LABEL_1, … replaced by `data.labels` where these are set.
+    """A model's config, with LABEL_0, LABEL_1, … replaced by `data.labels` if it is set.
 
     Raises:
-        InputError: If `data.labels` are of another number, or the labels are in another order than the model's, where
-            a metric depends on the order.
+        InputError: If `data.labels` has another number of names than the model, or if the order of the labels differs
+            from the model's and a metric depends on it.
     """
     given, names = settings.data.labels, config.labels
     if given and settings.task != "question-answering" and all(re.fullmatch(r"LABEL_\d+", name) for name in names):
@@ -225,7 +225,7 @@ def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None
             raise InputError(f"data.labels has {len(given)} names; the model has {len(names)} labels, {listed(names)}.")
         return config.replace(id2label=given)
     expected = given or labels or names
-    binary = settings.task == "text-classification" and len(names) == 2  # f1 is that of the second label
+    binary = settings.task == "text-classification" and len(names) == 2  # f1 is computed for the second label
     if binary and expected != names and sorted(expected) == sorted(names):
         raise InputError(
             f"The labels of the model are, in the order of their ids, {listed(names)}, and those of the data are "
@@ -240,7 +240,7 @@ def _as_yaml(names: Sequence[str]) -> str:
 
 
 def overview(settings: Settings, prepared: Prepared) -> str:
-    """Says in a few lines what a run starts from."""
+    """Describes in a few lines what a run starts from."""
     sizes = ", ".join(
         f"{len(rows):,} {split}"
         + (f" ({windows:,} windows)" if (windows := len(prepared.examples[split])) != len(rows) else "")
@@ -256,7 +256,7 @@ def overview(settings: Settings, prepared: Prepared) -> str:
 
 
 def describe(model: BertPreTrainedModel) -> str:
-    """Says how many parameters a model has, and on which devices it is to run."""
+    """Describes how many parameters a model has, and which devices it is to run on."""
     _, skeleton = tree.split(model)
     count = sum(spec.size for spec in skeleton.specs.values())
     return f"{count / 1e6:.1f} M parameters, {jax.device_count()} × {jax.devices()[0].device_kind}"

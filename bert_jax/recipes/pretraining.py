@@ -29,16 +29,16 @@ WORDS, BIAS, TRANSFORM = (
 
 
 def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
-    """Pretrains a model and leaves all about it in `settings.output.folder`.
+    """Pretrains a model and writes it, with its metrics, to `settings.output.folder`.
 
-    The same call after a kill goes on where it stood, in tokenizing and in training; after the end it does nothing.
+    After a kill, the same call resumes tokenization or training. After the end of the run, it does nothing.
 
     Returns:
         The folder.
 
     Raises:
         InputError: If the settings, the texts or the folder cannot be used.
-        TrainingError: See `training.train`, as for the following.
+        TrainingError: See `training.train`, which also raises the following errors.
         Interrupted: After Ctrl-C or SIGTERM.
         CheckpointError: If a shard is damaged, or a file cannot be written.
     """
@@ -78,7 +78,7 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
 
 
 def read_corpus(settings: Pretraining, split: str, tokenizer: Tokenizer, console: Console) -> MaskedExamples | None:
-    """A split's examples; its shards are made first where they are not there. None where it is not set.
+    """The examples of a split, or None if the split is not set. Missing shards are made first.
 
     Raises:
         InputError: See `corpus.tokenize`.
@@ -111,12 +111,12 @@ def read_corpus(settings: Pretraining, split: str, tokenizer: Tokenizer, console
 
 
 def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any) -> tuple[BertPreTrainedModel, str]:
-    """The model that training begins with, and what people should know of it.
+    """The model that training begins with, and notes on it for the user.
 
     Raises:
-        ConfigError: If model.config names no field of a config, or values that make no network.
+        ConfigError: If model.config names an unknown field, or its values do not make a valid network.
         ModelNotFoundError: If there is no such checkpoint.
-        CheckpointError: If it does not fit; `model.new` names what is to be drawn anew.
+        CheckpointError: If the checkpoint does not fit; `model.new` names the parameters to reinitialise.
     """
     options: dict[str, Any] = {
         "compute_dtype": settings.precision.compute_dtype,
@@ -144,7 +144,7 @@ def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any
     params, skeleton = tree.split(model)
     flat, notes = tree.flatten(params), ""
     if TRANSFORM in tree.select(settings.model.new, flat):
-        # Beside a pretrained encoder a head that changes nothing is a better beginning than one drawn at random.
+        # With a pretrained encoder, an identity transform is a better start than a random one.
         flat[TRANSFORM] = jnp.eye(model.config.hidden_size)
     before = Tokenizer.from_pretrained(settings.model.id, revision=settings.model.revision)
     if before.backend.get_vocab() != tokenizer.backend.get_vocab():

@@ -1,4 +1,4 @@
-"""What the runs of fine-tuning and of pretraining share: the loop's arguments, the folder, its beginning and end."""
+"""What fine-tuning and pretraining runs share: the arguments of the loop, the folder, and the first and last steps."""
 
 import json
 import math
@@ -29,7 +29,7 @@ ADAPTERS, ANSWERS = "adapters", "answers.json"
 
 
 def steps_of(settings: Settings | Pretraining, examples: Examples) -> int:
-    """The number of steps of a run."""
+    """The number of training steps of a run."""
     options = settings.training
     return options.max_steps or math.ceil(options.epochs * -(-len(examples) // options.batch_size))
 
@@ -42,7 +42,7 @@ def set_up(
     steps: int,
     devices: Sequence[Any] | None = None,
 ) -> loop.Run:
-    """Makes a run, for the devices of all processes or for those given.
+    """Makes a run on the given devices; None uses the devices of all processes.
 
     Raises:
         InputError: If the settings do not fit the model or the devices.
@@ -68,7 +68,7 @@ def set_up(
 def fit(
     settings: Settings | Pretraining, run: loop.Run, steps: int, validation: Examples | None, console: Console
 ) -> loop.Trained:
-    """Carries out a run in the folder of the settings."""
+    """Trains a run in the folder that the settings name."""
     options = settings.training
     return loop.fit(
         run,
@@ -88,12 +88,12 @@ def fit(
 
 
 def make_schedule(settings: Settings | Pretraining, steps: int) -> optax.Schedule:
-    """The learning rate by step."""
+    """The learning rate as a function of the step."""
     return optim.schedule(learning_rate=settings.optimizer.learning_rate, steps=steps, **settings.schedule.model_dump())
 
 
 def make_optimizer(settings: Settings | Pretraining, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of a number of steps."""
+    """The optimizer of a run with this number of steps."""
     options = settings.optimizer
     adam = optax.scale_by_adam(options.beta1, options.beta2, options.epsilon)
     if options.name == "adamw" and not options.bias_correction:
@@ -114,13 +114,13 @@ def make_optimizer(settings: Settings | Pretraining, steps: int) -> optax.Gradie
 
 
 def rule_options(settings: Settings | Pretraining) -> dict[str, Any]:
-    """The settings of `optimizer` that are rules for some of the parameters."""
+    """The settings of `optimizer` that decide how each parameter is updated; see `optim.rules`."""
     names = ("weight_decay", "no_decay", "lr_multipliers", "layer_decay")
     return {name: getattr(settings.optimizer, name) for name in names}
 
 
 def _trainable(settings: Settings | Pretraining, model: BertPreTrainedModel) -> list[str]:
-    """Patterns of the parameters to train beside adapters, a pattern for each.
+    """Patterns of the parameters to train in addition to adapters, one pattern per parameter.
 
     Raises:
         InputError: If a pattern of the settings matches nothing, or nothing is left to train.
@@ -139,13 +139,13 @@ def _trainable(settings: Settings | Pretraining, model: BertPreTrainedModel) -> 
 
 
 def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
-    """Whether a run's folder has its results, which the console is told.
+    """Whether the run's folder already has its results; if so, prints that the run is finished.
 
     Raises:
-        InputError: If the folder holds something else or the run of other settings, or the run could not end for
-            something that is not installed.
+        InputError: If the folder holds other files or a run with other settings, or a package that the run needs is not
+            installed.
     """
-    check_extra("train", "grain", "sklearn", "matplotlib", "tensorboardX")  # now, and not after hours of training
+    check_extra("train", "grain", "sklearn", "matplotlib", "tensorboardX")  # fails now, not after hours of training
     folder = Path(settings.output.folder)
     if not (folder / SETTINGS).exists():
         if folder.is_dir() and any(folder.iterdir()):
@@ -171,10 +171,10 @@ def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
 
 
 def begin(settings: Settings | Pretraining) -> None:
-    """Makes a run's folder, its settings in it.
+    """Creates the run's folder and writes the settings to it.
 
     Raises:
-        InputError: If evaluations are to be counted and there are none, or the folder cannot be written.
+        InputError: If training.patience is set without data.validation, or the folder cannot be written.
     """
     if settings.training.patience and settings.data.validation is None:
         raise InputError("training.patience counts evaluations; expected data.validation, or no patience.")
@@ -195,7 +195,7 @@ def end(
     began: float,
     console: Console,
 ) -> None:
-    """Leaves a run's curve, model card and, last, its results, which say that it is finished; tells what is there."""
+    """Writes the run's curve, model card and, last, its results, which mark it as finished; prints a summary."""
     folder = Path(settings.output.folder)
     results |= {
         "seconds": time.perf_counter() - began,
@@ -215,7 +215,7 @@ def end(
 
 
 def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> str:
-    """The README.md of a run's model."""
+    """The text of README.md, the model card of a run's model."""
     base, train = settings.model.id, settings.data.train or ()
     data, dataset, task = ", ".join([train] if isinstance(train, str) else train), None, "fill-mask"
     made = f"{f'`{base}`' if base else 'A new network'}, pretrained on {data}"
@@ -228,6 +228,6 @@ def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> 
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
+    """Writes a file, either completely or not at all."""
     with hub.replacing(path.parent) as staging:
         (staging / path.name).write_text(text, encoding="utf-8")

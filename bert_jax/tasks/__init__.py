@@ -1,1 +1,1 @@
-"""Tasks, one file each, by Hugging Face's names: what goes into the model, and what its numbers mean."""
+"""Tasks, one file each, under Hugging Face's names: the inputs of the model and the meaning of its outputs."""

@@ -1,8 +1,9 @@
-"""What a task is to inference: a pure function on the device, and requests that ask for rows and get their outputs.
+"""The interfaces of a task to inference and to training.
 
-A request is a generator. It yields the rows it wants computed, receives their outputs, may yield more rows that
-depend on these, and returns its result. It never sees a batch: rows of many requests share one, padded to a bucket
-(`bert_jax.inference.pipelines`), and so a result does not depend on its company.
+A task gives inference a pure function on the device (`Task.forward`) and requests (`Task.request`). A request is a
+generator. It yields the rows that it needs computed, receives their outputs, may yield more rows that depend on those
+outputs, and returns its result. It never sees a batch: a batch holds the rows of many requests, padded to a bucket
+(`bert_jax.inference.pipelines`), and a result does not depend on the other requests in its batch.
 """
 
 import re
@@ -20,7 +21,7 @@ from bert_jax.tokenizer import Tokenizer
 
 
 def check_pairs(config: BertConfig) -> None:
-    """Raises `InputError` where a model cannot tell the two texts of a pair apart."""
+    """Raises `InputError` if the model cannot tell the two texts of a pair apart."""
     if config.type_vocab_size < 2:
         raise InputError(
             f"The model has {config.type_vocab_size} token type (type_vocab_size); a pair of texts takes two. "
@@ -29,7 +30,7 @@ def check_pairs(config: BertConfig) -> None:
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: BertConfig) -> None:
-    """Raises `CheckpointError` where a tokenizer has ids that the model has no embedding for."""
+    """Raises `CheckpointError` if the tokenizer has ids for which the model has no embedding."""
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"The tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: "
@@ -42,9 +43,9 @@ class ReadOptions:
     """How a task reads the rows of a data set.
 
     Attributes:
-        labels: The names of the labels in the order of their ids; None to find them in the training rows.
-        problem_type: What the labels of a text classification are; None to decide by the labels.
-        wrong_answers: What to do about an answer that is not where its row says: skip the row, or stop.
+        labels: The names of the labels in the order of their ids; None to read them from the training rows.
+        problem_type: The problem type of a text classification; None to infer it from the labels.
+        wrong_answers: What to do if an answer is not where its row says: skip the row, or stop.
     """
 
     labels: tuple[str, ...] | None = None
@@ -58,9 +59,9 @@ class Row:
 
     Attributes:
         input_ids: Token ids, special tokens included.
-        token_type_ids: 0 or 1 for each.
-        masked_positions: Indices of the tokens at which the vocabulary is wanted; none for other tasks.
-        labels: What stands there in truth, where a model is evaluated.
+        token_type_ids: 0 or 1 for each token.
+        masked_positions: Indices of the tokens at which the vocabulary is scored; empty for other tasks.
+        labels: Ids of the true tokens at the masked positions if a model is evaluated, else empty.
     """
 
     input_ids: list[int]
@@ -70,7 +71,7 @@ class Row:
 
 
 Outputs = Mapping[str, np.ndarray]
-"""A row's share of what `Task.forward` returned: of its masked positions or its tokens, without padding, or its own."""
+"""The outputs of `Task.forward` for one row, without padding: per masked position, per token, or for its text."""
 
 Result = TypeVar("Result")
 Request = Generator[list[Row], list[Outputs], Result]
@@ -84,58 +85,58 @@ class LabelScore(TypedDict):
 
 
 class Task(Protocol):
-    """What inference needs to know about a task. Its constructor takes a tokenizer, a config and the longest row."""
+    """What inference needs of a task. The constructor expects a tokenizer, a config and the maximum row length."""
 
     name: str
     """Hugging Face's name of the task."""
     model_class: Any
-    """The class of its models."""
+    """The class of the task's models."""
     per_token: bool
-    """Whether outputs have one entry per token, not per text."""
+    """Whether outputs have one entry per token (otherwise one per text)."""
     masked: bool
     """Whether rows have masked positions."""
     columns_of_input: tuple[tuple[str, ...], ...]
-    """Usual names of the columns of a file that make up an input; the first that a file has are used."""
+    """Usual names of the columns that make up an input; the first entry whose columns a file has is used."""
     json_input: Any
-    """The type of one input in a request's JSON."""
+    """The type of one input in the JSON of a request."""
 
     def forward(self, model: Any, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
-        """From a batch to arrays; pure, and compiled once a bucket.
+        """Computes the outputs of a batch. It is pure, and compiled once per bucket.
 
         Args:
-            model: Of `model_class`.
-            inputs: What it takes.
+            model: A model of `model_class`.
+            inputs: The keyword arguments of the model.
             starts: int [B, K], or [1, K] for all rows: the first token of each text in its row.
 
         Returns:
-            Arrays [B, P, …] where inputs have masked positions, else [B, T, …] where they are per token, or [B, K, …].
+            Arrays [B, P, …] if the task has masked positions, [B, T, …] if it is per token, else [B, K, …].
         """
         ...
 
     @property
     def request(self) -> Callable[..., Request[Any]]:
-        """Takes one input, and the task's parameters as keywords. Raises `InputError` if they cannot be used."""
+        """Makes a request from one input and keyword parameters; raises `InputError` if one of them is invalid."""
         ...
 
 
 class Objective(Protocol):
-    """What training and evaluation need to know of what is to be learnt."""
+    """What training and evaluation need of a learning objective."""
 
     metrics: tuple[str, ...]
-    """Names of what `evaluate` gives; the first chooses the best checkpoint unless the settings say otherwise."""
+    """Names of the metrics; the first one selects the best checkpoint unless the settings name another."""
     per_token: bool
-    """Whether outputs have an entry a token, and not an example."""
+    """Whether outputs have one entry per token (otherwise one per example)."""
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The batch's mean loss and how many it is the mean of, rows of padding apart; both float32 []."""
+        """The mean loss of the batch, and how many items it averages, without rows of padding; both float32 []."""
         ...
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """What `evaluate` reads of a batch, each [B, T, …] where it is per token, else [B, K, …]."""
+        """The arrays of a batch that `evaluate` reads, each [B, T, …] if the objective is per token, else [B, K, …]."""
         ...
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """Metrics of the `outputs` of all examples."""
+        """Computes the metrics from the `outputs` of all examples."""
         ...
 
 
@@ -143,56 +144,56 @@ class TrainableTask(Task, Objective, Protocol):
     """A task that pretrained models are fine-tuned for."""
 
     columns: Mapping[str, tuple[str, ...]]
-    """What a row has -> usual names of its column; the settings' `data` may name another."""
+    """Field of a row -> usual names of its column; the `data` settings may name another column."""
     required: tuple[str, ...]
-    """Which of these have to be there."""
+    """The fields of `columns` that the data must have."""
     target: str
-    """Which of these is learnt."""
+    """The field of `columns` that is learnt."""
     head: str
-    """Pattern of the parameters that a pretrained checkpoint lacks."""
+    """Regular expression of the parameters that a pretrained checkpoint lacks."""
     peft_type: str
-    """By which `peft` knows such a model."""
+    """The task type of such a model in `peft`."""
 
     @staticmethod
     def clean(rows: Mapping[str, list[dict[str, Any]]], options: ReadOptions) -> str:
-        """Puts splits' rows into the form that `featurize` takes, in place; returns what people should know of it."""
+        """Converts the rows of all splits, in place, to the form `featurize` expects; returns a note for the user."""
         ...
 
     @staticmethod
     def config(
         rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
-        """The config's fields that follow from the training rows: their labels.
+        """The fields of the config that follow from the training rows: their labels.
 
         Args:
-            rows: Cleaned ones.
+            rows: The training rows after `clean`.
             options: See `clean`.
-            labels: That order as the data set has it; None where it has none.
+            labels: The names of the labels in the order of the data set; None if it defines no order.
         """
         ...
 
     def labelled(self, examples: Examples) -> bool:
-        """Whether any has what `evaluate` holds outputs against."""
+        """Whether any example has true values for `evaluate` to compare the outputs with."""
         ...
 
     def adopt(self, metrics: Mapping[str, Any]) -> None:
-        """Takes over what an evaluation has found, for predictions; nothing by default."""
+        """Adopts values that an evaluation has found, for use in predictions; does nothing by default."""
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
-        """Rows of data -> examples; raises `InputError` where a row cannot be used, with its index."""
+        """Converts rows to examples; raises `InputError`, which names the row by its number, if one cannot be used."""
         ...
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """What `forward` returns."""
+        """The outputs of `forward`."""
         return self.forward(model, batch["inputs"], batch["starts"])
 
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
-        """What `forward` returned, in words, row by row of the data."""
+        """Converts the outputs of `forward` to readable predictions, one per row of the data."""
         ...
 
 
 def known_labels(labels: Sequence[str]) -> str:
-    """A sentence's end about a label that is none of the model's."""
+    """The end of an error message about a label that the model does not have."""
     if all(re.fullmatch(r"LABEL_\d+", label) for label in labels):
         return f"the model has {listed(labels)}; data.labels gives them names, in this order."
     return f"the labels are {listed(labels)}."

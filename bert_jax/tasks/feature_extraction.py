@@ -1,4 +1,4 @@
-"""feature-extraction: the encoder's vectors, of each token or of a text as a whole."""
+"""feature-extraction: the vectors of the encoder, for each token or for a text as a whole."""
 
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ POOLING = (None, "cls", "mean")
 
 
 class FeatureExtraction:
-    """Vectors of the last layer."""
+    """Returns the vectors of the last layer."""
 
     name = "feature-extraction"
     model_class = BertModel
@@ -31,7 +31,7 @@ class FeatureExtraction:
         self.max_length = max_length
 
     def forward(self, model: BertModel, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
-        """Last hidden states, float32 [B, T, D]."""
+        """The last hidden states, float32 [B, T, D]."""
         return {"states": model(**inputs).last_hidden_state.astype(jnp.float32)}
 
     def request(
@@ -40,16 +40,16 @@ class FeatureExtraction:
         """Encodes one text.
 
         Args:
-            text: A text; what is over the model's length is cut off.
-            pooling: None gives each token's vector, "cls" that of [CLS], "mean" the mean over all tokens, [CLS] and
-                [SEP] included (Reimers & Gurevych 2019, arXiv:1908.10084, section 3).
-            normalize: Scales each vector to length 1.
+            text: A text; it is truncated to the model's length.
+            pooling: None returns the vector of each token, "cls" that of [CLS], and "mean" the mean over all tokens,
+                [CLS] and [SEP] included (Reimers & Gurevych 2019, arXiv:1908.10084, section 3).
+            normalize: Whether to scale each vector to length 1.
 
         Returns:
-            float32 [T, D], or [D] where pooled.
+            float32 [T, D], or [D] with pooling.
 
         Raises:
-            InputError: If it is no text, or empty, or the pooling is unknown.
+            InputError: If the input is not a text or is empty, or the pooling is unknown.
         """
         if not isinstance(text, str):
             raise InputError(f"expected a text, got {quoted(text)} ({type(text).__name__}).")
@@ -66,4 +66,4 @@ class FeatureExtraction:
         vectors: np.ndarray = {None: states, "cls": states[0], "mean": states.mean(axis=0)}[pooling]
         if normalize:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-        return np.array(vectors)  # not a view that keeps the whole batch
+        return np.array(vectors)  # a copy: a view would keep the whole batch in memory

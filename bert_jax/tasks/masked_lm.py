@@ -1,4 +1,4 @@
-"""fill-mask: which tokens a [MASK] stands for, alone, among given words, or several masks together."""
+"""fill-mask: the tokens that a [MASK] stands for, from the vocabulary or from given words, for each mask or jointly."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NotRequired, TypedDict
@@ -14,11 +14,11 @@ from bert_jax.tasks.base import Request, Row
 from bert_jax.tokenizer import Tokenizer
 
 BEAMS = 16
-"""Partial fillings that are kept from mask to mask when several are filled jointly (more if top_k is)."""
+"""Partial fillings that are kept from mask to mask when masks are filled jointly; `top_k` if that is larger."""
 
 
 class TargetPiece(TypedDict):
-    """One token of a target that has several."""
+    """One token of a target that has several tokens."""
 
     score: float
     token: int
@@ -27,7 +27,7 @@ class TargetPiece(TypedDict):
 
 
 class Filling(TypedDict):
-    """What a mask may stand for; `FillMask.request` says which fields are there."""
+    """One way to fill a mask; see `FillMask.request` for which fields are set."""
 
     score: float
     token: int | list[int]
@@ -41,7 +41,7 @@ Fillings = list[Filling] | list[list[Filling]]
 
 
 class FillMask:
-    """Fills masks as Hugging Face's pipeline does, and beyond it ranks targets of any length and fills jointly."""
+    """Fills masks like Hugging Face's pipeline; it also ranks targets of any length and fills masks jointly."""
 
     name = "fill-mask"
     model_class = BertForMaskedLM
@@ -57,7 +57,7 @@ class FillMask:
         self.max_length = max_length
 
     def forward(self, model: BertForMaskedLM, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
-        """Probabilities of the whole vocabulary at each masked position: float32 [B, P, V]."""
+        """The probabilities of the whole vocabulary at each masked position: float32 [B, P, V]."""
         return {"probabilities": jax.nn.softmax(model(**inputs).logits, axis=-1)}
 
     def request(
@@ -66,22 +66,23 @@ class FillMask:
         """Fills the masks of one text.
 
         Args:
-            text: Holds at least one mask token. A text over the model's length is seen through a window around
-                its masks, several windows if they are far apart.
-            top_k: How many fillings to return: 5 by default, with targets all of them.
-            targets: Words to score instead of the whole vocabulary, without renormalising. One of several pieces
-                takes a mask for each piece; its score is the product of theirs, each given those before it.
-            joint: Fills all masks together, left to right, each given those before it (beam search); a score is
-                the product over the masks.
+            text: A text with at least one mask token. If it is longer than the model's length, the model sees a window
+                around the masks, or several windows if the masks are far apart.
+            top_k: How many fillings to return; by default 5, or all targets.
+            targets: Words to score instead of the whole vocabulary; scores are not renormalised. A target of several
+                pieces replaces the mask by one mask per piece. Its score is the product of the probabilities of its
+                pieces, each given the pieces before it.
+            joint: Whether to fill all masks together, left to right, each given the masks before it (beam search). A
+                score is the product over the masks.
 
         Returns:
-            One mask: a list of `{score, token, token_str, sequence}`, best first. Several: such a list for each mask
-            (the `sequence` then keeps the special tokens and the other masks). With targets each entry has a `rank`,
-            1 for the likeliest of the vocabulary, and one of several pieces has a list for `token` and its `pieces`.
-            Jointly: one list, with a list for `token` and `token_str`, an entry a mask.
+            A list of `{score, token, token_str, sequence}`, best first; if there are several masks, a list of one such
+            list per mask, where `sequence` keeps the special tokens and the other masks. With targets, each entry has a
+            `rank`, 1 for the likeliest token of the vocabulary; if a target has several pieces, its `token` is a list
+            and it has `pieces`. With joint, the result is one list, and `token` and `token_str` have one item per mask.
 
         Raises:
-            InputError: Says what cannot be used, and what was expected.
+            InputError: If an argument cannot be used; the message says what was expected.
         """
         tokenizer = self.tokenizer
         if not isinstance(text, str):
@@ -122,8 +123,8 @@ class FillMask:
     def _score_targets(
         self, ids: list[int], masks: list[int], targets: list[list[int]], top_k: int
     ) -> Request[Fillings]:
-        # One request for all: the masks as they are and, for each target of n pieces, n rows that are filled up to
-        # their first, second, … piece.
+        # All rows at once: the masks as they are and, for each target of n > 1 pieces, n rows in which its first 0, 1,
+        # …, n - 1 pieces are filled in.
         groups = list(self._groups(masks))
         rows = [self._row(ids, group) for group in groups]
         for mask in masks:
@@ -186,7 +187,7 @@ class FillMask:
         return entries
 
     def _pieces(self, targets: str | Sequence[str]) -> list[list[int]]:
-        """Token ids of each target, without repetitions."""
+        """The token ids of each target, without duplicates."""
         targets = [targets] if isinstance(targets, str) else targets
         if not isinstance(targets, list | tuple):
             raise InputError(f"targets is {quoted(targets)}; expected a list of words.")
@@ -205,7 +206,7 @@ class FillMask:
         return found
 
     def _groups(self, masks: list[int]) -> Iterator[list[int]]:
-        """The masks in as few groups as fit, in order, into a window each."""
+        """Splits the masks, in order, into as few groups as possible that each fit into one window."""
         group = masks[:1]
         for mask in masks[1:]:
             if mask - group[0] >= self.max_length - 2:
@@ -215,12 +216,12 @@ class FillMask:
         yield group
 
     def _row(self, ids: list[int], positions: list[int], around: Sequence[int] = ()) -> Row:
-        """A row that wants the vocabulary at these positions; of a long text, the window that has them in its middle.
+        """A row that asks for the vocabulary at these positions; if the text is too long, a window centred on them.
 
         Args:
             ids: Tokens of the whole text, [CLS] first and [SEP] last.
             positions: Indices in `ids`.
-            around: What the window is to hold, where that is more than the positions.
+            around: Indices in `ids` to centre the window on instead, if it has to hold more than `positions`.
         """
         if len(ids) <= self.max_length:
             return Row(ids, [0] * len(ids), positions)
@@ -236,14 +237,14 @@ class FillMask:
             "score": float(score),
             "token": pieces[0] if len(pieces) == 1 else pieces,
             "token_str": self.tokenizer.decode(pieces),
-            # Beside other masks the special tokens stay, or those masks would vanish too (as in Hugging Face's).
+            # As in Hugging Face's pipeline, special tokens stay if there are other masks: those masks are special too.
             "sequence": self.tokenizer.decode(filled, skip_special_tokens=alone),
         }
 
 
 def _best(p: np.ndarray, k: int) -> list[int]:
-    """Ids of the k highest entries, best first; of equals the lower id."""
-    candidates = np.flatnonzero(p >= np.partition(p, -k)[-k])  # half of argpartition's time
+    """The ids of the k highest entries, best first; ties go to the lower id."""
+    candidates = np.flatnonzero(p >= np.partition(p, -k)[-k])  # takes half the time of argpartition
     best: list[int] = candidates[np.lexsort((candidates, -p[candidates]))][:k].tolist()
     return best
 

@@ -13,7 +13,7 @@ from bert_jax.tasks.base import LabelScore, Request, Row, check_pairs
 from bert_jax.tokenizer import Tokenizer
 
 LABELS = ("IsNext", "NotNext")
-"""In the order of the head's two logits."""
+"""The labels in the order of the head's two logits."""
 
 
 class NextSentencePrediction:
@@ -33,7 +33,7 @@ class NextSentencePrediction:
     def forward(
         self, model: BertForNextSentencePrediction, inputs: dict[str, jax.Array], starts: jax.Array
     ) -> dict[str, jax.Array]:
-        """Probabilities of the two labels: float32 [B, K, 2]."""
+        """The probabilities of the two labels: float32 [B, K, 2]."""
         return {"probabilities": jax.nn.softmax(model(**inputs, positions=starts).logits)}
 
     def request(self, pair: tuple[str, str]) -> Request[LabelScore]:
@@ -43,10 +43,10 @@ class NextSentencePrediction:
             pair: Two texts.
 
         Returns:
-            `{label, score}`: "IsNext" or "NotNext", and its probability.
+            `{label, score}`: the likelier label, "IsNext" or "NotNext", and its probability.
 
         Raises:
-            InputError: If it is no pair of texts, one is empty, or both together are too long for the model.
+            InputError: If the input is not a pair of texts, a text is empty, or the pair is too long for the model.
         """
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise InputError(f"expected a pair of texts, (first, second), got {quoted(pair)}.")

@@ -1,4 +1,4 @@
-"""Pretraining: what was masked, and whether the second segment follows the first (Devlin et al. 2018, section 3.1)."""
+"""Pretraining: masked-language modeling and next-sentence prediction (Devlin et al. 2018, section 3.1)."""
 
 import math
 from collections.abc import Mapping
@@ -15,19 +15,19 @@ from bert_jax.training.losses import IGNORE, cross_entropy
 
 
 class MaskedLanguageModeling(Objective):
-    """The masked tokens alone, of a `BertForMaskedLM`."""
+    """Masked-language modeling without next-sentence prediction, for a `BertForMaskedLM`."""
 
     model_class: Any = BertForMaskedLM
     metrics: tuple[str, ...] = ("loss", "mlm_accuracy", "pseudo_perplexity")
     per_token = False
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Mean over the masked tokens, nats, and how many there are."""
+        """The mean loss over the masked tokens, in nats, and their number."""
         logits, _ = self._logits(model, batch, dropout_key)
         return self._mlm_loss(logits, batch)
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Of each example, float32 [B, K]: `masked` tokens, `mlm_nll` (their sum, nats) and `mlm_correct`."""
+        """Sums over an example's masked tokens, float32 [B, K]: `masked` (1 each), `mlm_nll` (nats), `mlm_correct`."""
         return self._mlm_outputs(self._logits(model, batch, None)[0], batch)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class MaskedLanguageModeling(Objective):
     def _logits(
         self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """float32 [B, P, V] of the masked tokens, and [B, K, 2] of the examples where the task has them."""
+        """The logits of the masked tokens, float32 [B, P, V], and of next-sentence prediction, [B, K, 2], or None."""
         positions = batch["targets"]["masked_positions"]
         out = model(**batch["inputs"], masked_positions=positions, dropout_key=dropout_key)
         return out.logits, None
@@ -72,17 +72,17 @@ class MaskedLanguageModeling(Objective):
 
 
 class PreTraining(MaskedLanguageModeling):
-    """Both objectives, of a `BertForPreTraining`; the loss is their sum, as in the paper.
+    """Both objectives, for a `BertForPreTraining`; the loss is their sum, as in the paper.
 
-    Where a batch is computed in parts (`training.accumulation`), next-sentence prediction's mean is over the parts,
-    weighted by their masked tokens.
+    With gradient accumulation (`training.accumulation`), the loss of next-sentence prediction is the mean over the
+    accumulation steps, weighted by their numbers of masked tokens.
     """
 
     model_class: Any = BertForPreTraining
     metrics = (*MaskedLanguageModeling.metrics, "nsp_accuracy")
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The sum of both means, nats, and the number of masked tokens."""
+        """The sum of both mean losses, in nats, and the number of masked tokens."""
         logits, following = self._logits(model, batch, dropout_key)
         assert following is not None
         loss, count = self._mlm_loss(logits, batch)
@@ -90,7 +90,7 @@ class PreTraining(MaskedLanguageModeling):
         return loss + cross_entropy(following, labels), count
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Beside those of masked tokens, `nsp_nll` (nats) and `nsp_correct`, float32 [B, K]."""
+        """The outputs for the masked tokens, and `nsp_nll` (nats) and `nsp_correct`, float32 [B, K]."""
         logits, following = self._logits(model, batch, None)
         assert following is not None
         label = batch["targets"]["next_sentence_label"]
@@ -101,7 +101,7 @@ class PreTraining(MaskedLanguageModeling):
         }
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """And `nsp_loss` in nats and `nsp_accuracy`."""
+        """The metrics of the masked tokens, and `nsp_loss` in nats and `nsp_accuracy`."""
         following = {
             "nsp_loss": float(np.mean(outputs["nsp_nll"])),
             "nsp_accuracy": float(np.mean(outputs["nsp_correct"])),

@@ -25,12 +25,12 @@ class AnswerOptions:
     """How contexts are cut into windows, and how answers are read from them.
 
     Attributes:
-        stride: Tokens by which neighbouring windows of a context overlap; a third of the length of a row if None.
+        stride: Tokens by which neighbouring windows of a context overlap; a third of the maximum row length if None.
         max_question_length: The maximum number of tokens of a question; the rest is truncated.
         max_answer_length: The maximum number of tokens of an answer.
-        n_best: Number of first and last tokens that are tried, and of answers that are kept.
-        unanswerable: A question may have no answer: SQuAD 2.0.
-        null_threshold: No answer is given if its logits exceed those of the best answer by more than this.
+        n_best: Number of first tokens and of last tokens that are tried, and of answers that are kept.
+        unanswerable: Whether a question may have no answer, as in SQuAD 2.0.
+        null_threshold: No answer ("") is predicted if its logits exceed those of the best answer by more than this.
     """
 
     stride: int | None = None
@@ -45,7 +45,7 @@ DEFAULTS = AnswerOptions()
 
 
 class Answer(TypedDict):
-    """An answer: its score, its characters in the context, and its text."""
+    """An answer: its score, its start and end in characters of the context, and its text."""
 
     score: float
     start: int
@@ -58,7 +58,7 @@ def _no_answer(score: float) -> Answer:
 
 
 class QuestionAnswering(TrainableTask):
-    """Reads answers off a context, as transformers' pipeline did up to version 4.57."""
+    """Extracts answers from a context, like the pipeline of transformers up to version 4.57."""
 
     name = "question-answering"
     model_class = BertForQuestionAnswering
@@ -83,7 +83,7 @@ class QuestionAnswering(TrainableTask):
     def forward(
         self, model: BertForQuestionAnswering, inputs: dict[str, jax.Array], starts: jax.Array
     ) -> dict[str, jax.Array]:
-        """Logits of an answer's first and last token, float32 [B, T] each."""
+        """The logits of the first and the last token of an answer, float32 [B, T] each."""
         out = model(**inputs)
         return {"start": out.start_logits, "end": out.end_logits}
 
@@ -104,22 +104,23 @@ class QuestionAnswering(TrainableTask):
         Args:
             inputs: `{"question": …, "context": …}`, or the two as a tuple.
             top_k: How many answers to return.
-            max_answer_len: Tokens of an answer.
-            max_seq_len: Tokens of a window: question, special tokens, and so much of the context; 384 by default, or
-                what the model has.
-            doc_stride: Tokens by which neighbouring windows overlap; 128 by default, or half a window.
-            max_question_len: Tokens of the question; the rest is cut off.
-            handle_impossible_answer: No answer, "", is an answer too; its score is the lowest that a window gives it.
-            null_threshold: No answer comes first if its logits exceed those of the best answer by more than this, and
-                last if not; the official script of SQuAD 2.0 has it as `null_score_diff_threshold`.
+            max_answer_len: Maximum number of tokens of an answer.
+            max_seq_len: Maximum number of tokens of a window, which holds the question, the special tokens and a part
+                of the context; by default 384, or the model's length if that is less.
+            doc_stride: Tokens by which neighbouring windows overlap; by default 128, or half a window if that is less.
+            max_question_len: Maximum number of tokens of the question; the rest is truncated.
+            handle_impossible_answer: Whether no answer, "", is a candidate; its score is the lowest of all windows.
+            null_threshold: If set, no answer is a candidate. It comes first if its logits exceed those of the best
+                answer by more than this, else last. The official script of SQuAD 2.0 calls this
+                `null_score_diff_threshold`.
 
         Returns:
-            `{score, start, end, answer}` for a top_k of 1, else a list of these, best first. The answer is whole words,
-            `context[start:end]`; answers that differ in case alone are one, and windows' scores add up, so that one can
-            be over 1.
+            `{score, start, end, answer}` if top_k is 1, else a list of such answers, best first. An answer consists of
+            whole words, `context[start:end]`. Answers that differ only in case are merged and their scores are added,
+            also across windows, so that a score can exceed 1.
 
         Raises:
-            InputError: If question or context are missing or empty, or a number makes no sense.
+            InputError: If the question or the context is missing or empty, or a number is invalid.
         """
         pair: Any = [inputs.get("question"), inputs.get("context")] if isinstance(inputs, Mapping) else inputs
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
@@ -157,7 +158,7 @@ class QuestionAnswering(TrainableTask):
             null_logits = min(null_logits, float(output["start"][0] + output["end"][0]))
             for first, last, score in spans:
                 best_logits = max(best_logits, float(output["start"][first] + output["end"][last]))
-                # Whole words: a span may begin or end within one.
+                # Extend the span to whole words: it may begin or end within a word.
                 words: list[Any] = [window.token_to_word(token) for token in (first, last)]
                 characters: list[Any] = [window.word_to_chars(word, 1) for word in words]
                 start, end = characters[0][0], characters[1][1]
@@ -179,7 +180,7 @@ class QuestionAnswering(TrainableTask):
 
     @staticmethod
     def clean(rows: Mapping[str, list[dict[str, Any]]], options: ReadOptions) -> str:
-        """See `TrainableTask.clean`: answers become lists of texts and starts; what does not match is dropped."""
+        """See `TrainableTask.clean`. Answers become lists of texts and starts; rows that cannot be used are dropped."""
         wrong, nothing, count = [], [], sum(map(len, rows.values()))
         for split, found in rows.items():
             kept = []
@@ -210,18 +211,19 @@ class QuestionAnswering(TrainableTask):
     def config(
         rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
-        """See `TrainableTask.config`: transformers makes the head's two outputs of two labels."""
+        """See `TrainableTask.config`. Two labels, because transformers derives the head's two outputs from them."""
         return {"id2label": ("LABEL_0", "LABEL_1"), "num_labels": 2}
 
     def adopt(self, metrics: Mapping[str, Any]) -> None:
-        """See `TrainableTask.adopt`: the threshold of no answer."""
+        """See `TrainableTask.adopt`. Adopts the threshold for no answer."""
         if "null_threshold" in metrics:
             self.answers = replace(self.answers, null_threshold=metrics["null_threshold"])
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
-        """Rows with `question`, `context` and perhaps `answers` -> windows, with the places of the first answer.
+        """Converts rows with `question`, `context` and optional `answers` to windows.
 
-        A window that does not hold all of it has [CLS] for an answer.
+        The targets are the first and the last token of the first answer, or [CLS] if the window does not hold the whole
+        answer.
 
         Raises:
             InputError: If a question leaves no room for the context.
@@ -245,7 +247,7 @@ class QuestionAnswering(TrainableTask):
         )  # fmt: skip
         windows, starts, ends, origins = [], [], [], []
         for i, (row, parts) in enumerate(zip(rows, encoded, strict=True)):
-            n = row.get("row", i + 1) - 1  # of the data, of which some may have been passed over
+            n = row.get("row", i + 1) - 1  # the index in the data, from which rows may have been dropped
             for part in parts:
                 context = np.array([k for k, side in enumerate(part.sequence_ids) if side == 1], np.int32)
                 offsets = np.array(part.offsets, np.int32)[context].reshape(-1, 2)
@@ -265,9 +267,9 @@ class QuestionAnswering(TrainableTask):
     def loss(
         self, model: BertForQuestionAnswering, batch: Mapping[str, Any], dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """See `TrainableTask.loss`: cross entropy of the answer's first and last token, a mean over windows.
+        """See `TrainableTask.loss`. The cross entropy of the answer's first and last token, a mean over windows.
 
-        Only a window's own tokens get probability, so that its loss does not depend on the batch that it is in.
+        Only the tokens of the window itself get probability, so its loss does not depend on the rest of the batch.
         """
         inputs, starts = batch["inputs"], batch["starts"]
         out = model(**inputs, dropout_key=dropout_key)
@@ -283,7 +285,7 @@ class QuestionAnswering(TrainableTask):
         return any(row["answers"] is not None for _, row, *_ in examples.origins)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """Metrics, see `bert_jax.evaluation.metrics.answering`, of the rows that have answers; none where none has."""
+        """The metrics (`bert_jax.evaluation.metrics.answering`) of the rows that have answers; empty if none has."""
         from bert_jax.evaluation import metrics
 
         if not self.labelled(examples):
@@ -306,10 +308,10 @@ class QuestionAnswering(TrainableTask):
         return result
 
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
-        """`{answer, best_answer, null_over_best, n_best}` a row, as run_qa.py of transformers' examples chooses them.
+        """One `{answer, best_answer, null_over_best, n_best}` per row, as in run_qa.py of transformers' examples.
 
-        Where the settings say that questions may have no answer, nothing ("") is one, and is taken if its logits exceed
-        the best answer's by more than `null_threshold`.
+        If the settings say that questions may have no answer, no answer ("") is a candidate too. It is chosen if its
+        logits exceed those of the best answer by more than `null_threshold`.
         """
         count, longest = self.answers.n_best, self.answers.max_answer_length
         best: dict[int, list[tuple[float, int, int]]] = {}
@@ -352,16 +354,16 @@ class QuestionAnswering(TrainableTask):
 
 
 def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | None:
-    """A row's answers as lists of texts and starts; empty lists where the question has none.
+    """The answers of a row as lists of texts and starts, empty if the question has no answer; None if they are missing.
 
     Raises:
-        InputError: If question, context or answers are not what they should be or, where it is checked, an answer does
-            not stand where the row says.
+        InputError: If the question, the context or the answers are invalid. With `check`, also if the answers are
+            missing or an answer is not where the row says.
     """
     for name in ("question", "context"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise InputError(f"the {name} is {quoted(row.get(name))}; expected a text.")
-    if _impossible(row.get("is_impossible")):  # SQuAD 2.0 has plausible answers beside it, which are none
+    if _impossible(row.get("is_impossible")):  # SQuAD 2.0 adds plausible answers, which do not count
         return {"text": [], "answer_start": []}
     answers = row.get("answers")
     if answers is None:
@@ -371,10 +373,10 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
                 "the question has none."
             )
         return None
-    if isinstance(answers, str):  # as CSV has it
+    if isinstance(answers, str):  # as in CSV
         answers = literal(answers)
     if isinstance(answers, list | tuple) and all(isinstance(answer, Mapping) for answer in answers):
-        # SQuAD's own form: an object an answer.
+        # SQuAD's own form: one object per answer.
         answers = {name: [answer.get(name) for answer in answers] for name in ("text", "answer_start")}
     texts, starts = (answers.get(name) if isinstance(answers, Mapping) else None for name in ("text", "answer_start"))
     texts, starts = ([values] if isinstance(values, str | int) else values for values in (texts, starts))
@@ -401,7 +403,7 @@ def _impossible(given: Any) -> bool:
 
 
 def _place(answers: Mapping[str, Any] | None, context: np.ndarray, offsets: np.ndarray) -> tuple[int, int]:
-    """First and last token of the first answer in a window, or [CLS] twice, as run_qa.py finds them."""
+    """The first and the last token of the first answer in a window, or [CLS] twice, as run_qa.py finds them."""
     if not answers or not answers["text"] or not len(context):
         return 0, 0
     begin = answers["answer_start"][0]
@@ -416,10 +418,11 @@ def _place(answers: Mapping[str, Any] | None, context: np.ndarray, offsets: np.n
 def _spans(window: Encoding, output: Outputs, longest: int, count: int) -> tuple[list[tuple[int, int, float]], float]:
     """The likeliest spans of a window's context, and the probability of no answer.
 
-    Probabilities are over [CLS], which stands for no answer, and the context; a span's is its ends' product.
+    Probabilities are over the context and [CLS], which means no answer. The probability of a span is the product of
+    those of its first and last token.
 
     Returns:
-        (first token, last token, probability), best first, `count` at most; and [CLS]'s probability.
+        At most `count` spans (first token, last token, probability), best first; and the probability of [CLS].
     """
     length = len(window)
     context = np.array([n == 1 for n in window.sequence_ids])
@@ -432,7 +435,7 @@ def _spans(window: Encoding, output: Outputs, longest: int, count: int) -> tuple
         ends.append(p / p.sum())
     null = float(ends[0][0] * ends[1][0])
     start, end = (np.where(context, p, 0.0) for p in ends)
-    # By the tokens between first and last: [longest, T], and not [T, T].
+    # Indexed by (last - first, first): [longest, T] instead of [T, T].
     scores = np.full((min(longest, length), length), -1.0)
     for more in range(len(scores)):
         scores[more, : length - more] = np.where(

@@ -1,4 +1,4 @@
-"""The list of tasks; nothing else in the package lists them."""
+"""The list of tasks; this is the only place in the package that lists them."""
 
 from typing import Any, NewType
 
@@ -22,14 +22,14 @@ TASKS: dict[str, Any] = {
         QuestionAnswering,
     )
 }
-"""Name -> class, of every task of `pipeline`."""
+"""All tasks of `pipeline`: name -> class."""
 TRAINABLE = tuple(name for name, task in TASKS.items() if TrainableTask in task.__mro__)
-"""The tasks of `finetune`."""
+"""The names of the tasks of `finetune`."""
 TaskName = NewType("TaskName", str)
 
 
 def task_name(given: str) -> TaskName:
-    """The name of a task that is known at run time only; raises `InputError` if there is no such task."""
+    """Checks the name of a task that is known only at run time; raises `InputError` if there is no such task."""
     if given not in TASKS:
         raise InputError(f"The task {quoted(given)} is unknown; expected one of {', '.join(TASKS)}.")
     return TaskName(given)

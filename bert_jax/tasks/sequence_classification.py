@@ -1,4 +1,4 @@
-"""text-classification: labels, or a number, for a text or a pair of texts (Devlin et al. 2018, section 4.1)."""
+"""text-classification: labels or a number for a text or a pair of texts (Devlin et al. 2018, section 4.1)."""
 
 import math
 import re
@@ -36,13 +36,13 @@ METRICS = {
     REGRESSION: ("pearson", "spearman", "mse"),
 }
 LABEL = ("label", "label_string", "labels", "label_name", "class", "score")
-"""Usual names of the column of labels."""
+"""Usual names of the label column."""
 UNKNOWN = -1
-"""The label of an example without one, as in GLUE's test sets; where labels are vectors it is NaN."""
+"""The label of an unlabelled example, as in GLUE's test sets; if labels are vectors, it is NaN."""
 
 
 class SequenceClassification(TrainableTask):
-    """Classifies: one label a text, any number of labels, or a number instead (`problem_type`, as in transformers)."""
+    """Predicts one label per text, any number of labels, or a number (`problem_type`, as in transformers)."""
 
     name = "text-classification"
     model_class = BertForSequenceClassification
@@ -59,8 +59,8 @@ class SequenceClassification(TrainableTask):
         self.max_length = max_length
         self.labels = config.labels
         self.problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
-        # As in transformers' pipeline: one label without a problem_type is trained as a regression, and read as one
-        # independent label.
+        # As in transformers' pipeline: a model with one label and no problem_type is trained as a regression, but its
+        # output is read as the score of one independent label.
         independent = MULTI if config.num_labels == 1 else SINGLE
         scores: dict[str, Callable[[jax.Array], jax.Array]]
         scores = {SINGLE: jax.nn.softmax, MULTI: jax.nn.sigmoid, REGRESSION: lambda logits: logits}
@@ -74,23 +74,23 @@ class SequenceClassification(TrainableTask):
     def forward(
         self, model: BertForSequenceClassification, inputs: dict[str, jax.Array], starts: jax.Array
     ) -> dict[str, jax.Array]:
-        """Scores, float32 [B, K, C]: probabilities over the labels, of each label by itself, or the numbers."""
+        """Scores, float32 [B, K, C]: probabilities over the labels, of each label by itself, or predicted numbers."""
         return {"scores": self.scores(model(**inputs, positions=starts).logits)}
 
     def request(self, text: str | tuple[str, str], *, top_k: int | None = 1) -> Request[LabelScore | list[LabelScore]]:
         """Classifies one text.
 
         Args:
-            text: A text, or a pair of texts as a tuple. What is over the model's length is cut off, of a pair from
-                the longer text.
+            text: A text, or a pair of texts as a tuple. It is truncated to the model's length; a pair loses tokens of
+                its longer text.
             top_k: How many labels to return; None for all.
 
         Returns:
-            `{label, score}` for a top_k of 1, else a list of these, best first. Several labels that are independent
-            have scores that do not add up to 1; a regression's score is its number.
+            `{label, score}` if top_k is 1, else a list of such entries, best first. The scores of independent labels do
+            not add up to 1; the score of a regression is its number.
 
         Raises:
-            InputError: If it is no text or pair, or empty.
+            InputError: If the input is not a text or a pair of texts, or a text is empty.
         """
         texts = [text] if isinstance(text, str) else list(text) if isinstance(text, tuple | list) else []
         if len(texts) not in (1, 2) or not all(isinstance(part, str) for part in texts):
@@ -114,9 +114,9 @@ class SequenceClassification(TrainableTask):
 
     @staticmethod
     def clean(rows: Mapping[str, list[dict[str, Any]]], options: ReadOptions) -> str:
-        """See `TrainableTask.clean`: a label becomes a name, a number, a list of names, or a 0/1 vector.
+        """See `TrainableTask.clean`. A label becomes a name, a number, a list of names, or a 0/1 vector.
 
-        What lists are is decided over all splits; `problem_type` says how.
+        The form of lists is inferred from all splits together, depending on `problem_type`.
         """
         cells = [
             Cell(f"data.{split}: row {i}", row)
@@ -144,7 +144,7 @@ class SequenceClassification(TrainableTask):
     def config(
         rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
-        """See `TrainableTask.config`: the problem type and the labels' names."""
+        """See `TrainableTask.config`. The fields are the problem type and the names and the number of the labels."""
         given = [row.get("label") for row in rows]
         problem_type, names = label_set(given, options.problem_type)
         for i, label in enumerate(given, 1):
@@ -162,12 +162,12 @@ class SequenceClassification(TrainableTask):
         return {"problem_type": problem_type, "id2label": names, "num_labels": len(names)}
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
-        """Rows with `text`, perhaps `text_pair` and `label` -> examples with the target `labels`.
+        """Converts rows with `text` and optional `text_pair` and `label` to examples with the target `labels`.
 
-        Targets are int32 [N], float32 [N, C] of 0 and 1, or float32 [N, 1]; `UNKNOWN` or NaN where a row has none.
+        Targets are int32 [N], float32 [N, C] of 0 and 1, or float32 [N, 1]; `UNKNOWN` or NaN if a row has no label.
 
         Raises:
-            InputError: Names the row whose text or label cannot be used.
+            InputError: If a text or a label cannot be used; the message names the row.
         """
         for i, row in enumerate(rows):
             for name in ("text", "text_pair"):
@@ -197,7 +197,7 @@ class SequenceClassification(TrainableTask):
             return np.int32(UNKNOWN) if width is None else np.full(width, np.nan, np.float32)
         if self.problem_type == REGRESSION:
             number = _number(label)
-            if number is not None and abs(number) <= float(np.finfo(np.float32).max):  # NaN is not
+            if number is not None and abs(number) <= float(np.finfo(np.float32).max):  # false for NaN
                 return np.array([number], np.float32)
             raise InputError(f"the label is {quoted(label)}; regression expects a number.")
         if self.problem_type == MULTI and _is_vector(label):
@@ -215,13 +215,13 @@ class SequenceClassification(TrainableTask):
         return target
 
     def _known(self, labels: Any) -> Any:
-        """Which examples have a label: bool [N] or, of a batch, [B, K]."""
-        return labels != UNKNOWN if self.problem_type == SINGLE else ~(labels != labels).any(-1)  # NaN is not NaN
+        """Which examples have a label: bool [N], or [B, K] for a batch."""
+        return labels != UNKNOWN if self.problem_type == SINGLE else ~(labels != labels).any(-1)  # NaN != NaN
 
     def loss(
         self, model: BertForSequenceClassification, batch: Mapping[str, Any], dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """See `TrainableTask.loss`: cross entropy, binary cross entropy, or squared error, a mean over examples."""
+        """See `TrainableTask.loss`. Cross entropy, binary cross entropy, or squared error, a mean over examples."""
         logits = model(**batch["inputs"], positions=batch["starts"], dropout_key=dropout_key).logits  # [B, K, C]
         labels = batch["targets"]["labels"]
         counts = (batch["weights"] > 0) & self._known(labels)
@@ -236,7 +236,7 @@ class SequenceClassification(TrainableTask):
         return bool(self._known(examples.targets["labels"]).any())
 
     def evaluate(self, outputs: Outputs, examples: Examples) -> dict[str, Any]:
-        """Metrics, see `bert_jax.evaluation.metrics`, of the examples that have labels; none where none has."""
+        """The metrics (`bert_jax.evaluation.metrics`) of the examples that have labels; empty if none has."""
         from bert_jax.evaluation import metrics
 
         if not self.labelled(examples):
@@ -250,7 +250,7 @@ class SequenceClassification(TrainableTask):
         return metrics.classification(labels, scores.argmax(-1), self.labels)
 
     def predictions(self, outputs: Outputs, examples: Examples) -> list[dict[str, Any]]:
-        """`{label, score}` an example; of independent labels, `labels` with all that are likelier than not."""
+        """One `{label, score}` per example; if multi-label, `{labels, scores}` with the labels that score over 0.5."""
         if self.problem_type == MULTI:
             return [
                 {
@@ -267,14 +267,14 @@ class SequenceClassification(TrainableTask):
 
 @dataclass(eq=False)
 class Cell:
-    """A row's label, and where it stands."""
+    """The label of a row, and the place of the row for error messages."""
 
     where: str
     row: dict[str, Any]
 
     @property
     def label(self) -> Any:
-        """What stands in the row."""
+        """The label in the row."""
         return self.row["label"]
 
     @label.setter
@@ -283,7 +283,14 @@ class Cell:
 
 
 def _read_lists(cells: Sequence[Cell], problem_type: str | None) -> None:
-    """Texts of lists, as tables have them, become lists: if one is a list, or labels are several, all have to be."""
+    """Parses labels that are lists written as texts, as in tables.
+
+    If `problem_type` is None and one text is a list, all texts have to be lists. In multi-label classification, all
+    texts in brackets have to be lists.
+
+    Raises:
+        InputError: If one is not; the message names the row.
+    """
     texts = dict.fromkeys(
         cell for cell in cells if isinstance(cell.label, str) and re.fullmatch(r"\s*\[.*\]\s*", cell.label, re.S)
     )
@@ -295,7 +302,7 @@ def _read_lists(cells: Sequence[Cell], problem_type: str | None) -> None:
             if problem_type == MULTI:
                 raise InputError(f"{cell.where}: the label {error}") from None
     if not lists:
-        return  # names in brackets
+        return  # the texts are names in brackets
     for cell in cells:
         if cell in lists:
             cell.label = lists[cell]
@@ -307,7 +314,7 @@ def _read_lists(cells: Sequence[Cell], problem_type: str | None) -> None:
 
 
 def _check(cell: Cell, label: Any, names: Collection[str]) -> None:
-    """Raises `InputError` where a label, or one of a list, is none."""
+    """Raises `InputError` if a label, or an item of a list of labels, is invalid."""
     if isinstance(label, list | tuple):
         for part in label:
             if part is None or isinstance(part, list | tuple):
@@ -323,7 +330,7 @@ def _check(cell: Cell, label: Any, names: Collection[str]) -> None:
 
 
 def _read_ids(cells: Sequence[Cell], names: tuple[str, ...]) -> str:
-    """Whole numbers that are none of the names become the names at these places; returns what they were."""
+    """Replaces class ids by names if all labels are integers and none is in `names`; returns a note for the user."""
     whole = [re.fullmatch("-1|[0-9]{1,9}", str(cell.label)) for cell in cells if cell.label != ""]
     if not names or not whole or not all(whole) or any(str(cell.label) in names for cell in cells):
         return ""
@@ -338,10 +345,10 @@ def _read_ids(cells: Sequence[Cell], names: tuple[str, ...]) -> str:
 
 
 def _read_sets(cells: Sequence[Cell], names: tuple[str, ...]) -> str:
-    """Lists become lists of names, or 0/1 vectors; returns what people should know of it.
+    """Converts the lists to lists of names or to 0/1 vectors; returns a note for the user.
 
     Raises:
-        InputError: Names the row where lists cannot be told apart.
+        InputError: If the form of the lists is mixed or ambiguous; the message names a row.
     """
     blank = {cell for cell in cells if isinstance(cell.label, str) and not cell.label.strip()}
     for cell in cells:
@@ -351,7 +358,7 @@ def _read_sets(cells: Sequence[Cell], names: tuple[str, ...]) -> str:
     cells = [cell for cell in cells if cell not in blank]
     parts = [part for cell in cells for part in cell.label]
     texts = {part for part in parts if isinstance(part, str)}
-    digits = bool(texts) and texts <= {"0", "1"} and not texts <= set(names)  # numbers that a table has in quotes
+    digits = bool(texts) and texts <= {"0", "1"} and not texts <= set(names)  # quoted numbers in a table
     if not parts or (not digits and all(isinstance(part, str) for part in parts)):
         return ""
     if texts and texts != set(parts):
@@ -364,7 +371,7 @@ def _read_sets(cells: Sequence[Cell], names: tuple[str, ...]) -> str:
     if binary and len(lengths) == 1 and (lengths == {len(names)} if names else lengths != {1}):
         for cell in cells:
             vector = [int(part) for part in cell.label]
-            # By name, a model whose labels are in another order gets them right.
+            # Names also suit a model that has the labels in another order.
             cell.label = [name for name, part in zip(names, vector, strict=True) if part] if names else vector
         for cell in blank:
             cell.label = None
@@ -398,27 +405,27 @@ def _is_vector(label: Any) -> bool:
 def _number(label: Any) -> float | None:
     try:
         return float(label)
-    except OverflowError:  # of a whole number beyond float64
+    except OverflowError:  # a whole number beyond float64
         return math.inf
     except (TypeError, ValueError):
         return None
 
 
 def names_of(label: Any) -> list[str]:
-    """The labels of a row that may have several: a list, or a text with commas."""
+    """The labels of a row that may have several labels, given as a list or as a text with commas."""
     parts = label.split(",") if isinstance(label, str) else label or []
     return [str(part).strip() for part in parts if str(part).strip()]
 
 
 def label_set(labels: Sequence[Any], problem_type: str | None) -> tuple[str, tuple[str, ...]]:
-    """What the labels of training examples are: the problem type, unless it is given, and the names, sorted.
+    """Infers the problem type, unless it is given, and the sorted label names from the labels of training examples.
 
-    Lists are sets of labels, numbers some of which have a fraction are a regression's, anything else is one label of
-    several. The places of 0/1 vectors are LABEL_0, LABEL_1, …
+    Lists mean multi-label classification. Numbers, at least one of which has a fraction, mean regression. Anything else
+    means one label per example. The labels of 0/1 vectors are named LABEL_0, LABEL_1, …
     """
     if problem_type is None:
         several = any(isinstance(label, list | tuple) for label in labels)
-        numbers = [_number(label) for label in labels]  # of a table, too, whose cells are texts
+        numbers = [_number(label) for label in labels]  # also in tables, whose cells are texts
         fractions = all(number is not None for number in numbers)
         fractions = fractions and any(number % 1 for number in numbers if number and math.isfinite(number))
         problem_type = MULTI if several else REGRESSION if fractions else SINGLE
@@ -427,6 +434,6 @@ def label_set(labels: Sequence[Any], problem_type: str | None) -> tuple[str, tup
     if problem_type == MULTI and (vectors := [label for label in labels if _is_vector(label)]):
         return MULTI, _numbered(len(vectors[0]))
     found = {name for label in labels for name in (names_of(label) if problem_type == MULTI else [str(label)])}
-    if all(name.isascii() and name.isdigit() for name in found):  # by their numbers, of as many digits as they have
+    if all(name.isascii() and name.isdigit() for name in found):  # numerically, with any number of digits
         return problem_type, tuple(sorted(found, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name)))
     return problem_type, tuple(sorted(found))

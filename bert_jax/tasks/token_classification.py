@@ -1,4 +1,4 @@
-"""token-classification: a label for each token or, grouped, a text's entities (Devlin et al. 2018, section 5.3)."""
+"""token-classification: the labels of tokens, or the entities of a text (Devlin et al. 2018, section 5.3)."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +35,7 @@ class TokenEntity(TypedDict):
 
 
 class Entity(TypedDict):
-    """Neighbouring tokens with one label."""
+    """Neighbouring tokens that have the same label."""
 
     entity_group: str
     score: float
@@ -46,7 +46,7 @@ class Entity(TypedDict):
 
 @dataclass(frozen=True)
 class Piece:
-    """A token of the text: string, characters, place, its labels' probabilities, and whether it continues a word."""
+    """A token of the text: string, characters, index, probabilities of the labels, and whether it continues a word."""
 
     token: str
     start: int
@@ -57,7 +57,7 @@ class Piece:
 
 
 class TokenClassification(TrainableTask):
-    """Labels tokens and groups them to entities, as transformers' pipeline does."""
+    """Labels tokens and groups them into entities, like the pipeline of transformers."""
 
     name = "token-classification"
     model_class = BertForTokenClassification
@@ -74,13 +74,13 @@ class TokenClassification(TrainableTask):
         self.max_length = max_length
         self.stride = max_length // 4
         self.labels = config.labels
-        if not _marked(self.labels):  # parts of speech
+        if not _marked(self.labels):  # for example parts of speech
             self.metrics = ("accuracy",)
 
     def forward(
         self, model: BertForTokenClassification, inputs: dict[str, jax.Array], starts: jax.Array
     ) -> dict[str, jax.Array]:
-        """Probabilities of the labels, float32 [B, T, C]."""
+        """The probabilities of the labels, float32 [B, T, C]."""
         return {"scores": jax.nn.softmax(model(**inputs).logits)}
 
     def request(
@@ -93,19 +93,21 @@ class TokenClassification(TrainableTask):
         """Labels one text.
 
         Args:
-            text: A text, or its words as a tuple or list; these are joined by a space, and characters count in that.
-                What is over the model's length is read in windows, each token from where it stands farthest from a cut.
-            aggregation_strategy: "none" gives tokens. "simple" groups neighbouring tokens with one label, B- opening a
-                new group. The others give all tokens of a word one label before: the "first" token's, that of the
-                "average" probabilities, or that of the token with the "max" probability.
-            ignore_labels: Labels that are left out.
+            text: A text, or its words as a tuple or list; words are joined by spaces, and positions refer to the joined
+                text. A text over the model's length is read in windows, each token from the window in which it is
+                farthest from a cut.
+            aggregation_strategy: "none" returns tokens. "simple" groups neighbouring tokens that have the same label;
+                B- opens a new group. "first", "average" and "max" do the same after they give all tokens of a word one
+                label: that of the first token, that of the averaged probabilities, or that of the token with the
+                highest probability.
+            ignore_labels: Labels to leave out.
 
         Returns:
             A list of `{entity, score, index, word, start, end}`, or of `{entity_group, score, word, start, end}`;
-            `start` and `end` are characters of the text, `index` the token's place, [CLS] being 0.
+            `start` and `end` are characters of the text, and `index` is the position of the token, with [CLS] at 0.
 
         Raises:
-            InputError: If it is no text, or empty, or the strategy is unknown.
+            InputError: If the input is not a text or is empty, or the strategy is unknown.
         """
         words: list[str] | None = None
         if not isinstance(text, str):
@@ -145,8 +147,8 @@ class TokenClassification(TrainableTask):
     def _pieces(
         self, text: str, words: list[str] | None, windows: list[Encoding], outputs: Sequence[Outputs]
     ) -> list[Piece]:
-        """The text's tokens, each from the window in which the nearest cut is farthest."""
-        # Characters before each word, where the text is its words joined by a space.
+        """The tokens of the text, each from the window in which it is farthest from a cut."""
+        # Characters before each word, if the text is words joined by spaces.
         before = np.cumsum([0, *(len(word) + 1 for word in words or [])]).tolist()
         pieces = []
         for index, (n, i) in enumerate(self._places(windows), 1):
@@ -163,13 +165,13 @@ class TokenClassification(TrainableTask):
                     end=end,
                     index=index,
                     scores=outputs[n]["scores"][i],
-                    continues=not unknown and len(token) != len(shown),  # by the ## that it begins with
+                    continues=not unknown and len(token) != len(shown),  # longer by its ##
                 )
             )
         return pieces
 
     def _places(self, windows: list[Encoding]) -> list[tuple[int, int]]:
-        """Of each token of a text, the window in which the nearest cut is farthest, and its place there."""
+        """The window in which each token of a text is farthest from a cut, and the index of the token in it."""
         chosen: list[tuple[float, int, int]] = []
         first = 0
         for n, window in enumerate(windows):
@@ -220,7 +222,7 @@ class TokenClassification(TrainableTask):
 
     @staticmethod
     def clean(rows: Mapping[str, list[dict[str, Any]]], options: ReadOptions) -> str:
-        """See `TrainableTask.clean`: tags of any scheme become IOB2's, for that is what entities are read from."""
+        """See `TrainableTask.clean`. Tags of any scheme are converted to IOB2, from which entities are read."""
         for split, found in rows.items():
             for i, row in enumerate(found, 1):
                 try:
@@ -252,9 +254,10 @@ class TokenClassification(TrainableTask):
     def config(
         rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
-        """See `TrainableTask.config`; of its own, O, then B- and I- of each type, sorted, then what else there is.
+        """See `TrainableTask.config`. The default order is O, then B- and I- of each type, sorted, then all other tags.
 
-        The data set's order does not count where its tags were of another scheme than IOB2.
+        The order of the data set is used instead, unless it lacks a tag of the rows or has tags with E- or S-.
+        `options.labels` overrides both.
         """
         tags = {tag for row in rows for tag in row["tags"] or ()}
         if not tags:
@@ -269,10 +272,12 @@ class TokenClassification(TrainableTask):
         return {"id2label": names, "num_labels": len(names)}
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
-        """Rows with `tokens` and perhaps `tags` -> windows, each word's label at its first piece and in one window.
+        """Converts rows with `tokens` and optional `tags` to windows.
+
+        Each word has its label at its first piece, in one window only.
 
         Raises:
-            InputError: Names the row whose tag is unknown.
+            InputError: If a tag is unknown; the message names the row.
         """
         ids = {label: i for i, label in enumerate(self.labels)}
         encoded = self.tokenizer.encode(
@@ -283,7 +288,7 @@ class TokenClassification(TrainableTask):
             tags = row.get("tags")
             if unknown := [tag for tag in tags or () if tag not in ids]:
                 raise InputError(f"row {n + 1}: the tag {quoted(unknown[0])} is unknown; {known_labels(self.labels)}")
-            firsts: list[list[tuple[int, int]]] = [[] for _ in parts]  # a window -> places and words
+            firsts: list[list[tuple[int, int]]] = [[] for _ in parts]  # per window: (index, word)
             last, word_ids = None, [part.word_ids for part in parts]
             for window, i in self._places(parts):
                 word = word_ids[window][i]
@@ -309,7 +314,7 @@ class TokenClassification(TrainableTask):
     def loss(
         self, model: BertForTokenClassification, batch: Mapping[str, Any], dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """See `TrainableTask.loss`: cross entropy, a mean over words."""
+        """See `TrainableTask.loss`. Cross entropy, a mean over words."""
         labels = batch["targets"]["labels"]
         logits = model(**batch["inputs"], dropout_key=dropout_key).logits
         return losses.cross_entropy(logits, labels), jnp.sum(labels != losses.IGNORE, dtype=jnp.float32)
@@ -319,7 +324,7 @@ class TokenClassification(TrainableTask):
         return any(row["tags"] for _, row, _ in examples.origins)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """Metrics, see `bert_jax.evaluation.metrics.tagging`; none where the rows have no tags."""
+        """The metrics (`bert_jax.evaluation.metrics.tagging`) of the rows that have tags; empty if none has."""
         from bert_jax.evaluation import metrics
 
         if not self.labelled(examples):
@@ -327,13 +332,13 @@ class TokenClassification(TrainableTask):
         truth = {n: row["tags"] for n, row, _ in examples.origins}
         found = self.predictions(outputs, examples)
         known = [n for n, tags in truth.items() if tags]
-        bioes = any(label[0] in "ES" for label in _marked(self.labels))  # as others train; the truth is IOB2
+        bioes = any(label[0] in "ES" for label in _marked(self.labels))  # trained elsewhere; the true tags are IOB2
         tags = [iob2(found[n]["tags"]) if bioes else found[n]["tags"] for n in known]
         result = metrics.tagging([truth[n] for n in known], tags)
         return result if "f1" in self.metrics else {"accuracy": result["accuracy"]}
 
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
-        """`{tags}` a row, a tag a word; a word of which the tokenizer leaves nothing is O."""
+        """One `{tags}` per row, one tag per word: O (the first label if there is no O) for a word without tokens."""
         found: dict[int, list[str]] = {}
         nothing = "O" if "O" in self.labels else self.labels[0]
         for scores, (n, row, places) in zip(outputs["scores"], examples.origins, strict=True):
@@ -344,7 +349,7 @@ class TokenClassification(TrainableTask):
 
 
 def iob2(tags: Sequence[str]) -> list[str]:
-    """Tags of any scheme -> IOB2: B- at an entity's first word, I- at the others; B and I where there is no type."""
+    """Converts tags of any scheme to IOB2: B- at an entity's first word, I- at its other words; B and I if untyped."""
     from bert_jax.evaluation import metrics
 
     converted = ["O"] * len(tags)
@@ -355,7 +360,7 @@ def iob2(tags: Sequence[str]) -> list[str]:
 
 
 def _marked(tags: Iterable[str]) -> set[str]:
-    """The tags of words in entities: those with a prefix or, where all but O are bare B, I, E and S, these."""
+    """The tags of words in entities: those with a prefix, or bare B, I, E and S if all tags but O are bare."""
     tags = set(tags)
     bare = tags - {"O"}
     if bare <= set("BIES") and bare & set("BI"):
@@ -364,8 +369,8 @@ def _marked(tags: Iterable[str]) -> set[str]:
 
 
 def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str] | None) -> tuple[list[str], list[str] | None]:
-    """A row's words, and its tags as strings, None where it has none; numbers are indices of the names."""
-    tokens, tags = (literal(cell) if isinstance(cell, str) else cell for cell in (tokens, tags))  # as CSV has them
+    """The words of a row, and its tags as strings, or None if it has no tags; tags that are numbers index `names`."""
+    tokens, tags = (literal(cell) if isinstance(cell, str) else cell for cell in (tokens, tags))  # as in CSV
     if not isinstance(tokens, list | tuple) or not all(isinstance(token, str) for token in tokens):
         raise InputError(f"tokens is {quoted(tokens)}; expected a list of words.")
     if not tokens:
@@ -390,10 +395,10 @@ def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str] | None) -> tupl
 
 
 def _scheme(sentences: Sequence[Sequence[str]]) -> str:
-    """IOB1, IOB2 or BIOES; "none" where no tag has a prefix, "suffixes" where all have PER-B's form.
+    """The scheme: IOB1, IOB2 or BIOES; "none" if no tag has a prefix, "suffixes" if all have the form PER-B.
 
     Raises:
-        InputError: If some tags have one and others do not, or have another one.
+        InputError: If only some tags follow the scheme, or tags follow an unknown scheme.
     """
     tags = {tag for sentence in sentences for tag in sentence}
     marked = _marked(tags)
@@ -414,7 +419,7 @@ def _scheme(sentences: Sequence[Sequence[str]]) -> str:
     from bert_jax.evaluation import metrics
 
     begins = [sentence[first][0] for sentence in sentences for _, first, _ in metrics.entities(sentence)]
-    return "IOB2" if begins.count("B") > len(begins) / 2 else "IOB1"  # IOB1 has B- between neighbours alone
+    return "IOB2" if begins.count("B") > len(begins) / 2 else "IOB1"  # IOB1 uses B- only between neighbours
 
 
 def _words(pieces: Iterable[Piece]) -> list[list[Piece]]:
@@ -428,7 +433,7 @@ def _words(pieces: Iterable[Piece]) -> list[list[Piece]]:
 
 
 def _groups(entities: Iterable[TokenEntity]) -> list[list[TokenEntity]]:
-    """Neighbours of one type; B- opens a new group, and a label without a prefix goes on like I-."""
+    """Groups neighbours of the same type; B- opens a new group, and a label without a prefix continues one like I-."""
 
     def kind(label: str) -> str:
         return label[2:] if label.startswith(("B-", "I-")) else label

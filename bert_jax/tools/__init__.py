@@ -1,1 +1,1 @@
-"""Tools: checks of a checkpoint, programs for other chips, pictures, reports."""
+"""Tools: checks of checkpoints, compilation for other chips, figures and reports."""

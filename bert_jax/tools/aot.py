@@ -1,11 +1,11 @@
-"""Chips that programs are compiled for without having one, and what their compilers say of a program.
+"""Compiles programs for chips that are not present, and reports what the compilers say about them.
 
-    target = targets.get("v5e:2x4")     # `target.devices` go into a mesh as any others do
-    check = targets.check(step.trace(...), target)
+    target = aot.get("v5e:2x4")     # `target.devices` can form a mesh like any other devices
+    check = aot.check(step.trace(...), target)
     check.fits, check.memory, check.collectives
 
-TPU and GPU compilers run on any machine (extra `aot`). That a program compiles and fits is all that they say: nothing
-of its speed, and nothing was run.
+TPU and GPU compilers run on any machine (extra `aot`). They only show that a program compiles and fits. They say
+nothing about its speed, and the program is not run.
 """
 
 import importlib.util
@@ -29,15 +29,15 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """What is published of a chip.
+    """The published properties of a chip.
 
     Attributes:
-        platform: By JAX's name, "tpu" or "cuda".
-        topology: How many there are by default.
-        memory: Bytes of each that a program may have, as the compiler of the TPUs and the driver of the GPU say.
-        flops: Of products of bfloat16, dense, a second.
-        memory_rate: Bytes a second to and from its memory.
-        link_rate: Bytes a second to other chips, and as many from them.
+        platform: The platform as JAX names it, "tpu" or "cuda".
+        topology: The default number and arrangement of chips.
+        memory: Bytes of one chip that a program may use, as reported by the TPU compiler or the GPU driver.
+        flops: Operations per second in dense products of bfloat16.
+        memory_rate: Bytes per second to and from the memory of the chip.
+        link_rate: Bytes per second to other chips; the rate from other chips is the same.
     """
 
     platform: str
@@ -48,8 +48,8 @@ class Chip:
     link_rate: float
 
 
-# TPUs: cloud.google.com/tpu/docs/v5e, v6e and v5p; H100 SXM: NVIDIA's data sheet. Their links are published both ways
-# together (v5e 400 GB/s, v6e 800, v5p 1200, H100 900).
+# TPUs: cloud.google.com/tpu/docs/v5e, v6e and v5p; H100 SXM: NVIDIA's data sheet. The published link rates add
+# both directions (v5e 400 GB/s, v6e 800, v5p 1200, H100 900).
 CHIPS = {
     "v5e": Chip("tpu", "2x4", int(15.75 * GIB), 197e12, 819e9, 200e9),
     "v6e": Chip("tpu", "2x4", int(31.25 * GIB), 918e12, 1638e9, 400e9),
@@ -57,7 +57,7 @@ CHIPS = {
     "h100": Chip("cuda", "8", 84942979072, 989e12, 3350e9, 450e9),
 }
 
-# What libtpu wants to know on a machine without a TPU, before it is loaded.
+# Variables that libtpu needs on a machine without a TPU, set before it is loaded.
 TPU_ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -65,8 +65,8 @@ TPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-# An H100 SXM as XLA's `GpuTargetConfigProto`: the CUDA programming guide's limits of compute capability 9.0, and what
-# the driver says of the device.
+# An H100 SXM as XLA's `GpuTargetConfigProto`: the limits of compute capability 9.0 from the CUDA programming guide, and
+# what the driver reports about the device.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -85,7 +85,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclass(frozen=True)
 class Target:
-    """Devices that programs are compiled for, and none of which need be there."""
+    """Devices that programs are compiled for. They need not be present."""
 
     name: str
     chip: Chip
@@ -93,7 +93,7 @@ class Target:
 
 
 def get(name: str) -> Target:
-    """The devices of a chip's topology, `v5e:2x4`, `h100:8`, or `v5e` for eight.
+    """Returns the devices of a chip's topology, such as `v5e:2x4` or `h100:8`; `v5e` means eight chips.
 
     Raises:
         InputError: If there is no such chip or topology, or its compiler is not installed.
@@ -126,24 +126,25 @@ def get(name: str) -> Target:
     return Target(f"{kind}:{topology}", chip, described.devices)
 
 
-# ── What a compiler says ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── What a compiler reports ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Check:
-    """What became of a program.
+    """The result of compiling a program for a target.
 
     Attributes:
-        target: What it was compiled for.
-        fits: Whether a device's memory suffices.
-        memory: Bytes that a device needs at the most; of a program that does not fit, as the compiler says.
-        resident: Bytes of arguments and results that lie in it from beginning to end.
-        aliased: Bytes of arguments that results overwrite, for they were donated.
-        seconds: That compiling took.
-        products: "bfloat16 × bfloat16 → float32" -> how many there are, and their operations, on all devices; a product
-            and a sum are two. What custom kernels do is not among them.
-        collectives: Name -> how many there are, and bytes of what they give on each device.
-        kernels: Name -> how many calls of it.
+        target: The devices that the program was compiled for.
+        fits: Whether the program fits into the memory of a device.
+        memory: Peak bytes per device. If the program does not fit, this is the number in the compiler's error, or 0 if
+            the error has none.
+        resident: Bytes of arguments and results, which stay in memory throughout; a donated argument counts once.
+        aliased: Bytes of the donated arguments that results overwrite.
+        seconds: Time that compilation took.
+        products: Types, such as "bfloat16 × bfloat16 → float32" -> number of products and their operations on all
+            devices. A multiplication and an addition are two operations. Custom kernels are not included.
+        collectives: Name -> number of collectives and bytes of their results on each device.
+        kernels: Name -> number of calls in the program's text.
     """
 
     target: Target
@@ -158,7 +159,7 @@ class Check:
 
     @property
     def line(self) -> str:
-        """Whether it fits, in short."""
+        """Whether the program fits, on one line."""
         verdict = "fits" if self.fits else "DOES NOT FIT"
         return f"{verdict}, {self.memory / GIB:.2f} of {self.target.chip.memory / GIB:.2f} GiB a device"
 
@@ -182,10 +183,10 @@ def _listed(entries: Mapping[str, tuple[int, Any]], words: Callable[[int, Any], 
 
 
 def check(traced: jax.stages.Traced, target: Target) -> Check:
-    """Compiles a program whose arguments lie on a target's devices.
+    """Compiles a program whose arguments live on a target's devices.
 
-    TPU compilers are told to make haste (`exec_time_optimization_effort`): it is asked whether a program fits, not for
-    the fastest one.
+    TPU compilers run with low effort (`exec_time_optimization_effort`), because the question is whether the program
+    fits, not how fast it is.
     """
     products = _products(traced.jaxpr.jaxpr)
     began = time.perf_counter()
@@ -206,7 +207,7 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
     text = compiled.as_text() or ""
     return Check(
         target=target,
-        fits=memory <= target.chip.memory,  # GPUs' compiler does not say
+        fits=memory <= target.chip.memory,  # the GPU compiler does not report this
         memory=memory,
         resident=resident,
         aliased=sizes.alias_size_in_bytes,
@@ -218,7 +219,7 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
 
 
 def _products(jaxpr: Any, times: int = 1) -> dict[str, tuple[int, float]]:
-    """Products by the types of their operands and result; those in loops as often as they run."""
+    """Products by the types of their operands and result. A product in a scan counts once per iteration."""
     found: dict[str, tuple[int, float]] = {}
 
     def add(name: str, count: int, flops: float) -> None:
@@ -241,12 +242,12 @@ def _products(jaxpr: Any, times: int = 1) -> dict[str, tuple[int, float]]:
 
 _COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-done)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
-# Those that compilers put in for their own purposes.
+# Custom calls that compilers insert for their own purposes.
 _OWN = {"AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "X64Combine", "Sharding"}
 
 
 def _collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Collectives of a compiled program's text; those in loops as often as they run."""
+    """Collectives in the text of a compiled program. A collective in a counted loop counts once per iteration."""
     computations: dict[str, list[str]] = {}
     entry = current = ""
     for line in text.splitlines():
@@ -264,7 +265,7 @@ def _collectives(text: str) -> dict[str, tuple[int, int]]:
                 count, size = found.get(match[2], (0, 0))
                 found[match[2]] = count + times, size + times * _bytes(match[1])
             repeats = times
-            if loop := re.search(r"condition=%?([\w.\-]+)", line):  # counted loops alone, as scans are
+            if loop := re.search(r"condition=%?([\w.\-]+)", line):  # only counted loops, such as scans
                 limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations.get(loop[1], ())))
                 repeats *= max(map(int, limits), default=1)
             for inside in re.findall(r"(?:body|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
@@ -287,19 +288,20 @@ def _kernels(text: str) -> dict[str, int]:
 
 
 def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
-    """The most that fits, to within an eighth or one; 0 if none does.
+    """Finds the largest size that fits, to within an eighth of it or 1; returns 0 if none fits.
 
-    Memory grows nearly in line with what lies beside the state, so that a line through two programs' needs points to
-    where to look; near the limit compilers save it, and what the line points to is left behind in larger steps.
+    Apart from the state, memory grows almost linearly with the size. A line through the memory of two programs
+    therefore predicts which size to try next. Near the limit, compilers save memory and the prediction is too low.
+    Each try therefore exceeds the largest size that fits by a minimum step, which is larger while every size fits.
 
     Args:
-        try_out: Compiles the program of so many.
-        n: What has been tried.
-        first: What became of it.
+        try_out: Compiles the program of a size.
+        n: A size that has been tried.
+        first: The result for `n`.
     """
     limit, check = first.target.chip.memory, first
-    low: tuple[int, int] = (0, first.resident)  # fits: how many, and bytes
-    high: tuple[int, int] | None = None  # does not
+    low: tuple[int, int] = (0, first.resident)  # fits: size and bytes
+    high: tuple[int, int] | None = None  # does not fit
     while True:
         low, high = ((n, check.memory), high) if check.fits else (low, (n, check.memory))
         step = max(1, low[0] // 8)
@@ -307,27 +309,28 @@ def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
             return low[0]
         (n1, memory1), (n2, memory2) = (low, high) if high else ((0, first.resident), low)
         pointed = min(n1 + (limit - memory1) * (n2 - n1) / max(memory2 - memory1, 1), 64 * n2)
-        if high:  # halfway to the middle, for the line may be far from straight
+        if high:  # halfway to the midpoint, because memory may be far from linear
             pointed = min((2 * pointed + low[0] + high[0]) / 4, high[0] - 1)
         n = int(max(pointed, low[0] + (step if high else 4 * step)))
         check = try_out(n)
 
 
-# ── On paper ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Estimates ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def train_flops(config: BertConfig, rows: int, length: int) -> float:
-    """Operations of a training step by formula, 6·B·T·L·(4D² + 2DF + 2TD): the encoder's products, three times over."""
+    """Operations of a training step, 6·B·T·L·(4D² + 2DF + 2TD): three times those of the encoder's products."""
     size, inner = config.hidden_size, config.intermediate_size
     per_token = 4 * size**2 + 2 * size * inner + 2 * length * size
     return 6.0 * rows * length * config.num_hidden_layers * per_token
 
 
 def bound(check: Check) -> dict[str, float]:
-    """Seconds that a program takes at the least, by each of a chip's published rates; the longest is the roofline.
+    """Minimum seconds of a program by each published rate of a chip; the longest of them is the roofline.
 
-    `products` (those of custom kernels apart) at the peak rate of bfloat16; `memory` moves arguments and results once;
-    `links` carry an all-reduce twice, less the own share, as a ring does, and any other collective's result once.
+    `products` run at the peak rate of bfloat16; those of custom kernels are not included. `memory` moves arguments and
+    results once. `links` carry the result of an all-reduce twice, as in a ring, and that of any other collective once,
+    each without the device's own share.
     """
     n, chip = len(check.target.devices), check.target.chip
     sent = sum(

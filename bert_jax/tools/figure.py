@@ -1,4 +1,4 @@
-"""The figures of `viz` and `report`."""
+"""The class of the figures that `viz` and `report` make."""
 
 import io
 
@@ -8,7 +8,7 @@ from matplotlib import figure
 class Figure(figure.Figure):
     """A matplotlib figure that every notebook shows.
 
-    IPython shows only the text representation of a figure that pyplot did not make. A figure that pyplot makes stays in
+    If pyplot did not make a figure, IPython shows only its text representation. If pyplot made it, the figure stays in
     memory until it is closed.
     """
 

@@ -1,4 +1,4 @@
-"""What a run leaves for people: the learning curve, tables, the model card."""
+"""Reports of a run for people: the learning curve, tables and the model card."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ CLASSES = {"by_frequency": "times in the texts", "by_position": "position in the
 
 
 def learning_curve(journal: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
-    """Loss by step in training and validation and, on a second axis, the metric.
+    """Plots the training and validation loss by step and, on a second axis, the metric.
 
     Args:
         journal: Lines of a run's `metrics.jsonl`.
-        metric: Of validation.
+        metric: The validation metric to plot.
     """
     from bert_jax.tools.figure import Figure
 
@@ -38,7 +38,7 @@ def learning_curve(journal: Sequence[Mapping[str, Any]], metric: str) -> "Figure
 
 
 def markdown(metrics: Mapping[str, Any]) -> str:
-    """Metrics as Markdown: a table of the numbers, one by class, and the confusion matrix."""
+    """Formats metrics as Markdown: a table of the numbers, a table by class, and the confusion matrix."""
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     if "f1_label" in metrics:
         numbers = {f"f1 of {metrics['f1_label']}" if name == "f1" else name: n for name, n in numbers.items()}
@@ -54,7 +54,7 @@ def markdown(metrics: Mapping[str, Any]) -> str:
 
 
 def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table of measures with their intervals, a column a model, and of fill-mask by frequency and by position."""
+    """Formats measures and intervals as Markdown, one column per model, and fill-mask by frequency and by position."""
     first = next(iter(results.values()))
     rows = []
     for name, entry in first.items():
@@ -75,7 +75,7 @@ def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
-    """Accuracy by how often a token occurs and where it stands, a line a model; of pairs, a bar a model."""
+    """Plots accuracy by token frequency and position, one line per model; for pairs, one interval per model."""
     from bert_jax.tools.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
@@ -83,7 +83,7 @@ def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
     for n, name in enumerate(names, 1):
         axes = figure.add_subplot(1, len(names), n, xlabel=CLASSES[name], ylabel="accuracy@1")
         every = {part["from"]: _class(part) for result in results.values() for part in result[name]}
-        axes.plot([every[low] for low in sorted(every)], [0.0] * len(every), alpha=0)  # the classes' order
+        axes.plot([every[low] for low in sorted(every)], [0.0] * len(every), alpha=0)  # fixes the order of the classes
         for model, result in results.items():
             parts = result[name]
             axes.plot([_class(part) for part in parts], [part["accuracy@1"] for part in parts], "o-", label=model)
@@ -114,14 +114,14 @@ def model_card(
     dataset: str | None,
     settings: str,
 ) -> str:
-    """The README.md of a model: what it is, its numbers, and how it was made.
+    """Returns the README.md of a model: what it is, its metrics, and how it was made.
 
     Args:
         folder: The folder of the model.
         task: The name of its task.
-        made: How it was made, "`bert-base-cased` fine-tuned for …".
+        made: How the model was made, such as "`bert-base-cased` fine-tuned for …".
         results: The content of `results.json`.
-        base: The checkpoint that training began with.
+        base: The checkpoint that training started from.
         dataset: The id of the data set on the Hub.
         settings: The settings of the run, as YAML.
     """

@@ -1,7 +1,7 @@
-"""The published outputs of published checkpoints, and how far ours are from them.
+"""Compares our outputs for published checkpoints with their published outputs.
 
-The scores are from model cards, computed in float32 by an older PyTorch: ids and their order must be equal, scores to
-1e-4.
+The published scores are from model cards and were computed in float32 by an older PyTorch. Ids and their order must be
+equal; scores may differ by up to 1e-4.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from bert_jax.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4
 
-# Model -> text -> the first tokens of the card, with their scores.
+# Model -> text -> the first tokens on the model card: token, id and score.
 FILL_MASK: dict[str, dict[str, list[tuple[str, int, float]]]] = {
     "google-bert/bert-base-cased": {
         "Hello I'm a [MASK] model.": [
@@ -84,14 +84,14 @@ MODELS = (*FILL_MASK, UNCASED, NER)
 
 @dataclass(frozen=True)
 class Check:
-    """One published number beside ours.
+    """One published output compared with ours.
 
     Attributes:
-        what: The input, in short.
-        expected: What is published.
-        got: What we compute.
-        difference: Largest absolute difference of the numbers.
-        passed: Whether ids are equal and the difference is at most `TOLERANCE`.
+        what: A short name of the input.
+        expected: The published output.
+        got: The output that we compute.
+        difference: The largest absolute difference of the numbers.
+        passed: Whether ids or labels, if any, are equal and the difference is at most `TOLERANCE`.
     """
 
     what: str
@@ -102,14 +102,14 @@ class Check:
 
 
 def verify(model: str) -> Iterator[Check]:
-    """Computes the published outputs that belong to a model.
+    """Computes the outputs that are published for a model, and compares them.
 
     Args:
-        model: One of `MODELS`, or a folder of the name of one (`./bert-base-cased`).
+        model: One of `MODELS`, or a folder with the name of one (`./bert-base-cased`).
 
     Raises:
         InputError: If nothing is published for the model.
-        ModelNotFoundError: If it is not there, or the Hub does not answer.
+        ModelNotFoundError: If the model does not exist, or the Hub does not answer.
     """
     names = [name for name in MODELS if model == name or Path(model).resolve().name == name.partition("/")[2]]
     if not names:
@@ -122,7 +122,7 @@ def verify(model: str) -> Iterator[Check]:
 def _fill_mask(model: str, published: dict[str, list[tuple[str, int, float]]]) -> Iterator[Check]:
     fill_mask = pipeline("fill-mask", model)
     for text, card in published.items():
-        ours: Any = fill_mask(text, top_k=len(card))  # of one mask
+        ours: Any = fill_mask(text, top_k=len(card))  # a flat list: each text has one mask
         difference = max(abs(entry["score"] - score) for entry, (_, _, score) in zip(ours, card, strict=True))
         yield Check(
             text,
@@ -162,6 +162,6 @@ def _ner(model: str) -> Iterator[Check]:
 
 
 def _numbers(what: str, expected: Any, got: Any) -> Check:
-    """Numbers published to four decimals, which half a unit of the last is allowed on."""
+    """Compares numbers that are published to four decimals; `TOLERANCE` covers the rounding."""
     difference = float(np.max(np.abs(expected - got)))
     return Check(what, str(expected.tolist()), str(np.round(got, 4).tolist()), difference, difference <= TOLERANCE)

@@ -1,4 +1,4 @@
-"""Pictures for notebooks: what a model would fill in, and what its tokens attend to (extra `notebooks`)."""
+"""Figures for notebooks: what a model fills into masks, and what its tokens attend to (extra `notebooks`)."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def fillings(fill_mask: Pipeline[FillMask], text: str, *, top_k: int = 5) -> "Figure":
-    """Bars of the scores of what a fill-mask pipeline puts in, a panel a mask."""
+    """Plots the scores of the tokens that a fill-mask pipeline finds as bars, one panel per mask."""
     from bert_jax.tools.figure import Figure
 
     results = fill_mask(text, top_k=top_k)
@@ -37,17 +37,17 @@ def fillings(fill_mask: Pipeline[FillMask], text: str, *, top_k: int = 5) -> "Fi
 def attention(
     model: BertPreTrainedModel, tokenizer: Tokenizer, text: str, *, layer: int = -1, head: int | None = None
 ) -> "Figure":
-    """Lines from each token to those that it attends to, the darker the more.
+    """Plots lines from each token to the tokens that it attends to; darker lines mean more attention.
 
     Args:
-        model: Any, but for a fused kernel, which never holds the probabilities.
-        tokenizer: The model's.
-        text: Of a few dozen tokens at most, to be legible.
-        layer: From 0, or from -1 backwards.
-        head: From 0; None for the mean of all.
+        model: Any model without a fused attention kernel, which never holds the probabilities.
+        tokenizer: The tokenizer of the model.
+        text: A text; the figure is legible up to a few dozen tokens.
+        layer: Index of the layer, from 0, or from -1 backwards.
+        head: Index of the head, from 0, or from -1 backwards; None for the mean of all heads.
 
     Raises:
-        InputError: If there is no such layer or head.
+        InputError: If there is no such layer or head, or the attention kernel is fused.
     """
     from bert_jax.tools.figure import Figure
 
@@ -70,7 +70,7 @@ def attention(
 
 
 def attentions(model: BertPreTrainedModel, tokenizer: Tokenizer, text: str) -> "Figure":
-    """All heads at a glance: a row a layer, a column a head, in each a square of tokens by tokens."""
+    """Plots all heads in a grid, one row per layer and one column per head; each cell shows tokens by tokens."""
     from bert_jax.tools.figure import Figure
 
     _, weights = _weights(model, tokenizer, text)
@@ -91,7 +91,7 @@ def attentions(model: BertPreTrainedModel, tokenizer: Tokenizer, text: str) -> "
 
 
 def _weights(model: BertPreTrainedModel, tokenizer: Tokenizer, text: str) -> tuple[list[str], np.ndarray]:
-    """Tokens, and the attention probabilities [L, N, T, T]."""
+    """Returns the tokens and the attention probabilities [L, N, T, T]."""
     encoding = tokenizer.encode([text])[0][0]
     found = model(**tokenizer([text])).attentions
     if any(layer is None for layer in found):

@@ -1,1 +1,1 @@
-"""Training: optimizers, losses, the loop, its checkpoints and processes."""
+"""Training: optimizers, losses, the training loop, its checkpoints and its processes."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run (orbax): the latest and the best, and the newest that can be read."""
+"""Checkpoints of a run (orbax): keeps the latest and the best, and restores the newest readable one."""
 
 import json
 import logging
@@ -21,8 +21,8 @@ class Checkpoints:
     """The checkpoints in a folder, by step.
 
     Args:
-        folder: Is made if need be.
-        keep: Latest ones that are kept, beside the best.
+        folder: Created if it does not exist.
+        keep: Number of the latest checkpoints to keep, in addition to the best.
 
     Raises:
         CheckpointError: If the folder cannot be made.
@@ -37,30 +37,30 @@ class Checkpoints:
         for file in folder.glob("*/metrics/metrics"):
             try:
                 json.loads(file.read_text())
-            except ValueError:  # orbax would not open the others then
+            except ValueError:  # or orbax would fail to open the other checkpoints
                 logger.warning("The checkpoint of step %s is damaged (its score).", file.parts[-3])
                 shutil.rmtree(file.parents[1])
-        # Among those that were not evaluated, whose score is -inf, the best is the latest.
+        # Checkpoints without an evaluation have the score -inf. The best among these is the latest.
         policy = [LatestN(keep), BestN(get_metric_fn=_score, n=1)]
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy(policy),
-                best_fn=_score,  # or the scores are not stored
-                # A write in the background would read arrays that the next step has been given to overwrite.
+                best_fn=_score,  # without it, orbax does not store the scores
+                # A background write would read arrays that are donated to the next step, which overwrites them.
                 enable_async_checkpointing=False,
-                cleanup_tmp_directories=True,  # of a run that was killed while it wrote
+                cleanup_tmp_directories=True,  # left by a run that was killed during a write
             ),
         )
 
     def save(self, step: int, state: Any, progress: Mapping[str, Any], score: float | None) -> None:
-        """Writes a checkpoint, whole or not at all.
+        """Writes a checkpoint, completely or not at all. Does nothing if the step already has one.
 
         Args:
-            step: Steps done.
+            step: Number of steps done.
             state: A pytree of arrays.
-            progress: What else the loop remembers, as JSON.
-            score: Higher is better; None where it was not evaluated.
+            progress: The other values that the loop keeps, stored as JSON.
+            score: Higher is better; None if the step was not evaluated.
 
         Raises:
             CheckpointError: If the folder cannot be written.
@@ -75,19 +75,20 @@ class Checkpoints:
             raise CheckpointError(f"Cannot write a checkpoint to {self.folder}: {error}. Earlier ones stand.") from None
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
-        """Reads the newest checkpoint that can be read, or that of a step.
+        """Reads the newest readable checkpoint, or the checkpoint of a given step.
 
-        Damaged ones are passed over and removed, and the log says so.
+        Skips and removes damaged checkpoints that are newer than the one read, and logs each as a warning.
 
         Args:
             like: A pytree of arrays or their shapes, with the sharding to restore to.
             step: The step; None for the newest.
 
         Returns:
-            Steps done, the state and the progress; None if there is no checkpoint, or that of the step is damaged.
+            The number of steps done, the state and the progress; None if there is no checkpoint, or if the checkpoint
+            of the given step is damaged.
 
         Raises:
-            CheckpointError: If there are checkpoints and none can be read.
+            CheckpointError: If `step` is None and there are checkpoints, but none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         damaged = []
@@ -97,7 +98,7 @@ class Checkpoints:
             )
             try:
                 restored = self._manager.restore(n, args=args)
-            except Exception as error:  # whatever a damaged file makes of it
+            except Exception as error:  # a damaged file may raise any exception
                 logger.warning("The checkpoint of step %d is damaged (%s).", n, str(error).partition("\n")[0][:200])
                 damaged.append(n)
                 continue
@@ -112,7 +113,7 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Waits until all is written."""
+        """Waits until all checkpoints are written."""
         self._manager.close()
 
 

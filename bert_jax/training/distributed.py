@@ -1,7 +1,7 @@
-"""Several processes, each with devices of its own, that run one program together: a TPU pod's hosts, a cluster's nodes.
+"""Several processes, each with its own devices, that run one program: the hosts of a TPU pod or the nodes of a cluster.
 
-All of them run the same command. Each makes its own rows of a batch; the first one alone writes, but for checkpoints,
-of which each writes what its devices hold.
+All processes run the same command. Each makes its own rows of a batch. Only the first process writes files, except for
+checkpoints: each process writes the shards that its devices hold.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ from jax.experimental import multihost_utils
 from bert_jax.errors import InputError, TrainingError, quoted
 
 HEARTBEAT = 30
-"""Seconds without a sign of life after which a process counts as lost, and ends the others."""
+"""Seconds without a heartbeat after which a process counts as lost and the other processes end."""
 JOIN = 300
-"""Seconds that the others are waited for."""
+"""Seconds to wait for the other processes to join."""
 
 
 def start(given: str) -> None:
-    """Joins the others, before anything else is done with JAX.
+    """Joins the other processes. Call this before JAX is used in any other way.
 
     Args:
-        given: `auto` where the surroundings say who the others are (a TPU pod, SLURM, Open MPI), else
-            `i/n@host:port`: the i-th of n, the first of which is at that address.
+        given: `auto` if the environment describes the processes (a TPU pod, SLURM, Open MPI); otherwise
+            `i/n@host:port` for process i of n, with the address of the first process.
 
     Raises:
-        InputError: If that is not what is given, or the others cannot be found.
+        InputError: If `given` is invalid, or the other processes cannot be joined.
     """
     place: dict[str, Any] = {}
     if given != "auto":
@@ -45,7 +45,7 @@ def start(given: str) -> None:
         if place.get("process_id"):
             _reach(place["coordinator_address"])
         jax.distributed.initialize(**place, initialization_timeout=JOIN, heartbeat_timeout_seconds=HEARTBEAT)
-    except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: JAX has been used before
+    except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: JAX is already in use
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"--processes {given}: cannot join the other processes: {reason} "
@@ -54,7 +54,7 @@ def start(given: str) -> None:
 
 
 def _reach(address: str) -> None:
-    """Waits until somebody answers there; raises `OSError` if nobody does, where JAX would end with a dump."""
+    """Waits until the address answers; raises `OSError` if it does not. JAX would end the process with a dump."""
     host, _, port = address.rpartition(":")
     until = time.monotonic() + JOIN
     while True:
@@ -73,15 +73,15 @@ def first() -> bool:
 
 
 def name() -> str:
-    """Of this process, for people."""
+    """The name of this process, for messages."""
     return f"process {jax.process_index() + 1} of {jax.process_count()}"
 
 
 def agree(what: str, text: Callable[[], str]) -> None:
-    """Compares a text over all processes, each of which calls this; of one alone it is not even made.
+    """Compares a text across all processes; every process calls this. With one process, `text` is not called.
 
     Raises:
-        InputError: In all of them, if one has another text than the first; names lines that differ.
+        InputError: In all processes, if the text of one differs from that of the first; lists the lines that differ.
     """
     if jax.process_count() == 1:
         return
@@ -101,20 +101,20 @@ def agree(what: str, text: Callable[[], str]) -> None:
 
 
 def wait(what: str) -> None:
-    """Returns when all processes are here."""
+    """Waits until all processes have called this."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 def share_folder(folder: Path, name: str) -> None:
-    """Waits for the first process to have made a folder.
+    """Waits until the first process has created a folder.
 
     Args:
-        folder: The first process has put a file into it.
-        name: Of the file.
+        folder: The first process puts a file into this folder before it calls this function.
+        name: The name of that file.
 
     Raises:
-        InputError: In all processes, if one of them does not see it.
+        InputError: In all processes, if one of them does not see the file.
     """
     wait(str(folder))
     seen = (folder / name).exists()
@@ -123,16 +123,16 @@ def share_folder(folder: Path, name: str) -> None:
 
 
 def asked_to_stop(step: int) -> bool:
-    """Whether one of the processes got SIGTERM; all of them hear it at the same step, each of which they ask about."""
+    """Whether a process received SIGTERM; False with one process. All call this at every step; all get the same."""
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
 @contextlib.contextmanager
 def lost_ones_named() -> Iterator[None]:
-    """Turns what becomes of a collective whose other side is gone into a `TrainingError`."""
+    """Turns the error of a collective into a `TrainingError` if another process is gone."""
     try:
         yield
-    except (ValueError, jax.errors.JaxRuntimeError) as error:  # ValueError: of CPUs' Gloo
+    except (ValueError, jax.errors.JaxRuntimeError) as error:  # ValueError: from Gloo, on CPU
         gone = re.search(r"Gloo .* failed|heartbeat|UNAVAILABLE|Connection (closed|reset)", str(error))
         if jax.process_count() == 1 or not gone:
             raise

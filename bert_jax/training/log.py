@@ -1,4 +1,4 @@
-"""What a run tells: the metrics of its steps in a journal and for TensorBoard, and its progress on a console."""
+"""What a run reports: the metrics of its steps in a journal and in TensorBoard, and its progress on a console."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 def in_words(metrics: Mapping[str, Any]) -> str:
-    """The metrics that are numbers, on one line. F1 of two labels names its label."""
+    """Formats the metrics that are floats on one line. If `f1_label` is present, f1 names its label."""
     of = {"f1": f" of {metrics['f1_label']}"} if "f1_label" in metrics else {}
     return "  ".join(
         f"{name}{of.get(name, '')} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)
@@ -23,12 +23,12 @@ def in_words(metrics: Mapping[str, Any]) -> str:
 
 
 class Journal:
-    """Writes the metrics of a run by step: one line of JSON each, and events for TensorBoard.
+    """Writes the metrics of a run by step, as lines of JSON and as TensorBoard events.
 
     Args:
         folder: The folder of the run.
-        start: Number of steps done. Lines of later steps are dropped, because these steps are computed again.
-        tensorboard: Whether to write events.
+        start: Number of steps done. Lines of later steps are dropped, because those steps are computed again.
+        tensorboard: Whether to write TensorBoard events.
     """
 
     def __init__(self, folder: Path, start: int, *, tensorboard: bool):
@@ -43,7 +43,7 @@ class Journal:
             self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1 if start else None)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the values of a step; they may be nested."""
+        """Writes the values of a step. The values may be nested."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._events:
@@ -60,7 +60,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a `metrics.jsonl`; drops a line that a kill cut off."""
+    """Reads the lines of a `metrics.jsonl`; drops invalid lines, such as one that a killed process cut off."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -70,7 +70,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def progress_bar(console: Console, start: int, steps: int) -> Iterator[Callable[[int, str | None], None]]:
-    """A progress bar; gives a function that shows the number of steps done, and a text unless it is None."""
+    """Shows a progress bar. Yields a function that sets the number of steps done and, unless it is None, the text."""
     columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
                TimeRemainingColumn()]  # fmt: skip
     with Progress(*columns, console=console) as bar:

@@ -1,4 +1,4 @@
-"""Training: one pure, donated, compiled step, and the loop around it, a straight line."""
+"""The training loop around one pure, compiled step whose state is donated."""
 
 import contextlib
 import logging
@@ -38,16 +38,16 @@ LOWER_IS_BETTER = ("loss", "mse", "mlm_loss", "nsp_loss", "pseudo_perplexity")
 
 
 class Run(NamedTuple):
-    """What the steps of a run are made of, on devices that are there or not.
+    """Everything that the steps of a run need. The devices need not be present.
 
     Attributes:
         mesh: The devices.
         task: Gives the loss and the metrics.
-        loader: The batches.
+        loader: Makes the batches.
         plan: The parameters and the optimizer.
-        layout: Where the state lives: a `TrainState` of shardings.
-        step: The compiled step, see `make_step`.
-        metric: Chooses the best parameters.
+        layout: A `TrainState` of shardings, which says where the state lives.
+        step: The compiled step; see `make_step`.
+        metric: The metric that chooses the best parameters.
     """
 
     mesh: jax.sharding.Mesh
@@ -59,9 +59,9 @@ class Run(NamedTuple):
     metric: str
 
     def trace(self, shape: Shape) -> jax.stages.Traced:
-        """The step on a batch of some shape, for a compiler; needs no more of the devices than their description."""
+        """Traces the step on a batch of the given shape, for compilation. It needs only descriptions of devices."""
         plan, examples = self.plan, self.loader.examples
-        place = Place(np.zeros(0, int), np.zeros(0, int), shape)  # of padding alone
+        place = Place(np.zeros(0, int), np.zeros(0, int), shape)  # only padding
         state = sharding.abstract(state_shapes(plan), self.layout)
         frozen = sharding.abstract(plan.frozen, sharding.placements(self.mesh, plan.frozen))
         batch = sharding.abstract(examples.batch(place), sharding.by_row(self.mesh))
@@ -85,10 +85,10 @@ def set_up(
     seed: int = 0,
     metric: str | None = None,
 ) -> Run:
-    """Makes what `train` runs; the arguments are those of `train`.
+    """Prepares the run that `train` carries out; see `train` for the arguments.
 
     Raises:
-        InputError: If the arguments do not fit the model or the devices.
+        InputError: If the arguments do not fit the model, the task or the devices.
     """
     if metric not in (None, "loss", *task.metrics):
         raise InputError(f"metric is {metric!r}; this task has loss, {', '.join(task.metrics)}.")
@@ -121,12 +121,13 @@ class Trained:
     """The result of training.
 
     Attributes:
-        model: The model with the parameters of the best evaluation, or the last ones without validation.
-        trained: The trained parameters by path, adapters not merged.
+        model: The model with the parameters of the best evaluation, or with the last ones if there is no validation.
+        trained: The trained parameters by path; adapters are not merged.
         step: Number of steps after which these parameters were reached.
-        steps: Number of steps done in all.
-        metrics: The metrics of validation after that step.
-        outputs: What `Objective.outputs` returned in that evaluation; None if an earlier process did it.
+        steps: Number of steps done in total.
+        metrics: The validation metrics after `step` steps.
+        outputs: What `Objective.outputs` returned in that evaluation; None if there was none, or if it ran before the
+            run was resumed.
     """
 
     model: BertPreTrainedModel
@@ -174,35 +175,37 @@ def train(
     uninterrupted run.
 
     Args:
-        model: What to start from; it is not changed.
+        model: The model to start from; it is not changed.
         task: Gives the loss and the metrics.
-        examples: To learn from.
+        examples: The training examples.
         optimizer: An optax transformation over a flat dict of parameters by path.
         steps: Number of steps of the whole run.
         batch_size: Examples per step, over all devices.
-        accumulation: Parts that the examples of a step are computed in, one after another, to save memory.
-        packing: Lays several examples into a row, each attending to itself only.
-        trainable: Regular expressions, one or several, of the paths of the parameters to train. None trains all or,
-            with `lora`, the adapters only.
-        lora: Trains low-rank adapters beside `trainable`.
-        mesh: The devices, from `sharding.mesh`; all of them by default.
-        seed: The order of examples, the adapters and dropout are drawn from it.
-        validation: Examples to choose the best parameters by.
-        evaluate_every: Steps between evaluations; an epoch by default.
+        accumulation: Gradient accumulation: the number of parts in which the examples of a step are computed, one after
+            another, to save memory.
+        packing: Puts several examples into a row; each attends only to itself.
+        trainable: One or several regular expressions that match the paths of the parameters to train. None trains all
+            parameters or, with `lora`, only the adapters.
+        lora: Trains low-rank adapters in addition to `trainable`.
+        mesh: The devices, from `sharding.mesh`; all devices by default.
+        seed: The seed of the order of examples, of the adapters and of dropout.
+        validation: The examples that choose the best parameters.
+        evaluate_every: Steps between evaluations; one epoch by default.
         evaluation_batch_size: Examples per batch of an evaluation.
-        metric: Chooses the best parameters; the first of the task by default. A loss is better if lower.
+        metric: The metric that chooses the best parameters; the first of the task by default. Metrics in
+            `LOWER_IS_BETTER`, such as a loss, are better if lower.
         patience: Stops after this number of evaluations without a better metric.
-        folder: Where checkpoints and the journal are written; None trains without writing a file.
-        save_every: Steps between checkpoints, beside those of evaluations.
-        keep: Number of the latest checkpoints to keep, beside the best.
+        folder: Where checkpoints and the journal are written; None trains without writing files.
+        save_every: Steps between checkpoints, in addition to those after evaluations.
+        keep: Number of the latest checkpoints to keep, in addition to the best.
         log_every: Steps between lines of the journal.
-        schedule: The learning rate by step, which the journal notes.
-        tensorboard: Writes events for TensorBoard too.
-        console: Shows the progress; nothing by default.
+        schedule: The learning rate by step, which is only written to the journal and shown.
+        tensorboard: Also writes TensorBoard events.
+        console: Shows the progress; by default nothing is shown.
 
     Raises:
         InputError: If the arguments do not fit the model, the task, the devices or the folder.
-        TrainingError: If the loss is not finite; names the step and its examples.
+        TrainingError: If the loss is not finite (names the step and its examples), or a batch does not fit into memory.
         Interrupted: After Ctrl-C or SIGTERM, if there is a folder. The state is saved, and the same call resumes.
         CheckpointError: If a checkpoint cannot be written or read.
     """
@@ -234,7 +237,7 @@ def fit(
     tensorboard: bool = False,
     console: Console | None = None,
 ) -> Trained:
-    """Carries out a run; see `train`, whose arguments these are."""
+    """Carries out a run; see `train` for the arguments."""
     console, folder = console or Console(quiet=True), None if folder is None else Path(folder)
     # ── Devices, parameters, programs ────────────────────────────────────────────────────────────────────────────────
     mesh, task, loader, planned, layout, _, metric = run
@@ -244,17 +247,17 @@ def fit(
     frozen = sharding.put(planned.frozen, sharding.placements(mesh, planned.frozen))
     evaluate_batch = measure.program(task, planned.skeleton)
     combine: Any = planned.params
-    if planned.lora:  # without it there is nothing to compute, and a program would copy all parameters
+    if planned.lora:  # without adapters there is nothing to merge, and a program would copy all parameters
         whole = tree.unflatten(sharding.placements(mesh, dict(planned.skeleton.specs)))
         combine = jax.jit(planned.params, out_shardings=whole)
 
-    # ── Where the run stands ─────────────────────────────────────────────────────────────────────────────────────────
+    # ── Checkpoint, progress, journal ─────────────────────────────────────────────────────────────────────────────────
     checkpoints = Checkpoints(folder / CHECKPOINTS, keep) if folder else None
     progress: dict[str, Any] = {
         "examples": examples.digest(),
         "best": None,
         "evaluations_without_better": 0,
-        "lines": [],  # metrics of the steps since the journal's last line
+        "lines": [],  # metrics of the steps since the last line of the journal
     }
     start = 0
     if checkpoints and (restored := checkpoints.restore(state)):
@@ -273,12 +276,12 @@ def fit(
     step = start
     in_flight: list[tuple[int, Arrays]] = []
     lines: list[dict[str, float]] = progress["lines"]
-    outputs: Mapping[str, Any] | None = None  # of the best evaluation
-    best_params: Arrays | None = None  # without a folder, which has a checkpoint of them
+    outputs: Mapping[str, Any] | None = None  # outputs of the best evaluation
+    best_params: Arrays | None = None  # only without a folder; with one, a checkpoint holds them
     seen, since = 0, time.perf_counter()
 
     def take_in(n: int, metrics: Arrays) -> str | None:
-        """Reads a step's metrics, which waits for it; returns what to show when the journal has got a line."""
+        """Waits for a step and reads its metrics; returns the text to show if the step is logged, else None."""
         nonlocal seen, since
         place = loader.place(n - 1)
         with measure.out_of_memory(place.shape, LESS_MEMORY):
@@ -293,7 +296,7 @@ def fit(
         seen += len(place.indices)
         if n % log_every and n != steps:
             return None
-        now = time.perf_counter()  # once: what follows waits for the step in flight, which would be nobody's time
+        now = time.perf_counter()  # read once: the code below waits for the step in flight; no interval may lose that
         rate, seen, since = seen / (now - since), 0, now
         means = {name: float(np.mean([line[name] for line in lines])) for name in values}
         learning_rate = {} if schedule is None else {"learning_rate": float(schedule(n - 1))}
@@ -319,7 +322,7 @@ def fit(
             stopping = bool(received) or distributed.asked_to_stop(step)
             evaluate_now = step % every == 0 or step == steps
             save_now = evaluate_now or stopping or bool(save_every and step % save_every == 0)
-            # The loss of the step before: waiting for this one's would leave the device idle meanwhile.
+            # Reads the previous step: waiting for the current one would leave the device idle.
             while in_flight and (len(in_flight) > 1 or save_now):
                 show(step, take_in(*in_flight.pop(0)))
             score = None
@@ -354,7 +357,7 @@ def fit(
             if stopping:
                 raise Interrupted(step, folder, received[0] if received else signal.SIGTERM)
 
-    # ── The best ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── The best parameters ───────────────────────────────────────────────────────────────────────────────────────────
     best = progress["best"] or {"step": step, "metrics": {}}
     if best["step"] != step:
         if best_params is not None:
@@ -373,7 +376,7 @@ def fit(
 
 
 def _note_best(progress: dict[str, Any], step: int, metrics: dict[str, Any], metric: str) -> float | None:
-    """Keeps in mind the best evaluation; the score if this one is it, higher being better."""
+    """Records the evaluation if it is the best so far, and returns its score (higher is better); else returns None."""
     if metric not in metrics:
         raise InputError("The validation examples have no labels; without them there is no best checkpoint.")
     score: float = -metrics[metric] if metric in LOWER_IS_BETTER else metrics[metric]
@@ -391,13 +394,13 @@ def _finished(progress: dict[str, Any], patience: int | None) -> bool:
 
 @contextlib.contextmanager
 def _signals(console: Console, folder: Path | None) -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM in a list; the third signal ends the process as usual.
+    """Collects Ctrl-C and SIGTERM in a list; a third signal ends the process as usual.
 
     With several processes, JAX handles SIGTERM (`distributed.asked_to_stop`), and Ctrl-C becomes a SIGTERM. Without a
-    folder there is nothing to save, and signals are not handled.
+    folder there is nothing to save, so signals are not handled.
     """
     received: list[int] = []
-    if folder is None or threading.current_thread() is not threading.main_thread():  # only that thread may handle them
+    if folder is None or threading.current_thread() is not threading.main_thread():  # signals need the main thread
         yield received
         return
     before: dict[signal.Signals, Any] = {}

@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): low-rank adapters beside frozen weights, as plain arrays by path.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): low-rank adapters for frozen weights, as plain arrays by path.
 
-The network does not depend on them. W + alpha / rank · B A is computed when parameters are put into the model, and
-gradients flow through it to A and B. Adapters are saved separately, in the format of Hugging Face's `peft`.
+The network does not depend on adapters. W + alpha / rank · B A is computed when parameters are put into the model, and
+gradients flow through this sum to A and B. Adapters are saved separately, in the format of Hugging Face's `peft`.
 """
 
 import json
@@ -22,8 +22,8 @@ from bert_jax.errors import CheckpointError, InputError, quoted
 from bert_jax.hub import read_json, replacing
 from bert_jax.model import BertPreTrainedModel
 
-# Fields of peft's LoraConfig (0.19) that say where adapters are, how they were trained, or where they come from, and so
-# do not change what stored ones stand for. Any other field is refused where it is set, those of later versions too.
+# Fields of peft's LoraConfig (0.19) that say where adapters are, how they were trained, or where they come from, but do
+# not change the meaning of stored adapters. Any other field that is set is refused, including those of later versions.
 _INERT = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -31,19 +31,19 @@ _INERT = {
     "megatron_core", "qalora_group_size",
 }  # fmt: skip
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
-"""Of `init_lora_weights`, those that leave the base as it is."""
+"""Values of `init_lora_weights` that leave the base weights unchanged."""
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """Which weights get adapters, and of which size.
+    """Which weights get adapters, and the size of the adapters.
 
     Attributes:
-        rank: Rows of A and columns of B.
+        rank: Number of rows of A and of columns of B.
         alpha: The product B A is scaled by alpha / rank.
-        targets: Regular expression of the paths of the weights that get adapters.
+        targets: Regular expression that matches the paths of the weights that get adapters.
     """
 
     rank: int = 8
@@ -52,23 +52,23 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """The factor of the product B A."""
+        """The factor that scales the product B A."""
         return self.alpha / self.rank
 
 
 def init(lora: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) -> dict[str, jax.Array]:
-    """New adapters: A drawn as `peft` draws it, uniform in ±1/√in, and B zero, so that nothing changes at first.
+    """Creates adapters. A is uniform in ±1/√in, as in `peft`; B is zero, so that the model is unchanged at first.
 
     Args:
-        lora: The rank, and which weights get adapters.
+        lora: The rank, and the weights that get adapters.
         specs: The model's parameters by path.
         key: PRNG key.
 
     Returns:
-        `….lora_A` float32 [rank, in] and `….lora_B` float32 [out, rank], where `….weight` is [out, in].
+        `….lora_A` float32 [rank, in] and `….lora_B` float32 [out, rank] for each `….weight` [out, in].
 
     Raises:
-        InputError: If no weight matches, or what matches is no matrix of a linear layer.
+        InputError: If no parameter matches, or a match is not the weight of a linear layer.
     """
     targets = tree.select([lora.targets], specs)
     if not targets:
@@ -85,7 +85,7 @@ def init(lora: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) 
 
 
 def merge(params: Mapping[str, jax.Array], scale: float) -> dict[str, jax.Array]:
-    """Parameters and adapters by path -> the model's parameters, W + scale · B A."""
+    """Merges adapters into the parameters, all by path: a weight with an adapter becomes W + scale · B A."""
     merged = {path: leaf for path, leaf in params.items() if not path.endswith((".lora_A", ".lora_B"))}
     for path in params:
         if path.endswith(".lora_A"):
@@ -96,14 +96,14 @@ def merge(params: Mapping[str, jax.Array], scale: float) -> dict[str, jax.Array]
 
 
 def save_adapters(folder: Path, params: Mapping[str, Any], lora: LoRA, base: str, task_type: str) -> None:
-    """Writes adapters, and the parameters that were trained in full, in peft's format.
+    """Writes adapters and fully trained parameters in peft's format.
 
     Args:
         folder: Created if it does not exist.
         params: Trained parameters by path.
         lora: Rank and alpha of the adapters.
-        base: The model that they belong to.
-        task_type: By peft's name: SEQ_CLS, TOKEN_CLS, QUESTION_ANS.
+        base: Name or path of the base model.
+        task_type: The task type as peft names it: SEQ_CLS, TOKEN_CLS or QUESTION_ANS.
 
     Raises:
         CheckpointError: If the folder cannot be written.
@@ -113,7 +113,7 @@ def save_adapters(folder: Path, params: Mapping[str, Any], lora: LoRA, base: str
     whole = [path for path in params if path not in names]
     names |= dict(zip(whole, weights.published_names(whole), strict=True))
     tensors = {f"base_model.model.{names[path]}": np.asarray(params[path]) for path in params}
-    # By full names: of shorter ones peft takes all that end so.
+    # Full names, because peft matches a shorter name with every module name that ends with it.
     modules = {re.sub(r"\.lora_[AB]\.weight$", "", names[path]) for path in adapters}
     config = {
         "peft_type": "LORA",
@@ -132,11 +132,11 @@ def save_adapters(folder: Path, params: Mapping[str, Any], lora: LoRA, base: str
 
 
 def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedModel:
-    """The model with adapters merged into its weights, and with what was trained in full beside them.
+    """Returns the model with the adapters merged into its weights and with the fully trained parameters of the folder.
 
     Args:
         folder: Written by `save_adapters` or by `peft`.
-        model: The one that they belong to.
+        model: The base model of the adapters.
 
     Raises:
         CheckpointError: If the files are missing, or do not fit the model.
@@ -183,7 +183,7 @@ def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedMod
 
 
 def _published(adapters: list[str]) -> list[str]:
-    """The names of adapters in peft's files: the module's name, then `lora_A.weight` or `lora_B.weight`."""
+    """The names of adapters in peft's files: the name of the module, then `lora_A.weight` or `lora_B.weight`."""
     modules = [re.sub(r"\.lora_[AB]$", ".weight", path) for path in adapters]
     return [
         f"{name.removesuffix('.weight')}.{path[-6:]}.weight"
@@ -195,7 +195,8 @@ def _scale(config: Mapping[str, Any]) -> float:
     """The factor that scales the product B A.
 
     Raises:
-        ValueError: If the config asks for another product, or other weights below it.
+        ValueError: If the config is not LoRA, changes the base weights, sets an unsupported field, or has an invalid
+            `r` or `lora_alpha`.
     """
     if config.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{ADAPTER_CONFIG} has peft_type {quoted(config['peft_type'])}; expected LORA")

@@ -1,10 +1,10 @@
-"""Losses: logits against targets, in nats, averaged over what counts. All in float32."""
+"""Losses of logits against targets, averaged over the entries that count. All are float32; cross entropies in nats."""
 
 import jax
 import jax.numpy as jnp
 
 IGNORE = -100
-"""A label that does not count, as in PyTorch and Hugging Face's data sets."""
+"""The label of entries that do not count, as in PyTorch and Hugging Face's data sets."""
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -17,7 +17,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
         labels: int [...]; `IGNORE` where nothing is to be predicted.
 
     Returns:
-        float32 [], nats per label that counts; 0 where none does.
+        float32 [], nats per label that counts; 0 if none counts.
     """
     logits = logits.astype(jnp.float32)
     counts = labels != IGNORE
@@ -64,12 +64,12 @@ def _mean_of_rows(values: jax.Array, weights: jax.Array | None) -> jax.Array:
 def span_cross_entropy(
     start_logits: jax.Array, end_logits: jax.Array, start_positions: jax.Array, end_positions: jax.Array
 ) -> jax.Array:
-    """Mean of the cross entropies of an answer's first and last token (Devlin et al. 2018, section 4.2).
+    """Mean of the cross entropies of the first and last token of an answer (Devlin et al. 2018, section 4.2).
 
     Args:
         start_logits: float [B, T].
         end_logits: float [B, T].
-        start_positions: int [B], an index of a token, or `IGNORE`.
+        start_positions: int [B], the index of a token, or `IGNORE`.
         end_positions: int [B], likewise.
 
     Returns:

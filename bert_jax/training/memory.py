@@ -1,4 +1,4 @@
-"""Memory of the process: each computation reuses the pages that the previous one freed, instead of taking new ones."""
+"""Memory of the process: each computation reuses the pages that the previous one freed, instead of new ones."""
 
 import ctypes
 import functools
@@ -18,22 +18,22 @@ def keep_freed(*, asynchronous: bool = False) -> None:
 
     On CPU, a program allocates all its temporaries as one block, up to gigabytes for a training step, and frees the
     block after each call. By default malloc maps and unmaps that block each time, and the kernel clears every page
-    again: a third of the time of a training step. So malloc must neither map blocks nor trim its heap, and the heap
-    asks for huge pages.
+    again, which takes a third of the time of a training step. So malloc must neither map blocks nor trim its heap, and
+    the heap asks for huge pages.
 
     A heap that only grows must not fragment. If a small allocation lands above the block, or inside the hole that the
     block leaves, the next block does not fit the hole and the heap grows by another block. Fine-tuning MiniLM on SQuAD
-    (a block of 2.1 GB) took 9 to 10 GB in this way. Two measures prevent it:
+    (a block of 2.1 GB) took 9 to 10 GB for this reason. Two measures prevent it:
 
-    - Small allocations have a place of their own. malloc takes the smallest free chunk that fits, so free chunks of
+    - Small allocations have their own place. malloc uses the smallest free chunk that fits, so free chunks of
       64 MB, separated by fences and placed before everything else, serve all smaller requests. They use address space,
       not memory. Larger blocks go to the end of the heap, where a freed block merges with the free space behind it.
     - JAX runs one program at a time. With asynchronous dispatch, the next step allocates its block before the thread
       of the previous step has freed its own: batches of 4 took 3.4 GB with it and 1.7 GB without. A training step on
       CPU gains nothing from asynchronous dispatch, because it already keeps all cores busy.
 
-    The call does nothing where malloc is not glibc's, and goes without huge pages where there are none. A second call
-    does nothing.
+    The call does nothing if malloc is not glibc's, and uses no huge pages if the system has none. A second call does
+    nothing.
 
     Args:
         asynchronous: Leaves JAX's asynchronous dispatch on, for commands that prepare or decode one batch while
@@ -46,16 +46,16 @@ def keep_freed(*, asynchronous: bool = False) -> None:
         import jax
 
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-    libc.mallopt(_M_ARENA_MAX, 1)  # arenas of other threads have no room for a large block
+    libc.mallopt(_M_ARENA_MAX, 1)  # one arena: those of other threads have no room for a large block
     libc.mallopt(_M_MMAP_MAX, 0)
     libc.mallopt(_M_TRIM_THRESHOLD, -1)
     chunks = []
     for _ in range(_CHUNKS):
         chunks.append(libc.malloc(_CHUNK))
-        libc.malloc(_FENCE)  # never freed, or the chunks would merge into one that a large block fits
+        libc.malloc(_FENCE)  # never freed, or the chunks would merge into one that fits a large block
     for chunk in filter(None, chunks):
         _advise(libc, chunk, _CHUNK, _MADV_HUGEPAGE)
-    release()  # gives the end of the heap its huge pages, while the chunks are still taken
+    release()  # gives the end of the heap its huge pages while the chunks are still allocated
     for chunk in filter(None, chunks):
         libc.free(chunk)
 
@@ -63,14 +63,14 @@ def keep_freed(*, asynchronous: bool = False) -> None:
 def release() -> None:
     """Returns all free memory to the system.
 
-    Call this between phases of a run: its peak is then that of the largest phase, not the sum of all phases. The
-    temporaries of a training step are released before an evaluation or a checkpoint allocates its own. So is the memory
-    that a compilation leaves behind, up to 0.3 GB. Does nothing if malloc is not glibc's.
+    Call this between phases of a run. The peak of the run is then that of the largest phase, not the sum of all phases.
+    The temporaries of a training step are released before an evaluation or a checkpoint allocates its own. So is the
+    memory that a compilation leaves behind, up to 0.3 GB. Does nothing if malloc is not glibc's.
     """
     libc = _glibc()
     if libc is None:
         return
-    libc.malloc_trim(1 << 62)  # the free chunks; the end of the heap, if cut off, would lose its huge pages
+    libc.malloc_trim(1 << 62)  # the free chunks; the end of the heap stays, or it would lose its huge pages
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     if end := libc.malloc(size):
         _advise(libc, end, size, _MADV_HUGEPAGE)
@@ -98,7 +98,7 @@ def _glibc() -> Any:
     """The C library; None if it is not glibc."""
     try:
         libc = ctypes.CDLL(None)
-        libc.gnu_get_libc_version  # noqa: B018 - raises where this is not glibc
+        libc.gnu_get_libc_version  # noqa: B018 - raises if this is not glibc
     except (OSError, TypeError, AttributeError):
         return None
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]

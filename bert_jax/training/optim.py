@@ -1,9 +1,9 @@
-"""Optimizers over parameters by path, BERT's AdamW first, and the learning-rate schedules of transformers.
+"""Optimizers over parameters by path, among them BERT's AdamW, and the learning-rate schedules of transformers.
 
     optimizer = optim.adamw(optim.schedule("linear", 2e-5, steps=500, warmup_ratio=0.1), weight_decay=0.01)
 
-`bert_jax.train` takes any `optax.GradientTransformation`. Those made here also decide by a parameter's path: which
-parameters decay, and by what their learning rate is multiplied.
+`bert_jax.train` accepts any `optax.GradientTransformation`. The optimizers of this module also choose the weight decay
+and the learning-rate multiplier of each parameter by its path.
 """
 
 import re
@@ -18,7 +18,7 @@ import optax
 from bert_jax.errors import InputError
 
 NO_DECAY = (r".*\bbias", r".*norm\.weight")
-"""Patterns of the parameters without weight decay by default: biases, and the weights of LayerNorm."""
+"""Default patterns of the parameters without weight decay: biases and the weights of LayerNorm."""
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -29,7 +29,7 @@ class Rule:
     Attributes:
         weight_decay: Decoupled weight decay; it is multiplied by the learning rate.
         lr_multiplier: Multiplies the learning rate.
-        reasons: The patterns that decided.
+        reasons: The patterns and settings that decided the rule.
     """
 
     weight_decay: float
@@ -50,14 +50,14 @@ def rules(
     lr_multipliers: Mapping[str, float] | None = None,
     layer_decay: float = 1.0,
 ) -> dict[str, Rule]:
-    """The rule of each parameter. Patterns are regular expressions of whole paths; the first match counts.
+    """Returns the rule of each parameter. Patterns are regular expressions of whole paths; the first match counts.
 
     Args:
-        paths: The paths of the parameters, `bert.layers.0.attention.query.weight`.
-        weight_decay: Weight decay of all parameters that `no_decay` does not match.
+        paths: The paths of the parameters, such as `bert.layers.0.attention.query.weight`.
+        weight_decay: Weight decay of the parameters that `no_decay` does not match.
         no_decay: Patterns of the parameters without weight decay.
-        lr_multipliers: Pattern -> factor of the learning rate.
-        layer_decay: Factor of the learning rate from each layer to the one below, with the embeddings below the lowest
+        lr_multipliers: Pattern -> learning-rate multiplier.
+        layer_decay: Factor of the learning rate from each layer to the one below; the embeddings are below the lowest
             layer (Howard & Ruder 2018, section 3.2). `lr_multipliers` takes precedence.
 
     Raises:
@@ -97,7 +97,7 @@ def _first(patterns: Iterable[str], path: str) -> str | None:
 
 
 def _layers_above(path: str, layers: int) -> int:
-    """How far a parameter is below the head: the top layer is 1, the embeddings are one below the lowest layer."""
+    """How far a parameter is below the head: 0 for the head, 1 for the top layer, layers + 1 for the embeddings."""
     if match := re.search(r"\blayers\.(\d+)\.", path):
         return layers - int(match[1])
     return layers + 1 if ".embeddings." in path else 0
@@ -129,8 +129,8 @@ def adamw(
         b1: Decay of the mean of the gradients.
         b2: Decay of the mean of the squared gradients.
         eps: Added to the root of the mean of the squared gradients (BERT's own: 1e-6).
-        bias_correction: False is google-research/bert's optimization.py. On small data sets, keep it on (Zhang et al.
-            2020, Mosbach et al. 2020).
+        bias_correction: False omits the correction, as in google-research/bert's optimization.py. On small data sets,
+            keep it on (Zhang et al. 2020, Mosbach et al. 2020).
         weight_decay: See `rules`.
         no_decay: See `rules`.
         lr_multipliers: See `rules`.
@@ -160,7 +160,7 @@ def by_path(
     max_grad_norm: float | None = 1.0,
     trust_ratio: bool = False,
 ) -> optax.GradientTransformation:
-    """Puts clipping before a transformation of gradients, and weight decay and the learning rate after it.
+    """Wraps a transformation of gradients: clipping before it, weight decay and the learning rate after it.
 
     Args:
         transform: `optax.scale_by_adam()`, `optax.scale_by_lion()`, …
@@ -181,7 +181,7 @@ def by_path(
         )
 
     def init(params: optax.Params) -> optax.EmptyState:
-        by_parameter(params)  # so that a pattern without a match is refused before the first step
+        by_parameter(params)  # refuses a pattern without a match before the first step
         return optax.EmptyState()
 
     def update(
@@ -196,8 +196,8 @@ def by_path(
         return jax.tree_util.tree_map_with_path(lambda keys, u: found[_path(keys)].lr_multiplier * u, updates), state
 
     def clip(updates: optax.Updates, params: optax.Params) -> optax.Updates:
-        # One factor for all, which XLA multiplies in where the gradients are read; optax.clip_by_global_norm divides,
-        # and a quotient that is read twice costs a pass over memory to keep.
+        # XLA fuses the multiplication by one factor into each read of the gradients. optax.clip_by_global_norm divides
+        # instead, and storing a quotient that is read twice costs a pass over memory.
         factor = jnp.minimum(1.0, max_grad_norm / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda g: g * factor, updates)
 
@@ -214,7 +214,7 @@ def _path(keys: Any) -> str:
 
 
 def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam without bias correction, m / (√v + eps), for which optax has no option."""
+    """Adam without bias correction, m / (√v + eps); optax has no option for it."""
 
     def init(params: optax.Params) -> optax.ScaleByAdamState:
         return optax.scale_by_adam(b1, b2, eps).init(params)
@@ -241,20 +241,20 @@ def schedule(
     power: float = 1.0,
     final_learning_rate: float = 1e-7,
 ) -> optax.Schedule:
-    """The learning rate as a function of the step, from 0, float32. Source: transformers optimization.py.
+    """Returns the learning rate (float32) as a function of the step, from 0. Source: transformers optimization.py.
 
     Args:
-        name: What follows warm-up, by the names of transformers.
-        learning_rate: The peak.
+        name: The schedule after warm-up, as transformers names it.
+        learning_rate: The peak learning rate.
         steps: Number of steps of the whole run.
         warmup_steps: Number of steps of linear warm-up.
-        warmup_ratio: Warm-up as a share of all steps, if `warmup_steps` is None.
-        cycles: For cosine, the number of waves (0.5 by default); for cosine_with_restarts, of restarts (1).
+        warmup_ratio: Warm-up as a share of all steps, rounded up to steps; used if `warmup_steps` is None.
+        cycles: Number of waves of cosine (0.5 by default) or of restarts of cosine_with_restarts (1 by default).
         power: Exponent of polynomial.
-        final_learning_rate: Where polynomial ends.
+        final_learning_rate: Learning rate at the end of polynomial.
 
     Raises:
-        InputError: If there is no such schedule.
+        InputError: If the schedule is unknown.
     """
     if name not in SCHEDULES:
         raise InputError(f"The schedule {name!r} is unknown; expected one of {', '.join(SCHEDULES)}.")

@@ -30,13 +30,13 @@ Arrays = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """What a step changes.
+    """The state of training, which each step updates.
 
     Attributes:
         step: int32 [], number of steps done.
         params: The trained parameters by path, float32; LoRA adapters are among them.
         opt_state: The state of the optimizer.
-        key: uint32 key data. The dropout of a step is drawn from it and the number of the step.
+        key: uint32 key data. The dropout of a step is drawn from this key and the step number.
     """
 
     step: jax.Array
@@ -47,14 +47,14 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which parameters of a model are trained, and by which optimizer.
+    """Which parameters of a model are trained, and with which optimizer.
 
     Attributes:
         skeleton: The skeleton of the model.
         trained: The trained parameters by path, LoRA adapters included.
         frozen: The other parameters by path.
         optimizer: Updates the trained parameters.
-        lora: The adapters' rank and scale; None without adapters.
+        lora: The rank and scale of the adapters; None without adapters.
     """
 
     skeleton: tree.Skeleton
@@ -64,7 +64,7 @@ class Plan:
     lora: LoRA | None = None
 
     def params(self, trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]) -> tree.Params:
-        """The parameters of the model: the trained and the frozen ones, adapters merged."""
+        """The parameters of the model: the trained and the frozen ones, with the adapters merged."""
         return tree.unflatten(adapters.merge({**frozen, **trained}, self.lora.scale if self.lora else 0.0))
 
 
@@ -81,14 +81,15 @@ def plan(
     Args:
         model: The model.
         optimizer: Any optax transformation.
-        trainable: Regular expressions, one or several, of the paths of the parameters to train. The others are frozen:
-            they get neither gradient nor optimizer state. None trains all parameters or, with `lora`, the adapters
-            only.
-        lora: Adapters to train beside `trainable`.
-        seed: The adapters are drawn from it.
+        trainable: One or several regular expressions that match the paths of the parameters to train. All other
+            parameters are frozen: they get neither gradient nor optimizer state. None trains all parameters or, with
+            `lora`, only the adapters.
+        lora: Adapters to train in addition to `trainable`.
+        seed: The seed of the adapters.
 
     Raises:
-        InputError: If a pattern matches no parameter, or the optimizer returns updates of another structure.
+        InputError: If a pattern matches no parameter, nothing is to be trained, or the structure of the optimizer's
+            updates is not that of the parameters.
     """
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
@@ -130,7 +131,7 @@ def _check_updates(plan: Plan) -> None:
 
 
 def init_state(plan: Plan, seed: int) -> TrainState:
-    """The state before the first step; its arrays are copies, because steps overwrite them."""
+    """Returns the state before the first step. Its arrays are copies, because steps overwrite them."""
     trained = {path: jnp.array(leaf, copy=True) for path, leaf in plan.trained.items()}
     return TrainState(jnp.int32(0), trained, plan.optimizer.init(trained), jax.random.key_data(jax.random.key(seed)))
 
@@ -138,16 +139,16 @@ def init_state(plan: Plan, seed: int) -> TrainState:
 def make_step(
     task: Objective, plan: Plan, *, accumulation: int = 1, out_shardings: Any = None
 ) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, Arrays]]:
-    """The compiled step: state, frozen parameters and batch -> the next state, and `loss` and `grad_norm`.
+    """Returns the compiled step: state, frozen parameters and batch -> the next state, and `loss` and `grad_norm`.
 
-    The loss is a mean over what counts in the whole batch, also where the batch is computed in parts. The state is
+    The loss is the mean over all entries of the batch that count, also with gradient accumulation. The state is
     donated: its arrays are overwritten.
 
     Args:
         task: Gives the loss.
-        plan: Of the parameters.
-        accumulation: Parts that the batch is cut into; they are computed one after another.
-        out_shardings: Where the results are to live.
+        plan: The parameters and the optimizer.
+        accumulation: Gradient accumulation: the number of parts of the batch, which are computed one after another.
+        out_shardings: The shardings of the results.
     """
 
     def mean_loss(trained: Arrays, frozen: Arrays, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -159,11 +160,11 @@ def make_step(
 
     def train_step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Arrays]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        if accumulation == 1:  # the mean's own gradient: to divide the sum's costs a pass over memory
+        if accumulation == 1:  # differentiates the mean: dividing the sum's gradient costs a pass over memory
             (loss, _), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params, frozen, batch, key)
         else:
             gradient = jax.value_and_grad(total_loss, has_aux=True)
-            # Every n-th row to the n-th part, so that padding rows, which come last, are shared out.
+            # Row i goes to part i % accumulation, so that all parts get padding rows, which come last.
             parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch)
 
             def add(sums: Any, part: Any) -> tuple[Any, None]:

@@ -104,6 +104,7 @@ def test_scanned_layers_and_unpacked_rows_agree_too(run):
         np.testing.assert_allclose(found, losses, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_parameters_and_the_optimizers_state_are_shared_out(run):
     _, state, *_ = run(data=2, fsdp=2, tensor=2)
     query, output = (f"bert.layers.1.attention.{name}.weight" for name in ("query", "output"))
@@ -133,6 +134,7 @@ def collectives(text):
     return set(re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text))
 
 
+@pytest.mark.slow
 def test_data_parallel_steps_only_add_up(run):
     assert collectives(run(data=1)[3]) == set()
     assert collectives(run(data=8)[3]) == {"all-reduce"}

@@ -413,7 +413,7 @@ def test_memory_does_not_grow_with_the_rows(pipe, tmp_path):
 @pytest.mark.slow
 def test_killed_it_loses_no_line_and_repeats_none(tmp_path):
     """SIGKILL at random moments, one while it starts and the others on the way, the same command each time."""
-    count, kills = int(os.environ.get("BERT_JAX_ROWS", "3000")), 5
+    count, kills = int(os.environ.get("BERT_JAX_ROWS", "6000")), 5
     (tmp_path / "in.txt").write_text("\n".join(f"{text} [MASK] ." for text in sentences(count)))
 
     def predict_to(name):

@@ -129,13 +129,20 @@ def test_broken_models(broken):
 
 @pytest.mark.slow
 def test_compilation_cache(tmp_path):
-    for _ in range(2):
-        done = run("fill-mask", TEXT, "--model", "bert-mini-cased", BERT_JAX_COMPILATION_CACHE=str(tmp_path / "cache"))
+    def fill(cache, flags=""):
+        done = run(
+            "fill-mask", TEXT, "--model", "bert-mini-cased", BERT_JAX_COMPILATION_CACHE=str(cache), XLA_FLAGS=flags
+        )
         assert done.returncode == 0
+
+    for _ in range(2):
+        fill(tmp_path / "cache")
         programs = sorted(path.name for path in (tmp_path / "cache").iterdir() if path.name.endswith("-cache"))
         assert len(programs) >= 1
         first = locals().get("first", programs)
         assert programs == first  # the second run adds none
+    fill(tmp_path / "simulated", "--xla_force_host_platform_device_count=2")
+    assert not (tmp_path / "simulated").exists()
     switched_off = {"BERT_JAX_COMPILATION_CACHE": "off", "XDG_CACHE_HOME": str(tmp_path / "xdg")}
     assert run("fill-mask", TEXT, "--model", "bert-mini-cased", **switched_off).returncode == 0
     assert not (tmp_path / "xdg" / "bert_jax").exists()

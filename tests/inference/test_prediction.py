@@ -19,6 +19,7 @@ import bert_jax
 from bert_jax.data import sources
 from bert_jax.errors import InputError
 from bert_jax.inference import prediction
+from bert_jax.tasks import registry
 
 WORDS = ("the", "a", "good", "bad", "day", "film", "was", "is", "not", "very", "long", "short", "end", "Paris")
 
@@ -44,7 +45,7 @@ def sentences(count, seed=0):
 
 
 def run(pipe, inputs, output, **options):
-    options = {"task": "text-classification", "model": "m"} | options
+    options = {"model": "m"} | options
     return prediction.predict_files(pipe, inputs, output, **options)
 
 
@@ -148,7 +149,7 @@ def test_shards_are_the_whole_dealt_out(pipe, tmp_path):
     ],
 )
 def test_columns(task, row, columns, expected):
-    assert prediction._input(row, [columns] if columns else prediction.COLUMNS.get(task, prediction.TEXTS)) == expected
+    assert prediction._input(row, [columns] if columns else registry.TASKS[task].columns_of_input) == expected
 
 
 def test_words_of_a_table_that_are_no_list():
@@ -413,7 +414,7 @@ def test_memory_does_not_grow_with_the_rows(pipe, tmp_path):
 @pytest.mark.slow
 def test_killed_it_loses_no_line_and_repeats_none(tmp_path):
     """SIGKILL at random moments, one while it starts and the others on the way, the same command each time."""
-    count, kills = int(os.environ.get("BERT_JAX_ROWS", "3000")), 5
+    count, kills = int(os.environ.get("BERT_JAX_ROWS", "6000")), 5
     (tmp_path / "in.txt").write_text("\n".join(f"{text} [MASK] ." for text in sentences(count)))
 
     def predict_to(name):

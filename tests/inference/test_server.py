@@ -71,7 +71,7 @@ def folder(tmp_path_factory):
     words += ["she", "he", "went", "home", "and", "then"]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     config = bert_jax.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        vocab_size=len(vocabulary), hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
         max_position_embeddings=32, initializer_range=0.5,
     )  # fmt: skip
     bert_jax.BertForPreTraining(config, rngs=nnx.Rngs(0)).save_pretrained(path)

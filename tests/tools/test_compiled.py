@@ -31,7 +31,7 @@ def share_of_bfloat16(found):
     return flops["bfloat16"] / sum(flops.values())
 
 
-@pytest.mark.parametrize("name", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:8"])
+@pytest.mark.parametrize("name", ["v5e:2x4", "h100:8"])  # the others: scripts/aot_check.py, docs/accelerators.md
 def test_a_step_of_base_on_eight_devices(name):
     found = aot_check.finetune(aot.get(name), "emotion", "base", Shape(256, 128, 4))
     assert found["fits"]
@@ -42,7 +42,8 @@ def test_a_step_of_base_on_eight_devices(name):
 
 
 def test_fsdp_shares_out_the_state():
-    found = aot_check.finetune(aot.get("h100:8"), "squad", "base", Shape(64, 384, 4), mesh={"data": 1, "fsdp": 8})
+    found = aot_check.finetune(aot.get("h100:8"), "squad", "base", Shape(64, 384, 4), mesh={"data": 1, "fsdp": 8},
+                               training={"scan_layers": True})  # fmt: skip
     assert found["fits"]
     assert "all-gather" in found["collectives"]
     assert found["resident"] < 0.3 * 3 * found["gradient_bytes"]

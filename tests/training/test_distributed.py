@@ -29,7 +29,7 @@ def data(tmp_path_factory, tokenizer):
     """A model, and examples for three steps an epoch."""
     folder = tmp_path_factory.mktemp("data")
     config = bert_jax.BertConfig(
-        vocab_size=28996, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
+        vocab_size=28996, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32
     )
     bert_jax.BertForPreTraining(config, rngs=nnx.Rngs(0)).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

@@ -154,7 +154,7 @@ def test_columns(task, row, columns, expected):
 
 def test_words_of_a_table_that_are_no_list():
     with pytest.raises(InputError, match="is no list or object"):
-        prediction._input({"tokens": "['a', 'b' 'c']"}, prediction.COLUMNS["token-classification"])
+        prediction._input({"tokens": "['a', 'b' 'c']"}, registry.TASKS["token-classification"].columns_of_input)
 
 
 class Killed(BaseException):

@@ -73,7 +73,7 @@ def run(tokenizer):
         loader = training.make_loader(examples, model, settings, eight)
         losses = []
         kept = jax.config.jax_persistent_cache_min_compile_time_secs
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # as the command line does, and why
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # from the cache, they can deadlock
         with jax.set_mesh(devices):
             text = step.lower(state, plan.frozen, sharding.put_batch(loader.batch_at(0), devices)).compile().as_text()
             for n in range(10):

@@ -488,7 +488,7 @@ def _use_compilation_cache() -> None:
     place = os.environ.get(CACHE_VARIABLE) or str(
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_jax" / "programs"
     )
-    # A program of several simulated devices may wait for itself forever once it comes from the cache (jaxlib 0.10.2).
+    # A program for several simulated devices can deadlock when it is loaded from the cache (jaxlib 0.10.2).
     if place == "off" or "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     import jax

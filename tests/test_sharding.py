@@ -75,7 +75,7 @@ def run(tokenizer):
         ).loader
         losses = []
         kept = jax.config.jax_persistent_cache_min_compile_time_secs
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # as the command line does, and why
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # from the cache, they can deadlock
         with jax.set_mesh(devices):
             text = (
                 train_step.lower(state, plan.frozen, sharding.put_batch(loader.batch_at(0), devices))

@@ -8,7 +8,7 @@ let attention = null; // {tokens, attention} of the layer that is shown
 let chosen = null; // a token's number
 const underway = {}; // the last request of each route
 
-// A new request takes the place of the route's last one: its answer may be late, and is not wanted.
+// A new request cancels the last one of its route, because a late answer must not replace a newer one.
 async function ask(route, body) {
   underway[route]?.abort();
   underway[route] = new AbortController();
@@ -43,7 +43,7 @@ async function saying(message, work) {
     await work();
     message.textContent = "";
   } catch (error) {
-    if (error.name === "AbortError") return; // the newer request says how it goes
+    if (error.name === "AbortError") return; // a newer request reports its own progress
     message.className = "message error";
     message.textContent = error.message;
   }
@@ -84,7 +84,10 @@ function fill() {
   const text = $("text").value;
   return saying($("mask-message"), async () => {
     if (text.includes(MASK)) showFillings((await ask("v1/fill-mask", { inputs: text })).outputs);
-    else $("fillings").replaceChildren();
+    else {
+      underway["v1/fill-mask"]?.abort();
+      $("fillings").replaceChildren();
+    }
     await look(text);
   });
 }

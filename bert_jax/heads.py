@@ -1,6 +1,7 @@
 """BERT's heads, each on an encoder: pretraining, masked tokens, next sentence, text and token classes, answers."""
 
 from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,10 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from bert_jax.config import BertConfig
-from bert_jax.model import Attention, BertModel, BertPreTrainedModel, ComputeDtype, check_inputs
+from bert_jax.model import Attention, BertModel, BertModelOutput, BertPreTrainedModel, ComputeDtype, check_inputs
 from bert_jax.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, last_axis, new_param, split_key
+
+Output = TypeVar("Output")
 
 FIRST = np.zeros((1, 1), np.int32)
 """The `positions` for a head that reads only [CLS]."""
@@ -75,8 +78,11 @@ class MaskedLMHead(nnx.Module):
             return logits + last_axis(self.bias[...], logits)
 
 
-class BertForPreTraining(BertPreTrainedModel):
-    """The encoder with both pretraining heads (Devlin et al. 2018, section 3.1)."""
+class BertWithHead(BertPreTrainedModel):
+    """An encoder, `bert`, with a head. A subclass says what its head reads, and makes and applies it."""
+
+    pooled: ClassVar[bool] = False
+    """Whether the head reads the pooler's output; else the encoder has no pooler."""
 
     def __init__(
         self,
@@ -90,10 +96,28 @@ class BertForPreTraining(BertPreTrainedModel):
     ):
         self.config = config
         self.bert = BertModel(
-            config, rngs=rngs, compute_dtype=compute_dtype, attention=attention, remat=remat, scan_layers=scan_layers
-        )
-        self.predictions = MaskedLMHead(config, rngs)
-        self.seq_relationship = Linear(config.hidden_size, 2, config.initializer_range, rngs)
+            config, rngs=rngs, compute_dtype=compute_dtype, attention=attention, remat=remat, scan_layers=scan_layers,
+            add_pooling_layer=self.pooled,
+        )  # fmt: skip
+        self._add_head(rngs)
+
+    def _add_head(self, rngs: nnx.Rngs | None) -> None:
+        """Adds the layers of the head to the model."""
+        raise NotImplementedError
+
+    def _linear(self, features: int, rngs: nnx.Rngs | None) -> Linear:
+        """A linear layer from the hidden size to `features`."""
+        return Linear(self.config.hidden_size, features, self.config.initializer_range, rngs)
+
+
+class BertForPreTraining(BertWithHead):
+    """The encoder with both pretraining heads (Devlin et al. 2018, section 3.1)."""
+
+    pooled = True
+
+    def _add_head(self, rngs: nnx.Rngs | None) -> None:
+        self.predictions = MaskedLMHead(self.config, rngs)
+        self.seq_relationship = self._linear(2, rngs)
 
     def __call__(
         self,
@@ -149,30 +173,11 @@ class BertForPreTraining(BertPreTrainedModel):
             return PreTrainingOutput(logits, self.seq_relationship(pooled), out.hidden_states, out.attentions)
 
 
-class BertForMaskedLM(BertPreTrainedModel):
+class BertForMaskedLM(BertWithHead):
     """The encoder with the masked-language-model head."""
 
-    def __init__(
-        self,
-        config: BertConfig,
-        *,
-        rngs: nnx.Rngs | None = None,
-        compute_dtype: ComputeDtype = "float32",
-        attention: Attention = "plain",
-        remat: bool = False,
-        scan_layers: bool = False,
-    ):
-        self.config = config
-        self.bert = BertModel(
-            config,
-            rngs=rngs,
-            add_pooling_layer=False,
-            compute_dtype=compute_dtype,
-            attention=attention,
-            remat=remat,
-            scan_layers=scan_layers,
-        )
-        self.predictions = MaskedLMHead(config, rngs)
+    def _add_head(self, rngs: nnx.Rngs | None) -> None:
+        self.predictions = MaskedLMHead(self.config, rngs)
 
     def __call__(
         self,
@@ -205,198 +210,92 @@ class BertForMaskedLM(BertPreTrainedModel):
         return HeadOutput(logits, out.hidden_states, out.attentions)
 
 
-class BertForNextSentencePrediction(BertPreTrainedModel):
+class BertWithLinearHead(BertWithHead, Generic[Output]):
+    """An encoder with a head that is one linear layer."""
+
+    head_dropout: ClassVar[bool] = False
+    """Whether dropout is applied to what the head reads."""
+
+    def __call__(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        document_ids: ArrayLike | None = None,
+        *,
+        positions: ArrayLike | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> Output:
+        """The arguments are those of `BertModel`."""
+        bert_key, head_key = split_key(dropout_key, 2) if self.head_dropout else (dropout_key, None)
+        out = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            document_ids,
+            positions=positions,
+            dropout_key=bert_key,
+        )
+        config = self.config
+        rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        hidden = out.pooler_output if self.pooled else out.last_hidden_state
+        return self._head(dropout(hidden, rate, head_key).astype(jnp.float32), out)
+
+    def _head(self, hidden: jax.Array, out: BertModelOutput) -> Output:
+        """Applies the head.
+
+        Args:
+            hidden: float32 [B, T, D], or [B, D] of the pooler.
+            out: The output of the encoder.
+        """
+        raise NotImplementedError
+
+
+class BertForNextSentencePrediction(BertWithLinearHead[HeadOutput]):
     """The encoder with the next-sentence head: logits float32 [B, 2] or [B, K, 2]; index 0 is "B follows A"."""
 
-    def __init__(
-        self,
-        config: BertConfig,
-        *,
-        rngs: nnx.Rngs | None = None,
-        compute_dtype: ComputeDtype = "float32",
-        attention: Attention = "plain",
-        remat: bool = False,
-        scan_layers: bool = False,
-    ):
-        self.config = config
-        self.bert = BertModel(
-            config, rngs=rngs, compute_dtype=compute_dtype, attention=attention, remat=remat, scan_layers=scan_layers
-        )
-        self.seq_relationship = Linear(config.hidden_size, 2, config.initializer_range, rngs)
+    pooled = True
 
-    def __call__(
-        self,
-        input_ids: ArrayLike,
-        attention_mask: ArrayLike | None = None,
-        token_type_ids: ArrayLike | None = None,
-        position_ids: ArrayLike | None = None,
-        document_ids: ArrayLike | None = None,
-        *,
-        positions: ArrayLike | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> HeadOutput:
-        """The arguments are those of `BertModel`."""
-        out = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            document_ids,
-            positions=positions,
-            dropout_key=dropout_key,
-        )
+    def _add_head(self, rngs: nnx.Rngs | None) -> None:
+        self.seq_relationship = self._linear(2, rngs)
+
+    def _head(self, hidden: jax.Array, out: BertModelOutput) -> HeadOutput:
         with jax.named_scope("seq_relationship"):
-            return HeadOutput(self.seq_relationship(out.pooler_output), out.hidden_states, out.attentions)
+            return HeadOutput(self.seq_relationship(hidden), out.hidden_states, out.attentions)
 
 
-class BertForSequenceClassification(BertPreTrainedModel):
+class BertWithClassifier(BertWithLinearHead[HeadOutput]):
+    """An encoder with a classifier."""
+
+    head_dropout = True
+
+    def _add_head(self, rngs: nnx.Rngs | None) -> None:
+        self.classifier = self._linear(self.config.num_labels, rngs)
+
+    def _head(self, hidden: jax.Array, out: BertModelOutput) -> HeadOutput:
+        with jax.named_scope("classifier"):
+            return HeadOutput(self.classifier(hidden), out.hidden_states, out.attentions)
+
+
+class BertForSequenceClassification(BertWithClassifier):
     """The encoder with a classifier of the pooled first token or `positions`: logits float32 [B, C] or [B, K, C]."""
 
-    def __init__(
-        self,
-        config: BertConfig,
-        *,
-        rngs: nnx.Rngs | None = None,
-        compute_dtype: ComputeDtype = "float32",
-        attention: Attention = "plain",
-        remat: bool = False,
-        scan_layers: bool = False,
-    ):
-        self.config = config
-        self.bert = BertModel(
-            config, rngs=rngs, compute_dtype=compute_dtype, attention=attention, remat=remat, scan_layers=scan_layers
-        )
-        self.classifier = Linear(config.hidden_size, config.num_labels, config.initializer_range, rngs)
-
-    def __call__(
-        self,
-        input_ids: ArrayLike,
-        attention_mask: ArrayLike | None = None,
-        token_type_ids: ArrayLike | None = None,
-        position_ids: ArrayLike | None = None,
-        document_ids: ArrayLike | None = None,
-        *,
-        positions: ArrayLike | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> HeadOutput:
-        """The arguments are those of `BertModel`."""
-        bert_key, classifier_key = split_key(dropout_key, 2)
-        out = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            document_ids,
-            positions=positions,
-            dropout_key=bert_key,
-        )
-        with jax.named_scope("classifier"):
-            pooled = dropout(out.pooler_output, _classifier_dropout(self.config), classifier_key)
-            return HeadOutput(self.classifier(pooled), out.hidden_states, out.attentions)
+    pooled = True
 
 
-class BertForTokenClassification(BertPreTrainedModel):
+class BertForTokenClassification(BertWithClassifier):
     """The encoder with a classifier of each token: logits float32 [B, T, C]."""
 
-    def __init__(
-        self,
-        config: BertConfig,
-        *,
-        rngs: nnx.Rngs | None = None,
-        compute_dtype: ComputeDtype = "float32",
-        attention: Attention = "plain",
-        remat: bool = False,
-        scan_layers: bool = False,
-    ):
-        self.config = config
-        self.bert = BertModel(
-            config,
-            rngs=rngs,
-            add_pooling_layer=False,
-            compute_dtype=compute_dtype,
-            attention=attention,
-            remat=remat,
-            scan_layers=scan_layers,
-        )
-        self.classifier = Linear(config.hidden_size, config.num_labels, config.initializer_range, rngs)
 
-    def __call__(
-        self,
-        input_ids: ArrayLike,
-        attention_mask: ArrayLike | None = None,
-        token_type_ids: ArrayLike | None = None,
-        position_ids: ArrayLike | None = None,
-        document_ids: ArrayLike | None = None,
-        *,
-        positions: ArrayLike | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> HeadOutput:
-        """The arguments are those of `BertModel`."""
-        bert_key, classifier_key = split_key(dropout_key, 2)
-        out = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            document_ids,
-            positions=positions,
-            dropout_key=bert_key,
-        )
-        with jax.named_scope("classifier"):
-            hidden = dropout(out.last_hidden_state, _classifier_dropout(self.config), classifier_key)
-            return HeadOutput(self.classifier(hidden.astype(jnp.float32)), out.hidden_states, out.attentions)
-
-
-class BertForQuestionAnswering(BertPreTrainedModel):
+class BertForQuestionAnswering(BertWithLinearHead[QuestionAnsweringOutput]):
     """The encoder with two scores per token, for an answer's start and end (Devlin et al. 2018, section 4.2)."""
 
-    def __init__(
-        self,
-        config: BertConfig,
-        *,
-        rngs: nnx.Rngs | None = None,
-        compute_dtype: ComputeDtype = "float32",
-        attention: Attention = "plain",
-        remat: bool = False,
-        scan_layers: bool = False,
-    ):
-        self.config = config
-        self.bert = BertModel(
-            config,
-            rngs=rngs,
-            add_pooling_layer=False,
-            compute_dtype=compute_dtype,
-            attention=attention,
-            remat=remat,
-            scan_layers=scan_layers,
-        )
-        self.qa_outputs = Linear(config.hidden_size, 2, config.initializer_range, rngs)
+    def _add_head(self, rngs: nnx.Rngs | None) -> None:
+        self.qa_outputs = self._linear(2, rngs)
 
-    def __call__(
-        self,
-        input_ids: ArrayLike,
-        attention_mask: ArrayLike | None = None,
-        token_type_ids: ArrayLike | None = None,
-        position_ids: ArrayLike | None = None,
-        document_ids: ArrayLike | None = None,
-        *,
-        positions: ArrayLike | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> QuestionAnsweringOutput:
-        """The arguments are those of `BertModel`."""
-        out = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            document_ids,
-            positions=positions,
-            dropout_key=dropout_key,
-        )
+    def _head(self, hidden: jax.Array, out: BertModelOutput) -> QuestionAnsweringOutput:
         with jax.named_scope("qa_outputs"):
-            logits = self.qa_outputs(out.last_hidden_state.astype(jnp.float32))  # [B, T, 2]
+            logits = self.qa_outputs(hidden)  # [B, T, 2]
         return QuestionAnsweringOutput(logits[..., 0], logits[..., 1], out.hidden_states, out.attentions)
-
-
-def _classifier_dropout(config: BertConfig) -> float:
-    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout

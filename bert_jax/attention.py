@@ -125,7 +125,7 @@ def splash(
     if attended is None:
         attended = Attended(jnp.ones((rows, 1), jnp.int32), jnp.ones((rows, key.shape[1]), jnp.int32))
     mesh = jax.sharding.get_abstract_mesh()
-    ours = set(sharding.ROWS) <= set(mesh.axis_names) and mesh.size > 1
+    ours = set(sharding.BATCH_AXES) <= set(mesh.axis_names) and mesh.size > 1
     shares = mesh.shape["tensor"] if ours else 1
     block = next(block for block in (512, 384, 256, 128) if length % block == 0 and key.shape[1] % block == 0)
     kernel = library.make_splash_mha_single_device(
@@ -143,7 +143,7 @@ def splash(
         return context
 
     if ours:
-        by_head, by_row = PartitionSpec(sharding.ROWS, "tensor"), PartitionSpec(sharding.ROWS)
+        by_head, by_row = PartitionSpec(sharding.BATCH_AXES, "tensor"), PartitionSpec(sharding.BATCH_AXES)
         one_device = jax.shard_map(
             one_device, in_specs=(by_head, by_head, by_head, by_row, by_row), out_specs=by_head, check_vma=False
         )

@@ -77,11 +77,11 @@ def draw_by_rows(draw: Callable[..., jax.Array], key: jax.Array, shape: tuple[in
         return draw(key, shape)
 
     def part(key: jax.Array) -> jax.Array:
-        own = key.at[1].add(jax.lax.axis_index(sharding.ROWS).astype(key.dtype))
+        own = key.at[1].add(jax.lax.axis_index(sharding.BATCH_AXES).astype(key.dtype))
         return draw(own, (shape[0] // shares, *shape[1:]))
 
-    spec = PartitionSpec(sharding.ROWS)
+    spec = PartitionSpec(sharding.BATCH_AXES)
     sharded = jax.shard_map(
-        part, in_specs=PartitionSpec(), out_specs=spec, axis_names=set(sharding.ROWS), check_vma=False
+        part, in_specs=PartitionSpec(), out_specs=spec, axis_names=set(sharding.BATCH_AXES), check_vma=False
     )
     return sharded(key)

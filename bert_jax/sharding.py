@@ -18,7 +18,7 @@ from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
 from bert_jax.training import distributed
 
-ROWS = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp")
 """The mesh axes that shard the rows of a batch."""
 
 # Pattern of parameter paths -> the mesh axis that shards each array axis. The first match counts. A parameter without
@@ -69,7 +69,7 @@ def mesh(
 def part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     """The index of the part of a batch's rows that this process's devices hold, and the number of parts.
 
-    Processes connected by an axis other than `ROWS` hold the same part.
+    Processes connected by an axis other than `BATCH_AXES` hold the same part.
 
     Raises:
         InputError: If the mesh leaves this process without devices, or the parts would differ in size.
@@ -102,7 +102,7 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def by_row(mesh: jax.sharding.Mesh) -> NamedSharding:
     """A sharding of the rows of a batch."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def placement(mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
@@ -150,7 +150,7 @@ def put_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
 
 def share(mesh: jax.sharding.Mesh) -> int:
     """The number of shards of a batch on a mesh. The number of rows must be a multiple of it."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def by_rows(x: jax.Array) -> jax.Array:
@@ -160,12 +160,12 @@ def by_rows(x: jax.Array) -> jax.Array:
         x: [B, …].
 
     Returns:
-        x; without the constraint if the current mesh (`jax.set_mesh`) lacks the axes `ROWS` or does not shard rows.
+        x; without the constraint if the current mesh (`jax.set_mesh`) lacks `BATCH_AXES` or does not shard rows.
     """
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS)) if shares() > 1 else x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)) if shares() > 1 else x
 
 
 def shares() -> int:
-    """The number of shards of a batch under the current mesh; 1 if the mesh lacks the axes `ROWS`."""
+    """The number of shards of a batch under the current mesh; 1 if the mesh lacks the axes `BATCH_AXES`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in ROWS) if set(ROWS) <= set(mesh.axis_names) else 1
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES) if set(BATCH_AXES) <= set(mesh.axis_names) else 1

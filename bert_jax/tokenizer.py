@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import Encoding
 
 from bert_jax import hub
+from bert_jax.data.rows import lay_out, model_inputs
 from bert_jax.errors import CheckpointError, InputError, quoted
 from bert_jax.tokenizer_files import (
     BERT_CLASSES,
@@ -314,17 +315,9 @@ class Tokenizer:
         length = longest if length is None else length
         if longest > length:
             raise InputError(f"A row has {longest} tokens; cannot pad to length={length}.")
-        shape = (max(rows, len(ids)), length)
-        inputs = {
-            "input_ids": np.full(shape, self.pad_token_id or 0, np.int32),
-            "attention_mask": np.zeros(shape, np.int32),
-            "token_type_ids": np.zeros(shape, np.int32),
-        }
-        for i, (row, types) in enumerate(zip(ids, type_ids, strict=True)):
-            inputs["input_ids"][i, : len(row)] = row
-            inputs["attention_mask"][i, : len(row)] = 1
-            inputs["token_type_ids"][i, : len(row)] = types
-        return inputs
+        spots = lay_out(range(len(ids)), range(len(ids)), map(len, ids))
+        shape = max(rows, len(ids)), length
+        return model_inputs(spots, ids, type_ids, shape, packed=False, pad_token_id=self.pad_token_id or 0)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Maps token ids to text: joins the pieces and removes the spaces before punctuation."""

@@ -15,7 +15,7 @@ PACKAGE = Path(bert_jax.__file__).parent
 FLOORS = [
     ["errors", "tools.figure", "training.memory"],
     ["hub", "training.distributed"],
-    ["config", "tree", "yaml_file", "training.losses", "evaluation.metrics", "data.sources"],
+    ["config", "tree", "yaml_file", "training.losses", "evaluation.metrics", "data.sources", "data.rows"],
     ["data.loader"],
     ["weights", "tokenizer_files", "sharding"],
     ["tokenizer"],

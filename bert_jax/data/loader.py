@@ -1,6 +1,5 @@
 """Examples -> batches, found by their step. An epoch's batches are a pure function of seed, epoch and lengths."""
 
-import bisect
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,11 +8,12 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
+from bert_jax.data.rows import Spot, best_fit, lay_out, model_inputs
 from bert_jax.training.losses import IGNORE
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Row lengths that batches without packing are padded to. Each has its own program; at most a third is padding."""
-WINDOW = 50
+SORTED_TOGETHER = 50
 """Number of batches whose examples are sorted by length together, as in transformers' `group_by_length`."""
 
 
@@ -104,51 +104,33 @@ class Examples:
         """The rows of the data, counted from 1, that the examples were made from."""
         return sorted({1 + (self.origins[i][0] if self.origins else int(i)) for i in indices})
 
-    def spots(self, place: Place) -> Iterator[tuple[int, int, int, int]]:
-        """Yields the spot of each example of a place: index, row, number within the row, and first token."""
-        count, used = (np.zeros(place.shape.rows, int) for _ in range(2))
-        for index, row in zip(place.indices.tolist(), place.rows.tolist(), strict=True):
-            yield index, row, int(count[row]), int(used[row])
-            count[row] += 1
-            used[row] += self.lengths[index]
-
-    def share(self, place: Place, part: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-        """The spots in one part of the rows, with row 0 its first; `part` is its index and the number of parts."""
+    def spots(self, place: Place, part: tuple[int, int] = (0, 1)) -> list[Spot]:
+        """Where the examples of a place lie in one part of its rows; `part` is its index and the number of parts."""
         size = place.shape.rows // part[1]
-        first = part[0] * size
-        return [(i, row - first, n, at) for i, row, n, at in self.spots(place) if 0 <= row - first < size]
+        rows = place.rows - part[0] * size
+        here = (rows >= 0) & (rows < size)
+        indices = place.indices[here]
+        return lay_out(indices.tolist(), rows[here].tolist(), self.lengths[indices].tolist())
 
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
         """The batch of a place, or one part of its rows; `part` is the index of the part and the number of parts."""
-        size = place.shape.rows // part[1]
-        shape = size, place.shape.length
-        packed = place.shape.examples > 1
-        mask = "document_ids" if packed else "attention_mask"
-        inputs = {
-            "input_ids": np.full(shape, self.pad_token_id, np.int32),
-            "token_type_ids": np.zeros(shape, np.int32),
-            mask: np.zeros(shape, np.int32),
-        }
-        if packed:
-            inputs["position_ids"] = np.zeros(shape, np.int32)
-        by_example = (size, place.shape.examples)
+        shape = place.shape.rows // part[1], place.shape.length
+        by_example = shape[0], place.shape.examples
+        spots = self.spots(place, part)
+        inputs = model_inputs(
+            spots, self.input_ids, self.token_type_ids, shape, packed=by_example[1] > 1, pad_token_id=self.pad_token_id
+        )
         targets = {
             **{name: np.zeros((*by_example, *column.shape[1:]), column.dtype) for name, column in self.targets.items()},
             **{name: np.full(shape, IGNORE, np.int32) for name in self.token_targets},
         }
         starts, weights = np.zeros(by_example, np.int32), np.zeros(by_example, np.float32)
-        for i, row, n, at in self.share(place, part):
-            here = row, slice(at, at + len(self.input_ids[i]))
-            inputs["input_ids"][here] = self.input_ids[i]
-            inputs["token_type_ids"][here] = self.token_type_ids[i]
-            inputs[mask][here] = n + 1
-            if packed:
-                inputs["position_ids"][here] = np.arange(len(self.input_ids[i]))
+        for spot in spots:
             for name, values in self.targets.items():
-                targets[name][row, n] = values[i]
+                targets[name][spot.row, spot.number] = values[spot.item]
             for name, columns in self.token_targets.items():
-                targets[name][here] = columns[i]
-            starts[row, n], weights[row, n] = at, 1
+                targets[name][spot.tokens] = columns[spot.item]
+            starts[spot.row, spot.number], weights[spot.row, spot.number] = spot.start, 1
         return Batch(inputs=inputs, targets=targets, starts=starts, weights=weights)
 
 
@@ -160,7 +142,7 @@ def bucketed(
 ) -> list[Place]:
     """Makes batches of examples of similar length, one per row, in random order; one batch holds the remainder."""
     order = random.permutation(len(lengths))
-    window = WINDOW * batch_size
+    window = SORTED_TOGETHER * batch_size
     order = np.concatenate([
         part[np.argsort(-lengths[part], kind="stable")]
         for part in (order[start : start + window] for start in range(0, len(order), window))
@@ -207,37 +189,6 @@ def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.nd
     """
     rows = best_fit(lengths[indices].tolist(), length)
     return np.array(rows), Shape(max(rows) + 1, length, int(np.bincount(rows).max()))
-
-
-def best_fit(tokens: Sequence[int], length: int, *, rows: int | None = None, examples: int | None = None) -> list[int]:
-    """Packs examples one after another, each into the fullest row that still has room for it.
-
-    Args:
-        tokens: Number of tokens of each example, in descending order (best fit decreasing).
-        length: Tokens per row.
-        rows: Number of rows; None for as many as are needed.
-        examples: Maximum number of examples per row; None for no limit.
-
-    Returns:
-        The row of each example; -1 if no row has room for it.
-    """
-    room: list[tuple[int, int]] = []  # (tokens left, row), fullest row first
-    count: list[int] = []
-    chosen: list[int] = []
-    for size in tokens:
-        place = bisect.bisect(room, (size, -1))
-        if place == len(room):
-            if len(count) == rows:
-                chosen.append(-1)
-                continue
-            room.append((length, len(count)))
-            count.append(0)
-        left, row = room.pop(place)
-        count[row] += 1
-        if count[row] != examples:
-            bisect.insort(room, (left - size, row))
-        chosen.append(row)
-    return chosen
 
 
 def packed_shape(

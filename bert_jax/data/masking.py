@@ -155,9 +155,9 @@ class MaskedExamples(Examples):
         positions, guessed_in = (np.zeros((rows, most), np.int32) for _ in range(2))
         labels = np.full((rows, most), IGNORE, np.int32)
         used = np.zeros(rows, int)
-        for i, row, n, at in self.share(place, part):
+        for i, row, n, start, stop in self.spots(place, part):
             random = np.random.default_rng((self.seed, place.epoch, i))
-            ids = batch["inputs"]["input_ids"][row, at : at + self.lengths[i]]
+            ids = batch["inputs"]["input_ids"][row, start:stop]
             candidates = np.flatnonzero(~np.isin(ids, self.special))
             if not len(candidates):
                 continue
@@ -168,7 +168,7 @@ class MaskedExamples(Examples):
                 self.continuing[ids[candidates]] if self.masking.whole_words else None,
             )
             here = row, slice(used[row], used[row] + len(chosen))
-            positions[here], labels[here], guessed_in[here] = at + chosen, ids[chosen], n
+            positions[here], labels[here], guessed_in[here] = start + chosen, ids[chosen], n
             ids[chosen] = hide(ids[chosen], random, self.mask_id, self.vocab_size)
             used[row] += len(chosen)
         batch["targets"] |= {"masked_positions": positions, "labels": labels, "guessed_in": guessed_in}

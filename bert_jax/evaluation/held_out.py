@@ -22,9 +22,9 @@ from rich.progress import track
 from bert_jax import hub
 from bert_jax.errors import InputError
 from bert_jax.heads import BertForMaskedLM, BertForNextSentencePrediction
-from bert_jax.inference.pipelines import WINDOW, Pipeline, pipeline
+from bert_jax.inference.pipelines import READ_AHEAD, Pipeline, pipeline
 from bert_jax.model import ComputeDtype
-from bert_jax.tasks.base import Request, Row, Task
+from bert_jax.tasks.base import Features, Request, Task
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
 from bert_jax.tools import report
@@ -86,7 +86,7 @@ class HiddenTokens(FillMask):
         for group in groups:
             hidden = set(group)
             ids = [self.mask_id if i in hidden else token for i, token in enumerate(encoding.ids)]
-            rows.append(Row(ids, encoding.type_ids, group, [encoding.ids[i] for i in group]))
+            rows.append(Features(ids, encoding.type_ids, group, [encoding.ids[i] for i in group]))
         outputs = yield rows
         return [
             Hidden(token, position, float(nll), int(rank))
@@ -118,7 +118,7 @@ class Following(NextSentencePrediction):
         a = a[len(a) - min(len(a), room - keep) :]
         start, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         ids: list[Any] = [start, *a, end, *b[:keep], end]
-        (output,) = yield [Row(ids, [0] * (len(a) + 2) + [1] * (keep + 1))]
+        (output,) = yield [Features(ids, [0] * (len(a) + 2) + [1] * (keep + 1))]
         return output["log_p"]
 
 
@@ -199,12 +199,12 @@ def leave(folder: Path, settings: str, results: dict[str, dict[str, Any]]) -> No
 def _run(
     pipe: Pipeline[Task], task: Any, requests: Iterator[Request[Any]], count: int, model: str, console: Console | None
 ) -> list[Any]:
-    """Runs requests in groups of `WINDOW`, and returns their results."""
+    """Runs requests in groups of `READ_AHEAD`, and returns their results."""
     pipe.task = task
     results: list[Any] = []
     console = console or Console(quiet=True)
-    for _ in track(range(0, count, WINDOW), description=model, console=console, transient=True):
-        results += pipe.run(list(itertools.islice(requests, WINDOW)))
+    for _ in track(range(0, count, READ_AHEAD), description=model, console=console, transient=True):
+        results += pipe.run(list(itertools.islice(requests, READ_AHEAD)))
     return results
 
 

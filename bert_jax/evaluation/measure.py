@@ -82,7 +82,7 @@ def evaluate(
     remedy = "Lower evaluation_batch_size or the length of the examples."
     collected: dict[str, Any] = {}
     total = counted = 0.0
-    flying: list[tuple[Place, Any]] = []
+    in_flight: list[tuple[Place, Any]] = []
 
     def deliver(place: Place, results: Any) -> None:
         nonlocal total, counted
@@ -96,17 +96,17 @@ def evaluate(
         total, counted = total + float(loss) * float(count), counted + float(count)
         for name, array in outputs.items():
             column = collected.setdefault(name, [None] * len(examples))
-            for i, row, n, at in examples.spots(place):
+            for spot in examples.spots(place):
                 # A copy, because a slice would keep the whole batch in memory.
-                column[i] = array[row, at : at + examples.lengths[i]].copy() if task.per_token else array[row, n]
+                column[spot.item] = array[spot.tokens].copy() if task.per_token else array[spot.row, spot.number]
 
     for step in range(loader.steps_per_epoch):
         with jax.set_mesh(mesh), out_of_memory(loader.place(step).shape, remedy):
             batch = sharding.put_batch(loader.batch_at(step), mesh)
-            flying.append((loader.place(step), evaluate_batch(params, batch)))
-        if len(flying) > 1:  # the device computes this batch while the host reads the previous one
-            deliver(*flying.pop(0))
-    for entry in flying:
+            in_flight.append((loader.place(step), evaluate_batch(params, batch)))
+        if len(in_flight) > 1:  # the device computes this batch while the host reads the previous one
+            deliver(*in_flight.pop(0))
+    for entry in in_flight:
         deliver(*entry)
     if not task.per_token:
         collected = {name: np.stack(column) for name, column in collected.items()}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bert_jax.errors import InputError
-from bert_jax.inference.pipelines import LENGTHS, Pipeline
+from bert_jax.inference.pipelines import BUCKET_LENGTHS, Pipeline
 from bert_jax.tasks.base import Task
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ class Attention:
 
     def __init__(self, pipe: Pipeline[Task]):
         self.pipe = pipe
-        self._lengths = [length for length in LENGTHS if length <= min(ATTENTION_TOKENS, pipe.max_length)]
+        self._lengths = [length for length in BUCKET_LENGTHS if length <= min(ATTENTION_TOKENS, pipe.max_length)]
         self._programs = {length: self._compiled(length) for length in self._lengths}
 
     def _compiled(self, length: int) -> Any:

@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, overload
 
 import jax
@@ -18,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bert_jax import attention, hub, sharding, tree
-from bert_jax.data.loader import best_fit
+from bert_jax.data.rows import Spot, best_fit, lay_out, model_inputs
 from bert_jax.errors import CheckpointError, InputError, quoted
 from bert_jax.heads import FIRST
 from bert_jax.hub import DEFAULT_MODEL
 from bert_jax.model import BertModel, BertPreTrainedModel, ComputeDtype
-from bert_jax.tasks.base import Outputs, Request, Row, Task, check_vocabulary
+from bert_jax.tasks.base import Features, Outputs, Request, Task, check_vocabulary
 from bert_jax.tasks.feature_extraction import FeatureExtraction
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
@@ -33,15 +34,15 @@ from bert_jax.tasks.sequence_classification import SequenceClassification
 from bert_jax.tasks.token_classification import TokenClassification
 from bert_jax.tokenizer import Tokenizer
 
-LENGTHS = (16, 32, 64, 128, 256, 512)
+BUCKET_LENGTHS = (16, 32, 64, 128, 256, 512)
 """Lengths that rows are padded to, in tokens."""
-ROWS = (1, 4, 16, 64)
+BUCKET_ROWS = (1, 4, 16, 64)
 """Numbers of rows that a batch with one text per row is padded to."""
-TOKENS = 2048
+BUCKET_TOKENS = 2048
 """Tokens of a full batch, padding included. If more tokens than this are waiting, rows hold several texts."""
-PACKED = (128, 256, 384, 512)
+PACKED_LENGTHS = (128, 256, 384, 512)
 """Lengths that packed rows are padded to, in tokens. A packed row holds at most an eighth as many texts."""
-WINDOW = 1024
+READ_AHEAD = 1024
 """Number of inputs of a stream that are sorted by length together."""
 
 
@@ -63,17 +64,44 @@ class Bucket(NamedTuple):
     labelled: bool = False
 
 
-class Spot(NamedTuple):
-    """Where a requested row lies: row of the batch, index within it, first token, first masked position."""
+class Queued(NamedTuple):
+    """A row of tokens that a request waits for.
 
-    row: int
-    text: int
-    token: int
-    mask: int
+    Attributes:
+        features: The tokens.
+        request: The index of the request.
+        place: The index of the row among those of the request.
+    """
+
+    features: Features
+    request: int
+    place: int
 
 
-Entry = tuple[Row, int, int]
-"""A row that a task asked for, the index of its request, and its place among the rows of that request."""
+@dataclass(frozen=True)
+class Batch:
+    """What one program computes at once.
+
+    Attributes:
+        queued: The texts.
+        rows: The row of each text.
+        bucket: The program.
+    """
+
+    queued: list[Queued]
+    rows: list[int]
+    bucket: Bucket
+
+    @functools.cached_property
+    def spots(self) -> list[Spot]:
+        """Where the tokens of each text lie."""
+        return lay_out(range(len(self.rows)), self.rows, [len(q.features.input_ids) for q in self.queued])
+
+    @functools.cached_property
+    def masked_spots(self) -> list[Spot]:
+        """Where the masked positions of each text lie among those of its row."""
+        return lay_out(range(len(self.rows)), self.rows, [len(q.features.masked_positions) for q in self.queued])
+
 
 Model = str | os.PathLike[str] | BertPreTrainedModel
 Input = TypeVar("Input")
@@ -216,9 +244,9 @@ class Pipeline(Generic[Task_co]):
         self.config = model.config
         self.max_length = max_length
         self.params, self._skeleton = tree.split(model)
-        self._lengths = [*(length for length in LENGTHS if length < max_length), max_length]
+        self._lengths = [*(length for length in BUCKET_LENGTHS if length < max_length), max_length]
         packs = model.encoder.attention not in attention.UNPACKED
-        self._packed = [*(length for length in PACKED if length < max_length), max_length] if packs else []
+        self._packed = [*(length for length in PACKED_LENGTHS if length < max_length), max_length] if packs else []
         self._programs: dict[Bucket, jax.stages.Compiled] = {}
 
     @functools.cached_property
@@ -230,7 +258,7 @@ class Pipeline(Generic[Task_co]):
 
         After that, no input waits for a compiler, and memory use has reached its peak.
         """
-        shapes = [(rows, length, 1) for length in self._lengths for rows in ROWS if rows <= _most(length)]
+        shapes = [(rows, length, 1) for length in self._lengths for rows in BUCKET_ROWS if rows <= _most(length)]
         shapes += [(_most(length), length, length // 8) for length in self._packed]
         buckets = []
         for rows, length, texts in shapes:
@@ -257,7 +285,7 @@ class Pipeline(Generic[Task_co]):
 
         Returns:
             The task's result for one input; a list of results, in order, for a list; an iterator for any other
-            iterable, which is read ahead by at most `WINDOW` inputs.
+            iterable, which is read ahead by at most `READ_AHEAD` inputs.
 
         Raises:
             InputError: Names what cannot be used and, if there are several inputs, the index.
@@ -288,7 +316,7 @@ class Pipeline(Generic[Task_co]):
 
     def _stream(self, inputs: Iterator[Any], parameters: Mapping[str, Any]) -> Iterator[Any]:
         numbered = enumerate(inputs)
-        while window := list(itertools.islice(numbered, WINDOW)):
+        while window := list(itertools.islice(numbered, READ_AHEAD)):
             requests = []
             for i, entry in window:
                 try:
@@ -301,7 +329,7 @@ class Pipeline(Generic[Task_co]):
         """Runs requests to their results, batching the rows of all requests; returns results in the same order."""
         results: list[Any] = [None] * len(requests)
         waiting: dict[int, list[Outputs | None]] = {}  # request -> outputs of its rows so far
-        queued: list[Entry] = []
+        queued: list[Queued] = []
 
         def advance(i: int, outputs: Any) -> None:
             try:
@@ -310,84 +338,82 @@ class Pipeline(Generic[Task_co]):
                 results[i] = finished.value
                 return
             waiting[i] = [None] * len(rows)
-            queued.extend((row, i, place) for place, row in enumerate(rows))
+            queued.extend(Queued(row, i, place) for place, row in enumerate(rows))
 
-        def deliver(batch: list[list[Entry]], arrays: dict[str, jax.Array]) -> None:
+        def deliver(batch: Batch, arrays: dict[str, jax.Array]) -> None:
             on_host = {name: np.asarray(array) for name, array in arrays.items()}
             if not all(np.isfinite(array).all() for array in on_host.values()):
                 raise CheckpointError(
                     "The model's results are not finite (NaN or infinity): its numbers overflow. Its weights or its "
                     "config are damaged, or need float32."
                 )
-            for spot, (row, i, place) in _spots(batch):
-                where: Any = spot.text
-                if row.masked_positions:
-                    where = slice(spot.mask, spot.mask + len(row.masked_positions))
-                elif self.task.per_token:
-                    where = slice(spot.token, spot.token + len(row.input_ids))
-                waiting[i][place] = {name: array[spot.row, where] for name, array in on_host.items()}
+            for (features, i, place), spot, mask in zip(batch.queued, batch.spots, batch.masked_spots, strict=True):
+                where: Any = spot.tokens if self.task.per_token else (spot.row, spot.number)
+                if features.masked_positions:
+                    where = mask.tokens
+                waiting[i][place] = {name: array[where] for name, array in on_host.items()}
                 if all(output is not None for output in waiting[i]):
                     advance(i, waiting.pop(i))
 
         for i in range(len(requests)):
             advance(i, None)
         while queued:
-            round_, queued[:] = list(queued), []
-            flying: deque[tuple[list[list[Entry]], dict[str, jax.Array]]] = deque()
-            for batch, bucket in self._batches(round_):
-                flying.append((batch, self._forward(batch, bucket)))
-                if len(flying) > 1:  # while the device computes a batch, the host decodes the previous one
-                    deliver(*flying.popleft())
-            while flying:
-                deliver(*flying.popleft())
+            waiting_now, queued[:] = list(queued), []
+            in_flight: deque[tuple[Batch, dict[str, jax.Array]]] = deque()
+            for batch in self._batches(waiting_now):
+                in_flight.append((batch, self._forward(batch)))
+                if len(in_flight) > 1:  # while the device computes a batch, the host decodes the previous one
+                    deliver(*in_flight.popleft())
+            while in_flight:
+                deliver(*in_flight.popleft())
         return results
 
-    def _batches(self, queued: list[Entry]) -> Iterator[tuple[list[list[Entry]], Bucket]]:
-        """Divides entries into batches; yields the entries of each row of a batch, and the bucket that holds it."""
+    def _batches(self, queued: list[Queued]) -> Iterator[Batch]:
+        """Divides rows of tokens into batches, each with the bucket that holds it."""
         queued = sorted(
-            queued, key=lambda entry: (len(entry[0].input_ids), len(entry[0].masked_positions)), reverse=True
+            queued, key=lambda q: (len(q.features.input_ids), len(q.features.masked_positions)), reverse=True
         )
         while queued:
-            lengths = [len(row.input_ids) for row, _, _ in queued]
-            if self._packed and sum(lengths) > TOKENS:
+            lengths = [len(q.features.input_ids) for q in queued]
+            if self._packed and sum(lengths) > BUCKET_TOKENS:
                 length = next(length for length in self._packed if length >= lengths[0])
                 rows, texts = _most(length), length // 8
-                batch: list[list[Entry]] = [[] for _ in range(rows)]
-                left: list[Entry] = []
-                for entry, row in zip(queued, best_fit(lengths, length, rows=rows, examples=texts), strict=True):
-                    (left if row < 0 else batch[row]).append(entry)
-                queued = left
+                placed = best_fit(lengths, length, rows=rows, items=texts)
             else:
                 # The largest batch of which more than half of the rows need this length. The remaining, shorter rows
                 # go into batches with a shorter length.
                 shorter, length = next((a, b) for a, b in itertools.pairwise([0, *self._lengths]) if b >= lengths[0])
                 filling = sum(tokens > shorter for tokens in lengths)
-                rows, texts = max(rows for rows in ROWS if rows <= _most(length) and filling > rows // 2), 1
-                batch, queued = [[entry] for entry in queued[:rows]], queued[rows:]
-            masks = max(sum(len(row.masked_positions) for row, _, _ in together) for together in batch)
+                rows, texts = max(n for n in BUCKET_ROWS if n <= _most(length) and filling > n // 2), 1
+                placed = [i if i < rows else -1 for i in range(len(queued))]
+            here = [q for q, row in zip(queued, placed, strict=True) if row >= 0]
+            queued = [q for q, row in zip(queued, placed, strict=True) if row < 0]
+            placed = [row for row in placed if row >= 0]
+            masks = int(np.bincount(placed, [len(q.features.masked_positions) for q in here]).max())
             if masks:
                 masks = next(n for n in _masks(length, texts) if n >= masks)
-            labelled = any(row.labels for together in batch for row, _, _ in together)
-            yield batch, Bucket(rows, length, masks, texts, labelled)
+            yield Batch(here, placed, Bucket(rows, length, masks, texts, any(q.features.labels for q in here)))
 
-    def _forward(self, batch: list[list[Entry]], bucket: Bucket) -> dict[str, jax.Array]:
-        inputs = {name: np.zeros(shape, np.int32) for name, shape in self._shapes(bucket).items()}
-        inputs["input_ids"][:] = self.tokenizer.pad_token_id or 0
-        for spot, (row, _, _) in _spots(batch):
-            here = spot.row, slice(spot.token, spot.token + len(row.input_ids))
-            inputs["input_ids"][here] = row.input_ids
-            inputs["token_type_ids"][here] = row.token_type_ids
-            if bucket.texts == 1:
-                inputs["attention_mask"][here] = 1
-            else:
-                inputs["document_ids"][here] = spot.text + 1
-                inputs["position_ids"][here] = np.arange(len(row.input_ids))
-                inputs["starts"][spot.row, spot.text] = spot.token
-            masks = spot.row, slice(spot.mask, spot.mask + len(row.masked_positions))
-            if row.masked_positions:
-                inputs["masked_positions"][masks] = spot.token + np.array(row.masked_positions)
-            if row.labels:
-                inputs["labels"][masks] = row.labels
+    def _forward(self, batch: Batch) -> dict[str, jax.Array]:
+        queued, bucket = batch.queued, batch.bucket
+        inputs = model_inputs(
+            batch.spots,
+            [q.features.input_ids for q in queued],
+            [q.features.token_type_ids for q in queued],
+            (bucket.rows, bucket.length),
+            packed=bucket.texts > 1,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+        )
+        inputs |= {
+            name: np.zeros(shape, np.int32) for name, shape in self._shapes(bucket).items() if name not in inputs
+        }
+        for (features, _, _), spot, mask in zip(queued, batch.spots, batch.masked_spots, strict=True):
+            if bucket.texts > 1:
+                inputs["starts"][spot.row, spot.number] = spot.start
+            if features.masked_positions:
+                inputs["masked_positions"][mask.tokens] = spot.start + np.array(features.masked_positions)
+            if features.labels:
+                inputs["labels"][mask.tokens] = features.labels
         outputs: dict[str, jax.Array] = self._program(bucket)(self.params, inputs)
         return outputs
 
@@ -428,19 +454,9 @@ class Pipeline(Generic[Task_co]):
         return tree.merge(self._skeleton, params)
 
 
-def _spots(batch: list[list[Entry]]) -> Iterator[tuple[Spot, Entry]]:
-    """Where each entry of a batch lies; the entries of a row follow one another."""
-    for i, texts in enumerate(batch):
-        token = mask = 0
-        for n, entry in enumerate(texts):
-            yield Spot(i, n, token, mask), entry
-            token += len(entry[0].input_ids)
-            mask += len(entry[0].masked_positions)
-
-
 def _most(length: int) -> int:
     """Number of rows of a full batch."""
-    return max(1, TOKENS // length)
+    return max(1, BUCKET_TOKENS // length)
 
 
 def _masks(length: int, texts: int) -> tuple[int, int, int]:

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from bert_jax.data import sources
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.inference.catalogue import jsonable
-from bert_jax.inference.pipelines import WINDOW, Pipeline
+from bert_jax.inference.pipelines import READ_AHEAD, Pipeline
 from bert_jax.tasks.base import Request, Task
 
 WHOLE = 2**28
@@ -260,7 +260,7 @@ def _window(
     table: bool,
 ) -> _Window | None:
     window = _Window(0, 0, [], [], [])
-    for path, before, (line, row, position) in islice(entries, WINDOW):
+    for path, before, (line, row, position) in islice(entries, READ_AHEAD):
         window.read += 1
         window.position = before + position
         try:
@@ -412,7 +412,7 @@ def _write_parquet(rows: Iterator[dict[str, Any]], kinds: Mapping[str, set[type]
         fields[name] = numbers.get(one, pyarrow.string())
     schema = pyarrow.schema(fields)
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
-        while chunk := list(islice(rows, WINDOW)):
+        while chunk := list(islice(rows, READ_AHEAD)):
             for row in chunk:
                 for name, value in row.items():
                     if fields[name] == pyarrow.string() and value is not None:

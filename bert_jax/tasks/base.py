@@ -54,7 +54,7 @@ class ReadOptions:
 
 
 @dataclass
-class Row:
+class Features:
     """One row of tokens for the model.
 
     Attributes:
@@ -74,7 +74,7 @@ Outputs = Mapping[str, np.ndarray]
 """The outputs of `Task.forward` for one row, without padding: per masked position, per token, or for its text."""
 
 Result = TypeVar("Result")
-Request = Generator[list[Row], list[Outputs], Result]
+Request = Generator[list[Features], list[Outputs], Result]
 
 
 class LabelScore(TypedDict):

@@ -11,7 +11,7 @@ from bert_jax.config import BertConfig
 from bert_jax.data.sources import TEXTS
 from bert_jax.errors import InputError, quoted
 from bert_jax.model import BertModel
-from bert_jax.tasks.base import Request, Row
+from bert_jax.tasks.base import Features, Request
 from bert_jax.tokenizer import Tokenizer
 
 POOLING = (None, "cls", "mean")
@@ -61,7 +61,7 @@ class FeatureExtraction:
         return self._encode(encoding, pooling, normalize)
 
     def _encode(self, encoding: Encoding, pooling: str | None, normalize: bool) -> Request[np.ndarray]:
-        (output,) = yield [Row(encoding.ids, encoding.type_ids)]
+        (output,) = yield [Features(encoding.ids, encoding.type_ids)]
         states = output["states"]
         vectors: np.ndarray = {None: states, "cls": states[0], "mean": states.mean(axis=0)}[pooling]
         if normalize:

@@ -10,7 +10,7 @@ from bert_jax.config import BertConfig
 from bert_jax.data.sources import TEXTS
 from bert_jax.errors import InputError, quoted
 from bert_jax.heads import BertForMaskedLM
-from bert_jax.tasks.base import Request, Row
+from bert_jax.tasks.base import Features, Request
 from bert_jax.tokenizer import Tokenizer
 
 BEAMS = 16
@@ -215,7 +215,7 @@ class FillMask:
             group.append(mask)
         yield group
 
-    def _row(self, ids: list[int], positions: list[int], around: Sequence[int] = ()) -> Row:
+    def _row(self, ids: list[int], positions: list[int], around: Sequence[int] = ()) -> Features:
         """A row that asks for the vocabulary at these positions; if the text is too long, a window centred on them.
 
         Args:
@@ -224,12 +224,12 @@ class FillMask:
             around: Indices in `ids` to centre the window on instead, if it has to hold more than `positions`.
         """
         if len(ids) <= self.max_length:
-            return Row(ids, [0] * len(ids), positions)
+            return Features(ids, [0] * len(ids), positions)
         room = self.max_length - 2
         held = around or positions
         start = min(max(1, (held[0] + held[-1] - room + 1) // 2), len(ids) - 1 - room)
         window = [ids[0], *ids[start : start + room], ids[-1]]
-        return Row(window, [0] * len(window), [position - start + 1 for position in positions])
+        return Features(window, [0] * len(window), [position - start + 1 for position in positions])
 
     def _entry(self, ids: list[int], mask: int, pieces: list[int], score: Any, *, alone: bool) -> Filling:
         filled = [*ids[:mask], *pieces, *ids[mask + 1 :]]

@@ -9,7 +9,7 @@ from bert_jax.config import BertConfig
 from bert_jax.data.sources import PAIRS
 from bert_jax.errors import InputError, quoted
 from bert_jax.heads import BertForNextSentencePrediction
-from bert_jax.tasks.base import LabelScore, Request, Row, check_pairs
+from bert_jax.tasks.base import Features, LabelScore, Request, check_pairs
 from bert_jax.tokenizer import Tokenizer
 
 LABELS = ("IsNext", "NotNext")
@@ -62,6 +62,6 @@ class NextSentencePrediction:
         return self._judge(encoding)
 
     def _judge(self, encoding: Encoding) -> Request[LabelScore]:
-        (output,) = yield [Row(encoding.ids, encoding.type_ids)]
+        (output,) = yield [Features(encoding.ids, encoding.type_ids)]
         best = int(output["probabilities"].argmax())
         return {"label": LABELS[best], "score": float(output["probabilities"][best])}

@@ -15,7 +15,7 @@ from bert_jax.data.loader import Examples
 from bert_jax.data.sources import literal
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.heads import BertForQuestionAnswering
-from bert_jax.tasks.base import Outputs, ReadOptions, Request, Row, TrainableTask, check_pairs
+from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, TrainableTask, check_pairs
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.training import losses
 
@@ -149,7 +149,7 @@ class QuestionAnswering(TrainableTask):
     def _answer(
         self, context: str, windows: list[Encoding], top_k: int, longest: int, null: bool, threshold: float | None
     ) -> Request[Answer | list[Answer]]:
-        outputs = yield [Row(window.ids, window.type_ids) for window in windows]
+        outputs = yield [Features(window.ids, window.type_ids) for window in windows]
         answers: dict[str, Answer] = {}
         null_score, null_logits, best_logits = np.inf, np.inf, -np.inf
         for window, output in zip(windows, outputs, strict=True):

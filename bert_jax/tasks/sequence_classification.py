@@ -17,11 +17,11 @@ from bert_jax.data.sources import PAIRS, TEXT, TEXTS, literal
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.heads import BertForSequenceClassification
 from bert_jax.tasks.base import (
+    Features,
     LabelScore,
     Outputs,
     ReadOptions,
     Request,
-    Row,
     TrainableTask,
     check_pairs,
     known_labels,
@@ -105,7 +105,7 @@ class SequenceClassification(TrainableTask):
         return self._classify(encoded[0][0], top_k)
 
     def _classify(self, encoding: Encoding, top_k: int | None) -> Request[LabelScore | list[LabelScore]]:
-        (output,) = yield [Row(encoding.ids, encoding.type_ids)]
+        (output,) = yield [Features(encoding.ids, encoding.type_ids)]
         order = np.argsort(-output["scores"], kind="stable")[:top_k]
         entries: list[LabelScore] = [{"label": self.labels[i], "score": float(output["scores"][i])} for i in order]
         return entries[0] if top_k == 1 else entries

@@ -15,7 +15,7 @@ from bert_jax.data.loader import Examples
 from bert_jax.data.sources import TEXTS, literal
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.heads import BertForTokenClassification
-from bert_jax.tasks.base import Outputs, ReadOptions, Request, Row, TrainableTask, known_labels
+from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, TrainableTask, known_labels
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.training import losses
 
@@ -133,7 +133,7 @@ class TokenClassification(TrainableTask):
     def _label(
         self, text: str, words: list[str] | None, windows: list[Encoding], strategy: str, ignored: frozenset[str]
     ) -> Request[list[TokenEntity] | list[Entity]]:
-        outputs = yield [Row(window.ids, window.type_ids) for window in windows]
+        outputs = yield [Features(window.ids, window.type_ids) for window in windows]
         pieces = self._pieces(text, words, windows, outputs)
         if strategy in ("none", "simple"):
             entities = [self._entity([piece], piece.scores, piece.token) for piece in pieces]

@@ -93,8 +93,8 @@ def test_a_batch_hides_the_right_number_of_the_right_tokens(shards, tokenizer, p
     special = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id}
     for step in range(batches.steps_per_epoch):
         place, batch = batches.place(step), batches.batch_at(step)
-        for i, row, n, at in plain.spots(place):
-            ids, here = plain.input_ids[i], slice(at, at + plain.lengths[i])
+        for i, row, n, at, stop in plain.spots(place):
+            ids, here = plain.input_ids[i], slice(at, stop)
             positions, labels = guessed(batch, row)
             mine = batch["targets"]["guessed_in"][row][: len(positions)] == n
             positions, labels = positions[mine] - at, labels[mine]
@@ -114,8 +114,8 @@ def test_masks_differ_by_epoch_and_seed_and_by_nothing_else(shards, tokenizer):
         seen = {}
         for step in range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch):
             batch = loader.batch_at(step)
-            for i, row, _, at in loader.examples.spots(loader.place(step)):
-                seen[i] = batch["inputs"]["input_ids"][row, at : at + loader.examples.lengths[i]].tolist()
+            for spot in loader.examples.spots(loader.place(step)):
+                seen[spot.item] = batch["inputs"]["input_ids"][spot.tokens].tolist()
         return seen
 
     first = hidden(loader(shards, tokenizer), 0)

@@ -112,14 +112,13 @@ def test_frequencies_are_those_of_the_texts(tmp_path):
 def test_intervals_are_those_of_resampled_texts():
     random = np.random.default_rng(0)
     values = random.normal(3.0, 2.0, 2000)
-    run = HeldOut.from_dict({"task": "fill-mask", "resamples": 2000})
-    alone = held_out._means({"x": values}, np.arange(2000), run)["x"]
+    alone = held_out._means({"x": values}, np.arange(2000), 0, 2000)["x"]
     half = 1.96 * values.std() / np.sqrt(2000)
     assert alone["value"] == pytest.approx(values.mean())
     assert alone["high"] - alone["value"] == pytest.approx(half, rel=0.1)
     assert alone["value"] - alone["low"] == pytest.approx(half, rel=0.1)
     # The same values, ten alike in each text: as sure as of a tenth of them.
-    together = held_out._means({"x": np.repeat(values, 10)}, np.repeat(np.arange(2000), 10), run)["x"]
+    together = held_out._means({"x": np.repeat(values, 10)}, np.repeat(np.arange(2000), 10), 0, 2000)["x"]
     assert together["high"] - together["value"] == pytest.approx(half, rel=0.1)
 
 

@@ -12,7 +12,7 @@ import bert_jax
 from bert_jax.errors import CheckpointError, InputError
 from bert_jax.inference import pipelines
 from bert_jax.tasks import registry
-from bert_jax.tasks.base import Row
+from bert_jax.tasks.base import Features
 
 TEXTS = [
     "Paris is the [MASK] of France.",
@@ -53,7 +53,7 @@ def test_string_list_and_generator(fill_mask):
 
 
 def test_a_stream_is_read_no_further_than_a_window(fill_mask, monkeypatch):
-    monkeypatch.setattr(pipelines, "WINDOW", 4)
+    monkeypatch.setattr(pipelines, "READ_AHEAD", 4)
     taken = []
     endless = (taken.append(n) or TEXTS[0] for n in itertools.count())
     assert next(fill_mask(endless, top_k=1))[0]["token_str"] == "capital"
@@ -123,23 +123,24 @@ def test_batches_hold_each_row_once(fill_mask):
         rows = []
         for i in range(count):
             length = int(random.randint(5, longest + 1))
-            rows.append((Row([0] * length, [0] * length, list(range(random.randint(1, 4)))), i, 0))
+            features = Features([0] * length, [0] * length, list(range(random.randint(1, 4))))
+            rows.append(pipelines.Queued(features, i, 0))
         seen = []
-        for batch, bucket in fill_mask._batches(rows):
-            seen += [i for together in batch for _, i, _ in together]
-            assert len(batch) <= bucket.rows
-            for together in batch:
-                assert len(together) <= bucket.texts
-                assert sum(len(row.input_ids) for row, _, _ in together) <= bucket.length
-                assert sum(len(row.masked_positions) for row, _, _ in together) <= bucket.masks
-            assert bucket.rows * bucket.length <= pipelines.TOKENS
+        for batch in fill_mask._batches(rows):
+            bucket = batch.bucket
+            seen += [queued.request for queued in batch.queued]
+            assert max(batch.rows) < bucket.rows
+            assert max(spot.number for spot in batch.spots) < bucket.texts
+            assert max(spot.stop for spot in batch.spots) <= bucket.length
+            assert max(spot.stop for spot in batch.masked_spots) <= bucket.masks
+            assert bucket.rows * bucket.length <= pipelines.BUCKET_TOKENS
         assert sorted(seen) == list(range(count))
 
 
 def test_many_texts_leave_little_padding(fill_mask):
-    lengths = np.random.RandomState(0).gamma(3, 10, pipelines.WINDOW).astype(int) + 3  # about those of sentences
-    queued = [(Row([0] * int(length), [], [1]), i, 0) for i, length in enumerate(lengths)]
-    buckets = [bucket for _, bucket in fill_mask._batches(queued)]
+    lengths = np.random.RandomState(0).gamma(3, 10, pipelines.READ_AHEAD).astype(int) + 3  # about those of sentences
+    queued = [pipelines.Queued(Features([0] * int(length), [], [1]), i, 0) for i, length in enumerate(lengths)]
+    buckets = [batch.bucket for batch in fill_mask._batches(queued)]
     assert sum(bucket.rows * bucket.length for bucket in buckets) < 1.06 * lengths.sum()
 
 
@@ -206,14 +207,17 @@ def test_few_programs_for_texts_of_all_lengths(fill_mask):
     random = np.random.RandomState(0)
     buckets = set()
     for _ in range(10):
-        queued = [(Row([0] * int(random.randint(3, 513)), [], [1]), i, 0) for i in range(pipelines.WINDOW)]
-        buckets |= {bucket for _, bucket in fill_mask._batches(queued)}
+        queued = [
+            pipelines.Queued(Features([0] * int(random.randint(3, 513)), [], [1]), i, 0)
+            for i in range(pipelines.READ_AHEAD)
+        ]
+        buckets |= {batch.bucket for batch in fill_mask._batches(queued)}
     assert len(buckets) <= 16
 
 
 def test_a_few_long_rows_do_not_lengthen_the_others(fill_mask):
-    queued = [(Row([0] * (30 if i < 5 else 9), [], [1]), i, 0) for i in range(64)]
-    buckets = [bucket for _, bucket in fill_mask._batches(queued)]
+    queued = [pipelines.Queued(Features([0] * (30 if i < 5 else 9), [], [1]), i, 0) for i in range(64)]
+    buckets = [batch.bucket for batch in fill_mask._batches(queued)]
     assert [(bucket.rows, bucket.length) for bucket in buckets] == [(4, 32), (1, 32), (64, 16)]
 
 
@@ -247,8 +251,8 @@ def test_a_kernel_that_cannot_pack_gets_one_text_a_row(tokenizer):
     config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     model = bert_jax.BertForMaskedLM(config, rngs=nnx.Rngs(0), attention="cudnn")
     pipe = bert_jax.pipeline("fill-mask", model, tokenizer=tokenizer)
-    queued = [(Row([0] * 30, [0] * 30, [1]), i, 0) for i in range(300)]
-    assert {bucket.texts for _, bucket in pipe._batches(queued)} == {1}
+    queued = [pipelines.Queued(Features([0] * 30, [0] * 30, [1]), i, 0) for i in range(300)]
+    assert {batch.bucket.texts for batch in pipe._batches(queued)} == {1}
 
 
 def test_warm_up_compiles_all_that_inputs_will_need(tmp_path, checkpoint, tokenizer):

@@ -306,11 +306,12 @@ def test_label_set(labels, problem_type, expected):
     assert label_set(labels, problem_type) == expected
 
 
-def clean(*labels, **data):
+def clean(*column, labels=None, **data):
     """What becomes of a column of labels, and of the config."""
-    rows = [{"text": "a", "label": label} for label in labels]
-    SequenceClassification.clean({"train": rows}, ReadOptions(**data))
-    fields = SequenceClassification.config(rows, ReadOptions(**data))
+    rows = [{"text": "a", "label": label} for label in column]
+    options = ReadOptions(None if labels is None else tuple(labels), **data)
+    SequenceClassification.clean({"train": rows}, options)
+    fields = SequenceClassification.config(rows, options)
     return [row["label"] for row in rows], (fields["problem_type"], fields["id2label"])
 
 
@@ -454,7 +455,7 @@ def test_an_order_that_is_given_wins():
 
     assert order() == ("equivalent", "not_equivalent")
     assert order(classes) == classes
-    assert order(classes, labels=["not_equivalent", "equivalent"]) == ("not_equivalent", "equivalent")
+    assert order(classes, labels=("not_equivalent", "equivalent")) == ("not_equivalent", "equivalent")
     assert order(("equivalent",)) == ("equivalent", "not_equivalent")
 
 

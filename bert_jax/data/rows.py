@@ -1,0 +1,111 @@
+"""The layout of rows: texts lie one after another in rows of equal length, and results are cut out at the same spots.
+
+Training, evaluation, inference and the tokenizer all lay out their rows here.
+"""
+
+import bisect
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Spot(NamedTuple):
+    """Where an item lies in a batch.
+
+    Attributes:
+        item: The index of the item.
+        row: The row of the batch.
+        number: The number of the item within its row.
+        start: The first token.
+        stop: The token after the last.
+    """
+
+    item: int
+    row: int
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def tokens(self) -> tuple[int, slice]:
+        """The index of the item's tokens in an array [rows, tokens, …]."""
+        return self.row, slice(self.start, self.stop)
+
+
+def lay_out(items: Iterable[int], rows: Iterable[int], lengths: Iterable[int]) -> list[Spot]:
+    """Lays items out, given their rows and their lengths; items in the same row follow one another in this order."""
+    used: dict[int, tuple[int, int]] = {}  # row -> items, tokens
+    spots = []
+    for item, row, length in zip(items, rows, lengths, strict=True):
+        number, start = used.get(row, (0, 0))
+        spots.append(Spot(item, row, number, start, start + length))
+        used[row] = number + 1, start + length
+    return spots
+
+
+def model_inputs(
+    spots: Sequence[Spot],
+    input_ids: Sequence[Sequence[int] | np.ndarray],
+    token_type_ids: Sequence[Sequence[int] | np.ndarray],
+    shape: tuple[int, int],
+    *,
+    packed: bool,
+    pad_token_id: int,
+) -> dict[str, np.ndarray]:
+    """The arguments of a model for a batch of items, with padding.
+
+    Args:
+        spots: Where the items lie.
+        input_ids: The token ids of each item.
+        token_type_ids: The token types of each item.
+        shape: The number of rows and of tokens per row.
+        packed: Whether a row may hold several items.
+        pad_token_id: The id of padding.
+
+    Returns:
+        int32 arrays of this shape: `input_ids`, `token_type_ids` and `attention_mask` or, if rows are packed,
+        `document_ids` (0 for padding) and `position_ids` in place of `attention_mask`.
+    """
+    mask = "document_ids" if packed else "attention_mask"
+    names = ("input_ids", "token_type_ids", mask, *(["position_ids"] if packed else []))
+    inputs = {name: np.zeros(shape, np.int32) for name in names}
+    inputs["input_ids"][:] = pad_token_id
+    for spot in spots:
+        inputs["input_ids"][spot.tokens] = input_ids[spot.item]
+        inputs["token_type_ids"][spot.tokens] = token_type_ids[spot.item]
+        inputs[mask][spot.tokens] = spot.number + 1
+        if packed:
+            inputs["position_ids"][spot.tokens] = np.arange(spot.stop - spot.start)
+    return inputs
+
+
+def best_fit(tokens: Sequence[int], length: int, *, rows: int | None = None, items: int | None = None) -> list[int]:
+    """Packs items one after another, each into the fullest row that still has room for it.
+
+    Args:
+        tokens: Number of tokens of each item, in descending order (best fit decreasing).
+        length: Tokens per row.
+        rows: Number of rows; None for as many as are needed.
+        items: Maximum number of items per row; None for no limit.
+
+    Returns:
+        The row of each item; -1 if no row has room for it.
+    """
+    room: list[tuple[int, int]] = []  # (tokens left, row), fullest row first
+    count: list[int] = []
+    chosen: list[int] = []
+    for size in tokens:
+        place = bisect.bisect(room, (size, -1))
+        if place == len(room):
+            if len(count) == rows:
+                chosen.append(-1)
+                continue
+            room.append((length, len(count)))
+            count.append(0)
+        left, row = room.pop(place)
+        count[row] += 1
+        if count[row] != items:
+            bisect.insort(room, (left - size, row))
+        chosen.append(row)
+    return chosen

@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from benchmark import matrix_product_rate
+from benchmark.measuring import matrix_product_rate
 from flax import nnx
 from rich.console import Console
 from rich.table import Table

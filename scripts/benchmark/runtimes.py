@@ -1,4 +1,4 @@
-"""Other runtimes' fill-mask for scripts/benchmark.py, each opened in a process of its own.
+"""Other runtimes' fill-mask for the cases peers and texts, each opened in a process of its own.
 
 Token ids, a mask and two positions a row go in, NumPy arrays all, and the logits at the positions come out. What is
 computed for that differs, and each side's name ends in it: `all` the vocabulary at every token, as libraries have

@@ -1,7 +1,7 @@
-"""transformers' FlaxBert as a server of pickles, for scripts/peers.py: transformers 4.57.6 is the last that has it.
+"""transformers' FlaxBert as a server of pickles, for runtimes.py: transformers 4.57.6 is the last that has it.
 
     python3 -m venv flaxbert && flaxbert/bin/pip install transformers==4.57.6 jax flax
-    BERT_JAX_FLAX_PYTHON=flaxbert/bin/python python scripts/benchmark.py peers
+    BERT_JAX_FLAX_PYTHON=flaxbert/bin/python python scripts/benchmark peers
 
 (Not transformers[flax], which wants a JAX of 2023. Seen working: Python 3.11, jax 0.10.2, flax 0.12.8.)
 

@@ -1,4 +1,4 @@
-"""A training step of each side of `benchmark.py`: (rows, tokens) -> seconds, what of these calling takes, the loss."""
+"""A training step of each side of `benchmark`: (rows, tokens) -> seconds, what of these calling takes, the loss."""
 
 import time
 from collections.abc import Callable, Sequence

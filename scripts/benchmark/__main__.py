@@ -1,0 +1,135 @@
+"""Measures bert_jax on this machine's CPU, and PyTorch transformers or other runtimes on the same work.
+
+    pip install -e ".[parity]"
+    python scripts/benchmark                      # the first five cases, four minutes and 3 GB of temporary disk
+    python scripts/benchmark peers texts --json times.json --chart times.png
+    python scripts/benchmark warm --model ~/bert-base-cased
+
+    warm     one short sentence through a warm fill-mask pipeline, ours and transformers' in turns
+    python   Python's share of such a call: the call minus the compiled program
+    process  `bert-jax fill-mask` as a whole process with warm caches, and a script with transformers' pipeline
+    load     peak memory of loading weights, relative to the size of their file
+    step     a step of fine-tuning with dropout, ours and PyTorch's in turns, and its share of the matrix-product rate
+    keras    the same step, ours and KerasHub's (extra `bench`, and keras-hub==0.32.0 with --no-deps)
+    peers    logits of two masks per row, ours and those of other runtimes (see keras, and flax_peer.py)
+    texts    1,000 sentences through pipelines: ours, transformers', and the runtimes in file order, padded per batch,
+             each with its best batch size (both cases take half an hour)
+    pretrain a step of pretraining the embedded model's shape, 64 × 64, ours and PyTorch's in turns
+    packing  tokens per second, without padding, in training and prediction: rows padded to 128, by length, and packed
+    finetune `bert-jax finetune` as a whole process, one epoch, and transformers' Trainer (needs --finetune)
+
+The weights are random, of the published shapes (base; large for load), in a temporary folder. Nothing is downloaded.
+The two sides never share a process, because their thread pools would disturb each other. The exit status is 1 if their
+outputs differ, but not if a figure misses its target (columns must and aim).
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fill_mask_calls import python, warm
+from measuring import FLAX_PYTHON, in_process, make_model
+from packing import packing
+from peers import make_graphs, peers, texts
+from processes import load, process
+from rich.console import Console
+from tables import chart
+from training_steps import keras, pretrain, step
+from whole_runs import ARRANGEMENTS, finetune
+
+from bert_jax import hub
+
+# This process imports neither jax nor torch: a child's peak memory includes its parent's (Linux's vfork), so the parent
+# of what is measured has to be small.
+
+CASES = {"warm": warm, "python": python, "process": process, "load": load, "step": step, "keras": keras,
+         "pretrain": pretrain, "packing": packing, "peers": peers, "texts": texts}  # fmt: skip
+DEFAULT = ("warm", "python", "process", "load", "step")
+PACKAGES = ["bert-jax", "jax", "jaxlib", "flax", "torch", "transformers", "onnx", "onnxruntime", "openvino", "keras",
+            "keras-hub"]  # fmt: skip
+
+
+def _machine() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    report = {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+    if FLAX_PYTHON in os.environ:
+        there = Path(os.environ[FLAX_PYTHON]).absolute().parents[1].glob("lib/python*/site-packages")
+        report["flaxbert versions"] = _versions(path=[str(folder) for folder in there])
+    return report
+
+
+def _versions(**where: Any) -> dict[str, str]:
+    found = {distribution.name.lower(): distribution.version for distribution in metadata.distributions(**where)}
+    return {name: found[name] for name in PACKAGES if name in found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}, finetune; {', '.join(DEFAULT)} by default"
+    )
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="weights to use instead of random ones")
+    parser.add_argument("--finetune", nargs="+", metavar=("YAML", "KEY=VALUE"), help="settings for the case finetune")
+    parser.add_argument("--against", nargs="+", choices=ARRANGEMENTS, default=["grouped", "padded"],
+                        help="how Trainer pads: to the longest of a batch, with examples grouped by length or in "
+                        "random order (dynamic), or to data.max_length; grouped and padded by default")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all times to a file")
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="draws the cases peers and texts")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.cases) - {*CASES, "finetune"}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; expected {', '.join(CASES)}, finetune")
+    if arguments.model and not (arguments.model / hub.CONFIG_FILE).is_file():
+        parser.error(f"{arguments.model} has no {hub.CONFIG_FILE}")
+    cases = arguments.cases or [name for name in CASES if name in DEFAULT]
+    if "finetune" in cases and not arguments.finetune:
+        parser.error("finetune needs --finetune YAML [KEY=VALUE …] with local files as data")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error",
+                   "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    report = _machine()
+    console.print(f"{report['cpu']}, {report['cores']} cores, load {report['load_average'][0]:.1f}", highlight=False)
+    console.print(", ".join(f"{name} {version}" for name, version in report["versions"].items()), highlight=False)
+    report["cases"] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in cases:
+            if name == "finetune":
+                report["cases"][name] = finetune(arguments.finetune, arguments.against, console)
+                continue
+            shape = "large" if name == "load" else "base"
+            folder = Path(temporary) / (arguments.model.absolute().name if arguments.model else f"bert-{shape}")
+            if not folder.exists() and arguments.model:
+                folder.mkdir()  # of links, because the graphs are written next to the weights
+                for file in arguments.model.absolute().iterdir():
+                    (folder / file.name).symlink_to(file)
+            elif not folder.exists():
+                with in_process() as worker:
+                    worker.submit(make_model, folder, shape).result()
+            if name in ("peers", "texts") and not (folder / "gathered.onnx").exists():
+                with in_process() as worker:
+                    worker.submit(make_graphs, folder).result()
+            report["cases"][name] = CASES[name](folder, console)
+    report["load_average_after"] = os.getloadavg()
+    if arguments.chart:
+        chart(report["cases"]).savefig(arguments.chart, dpi=150)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    compared = [*report["cases"].get("warm", {}).get("sentences", ()), *report["cases"].values()]
+    if differences := [entry["difference"] for entry in compared if entry.get("difference")]:
+        sys.exit("\n".join(f"differs: {difference}" for difference in differences))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Whole processes: the command line, and loading of weights."""
+
+import os
+import resource
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fill_mask_calls import SENTENCES
+from measuring import in_process, peak_bytes, run_process, seconds_of
+from rich.console import Console
+from rich.table import Table
+from tables import TARGETS, add_row, comparison
+
+RUNS, LOADS = 5, 3
+"""Processes of each side."""
+
+
+def process(folder: Path, console: Console) -> dict[str, Any]:
+    script = Path(sys.executable).with_name("bert-jax")
+    ours = [str(script)] if script.exists() else [sys.executable, "-m", "bert_jax.cli"]
+    theirs = f"import transformers\nprint(transformers.pipeline('fill-mask', model={str(folder)!r}, device='cpu')"
+    commands = {
+        "ours": [*ours, "fill-mask", SENTENCES[1], "--model", str(folder)],
+        "theirs": [sys.executable, "-c", f"{theirs}({SENTENCES[1]!r}))"],
+    }
+    seconds: dict[str, list[float]] = {side: [] for side in commands}
+    peaks: dict[str, list[float]] = {side: [] for side in commands}
+    with tempfile.TemporaryDirectory() as cache:
+        for run in range(-1, RUNS):
+            for side, command in commands.items():
+                took, peak = run_process(command, os.environ | {"BERT_JAX_COMPILATION_CACHE": cache})
+                if run >= 0:  # the first run fills the caches
+                    seconds[side].append(took)
+                    peaks[side].append(peak)
+    table = comparison(f"process: {' '.join(commands['ours'][-4:-2])} ({folder.name})")
+    add_row(table, "seconds", seconds, 1.0, TARGETS["process"])
+    add_row(table, "peak memory, MB", peaks, 1e-6)
+    console.print(table)
+    return {"seconds": seconds, "peak_bytes": peaks}
+
+
+def load_once(folder: Path) -> dict[str, float]:
+    """Seconds of loading a checkpoint, and bytes by which it raised the process's peak of memory."""
+    import jax
+
+    import bert_jax
+    from bert_jax import tree
+
+    jax.block_until_ready(jax.device_put(1.0))
+    load = bert_jax.BertForPreTraining.from_pretrained
+    before = peak_bytes(resource.getrusage(resource.RUSAGE_SELF))
+    seconds = seconds_of(lambda: jax.block_until_ready(tree.split(load(folder))[0]))
+    return {"seconds": seconds, "bytes": peak_bytes(resource.getrusage(resource.RUSAGE_SELF)) - before}
+
+
+def load(folder: Path, console: Console) -> dict[str, Any]:
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    runs = []
+    for _ in range(LOADS):
+        with in_process() as worker:  # a fresh one each time
+            runs.append(worker.submit(load_once, folder).result())
+    seconds, height = (statistics.median(run[name] for run in runs) for name in ("seconds", "bytes"))
+    table = Table("", "seconds", "file, MB", "memory, MB", "memory / file", "must", "aim",
+                  title="load: medians", title_justify="left")  # fmt: skip
+    table.add_row(folder.name, f"{seconds:.2f}", f"{size / 1e6:.0f}", f"{height / 1e6:.0f}", f"{height / size:.3f}",
+                  *TARGETS["load"])  # fmt: skip
+    console.print(table)
+    return {"file_bytes": size, "runs": runs}

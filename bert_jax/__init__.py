@@ -4,6 +4,8 @@ This module lists the public names. Each is imported on first use, so that `impo
 """
 
 import importlib
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -11,30 +13,26 @@ __version__ = "0.1.0"
 _CONTENTS = {
     "BertConfig": "config",
     "BertModel": "model",
-    "BertForPreTraining": "heads",
-    "BertForMaskedLM": "heads",
-    "BertForNextSentencePrediction": "heads",
-    "BertForSequenceClassification": "heads",
-    "BertForTokenClassification": "heads",
-    "BertForQuestionAnswering": "heads",
     "Tokenizer": "tokenizer",
     "pipeline": "inference.pipelines",
     "train": "training.loop",
+    "lora": "training.lora",
+    "optim": "training.optim",
+    "sharding": "sharding",
+    "tree": "tree",
 }
-_MODULES = {"lora": "training.lora", "optim": "training.optim", "sharding": "sharding", "tree": "tree"}
 
-__all__ = sorted(_CONTENTS | _MODULES)
+# The models with heads are read from the source: importing them would load jax.
+_MODELS = re.findall(r"^class (BertFor\w+)", Path(__file__).with_name("heads.py").read_text("utf-8"), re.MULTILINE)
+_CONTENTS |= dict.fromkeys(_MODELS, "heads")
+
+__all__ = sorted(_CONTENTS)
 
 if TYPE_CHECKING:
     from bert_jax import sharding as sharding
     from bert_jax import tree as tree
     from bert_jax.config import BertConfig as BertConfig
-    from bert_jax.heads import BertForMaskedLM as BertForMaskedLM
-    from bert_jax.heads import BertForNextSentencePrediction as BertForNextSentencePrediction
-    from bert_jax.heads import BertForPreTraining as BertForPreTraining
-    from bert_jax.heads import BertForQuestionAnswering as BertForQuestionAnswering
-    from bert_jax.heads import BertForSequenceClassification as BertForSequenceClassification
-    from bert_jax.heads import BertForTokenClassification as BertForTokenClassification
+    from bert_jax.heads import *  # noqa: F403
     from bert_jax.inference.pipelines import pipeline as pipeline
     from bert_jax.model import BertModel as BertModel
     from bert_jax.tokenizer import Tokenizer as Tokenizer
@@ -44,14 +42,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        value = importlib.import_module(f"{__name__}.{_MODULES[name]}")
-    elif name in _CONTENTS:
-        value = getattr(importlib.import_module(f"{__name__}.{_CONTENTS[name]}"), name)
-    else:
+    if name not in _CONTENTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    module = importlib.import_module(f"{__name__}.{_CONTENTS[name]}")
+    return module if _CONTENTS[name].endswith(name) else getattr(module, name)  # a module, or a name in one
 
 
 def __dir__() -> list[str]:

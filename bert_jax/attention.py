@@ -56,23 +56,16 @@ def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length:
     if name not in FUSED:
         return
     kind, needed = FUSED[name]
-    instead = "Take attention 'plain'."
-    if platform != needed:
-        raise InputError(f"attention is {name!r}, a fused kernel for {kind}; these devices are {platform}. {instead}")
-    if compute_dtype != "bfloat16":
-        raise InputError(
-            f"attention is {name!r}, which computes in bfloat16; compute_dtype is {compute_dtype}. {instead}"
-        )
-    if name in UNPACKED and packed:
-        raise InputError(
-            f"attention is {name!r}, which knows rows of one text each, and these hold several. Set data.packing to "
-            "false (pass no document_ids), or take attention 'plain'."
-        )
-    if name == "splash" and length is not None and length % SPLASH_BLOCK:
-        raise InputError(
-            f"attention is 'splash', which takes rows of a multiple of {SPLASH_BLOCK} tokens; these have {length}. "
-            "Pad them, or take attention 'plain'."
-        )
+    block = multiple(name)
+    problems = [
+        (platform != needed, f"is a fused kernel for {kind}; these devices are {platform}. Run on {kind}"),
+        (compute_dtype != "bfloat16", f"computes in bfloat16; compute_dtype is {compute_dtype}. Set it to bfloat16"),
+        (packed and name in UNPACKED, "does not support packed rows. Set data.packing to false (pass no document_ids)"),
+        (length and length % block, f"requires rows of a multiple of {block} tokens; these have {length}. Pad them"),
+    ]
+    for found, problem in problems:
+        if found:
+            raise InputError(f"attention is {name!r}, which {problem}, or use attention 'plain'.")
 
 
 def multiple(name: str) -> int:
@@ -84,8 +77,8 @@ def check_dropout(name: str, rate: float) -> None:
     """Raises `InputError` if a fused kernel is to drop attention probabilities, because it never stores them."""
     if name != "plain" and rate > 0:
         raise InputError(
-            f"attention is {name!r}, a fused kernel without attention dropout, and the config has "
-            f"attention_probs_dropout_prob {rate}. Set it to 0, or take attention 'plain'."
+            f"attention is {name!r}, which does not support attention dropout; the config has "
+            f"attention_probs_dropout_prob {rate}. Set it to 0, or use attention 'plain'."
         )
 
 
@@ -136,20 +129,15 @@ def splash(
         interpret=interpret,
     )
 
-    def one_device(
-        query: jax.Array, key: jax.Array, value: jax.Array, asking: jax.Array, asked: jax.Array
-    ) -> jax.Array:
-        context: jax.Array = jax.vmap(kernel)(query, key, value, segment_ids=library.SegmentIds(asking, asked))
-        return context
-
+    one_device = jax.vmap(kernel)
     if ours:
         by_head, by_row = PartitionSpec(sharding.BATCH_AXES, "tensor"), PartitionSpec(sharding.BATCH_AXES)
         one_device = jax.shard_map(
-            one_device, in_specs=(by_head, by_head, by_head, by_row, by_row), out_specs=by_head, check_vma=False
+            one_device, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head, check_vma=False
         )
     query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query * size**-0.5, key, value))  # [B, N, T, H]
-    asking = jnp.broadcast_to(attended.queries, (rows, length))
-    context = one_device(query, key, value, asking, attended.keys)
+    numbers = library.SegmentIds(jnp.broadcast_to(attended.queries, (rows, length)), attended.keys)
+    context = one_device(query, key, value, numbers)
     return jnp.moveaxis(context, 1, 2).astype(value.dtype), None
 
 
@@ -176,10 +164,9 @@ def cudnn(
     """
     lengths = None
     if attended is not None:
-        seen = not isinstance(attended.keys, jax.core.Tracer)
-        if seen and np.any(np.diff(np.asarray(attended.keys), axis=1) > 0):
+        if not isinstance(attended.keys, jax.core.Tracer) and np.any(np.diff(attended.keys, axis=1) > 0):
             raise InputError(
-                "attention is 'cudnn', which takes padding on the right; attention_mask has it before tokens."
+                "attention is 'cudnn', which expects padding on the right; attention_mask has it before tokens."
             )
         lengths = jnp.sum(attended.keys, axis=1, dtype=jnp.int32)
     try:
@@ -188,8 +175,8 @@ def cudnn(
         if "cuDNN not found" not in str(error):
             raise
         raise InputError(
-            "attention is 'cudnn', and cuDNN is not installed: pip install 'bert-jax[cuda]', or nvidia-cudnn-cu13 "
-            "alone to compile for a GPU that is not here."
+            "attention is 'cudnn', but cuDNN is not installed: pip install 'bert-jax[cuda]', or only nvidia-cudnn-cu13 "
+            "to compile for a GPU that is not present."
         ) from None
     return context, None
 
@@ -242,10 +229,7 @@ class SelfAttention(nnx.Module):
         self.config = config
         self.attention = attention
         size, std = config.hidden_size, config.initializer_range
-        self.query = Linear(size, size, std, rngs)
-        self.key = Linear(size, size, std, rngs)
-        self.value = Linear(size, size, std, rngs)
-        self.output = Linear(size, size, std, rngs)
+        self.query, self.key, self.value, self.output = (Linear(size, size, std, rngs) for _ in range(4))
 
     def __call__(
         self, x: jax.Array, states: jax.Array, attended: Attended | None, dropout_key: jax.Array | None

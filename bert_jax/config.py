@@ -1,8 +1,9 @@
 """`BertConfig`: the hyperparameters in `config.json` that the network supports, under the same names."""
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -37,6 +38,9 @@ _LIMITS = {
     "type_vocab_size": 2**16,
     "num_labels": 2**20,
 }
+
+# Values outside the range of their field that are accepted because they mean "not set".
+_UNSET = [("num_labels", -1), ("pad_token_id", None), ("classifier_dropout", None), ("problem_type", None)]
 
 
 class ConfigChanges(TypedDict, total=False):
@@ -98,42 +102,42 @@ class BertConfig:
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
+        for name, valid, expected in self._checks():
+            if not valid and (name, getattr(self, name)) not in _UNSET:
+                raise ConfigError(f"{name} is {quoted(getattr(self, name))}; expected {expected}.")
+        orders = [
+            _in_order(field, value)
+            for field, value in [("id2label", self.id2label), ("label2id", self.label2id or None)]
+            if value is not None
+        ]
+        if len(set(orders)) > 1:
+            raise ConfigError(
+                f"id2label has the order {quoted(orders[0])}; expected that of label2id, {quoted(orders[1])}."
+            )
+        names = orders[0] if orders else None
+        if self.num_labels == -1:
+            object.__setattr__(self, "num_labels", len(names) if names else 2)
+        elif names and self.num_labels != len(names):
+            raise ConfigError(f"num_labels is {self.num_labels}; expected {len(names)}, the number of label names.")
+        object.__setattr__(self, "id2label", names)  # a tuple: a config is static under jit, which hashes it
+        object.__setattr__(self, "label2id", {label: i for i, label in enumerate(self.labels)})
+
+    def _checks(self) -> Iterator[tuple[str, bool, str]]:
+        """Yields a field's name, whether its value is valid, and what is expected. Checks rely on earlier ones."""
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
-            if name == "num_labels" and value == -1:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-                raise ConfigError(f"{name} is {quoted(value)}; expected a whole number from 1 to {limit}.")
+            yield name, _is_number(value, int) and 1 <= value <= limit, f"a whole number from 1 to {limit}"
         for name in ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"]:
             value = getattr(self, name)
-            if not (name == "classifier_dropout" and value is None) and not (_is_number(value) and 0 <= value < 1):
-                raise ConfigError(f"{name} is {quoted(value)}; expected a probability: 0 or more and below 1.")
+            yield name, _is_number(value) and 0 <= value < 1, "a probability of at least 0 and below 1"
         for name, limit in [("initializer_range", 100), ("layer_norm_eps", 1)]:
             value = getattr(self, name)
-            if not _is_number(value) or not 0 < value < limit:
-                raise ConfigError(f"{name} is {quoted(value)}; expected a number above 0 and below {limit}.")
-        pad = self.pad_token_id
-        if pad is not None and (not isinstance(pad, int) or isinstance(pad, bool) or not 0 <= pad < self.vocab_size):
-            raise ConfigError(f"pad_token_id is {quoted(pad)}; expected a token id below vocab_size, or None.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
-                "every head has the same size."
-            )
-        if self.hidden_act not in HIDDEN_ACTS:
-            raise ConfigError(f"hidden_act is {quoted(self.hidden_act)}; expected one of {', '.join(HIDDEN_ACTS)}.")
-        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
-            raise ConfigError(
-                f"problem_type is {quoted(self.problem_type)}; expected one of {', '.join(PROBLEM_TYPES)}."
-            )
-        names = _label_names(self.id2label, self.label2id)
-        if names is not None and self.num_labels not in (-1, len(names)):
-            raise ConfigError(f"There are names of {len(names)} labels, but num_labels is {self.num_labels}.")
-        count = (2 if names is None else len(names)) if self.num_labels == -1 else self.num_labels
-        # A config is static under jit, so the fields that are compared must be hashable.
-        for name, value in [("num_labels", count), ("id2label", names)]:
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "label2id", {label: i for i, label in enumerate(self.labels)})
+            yield name, _is_number(value) and 0 < value < limit, f"a number above 0 and below {limit}"
+        pad, heads = self.pad_token_id, self.num_attention_heads
+        yield "pad_token_id", _is_number(pad, int) and pad in range(self.vocab_size), "an id below vocab_size, or None"
+        yield "hidden_size", self.hidden_size % heads == 0, f"a multiple of num_attention_heads {heads}"
+        yield "hidden_act", self.hidden_act in HIDDEN_ACTS, f"one of {', '.join(HIDDEN_ACTS)}"
+        yield "problem_type", self.problem_type in PROBLEM_TYPES, f"one of {', '.join(PROBLEM_TYPES)}"
 
     @classmethod
     def base_cased(cls) -> "BertConfig":
@@ -160,9 +164,9 @@ class BertConfig:
         fields = [field.name for field in dataclasses.fields(self)]
         if unknown := [name for name in changes if name not in fields]:
             raise ConfigError(f"The config has no {', '.join(unknown)}; it has {', '.join(fields)}.")
-        named = changes.get("id2label") is not None or changes.get("label2id") is not None
         values: dict[str, Any] = {"label2id": None, **changes}
-        if named or changes.get("num_labels", self.num_labels) != self.num_labels:
+        renamed = values.get("id2label") is not None or values["label2id"] is not None
+        if renamed or values.get("num_labels", self.num_labels) != self.num_labels:
             values = {"num_labels": -1, "id2label": None, **values}
         return dataclasses.replace(self, **values)
 
@@ -178,31 +182,22 @@ class BertConfig:
         Raises:
             ConfigError: If the file belongs to another model, or a value asks for something that is not supported.
         """
-        if config.get("model_type", "bert") != "bert":
-            raise ConfigError(
-                f"model_type is {quoted(config['model_type'])}; this package supports only BERT. "
-                "Give a checkpoint whose config.json says model_type: bert."
-            )
-        required = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
-        if missing := [name for name in required if name not in config]:
-            raise ConfigError(f"config.json lacks {', '.join(missing)}; expected the config.json of a BERT model.")
         for key, value in _FIXED.items():
             if config.get(key, value) != value:
                 raise ConfigError(
-                    f"config.json sets {key}: {quoted(config[key])}; this package supports only {key}: {value!r}."
+                    f"{key} is {quoted(config[key])}; this package supports only {value!r}. Give another checkpoint."
                 )
-        fields = {field.name for field in dataclasses.fields(cls)}
-        known = {key: value for key, value in config.items() if key in fields}
-        if known.get("id2label") is not None:
-            if not isinstance(known["id2label"], Mapping):
-                raise ConfigError(f"id2label is {quoted(known['id2label'])}; expected a JSON object of ids and names.")
+        required = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+        if missing := [name for name in required if name not in config]:
+            raise ConfigError(f"config.json lacks {', '.join(missing)}; expected the config.json of a BERT model.")
+        known = {field.name: config[field.name] for field in dataclasses.fields(cls) if field.name in config}
+        names = known.get("id2label")
+        if names is not None:
+            if not isinstance(names, Mapping):
+                raise ConfigError(f"id2label is {quoted(names)}; expected a JSON object of ids and names.")
             known.pop("label2id", None)  # as in transformers: id2label takes precedence over label2id
-            if known.pop("num_labels", count := len(known["id2label"])) != count:
-                logger.warning(
-                    "config.json names %d labels, but num_labels is %s; the names take precedence.",
-                    count,
-                    quoted(config["num_labels"]),
-                )
+            if known.pop("num_labels", len(names)) != len(names):
+                logger.warning("The %d label names override num_labels %s.", len(names), quoted(config["num_labels"]))
         return cls(**known)
 
     @classmethod
@@ -221,35 +216,27 @@ class BertConfig:
         return config | {"id2label": {str(i): label for i, label in enumerate(self.labels)}}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _label_names(id2label: Any, label2id: Any) -> tuple[str, ...] | None:
-    """The label names in the order of their ids, from one map or both; None if neither is given."""
-    names = None if id2label is None else _in_order("id2label", id2label)
-    if not label2id:
-        return names
-    expected = f"label2id is {quoted(label2id)}; expected {{name: 0, name: 1, …}}."
-    if not isinstance(label2id, Mapping):
-        raise ConfigError(expected)
-    inverse = _in_order("label2id", {id: name for name, id in label2id.items()})
-    if len(inverse) != len(label2id):
-        raise ConfigError(expected)
-    if names not in (None, inverse):
-        raise ConfigError(f"id2label names {quoted(names)} and label2id {quoted(inverse)}; expected the same order.")
-    return inverse
+def _is_number(value: Any, kind: Any = int | float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _in_order(field: str, given: Any) -> tuple[str, ...]:
-    """Names in the order of their ids, from `{0: name, …}`, `{"0": name, …}` or a list or tuple of names."""
-    if not isinstance(given, Mapping):
-        given = dict(enumerate(given)) if isinstance(given, list | tuple) else {None: given}
-    try:
-        by_id = {int(id): name for id, name in given.items() if not isinstance(id, float)}
-        names = [by_id[i] for i in range(len(given))]
-    except (TypeError, ValueError, KeyError):
-        names = []
-    if not names or not all(isinstance(name, str) or _is_number(name) for name in names):
-        raise ConfigError(f"{field} is {quoted(given)}; expected a name for each id from 0 on, without gaps.")
-    return tuple(map(str, names))
+    """The label names in the order of their ids.
+
+    Args:
+        field: "id2label" or "label2id".
+        given: The field's value: `{0: name, …}`, `{"0": name, …}` or a list or tuple of names; or `{name: 0, …}`.
+
+    Raises:
+        ConfigError: If the value has another form, or if ids are missing or repeated.
+    """
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        if field == "label2id":
+            pairs = [(id, name) for name, id in given.items()]
+        else:
+            pairs = list(enumerate(given) if isinstance(given, list | tuple) else given.items())
+        by_id = {int(id): name for id, name in pairs if not isinstance(id, float)}
+        names = [by_id[i] for i in range(len(pairs))]
+        if names and all(isinstance(name, str) or _is_number(name) for name in names):
+            return tuple(map(str, names))
+    raise ConfigError(f"{field} is {quoted(given)}; expected a name for each id from 0 on, without gaps.")

@@ -49,14 +49,14 @@ class Interrupted(BertJaxError):
     """
 
     def __init__(self, step: int, folder: object, signal: int):
-        super().__init__(f"stopped at step {step}, saved in {folder}; run the same command again to resume.")
+        super().__init__(f"stopped at step {step}, saved in {folder}; to resume, run the same command again.")
         self.signal = signal
 
 
 def check_extra(extra: str, *modules: str) -> None:
     """Raises `InputError` if modules of an extra are not installed."""
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        raise InputError(f"This needs {', '.join(missing)}: pip install 'bert-jax[{extra}]'.")
+        raise InputError(f"This requires {', '.join(missing)}: pip install 'bert-jax[{extra}]'.")
 
 
 def quoted(value: Any) -> str:
@@ -80,20 +80,15 @@ def _cut(parts: Iterable[str]) -> str:
 
 def _written(value: Any) -> Iterator[str]:
     """`repr(value)` in parts. Each level yields at least one character, so that a cut also bounds the recursion."""
-    if isinstance(value, Mapping):
-        yield "{"
-        for i, (key, item) in enumerate(value.items()):
-            yield ", " * (i > 0)
-            yield from _written(key)
-            yield ": "
-            yield from _written(item)
-        yield "}"
-    elif type(value) in (list, tuple):
-        opening, closing = "[]" if type(value) is list else "()"
+    if isinstance(value, Mapping) or type(value) in (list, tuple):
+        opening, closing = "{}" if isinstance(value, Mapping) else "[]" if type(value) is list else "()"
         yield opening
         for i, item in enumerate(value):
             yield ", " * (i > 0)
             yield from _written(item)
+            if isinstance(value, Mapping):
+                yield ": "
+                yield from _written(value[item])
         yield "," * (type(value) is tuple and len(value) == 1) + closing
     elif isinstance(value, str | bytes):
         yield repr(value[: QUOTED + 1])

@@ -144,30 +144,21 @@ class BertForPreTraining(BertWithHead):
                 [B, K, 2]. With None, the first token of the row is used, and the logits are [B, 2].
             dropout_key: See `BertModel`.
         """
-        if masked_positions is None and first_positions is None:
-            out = self.bert(
-                input_ids, attention_mask, token_type_ids, position_ids, document_ids, dropout_key=dropout_key
-            )
-            hidden, pooled = out.last_hidden_state, out.pooler_output
-        else:
-            input_ids = jnp.asarray(input_ids)
-            check_inputs(self.config, input_ids)
-            rows, tokens = input_ids.shape
+        positions = None
+        if masked_positions is not None or first_positions is not None:
+            check_inputs(self.config, jnp.asarray(input_ids))
+            rows, tokens = np.shape(input_ids)
             masked = jnp.arange(tokens)[None] if masked_positions is None else jnp.asarray(masked_positions)
             first = jnp.zeros((rows, 1), int) if first_positions is None else jnp.asarray(first_positions)
             n = first.shape[1]
             positions = jnp.concatenate([first, jnp.broadcast_to(masked, (rows, masked.shape[1]))], axis=1)
-            out = self.bert(
-                input_ids,
-                attention_mask,
-                token_type_ids,
-                position_ids,
-                document_ids,
-                positions=positions,
-                dropout_key=dropout_key,
-            )
-            hidden = out.last_hidden_state[:, n:]
-            pooled = out.pooler_output[:, 0] if first_positions is None else out.pooler_output[:, :n]
+        out = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, document_ids, positions=positions,
+            dropout_key=dropout_key,
+        )  # fmt: skip
+        hidden, pooled = out.last_hidden_state, out.pooler_output
+        if positions is not None:
+            hidden, pooled = hidden[:, n:], pooled[:, 0] if first_positions is None else pooled[:, :n]
         logits = self.predictions(hidden, self.bert.embeddings.word_embeddings)
         with jax.named_scope("seq_relationship"):
             return PreTrainingOutput(logits, self.seq_relationship(pooled), out.hidden_states, out.attentions)
@@ -198,14 +189,9 @@ class BertForMaskedLM(BertWithHead):
             Logits, float32 [B, K, V] or [B, T, V].
         """
         out = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            document_ids,
-            positions=masked_positions,
+            input_ids, attention_mask, token_type_ids, position_ids, document_ids, positions=masked_positions,
             dropout_key=dropout_key,
-        )
+        )  # fmt: skip
         logits = self.predictions(out.last_hidden_state, self.bert.embeddings.word_embeddings)
         return HeadOutput(logits, out.hidden_states, out.attentions)
 
@@ -228,20 +214,16 @@ class BertWithLinearHead(BertWithHead, Generic[Output]):
         dropout_key: jax.Array | None = None,
     ) -> Output:
         """The arguments are those of `BertModel`."""
-        bert_key, head_key = split_key(dropout_key, 2) if self.head_dropout else (dropout_key, None)
+        key, head_key = split_key(dropout_key, 2) if self.head_dropout else (dropout_key, None)
         out = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            document_ids,
-            positions=positions,
-            dropout_key=bert_key,
+            input_ids, attention_mask, token_type_ids, position_ids, document_ids, positions=positions, dropout_key=key
         )
-        config = self.config
-        rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         hidden = out.pooler_output if self.pooled else out.last_hidden_state
-        return self._head(dropout(hidden, rate, head_key).astype(jnp.float32), out)
+        if self.head_dropout:
+            config = self.config
+            rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+            hidden = dropout(hidden, rate, head_key)
+        return self._head(hidden.astype(jnp.float32), out)
 
     def _head(self, hidden: jax.Array, out: BertModelOutput) -> Output:
         """Applies the head.

@@ -7,12 +7,12 @@ import contextlib
 import json
 import logging
 import os
-import queue
 import re
 import shutil
-import tempfile
 import threading
+import uuid
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def download(model_id: str | os.PathLike[str], *, revision: str | None = None, t
     folder = Path(model_id)
     if folder.is_dir():
         if not (folder / CONFIG_FILE).is_file():
-            raise ModelNotFoundError(f"{folder} is not a model folder: it holds no {CONFIG_FILE}.")
+            raise ModelNotFoundError(f"{folder} is not a model folder; expected a folder that contains {CONFIG_FILE}.")
         return folder
     if (EMBEDDED / folder).is_dir() and len(folder.parts) == 1:
         return EMBEDDED / folder
@@ -74,12 +74,12 @@ def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[s
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}, not a JSON object")
     except OSError as reason:
         raise error(f"Cannot read {path}: {reason.strerror}.") from None
     except (ValueError, RecursionError) as reason:  # also for an integer with more digits than Python reads
         raise error(f"{path} is damaged ({reason}); download it again.") from None
-    if not isinstance(content, dict):
-        raise error(f"{path} is damaged (a {type(content).__name__}, not a JSON object); download it again.")
     return content
 
 
@@ -105,19 +105,15 @@ def replacing(folder: Path) -> Iterator[Path]:
         CheckpointError: If the disk or the permissions do not allow it; names the files of `folder` that were replaced.
     """
     folder = Path(folder).absolute()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise CheckpointError(f"Cannot write {folder}: {error.strerror or error}.") from None
+    staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
     replaced: list[str] = []
     try:
+        staging.mkdir(parents=True)
         yield staging
         for path in staging.iterdir():
-            path.chmod(0o666 & ~_umask())  # safetensors gives access only to the owner
+            path.chmod(0o666 & staging.stat().st_mode)  # safetensors grants access only to the owner
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        staging.chmod(0o777 & ~_umask())
         if folder.exists():
             for path in sorted(staging.iterdir()):
                 os.replace(path, folder / path.name)
@@ -127,34 +123,25 @@ def replacing(folder: Path) -> Iterator[Path]:
         else:
             os.rename(staging, folder)
     except OSError as error:
-        state = (
-            f"Replaced before the error: {listed(replaced)}; save again"
-            if replaced
-            else "What stood there before is unchanged"
-        )
-        raise CheckpointError(f"Cannot write {folder}: {error}. {state}.") from None
+        raise CheckpointError(
+            f"Cannot write {folder}: {error}. Files replaced before the error: {listed(replaced) or 'none'}. "
+            "Fix the cause, then save again."
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _from_hub(repo: str, revision: str, timeout: float) -> Path:
     # Imported here, because its network part takes 0.2 s to import and a local folder does not need it.
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(repo)
-    except HFValidationError:
+    except errors.HFValidationError:
         raise ModelNotFoundError(
-            f"{quoted(repo)} is neither a folder nor a model id; expected a folder that exists, "
-            f"an id like google-bert/bert-base-cased, or {', '.join(embedded())}."
+            f"{quoted(repo)} is neither a folder nor a model id; expected an existing folder, "
+            f"an id such as {DEFAULT_MODEL}, or {', '.join(embedded())}."
         ) from None
     cache_only: str | None = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
     if not cache_only:
@@ -169,31 +156,31 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
         # Not hf_hub_download(local_files_only=True), which asks the Hub while building headers: three seconds more.
         path = try_to_load_from_cache(repo, name, revision=revision)
         if not isinstance(path, str):
-            raise LocalEntryNotFoundError(name)
+            raise errors.LocalEntryNotFoundError(name)
         return Path(path)
 
     try:
         config = fetch(CONFIG_FILE, revision)  # by revision name, which the cache stores for offline use
         found = revision if cache_only else commit
         for name in TOKENIZER_FILES:
-            with contextlib.suppress(EntryNotFoundError):  # each model has only some of these files
+            with contextlib.suppress(errors.EntryNotFoundError):  # each model has only some of these files
                 fetch(name, found)
         try:
             fetch(WEIGHTS_FILE, found)
-        except EntryNotFoundError:
+        except errors.EntryNotFoundError:
             for name in sorted(set(read_index(fetch(INDEX_FILE, found)).values())):
                 fetch(name, found)
-    except LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:
         raise HubUnreachableError(
-            f"{repo} (revision {revision}) is not in the cache, and {cache_only or 'the Hub does not answer'}; "
-            "go online, or give a folder that holds the model."
+            f"{repo} (revision {revision}) is not in the cache, and {cache_only or 'the Hub does not answer'}. "
+            "Connect to the Hub, or give a folder that contains the model."
         ) from None
-    except EntryNotFoundError:
+    except errors.EntryNotFoundError:
         raise CheckpointError(
-            f"{repo} (revision {revision}) has no weights in safetensors. If it has pytorch_model.bin, download it and "
+            f"{repo} (revision {revision}) has no safetensors weights. If it has pytorch_model.bin, download and "
             "convert it once: python scripts/convert_bin.py FOLDER OUTPUT_FOLDER"
         ) from None
-    except (HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:
         raise ModelNotFoundError(f"The download of {repo} failed: {error}. Run the same command again.") from None
     return config.parent
 
@@ -205,44 +192,32 @@ def _commit(repo: str, revision: str, timeout: float) -> str:
         TimeoutError: If the Hub cannot be reached, or does not answer in time.
         ModelNotFoundError: If the Hub reports that the model or revision does not exist.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
     # Runs in a thread, because the client's own timeout covers neither a slow name server nor its second attempt.
-    answers: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
+    commit: Future[str] = Future()
 
     def ask() -> None:
         try:
             url = hf_hub_url(repo, CONFIG_FILE, revision=revision)
-            answers.put(get_hf_file_metadata(url, timeout=timeout).commit_hash or revision)
+            commit.set_result(get_hf_file_metadata(url, timeout=timeout).commit_hash or revision)
         except Exception as error:
-            answers.put(error)
+            commit.set_exception(error)
 
     threading.Thread(target=ask, daemon=True).start()
     try:
-        answer = answers.get(timeout=timeout)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-    except queue.Empty:
-        raise TimeoutError from None
-    except GatedRepoError:
+        return commit.result(timeout)
+    except errors.GatedRepoError:
         raise ModelNotFoundError(f"{repo} is gated: request access on the Hub, then run `hf auth login`.") from None
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise ModelNotFoundError(f"{repo} has no revision {quoted(revision)}; give a branch, tag or commit.") from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise ModelNotFoundError(
-            f"There is no folder {repo} and no model {repo} on the Hub. If it is private, run `hf auth login` first."
+            f"{repo} is neither a folder nor a model on the Hub. If the model is private, run `hf auth login` first."
         ) from None
-    except EntryNotFoundError:
-        raise ModelNotFoundError(f"{repo} on the Hub holds no {CONFIG_FILE}; this package cannot load it.") from None
-    except (HTTPError, OSError):
+    except errors.EntryNotFoundError:
+        raise ModelNotFoundError(f"{repo} on the Hub has no {CONFIG_FILE}; give another model.") from None
+    except (errors.HTTPError, OSError):
         raise TimeoutError from None
 
 
@@ -261,6 +236,6 @@ def read_index(index: Path) -> dict[str, str]:
     for name, file in files.items():
         if not isinstance(file, str) or file in (".", "..") or not re.fullmatch(r"[^/\\\0\ud800-\udfff]{1,200}", file):
             raise CheckpointError(
-                f"{index} maps the tensor {quoted(name)} to {quoted(file)}; expected the name of a file beside it."
+                f"{index} maps the tensor {quoted(name)} to {quoted(file)}; expected the name of a file in its folder."
             )
     return files

@@ -123,8 +123,7 @@ class BertEmbeddings(nnx.Module):
         words = self.word_embeddings(input_ids)
         if self.config.pad_token_id is not None:
             # Lookups give the padding vector no gradient, as with torch.nn.Embedding(padding_idx=…).
-            padding = (input_ids == self.config.pad_token_id)[..., None]
-            words = jnp.where(padding, jax.lax.stop_gradient(words), words)
+            words = jnp.where((input_ids == self.config.pad_token_id)[..., None], jax.lax.stop_gradient(words), words)
         x = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)  # [B, T, D]
         return dropout(self.layer_norm(x), self.config.hidden_dropout_prob, dropout_key)
 
@@ -205,8 +204,7 @@ class BertPreTrainedModel(nnx.Module):
             @jax.jit  # computes only the new parameters
             def drawn(key: jax.Array) -> dict[str, jax.Array]:
                 model_class: Any = cls  # a subclass; its constructor accepts rngs
-                params, _ = tree.split(model_class(config, rngs=Keys(key), **options))
-                flat = tree.flatten(params)
+                flat = tree.flatten(tree.split(model_class(config, rngs=Keys(key), **options))[0])
                 return {path: flat[path] for path in report.new}
 
             arrays |= drawn((rngs or nnx.Rngs(0)).params())
@@ -254,11 +252,8 @@ class BertModel(BertPreTrainedModel):
         self.scan_layers = scan_layers
         self.embeddings = BertEmbeddings(config, rngs)
         self.layers = nnx.List([BertLayer(config, attention, rngs) for _ in range(config.num_hidden_layers)])
-        self.pooler = (
-            Linear(config.hidden_size, config.hidden_size, config.initializer_range, rngs)
-            if add_pooling_layer
-            else None
-        )
+        size, std = config.hidden_size, config.initializer_range
+        self.pooler = Linear(size, size, std, rngs) if add_pooling_layer else None
 
     def __call__(
         self,
@@ -297,10 +292,8 @@ class BertModel(BertPreTrainedModel):
             document_ids=document_ids,
             positions=positions,
         )
-        if position_ids is None:
-            position_ids = jnp.arange(input_ids.shape[1])[None]
-        if token_type_ids is None:
-            token_type_ids = jnp.zeros_like(input_ids)
+        places = jnp.arange(input_ids.shape[1])[None] if position_ids is None else jnp.asarray(position_ids)
+        types = jnp.zeros_like(input_ids) if token_type_ids is None else jnp.asarray(token_type_ids)
         attended = None
         if attention_mask is not None:
             keys = jnp.asarray(attention_mask).astype(bool).astype(jnp.int32)
@@ -318,11 +311,9 @@ class BertModel(BertPreTrainedModel):
         )
         embeddings_key, layers_key = split_key(dropout_key, 2)
         with jax.named_scope("embeddings"):
-            x = self.embeddings(input_ids, jnp.asarray(token_type_ids), jnp.asarray(position_ids), embeddings_key)
+            x = self.embeddings(input_ids, types, places, embeddings_key)
         x = sharding.by_rows(x.astype(self.compute_dtype))
-        hidden_states, attentions = self._encode(
-            x, attended, layers_key, None if positions is None else jnp.asarray(positions)
-        )
+        hidden_states, attentions = self._encode(x, attended, layers_key, positions)
         x = hidden_states[-1]
         pooled: Any = None
         if self.pooler is not None:
@@ -332,7 +323,7 @@ class BertModel(BertPreTrainedModel):
         return BertModelOutput(x, pooled, hidden_states, attentions)
 
     def _encode(
-        self, x: jax.Array, attended: Attended | None, key: jax.Array | None, positions: jax.Array | None
+        self, x: jax.Array, attended: Attended | None, key: jax.Array | None, positions: Any
     ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array | None, ...]]:
         """Applies the layers in order; returns all hidden states, the first of which is x, and the attentions."""
 
@@ -359,7 +350,7 @@ class BertModel(BertPreTrainedModel):
             probabilities += [None if attentions is None else attentions[i] for i in range(full)]
         for i in range(len(probabilities), n):
             with jax.named_scope(f"layer_{i}"):
-                y, p = run(self.layers[i], hidden_states[-1], i, *([] if i < full else [positions]))
+                y, p = run(self.layers[i], hidden_states[-1], i, *([] if i < full else [jnp.asarray(positions)]))
             hidden_states.append(sharding.by_rows(y))
             probabilities.append(p)
         return tuple(hidden_states), tuple(probabilities)
@@ -372,8 +363,8 @@ def check_inputs(config: BertConfig, input_ids: jax.Array, **others: Any) -> Non
     rows, tokens = input_ids.shape
     if tokens > config.max_position_embeddings:
         raise InputError(
-            f"input_ids has {tokens} tokens a row; the model has {config.max_position_embeddings} "
-            "positions (max_position_embeddings). Truncate the texts or cut them into windows."
+            f"input_ids has {tokens} tokens per row; the model has {config.max_position_embeddings} positions "
+            "(max_position_embeddings). Truncate the texts, or cut them into windows."
         )
     limits = {
         "input_ids": config.vocab_size,
@@ -391,12 +382,10 @@ def check_inputs(config: BertConfig, input_ids: jax.Array, **others: Any) -> Non
         }.get(name, shape == (rows, tokens))
         if not fits:
             raise InputError(f"{name} has the shape {shape}; input_ids has {input_ids.shape}.")
-        if name not in limits or isinstance(array, jax.core.Tracer):
-            continue
-        outside = np.argwhere((np.asarray(array) < 0) | (np.asarray(array) >= limits[name]))
-        if len(outside):
-            row, token = outside[0]
-            hint = " Was the text tokenized for another model?" if name == "input_ids" else ""
-            raise InputError(
-                f"{name}[{row}, {token}] is {np.asarray(array)[row, token]}; expected 0 to {limits[name] - 1}.{hint}"
-            )
+        if name in limits and not isinstance(array, jax.core.Tracer):
+            values = np.asarray(array)
+            for row, token in np.argwhere((values < 0) | (values >= limits[name])):
+                hint = " Was the text tokenized for another model?" if name == "input_ids" else ""
+                raise InputError(
+                    f"{name}[{row}, {token}] is {values[row, token]}; expected 0 to {limits[name] - 1}.{hint}"
+                )

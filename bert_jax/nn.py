@@ -6,11 +6,13 @@ Letters in shapes:
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn.initializers import ones, truncated_normal, zeros
 
 from bert_jax.random import random_bits
 
@@ -23,8 +25,9 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, in_features: int, out_features: int, std: float, rngs: nnx.Rngs | None):
+        # Cut at two standard deviations, like the original.
         self.weight = new_param(rngs, (out_features, in_features), truncated_normal(std))
-        self.bias = new_param(rngs, (out_features,), jax.nn.initializers.zeros)
+        self.bias = new_param(rngs, (out_features,), zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]."""
@@ -46,8 +49,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, features: int, eps: float, rngs: nnx.Rngs | None):
         self.eps = eps
-        self.weight = new_param(rngs, (features,), jax.nn.initializers.ones)
-        self.bias = new_param(rngs, (features,), jax.nn.initializers.zeros)
+        self.weight = new_param(rngs, (features,), ones)
+        self.bias = new_param(rngs, (features,), zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
@@ -88,18 +91,11 @@ class Keys:
     """
 
     def __init__(self, key: jax.Array):
-        self.key, self.count = key, 0
+        self.key, self.counts = key, itertools.count()
 
     def params(self) -> jax.Array:
         """The next key."""
-        key = jax.random.fold_in(self.key, self.count)
-        self.count += 1
-        return key
-
-
-def truncated_normal(std: float) -> Callable[..., jax.Array]:
-    """The initializer of all weights."""
-    return jax.nn.initializers.truncated_normal(std)  # cut at two standard deviations, like the original
+        return jax.random.fold_in(self.key, next(self.counts))
 
 
 def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -109,8 +105,7 @@ def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """
     if x.dtype != jnp.float32:
         return _low_product(equation, x, y)
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.einsum(equation, x, y.astype(x.dtype), precision=highest, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, x, y.astype(x.dtype), precision="highest", preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -128,7 +123,7 @@ def _low_product_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, y = operands
     axes = equation.replace("...", "ABCDEF"[: x.ndim + 3 - len(equation.split(",")[0])])
-    (of_x, of_y), of_result = axes.split("->")[0].split(","), axes.split("->")[1]
+    of_x, of_y, of_result = axes.replace("->", ",").split(",")
     gradient = gradient.astype(x.dtype)
     to_x = _low_product(f"{of_result},{of_y}->{of_x}", gradient, y)
     to_y = _low_product(f"{of_x},{of_result}->{of_y}", x, gradient)
@@ -147,16 +142,12 @@ def _gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
-def _gelu_tanh(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
-# Keyed by the names in config.json. `gelu` is exact; jax.nn.gelu defaults to the tanh approximation.
+# Keyed by the names in config.json. `gelu` is exact; jax.nn.gelu is the tanh approximation.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": _gelu,
     "gelu_python": _gelu,
-    "gelu_new": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,
 }
 

@@ -31,8 +31,8 @@ def _rbg(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """
 
     def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        bits: jax.Array = jax.lax.rng_bit_generator(jnp.concatenate([key, key]), shape, dtype=jnp.uint16)[1]
-        return bits.astype(jnp.uint32)
+        _, bits = jax.lax.rng_bit_generator(jnp.concatenate([key, key]), shape, dtype=jnp.uint16)
+        return jax.lax.convert_element_type(bits, jnp.uint32)
 
     return draw_by_rows(draw, key, shape)
 
@@ -49,8 +49,7 @@ def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     batch, *middle, last = shape
     rows = math.prod(middle)
     # The four quarters lie along the middle axis. Each is contiguous in memory there, and the batch can be sharded.
-    blocks = (batch, -(-rows // 4), last)
-    i, j, k = (jax.lax.broadcasted_iota(jnp.uint32, blocks, axis) for axis in range(3))
+    i, j, k = (jax.lax.broadcasted_iota(jnp.uint32, (batch, -(-rows // 4), last), axis) for axis in range(3))
     x, y = i + keys[0], j * np.uint32(last) + k + keys[1]
     for n in range(5):
         for distance in ((13, 15, 26, 6), (17, 29, 16, 24))[n % 2]:
@@ -76,12 +75,11 @@ def draw_by_rows(draw: Callable[..., jax.Array], key: jax.Array, shape: tuple[in
     if shares == 1 or shape[0] % shares:
         return draw(key, shape)
 
+    axes = sharding.BATCH_AXES
+
+    @jax.shard_map(in_specs=PartitionSpec(), out_specs=PartitionSpec(axes), axis_names=set(axes), check_vma=False)
     def part(key: jax.Array) -> jax.Array:
-        own = key.at[1].add(jax.lax.axis_index(sharding.BATCH_AXES).astype(key.dtype))
+        own = key.at[1].add(jax.lax.axis_index(axes).astype(key.dtype))
         return draw(own, (shape[0] // shares, *shape[1:]))
 
-    spec = PartitionSpec(sharding.BATCH_AXES)
-    sharded = jax.shard_map(
-        part, in_specs=PartitionSpec(), out_specs=spec, axis_names=set(sharding.BATCH_AXES), check_vma=False
-    )
-    return sharded(key)
+    return part(key)

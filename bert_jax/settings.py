@@ -7,34 +7,24 @@ A field's docstring gives its meaning and unit, its annotation the valid values,
 
 import re
 from collections.abc import Iterable, Mapping
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.tasks.registry import TRAINABLE
-from bert_jax.yaml_file import leaves, nearest, read_tree
+from bert_jax.tree import flatten
+from bert_jax.yaml_file import nearest, read_tree
 
 
 def _compiles(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"no regular expression: {error}") from None
+        raise ValueError(f"invalid regular expression: {error}") from None
     return pattern
 
 
@@ -46,7 +36,7 @@ Patterns = Annotated[tuple[Pattern, ...], BeforeValidator(lambda given: (given,)
 
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     if repeated := [name for n, name in enumerate(names) if name in names[:n]]:
-        raise ValueError(f"{quoted(repeated[0])} stands twice in it")
+        raise ValueError(f"{quoted(repeated[0])} occurs twice")
     return names
 
 
@@ -54,10 +44,6 @@ Labels = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinc
 """Distinct names of labels."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction")
-if TYPE_CHECKING:
-    TrainableTask = str
-else:
-    TrainableTask = Literal[TRAINABLE]
 RENAMED = {"optimizer.rates": "optimizer.lr_multipliers"}
 """Names of settings in earlier versions -> their current names."""
 PROBLEMS = 20
@@ -95,8 +81,7 @@ class _Start(_Section):
     attention_probs_dropout_prob: Fraction | None = None
     """Dropout rate of attention probabilities; the checkpoint's by default."""
     attention: Literal["plain", "splash", "cudnn"] = "plain"
-    """The attention kernel. Fused kernels need less memory: splash on TPUs, cudnn on GPUs, both in bfloat16 without
-    attention dropout."""
+    """Attention kernel. splash (TPUs) and cudnn (GPUs) save memory; they need bfloat16 and no attention dropout."""
 
 
 class Model(_Start):
@@ -153,8 +138,7 @@ class Data(_Section):
     context: str | None = None
     """Column of the text that holds the answer; context by default."""
     answers: str | None = None
-    """Column of the answers, with text and answer_start; answers by default. If it is empty, the question has no
-    answer."""
+    """Column of the answers, with text and answer_start; answers by default. Empty means that there is no answer."""
     wrong_answers: Literal["skip", "stop"] = "skip"
     """What to do if an answer is not at the place that its row gives: skip the row, or stop."""
     labels: Labels | None = None
@@ -176,7 +160,7 @@ class Data(_Section):
 
 
 class Masked(_Section):
-    """Which tokens of an example the model is to guess."""
+    """Which tokens of an example the model predicts."""
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the tokens of an example; at least one is chosen."""
@@ -203,8 +187,7 @@ class Corpus(_Section):
     processes: PositiveInt | None = None
     """Number of processes that tokenize; by default the number of processors."""
     next_sentence: bool = True
-    """Makes pairs of segments and also learns whether they follow each other. If false, the model learns only masked
-    tokens."""
+    """Makes pairs of segments and also learns whether they follow each other. If false, learns only masked tokens."""
     max_length: Annotated[int, Field(ge=8)] = 128
     """Maximum number of tokens per example, special tokens included."""
     short: Fraction = 0.1
@@ -292,8 +275,7 @@ class Training(_Section):
     batch_size: PositiveInt = 32
     """Examples per step, over all devices."""
     accumulation: PositiveInt = 1
-    """Gradient accumulation: number of parts that a step's examples are computed in, one after another, to save
-    memory."""
+    """Gradient accumulation: number of parts in which a step's examples are computed in sequence, to save memory."""
     evaluation_batch_size: PositiveInt = 64
     """Examples per batch of an evaluation."""
     evaluate_every: PositiveInt | None = None
@@ -303,8 +285,7 @@ class Training(_Section):
     log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl."""
     metric: str | None = None
-    """Metric that chooses the best checkpoint; the task's by default. Lower is better for `loss` and `mse`, higher for
-    all other metrics."""
+    """Metric that chooses the best checkpoint; the task's by default. Lower is better only for `loss` and `mse`."""
     patience: PositiveInt | None = None
     """Number of evaluations without a better metric after which the run stops."""
     keep: PositiveInt = 1
@@ -312,8 +293,7 @@ class Training(_Section):
     seed: NonNegativeInt = 42
     """Seed of new parameters, the order of examples, and dropout."""
     remat: bool = False
-    """Recomputes the inner activations of each layer in the backward pass instead of keeping them: less memory, a third
-    more time."""
+    """Recomputes the inner activations of each layer in the backward pass: less memory, a third more time."""
     scan_layers: bool = False
     """Compiles one layer instead of all: faster to compile, slightly slower to run."""
 
@@ -333,8 +313,7 @@ class Mesh(_Section):
     fsdp: PositiveInt = 1
     """Devices that shard the examples of a group, and with them the parameters, gradients and optimizer state."""
     tensor: PositiveInt = 1
-    """Devices that shard the attention heads and the inner features of the feed-forward layers; they benefit from fast
-    links."""
+    """Devices that shard attention heads and inner features of feed-forward layers; they benefit from fast links."""
 
 
 class Output(_Section):
@@ -363,9 +342,7 @@ class _Root(_Section):
         Raises:
             InputError: Names each unknown key, with the nearest known one, and each invalid value.
         """
-        overrides = list(overrides)
-        source = f"{path}{' and the command line' if overrides else ''}"
-        return cls.from_dict(read_tree(path, overrides), source=source)
+        return cls.from_dict(read_tree(path, overrides), source=f"{path} and overrides" if overrides else str(path))
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any], source: str = "settings") -> Self:
@@ -373,7 +350,7 @@ class _Root(_Section):
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            problems = [_problem(cls, entry) for entry in islice(error.errors(), PROBLEMS)]
+            problems = [_problem(cls, entry) for entry in error.errors()[:PROBLEMS]]
             if error.error_count() > PROBLEMS:
                 problems.append(f"… and {error.error_count() - PROBLEMS:,} more.")
             raise InputError("\n  ".join([f"{source}:", *problems])) from None
@@ -384,10 +361,10 @@ class _Root(_Section):
 
     def differences(self, other: "_Root") -> list[str]:
         """The leaves that differ, each as `key: ours, theirs`."""
-        mine, theirs = (leaves(settings.model_dump(mode="json")) for settings in (self, other))
+        mine, theirs = (flatten(settings.model_dump(mode="json")) for settings in (self, other))
         return [
             f"{key}: {quoted(mine.get(key))}, {quoted(theirs.get(key))}"
-            for key in [*mine, *(key for key in theirs if key not in mine)]
+            for key in mine | theirs
             if mine.get(key) != theirs.get(key)
         ]
 
@@ -395,7 +372,7 @@ class _Root(_Section):
 class Settings(_Root):
     """A fine-tuning run."""
 
-    task: TrainableTask
+    task: Literal[TRAINABLE]  # type: ignore[valid-type]
     """Hugging Face's name of the task."""
     model: Model = Model()
     data: Data = Data()
@@ -490,19 +467,17 @@ def _problem(root: type[BaseModel], entry: Any) -> str:
     """Describes one of pydantic's errors in a line."""
     path = [str(part) for part in entry["loc"]]
     key = listed([".".join(path)])
-    if entry["type"] != "extra_forbidden":
-        given = "" if entry["type"] == "missing" else f", got {quoted(entry['input'])}"
-        near = (
-            nearest(entry["input"], re.findall("'([^']+)'", entry["msg"])) if entry["type"] == "literal_error" else None
-        )
-        hint = f"; did you mean {near}?" if near else ""
-        return f"{key}: {entry['msg'].removeprefix('Value error, ')}{given}{hint}"
-    if new := RENAMED.get(".".join(path)):
-        return f"{key}: the setting is now {new}."
-    section: Any = root
-    for part in path[:-1]:
-        section = section.model_fields[part].annotation if part in section.model_fields else section
-        section = next((kind for kind in getattr(section, "__args__", ()) if hasattr(kind, "model_fields")), section)
-    near = nearest(path[-1], section.model_fields)
-    hint = f"did you mean {near}?" if near else f"expected one of {', '.join(section.model_fields)}."
-    return f"{key}: there is no such setting; {hint}"
+    if key in RENAMED:
+        return f"{key}: the setting is now {RENAMED[key]}."
+    if entry["type"] == "extra_forbidden":
+        section: Any = root
+        for part in path[:-1]:
+            kind = section.model_fields[part].annotation
+            section = next((arm for arm in get_args(kind) if hasattr(arm, "model_fields")), kind)
+        near = nearest(path[-1], section.model_fields)
+        hint = f"did you mean {near}?" if near else f"expected one of {', '.join(section.model_fields)}."
+        return f"{key}: there is no such setting; {hint}"
+    given = "" if entry["type"] == "missing" else f", got {quoted(entry['input'])}"
+    near = nearest(entry["input"], re.findall("'([^']+)'", entry.get("ctx", {}).get("expected", "")))
+    hint = f"; did you mean {near}?" if near else ""
+    return f"{key}: {entry['msg'].removeprefix('Value error, ')}{given}{hint}"

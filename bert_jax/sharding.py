@@ -50,20 +50,16 @@ def mesh(
     devices = sorted(
         jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id)
     )
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    shape = ", ".join(f"{name}: {size}" for name, size in sizes.items())
-    rest = fsdp * tensor
-    if data < -1 or fsdp < 1 or tensor < 1:
-        raise InputError(f"mesh is {{{shape}}}; expected sizes of at least 1 (data: -1 takes all devices).")
-    if data == -1:
-        sizes["data"] = len(devices) // rest
-        if len(devices) % rest:
-            raise InputError(f"mesh is {{{shape}}}; there are {len(devices)} devices, which {rest} does not divide.")
-    count = math.prod(sizes.values())
-    if not 0 < count <= len(devices):
-        raise InputError(f"mesh is {{{shape}}}; there are {len(devices)} devices (data: -1 takes all).")
-    array = np.array(devices[:count]).reshape(tuple(sizes.values()))
-    return jax.sharding.Mesh(array, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    count, rest = len(devices), fsdp * tensor
+    groups = count // rest if data == -1 and rest > 0 and count % rest == 0 else data
+    shape = (groups, fsdp, tensor)
+    if min(shape) < 1 or math.prod(shape) > count:
+        raise InputError(
+            f"mesh is {{data: {data}, fsdp: {fsdp}, tensor: {tensor}}}; there are {count} devices. Expected sizes of "
+            f"at least 1 with a product of at most {count}, or data: -1 (all devices) if fsdp · tensor divides {count}."
+        )
+    array = np.array(devices[: math.prod(shape)]).reshape(shape)
+    return jax.sharding.Mesh(array, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
@@ -78,10 +74,9 @@ def part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     groups = [n for n, row in enumerate(owners) if jax.process_index() in {device.process_index for device in row}]
     count = len(groups)
     if not count or share(mesh) % count or groups[0] % count or groups[-1] - groups[0] >= count:
-        sizes = ", ".join(f"{name}: {size}" for name, size in mesh.shape.items())
         raise InputError(
-            f"mesh is {{{sizes}}}, of which {distributed.name()} holds the rows' "
-            f"parts {groups}; expected a mesh of all devices whose axes divide a process's, or are divided by them."
+            f"mesh is {dict(mesh.shape)}; {distributed.name()} holds the parts {groups} of the rows. Expected a mesh "
+            "of all devices, with axes that divide the number of devices of a process or are multiples of it."
         )
     return groups[0] // count, share(mesh) // count
 
@@ -116,8 +111,7 @@ def placements(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     """The shardings of a pytree that has dicts of parameters by path, such as a state with its optimizer state."""
 
     def of(path: Any, leaf: Any) -> NamedSharding:
-        name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
-        return placement(mesh, name, leaf.shape)
+        return placement(mesh, jax.tree_util.keystr(path[-1:], simple=True), leaf.shape)
 
     return jax.tree_util.tree_map_with_path(of, tree)
 
@@ -135,20 +129,16 @@ def put(arrays: Any, layout: Any) -> Any:
 
 def abstract(tree: Any, places: Any) -> Any:
     """The shapes, dtypes and shardings of a pytree's arrays, without values; `places` is one sharding or a pytree."""
-    if isinstance(places, jax.sharding.Sharding):
-        places = jax.tree.map(lambda _: places, tree)
+    places = jax.tree.broadcast(places, tree)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
 def put_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
     """Puts a batch on the devices. Each process passes its own rows."""
-    sharding = by_row(mesh)
-    if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+    return jax.make_array_from_process_local_data(by_row(mesh), batch)
 
 
-def share(mesh: jax.sharding.Mesh) -> int:
+def share(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """The number of shards of a batch on a mesh. The number of rows must be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -168,4 +158,4 @@ def by_rows(x: jax.Array) -> jax.Array:
 def shares() -> int:
     """The number of shards of a batch under the current mesh; 1 if the mesh lacks the axes `BATCH_AXES`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES) if set(BATCH_AXES) <= set(mesh.axis_names) else 1
+    return share(mesh) if set(BATCH_AXES) <= set(mesh.axis_names) else 1

@@ -14,27 +14,11 @@ from typing import Any, Self
 
 import numpy as np
 import tokenizers
-from tokenizers import Encoding
 
 from bert_jax import hub
+from bert_jax import tokenizer_files as files
 from bert_jax.data.rows import lay_out, model_inputs
 from bert_jax.errors import CheckpointError, InputError, quoted
-from bert_jax.tokenizer_files import (
-    BERT_CLASSES,
-    FLAGS,
-    GENERIC_CLASSES,
-    SPECIAL_TOKENS,
-    added_token,
-    check_vocab,
-    declared_tokens,
-    from_json,
-    max_length_of,
-    named_tokens,
-    read_json,
-    read_vocab,
-    unlike_bert,
-    wordpiece,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +44,13 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         *,
         model_max_length: int = 512,
-        special_tokens: dict[str, str] = SPECIAL_TOKENS,
+        special_tokens: dict[str, str] = files.SPECIAL_TOKENS,
     ):
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.model_max_length = model_max_length
-        self.special_tokens = {**SPECIAL_TOKENS, **special_tokens}
+        self.special_tokens = files.SPECIAL_TOKENS | special_tokens
         self._copies: dict[tuple[int, int, str], tokenizers.Tokenizer] = {}
         self.vocab_size = max(backend.get_vocab().values()) + 1
         self.mask_token = self.special_tokens["mask_token"]
@@ -93,42 +77,43 @@ class Tokenizer:
             CheckpointError: If the tokenizer files are missing or damaged, or do not describe a WordPiece tokenizer.
         """
         folder = hub.download(model_id, revision=revision)
-        settings, file = read_json(folder, "tokenizer_config.json"), read_json(folder, "tokenizer.json")
+        settings, file = files.read_json(folder, "tokenizer_config.json"), files.read_json(folder, "tokenizer.json")
         added = {}
         if settings.get("added_tokens_decoder") is None:  # otherwise the files of older versions are ignored
-            settings |= read_json(folder, "special_tokens_map.json")
-            added = read_json(folder, "added_tokens.json")
+            settings |= files.read_json(folder, "special_tokens_map.json")
+            added = files.read_json(folder, "added_tokens.json")
         try:
-            limit = max_length_of(settings.get("model_max_length"))
-            special = named_tokens(settings)
-            named = SPECIAL_TOKENS | special
-            tokens = declared_tokens(settings, added, file["added_tokens"] if file else [])
+            limit = files.max_length_of(settings.get("model_max_length"))
+            named = files.named_tokens(settings)
+            tokens = files.declared_tokens(settings, added, file["added_tokens"] if file else [])
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"tokenizer_config.json or tokenizer.json in {folder} is damaged ({quoted(error)}); download it again."
             ) from None
         name = settings.get("tokenizer_class")
         if name is None:
-            name = hub.read_json(folder / hub.CONFIG_FILE).get("tokenizer_class", "BertTokenizer")
-        kind = re.sub("(Tokenizer)?(Fast)?$", "", name or "Bert") if isinstance(name, str | None) and name != "" else ""
-        bert = kind in BERT_CLASSES
+            name = hub.read_json(folder / hub.CONFIG_FILE).get("tokenizer_class")
+        kind = re.sub("(Tokenizer)?(Fast)?$", "", "Bert" if name is None else str(name))
+        bert = kind in files.BERT_CLASSES
         if (folder / "tokenizer.json").is_file():
-            backend = from_json(folder / "tokenizer.json", file, settings if bert else None, named)
-            if not bert and kind not in GENERIC_CLASSES:
+            backend = files.from_json(folder / "tokenizer.json", file, settings if bert else None, named)
+            if not bert and kind not in files.GENERIC_CLASSES:
                 logger.warning("%s is used as it is, not as a %s.", folder / "tokenizer.json", quoted(name))
-        elif not (folder / "vocab.txt").is_file():
-            raise CheckpointError(f"{folder} has no tokenizer; expected tokenizer.json or vocab.txt.")
-        elif not bert:
-            raise CheckpointError(
-                f"{folder} asks for a {quoted(name)}; expected BERT's WordPiece tokenizer, or a tokenizer.json."
-            )
+        elif bert and (folder / "vocab.txt").is_file():
+            backend = files.wordpiece(folder / "vocab.txt", files.read_vocab(folder / "vocab.txt"), settings, named)
         else:
-            backend = wordpiece(folder / "vocab.txt", read_vocab(folder / "vocab.txt"), settings, named)
+            raise CheckpointError(
+                f"{folder} has no tokenizer that this package supports (tokenizer_class: {quoted(name)}); expected "
+                "tokenizer.json, or vocab.txt and a class such as BertTokenizer."
+            )
         if bert:
-            vocab = backend.get_vocab()
-            tokens += [(None, added_token(token)) for token in named.values() if token in vocab]
+            tokens += [
+                (None, files.added_token(token)) for token in named.values() if backend.token_to_id(token) is not None
+            ]
         backend.add_tokens([token for _, token in tokens])
-        check_vocab(folder, backend.get_vocab(), [])  # after repeated lines, an added token may get the id of another
+        files.check_vocab(
+            folder, backend.get_vocab(), []
+        )  # after repeated lines, an added token may get the id of another
         if absent := [token for token in named.values() if backend.token_to_id(token) is None]:
             logger.warning("%s: the vocabulary has no %s, so texts cannot contain it.", folder, " and no ".join(absent))
         for id, token in tokens:
@@ -137,7 +122,7 @@ class Tokenizer:
                     f"{folder} declares the id {id} for the added token {quoted(token.content)}, but the token gets "
                     f"the id {found}; the added tokens do not belong to its vocabulary."
                 )
-        return cls(backend, model_max_length=limit, special_tokens=special)
+        return cls(backend, model_max_length=limit, special_tokens=named)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json`, `tokenizer_config.json` and `vocab.txt`, as this class and transformers read them.
@@ -145,29 +130,27 @@ class Tokenizer:
         Raises:
             CheckpointError: If the folder cannot be written.
         """
-        bert, normalizer = not unlike_bert(self.backend), self.backend.normalizer
-        settings: dict[str, Any] = {
-            "tokenizer_class": "BertTokenizer" if bert else "PreTrainedTokenizerFast",
-            "model_max_length": self.model_max_length,
-        }
-        if bert:
-            settings["do_lower_case"] = normalizer.lowercase
-            settings["strip_accents"] = normalizer.strip_accents
-            settings["tokenize_chinese_chars"] = normalizer.handle_chinese_chars
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.model_max_length}
+        if not files.unlike_bert(self.backend):
+            settings |= {
+                "tokenizer_class": "BertTokenizer",
+                "do_lower_case": self.backend.normalizer.lowercase,
+                "strip_accents": self.backend.normalizer.strip_accents,
+                "tokenize_chinese_chars": self.backend.normalizer.handle_chinese_chars,
+            }
         settings["added_tokens_decoder"] = {
-            str(id): {"content": token.content, **{flag: getattr(token, flag) for flag in FLAGS}}
+            str(id): {"content": token.content, **{flag: getattr(token, flag) for flag in files.FLAGS}}
             for id, token in self.backend.get_added_tokens_decoder().items()
         }
         pieces = {id: piece for piece, id in self.backend.get_vocab(with_added_tokens=False).items()}
-        lines: list[str] = []
-        for id in range(max(pieces), -1, -1):
+        for id in range(max(pieces), 0, -1):
             # An id without a piece belongs to a repeated line. The last of equal lines counts, so this line can repeat
             # the next piece.
-            lines.append(pieces[id] if id in pieces else lines[-1])
+            pieces.setdefault(id - 1, pieces[id])
         with hub.replacing(Path(folder)) as staging:
             self.backend.save(str(staging / "tokenizer.json"))
             (staging / "tokenizer_config.json").write_text(json.dumps(settings | self.special_tokens, indent=2) + "\n")
-            (staging / "vocab.txt").write_text("".join(f"{piece}\n" for piece in reversed(lines)), encoding="utf-8")
+            (staging / "vocab.txt").write_text("".join(f"{pieces[id]}\n" for id in sorted(pieces)), encoding="utf-8")
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token; None if it is not in the vocabulary."""
@@ -183,7 +166,7 @@ class Tokenizer:
         max_length: int | None = None,
         stride: int | None = None,
         truncate: str = "longest_first",
-    ) -> list[list[Encoding]]:
+    ) -> list[list[tokenizers.Encoding]]:
         """Tokenizes texts, each into one row or, with a stride, into overlapping windows.
 
         Args:
@@ -216,28 +199,21 @@ class Tokenizer:
         try:
             rows = [[encoding] for encoding in self.backend.encode_batch(inputs, **options)]
         except TypeError:
-            raise InputError("a text holds lone surrogates, like \\udc80, which are not valid characters.") from None
+            raise InputError("a text contains lone surrogates such as \\udc80; remove them.") from None
         if max_length is None:
             return rows
         room = max_length - self.backend.num_special_tokens_to_add(text_pair is not None) * add_special_tokens
         for i, (encoding,) in enumerate(rows):
-            if len(encoding) <= max_length:
-                continue
-            # The library panics if a truncated text would keep no more tokens than the stride.
-            lengths = [encoding.sequence_ids.count(n) for n in range(1 if text_pair is None else 2)]
-            if text_pair is None:
-                kept = room
-            elif truncate == "only_second":
-                kept = room - lengths[0]
-            else:
-                kept = max(room - min(lengths), room // 2)
-            if kept <= (stride or 0):
-                raise InputError(
-                    f"max_length={max_length} with stride={stride} leaves no room for text[{i}], which has "
-                    f"{' and '.join(map(str, lengths))} tokens. Raise max_length or lower stride."
-                )
-            cut = self._truncating(max_length, stride or 0, truncate).encode_batch([inputs[i]], **options)[0]
-            rows[i] = [cut] if stride is None else [cut, *cut.overflowing]
+            if len(encoding) > max_length:
+                first, second = (encoding.sequence_ids.count(n) for n in (0, 1))
+                kept = room - first if truncate == "only_second" else max(room - min(first, second), room // 2)
+                if kept <= (stride or 0):  # the library panics then
+                    raise InputError(
+                        f"max_length={max_length} with stride={stride} leaves no room for text[{i}], which has "
+                        f"{first + second} tokens. Raise max_length or lower stride."
+                    )
+                cut = self._truncating(max_length, stride or 0, truncate).encode_batch([inputs[i]], **options)[0]
+                rows[i] = [cut] if stride is None else [cut, *cut.overflowing]
         return rows
 
     def _truncating(self, max_length: int, stride: int, strategy: str) -> tokenizers.Tokenizer:
@@ -316,8 +292,9 @@ class Tokenizer:
         if longest > length:
             raise InputError(f"A row has {longest} tokens; cannot pad to length={length}.")
         spots = lay_out(range(len(ids)), range(len(ids)), map(len, ids))
-        shape = max(rows, len(ids)), length
-        return model_inputs(spots, ids, type_ids, shape, packed=False, pad_token_id=self.pad_token_id or 0)
+        return model_inputs(
+            spots, ids, type_ids, (max(rows, len(ids)), length), packed=False, pad_token_id=self.pad_token_id or 0
+        )
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Maps token ids to text: joins the pieces and removes the spaces before punctuation."""

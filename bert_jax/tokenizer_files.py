@@ -2,14 +2,12 @@
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from bert_jax import hub
 from bert_jax.errors import CheckpointError, quoted
@@ -37,45 +35,41 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The object in a JSON file of a folder; empty if there is no such file."""
     path = folder / name
-    if not path.is_file() and os.path.lexists(path):
+    if not path.is_file() and (path.exists() or path.is_symlink()):
         raise CheckpointError(f"{path} is not a regular file; replace or remove it.")
     return hub.read_json(path) if path.is_file() else {}
 
 
 def max_length_of(given: Any) -> int:
     """The maximum number of tokens per row. It must leave room for at least one token of text."""
-    if given is None:
-        return 512
-    # A tokenizer without its own limit is saved with a limit of 10^30.
-    if isinstance(given, bool) or not isinstance(given, int | float) or not (limit := int(min(given, 10**6))) > 2:
-        raise ValueError(f"model_max_length is {quoted(given)}")
-    return limit
+    given = 512 if given is None else given
+    if not (isinstance(given, int | float) and given >= 3):
+        raise ValueError(f"model_max_length is {quoted(given)}; expected at least 3")
+    return int(min(given, 10**6))  # a tokenizer without its own limit is saved with a limit of 10^30
 
 
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens that the settings name, as they are written in a text.
+    """The special tokens, as they are written in a text: those that the settings name, and the defaults of the others.
 
     Raises:
         ValueError: If a token is None or empty, or is the same as the mask token.
     """
-    for name in SPECIAL_TOKENS:
-        if name in settings and settings[name] in (None, ""):
-            raise ValueError(f"{name} is {settings[name]!r}")
+    if empty := [name for name in SPECIAL_TOKENS if name in settings and settings[name] in (None, "")]:
+        raise ValueError(f"{empty[0]} is {settings[empty[0]]!r}")
     if settings.get("split_special_tokens"):
         raise ValueError("split_special_tokens is set")
-    special = {name: added_token(settings[name]).content for name in NAMED if settings.get(name) is not None}
-    roles = SPECIAL_TOKENS | special
-    if shared := [name for name in SPECIAL_TOKENS if name != "mask_token" and roles[name] == roles["mask_token"]]:
-        raise ValueError(f"{shared[0]} and mask_token are both {roles['mask_token']}")
-    return special
+    given = {name: added_token(settings[name]).content for name in NAMED if settings.get(name) is not None}
+    named = SPECIAL_TOKENS | given
+    if shared := [name for name in SPECIAL_TOKENS if name != "mask_token" and named[name] == named["mask_token"]]:
+        raise ValueError(f"{shared[0]} and mask_token are both {named['mask_token']}")
+    return named
 
 
 def added_token(given: Any, *, special: bool = True) -> AddedToken:
     """The token that a file declares, either as its text or as an object with flags."""
     if isinstance(given, str):
         return AddedToken(given, special=special, normalized=not special)
-    flags = {flag: given[flag] for flag in FLAGS if flag in given}
-    return AddedToken(given["content"], **{"special": special} | flags)
+    return AddedToken(given["content"], **{"special": special} | {flag: given[flag] for flag in FLAGS if flag in given})
 
 
 def declared_tokens(
@@ -91,17 +85,16 @@ def declared_tokens(
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     if not isinstance(extra, list | dict):
         raise TypeError(f"extra_special_tokens is {quoted(extra)}")
-    named = [settings[name] for name in NAMED if settings.get(name) is not None]
-    named += [
-        token for name, token in settings.items()
+    others = [
+        name for name, token in settings.items()
         if name not in NAMED and name.endswith("_token") and isinstance(token, str | dict)
     ]  # fmt: skip
-    special = [added_token(token) for token in [*named, *(extra.values() if isinstance(extra, Mapping) else extra)]]
-    names, contents = ({token.content for token in some} for some in (special[: len(named)], special))
-    decoder = settings.get("added_tokens_decoder")
-    if decoder is not None:
-        numbered = {int(id): added_token(token, special=False) for id, token in decoder.items()}
-        pairs = list(numbered.items())
+    named = [added_token(settings[name]) for name in (*NAMED, *others) if settings.get(name) is not None]
+    special = [*named, *map(added_token, extra.values() if isinstance(extra, dict) else extra)]
+    names, contents = {token.content for token in named}, {token.content for token in special}
+    if settings.get("added_tokens_decoder") is not None:
+        by_id = {int(id): added_token(token, special=False) for id, token in settings["added_tokens_decoder"].items()}
+        pairs = list(by_id.items())
     else:
         by_content = {content: (id, added_token(content, special=content in contents)) for content, id in added.items()}
         by_content |= {token["content"]: (token["id"], added_token(token, special=False)) for token in of_file}
@@ -114,84 +107,73 @@ def declared_tokens(
 def read_vocab(vocab_file: Path) -> dict[str, int]:
     """Reads a vocabulary file, one piece per line, without trailing white space. The last of equal lines counts."""
     try:
-        with open(vocab_file, encoding="utf-8", newline="") as file:
-            pieces = file.read().split("\n")
+        pieces = vocab_file.read_bytes().decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{vocab_file} is damaged ({error}); download it again.") from None
-    if pieces[-1] == "":
-        pieces.pop()
     return {piece.rstrip(): i for i, piece in enumerate(pieces)}
 
 
 def from_json(
-    path: Path, file: Mapping[str, Any], settings: Mapping[str, Any] | None, special: Mapping[str, str]
-) -> tokenizers.Tokenizer:
+    path: Path, file: Mapping[str, Any], settings: Mapping[str, Any] | None, named: dict[str, str]
+) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, without its added tokens.
 
     Args:
         path: The path of the file.
         file: The content of the file.
         settings: `tokenizer_config.json`, which takes precedence for BERT's own class; None uses the file as it is.
-        special: The named special tokens.
+        named: The named special tokens.
 
     Raises:
         CheckpointError: If the file is damaged, is not a WordPiece tokenizer, or contradicts the class that reads it.
     """
     try:
         model = file["model"]
-        kind, vocab = model.get("type", "WordPiece"), model["vocab"]
+        kind, vocab = model.get("type", "WordPiece"), dict(model["vocab"])
         if kind == "WordPiece":
             # The vocabulary is kept apart, because the library takes longest to read it.
             content = {**file, "added_tokens": [], "model": {**model, "vocab": {}} if settings is not None else model}
-            backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-            vocab = dict(vocab)
+            backend = Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises no narrower exception
         raise CheckpointError(f"{path} is damaged ({quoted(error)}); download it again.") from None
     if kind != "WordPiece" or not isinstance(backend.model, models.WordPiece):
-        raise CheckpointError(f"{path} holds a {quoted(kind)} tokenizer; expected WordPiece.")
+        raise CheckpointError(f"{path} contains a {quoted(kind)} tokenizer; expected WordPiece.")
     if settings is None:
         check_vocab(path, vocab, [backend.model.unk_token])
         return backend
     if other := unlike_bert(backend):
         raise CheckpointError(
-            f"{path} has a {' and a '.join(other)} that BertTokenizer does not have, but tokenizer_config.json "
-            "names that class. To use the file as it is, set tokenizer_class to PreTrainedTokenizerFast."
+            f"{path} has a {' and a '.join(other)} that BertTokenizer does not have. To use the file as it is, set "
+            "tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast."
         )
-    return wordpiece(path, vocab, settings, special, cased=not backend.normalizer.lowercase)
+    return wordpiece(path, vocab, settings, named, cased=not backend.normalizer.lowercase)
 
 
 def wordpiece(
-    path: Path,
-    vocab: dict[str, int],
-    settings: Mapping[str, Any],
-    special: Mapping[str, str],
-    *,
-    cased: bool | None = None,
-) -> tokenizers.Tokenizer:
+    path: Path, vocab: dict[str, int], settings: Mapping[str, Any], named: dict[str, str], *, cased: bool | None = None
+) -> Tokenizer:
     """The tokenizer of google-research/bert tokenization.py with the given vocabulary.
 
     Args:
         path: The file of the vocabulary.
         vocab: Piece -> id.
         settings: `tokenizer_config.json`.
-        special: The named special tokens.
+        named: The named special tokens.
         cased: Whether text keeps its case if the settings do not say; by default, whether the vocabulary has capital
             letters.
     """
-    check_vocab(path, vocab, [special[name] for name in ("unk_token", "cls_token", "sep_token")])
+    check_vocab(path, vocab, [named[name] for name in ("unk_token", "cls_token", "sep_token")])
     lowercase = settings.get("do_lower_case")
     if lowercase is None:
         if cased is None:
-            pieces = (piece for piece in vocab if piece not in special.values() and piece[:1] != "[")
-            cased = any(piece != piece.lower() for piece in pieces)
+            cased = any(p != p.lower() for p in vocab if p not in named.values() and not p.startswith("["))
         lowercase = not cased
         if cased:
-            logger.warning("%s: no do_lower_case in tokenizer_config.json; text keeps its case.", path)
-    chinese = settings.get("tokenize_chinese_chars")
-    backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=special["unk_token"]))
+            logger.warning("%s: tokenizer_config.json has no do_lower_case; text keeps its case.", path)
+    backend = Tokenizer(models.WordPiece(vocab, unk_token=named["unk_token"]))
     try:
         backend.normalizer = normalizers.BertNormalizer(
-            handle_chinese_chars=True if chinese is None else chinese,
+            handle_chinese_chars=settings.get("tokenize_chinese_chars") is None or settings["tokenize_chinese_chars"],
             strip_accents=settings.get("strip_accents"),
             lowercase=lowercase,
         )
@@ -199,7 +181,7 @@ def wordpiece(
         raise CheckpointError(f"tokenizer_config.json of {path} is damaged ({error}); download it again.") from None
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
-    cls, sep = special["cls_token"], special["sep_token"]
+    cls, sep = named["cls_token"], named["sep_token"]
     backend.post_processor = processors.TemplateProcessing(
         single=f"{cls}:0 $A:0 {sep}:0",
         pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
@@ -208,7 +190,7 @@ def wordpiece(
     return backend
 
 
-def unlike_bert(backend: tokenizers.Tokenizer) -> list[str]:
+def unlike_bert(backend: Tokenizer) -> list[str]:
     """The parts of a tokenizer that differ from BERT's."""
     model, normalizer = backend.model, backend.normalizer
     parts = {
@@ -223,7 +205,7 @@ def unlike_bert(backend: tokenizers.Tokenizer) -> list[str]:
 def check_vocab(path: Path, vocab: Mapping[str, int], needed: Sequence[str]) -> None:
     """Raises `CheckpointError` if a vocabulary lacks a needed token, or gives one id to two tokens."""
     if missing := [token for token in needed if token not in vocab]:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}; expected a vocabulary with all of these.")
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}; expected a vocabulary that contains them.")
     if not all(type(id) is int and 0 <= id < 2**24 for id in vocab.values()):
         raise CheckpointError(f"{path} is damaged (a token id is not a whole number below 2^24); download it again.")
     if len(set(vocab.values())) < len(vocab):

@@ -56,32 +56,21 @@ def merge(skeleton: Skeleton, params: Params) -> Any:
     for path, spec in skeleton.specs.items():
         if path in flat and (flat[path].shape, flat[path].dtype) != (spec.shape, spec.dtype):
             found = flat[path]
-            wrong.append(f"{path}: {found.dtype}{list(found.shape)} where {spec.dtype}{list(spec.shape)} is expected")
+            wrong.append(f"{path}: {found.dtype}{list(found.shape)}; expected {spec.dtype}{list(spec.shape)}")
     if wrong:
-        raise ValueError("These parameters are not this model's:\n  " + "\n  ".join(wrong))
+        raise ValueError("The parameters do not fit the model:\n  " + "\n  ".join(wrong))
     return nnx.merge(skeleton.graphdef, unflatten(flat))
 
 
-def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
     """Dotted path -> leaf, in the order of the tree: `{"a": {0: x}}` becomes `{"a.0": x}`."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    return {".".join(map(str, keys)): leaf for keys, leaf in nnx.traversals.flatten_mapping(tree).items()}
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
     """The inverse of `flatten`. Keys that consist of digits become integers."""
-    tree: Params = {}
-    for path, leaf in flat.items():
-        *parents, name = (int(key) if key.isdigit() else key for key in path.split("."))
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[name] = leaf
+    keys = {path: tuple(int(key) if key.isdigit() else key for key in path.split(".")) for path in flat}
+    tree: Params = nnx.traversals.unflatten_mapping({keys[path]: leaf for path, leaf in flat.items()})
     return tree
 
 

@@ -1,13 +1,12 @@
 """Carries embeddings over to another vocabulary: each new piece starts from the old ones nearest to it by name."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 from bert_jax.tokenizer import Tokenizer
 
-SAME, LOWER, PIECES, NONE = "the same piece", "in lower case", "the mean of their old pieces", "the mean of all"
+SAME, LOWER, PIECES, NONE = "copied", "copied from lower case", "averaged over old pieces", "averaged over all"
 
 
 def carry(before: Tokenizer, after: Tokenizer) -> tuple[list[list[int]], dict[str, int]]:
@@ -19,21 +18,21 @@ def carry(before: Tokenizer, after: Tokenizer) -> tuple[list[list[int]], dict[st
     """
     old = before.backend.get_vocab()
     sources: list[list[int]] = [[] for _ in range(after.vocab_size)]
-    counts = Counter({SAME: 0, LOWER: 0, PIECES: 0, NONE: 0})
+    counts = dict.fromkeys((SAME, LOWER, PIECES, NONE), 0)
     for piece, i in after.backend.get_vocab().items():
-        goes_on, text = piece.startswith("##"), piece.removeprefix("##")
         if piece in old:
             sources[i], how = [old[piece]], SAME
         elif piece.lower() in old:
             sources[i], how = [old[piece.lower()]], LOWER
         else:
-            pieces = before.encode([text], add_special_tokens=False)[0][0].tokens
+            pieces = before.encode([piece.removeprefix("##")], add_special_tokens=False)[0][0].tokens
             # A piece that continues a word is made of pieces that continue a word.
-            pieces = [f"##{p}" if goes_on and n == 0 and f"##{p}" in old else p for n, p in enumerate(pieces)]
+            if piece.startswith("##") and pieces and f"##{pieces[0]}" in old:
+                pieces[0] = f"##{pieces[0]}"
             sources[i] = [old[p] for p in pieces if old[p] != before.unk_token_id]
             how = PIECES if sources[i] else NONE
         counts[how] += 1
-    return sources, dict(counts)
+    return sources, counts
 
 
 def rows(table: np.ndarray, sources: Sequence[Sequence[int]]) -> np.ndarray:

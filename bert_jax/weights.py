@@ -4,7 +4,6 @@ This module maps a folder and a model's shapes to a dict of arrays, and back. It
 """
 
 import contextlib
-import itertools
 import json
 import mmap
 import re
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from bert_jax import tree
-from bert_jax.errors import CheckpointError
+from bert_jax.errors import CheckpointError, listed
 from bert_jax.hub import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_index, replacing
 
 # Tensor in the published checkpoints (google-bert/bert-base-cased) -> parameter. Parameters are held as stored; the
@@ -69,7 +68,7 @@ TIED = {
 }
 
 # The prefix that wrappers put before every name: torch.compile, DistributedDataParallel, modules that hold the network.
-WRAPPERS = re.compile(r"((_orig_mod|module|model)\.)*")
+WRAPPERS = re.compile(r"^((_orig_mod|module|model)\.)*")
 
 _LISTED = 40
 """The maximum number of problems that an error message lists."""
@@ -102,10 +101,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a parameter comes from: the name of a tensor, and the file that holds it."""
+    """A tensor in a file, from which a parameter is read."""
 
     name: str
     file: Path
+    shape: list[int]
     dtype: str
     """The dtype as safetensors writes it: F32, F16, BF16."""
 
@@ -136,75 +136,62 @@ def plan(
     """
     # In a bare BertModel, neither the parameters nor the tensors in its files have the prefix `bert.`.
     bare = "" if any(path.startswith("bert.") for path in specs) else "bert."
-    fresh = tree.select(new, specs)
-    if unmatched := [pattern for pattern in new if not tree.select([pattern], specs)]:
-        raise CheckpointError(f"new={unmatched} matches no parameter; paths look like {', '.join(list(specs)[-2:])}.")
     stored = _stored(folder)
-    for pattern in ignore:
-        if not tree.select([pattern], stored):
+    fresh, left_out = tree.select(new, specs), tree.select(ignore, stored)
+    for option, patterns, what, names in [("new", new, "parameter", specs), ("ignore", ignore, "tensor", stored)]:
+        if unmatched := [pattern for pattern in patterns if not tree.select([pattern], names)]:
             raise CheckpointError(
-                f"ignore={[pattern]} matches no tensor; {folder} has {', '.join(list(stored)[-2:])}, …"
+                f"{option}={unmatched} matches no {what}; expected regular expressions of whole names, "
+                f"such as {listed(list(names)[-2:])}."
             )
-    left_out = dict.fromkeys(tree.select(ignore, stored), "as asked for")
-    report, wrong = Report(new=fresh, ignored=left_out), []
-    report.prefix = _prefix(folder, [name for name in stored if name not in left_out])
+    prefixes = {name.removesuffix(WRAPPERS.sub("", name)): name for name in stored if name not in left_out}
+    if len(prefixes) > 1:
+        raise CheckpointError(
+            f"The tensor names in {folder} have different prefixes: {listed(prefixes.values())}; "
+            "expected the same prefix or none. To leave tensors out, pass ignore=[…]."
+        )
+    prefix = next(iter(prefixes), "")
+    report = Report(prefix, new=fresh, ignored=dict.fromkeys(left_out, "as requested"))
+    published = {name: _published_name(name.removeprefix(prefix)) for name in stored if name not in left_out}
     sources: dict[str, Source] = {}
-    tied: dict[str, Source] = {}
-    unknown = ""
-    for name, (file, shape, dtype) in stored.items():
-        if name in left_out:
-            continue
-        source, published = Source(name, file, dtype), _published_name(name.removeprefix(report.prefix))
-        if published in BUFFERS:
+    wrong, unknown = [], []
+    for name in sorted(published, key=lambda name: published[name] in TIED):  # tied tensors last
+        source, tied = stored[name], TIED.get(published[name])
+        line, layer = _line(tied or published[name])
+        path = TABLE.get(line, "").replace("{i}", layer).removeprefix(bare)
+        if published[name] in BUFFERS:
             report.ignored[name] = "a buffer"
-            continue
-        if published in TIED:
-            tied[published] = source
-            continue
-        path = _path(published)
-        if path is None:
-            wrong.append(f"unknown: {name} {shape}")
-            unknown = unknown or name
-            continue
-        path = path.removeprefix(bare)
-        if path in fresh:
-            report.ignored[name] = "made new"
+        elif not path:
+            unknown.append(name)
+            wrong.append(f"unknown: {name} {source.shape}")
+        elif path in fresh:
+            report.ignored[name] = "reinitialised"
         elif path not in specs and path.removeprefix("bert.").startswith("layers."):
             wrong.append(f"unexpected: {name}; the config has fewer layers")
         elif path not in specs:
             report.ignored[name] = f"this model has no {path.rpartition('.')[0]}"
-        elif path in sources:
+        elif path not in sources:
+            sources[path] = source
+            wrong += _misfit(source, list(specs[path].shape))
+        elif not tied:
             wrong.append(f"stored twice: {sources[path].name} and {name}")
+        elif "predictions.bias" not in specs:
+            report.ignored[name] = "this model has no predictions"
         else:
-            sources[path] = source
-            wrong += _misfit(name, shape, dtype, list(specs[path].shape))
-    for published, source in tied.items():
-        path = TABLE[TIED[published]].removeprefix(bare)
-        if "predictions.bias" not in specs and path in sources:
-            report.ignored[source.name] = "this model has no predictions"
-        elif path in fresh:
-            report.ignored[source.name] = "made new"
-        elif path not in specs:
-            report.ignored[source.name] = f"this model has no {path.rpartition('.')[0]}"
-        elif path in sources:
-            report.tied.append(f"{source.name} = {sources[path].name}")
+            report.tied.append(f"{name} = {sources[path].name}")
             if not np.array_equal(source.read(), sources[path].read()):
-                wrong.append(f"not tied: {source.name} differs from {sources[path].name}; this network ties the two")
-        else:  # stored only once, under the other name
-            sources[path] = source
-            wrong += _misfit(source.name, stored[source.name][1], source.dtype, list(specs[path].shape))
-    missing = [path for path in specs if path not in sources and path not in fresh]
-    names = {path.removeprefix(bare): published for published, path in _table(specs).items()}
-    wrong += [f"missing: {names[path]} {list(specs[path].shape)}" for path in missing]
+                wrong.append(f"not tied: {name} differs from {sources[path].name}; expected equal tensors")
+    missing = {name: path for name, path in _table(specs).items() if path not in sources and path not in fresh}
+    wrong += [f"missing: {name} {list(specs[path].shape)}" for name, path in missing.items()]
     if wrong:
-        lines = [line if len(line) <= 200 else f"{line[:199]}…" for line in wrong[:_LISTED]]
+        lines = [f"The weights in {folder} do not fit this model:", *(listed([line]) for line in wrong[:_LISTED])]
         if len(wrong) > _LISTED:
             lines.append(f"and {len(wrong) - _LISTED} more")
         if missing:
-            lines.append(f"What is to be learnt can be drawn anew: new=[{_pattern(missing[0])}]")
+            lines.append(f"To reinitialise missing parameters, pass new=[{_pattern(next(iter(missing.values())))}].")
         if unknown:
-            lines.append(f"What the model can do without can be left out: ignore=[{_pattern(unknown)}]")
-        raise CheckpointError(f"The weights in {folder} do not fit this model:\n  " + "\n  ".join(lines))
+            lines.append(f"To leave out unknown tensors, pass ignore=[{_pattern(unknown[0])}].")
+        raise CheckpointError("\n  ".join(lines))
     report.loaded = [source.name for source in sources.values()]
     return sources, report
 
@@ -232,11 +219,10 @@ def load(
             arrays[path] = jax.device_put(array)
     if infinite:
         raise CheckpointError(
-            f"The weights in {folder} hold NaN or infinity, in {', '.join(infinite[:5])}"
-            f"{f' and {len(infinite) - 5} more' if len(infinite) > 5 else ''}: the run that saved them failed, or the "
-            "file is damaged."
+            f"The weights in {folder} contain NaN or infinity, in {listed(infinite)}: the training diverged, or "
+            "the file is damaged. Use another checkpoint, or download this one again."
         )
-    return {path: arrays[path] for path in sources}, report
+    return arrays, report
 
 
 def save(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -253,12 +239,7 @@ def save(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> 
     Raises:
         CheckpointError: If the folder cannot be written; names the earlier files that were replaced, if any.
     """
-    prefix = "" if any(path.startswith("bert.") for path in params) else "bert."
-    tensors = {}
-    for published, path in _table(params).items():
-        path = path.removeprefix(prefix)
-        if path in params:
-            tensors[published.removeprefix(prefix)] = np.ascontiguousarray(params[path])
+    tensors = {name: np.ascontiguousarray(params[path]) for name, path in _table(params).items()}
     with replacing(folder) as staging:
         try:
             save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -292,22 +273,19 @@ def _tensors(sources: Mapping[str, Source]) -> Iterator[tuple[str, np.ndarray]]:
     Therefore a file is reopened after every 32 MB. Reopening it for each tensor would take 0.3 ms each, 55 ms more for
     BERT-base.
     """
-    for file, group in itertools.groupby(
-        sorted(sources.items(), key=lambda item: item[1].file), lambda item: item[1].file
-    ):
-        rest = list(group)[::-1]
-        while rest:
-            size = 0
-            with _opened(file) as opened:
-                while rest and size < 2**25:
-                    path, source = rest.pop()
-                    tensor = opened.get_tensor(source.name)
-                    size += tensor.nbytes
-                    yield path, tensor
+    rest = sorted(sources.items(), key=lambda item: item[1].file)[::-1]
+    while rest:
+        file, size = rest[-1][1].file, 0
+        with _opened(file) as opened:
+            while rest and rest[-1][1].file == file and size < 2**25:
+                path, source = rest.pop()
+                tensor = opened.get_tensor(source.name)
+                size += tensor.nbytes
+                yield path, tensor
 
 
-def _stored(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
-    """Tensor name -> its file, shape and dtype."""
+def _stored(folder: Path) -> dict[str, Source]:
+    """Tensor name -> where it is stored."""
     index: dict[str, str] = {}
     if (folder / WEIGHTS_FILE).is_file():
         files = [folder / WEIGHTS_FILE]
@@ -316,27 +294,24 @@ def _stored(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
         files = [_shard(folder, name) for name in sorted(set(index.values()))]
     elif (folder / "pytorch_model.bin").is_file():
         raise CheckpointError(
-            f"{folder} holds pytorch_model.bin and no {WEIGHTS_FILE}. This package does not unpickle; "
-            f"convert it once: python scripts/convert_bin.py {folder} OUTPUT_FOLDER"
+            f"{folder} contains pytorch_model.bin but no {WEIGHTS_FILE}. This package does not read pickles. "
+            f"Convert the file once: python scripts/convert_bin.py {folder} OUTPUT_FOLDER"
         )
     else:
-        raise CheckpointError(f"{folder} holds no weights; expected {WEIGHTS_FILE}, or shards and {INDEX_FILE}.")
-    stored: dict[str, tuple[Path, list[int], str]] = {}
+        raise CheckpointError(f"{folder} contains no weights; expected {WEIGHTS_FILE}, or shards and {INDEX_FILE}.")
+    found = []
     for path in files:
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118  not a dict
-                if index and index.get(name) != path.name:
-                    other = index.get(name, "none")
-                    raise CheckpointError(
-                        f"{path} holds {name}, and {INDEX_FILE} puts it into {other}; download both again."
-                    )
                 tensor = file.get_slice(name)
-                stored[name] = (path, tensor.get_shape(), tensor.get_dtype())
-    if absent := [name for name in index if name not in stored]:
+                found.append(Source(name, path, tensor.get_shape(), tensor.get_dtype()))
+    places = {(source.name, source.file.name) for source in found}
+    if index and (wrong := places ^ index.items()):
+        names = listed(sorted({name for name, _ in wrong}))
         raise CheckpointError(
-            f"{folder / INDEX_FILE} names {absent[0]}, which {index[absent[0]]} does not hold; download both again."
+            f"{folder / INDEX_FILE} and the shards disagree about the files of {names}; download all of them again."
         )
-    return stored
+    return {source.name: source for source in found}
 
 
 def _shard(folder: Path, name: str) -> Path:
@@ -344,32 +319,11 @@ def _shard(folder: Path, name: str) -> Path:
     path, home = folder / name, folder.resolve()
     if home.parent.name == "snapshots":  # the Hub's cache, in which files are links to blobs
         home = home.parent.parent
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing, though {INDEX_FILE} names it; download the checkpoint again.")
     if not path.is_file() or not path.resolve().is_relative_to(home):
         raise CheckpointError(
-            f"{path}, which {INDEX_FILE} names, is no file in that folder; put the shard itself there."
+            f"{path}, listed in {INDEX_FILE}, is missing or not a file in this folder; download the checkpoint again."
         )
     return path
-
-
-def _prefix(folder: Path, names: Iterable[str]) -> str:
-    """The prefix that wrappers put before every name.
-
-    Raises:
-        CheckpointError: If not all names have the same prefix.
-    """
-    before: dict[str, list[str]] = {}
-    for name in names:
-        match = WRAPPERS.match(name)
-        before.setdefault(match[0] if match else "", []).append(name)
-    if len(before) > 1:
-        found = "; ".join(f"{prefix or 'none'}: {len(some)}, like {some[0]}" for prefix, some in before.items())
-        raise CheckpointError(
-            f"The names of the tensors in {folder} have different prefixes ({found[:300]}); expected one, or none. "
-            "What the model can do without can be left out: ignore=[…]"
-        )
-    return next(iter(before), "")
 
 
 def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
@@ -391,7 +345,7 @@ def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
         pages.madvise(mmap.MADV_HUGEPAGE)
         memory = np.frombuffer(pages, np.uint8)
     start = -memory.ctypes.data % page
-    aligned = memory[start : start + size].view(dtype)
+    aligned: np.ndarray = memory[start : start + size].view(dtype)
     source = tensor.reshape(-1)
     for start in range(0, aligned.size, 2**18):  # checks each part while it is still in the cache
         part = aligned[start : start + 2**18]
@@ -399,8 +353,7 @@ def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
             part[...] = source[start : start + 2**18]
         if not np.isfinite(part).all():
             return None
-    shaped: np.ndarray = aligned.reshape(tensor.shape)
-    return shaped
+    return aligned.reshape(tensor.shape)
 
 
 def _published_name(name: str) -> str:
@@ -410,36 +363,32 @@ def _published_name(name: str) -> str:
     return f"bert.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
 
 
-def _path(published: str) -> str | None:
-    """The parameter path of a published name; None if the name is not in the table."""
-    layer = re.match(r"bert\.encoder\.layer\.(\d+)\.", published)
-    if not layer:
-        return TABLE.get(published)
-    path = TABLE.get(published.replace(f".{layer[1]}.", ".{i}.", 1))
-    return path and path.replace("{i}", layer[1])
+def _line(name: str) -> tuple[str, str]:
+    """A name as the table writes it, and the number of its layer, or `{i}` if it has none."""
+    layer = re.search(r"\.(\d+)\.", name)
+    number = layer[1] if layer else "{i}"
+    return name.replace(f".{number}.", ".{i}.", 1), number
 
 
 def _table(paths: Iterable[str]) -> dict[str, str]:
-    """The table with one line for each layer in the paths: published name -> path."""
-    found = (re.match(r"(?:bert\.)?layers\.(\d+)\.", path) for path in paths)
-    layers = 1 + max((int(match[1]) for match in found if match), default=-1)
-    table = {}
-    for published, path in TABLE.items():
-        for i in range(layers) if "{i}" in path else [0]:
-            table[published.replace("{i}", str(i))] = path.replace("{i}", str(i))
-    return table
+    """Published name -> path, for the paths that are in the table. In a bare `BertModel`, both lack `bert.`."""
+    names = {path: name for name, path in TABLE.items()}
+    names |= {path.removeprefix("bert."): name.removeprefix("bert.") for path, name in names.items()}
+    lines = {path: _line(path) for path in paths}
+    return {names[line].replace("{i}", layer): path for path, (line, layer) in lines.items() if line in names}
 
 
-def _misfit(name: str, shape: list[int], dtype: str, expected: list[int]) -> list[str]:
-    if dtype not in ("F32", "F16", "BF16", "F64"):
-        return [f"{name} is {dtype}; expected floats"]
+def _misfit(source: Source, expected: list[int]) -> list[str]:
+    name, shape = source.name, source.shape
+    if source.dtype not in ("F32", "F16", "BF16", "F64"):
+        return [f"{name} has dtype {source.dtype}; expected floats"]
     if shape != expected:
         hint = f"; pass num_labels={shape[0]}" if name.startswith("classifier.") and shape[1:] == expected[1:] else ""
-        return [f"{name} is {shape}; the config asks for {expected}{hint}"]
+        return [f"{name} has shape {shape}; the config requires {expected}{hint}"]
     return []
 
 
 def _pattern(name: str) -> str:
     """A regular expression, as Python writes it, that matches a tensor or parameter and its siblings."""
     pattern = re.escape(name.rpartition(".")[0]) + r"\..*" if "." in name else re.escape(name)
-    return f"r'{pattern}'" if len(pattern) <= 200 else f"r'{pattern[:199]}…'"
+    return f"r'{listed([pattern])}'"

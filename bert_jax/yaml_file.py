@@ -20,7 +20,7 @@ class _Loader(yaml.SafeLoader):
         given: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in given:
-                raise yaml.YAMLError(f"line {key.start_mark.line + 1} gives {quoted(key.value)} once more.")
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1} repeats {quoted(key.value)}; give each key once.")
             given.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -37,13 +37,11 @@ def _parsed(text: str) -> Any:
         raise ValueError("it is nested too deeply.") from None
     except yaml.YAMLError as error:
         raise ValueError(error) from None
-    left, inside = VALUES, [found]
-    while inside:
-        value = inside.pop()
-        left -= 1
-        if left < 0:
-            raise ValueError(f"it holds more than {VALUES:,} values, those of aliases counted.")
-        inside += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    values = [found]
+    for value in values:  # also visits the values that are appended here
+        values += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+        if len(values) > VALUES:
+            raise ValueError(f"it contains more than {VALUES:,} values, including those of aliases.")
     return found
 
 
@@ -60,13 +58,12 @@ def read_tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path} is not YAML: {listed([error])}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"{path} holds a {type(tree).__name__}; expected a tree of settings.")
-    changes = assignments(overrides)
-    variants, name = tree.pop("task_names", None) or {}, tree.pop("task_name", None)
-    name = changes.pop("task_name", name)
+        raise InputError(f"{path} contains a {type(tree).__name__}; expected a tree of settings.")
+    changes, variants = assignments(overrides), tree.pop("task_names", None) or {}
+    name = changes.pop("task_name", tree.pop("task_name", None))
     if name is not None:
         if not isinstance(variants, dict) or not isinstance(name, str) or not isinstance(variants.get(name), dict):
-            raise InputError(f"task_name is {quoted(name)}; {path} has {listed(variants) or 'none'}.")
+            raise InputError(f"task_name is {quoted(name)}; {path} has these variants: {listed(variants) or 'none'}.")
         tree = _laid_over(tree, variants[name])
     return _laid_over(tree, changes)
 
@@ -81,7 +78,7 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not value.strip():
-            raise InputError(f"{quoted(text)} gives no value; expected key=value, or key=null for none.")
+            raise InputError(f"{quoted(text)} has no value; expected key=value, or key=null to unset it.")
         try:
             given = _parsed(value)
             end = max(token.end_mark.index for token in yaml.scan(value) if not isinstance(token, _ENDS))
@@ -89,11 +86,9 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
                 given = {part: given}
             changes = _laid_over(changes, given)
         except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: also for an invalid date
-            raise InputError(f"{quoted(text)}: the value is not YAML; single quotes keep what is in them.") from None
+            raise InputError(f"{quoted(text)}: the value is not valid YAML; put text in single quotes.") from None
         if lost := value[end:].strip():
-            raise InputError(
-                f"{quoted(text)}: {quoted(lost)} is a comment in YAML; single quotes keep it: {listed([key])}='…'."
-            )
+            raise InputError(f"{quoted(text)}: {quoted(lost)} is a YAML comment; quote it: {listed([key])}='…'.")
     return changes
 
 
@@ -108,18 +103,7 @@ def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted path -> leaf, for each leaf of a tree."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
-
-
 def nearest(given: Any, names: Iterable[str]) -> str | None:
     """The name that is closest to a mistyped one; None if no name is close."""
-    return (
-        next(iter(difflib.get_close_matches(given[:100], names, n=1, cutoff=0.5)), None)
-        if isinstance(given, str)
-        else None
-    )
+    close = difflib.get_close_matches(given[:100], names, n=1, cutoff=0.5) if isinstance(given, str) else []
+    return close[0] if close else None

@@ -27,7 +27,7 @@ from bert_jax.evaluation import metrics
 from bert_jax.recipes import preparation, runs
 from bert_jax.settings import Settings
 from bert_jax.tasks import registry
-from bert_jax.training.loop import METRICS
+from bert_jax.training.log import METRICS
 
 Features = dict[str, list[Any]]
 
@@ -131,8 +131,9 @@ def main() -> None:
     loaded = {split: preparation.read_split(settings, split) for split in ("train", "validation", "test")}
     splits = {split: found.rows for split, found in loaded.items() if found.rows}
     task = registry.TASKS[settings.task]
-    task.clean(splits, settings.data)
-    names = list(task.config(splits["train"], settings.data, loaded["train"].labels).get("id2label", ()))
+    options = preparation.read_options(settings)
+    splits, _ = task.clean(splits, options)
+    names = list(task.config(splits["train"], options, loaded["train"].labels).get("id2label", ()))
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model.id)
     data = {}
     for split, rows in splits.items():

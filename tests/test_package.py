@@ -42,8 +42,7 @@ FLOORS = [
     ["inference.server"],
     ["settings"],
     ["recipes.preparation", "recipes.runs"],
-    ["recipes.evaluation", "recipes.pretraining", "recipes.forecast"],
-    ["recipes.finetuning"],
+    ["recipes.pretraining", "recipes.finetuning"],
     ["cli"],
 ]
 

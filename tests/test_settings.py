@@ -83,15 +83,15 @@ def test_pretraining_configs_load(path, name):
             {"optimizer": {"lr_multipliers": {"a": -1}}},
             "optimizer.lr_multipliers.a: Input should be greater than or equal",
         ),
-        ({"optimizer": {"lr_multipliers": {"(": 1}}}, "optimizer.lr_multipliers.(.[key]: no regular expression: "),
+        ({"optimizer": {"lr_multipliers": {"(": 1}}}, "optimizer.lr_multipliers.(.[key]: invalid regular expression: "),
         ({"schedule": {"name": "linea"}}, "schedule.name: Input should be 'linear', 'cosine'"),
         ({"mesh": {"data": -2}}, "mesh.data: Input should be greater than or equal to -1, got -2"),
         ({"task": "translation"}, "task: Input should be 'text-classification', 'token-classification' or"),
         ({"output": {}}, "output.folder: Field required"),
-        ({"optimizer": {"frozen": ["a", "("]}}, "optimizer.frozen.1: no regular expression: "),
-        ({"data": {"labels": ["a", "b", "a"]}}, "data.labels: 'a' stands twice in it, got ['a', 'b', 'a']"),
+        ({"optimizer": {"frozen": ["a", "("]}}, "optimizer.frozen.1: invalid regular expression: "),
+        ({"data": {"labels": ["a", "b", "a"]}}, "data.labels: 'a' occurs twice, got ['a', 'b', 'a']"),
         ({"data": {"labels": []}}, "data.labels: Tuple should have at least 1 item"),
-        ({"model": {"lora": {"targets": "["}}}, "model.lora.targets: no regular expression: "),
+        ({"model": {"lora": {"targets": "["}}}, "model.lora.targets: invalid regular expression: "),
     ],
 )
 def test_refused(tmp_path, tree, message):
@@ -120,8 +120,8 @@ def test_required(tmp_path, missing):
     ("content", "message"),
     [
         ("a: [", "is not YAML"),
-        ("- a\n- b\n", "holds a list; expected a tree of settings"),
-        ("", "holds a NoneType"),
+        ("- a\n- b\n", "contains a list; expected a tree of settings"),
+        ("", "contains a NoneType"),
         ("\0", "is not YAML"),
     ],
 )
@@ -185,8 +185,8 @@ def test_the_last_override_counts(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.epochs", "^'training.epochs' gives no value; expected key=value, or key=null for none.$"),
-        ("training.epochs=[", r"^'training.epochs=\[': the value is not YAML"),
+        ("training.epochs", "^'training.epochs' has no value; expected key=value, or key=null to unset it.$"),
+        ("training.epochs=[", r"^'training.epochs=\[': the value is not valid YAML"),
         ("training.epoch=1", "training.epoch: there is no such setting; did you mean epochs?"),
         ("training.epochs.a=1", "training.epochs: Input should be a valid number"),
         ("training=1", "training: Input should be a valid dictionary"),
@@ -220,9 +220,9 @@ def test_a_variant_by_the_file(tmp_path):
 
 
 def test_variants_that_are_none(tmp_path):
-    with pytest.raises(InputError, match=r"^task_name is 'c'; .*settings.yaml has a, b\.$"):
+    with pytest.raises(InputError, match=r"^task_name is 'c'; .*settings.yaml has these variants: a, b\.$"):
         load(tmp_path, "task_name=c", **VARIED)
-    with pytest.raises(InputError, match=r"^task_name is 'a'; .*settings.yaml has none\.$"):
+    with pytest.raises(InputError, match=r"^task_name is 'a'; .*settings.yaml has these variants: none\.$"):
         load(tmp_path, "task_name=a")
     with pytest.raises(InputError, match=r"training\.epoch: there is no such setting"):
         load(tmp_path, "task_name=a", task_names={"a": {"training": {"epoch": 1}}})
@@ -289,15 +289,15 @@ def test_each_field_is_described(section, name):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.text=#1 String", "'data.text=#1 String': '#1 String' is a comment in YAML; single quotes keep it: "),
-        ("data.text=body #1", "'data.text=body #1': '#1' is a comment in YAML; single quotes keep it: data.text='…'."),
-        ("data.text='body' # why", "'# why' is a comment in YAML"),
-        ("data.labels=[a, b] #c", "'#c' is a comment in YAML"),
-        ("data.text=", "'data.text=' gives no value; expected key=value, or key=null for none."),
-        ("data.text= ", "'data.text= ' gives no value;"),
-        ("data.labels=" + "[" * 5000, f"'data.labels={'[' * 187}…: the value is not YAML; "),
+        ("data.text=#1 String", "'data.text=#1 String': '#1 String' is a YAML comment; quote it: "),
+        ("data.text=body #1", "'data.text=body #1': '#1' is a YAML comment; quote it: data.text='…'."),
+        ("data.text='body' # why", "'# why' is a YAML comment"),
+        ("data.labels=[a, b] #c", "'#c' is a YAML comment"),
+        ("data.text=", "'data.text=' has no value; expected key=value, or key=null to unset it."),
+        ("data.text= ", "'data.text= ' has no value;"),
+        ("data.labels=" + "[" * 5000, f"'data.labels={'[' * 187}…: the value is not valid YAML; "),
         ("a." * 5000 + "b=1", "there is no such setting; "),
-        ("model={id: a, id: b}", "'model={id: a, id: b}': the value is not YAML; "),
+        ("model={id: a, id: b}", "'model={id: a, id: b}': the value is not valid YAML; "),
     ],
 )
 def test_overrides_that_would_lose_something(tmp_path, override, message):
@@ -356,17 +356,17 @@ def bomb(levels):
     ("content", "message"),
     [
         (bomb(4), r"task: Input should be .*, got \[\[\[\['x', 'x'.*…\n"),
-        (bomb(8), r"is not YAML: it holds more than 100,000 values, those of aliases counted\.$"),
-        ("a: &a [*a]\n", "is not YAML: it holds more than 100,000 values"),
+        (bomb(8), r"is not YAML: it contains more than 100,000 values, including those of aliases\.$"),
+        ("a: &a [*a]\n", "is not YAML: it contains more than 100,000 values"),
         ("task: " + "[" * 5000 + "]" * 5000, r"is not YAML: it is nested too deeply\.$"),
         ("task: " + "{a: " * 5000 + "}" * 5000, r"is not YAML: it is nested too deeply\.$"),
         (f"task: {'x' * 5000}\n", r"got 'x{199}…"),
         (f"{'x' * 900}: 1\n", r"x{200}…: there is no such setting; "),
         ("data: {labels: [" + "[a], " * 5000 + "]}", r"… and 4,98\d more\.$"),
-        ("task: a\ndata: {}\ntask: b\n", r"is not YAML: line 3 gives 'task' once more\.$"),
-        ("data:\n  text: a\n  text: b\n", r"is not YAML: line 3 gives 'text' once more\.$"),
+        ("task: a\ndata: {}\ntask: b\n", r"is not YAML: line 3 repeats 'task'; give each key once\.$"),
+        ("data:\n  text: a\n  text: b\n", r"is not YAML: line 3 repeats 'text'; give each key once\.$"),
         (f"task: !{'x' * 5000}\n", r"is not YAML: could not determine a constructor for the tag .*…$"),
-        (f"task_name: {['x' * 500]}\n", r"task_name is \['x{198}…; .* has none\.$"),
+        (f"task_name: {['x' * 500]}\n", r"task_name is \['x{198}…; .* has these variants: none\.$"),
     ],
 )
 def test_messages_quote_little_of_a_file(tmp_path, content, message):

@@ -487,7 +487,7 @@ def test_added_tokens_with_ids_that_are_not_theirs(folder, files):
 def test_a_class_that_is_no_wordpiece_is_refused(folder):
     for file in ("tokenizer_config", "config"):
         for name in ("BertJapaneseTokenizer", "XLMRobertaTokenizerFast"):
-            with pytest.raises(CheckpointError, match=f"asks for a '{name}'"):
+            with pytest.raises(CheckpointError, match=f"tokenizer_class: '{name}'"):
                 Tokenizer.from_pretrained(folder(CASED, **{file: {"tokenizer_class": name}}, name=f"{file} {name}"))
     for name in ("BertTokenizerFast", "DistilBertTokenizer", None):
         path = folder(CASED, tokenizer_config={"tokenizer_class": name})
@@ -499,7 +499,7 @@ def test_tokenizer_json_decides_on_the_family_and_not_the_class(tokenizer, folde
     assert one(Tokenizer.from_pretrained(path), HELLO).ids == IDS
     for model in (tokenizers.models.BPE(), tokenizers.models.WordLevel({"a": 0}, "a"), tokenizers.models.Unigram()):
         other = tokenizers.Tokenizer(model).to_str()
-        with pytest.raises(CheckpointError, match=f"holds a '{type(model).__name__}' tokenizer; expected WordPiece"):
+        with pytest.raises(CheckpointError, match=f"contains a '{type(model).__name__}' tokenizer; expected WordPiece"):
             Tokenizer.from_pretrained(folder(CASED, tokenizer=other, tokenizer_config=PLAIN))
 
 
@@ -515,7 +515,7 @@ def test_a_file_of_other_parts_than_its_class_has(folder):
 
 @pytest.mark.parametrize("name", [0, False, 7, "", ["BertTokenizer"], {}])
 def test_a_class_that_is_no_name(folder, name):
-    with pytest.raises(CheckpointError, match="asks for a"):
+    with pytest.raises(CheckpointError, match="no tokenizer that this package supports"):
         Tokenizer.from_pretrained(folder(CASED, tokenizer_config={"tokenizer_class": name}))
 
 
@@ -633,5 +633,5 @@ def test_an_empty_vocab(folder):
 
 
 def test_a_folder_without_tokenizer(folder):
-    with pytest.raises(CheckpointError, match=r"has no tokenizer; expected tokenizer\.json or vocab\.txt"):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer .* expected tokenizer\.json, or vocab\.txt"):
         Tokenizer.from_pretrained(folder())

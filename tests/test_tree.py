@@ -47,8 +47,8 @@ def test_string_layer_keys_keep_their_order(model):
     [
         ("layers.3.output.weight", None, "missing: layers.3.output.weight"),
         ("layers.12.output.weight", jnp.zeros((8, 16)), "unexpected: layers.12.output.weight"),
-        ("pooler.weight", jnp.zeros((8, 9)), r"pooler.weight: float32\[8, 9\] where float32\[8, 8\]"),
-        ("pooler.weight", jnp.zeros((8, 8), jnp.bfloat16), r"bfloat16\[8, 8\] where float32"),
+        ("pooler.weight", jnp.zeros((8, 9)), r"pooler.weight: float32\[8, 9\]; expected float32\[8, 8\]"),
+        ("pooler.weight", jnp.zeros((8, 8), jnp.bfloat16), r"bfloat16\[8, 8\]; expected float32"),
     ],
 )
 def test_merge_refuses_another_tree(model, path, change, named):

@@ -5,18 +5,19 @@ they are made from. Once all shards exist, `manifest.json` records what they hol
 complete, so that interrupted work resumes where it stopped.
 """
 
+import collections
 import concurrent.futures
-import dataclasses
 import functools
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,8 @@ import tokenizers
 from rich.console import Console
 from rich.progress import Progress
 
-from bert_jax.errors import CheckpointError, InputError
+from bert_jax.data.sources import reading
+from bert_jax.errors import CheckpointError, InputError, listed
 from bert_jax.tokenizer import Tokenizer
 
 HEADER = ("tokens", "tokens of the first segment", "whether the second is of another document")
@@ -51,44 +53,31 @@ class Reader:
     """
 
     def __init__(self, paths: Sequence[Path], format: str | None, column: str):
-        self.paths, self.format, self.column = paths, format, column
-        self.replaced = 0
+        self.paths, self.format, self.column, self.replaced = paths, format, column, 0
 
     def __iter__(self) -> Iterator[list[str]]:
         """Yields the lines of each document: in JSON lines a row's text, else the lines between two empty lines."""
         for path in self.paths:
-            rows = (self.format or ("jsonl" if ".jsonl" in path.suffixes else "text")) == "jsonl"
-            document: list[str] = []
-            for number, line in enumerate(self._lines(path), 1):
-                if rows:
-                    if line:
-                        yield self._row(path, number, line).splitlines()
-                elif line:
-                    document.append(line)
-                elif document:
-                    yield document
-                    document = []
-            if document:
-                yield document
+            lines = self._lines(path)
+            if (self.format or ("jsonl" if ".jsonl" in path.suffixes else "text")) == "jsonl":
+                yield from (self._row(path, number, line).splitlines() for number, line in enumerate(lines, 1) if line)
+            else:
+                yield from (list(document) for filled, document in itertools.groupby(lines, bool) if filled)
 
     def _lines(self, path: Path) -> Iterator[str]:
-        try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                for line in file:
-                    text = line.decode("utf-8", "replace")
-                    if "\ufffd" in text:
-                        self.replaced += text.count("\ufffd") - line.count("\ufffd".encode())
-                    yield text.removeprefix("\ufeff").strip()
-        except (OSError, EOFError) as error:
-            raise InputError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from None
+        with reading(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for line in file:
+                text = line.decode("utf-8", "replace")
+                self.replaced += text.count("\ufffd") - line.count("\ufffd".encode())
+                yield text.removeprefix("\ufeff").strip()
 
     def _row(self, path: Path, number: int, line: str) -> str:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise InputError(f"{path}, line {number} is no JSON: {error}") from None
+            raise InputError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get(self.column), str):
-            raise InputError(f"{path}, line {number}: expected an object with a text {self.column!r}.")
+            raise InputError(f"{path}, line {number}: expected an object with text under the key {self.column!r}.")
         return str(row[self.column])
 
 
@@ -141,12 +130,11 @@ def pairs(
                     second += sentence
                     if len(second) >= target - len(first):
                         break
-                end = first_end  # unused sentences are used for the next pair
             else:
                 second = [token for sentence in document[first_end:end] for token in sentence]
             first_cut, second_cut = _trimmed(len(first), len(second), room, random)
             yield first[first_cut], second[second_cut], other
-            start = end
+            start = first_end if other else end  # unused sentences are used for the next pair
 
 
 def _trimmed(first: int, second: int, room: int, random: np.random.Generator) -> tuple[slice, slice]:
@@ -156,8 +144,7 @@ def _trimmed(first: int, second: int, room: int, random: np.random.Generator) ->
         longer = 0 if lengths[0] > lengths[1] else 1
         lengths[longer] -= 1
         fronts[longer] += int(random.random() < 0.5)
-    a, b = (slice(front, front + length) for front, length in zip(fronts, lengths, strict=True))
-    return a, b
+    return slice(fronts[0], fronts[0] + lengths[0]), slice(fronts[1], fronts[1] + lengths[1])
 
 
 def runs(documents: Iterable[Document], room: int) -> Iterator[list[int]]:
@@ -192,24 +179,19 @@ class Layout:
 
 
 def rows(
-    documents: Sequence[Document],
-    layout: Layout,
-    special: tuple[int, int, int],
-    dtype: Any,
-    random: np.random.Generator,
+    documents: Sequence[Document], layout: Layout, special: tuple[int, ...], dtype: Any, random: np.random.Generator
 ) -> np.ndarray:
     """The rows of a shard: [n, len(HEADER) + max_length]."""
     cls, sep, pad = special
-    header, length = len(HEADER), layout.max_length
-    found = []
     if layout.next_sentence:
-        for first, second, other in pairs(documents, length - 3, layout.short, random):
-            ids = [cls, *first, sep, *second, sep]
-            found.append([len(ids), len(first) + 2, int(other), *ids])
+        found = [
+            [len(first) + len(second) + 3, len(first) + 2, int(other), cls, *first, sep, *second, sep]
+            for first, second, other in pairs(documents, layout.max_length - 3, layout.short, random)
+        ]
     else:
-        for tokens in runs(documents, length - 2):
-            found.append([len(tokens) + 2, len(tokens) + 2, 0, cls, *tokens, sep])
-    table = np.full((len(found), header + length), pad, dtype)
+        texts = runs(documents, layout.max_length - 2)
+        found = [[len(tokens) + 2, len(tokens) + 2, 0, cls, *tokens, sep] for tokens in texts]
+    table = np.full((len(found), len(HEADER) + layout.max_length), pad, dtype)
     for row, values in zip(table, found, strict=True):
         row[: len(values)] = values
     return table
@@ -249,70 +231,65 @@ def tokenize(
     """
     special: Any = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
     if missing := [name for name, id in zip(("[CLS]", "[SEP]", "[PAD]"), special, strict=True) if id is None]:
-        raise InputError(f"The tokenizer has no {', '.join(missing)}; pretraining cannot do without.")
+        raise InputError(f"Pretraining needs [CLS], [SEP] and [PAD]; the tokenizer has no {', '.join(missing)}.")
     backend = tokenizer.backend.to_str()
     try:
-        listed = [[str(path), path.stat().st_size] for path in files]
-    except OSError as error:
-        raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from None
-    made_of = {"files": listed, "tokenizer": hashlib.sha256(backend.encode()).hexdigest(), "seed": seed}
-    made_of |= {"format": format, "text": text, **dataclasses.asdict(layout)}
-    made_of = json.loads(json.dumps(made_of))
-    try:
+        made_of = {
+            "files": [[str(path), path.stat().st_size] for path in files],
+            "tokenizer": hashlib.sha256(backend.encode()).hexdigest(),
+            "seed": seed,
+            "format": format,
+            "text": text,
+            **asdict(layout),
+        }
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / PARTS).exists():
             before = json.loads((folder / PARTS).read_text(encoding="utf-8"))
             if different := [name for name in made_of if before.get(name) != made_of[name]]:
                 raise InputError(
-                    f"{folder} holds shards of another {' and '.join(different)}. Use another folder (data.shards), "
-                    "or remove it."
+                    f"{folder} holds shards with other values of {' and '.join(different)}. Remove the folder, or set "
+                    "data.shards to another."
                 )
         elif any(folder.iterdir()):
-            raise InputError(f"{folder} holds files of something else; use another folder (data.shards).")
+            raise InputError(f"{folder} holds files that are not shards. Set data.shards to another folder.")
         else:
-            _write_json(folder / PARTS, made_of)
+            _write(folder / PARTS, json.dumps(made_of, indent=1).encode())
         if not (folder / WHOLE).exists():
             reader = Reader(files, format, text)
             make = functools.partial(_make_shard, folder, backend, layout, special, seed)
-            parts = _made(make, _units(reader), folder, layout, processes, console)
-            if not sum(part["rows"] for part in parts):
-                raise InputError(f"{', '.join(str(path) for path in files)}: there is no text in it.")
-            _write_json(folder / WHOLE, {"replaced": reader.replaced, "shards": parts})
+            shards = _make_shards(make, _units(reader), layout, processes, console)
+            if not any(shard["rows"] for shard in shards):
+                raise InputError(f"There is no text in {listed(files)}.")
+            _write(folder / WHOLE, json.dumps({"replaced": reader.replaced, "shards": shards}, indent=1).encode())
     except OSError as error:
-        raise InputError(f"Cannot write {error.filename or folder}: {error.strerror}. Finished shards stay.") from None
+        raise InputError(f"Cannot access {error.filename or folder}: {error.strerror}. Finished shards stay.") from None
     return Shards.opened(folder)
 
 
-def _units(reader: Iterable[list[str]]) -> Iterator[list[list[str]]]:
+def _units(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
     """Groups documents; a group has at least `SHARD` characters and two documents, if possible; pairs need two."""
     unit: list[list[str]] = []
-    ready: list[list[str]] | None = None  # held back, because it may get a last document that would be alone
+    ready: list[list[str]] = []  # held back, because it may get a last document that would be alone
     size = 0
-    for document in reader:
+    for document in documents:
         if size >= SHARD and len(unit) > 1:
             if ready:
                 yield ready
             ready, unit, size = unit, [], 0
         unit.append(document)
         size += sum(map(len, document))
-    if ready and len(unit) == 1:
-        yield ready + unit
-        return
-    yield from (part for part in (ready, unit) if part)
+    if len(unit) == 1:
+        ready, unit = ready + unit, []
+    yield from filter(None, (ready, unit))
 
 
-def _made(
-    make: Any,
-    units: Iterator[list[list[str]]],
-    folder: Path,
-    layout: Layout,
-    processes: int | None,
-    console: Console | None,
+def _make_shards(
+    make: Any, units: Iterator[list[list[str]]], layout: Layout, processes: int | None, console: Console | None
 ) -> list[Any]:
-    """Makes shards in several processes; if an earlier run made a shard, only its record is read."""
+    """Makes shards in several processes; returns their records."""
     workers = processes or os.cpu_count() or 1
-    done: dict[int, Any] = {}
-    in_flight: dict[Any, int] = {}
+    records: list[Any] = []
+    pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
     # Not forked: the threads of JAX and of the tokenizers do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with (
@@ -323,64 +300,48 @@ def _made(
         for number, unit in enumerate(units):
             if number == 0 and len(unit) == 1 and layout.next_sentence:
                 raise InputError(
-                    "The texts are one document, and next-sentence prediction needs another. Put empty lines between "
-                    "documents, or set data.next_sentence=false."
+                    "Pairs need two documents, not one. Put empty lines between them or set data.next_sentence=false."
                 )
-            record = _shard(folder, number).with_suffix(".json")
-            if record.exists():
-                done[number] = json.loads(record.read_text(encoding="utf-8"))
-                continue
-            in_flight[pool.submit(make, number, unit)] = number
-            if len(in_flight) >= 2 * workers:
-                finished, _ = concurrent.futures.wait(in_flight, return_when=concurrent.futures.FIRST_COMPLETED)
-                done |= {in_flight.pop(future): future.result() for future in finished}
-                progress.update(bar, description=f"tokenizing: {len(done)} shards")
-        done |= {number: future.result() for future, number in in_flight.items()}
-    return [done[number] for number in sorted(done)]
-
-
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.npy"
+            pending.append(pool.submit(make, number, unit))
+            if len(pending) >= 2 * workers:
+                records.append(pending.popleft().result())
+                progress.update(bar, description=f"tokenizing: {len(records)} shards")
+        return records + [future.result() for future in pending]
 
 
 def _make_shard(
-    folder: Path,
-    backend: str,
-    layout: Layout,
-    special: tuple[int, int, int],
-    seed: int,
-    number: int,
-    unit: list[list[str]],
-) -> dict[str, Any]:
-    """Tokenizes some documents and writes their shard; returns its record. Runs in its own process."""
+    folder: Path, backend: str, layout: Layout, special: tuple[int, ...], seed: int, number: int, unit: list[list[str]]
+) -> Any:
+    """Tokenizes documents and writes their shard, unless an earlier run did; returns its record.
+
+    Runs in its own process.
+    """
+    path = folder / f"{number:05d}.npy"
+    record = path.with_suffix(".json")
+    if record.exists():
+        return json.loads(record.read_text(encoding="utf-8"))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     tokenizer = tokenizers.Tokenizer.from_str(backend)
     documents = []
     for lines in unit:
         texts = [sentence for line in lines for sentence in sentences(line)]
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        document = [encoding.ids for encoding in encodings if encoding.ids]
-        if document:
+        if document := [encoding.ids for encoding in encodings if encoding.ids]:
             documents.append(document)
     dtype = np.uint16 if tokenizer.get_vocab_size() < 2**16 else np.int32
-    random = np.random.default_rng((seed, number))
     usable = documents if len(documents) > 1 or not layout.next_sentence else []
-    table = rows(usable, layout, special, dtype, random)
-    path = _shard(folder, number)
-    staged = path.with_suffix(".new")
-    with open(staged, "wb") as file:
-        np.save(file, table)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, path)
-    record = {
+    table = rows(usable, layout, special, dtype, np.random.default_rng((seed, number)))
+    content = io.BytesIO()
+    np.save(content, table)
+    _write(path, content.getvalue())
+    found = {
         "documents": len(documents),
         "rows": len(table),
         "tokens": int(table[:, 0].sum(dtype=np.int64)),
         "sha256": _digest(path),
     }
-    _write_json(path.with_suffix(".json"), record)
-    return record
+    _write(record, json.dumps(found, indent=1).encode())
+    return found
 
 
 @dataclass(frozen=True)
@@ -405,12 +366,9 @@ class Shards:
         manifest = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
         tables = []
         for number, record in enumerate(manifest["shards"]):
-            path = _shard(folder, number)
+            path = folder / f"{number:05d}.npy"
             if not path.exists() or _digest(path) != record["sha256"]:
-                how, record_name = "damaged" if path.exists() else "missing", path.with_suffix(".json").name
-                raise CheckpointError(
-                    f"{path} is {how}. Remove it, {record_name} and {WHOLE}; the same command makes it anew."
-                )
+                raise CheckpointError(f"{path} is damaged or missing. Remove {path.stem}.* and {WHOLE}, then rerun.")
             tables.append(np.load(path, mmap_mode="r"))
         return cls(tables, manifest)
 
@@ -421,8 +379,7 @@ class Shards:
 
     def column(self, name: str) -> np.ndarray:
         """One entry of the header, for all rows: int32 [rows]."""
-        n = HEADER.index(name)
-        return np.concatenate([table[:, n].astype(np.int32) for table in self.tables])
+        return np.concatenate([table[:, HEADER.index(name)].astype(np.int32) for table in self.tables])
 
     def ids(self, row: int) -> np.ndarray:
         """The token ids of a row, padding included."""
@@ -435,10 +392,11 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_json(path: Path, content: Any) -> None:
-    staged = path.with_name(path.name + ".new")
-    with open(staged, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file that gets its name only when it is complete."""
+    staged = path.with_suffix(".new")
+    with open(staged, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(staged, path)

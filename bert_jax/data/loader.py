@@ -107,10 +107,9 @@ class Examples:
     def spots(self, place: Place, part: tuple[int, int] = (0, 1)) -> list[Spot]:
         """Where the examples of a place lie in one part of its rows; `part` is its index and the number of parts."""
         size = place.shape.rows // part[1]
-        rows = place.rows - part[0] * size
-        here = (rows >= 0) & (rows < size)
-        indices = place.indices[here]
-        return lay_out(indices.tolist(), rows[here].tolist(), self.lengths[indices].tolist())
+        here = place.rows // size == part[0]
+        indices, rows = place.indices[here], place.rows[here] % size
+        return lay_out(indices.tolist(), rows.tolist(), self.lengths[indices].tolist())
 
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
         """The batch of a place, or one part of its rows; `part` is the index of the part and the number of parts."""
@@ -142,12 +141,9 @@ def bucketed(
 ) -> list[Place]:
     """Makes batches of examples of similar length, one per row, in random order; one batch holds the remainder."""
     order = random.permutation(len(lengths))
-    window = SORTED_TOGETHER * batch_size
-    order = np.concatenate([
-        part[np.argsort(-lengths[part], kind="stable")]
-        for part in (order[start : start + window] for start in range(0, len(order), window))
-    ])  # fmt: skip
-    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    window = np.arange(len(order)) // (SORTED_TOGETHER * batch_size)
+    order = order[np.lexsort((-lengths[order], window))]
+    parts = np.split(order, range(batch_size, len(order), batch_size))
     places = [one_a_row(part, rows, padded_length(int(lengths[part].max()), multiple)) for part in parts]
     return [places[i] for i in random.permutation(len(places))]
 
@@ -171,9 +167,8 @@ def balanced(lengths: np.ndarray, batch_size: int, random: np.random.Generator) 
     count = -(-len(lengths) // batch_size)
     order = random.permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
-    order = np.concatenate([order, np.full(-len(order) % count, -1)]).reshape(-1, count)
-    batches = random.permuted(order, axis=1).T
-    return [batch[batch >= 0] for batch in batches]
+    strata = np.pad(order, (0, -len(order) % count), constant_values=-1).reshape(-1, count)
+    return [batch[batch >= 0] for batch in random.permuted(strata, axis=1).T]
 
 
 def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.ndarray, Shape]:
@@ -207,27 +202,24 @@ def packed_shape(
 
     def least(length: int) -> int:
         """The least work of any shape with rows of this length."""
-        return _work(-(-most // length // share) * share, length)
+        return _work(Shape(-(-most // length // share) * share, length, 1))
 
     step = max(8, multiple)
     steps = range(-(-longest // step) * step, max(longest, min(limit, 2 * longest)) + step, step)
-    best: Shape | None = None
+    found: list[Shape] = []
     for length in sorted((min(length, max(longest, limit)) for length in steps), key=least):
-        if best and least(length) >= _work(best.rows, best.length):
+        if found and least(length) >= min(map(_work, found)):
             break
-        shapes = [packed(lengths, batch, length)[1] for batch in batches]
-        rows = -(-max(shape.rows for shape in shapes) // share) * share
-        if best is None or _work(rows, length) < _work(best.rows, best.length):
-            examples = max(shape.examples for shape in shapes)
-            # Two examples to spare: a batch of a later epoch that does not fit needs its own program.
-            best = Shape(rows, length, 1 if examples == 1 else examples + 2)
-    assert best is not None
-    return best
+        rows, _, examples = np.max([packed(lengths, batch, length)[1] for batch in batches], axis=0).tolist()
+        found.append(Shape(-(-rows // share) * share, length, examples))
+    best = min(found, key=_work)
+    # Two examples to spare: a batch of a later epoch that does not fit needs its own program.
+    return best if best.examples == 1 else best._replace(examples=best.examples + 2)
 
 
-def _work(rows: int, length: int) -> int:
+def _work(shape: Shape) -> int:
     """The work of a batch: each token is 1000, plus about 1 per token that it attends to (measured, 384 wide)."""
-    return rows * length * (1000 + length)
+    return shape.rows * shape.length * (1000 + shape.length)
 
 
 class Loader:

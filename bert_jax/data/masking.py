@@ -1,7 +1,7 @@
 """The choice of tokens for a model to predict, and what replaces them (Devlin et al. 2018, appendix A.1)."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,10 +78,7 @@ class _Lazy(Sequence[np.ndarray]):
         return self.size
 
     def __getitem__(self, i: Any) -> Any:
-        return self.read(int(i))
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return map(self.read, range(self.size))
+        return self.read(range(self.size)[i])  # raises IndexError at the end
 
 
 @dataclass(frozen=True)
@@ -116,20 +113,14 @@ class MaskedExamples(Examples):
             InputError: If the vocabulary has no [MASK].
         """
         if tokenizer.mask_token_id is None:
-            raise InputError("The vocabulary has no [MASK]; masked-language modeling cannot do without.")
+            raise InputError("The vocabulary has no [MASK]; masked-language modeling needs it.")
         lengths, first = (shards.column(name) for name in HEADER[:2])
         special = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
-        pieces = tokenizer.backend.get_vocab()
         continuing = np.zeros(tokenizer.vocab_size, bool)
-        continuing[[i for piece, i in pieces.items() if piece.startswith("##")]] = True
-
-        def types(i: int) -> np.ndarray:
-            second: np.ndarray = np.arange(lengths[i]) >= first[i]
-            return second.astype(np.int32)
-
+        continuing[[i for piece, i in tokenizer.backend.get_vocab().items() if piece.startswith("##")]] = True
         examples = cls(
             input_ids=_Lazy(lambda i: shards.ids(i)[: lengths[i]].astype(np.int32), len(lengths)),
-            token_type_ids=_Lazy(types, len(lengths)),
+            token_type_ids=_Lazy(lambda i: (np.arange(lengths[i]) >= first[i]).astype(np.int32), len(lengths)),
             targets={"next_sentence_label": shards.column(HEADER[2])},
             pad_token_id=tokenizer.pad_token_id or 0,
             masking=masking,
@@ -159,14 +150,8 @@ class MaskedExamples(Examples):
             random = np.random.default_rng((self.seed, place.epoch, i))
             ids = batch["inputs"]["input_ids"][row, start:stop]
             candidates = np.flatnonzero(~np.isin(ids, self.special))
-            if not len(candidates):
-                continue
-            chosen = choose(
-                candidates,
-                count(len(ids), self.masking.share, self.masking.most),
-                random,
-                self.continuing[ids[candidates]] if self.masking.whole_words else None,
-            )
+            continuing = self.continuing[ids[candidates]] if self.masking.whole_words else None
+            chosen = choose(candidates, count(len(ids), self.masking.share, self.masking.most), random, continuing)
             here = row, slice(used[row], used[row] + len(chosen))
             positions[here], labels[here], guessed_in[here] = start + chosen, ids[chosen], n
             ids[chosen] = hide(ids[chosen], random, self.mask_id, self.vocab_size)

@@ -67,14 +67,13 @@ def model_inputs(
         int32 arrays of this shape: `input_ids`, `token_type_ids` and `attention_mask` or, if rows are packed,
         `document_ids` (0 for padding) and `position_ids` in place of `attention_mask`.
     """
-    mask = "document_ids" if packed else "attention_mask"
-    names = ("input_ids", "token_type_ids", mask, *(["position_ids"] if packed else []))
-    inputs = {name: np.zeros(shape, np.int32) for name in names}
+    masks = ("document_ids", "position_ids") if packed else ("attention_mask",)
+    inputs = {name: np.zeros(shape, np.int32) for name in ("input_ids", "token_type_ids", *masks)}
     inputs["input_ids"][:] = pad_token_id
     for spot in spots:
         inputs["input_ids"][spot.tokens] = input_ids[spot.item]
         inputs["token_type_ids"][spot.tokens] = token_type_ids[spot.item]
-        inputs[mask][spot.tokens] = spot.number + 1
+        inputs[masks[0]][spot.tokens] = spot.number + 1
         if packed:
             inputs["position_ids"][spot.tokens] = np.arange(spot.stop - spot.start)
     return inputs
@@ -92,20 +91,19 @@ def best_fit(tokens: Sequence[int], length: int, *, rows: int | None = None, ite
     Returns:
         The row of each item; -1 if no row has room for it.
     """
-    room: list[tuple[int, int]] = []  # (tokens left, row), fullest row first
-    count: list[int] = []
+    room: list[tuple[int, int, int]] = []  # (tokens left, row, items in it), fullest row first
     chosen: list[int] = []
+    used = 0
     for size in tokens:
-        place = bisect.bisect(room, (size, -1))
+        place = bisect.bisect(room, (size, -1, 0))
         if place == len(room):
-            if len(count) == rows:
+            if used == rows:
                 chosen.append(-1)
                 continue
-            room.append((length, len(count)))
-            count.append(0)
-        left, row = room.pop(place)
-        count[row] += 1
-        if count[row] != items:
-            bisect.insort(room, (left - size, row))
+            room.append((length, used, 0))
+            used += 1
+        left, row, count = room.pop(place)
+        if count + 1 != items:
+            bisect.insort(room, (left - size, row, count + 1))
         chosen.append(row)
     return chosen

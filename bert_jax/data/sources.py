@@ -1,8 +1,10 @@
 """Rows of files and of data sets on the Hub, as dicts from column to value."""
 
 import ast
+import bisect
 import contextlib
 import csv
+import functools
 import gzip
 import io
 import itertools
@@ -14,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from bert_jax.errors import InputError, listed, quoted
+from bert_jax.errors import InputError, check_extra, listed, quoted
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -55,6 +57,19 @@ class Entry(NamedTuple):
     position: int
 
 
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Reports a file that the body cannot read.
+
+    Raises:
+        InputError: If the body raises an error of the file system or of gzip.
+    """
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from None
+
+
 def read(path: str | Path, format: str | None = None, *, labelled: bool = True) -> Iterator[Row]:
     """Streams the rows of a file; see `entries`. Class ids become names if `datasets` wrote the file, as Parquet.
 
@@ -77,14 +92,10 @@ def class_labels(path: str | Path, format: str | None = None) -> ClassLabels:
     Raises:
         InputError: If a Parquet file cannot be read.
     """
-    path = Path(path)
-    if (format or FORMATS.get(path.suffix)) != "parquet":
+    if (format or FORMATS.get(Path(path).suffix)) != "parquet":
         return {}
-    try:
-        with open(path, "rb") as file, _opened_parquet(file) as parquet:
-            metadata = parquet.schema_arrow.metadata or {}
-    except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}.") from None
+    with reading(path), open(path, "rb") as file, _opened_parquet(file) as parquet:
+        metadata = parquet.schema_arrow.metadata or {}
     try:
         return _class_labels(json.loads(metadata[b"huggingface"])["info"]["features"])
     except (KeyError, TypeError, ValueError, AttributeError):  # not written by `datasets`
@@ -104,15 +115,13 @@ def _class_labels(features: Mapping[str, Any]) -> ClassLabels:
 
 def _named(row: Row, labels: ClassLabels) -> Row:
     """The row with class names instead of class ids; None instead of -1, which unlabelled test sets have."""
-    named: Row = {}
+    named: Row = dict.fromkeys(labels)
     for column, names in labels.items():
         ids: Any = row.get(column)
         each = ids if isinstance(ids, list) else [ids]
         if wrong := [n for n in each if n is not None and not (isinstance(n, int) and n < len(names))]:
-            raise InputError(f"the class id {quoted(wrong[0])} of {column!r} has no name; there are {len(names)}.")
-        if any(n is None or n < 0 for n in each):
-            named[column] = None
-        else:
+            raise InputError(f"{column!r} holds {quoted(wrong[0])}; expected a class id below {len(names)}.")
+        if all(n is not None and n >= 0 for n in each):
             named[column] = [names[n] for n in each] if isinstance(ids, list) else names[ids]
     return row | named
 
@@ -137,50 +146,43 @@ def entries(path: str | Path, format: str | None = None, *, labelled: bool = Tru
     if path.is_dir() and format in (None, "text"):
         yield from _folder(path)
         return
-    parse: Any = {"jsonl": _jsonl, "csv": _csv, "tsv": _tsv, "text": _text, "text;label": _text_and_label,
-                  "conll": _conll, "squad": _squad}  # fmt: skip
-    if format is None:
-        format = "squad" if _begins_as_squad(path) else format_of(path, labelled)
-    if format not in (*parse, "parquet"):
-        raise InputError(f"the format {quoted(format)} is unknown; expected one of {', '.join((*parse, 'parquet'))}.")
-    try:
-        with open(path, "rb") as file:
-            if format == "parquet":
-                yield from _parquet(file)
-                return
-            unpacked: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
-            undecodable: list[str] = []
-            with io.TextIOWrapper(unpacked, "utf-8-sig", "surrogateescape", newline="") as text:
-                for line, row in parse[format](_lines(text, undecodable)):
-                    if undecodable:
-                        row = InputError("this is not UTF-8 text.")
-                        undecodable.clear()
-                    yield Entry(line, row, file.tell() if file.seekable() else 0)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from None
+    tsv = functools.partial(_csv, delimiter="\t", quoting=csv.QUOTE_NONE)
+    parse: Any = {"jsonl": _jsonl, "csv": _csv, "tsv": tsv, "text": _text, "text;label": _text_and_label,
+                  "conll": _conll, "squad": _squad, "parquet": _parquet}  # fmt: skip
+    format = format_of(path, labelled) if format is None else format
+    if format not in parse:
+        raise InputError(f"the format {quoted(format)} is unknown; expected one of {', '.join(parse)}.")
+    with reading(path), open(path, "rb") as file:
+        if format == "parquet":
+            yield from _parquet(file)
+            return
+        unpacked: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        undecodable: list[str] = []
+        with io.TextIOWrapper(unpacked, "utf-8-sig", "surrogateescape", newline="") as text:
+            for line, row in parse[format](_lines(text, undecodable)):
+                row = InputError("this is not UTF-8 text.") if undecodable else row
+                undecodable.clear()
+                yield Entry(line, row, file.tell() if file.seekable() else 0)
 
 
 def format_of(path: Path, labelled: bool) -> str:
-    """The format of a file according to its name.
+    """The format of a file according to its name or, for a .json file, to how it begins; see `entries`.
 
     Raises:
         InputError: If the name does not tell the format.
     """
     suffix = Path(path.stem if path.suffix == ".gz" else path).suffix
     if suffix not in FORMATS:
-        raise InputError(f"{path}: what is in it? Its name ends in none of {', '.join(FORMATS)}; give the format.")
-    return "text" if suffix == ".txt" and not labelled else FORMATS[suffix]
-
-
-def _begins_as_squad(path: Path) -> bool:
-    if not path.name.endswith((".json", ".json.gz")):
-        return False
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        raise InputError(f"{path}: the format is unknown. Give it, or a name that ends in {', '.join(FORMATS)}.")
+    if suffix == ".json":
+        with (
+            contextlib.suppress(OSError, EOFError, zlib.error),
+            (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file,
+        ):
             start = file.read(2000)
-    except (OSError, EOFError, zlib.error):
-        return False
-    return re.match(rb'(\xef\xbb\xbf)?\s*\{\s*"(version|data)"\s*:', start) is not None and b'"paragraphs"' in start
+            if re.match(rb'(\xef\xbb\xbf)?\s*\{\s*"(version|data)"\s*:', start) and b'"paragraphs"' in start:
+                return "squad"
+    return "text" if suffix == ".txt" and not labelled else FORMATS[suffix]
 
 
 def _folder(path: Path) -> Iterator[Entry]:
@@ -189,9 +191,8 @@ def _folder(path: Path) -> Iterator[Entry]:
         raise InputError(f"{path} holds no .txt files.")
     for number, file in enumerate(files, 1):
         try:
-            yield Entry(number, {"text": file.read_text(encoding="utf-8-sig")}, 0)
-        except OSError as error:
-            raise InputError(f"Cannot read {file}: {error.strerror}.") from None
+            with reading(file):
+                yield Entry(number, {"text": file.read_text(encoding="utf-8-sig")}, 0)
         except UnicodeDecodeError:
             yield Entry(number, InputError(f"{file.name} is not UTF-8 text."), 0)
 
@@ -213,12 +214,9 @@ def _jsonl(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield number, InputError(f"no JSON ({error}); expected an object a line.")
-            continue
-        if isinstance(row, dict):
-            yield number, row
+            yield number, InputError(f"not JSON ({error}); expected one object per line.")
         else:
-            yield number, InputError(f"a {type(row).__name__}; expected an object with columns.")
+            yield number, row if isinstance(row, dict) else InputError(f"{type(row).__name__}; expected a JSON object.")
 
 
 def _csv(lines: Iterator[str], **dialect: Any) -> Iterator[tuple[int, Row | InputError]]:
@@ -240,50 +238,30 @@ def _csv(lines: Iterator[str], **dialect: Any) -> Iterator[tuple[int, Row | Inpu
         except StopIteration:
             return
         except csv.Error as error:
-            yield from _swallowed(begin, reader.line_num, begin + _open_quote(record, reader.dialect), error)
+            end, quote = reader.line_num, begin + _last_quote(record)
+            where = f" in lines {begin} to {end}; the last quote opens in line {quote}" if end > begin else ""
+            for line in range(begin, end + 1):
+                yield line, InputError(f"{error}{where}.")
             if names is None:
                 return
             continue
         if names is None:
             names = fields
-            if repeated := [name for n, name in enumerate(names) if name in names[:n]]:
-                yield 1, InputError(f"the header has {quoted(repeated[0])} twice.")
-                return
-            if any(re.search("[\ud800-\udfff]", name) for name in names):
-                yield 1, InputError("the header is not UTF-8 text.")
+            wrong = [name for n, name in enumerate(names) if name in names[:n] or re.search("[\ud800-\udfff]", name)]
+            if wrong:  # `entries` reports a header that is not UTF-8 text
+                yield 1, InputError(f"the header has {quoted(wrong[0])} twice.")
                 return
         elif fields and len(fields) != len(names):
-            count = "more" if len(fields) > len(names) else "fewer"
-            yield begin, InputError(f"{count} fields than the header's {len(names)}.")
+            yield begin, InputError(f"the number of fields is {len(fields)}; the header has {len(names)}.")
         elif fields:
             yield begin, dict(zip(names, fields, strict=True))
 
 
-def _swallowed(begin: int, end: int, opening: int, error: csv.Error) -> Iterator[tuple[int, InputError]]:
-    """Yields an error for each line of a broken row, from `begin` to `end`; its last quote opens in line `opening`."""
-    if opening >= end:
-        yield begin, InputError(f"{error}.")
-    else:
-        count = f"{end - opening:,} line{'s' * (end > opening + 1)}"
-        yield begin, InputError(f"the quote that opens in line {opening} swallows the {count} behind it ({error}).")
-    for line in range(begin + 1, end + 1):
-        yield line, InputError(f"it belongs to the row of line {begin}, whose quote of line {opening} is not closed.")
-
-
-def _open_quote(record: list[str], dialect: Any) -> int:
-    """The line of a record, counted from 0, in which its last quote opens."""
-    opening, quote, inside, before = 0, dialect.quotechar, False, dialect.delimiter
-    for number, line in enumerate(record):
-        for character in line:
-            if character == quote and (inside or before in (dialect.delimiter, "\n", quote)):
-                inside = not inside
-                opening = number if inside else opening
-            before = character
-    return opening
-
-
-def _tsv(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
-    return _csv(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+def _last_quote(record: list[str]) -> int:
+    """The line of a record, counted from 0, in which the last quote opens."""
+    # A quote opens after a comma, a line break or another quote.
+    openings = [match.start() for match in re.finditer(r'(?<![^,\n"])"[^"]*"?', "".join(record))]
+    return bisect.bisect(list(itertools.accumulate(map(len, record))), max(openings, default=0))
 
 
 def _text(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
@@ -300,45 +278,40 @@ def _text_and_label(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputErro
 
 
 def _conll(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
-    tokens: list[str] = []
-    tags: list[str] = []
-    number, columns, wrong = 0, 0, ""
+    words: list[list[str]] = []  # the columns of each word of the row
+    columns, wrong = 0, ""
     for number, line in enumerate(itertools.chain(lines, [""]), 1):
-        fields = line.split("\t") if "\t" in line.strip() else line.split(" ")
-        fields = [field.strip() for field in fields if field.strip()]
+        fields = [field.strip() for field in line.split("\t" if "\t" in line.strip() else " ") if field.strip()]
         if fields and fields[0] != "-DOCSTART-":
             if len(fields) < 2 or len(fields) != (columns or len(fields)):
                 wrong = wrong or f"{len(fields)} columns in line {number}; expected {columns or 'a word and its tag'}."
             columns = columns or len(fields)
-            tokens.append(fields[0])
-            tags.append(fields[-1])
-        elif tokens:
-            yield number, InputError(wrong) if wrong else {"tokens": tokens, "tags": tags}
-            tokens, tags, wrong = [], [], ""
+            words.append(fields)
+        elif words:
+            row: Row = {"tokens": [word[0] for word in words], "tags": [word[-1] for word in words]}
+            yield number, InputError(wrong) if wrong else row
+            words, wrong = [], ""
 
 
 def _squad(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
     try:
-        paragraphs = [
-            paragraph for article in json.loads("".join(lines))["data"] for paragraph in article["paragraphs"]
-        ]
         rows = [
             {"id": question["id"], "question": question["question"], "context": paragraph["context"],
              "answers": question.get("answers"), "is_impossible": question.get("is_impossible")}
-            for paragraph in paragraphs for question in paragraph["qas"]
+            for article in json.loads("".join(lines))["data"]
+            for paragraph in article["paragraphs"] for question in paragraph["qas"]
         ]  # fmt: skip
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         yield 1, InputError(f"not SQuAD's JSON ({type(error).__name__}: {error}).")
-        return
-    yield from enumerate(rows, 1)
+    else:
+        yield from enumerate(rows, 1)
 
 
 @contextlib.contextmanager
 def _opened_parquet(file: IO[bytes]) -> Iterator[Any]:
-    try:
-        import pyarrow.parquet
-    except ModuleNotFoundError:
-        raise InputError("Parquet needs pyarrow: pip install 'bert-jax[data]'.") from None
+    check_extra("data", "pyarrow")
+    import pyarrow.parquet
+
     try:
         yield pyarrow.parquet.ParquetFile(file)
     except pyarrow.lib.ArrowException as error:
@@ -346,12 +319,11 @@ def _opened_parquet(file: IO[bytes]) -> Iterator[Any]:
 
 
 def _parquet(file: IO[bytes]) -> Iterator[Entry]:
-    number, size = 0, os.fstat(file.fileno()).st_size
+    size = os.fstat(file.fileno()).st_size
     with _opened_parquet(file) as parquet:
-        for batch in parquet.iter_batches(1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield Entry(number, row, size * number // parquet.metadata.num_rows)
+        rows = (row for batch in parquet.iter_batches(1024) for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield Entry(number, row, size * number // parquet.metadata.num_rows)
 
 
 def read_hub(id: str, name: str | None, split: str, revision: str | None) -> tuple[ClassLabels, Iterator[Row]]:
@@ -360,10 +332,9 @@ def read_hub(id: str, name: str | None, split: str, revision: str | None) -> tup
     Raises:
         InputError: If there is no such data set or split, or the extra `data` is not installed.
     """
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise InputError("Data sets of the Hub need the extra `data`: pip install 'bert-jax[data]'.") from None
+    check_extra("data", "datasets")
+    import datasets
+
     try:
         found = datasets.load_dataset(id, name, split=split, revision=revision)
     except Exception as error:  # the library raises all kinds of exceptions
@@ -383,15 +354,11 @@ def literal(text: str) -> Any:
     if not text.strip():
         return []
     with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text, parse_constant=_no_number)
+        return json.loads(text, parse_constant=ast.literal_eval)  # refuses NaN and Infinity
     try:
         return ast.literal_eval(_with_commas(text))
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        raise InputError(f"{quoted(text)} is no list or object, in JSON, Python's or numpy's form.") from None
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+        raise InputError(f"{quoted(text)} is not a list or object as JSON, Python or numpy writes it.") from None
 
 
 _LITERAL = re.compile(
@@ -442,5 +409,5 @@ def column(there: Collection[str], name: str | None, usual: Iterable[str]) -> st
     if name is None:
         return next((candidate for candidate in usual if candidate in there), None)
     if name not in there:
-        raise InputError(f"There is no column {quoted(name)}; there are {listed(map(repr, there))}.")
+        raise InputError(f"There is no column {quoted(name)}; the columns are {listed(map(repr, there))}.")
     return name

@@ -8,8 +8,7 @@ import itertools
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -75,10 +74,7 @@ class HiddenTokens(FillMask):
         if not inside:
             return []
         if words == "each":
-            by_word: dict[int | None, list[int]] = {}
-            for i in inside:
-                by_word.setdefault(encoding.word_ids[i], []).append(i)
-            groups = list(by_word.values())
+            groups = [list(word) for _, word in itertools.groupby(inside, encoding.word_ids.__getitem__)]
         else:
             count = max(1, round(share * len(inside)))
             groups = [sorted(_generator(seed, text).choice(inside, count, replace=False).tolist())]
@@ -116,8 +112,8 @@ class Following(NextSentencePrediction):
         room = self.max_length - 3
         keep = min(len(b), max(room // 2, room - len(a)))
         a = a[len(a) - min(len(a), room - keep) :]
-        start, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        ids: list[Any] = [start, *a, end, *b[:keep], end]
+        cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        ids: list[Any] = [cls, *a, sep, *b[:keep], sep]
         (output,) = yield [Features(ids, [0] * (len(a) + 2) + [1] * (keep + 1))]
         return output["log_p"]
 
@@ -163,22 +159,20 @@ def evaluate(
     """
     for i, text in enumerate(texts, 1):
         if not isinstance(text, str) or not text.strip():
-            raise InputError(f"Row {i} of the texts is not a text, or is empty.")
+            raise InputError(f"Row {i} is not a text or is empty. Correct or remove it.")
     found: dict[str, dict[str, Any]] = {}
     for model in models:
         pipe = pipeline(task, model, ignore=() if found else ignore, compute_dtype=compute_dtype)
         if max_length > pipe.max_length:
-            raise InputError(f"max_length is {max_length}; the model takes {pipe.max_length} tokens.")
+            raise InputError(f"max_length is {max_length}; the model supports at most {pipe.max_length} tokens.")
         if task == "fill-mask":
-            hidden = HiddenTokens(pipe.tokenizer, pipe.config, max_length)
-            requests = (hidden.hide(text, words, share, seed) for text in texts)
-            results = _run(pipe, hidden, requests, len(texts), model, console)
+            hidden = pipe.task = HiddenTokens(pipe.tokenizer, pipe.config, max_length)
+            results = _run(pipe, [hidden.hide(text, words, share, seed) for text in texts], model, console)
             found[model] = _fill_mask(hidden, texts, results, seed, resamples)
         else:
-            following = Following(pipe.tokenizer, pipe.config, max_length)
+            following = pipe.task = Following(pipe.tokenizer, pipe.config, max_length)
             cut, follows = pairs(texts, seed)
-            judged = (following.judge(*pair) for pair in cut)
-            results = _run(pipe, following, judged, len(cut), model, console)
+            results = _run(pipe, [following.judge(*pair) for pair in cut], model, console)
             found[model] = _next_sentence(follows, results, seed, resamples)
     return found
 
@@ -196,44 +190,38 @@ def leave(folder: Path, settings: str, results: dict[str, dict[str, Any]]) -> No
         report.held_out_figure(results).savefig(staging / "evaluation.png", dpi=120)
 
 
-def _run(
-    pipe: Pipeline[Task], task: Any, requests: Iterator[Request[Any]], count: int, model: str, console: Console | None
-) -> list[Any]:
+def _run(pipe: Pipeline[Task], requests: list[Request[Any]], model: str, console: Console | None) -> list[Any]:
     """Runs requests in groups of `READ_AHEAD`, and returns their results."""
-    pipe.task = task
-    results: list[Any] = []
-    console = console or Console(quiet=True)
-    for _ in track(range(0, count, READ_AHEAD), description=model, console=console, transient=True):
-        results += pipe.run(list(itertools.islice(requests, READ_AHEAD)))
-    return results
+    starts = range(0, len(requests), READ_AHEAD)
+    shown = track(starts, description=model, console=console or Console(quiet=True), transient=True)
+    return [result for start in shown for result in pipe.run(requests[start : start + READ_AHEAD])]
 
 
 def _fill_mask(
     task: HiddenTokens, texts: Sequence[str], found: list[list[Hidden]], seed: int, resamples: int
 ) -> dict[str, Any]:
-    tokens = np.array([hidden for text in found for hidden in text], np.float64).reshape(-1, 4)
-    if not len(tokens):
+    if not any(found):
         raise InputError("The texts have no tokens to hide.")
-    token, position, nll, rank = tokens.T
+    token, position, nll, rank = np.array([hidden for text in found for hidden in text], np.float64).T
     owner = np.repeat(np.arange(len(found)), [len(text) for text in found])
     values = {"nll": nll, **{f"accuracy@{k}": rank <= k for k in KS}, "mrr": 1 / rank}
     measures = _means(values, owner, seed, resamples)
     perplexity = {name: math.exp(min(value, 700.0)) for name, value in measures["nll"].items()}
-    measures = {"nll": measures.pop("nll"), "pseudo_perplexity": perplexity, **measures}
     encoded = task.tokenizer.encode(list(texts), max_length=task.max_length)
-    counts = Counter(t for (encoding,) in encoded for t in encoding.ids)
-    frequency = np.array([counts[int(t)] for t in token])
+    counts = np.bincount(np.concatenate([encoding.ids for (encoding,) in encoded]))
     return {
         "texts": len(texts),
-        "tokens": len(tokens),
+        "tokens": len(token),
+        "nll": measures["nll"],
+        "pseudo_perplexity": perplexity,
         **measures,
-        "by_frequency": _by_class(frequency, FREQUENCIES, nll, rank),
+        "by_frequency": _by_class(counts[token.astype(int)], FREQUENCIES, nll, rank),
         "by_position": _by_class(position, POSITIONS, nll, rank),
     }
 
 
 def _next_sentence(follows: np.ndarray, found: list[np.ndarray], seed: int, resamples: int) -> dict[str, Any]:
-    log_p = np.array(found)[np.arange(len(found)), np.where(follows, 0, 1)]
+    log_p = np.where(follows, *np.transpose(found))
     values = {"accuracy": log_p > np.log(0.5), "nll": -log_p}
     return {"pairs": len(found), **_means(values, np.arange(len(found)), seed, resamples)}
 
@@ -253,10 +241,10 @@ def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.nd
             end = int(_generator(seed, text).choice(ends))
             halves.append((text[:end].strip(), text[end:].strip()))
     if len(halves) < 2:
-        raise InputError("next-sentence-prediction needs two texts of several sentences at least.")
+        raise InputError("next-sentence-prediction needs at least two texts of several sentences.")
     follows = _generator(seed, "").permutation(len(halves)) % 2 == 0
-    second = [halves[i if follows[i] else (i + 1) % len(halves)][1] for i in range(len(halves))]
-    return [(first, other) for (first, _), other in zip(halves, second, strict=True)], follows
+    others = (np.arange(len(halves)) + np.where(follows, 0, 1)) % len(halves)
+    return [(first, halves[other][1]) for (first, _), other in zip(halves, others, strict=True)], follows
 
 
 def _means(values: dict[str, np.ndarray], owner: np.ndarray, seed: int, resamples: int) -> dict[str, dict[str, float]]:

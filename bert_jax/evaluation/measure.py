@@ -1,7 +1,7 @@
 """Runs a model over examples: its outputs for each example, and their metrics."""
 
 import contextlib
-import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from bert_jax import sharding, tree
 from bert_jax.data.loader import Batch, Examples, Loader, Place, Shape
-from bert_jax.errors import TrainingError
+from bert_jax.errors import TrainingError, listed
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.tasks.base import Objective
 
@@ -40,13 +40,12 @@ def program(task: Objective, skeleton: tree.Skeleton) -> jax.stages.Wrapped:
     Every device gets the full results.
     """
 
-    @functools.partial(jax.jit, out_shardings=PartitionSpec())
     def evaluate_batch(params: tree.Params, batch: Any) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
         model = tree.merge(skeleton, params)
         loss, count = task.loss(model, batch, None)
         return task.outputs(model, batch), loss, count
 
-    return evaluate_batch
+    return jax.jit(evaluate_batch, out_shardings=PartitionSpec())
 
 
 def evaluate(
@@ -82,16 +81,21 @@ def evaluate(
     remedy = "Lower evaluation_batch_size or the length of the examples."
     collected: dict[str, Any] = {}
     total = counted = 0.0
-    in_flight: list[tuple[Place, Any]] = []
 
-    def deliver(place: Place, results: Any) -> None:
-        nonlocal total, counted
+    def dispatch(step: int) -> tuple[Place, Any]:
+        place = loader.place(step)
+        with jax.set_mesh(mesh), out_of_memory(place.shape, remedy):
+            return place, evaluate_batch(params, sharding.put_batch(loader.batch_at(step), mesh))
+
+    # Each batch is read after the next one is dispatched: the device computes while the host reads.
+    batches: Iterator[Any] = itertools.chain(map(dispatch, range(loader.steps_per_epoch)), [None])
+    for (place, results), _ in itertools.pairwise(batches):
         with out_of_memory(place.shape, remedy):
             outputs, loss, count = jax.device_get(results)
         if not all(np.isfinite(array).all() for array in (loss, *outputs.values())):
             raise TrainingError(
-                "The model's results are not finite (NaN or infinity) on examples in rows "
-                f"{', '.join(map(str, examples.rows(place.indices)[:20]))} of the data: its numbers overflow."
+                f"The model's results for rows {listed(examples.rows(place.indices))} of the data are not finite (NaN "
+                "or infinity): its numbers overflow. Check its weights and compute_dtype."
             )
         total, counted = total + float(loss) * float(count), counted + float(count)
         for name, array in outputs.items():
@@ -99,19 +103,8 @@ def evaluate(
             for spot in examples.spots(place):
                 # A copy, because a slice would keep the whole batch in memory.
                 column[spot.item] = array[spot.tokens].copy() if task.per_token else array[spot.row, spot.number]
-
-    for step in range(loader.steps_per_epoch):
-        with jax.set_mesh(mesh), out_of_memory(loader.place(step).shape, remedy):
-            batch = sharding.put_batch(loader.batch_at(step), mesh)
-            in_flight.append((loader.place(step), evaluate_batch(params, batch)))
-        if len(in_flight) > 1:  # the device computes this batch while the host reads the previous one
-            deliver(*in_flight.pop(0))
-    for entry in in_flight:
-        deliver(*entry)
-    if not task.per_token:
-        collected = {name: np.stack(column) for name, column in collected.items()}
-    metrics = {"loss": total / counted} if counted else {}
-    return Evaluation(metrics | (task.evaluate(collected, examples) if counted else {}), collected)
+    found = collected if task.per_token else {name: np.stack(column) for name, column in collected.items()}
+    return Evaluation({"loss": total / counted} | task.evaluate(found, examples) if counted else {}, found)
 
 
 def largest(
@@ -126,16 +119,14 @@ def largest(
 ) -> tuple[Shape, jax.stages.Compiled]:
     """Returns the shape of the largest batch of an evaluation and its program, compiled but not run; see `evaluate`."""
     loader = Loader(examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing, multiple=multiple)
-    shapes = {loader.place(step).shape for step in range(loader.steps_per_epoch)}
-    shape = max(shapes, key=lambda shape: shape.rows * shape.length)
+    shape = max({loader.place(step).shape for step in range(loader.steps_per_epoch)}, key=lambda s: s.rows * s.length)
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
     abstract = tree.unflatten(sharding.abstract(flat, sharding.placements(mesh, flat)))
-    empty = Place(np.zeros(0, int), np.zeros(0, int), shape)
-    batch = sharding.abstract(examples.batch(empty), sharding.by_row(mesh))
+    nowhere = np.zeros(0, int)  # only the shapes of the batch count
+    batch = sharding.abstract(examples.batch(Place(nowhere, nowhere, shape)), sharding.by_row(mesh))
     with jax.set_mesh(mesh):
-        compiled: jax.stages.Compiled = program(task, skeleton).lower(abstract, batch).compile()
-    return shape, compiled
+        return shape, program(task, skeleton).lower(abstract, batch).compile()
 
 
 @contextlib.contextmanager

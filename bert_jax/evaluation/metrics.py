@@ -24,17 +24,14 @@ def classification(labels: np.ndarray, predictions: np.ndarray, names: tuple[str
         `f1_label`); matthews; `per_class` with precision, recall, f1 and support; `confusion`, with one row per label
         and one column per predicted label.
     """
-    present = list(range(len(names)))
-    table = metrics.precision_recall_fscore_support(labels, predictions, labels=present, zero_division=0.0)
-    scores: dict[str, Any] = dict(_f1(labels, predictions, present))
+    scores, per_class = _scores(labels, predictions, names)
     if len(names) == 2:
-        scores |= {"f1": float(table[2][1]), "f1_label": names[1]}
+        scores |= {"f1": per_class[names[1]]["f1"], "f1_label": names[1]}
     return {
-        "accuracy": float(metrics.accuracy_score(labels, predictions)),
         **scores,
         "matthews": float(metrics.matthews_corrcoef(labels, predictions)),
-        "per_class": _per_class(table, names),
-        "confusion": metrics.confusion_matrix(labels, predictions, labels=present).tolist(),
+        "per_class": per_class,
+        "confusion": metrics.confusion_matrix(labels, predictions, labels=range(len(names))).tolist(),
     }
 
 
@@ -50,13 +47,21 @@ def multi_label(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, .
         accuracy (the share of examples with all labels right), f1 (macro, micro, weighted), and `per_class`.
     """
     # One more column, because scikit-learn would read a single column as two classes.
-    present = list(range(len(names)))
     labels, predictions = (np.pad(array, ((0, 0), (0, 1))).astype(int) for array in (labels, predictions))
-    table = metrics.precision_recall_fscore_support(labels, predictions, labels=present, zero_division=0.0)
-    return {
-        "accuracy": float(metrics.accuracy_score(labels, predictions)),
-        **_f1(labels, predictions, present),
-        "per_class": _per_class(table, names),
+    scores, per_class = _scores(labels, predictions, names)
+    return {**scores, "per_class": per_class}
+
+
+def _scores(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The accuracy and the mean f1 scores, and the scores of each label."""
+    options: dict[str, Any] = {"labels": list(range(len(names))), "zero_division": 0.0}
+    scores = {"accuracy": float(metrics.accuracy_score(labels, predictions))}
+    for average in ("macro", "micro", "weighted"):
+        scores[f"f1_{average}"] = float(metrics.f1_score(labels, predictions, average=average, **options))
+    table = zip(names, *metrics.precision_recall_fscore_support(labels, predictions, **options), strict=True)
+    return scores, {
+        name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
+        for name, p, r, f, n in table
     }
 
 
@@ -78,21 +83,6 @@ def regression(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _per_class(table: Any, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    return {
-        name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
-        for name, p, r, f, n in zip(names, *table, strict=True)
-    }
-
-
-def _f1(labels: np.ndarray, predictions: np.ndarray, present: list[int]) -> dict[str, float]:
-    options: dict[str, Any] = {"labels": present, "zero_division": 0.0}
-    return {
-        f"f1_{average}": float(metrics.f1_score(labels, predictions, average=average, **options))
-        for average in ("macro", "micro", "weighted")
-    }
-
-
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     """Finds the entities of a sentence as conlleval and seqeval do, in IOB1, IOB2 and BIOES, even if ill-formed.
 
@@ -103,15 +93,13 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
         (type, first word, last word), in order.
     """
     found: list[tuple[str, int, int]] = []
-    begin = 0
-    before, kind_before = "O", ""
+    before, kind_before, begin = "O", "", 0
     for i, tag in enumerate([*tags, "O"]):
         prefix, _, kind = tag.partition("-")
         kind = kind or "_"
-        ended = before in ("E", "S") or prefix in ("B", "S", "O") or kind != kind_before
-        if before != "O" and ended:
-            found.append((kind_before, begin, i - 1))
-        if prefix in ("B", "S") or (prefix != "O" and (before in ("O", "E", "S") or kind != kind_before)):
+        if prefix in ("B", "S", "O") or before in ("E", "S", "O") or kind != kind_before:
+            if before != "O":
+                found.append((kind_before, begin, i - 1))
             begin = i
         before, kind_before = prefix, kind
     return found
@@ -128,18 +116,17 @@ def tagging(labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]
                     for side in (labels, predictions))  # fmt: skip
     per_class = {}
     for kind in sorted({span[1] for span in truth | found}):
-        per_class[kind] = _span_scores(*({span for span in side if span[1] == kind} for side in (truth, found)))
+        right, given = ({span for span in side if span[1] == kind} for side in (truth, found))
+        per_class[kind] = _span_scores(right, given) | {"support": len(right)}
     words = [a == b for pair in zip(labels, predictions, strict=True) for a, b in zip(*pair, strict=True)]
-    overall = _span_scores(truth, found)
-    del overall["support"]
-    return {**overall, "accuracy": float(np.mean(words)), "per_class": per_class}
+    return {**_span_scores(truth, found), "accuracy": float(np.mean(words)), "per_class": per_class}
 
 
 def _span_scores(truth: set[Any], found: set[Any]) -> dict[str, Any]:
     right = len(truth & found)
     precision, recall = (right / len(side) if side else 0.0 for side in (found, truth))
     f1 = 2 * precision * recall / (precision + recall) if right else 0.0
-    return {"precision": precision, "recall": recall, "f1": f1, "support": len(truth)}
+    return {"precision": precision, "recall": recall, "f1": f1}
 
 
 def normalized(answer: str) -> str:
@@ -168,29 +155,27 @@ def answering(
     has_answer = np.array([bool(gold) for gold in golds])
     golds = [[answer for answer in gold if normalized(answer)] or [""] for gold in golds]
 
-    def scores(given: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        exact = [max(normalized(a) == normalized(g) for g in gold) for a, gold in zip(given, golds, strict=True)]
-        f1 = [max(_overlap(a, g) for g in gold) for a, gold in zip(given, golds, strict=True)]
-        return 100 * np.array(exact, float), 100 * np.array(f1, float)
-
-    exact, f1 = scores(answers)
-    result = {"exact_match": float(exact.mean()), "f1": float(f1.mean())}
+    pairs = list(zip(answers, golds, strict=True))
+    scores = {
+        "exact_match": 100 * np.array([max(normalized(a) == normalized(g) for g in gold) for a, gold in pairs], float),
+        "f1": 100 * np.array([max(_overlap(a, g) for g in gold) for a, gold in pairs], float),
+    }
+    result = {name: float(values.mean()) for name, values in scores.items()}
     if not has_answer.all():
-        for name, which in (("has_answer", has_answer), ("no_answer", ~has_answer)):
-            for measure, values in (("exact_match", exact), ("f1", f1)):
-                result[f"{name}_{measure}"] = float(values[which].mean()) if which.any() else 0.0
+        for group, which in (("has_answer", has_answer), ("no_answer", ~has_answer)):
+            for name, values in scores.items():
+                result[f"{group}_{name}"] = float(values[which].mean()) if which.any() else 0.0
     if null_over_best is None:
         return result
     # Starts with no question answered and adds one question at a time, those that are surest of an answer first.
     order = np.argsort(null_over_best, kind="stable")
-    for name, values in (("exact_match", exact), ("f1", f1)):
+    thresholds = np.asarray(null_over_best)[order]
+    for name, values in scores.items():  # f1 comes last
         gains = np.where(has_answer, values, np.where(np.array(answers) == "", 0.0, -100.0))[order]
         totals = np.concatenate([[0.0], np.cumsum(gains)]) + 100.0 * (~has_answer).sum()
         best = int(np.argmax(totals))
         result[f"best_{name}"] = float(totals[best] / len(golds))
-        if name == "f1":
-            ordered = np.asarray(null_over_best)[order]
-            result["null_threshold"] = float(ordered[best - 1]) if best else float(ordered[0]) - 1.0
+    result["null_threshold"] = float(thresholds[best - 1]) if best else float(thresholds[0]) - 1.0
     return result
 
 

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,21 +44,7 @@ class Job:
 
     def __init__(self, work: Callable[[list["Job"]], list[Any]], kind: Any, requests: Sequence[Any]):
         self.work, self.kind, self.requests = work, kind, requests
-        self.loop = asyncio.get_running_loop()
-        self.answer: asyncio.Future[Any] = self.loop.create_future()
-        self.gone = False
-
-    def deliver(self, value: Any) -> None:
-        """Hands the answer, or an exception, to the event loop that waits for it."""
-
-        def done() -> None:
-            if not self.answer.done():
-                if isinstance(value, BaseException):
-                    self.answer.set_exception(value)
-                else:
-                    self.answer.set_result(value)
-
-        self.loop.call_soon_threadsafe(done)
+        self.answer: Future[Any] = Future()  # cancelled when nobody waits for it
 
 
 @dataclass(frozen=True)
@@ -112,11 +99,10 @@ class Batcher:
         self.waiting += size
         self._jobs.put(job)
         try:
-            return await asyncio.wait_for(job.answer, self.limits.timeout)
+            return await asyncio.wait_for(asyncio.wrap_future(job.answer), self.limits.timeout)
         except TimeoutError:
-            raise Refused(504, "timeout", f"There was no answer in {self.limits.timeout:g} s.") from None
+            raise Refused(504, "timeout", f"There was no answer within {self.limits.timeout:g} s.") from None
         finally:
-            job.gone = True
             self.waiting -= size
 
     def close(self) -> None:
@@ -126,37 +112,36 @@ class Batcher:
 
     def _run(self) -> None:
         held: Job | None = None
-        while True:
-            first = held or self._jobs.get()
-            held = None
-            if first is None:
-                return
-            batch, size, until = [first], len(first.requests), time.monotonic() + self.limits.wait
+        while first := held or self._jobs.get():
+            held, batch, size, until = None, [first], len(first.requests), time.monotonic() + self.limits.wait
             while size < self.limits.batch:
                 try:
                     job = self._jobs.get(timeout=max(0.0, until - time.monotonic()))
                 except queue.Empty:
                     break
-                if job is None or job.kind != first.kind or size + len(job.requests) > self.limits.batch:
+                if job is None:
+                    self._jobs.put(None)  # ends the thread after this batch
+                    break
+                if job.kind != first.kind or size + len(job.requests) > self.limits.batch:
                     held = job
-                    if job is None:
-                        self._jobs.put(None)
                     break
                 batch.append(job)
                 size += len(job.requests)
-            self._compute([job for job in batch if not job.gone])
+            self._compute([job for job in batch if job.answer.set_running_or_notify_cancel()])
 
     def _compute(self, batch: list[Job]) -> None:
         if not batch:
             return
         self.seen(sum(len(job.requests) for job in batch))
         try:
-            answers: list[Any] = batch[0].work(batch)
+            answers = batch[0].work(batch)
         except Exception as error:
-            logger.error("a batch failed: %s", type(error).__name__)  # not the message: it may quote a client
-            answers = [error] * len(batch)
-        for job, answer in zip(batch, answers, strict=True):
-            job.deliver(answer)
+            logger.error("A batch failed: %s", type(error).__name__)  # not the message: it may quote a client
+            for job in batch:
+                job.answer.set_exception(error)
+        else:
+            for job, answer in zip(batch, answers, strict=True):
+                job.answer.set_result(answer)
 
 
 def run_together(pipe: Pipeline[Task]) -> Callable[[list[Job]], list[list[Any]]]:
@@ -174,21 +159,22 @@ class Attention:
 
     def __init__(self, pipe: Pipeline[Task]):
         self.pipe = pipe
-        self._lengths = [length for length in BUCKET_LENGTHS if length <= min(ATTENTION_TOKENS, pipe.max_length)]
-        self._programs = {length: self._compiled(length) for length in self._lengths}
+        longest = min(ATTENTION_TOKENS, pipe.max_length)
+        self._programs = {length: self._compiled(length) for length in BUCKET_LENGTHS if length <= longest}
 
     def _compiled(self, length: int) -> Any:
         def attentions(params: Any, inputs: dict[str, jax.Array]) -> jax.Array:
             return jnp.stack([layer[0] for layer in self.pipe.model(params).bert(**inputs).attentions])
 
-        inputs = {name: jax.ShapeDtypeStruct((1, length), np.int32) for name in MODEL_INPUTS}
+        inputs = dict.fromkeys(MODEL_INPUTS, jax.ShapeDtypeStruct((1, length), np.int32))
         return jax.jit(attentions).lower(self.pipe.params, inputs).compile()
 
     def encode(self, text: str) -> Any:
         """Tokenizes a text; raises `InputError` if it has too many tokens."""
         encoding = self.pipe.tokenizer.encode([text])[0][0]
-        if len(encoding) > self._lengths[-1]:
-            raise InputError(f"the text has {len(encoding)} tokens; attention is shown of {self._lengths[-1]} at most.")
+        longest = max(self._programs)
+        if len(encoding) > longest:
+            raise InputError(f"the text has {len(encoding)} tokens; attention is shown for at most {longest}.")
         return encoding
 
     def work(self, batch: list[Job]) -> list[Any]:
@@ -197,7 +183,7 @@ class Attention:
         for job in batch:
             ((encoding, layer),) = job.requests
             tokens = len(encoding)
-            length = next(length for length in self._lengths if length >= tokens)
+            length = min(length for length in self._programs if length >= tokens)
             inputs = self.pipe.tokenizer.pad([encoding.ids], [encoding.type_ids], length=length)
             weights = np.asarray(self._programs[length](self.pipe.params, inputs)[layer, :, :tokens, :tokens])
             answers.append({"tokens": encoding.tokens, "attention": weights.astype(np.float64).round(4).tolist()})

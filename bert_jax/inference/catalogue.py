@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from bert_jax.errors import InputError, quoted
+from bert_jax.errors import InputError, listed, quoted
 from bert_jax.inference.pipelines import Pipeline
 from bert_jax.tasks.base import Task
 
@@ -33,8 +33,7 @@ def score(pipe: Pipeline[Task], request: Any) -> Any:
         InputError: Names what is wrong with the request and, if there are several inputs, the index.
     """
     inputs, parameters = read(request)
-    results = pipe(inputs, **parameters)
-    return jsonable(results)
+    return jsonable(pipe(inputs, **parameters))
 
 
 def jsonable(result: Any) -> Any:
@@ -55,10 +54,8 @@ def read(request: Any) -> tuple[Any, dict[str, Any]]:
         raise InputError(f"there are no inputs; expected {' or '.join(INPUTS)}.")
     if not isinstance(parameters or {}, Mapping):
         raise InputError(f"parameters is {_kind(parameters)}; expected an object.")
-    if isinstance(inputs, Mapping) and "data" in inputs:
-        inputs = _columns(inputs)
     if isinstance(inputs, Mapping):
-        inputs = _rows(inputs)
+        inputs = _rows(_columns(inputs) if "data" in inputs else inputs)
     if isinstance(inputs, list):
         inputs = [tuple(entry) if isinstance(entry, list) else entry for entry in inputs]
     elif not isinstance(inputs, str | dict):
@@ -70,7 +67,7 @@ def _columns(split: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Pandas split form -> columns."""
     names, data = split.get("columns", [TEXTS]), split["data"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"columns is {quoted(names)}; expected names, like {TEXTS!r}.")
+        raise InputError(f"columns is {quoted(names)}; expected a list of names, such as [{TEXTS!r}].")
     if not isinstance(data, list):
         raise InputError(f"data is {_kind(data)}; expected a list of rows.")
     rows = [row if isinstance(row, list) else [row] for row in data]
@@ -84,19 +81,19 @@ def _rows(columns: Mapping[str, Any]) -> Any:
     """Columns -> inputs; if the column of texts is the only one, its content."""
     if list(columns) == [TEXTS]:
         return columns[TEXTS]
-    if all(isinstance(values, list) for values in columns.values()):
-        if len({len(values) for values in columns.values()}) != 1:
-            lengths = ", ".join(f"{name} {len(values)}" for name, values in columns.items())
-            raise InputError(f"the columns are of different lengths: {lengths}.")
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return dict(columns)
+    if not all(isinstance(values, list) for values in columns.values()):
+        return dict(columns)
+    if len({len(values) for values in columns.values()}) != 1:
+        lengths = (f"{name} {len(values)}" for name, values in columns.items())
+        raise InputError(f"the columns have different lengths: {listed(lengths)}.")
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _one_of(request: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    given = [name for name in names if name in request]
+    given = [request[name] for name in names if name in request]
     if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} are one and the same; give one of them.")
-    return request[given[0]] if given else None
+        raise InputError(f"{' and '.join(names)} have the same meaning; give only one of them.")
+    return given[0] if given else None
 
 
 def _kind(value: Any) -> str:

@@ -202,20 +202,17 @@ def pipeline(
     model_class = TASKS[task_name(task)].model_class
     if isinstance(model, BertPreTrainedModel):
         if not isinstance(model, model_class):
-            raise InputError(f"{task} takes a {model_class.__name__}; this is a {type(model).__name__}.")
+            raise InputError(f"{task} expects a {model_class.__name__}, got a {type(model).__name__}.")
         if tokenizer is None:
-            raise InputError("A model in hand brings no tokenizer; pass tokenizer=Tokenizer.from_pretrained(…).")
+            raise InputError("A loaded model has no tokenizer. Pass tokenizer=Tokenizer.from_pretrained(…).")
         network = model
     else:
         folder = hub.download(model, revision=revision)
         tokenizer = tokenizer or Tokenizer.from_pretrained(folder)
         options = {"add_pooling_layer": False} if model_class is BertModel else {}  # no task reads the pooler
         fitting = tasks_of(hub.architectures(folder))
-        misfit = CheckpointError(
-            f"{model} is a {' and '.join(hub.architectures(folder))}, made for {' and '.join(fitting)}; "
-            f"{task} takes a {model_class.__name__}."
-        )
         other = bool(fitting) and task not in fitting
+        misfit = CheckpointError(f"{model} is for {' and '.join(fitting)}; {task} expects a {model_class.__name__}.")
         if other and task in ("text-classification", "token-classification"):  # their heads share tensor names
             raise misfit
         try:
@@ -229,10 +226,9 @@ def pipeline(
 
 def tasks_of(architectures: Sequence[str]) -> list[str]:
     """The tasks that a model with these architectures was trained for."""
-    made_for = {name: {task.model_class.__name__} for name, task in TASKS.items()}
-    made_for["fill-mask"].add("BertForPreTraining")
-    made_for["next-sentence-prediction"].add("BertForPreTraining")
-    return [task for task, classes in made_for.items() if classes.intersection(architectures)]
+    if "BertForPreTraining" in architectures:  # has both heads
+        architectures = [*architectures, "BertForMaskedLM", "BertForNextSentencePrediction"]
+    return [name for name, task in TASKS.items() if task.model_class.__name__ in architectures]
 
 
 class Pipeline(Generic[Task_co]):
@@ -260,10 +256,11 @@ class Pipeline(Generic[Task_co]):
         """
         shapes = [(rows, length, 1) for length in self._lengths for rows in BUCKET_ROWS if rows <= _most(length)]
         shapes += [(_most(length), length, length // 8) for length in self._packed]
-        buckets = []
-        for rows, length, texts in shapes:
-            masks = sorted(set(_masks(length, texts))) if self.task.masked else [0]
-            buckets += [Bucket(rows, length, n, texts) for n in masks]
+        buckets = [
+            Bucket(rows, length, masks, texts)
+            for rows, length, texts in shapes
+            for masks in (sorted(set(_masks(length, texts))) if self.task.masked else [0])
+        ]
         with ThreadPoolExecutor(os.cpu_count()) as compilers:
             list(compilers.map(self._program, buckets))
         largest = max(buckets, key=lambda bucket: (bucket.masks * bucket.rows, bucket.length * bucket.rows))
@@ -298,7 +295,7 @@ class Pipeline(Generic[Task_co]):
         if isinstance(inputs, str | tuple | dict):
             return self.run([self.request(inputs, parameters)])[0]
         if not isinstance(inputs, Iterable):
-            raise InputError(f"expected an input or several, got {quoted(inputs)} ({type(inputs).__name__}).")
+            raise InputError(f"expected one or several inputs, got {quoted(inputs)} ({type(inputs).__name__}).")
         results = self._stream(iter(inputs), parameters)
         return list(results) if isinstance(inputs, list) else results
 
@@ -309,8 +306,8 @@ class Pipeline(Generic[Task_co]):
             InputError: If the input cannot be used, or the task has no such parameter.
         """
         if unknown := [name for name in parameters if name not in self._parameters]:
-            known = ", ".join(self._parameters) or "none"
-            raise InputError(f"the parameter {quoted(unknown[0])} is unknown; this task's are {known}.")
+            known = ", ".join(self._parameters) or "no parameters"
+            raise InputError(f"the parameter {quoted(unknown[0])} is unknown; this task accepts {known}.")
         request: Request[Any] = self.task.request(entry, **parameters)
         return request
 
@@ -336,43 +333,37 @@ class Pipeline(Generic[Task_co]):
                 rows = requests[i].send(outputs)
             except StopIteration as finished:
                 results[i] = finished.value
-                return
-            waiting[i] = [None] * len(rows)
-            queued.extend(Queued(row, i, place) for place, row in enumerate(rows))
+            else:
+                waiting[i] = [None] * len(rows)
+                queued.extend(Queued(row, i, place) for place, row in enumerate(rows))
 
         def deliver(batch: Batch, arrays: dict[str, jax.Array]) -> None:
             on_host = {name: np.asarray(array) for name, array in arrays.items()}
             if not all(np.isfinite(array).all() for array in on_host.values()):
-                raise CheckpointError(
-                    "The model's results are not finite (NaN or infinity): its numbers overflow. Its weights or its "
-                    "config are damaged, or need float32."
-                )
+                raise CheckpointError("The results are not finite. Check the weights and config, or use float32.")
             for (features, i, place), spot, mask in zip(batch.queued, batch.spots, batch.masked_spots, strict=True):
                 where: Any = spot.tokens if self.task.per_token else (spot.row, spot.number)
                 if features.masked_positions:
                     where = mask.tokens
                 waiting[i][place] = {name: array[where] for name, array in on_host.items()}
-                if all(output is not None for output in waiting[i]):
+                if None not in waiting[i]:
                     advance(i, waiting.pop(i))
 
         for i in range(len(requests)):
             advance(i, None)
         while queued:
-            waiting_now, queued[:] = list(queued), []
+            batches, queued = self._batches(queued), []
             in_flight: deque[tuple[Batch, dict[str, jax.Array]]] = deque()
-            for batch in self._batches(waiting_now):
+            for batch in batches:
                 in_flight.append((batch, self._forward(batch)))
                 if len(in_flight) > 1:  # while the device computes a batch, the host decodes the previous one
                     deliver(*in_flight.popleft())
-            while in_flight:
-                deliver(*in_flight.popleft())
+            deliver(*in_flight.popleft())
         return results
 
     def _batches(self, queued: list[Queued]) -> Iterator[Batch]:
         """Divides rows of tokens into batches, each with the bucket that holds it."""
-        queued = sorted(
-            queued, key=lambda q: (len(q.features.input_ids), len(q.features.masked_positions)), reverse=True
-        )
+        queued = sorted(queued, key=lambda q: (-len(q.features.input_ids), -len(q.features.masked_positions)))
         while queued:
             lengths = [len(q.features.input_ids) for q in queued]
             if self._packed and sum(lengths) > BUCKET_TOKENS:
@@ -389,25 +380,22 @@ class Pipeline(Generic[Task_co]):
             here = [q for q, row in zip(queued, placed, strict=True) if row >= 0]
             queued = [q for q, row in zip(queued, placed, strict=True) if row < 0]
             placed = [row for row in placed if row >= 0]
-            masks = int(np.bincount(placed, [len(q.features.masked_positions) for q in here]).max())
-            if masks:
-                masks = next(n for n in _masks(length, texts) if n >= masks)
+            most = np.bincount(placed, [len(q.features.masked_positions) for q in here]).max()
+            masks = next(n for n in (0, *_masks(length, texts)) if n >= most)
             yield Batch(here, placed, Bucket(rows, length, masks, texts, any(q.features.labels for q in here)))
 
     def _forward(self, batch: Batch) -> dict[str, jax.Array]:
-        queued, bucket = batch.queued, batch.bucket
-        inputs = model_inputs(
+        bucket = batch.bucket
+        inputs = {name: np.zeros(shape, np.int32) for name, shape in self._shapes(bucket).items()}
+        inputs |= model_inputs(
             batch.spots,
-            [q.features.input_ids for q in queued],
-            [q.features.token_type_ids for q in queued],
+            [q.features.input_ids for q in batch.queued],
+            [q.features.token_type_ids for q in batch.queued],
             (bucket.rows, bucket.length),
             packed=bucket.texts > 1,
             pad_token_id=self.tokenizer.pad_token_id or 0,
         )
-        inputs |= {
-            name: np.zeros(shape, np.int32) for name, shape in self._shapes(bucket).items() if name not in inputs
-        }
-        for (features, _, _), spot, mask in zip(queued, batch.spots, batch.masked_spots, strict=True):
+        for (features, _, _), spot, mask in zip(batch.queued, batch.spots, batch.masked_spots, strict=True):
             if bucket.texts > 1:
                 inputs["starts"][spot.row, spot.number] = spot.start
             if features.masked_positions:
@@ -424,25 +412,26 @@ class Pipeline(Generic[Task_co]):
 
     def trace(self, bucket: Bucket, device: Any = None) -> jax.stages.Traced:
         """Traces the program of a bucket, for a device that need not be present; None is the default device."""
-        shapes = self._shapes(bucket)
-        inputs = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in shapes.items()}
-        params = self.params
+        inputs = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in self._shapes(bucket).items()}
+        arguments = self.params, inputs
         if device is not None:
-            params, inputs = sharding.abstract((params, inputs), jax.sharding.SingleDeviceSharding(device))
-        traced: jax.stages.Traced = jax.jit(self._step).trace(params, inputs)
+            arguments = sharding.abstract(arguments, jax.sharding.SingleDeviceSharding(device))
+        traced: jax.stages.Traced = jax.jit(self._step).trace(*arguments)
         return traced
 
     def _shapes(self, bucket: Bucket) -> dict[str, tuple[int, int]]:
-        names = ["input_ids", "token_type_ids"]
-        names += ["document_ids", "position_ids"] if bucket.texts > 1 else ["attention_mask"]
-        shapes = dict.fromkeys(names, (bucket.rows, bucket.length))
-        if bucket.texts > 1:
-            shapes["starts"] = (bucket.rows, bucket.texts)
-        if bucket.masks:
-            shapes["masked_positions"] = (bucket.rows, bucket.masks)
-        if bucket.labelled:
-            shapes["labels"] = (bucket.rows, bucket.masks)
-        return shapes
+        packed = bucket.texts > 1
+        lengths = {
+            "input_ids": bucket.length,
+            "token_type_ids": bucket.length,
+            "attention_mask": 0 if packed else bucket.length,
+            "document_ids": bucket.length if packed else 0,
+            "position_ids": bucket.length if packed else 0,
+            "starts": bucket.texts if packed else 0,
+            "masked_positions": bucket.masks,
+            "labels": bucket.masks if bucket.labelled else 0,
+        }  # 0 if the program has no such input
+        return {name: (bucket.rows, length) for name, length in lengths.items() if length}
 
     def _step(self, params: tree.Params, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         starts = inputs.pop("starts", jnp.asarray(FIRST))

@@ -4,19 +4,19 @@ A run writes these files next to the output. `….partial` has the rows so far a
 identifies the run and records its progress. `….rejected.jsonl` has the rows that could not be used, if any.
 """
 
+import contextlib
 import csv
 import fcntl
 import functools
 import gzip
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bert_jax.data import sources
-from bert_jax.errors import InputError, listed, quoted
+from bert_jax.errors import InputError, check_extra, listed, quoted
 from bert_jax.inference.catalogue import jsonable
 from bert_jax.inference.pipelines import READ_AHEAD, Pipeline
 from bert_jax.tasks.base import Request, Task
@@ -79,54 +79,53 @@ def predict_files(
     output, paths = Path(output), [Path(path) for path in inputs]
     if not output.name.endswith(OUTPUTS):
         raise InputError(f"{output}: expected a name that ends in {', '.join(OUTPUTS)}.")
-    if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise InputError("Parquet needs pyarrow: pip install 'bert-jax[data]'.")
+    if output.suffix == ".parquet":
+        check_extra("data", "pyarrow")
     parameters = dict(parameters or {})
     try:
-        sizes = [_size(path) for path in paths]
-        files = [[str(path), size, _digest(path)] for path, size in zip(paths, sizes, strict=True)]
+        files = [(str(path), _size(path), _digest(path)) for path in paths]
     except OSError as error:
         raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from None
-    run: dict[str, Any] = {
+    run = {
         "task": pipe.task.name, "model": model, "inputs": files, "columns": columns, "format": format, "shard": shard,
         "parameters": parameters,
     }  # fmt: skip
     try:
         run = json.loads(json.dumps(run))  # the form in which the journal is read back
     except TypeError as error:
-        raise InputError(f"a parameter is no number, text or list: {error}.") from None
-    usual = pipe.task.columns_of_input
-    candidates = [columns] if columns else usual
+        raise InputError(f"A parameter is not a number, text or list: {error}.") from None
     # Errors that would reject all rows are raised before anything is written.
-    pair = all(len(names) == 2 for names in usual)
-    if columns and len(columns) not in {len(names) for names in usual}:
-        raise InputError(f"{len(columns)} columns; {pipe.task.name} takes {'two' if pair else 'one'}.")
+    lengths = sorted({len(names) for names in pipe.task.columns_of_input})
+    if columns and len(columns) not in lengths:
+        expected = " or ".join(map(str, lengths))
+        raise InputError(f"The number of columns is {len(columns)}; {pipe.task.name} expects {expected}.")
     example = f"a {pipe.tokenizer.mask_token}"
-    pipe.request((example, example) if pair else example, parameters)
+    pipe.request((example, example) if lengths == [2] else example, parameters)
+    candidates = [columns] if columns else pipe.task.columns_of_input
     table = not output.name.endswith(OUTPUTS[:2])
     for path in paths:
-        tried = [
-            _usable(row, candidates, table) for _, row, _ in islice(sources.entries(path, format, labelled=False), 100)
-        ]
-        if tried and all(tried):
-            raise InputError(f"{path}: {tried[0]}")
+        rows = islice(sources.entries(path, format, labelled=False), 100)
+        problems = [_problem(row, candidates, table) for _, row, _ in rows]
+        if problems and all(problems):
+            raise InputError(f"{path}: {problems[0]}")
+    entries = (
+        (path, before, entry)
+        for path, before in zip(paths, accumulate((size for _, size, _ in files), initial=0), strict=False)
+        for entry in sources.entries(path, format, labelled=False)
+    )
     try:
         journal = _Journal.opened(output, run)
         if not journal.complete:
-            with _progress(console, sum(sizes)) as progress:
-                bar = progress.add_task("", total=sum(sizes), rate="")
-                rows = _entries(paths, format, shard)
-                for _ in islice(rows, journal.read):
-                    pass
-                next_window = functools.partial(_window, pipe, rows, candidates, parameters, table)
-                _predict(pipe, next_window, journal, progress, bar)
+            rest = islice(entries, shard[0] - 1 + shard[1] * journal.read, None, shard[1])
+            next_window = functools.partial(_window, pipe, rest, candidates, parameters, table)
+            _predict(pipe, next_window, journal, console)
             journal.complete = True
             journal.commit()
         if journal.partial.exists():
             _convert(journal.partial, output)
             journal.partial.unlink(missing_ok=True)
         elif not output.exists():
-            raise InputError(f"{output} was finished and is gone. Remove {journal.path} to begin anew.")
+            raise InputError(f"{output} was complete but is missing. Remove {journal.path} to start again.")
     except OSError as error:
         raise InputError(f"Cannot write {error.filename or output}: {error.strerror}.") from None
     return Counts(journal.predicted, journal.read - journal.predicted)
@@ -146,56 +145,46 @@ class _Journal:
 
     @property
     def partial(self) -> Path:
-        return self.output.with_name(self.output.name + ".partial")
+        return Path(f"{self.output}.partial")
 
     @property
     def rejected(self) -> Path:
-        return self.output.with_name(self.output.name + ".rejected.jsonl")
+        return Path(f"{self.output}.rejected.jsonl")
 
     @property
     def path(self) -> Path:
-        return self.output.with_name(self.output.name + ".run.json")
+        return Path(f"{self.output}.run.json")
 
     @classmethod
     def opened(cls, output: Path, run: dict[str, Any]) -> "_Journal":
         journal = cls(output, run)
         try:
-            before = json.loads(journal.path.read_text(encoding="utf-8"))
-            before, journal = dict(before["run"]), cls(**before | {"output": output})
+            journal = cls(**json.loads(journal.path.read_text(encoding="utf-8")) | {"output": output})
+            before = journal.run
+            differences = [_difference(key, before[key], run[key]) for key in run if before[key] != run[key]]
         except FileNotFoundError:
             if output.exists():
-                raise InputError(f"{output} is there already and of no run that could go on; take another.") from None
+                raise InputError(f"{output} exists, and there is no run to resume. Use another output.") from None
             journal.path.parent.mkdir(parents=True, exist_ok=True)
             journal.commit()
-            before = run
+            return journal
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise InputError(f"{journal.path} is damaged; remove it and begin anew.") from None
-        inputs = before.get("inputs")
-        if isinstance(inputs, list) and any(isinstance(entry, list) and len(entry) == 2 for entry in inputs):
-            raise InputError(
-                f"{journal.path} is of an earlier version, which noted no digest of the inputs, so that they may have "
-                "changed since. Remove it, and what there is of the output, and begin anew."
-            )
-        if different := [key for key in run if before.get(key) != run[key]]:
-            shown = "; ".join(_difference(key, before.get(key), run[key]) for key in different)
-            raise InputError(f"{output} belongs to another run ({shown}). Take another output, or these arguments.")
+            raise InputError(f"{journal.path} is damaged or outdated. Remove it and the output.") from None
+        if differences:
+            raise InputError(f"{output} belongs to another run ({'; '.join(differences)}). Use another output.")
         return journal
 
     def commit(self) -> None:
-        staged = self.path.with_name(self.path.name + ".new")
-        with open(staged, "w", encoding="utf-8") as file:
-            json.dump(vars(self) | {"output": self.output.name}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, self.path)
+        with _replacing(self.path) as staged:
+            staged.write_text(json.dumps(vars(self) | {"output": self.output.name}, indent=1), encoding="utf-8")
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
     """Describes how an argument of a run has changed."""
-    if key == "inputs" and isinstance(before, list):
-        names = [[entry[0] for entry in files] for files in (before, now)]
+    if key == "inputs":
+        names = [[name for name, _, _ in files] for files in (before, now)]
         if names[0] == names[1]:
-            changed = [new[0] for old, new in zip(before, now, strict=True) if old != new]
+            changed = (new[0] for old, new in zip(before, now, strict=True) if old != new)
             return f"the content of {listed(changed)} has changed"
         before, now = names
     return f"{key}: {quoted(before)}, now {quoted(now)}"
@@ -205,7 +194,6 @@ def _difference(key: str, before: Any, now: Any) -> str:
 class _Window:
     """Rows that are predicted together, and the rejected rows with their reasons."""
 
-    read: int
     position: int
     rows: list[sources.Row]
     requests: list[Request[Any]]
@@ -213,10 +201,12 @@ class _Window:
 
 
 def _predict(
-    pipe: Pipeline[Task], next_window: Callable[[], _Window | None], journal: _Journal, progress: Progress, bar: Any
+    pipe: Pipeline[Task], next_window: Callable[[], _Window | None], journal: _Journal, console: Console | None
 ) -> None:
     began = journal.read
+    columns = BarColumn(), TextColumn("{task.percentage:.0f} % {task.fields[rate]}"), TimeRemainingColumn()
     with (
+        Progress(*columns, console=console or Console(quiet=True), disable=console is None, transient=True) as progress,
         open(journal.partial, "ab") as partial,
         open(journal.rejected, "ab") as rejected,
         ThreadPoolExecutor(1) as ahead,  # while one window is computed, the next is read and tokenized
@@ -227,21 +217,21 @@ def _predict(
             raise InputError(f"{journal.output} is being written by another process.") from None
         for file, size in ((partial, journal.partial_bytes), (rejected, journal.rejected_bytes)):
             if file.tell() < size:
-                raise InputError(f"{file.name} is shorter than it was; remove {journal.path} and it, and begin anew.")
+                raise InputError(f"{file.name} is shorter than recorded. Remove it and {journal.path} to start again.")
             file.truncate(size)
             file.seek(size)
+        bar = progress.add_task("", total=sum(size for _, size, _ in journal.run["inputs"]), rate="")
         coming = ahead.submit(next_window)
         while window := coming.result():
             coming = ahead.submit(next_window)
             results = pipe.run(window.requests)
-            for row, result in zip(window.rows, results, strict=True):
-                partial.write(_line(row | {PREDICTION: jsonable(result)}))
-            for row in window.rejected:
-                rejected.write(_line(row, ascii=True))  # ASCII can hold any content
+            predicted = zip(window.rows, results, strict=True)
+            partial.writelines(_line(row | {PREDICTION: jsonable(result)}) for row, result in predicted)
+            rejected.writelines(_line(row, ascii=True) for row in window.rejected)  # ASCII can hold any content
             for file in (partial, rejected):
                 file.flush()
                 os.fsync(file.fileno())
-            journal.read += window.read
+            journal.read += len(results) + len(window.rejected)
             journal.predicted += len(results)
             journal.partial_bytes, journal.rejected_bytes = partial.tell(), rejected.tell()
             journal.commit()
@@ -259,37 +249,19 @@ def _window(
     parameters: dict[str, Any],
     table: bool,
 ) -> _Window | None:
-    window = _Window(0, 0, [], [], [])
+    window = _Window(0, [], [], [])
     for path, before, (line, row, position) in islice(entries, READ_AHEAD):
-        window.read += 1
         window.position = before + position
         try:
-            if problem := _usable(row, candidates, table):
+            if problem := _problem(row, candidates, table):
                 raise problem
             assert not isinstance(row, InputError)
-            request = pipe.request(_input(row, candidates), parameters)
+            window.requests.append(pipe.request(_input(row, candidates), parameters))
+            window.rows.append(row)
         except InputError as error:
             content = {} if isinstance(row, InputError) else {"row": row}
             window.rejected.append({"file": str(path), "line": line, "reason": str(error), **content})
-        else:
-            window.rows.append(row)
-            window.requests.append(request)
-    return window if window.read else None
-
-
-def _entries(
-    paths: Sequence[Path], format: str | None, shard: tuple[int, int]
-) -> Iterator[tuple[Path, int, sources.Entry]]:
-    """The rows of all files, each with its file and the total size of the preceding files in bytes."""
-
-    def every() -> Iterator[tuple[Path, int, sources.Entry]]:
-        before = 0
-        for path in paths:
-            for entry in sources.entries(path, format, labelled=False):
-                yield path, before, entry
-            before += _size(path)
-
-    return islice(every(), shard[0] - 1, None, shard[1])
+    return window if window.requests or window.rejected else None
 
 
 def _size(path: Path) -> int:
@@ -302,35 +274,34 @@ def _digest(path: Path) -> str:
 
     If a file has more than `WHOLE` bytes, only `SAMPLES` blocks are hashed, evenly spread from first to last byte.
     """
-    digest = hashlib.sha256()
     if path.is_dir():
-        for file in sorted(path.rglob("*.txt")):
-            digest.update(f"{file.relative_to(path)}\0{_digest(file)}\0".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+        texts = sorted(path.rglob("*.txt"))
+        content = "".join(f"{file.relative_to(path)}\0{_digest(file)}\0" for file in texts)
+        return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()
     if not path.is_file():
-        raise InputError(f"{path} is neither a file nor a folder; an input is read more than once.")
+        raise InputError(f"{path} is neither a file nor a folder. Save the input to a file: it is read several times.")
     size = path.stat().st_size
-    with open(path, "rb") as content:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
         if size <= WHOLE:
-            return hashlib.file_digest(content, "sha256").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
         for n in range(SAMPLES):
-            content.seek((size - BLOCK) * n // (SAMPLES - 1))
-            digest.update(content.read(BLOCK))
+            file.seek((size - BLOCK) * n // (SAMPLES - 1))
+            digest.update(file.read(BLOCK))
     return digest.hexdigest()
 
 
-def _usable(row: sources.Row | InputError, candidates: Sequence[tuple[str, ...]], table: bool) -> InputError | None:
+def _problem(row: sources.Row | InputError, candidates: Sequence[tuple[str, ...]], table: bool) -> InputError | None:
     """What makes a row unusable before its input is examined; None if it is usable."""
     try:
         if isinstance(row, InputError):
             return row
-        taken = [name for name in row if name == PREDICTION or (table and name.startswith(f"{PREDICTION}_"))]
-        if taken:
-            return InputError(f"there is a column {quoted(taken[0])} already.")
+        if taken := [name for name in row if name == PREDICTION or (table and name.startswith(f"{PREDICTION}_"))]:
+            return InputError(f"there is already a column {quoted(taken[0])}; rename it.")
         _line(row)
         _input(row, candidates)
     except UnicodeEncodeError:
-        return InputError("it holds lone surrogates, like \\udc80, which are not valid characters.")
+        return InputError("the row holds lone surrogates, like \\udc80, which are not valid characters.")
     except InputError as error:
         return error
     return None
@@ -346,18 +317,11 @@ def _input(row: sources.Row, candidates: Sequence[tuple[str, ...]]) -> Any:
             values = tuple(tuple(cell) if isinstance(cell, list) else cell for cell in cells)
             return values if len(names) > 1 else values[0]
     wanted = " or ".join(" and ".join(map(repr, names)) for names in sorted(candidates, key=len)[:3])
-    raise InputError(f"there is no column {wanted}; there are {listed(map(repr, row))}.")
+    raise InputError(f"there is no column {wanted}; the columns are {listed(map(repr, row))}.")
 
 
 def _line(row: Mapping[str, Any], *, ascii: bool = False) -> bytes:
     return (json.dumps(row, ensure_ascii=ascii, default=str) + "\n").encode()
-
-
-def _progress(console: Console | None, total: int) -> Progress:
-    return Progress(
-        BarColumn(), TextColumn("{task.percentage:.0f} %"), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
-        console=console or Console(quiet=True), disable=console is None, transient=True,
-    )  # fmt: skip
 
 
 def _convert(partial: Path, output: Path) -> None:
@@ -365,9 +329,8 @@ def _convert(partial: Path, output: Path) -> None:
     if output.suffix == ".jsonl":
         os.replace(partial, output)
         return
-    staged = output.with_name(output.name + ".new")
     opened: Any = gzip.open if output.suffix == ".gz" else open
-    with open(partial, "rb") as rows:
+    with _replacing(output) as staged, open(partial, "rb") as rows:
         if ".jsonl" in output.suffixes:
             with opened(staged, "wb") as file:
                 shutil.copyfileobj(rows, file)
@@ -386,17 +349,23 @@ def _convert(partial: Path, output: Path) -> None:
                     writer = csv.DictWriter(file, list(kinds))
                     writer.writeheader()
                     writer.writerows(map(_flat, rows))
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields the path of a file to write. That file then replaces `path`, which is never incomplete."""
+    staged = Path(f"{path}.new")
+    yield staged
     with open(staged, "rb") as file:
         os.fsync(file.fileno())
-    os.replace(staged, output)
+    os.replace(staged, path)
 
 
 def _flat(line: bytes) -> dict[str, Any]:
     """A row of a table: `{label, score}` becomes two columns, and lists and objects are written as JSON."""
     row = json.loads(line)
-    prediction = row.pop(PREDICTION)
-    parts = prediction if isinstance(prediction, dict) else {"": prediction}
-    row |= {f"{PREDICTION}_{name}".rstrip("_"): value for name, value in parts.items()}
+    if isinstance(row[PREDICTION], dict):
+        row |= {f"{PREDICTION}_{name}": value for name, value in row.pop(PREDICTION).items()}
     return {k: json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict) else v for k, v in row.items()}
 
 
@@ -404,19 +373,16 @@ def _write_parquet(rows: Iterator[dict[str, Any]], kinds: Mapping[str, set[type]
     import pyarrow
     import pyarrow.parquet
 
-    fields = {}
+    types = {}
     for name, found in kinds.items():
         found = found - {type(None)}
-        numbers = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64()}
-        one = next(iter(found)) if len(found) == 1 else float if found == {int, float} else str
-        fields[name] = numbers.get(one, pyarrow.string())
-    schema = pyarrow.schema(fields)
+        types[name] = found.pop() if len(found) == 1 else float if found == {int, float} else str
+    numbers = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64()}
+    schema = pyarrow.schema({name: numbers.get(kind, pyarrow.string()) for name, kind in types.items()})
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         while chunk := list(islice(rows, READ_AHEAD)):
             for row in chunk:
                 for name, value in row.items():
-                    if fields[name] == pyarrow.string() and value is not None:
-                        row[name] = value if isinstance(value, str) else json.dumps(value)
-                    elif fields[name] == pyarrow.float64() and value is not None:
-                        row[name] = float(value)
+                    if value is not None and type(value) is not types[name]:
+                        row[name] = float(value) if types[name] is float else json.dumps(value)
             writer.write_table(pyarrow.Table.from_pylist(chunk, schema=schema))

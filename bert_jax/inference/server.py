@@ -46,23 +46,23 @@ SAMPLE = {
     "parameters": {"top_k": 2},
 }
 """The example request of the catalogue card."""
+STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 
 
 def body_model(pipe: Pipeline[Task]) -> type[pydantic.BaseModel]:
     """The typed body of /v1/{task}: the inputs, and the parameters of the task's `request` with their types."""
     entry = pipe.task.json_input
-    fields: dict[str, Any] = {"inputs": (typing.Union[entry, list[entry]], ...)}  # type: ignore[valid-type]  # noqa: UP007
+    fields: dict[str, Any] = {"inputs": (entry | list[entry], ...)}  # type: ignore[valid-type]
     hints = typing.get_type_hints(pipe.task.request)
-    for name, parameter in list(inspect.signature(pipe.task.request).parameters.items())[1:]:
-        fields[name] = (hints[name], parameter.default)
-    config = pydantic.ConfigDict(extra="forbid", strict=True)
-    return pydantic.create_model(f"{pipe.task.name.title().replace('-', '')}Body", __config__=config, **fields)
+    parameters = list(inspect.signature(pipe.task.request).parameters.values())[1:]
+    fields |= {parameter.name: (hints[parameter.name], parameter.default) for parameter in parameters}
+    return pydantic.create_model(f"{pipe.task.name.title().replace('-', '')}Body", __config__=STRICT, **fields)
 
 
 class AttentionBody(pydantic.BaseModel):
     """The body of /v1/attention."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+    model_config = STRICT
     text: str
     layer: int
 
@@ -78,29 +78,25 @@ class Server:
 
     def __init__(self, name: str, pipes: dict[str, Pipeline[Task]], limits: Limits):
         self.name, self.pipes, self.limits = name, pipes, limits
+        self.first = next(iter(pipes.values()))
         self.ready = False
-        self.attention: Attention | None = None
+        self.attention: Attention  # compiled by `_warm_up`
         registry = self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "bert_jax_requests", "Requests by route and status.", ["route", "status"], registry=registry
-        )
-        self.seconds = Histogram("bert_jax_request_seconds", "Time until the answer.", ["route"], registry=registry)
-        self.fill = Histogram("bert_jax_batch_inputs", "Inputs that are computed together.", registry=registry,
+        self.requests = Counter("bert_jax_requests", "Number of requests.", ["route", "status"], registry=registry)
+        self.seconds = Histogram("bert_jax_request_seconds", "Seconds per request.", ["route"], registry=registry)
+        self.fill = Histogram("bert_jax_batch_inputs", "Inputs per batch.", registry=registry,
                               buckets=[1, 2, 4, 8, 16, 32, 64, 128])  # fmt: skip
-        Gauge("bert_jax_queue", "Inputs that wait or are computed.", registry=registry).set_function(
-            lambda: self.batcher.waiting
-        )
+        self.batcher = Batcher(limits, self.fill.observe)
+        Gauge("bert_jax_queue", "Unanswered inputs.", registry=registry).set_function(lambda: self.batcher.waiting)
         Gauge("bert_jax_programs", "Compiled programs.", registry=registry).set_function(
             lambda: sum(len(pipe.programs) for pipe in pipes.values())
         )
-        self.batcher = Batcher(limits, self.fill.observe)
         self.app = self._app()
 
     def _app(self) -> FastAPI:
         app = FastAPI(title=f"bert_jax: {self.name}", version=__version__, lifespan=self._life, redoc_url=None)
-        app.add_exception_handler(Refused, _refused)
-        app.add_exception_handler(HTTPException, _no_such_route)
-        app.add_exception_handler(Exception, _fault)
+        for kind in (Refused, HTTPException, Exception):
+            app.add_exception_handler(kind, _failed)
         app.add_middleware(Counting, server=self)
         app.get("/health")(self._health)
         app.get("/metrics")(self._metrics)
@@ -109,38 +105,37 @@ class Server:
         app.post("/score", openapi_extra=_documented({"type": "object", "example": SAMPLE}))(self._score)
         for task, pipe in self.pipes.items():
             body = body_model(pipe)
-            route = app.post(f"/v1/{task}", name=task, openapi_extra=_documented(body.model_json_schema()))
-            route(self._predicting(task, body))
-        documented = _documented(AttentionBody.model_json_schema())
-        app.post("/v1/attention", openapi_extra=documented)(self._attend)
+            documented = _documented(body.model_json_schema())
+            app.post(f"/v1/{task}", name=task, openapi_extra=documented)(self._predicting(pipe, body))
+        app.post("/v1/attention", openapi_extra=_documented(AttentionBody.model_json_schema()))(self._attend)
         return app
 
     @contextlib.asynccontextmanager
     async def _life(self, app: FastAPI) -> AsyncIterator[None]:
-        warming = asyncio.get_running_loop().run_in_executor(None, self._warm_up)
+        warming = asyncio.create_task(asyncio.to_thread(self._warm_up))
         yield
         await warming
-        await asyncio.get_running_loop().run_in_executor(None, self.batcher.close)
+        await asyncio.to_thread(self.batcher.close)
 
     def _warm_up(self) -> None:
         began = time.perf_counter()
         try:
             for pipe in self.pipes.values():
                 pipe.warm_up()
-            self.attention = Attention(next(iter(self.pipes.values())))
+            self.attention = Attention(self.first)
         except Exception:
-            logger.exception("the programs do not compile")
+            logger.exception("Cannot compile the programs.")
             os.kill(os.getpid(), signal.SIGTERM)
             raise
         self.ready = True
-        logger.info("ready after %.0f s of compiling", time.perf_counter() - began)
+        logger.info("Ready after %.0f s of compiling.", time.perf_counter() - began)
 
     # ── Routes ──
 
     async def _health(self) -> Response:
         """Reports whether all programs are compiled."""
         state = {"status": "ready" if self.ready else "warming up", "model": self.name, "tasks": list(self.pipes),
-                 "layers": next(iter(self.pipes.values())).config.num_hidden_layers}  # fmt: skip
+                 "layers": self.first.config.num_hidden_layers}  # fmt: skip
         return JSONResponse(state, status_code=200 if self.ready else 503)
 
     async def _metrics(self) -> Response:
@@ -152,30 +147,26 @@ class Server:
         content = await self._content(request)
         with _refusing(content):
             inputs, parameters = catalogue.read(content)
-        pipe = next(iter(self.pipes.values()))
-        return JSONResponse(await self._predict(request, pipe, inputs, parameters, content))
+        return JSONResponse(await self._predict(request, self.first, inputs, parameters))
 
-    def _predicting(self, task: str, body: type[pydantic.BaseModel]) -> Callable[[Request], Any]:
+    def _predicting(self, pipe: Pipeline[Task], body: type[pydantic.BaseModel]) -> Callable[[Request], Any]:
         async def predict(request: Request) -> Response:
-            content = await self._content(request)
-            given = _validated(body, content)
+            given = _validated(body, await self._content(request))
             inputs = given.pop("inputs")
-            results = await self._predict(request, self.pipes[task], inputs, given, content)
+            results = await self._predict(request, pipe, inputs, given)
             return JSONResponse({"model": self.name, "outputs": results})
 
-        predict.__doc__ = f"{task}: an input or a list of them, and the task's parameters."
+        predict.__doc__ = f"{pipe.task.name}: an input or a list of inputs, and the task's parameters."
         return predict
 
     async def _attend(self, request: Request) -> Response:
         """The attention weights of each token of a text, by head, in one layer (counted from 0)."""
-        content = await self._content(request)
-        given = _validated(AttentionBody, content)
-        assert self.attention
-        layers = self.attention.pipe.config.num_hidden_layers
-        with _refusing(content):
-            if not 0 <= given["layer"] < layers:
-                raise InputError(f"layer is {given['layer']}; expected 0 to {layers - 1}.")
-            self._check_size(given["text"], "")
+        given = _validated(AttentionBody, await self._content(request))
+        last = self.first.config.num_hidden_layers - 1
+        with _refusing(given):
+            if not 0 <= given["layer"] <= last:
+                raise InputError(f"layer is {given['layer']}; expected 0 to {last}.")
+            self._check_size(given["text"])
             encoding = self.attention.encode(given["text"])
         job = Job(self.attention.work, self.attention, [(encoding, given["layer"])])
         return JSONResponse(await self._answer(request, job))
@@ -184,11 +175,9 @@ class Server:
 
     async def _content(self, request: Request) -> Any:
         if not self.ready:
-            raise Refused(
-                503, "warming_up", "The programs are being compiled; /health says when.", {"Retry-After": "5"}
-            )
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
+            message = "The server is compiling its programs. Wait until /health returns status 200."
+            raise Refused(503, "warming_up", message, {"Retry-After": "5"})
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "content_type", "Expected the content type application/json.")
         body = bytearray()
         try:
@@ -198,41 +187,34 @@ class Server:
                     if len(body) > self.limits.max_body:
                         raise Refused(413, "too_large", f"The body has more than {self.limits.max_body} bytes.")
         except TimeoutError:
-            raise Refused(408, "timeout", f"The body was not there in {self.limits.timeout:g} s.") from None
+            raise Refused(408, "timeout", f"The body did not arrive within {self.limits.timeout:g} s.") from None
         except ClientDisconnect:
-            raise Refused(499, "gone", "The client has left.") from None
+            raise Refused(499, "gone", "The client disconnected.") from None
         try:
-            return json.loads(bytes(body))
+            return json.loads(body)
         except (ValueError, RecursionError):
             raise Refused(400, "not_json", "The body is not JSON.") from None
 
-    async def _predict(
-        self, request: Request, pipe: Pipeline[Task], inputs: Any, parameters: dict[str, Any], content: Any
-    ) -> Any:
+    async def _predict(self, request: Request, pipe: Pipeline[Task], inputs: Any, parameters: dict[str, Any]) -> Any:
         several = isinstance(inputs, list)
         entries = inputs if several else [inputs]
-        with _refusing(content):
+        with _refusing([inputs, parameters]):
             if len(entries) > self.limits.max_inputs:
-                raise InputError(
-                    f"there are {len(entries)} inputs; at most {self.limits.max_inputs} are taken at once."
-                )
+                raise InputError(f"there are {len(entries)} inputs; at most {self.limits.max_inputs} are allowed.")
             requests = []
             for i, entry in enumerate(entries):
-                where = f"inputs[{i}]: " if several else ""
-                self._check_size(entry, where)
                 try:
+                    self._check_size(entry)
                     requests.append(pipe.request(entry, parameters))
                 except InputError as error:
-                    raise InputError(f"{where}{error}") from None
-        results = (
-            catalogue.jsonable(await self._answer(request, Job(run_together(pipe), pipe, requests))) if requests else []
-        )
-        return results if several else results[0]
+                    raise InputError(f"inputs[{i}]: {error}" if several else str(error)) from None
+        results = await self._answer(request, Job(run_together(pipe), pipe, requests)) if requests else []
+        return catalogue.jsonable(results if several else results[0])
 
-    def _check_size(self, entry: Any, where: str) -> None:
+    def _check_size(self, entry: Any) -> None:
         size = sum(map(len, _texts(entry)))
         if size > self.limits.max_characters:
-            raise InputError(f"{where}it has {size} characters; at most {self.limits.max_characters} are taken.")
+            raise InputError(f"the input has {size} characters; at most {self.limits.max_characters} are allowed.")
 
     async def _answer(self, request: Request, job: Job) -> Any:
         """The job's answer; if the client disconnects before it, the job is dropped."""
@@ -241,7 +223,7 @@ class Server:
         try:
             await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
-                raise Refused(499, "gone", "The client has left.")
+                raise Refused(499, "gone", "The client disconnected.")
             return answer.result()
         finally:
             for task in (answer, left):
@@ -256,9 +238,6 @@ class Counting:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Passes a request to the application and records its status and time."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         began, status = time.perf_counter(), 500
 
         async def watched(message: Any) -> None:
@@ -269,9 +248,10 @@ class Counting:
         try:
             await self.app(scope, receive, watched)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
-            self.server.requests.labels(route, status).inc()
-            self.server.seconds.labels(route).observe(time.perf_counter() - began)
+            if scope["type"] == "http":
+                route = getattr(scope.get("route"), "path", "other")
+                self.server.requests.labels(route, status).inc()
+                self.server.seconds.labels(route).observe(time.perf_counter() - began)
 
 
 async def _left(request: Request) -> None:
@@ -281,14 +261,13 @@ async def _left(request: Request) -> None:
 
 def _validated(body: type[pydantic.BaseModel], content: Any) -> dict[str, Any]:
     try:
-        given = body.model_validate_json(json.dumps(content), strict=True)
+        return body.model_validate_json(json.dumps(content)).model_dump(exclude_unset=True)
     except pydantic.ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in body.model_fields)
         unknown = f"there is an unknown field; expected {', '.join(body.model_fields)}"
         message = unknown if first["type"] == "extra_forbidden" else first["msg"]
         raise Refused(422, "invalid_input", f"{where or 'the body'}: {message}.") from None
-    return {name: getattr(given, name) for name in type(given).model_fields if name in given.model_fields_set}
 
 
 @contextlib.contextmanager
@@ -325,23 +304,15 @@ def _documented(schema: dict[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def _error(status: int, code: str, message: str, headers: Any = None) -> JSONResponse:
-    return JSONResponse({"error": {"code": code, "message": message}}, status_code=status, headers=headers)
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
-    return _error(error.status, error.code, str(error), error.headers)
-
-
-async def _no_such_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    codes = {404: "not_found", 405: "method_not_allowed"}
-    return _error(error.status_code, codes.get(error.status_code, "refused"), str(error.detail), error.headers)
-
-
-async def _fault(request: Request, error: Exception) -> Response:
-    return _error(500, "fault", "The server is at fault; the request may be right.")
+async def _failed(request: Request, error: Exception) -> Response:
+    """The response to a request that raised an exception."""
+    if isinstance(error, HTTPException):  # such as an unknown route
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
+        error = Refused(error.status_code, code, str(error.detail), dict(error.headers or {}))
+    if not isinstance(error, Refused):
+        error = Refused(500, "fault", "The server failed; the request may be valid.")
+    content = {"error": {"code": error.code, "message": str(error)}}
+    return JSONResponse(content, status_code=error.status, headers=error.headers)
 
 
 def serve(
@@ -374,5 +345,5 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     host, port = listener.getsockname()[:2]
     logger.info("http://%s:%s answers %s with %s", host, port, ", ".join(pipes), name)
-    server = Server(name, pipes, limits or Limits())
-    uvicorn.Server(uvicorn.Config(server.app, log_level="warning", access_log=False)).run(sockets=[listener])
+    config = uvicorn.Config(Server(name, pipes, limits or Limits()).app, log_level="warning", access_log=False)
+    uvicorn.Server(config).run(sockets=[listener])

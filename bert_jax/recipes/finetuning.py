@@ -1,19 +1,31 @@
-"""Fine-tuning: settings -> a folder with a model for a task, its metrics and its predictions."""
+"""Fine-tuning: a run, a description of what a run would do (`dry_run`), and the metrics of its model (`evaluate`)."""
 
+import importlib
 import json
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from bert_jax.errors import InputError
-from bert_jax.recipes.evaluation import evaluate_examples
-from bert_jax.recipes.preparation import overview, prepare
-from bert_jax.recipes.runs import ADAPTERS, ANSWERS, PREDICTIONS, begin, end, fit, is_finished, set_up, steps_of, write
+from bert_jax import attention, sharding, tree
+from bert_jax.config import BertConfig
+from bert_jax.data.loader import Examples, Shape
+from bert_jax.errors import InputError, check_extra
+from bert_jax.evaluation import measure
+from bert_jax.model import BertPreTrainedModel
+from bert_jax.recipes import preparation, runs
 from bert_jax.settings import Settings
-from bert_jax.training import distributed, lora
+from bert_jax.tasks.base import TrainableTask
+from bert_jax.tasks.registry import TASKS
+from bert_jax.tokenizer import Tokenizer
+from bert_jax.tools import aot
+from bert_jax.training import distributed, loop, lora, memory, optim
+
+LOADED_LATER = ("grain", "sklearn.metrics")
+"""Modules that a run imports only when it needs them; they occupy 60 MB."""
 
 
 def finetune(settings: Settings, *, console: Console | None = None) -> Path:
@@ -32,51 +44,208 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     """
     console, began = console or Console(quiet=True), time.perf_counter()
     folder = Path(settings.output.folder)
-    distributed.agree("The settings", settings.to_yaml)
-    if is_finished(settings, console):
+    if runs.is_finished(settings, console):
         return folder
-    prepared = prepare(settings)
-    console.print(overview(settings, prepared), highlight=False, markup=False)
-    distributed.agree("The training examples", prepared.examples["train"].digest)
-    train = prepared.examples["train"]
-    steps = steps_of(settings, train)
-    run = set_up(settings, prepared.task, prepared.model, train, steps)
-    if "validation" in prepared.examples and not prepared.task.labelled(prepared.examples["validation"]):
+    prepared = preparation.prepare(settings)
+    task, examples = prepared.task, prepared.examples
+    console.print(preparation.overview(settings, prepared), highlight=False, markup=False)
+    train, validation = examples["train"], examples.get("validation")
+    distributed.agree("The training examples", train.digest)
+    run = runs.set_up(settings, task, prepared.model, train, runs.steps_of(settings, train))
+    if validation and not task.labelled(validation):
         raise InputError(
-            f"data.validation ({settings.data.validation}) has no labels, by which the best checkpoint would be "
-            "chosen. Give it as data.test, or leave it out."
+            f"data.validation ({settings.data.validation}) has no labels to choose the best checkpoint by. Set it as "
+            "data.test, or leave it out."
         )
-    begin(settings)
-    trained = fit(settings, run, steps, prepared.examples.get("validation"), console)
-    results: dict[str, Any] = {"step": trained.step, "steps": trained.steps, "validation": trained.metrics}
-    prepared.task.adopt(trained.metrics)
-    split = "test" if "test" in prepared.examples else "validation"
-    examples = prepared.examples.get(split)
-    outputs: Mapping[str, Any] = {}
-    if examples is not None:
-        if split == "test" or trained.outputs is None:
-            result = evaluate_examples(prepared.task, trained.model, examples, settings)
-            results[split], outputs = result.metrics, result.outputs
-        else:
-            outputs = trained.outputs
-            results[split] = trained.metrics | prepared.task.evaluate(outputs, examples)
+    trained = runs.fit(settings, run, validation, console)
+    task = task.tuned(trained.metrics)
+    split = "test" if "test" in examples else "validation"
+    evaluated: measure.Evaluation | None = None
+    if split == "validation" and trained.outputs is not None:
+        adopted = task.evaluate(trained.outputs, examples[split])
+        evaluated = measure.Evaluation(trained.metrics | adopted, trained.outputs)
+    elif split in examples:
+        evaluated = evaluate_examples(task, trained.model, examples[split], settings)
     if not distributed.first():
         return folder
-    trained.model.save_pretrained(folder)
-    prepared.tokenizer.save_pretrained(folder)
-    if settings.model.lora:
-        assert run.plan.lora is not None
-        lora.save_adapters(folder / ADAPTERS, trained.trained, run.plan.lora, settings.model.id,
-                           prepared.task.peft_type)  # fmt: skip
-    if examples is not None:
-        results["predictions"] = split
-        predictions = prepared.task.predictions(outputs, examples)
+    if run.plan.lora:
+        lora.save_adapters(folder / runs.ADAPTERS, trained.trained, run.plan.lora, settings.model.id, task.peft_type)
+    if evaluated:
+        predictions = task.predictions(evaluated.outputs, examples[split])
         lines = [row | {"prediction": p} for row, p in zip(prepared.rows[split], predictions, strict=True)]
         texts = [json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines]  # Parquet also has dates
-        write(folder / PREDICTIONS, "".join(texts))
-        if settings.task == "question-answering":  # the form that SQuAD's official scripts expect
-            ids = [line["row"] - 1 if line.get("id") is None else line["id"] for line in lines]
-            answers = {str(id): line["prediction"]["answer"] for id, line in zip(ids, lines, strict=True)}
-            write(folder / ANSWERS, json.dumps(answers, ensure_ascii=False) + "\n")
-    end(settings, results, settings.training.metric or prepared.task.metrics[0], began, console)
+        runs.write(folder / runs.PREDICTIONS, "".join(texts))
+        for name, value in task.files(lines).items():
+            runs.write(folder / name, json.dumps(value, ensure_ascii=False) + "\n")
+    found = {split: evaluated.metrics, "predictions": split} if evaluated else {}
+    runs.end(settings, run, trained, prepared.tokenizer, found, began, console)
     return folder
+
+
+def dry_run(settings: Settings, target: str | None = None, *, console: Console | None = None) -> str:
+    """Describes what a run would do, without a training step.
+
+    The text has the settings, the first examples in words, shapes, parameters, memory and programs.
+
+    Args:
+        settings: The settings of the run.
+        target: Chips to compile the step for, `v5e:2x4`, which need not be present; this machine's devices by default.
+        console: Shows a target's programs as they are compiled; None shows nothing.
+
+    Raises:
+        InputError: See `finetune`; also if there is no such target.
+    """
+    chips = aot.get(target) if target else None
+    prepared = preparation.prepare(settings)
+    examples, tokenizer = prepared.examples["train"], prepared.tokenizer
+    parts = [settings.to_yaml(), preparation.overview(settings, prepared)]
+    for i in range(min(3, len(examples))):
+        pieces = " ".join(str(tokenizer.backend.id_to_token(int(token))) for token in examples.input_ids[i])
+        every: dict[str, Any] = {**examples.targets, **examples.token_targets}
+        values = ", ".join(f"{name} {values[i].tolist()}" for name, values in every.items())
+        row = examples.origins[i][1] if examples.origins else prepared.rows["train"][i]
+        parts.append(f"example {i + 1}: {row}\n  tokens: {pieces}\n  {values}")
+    steps = runs.steps_of(settings, examples)
+    run = runs.set_up(settings, prepared.task, prepared.model, examples, steps, chips.devices if chips else None)
+    loader, planned = run.loader, run.plan
+    counts: Counter[str] = Counter()
+    for path, rule in optim.rules(planned.trained, **runs.rule_options(settings)).items():
+        counts[str(rule)] += planned.trained[path].size
+    counts += Counter({"frozen": sum(leaf.size for leaf in planned.frozen.values())})  # drops a count of 0
+    parts.append("parameters:\n" + "\n".join(f"  {n:,}: {rule}" for rule, n in counts.most_common()))
+    places = [loader.place(step) for step in range(min(steps, loader.steps_per_epoch))]
+    shapes = sorted(Counter(place.shape for place in places).items())
+    programs = "".join(f"\n  [{shape.rows}, {shape.length}]: {n} steps per epoch" for shape, n in shapes)
+    used = sum(int(examples.lengths[place.indices].sum()) for place in places)
+    used_of = sum(place.shape.rows * place.shape.length for place in places)
+    parts.append(
+        f"{steps} steps, {loader.steps_per_epoch} per epoch; {used / used_of:.0%} of the tokens are not padding. "
+        f"Programs by [rows, tokens]:{programs}"
+    )
+    shape = max((shape for shape, _ in shapes), key=lambda shape: shape.rows * shape.length)
+    if chips:
+        parts.append(compile_for(chips, run, shape, prepared.model.config, console or Console(quiet=True)))
+    elif found := peak_memory(settings, prepared, run, shape):
+        parts.append(found)
+    return "\n\n".join(parts)
+
+
+def peak_memory(settings: Settings, prepared: preparation.Prepared, run: loop.Run, shape: Shape) -> str | None:
+    """Describes the peak memory of a run; None if the compiler does not report memory.
+
+    On CPU, this is the memory of the whole process, a sum of three parts: what the process occupies now (libraries,
+    data, model and programs), the training state, and the most that any one phase of the run needs. On other devices,
+    it is the memory of one device, without the parameters of evaluations.
+
+    Args:
+        settings: The settings of the run.
+        prepared: The model and the examples of the run.
+        run: The steps of the run.
+        shape: The shape of the largest training batch.
+    """
+    step = run.trace(shape).lower().compile().memory_analysis()
+    if step is None:
+        return None
+    phases = {f"temporaries of a step of [{shape.rows}, {shape.length}]": step.temp_size_in_bytes}
+    if validation := prepared.examples.get("validation"):
+        largest, program = measure.largest(
+            prepared.task, prepared.model, validation, batch_size=settings.training.evaluation_batch_size,
+            packing=run.loader.packing, multiple=run.loader.multiple, mesh=run.mesh,
+        )  # fmt: skip
+        found: Any = program.memory_analysis()
+        phases[f"temporaries of an evaluation of [{largest.rows}, {largest.length}]"] = found.temp_size_in_bytes
+    counted = {"state and batch": step.argument_size_in_bytes}
+    owner = "a device"
+    if run.mesh.devices.flat[0].platform == "cpu":
+        phases["a checkpoint's copy of the state"] = step.argument_size_in_bytes
+        for name in LOADED_LATER:
+            importlib.import_module(name)
+        memory.release()
+        if occupied := memory.resident():
+            owner = "the process"
+            counted["libraries, data, model and programs, measured now"] = occupied
+    name = max(phases, key=phases.__getitem__)
+    counted[name] = phases.pop(name)
+    lines = "".join(f"\n  {size / 1e6:,.0f} MB: {what}" for what, size in counted.items())
+    others = "; ".join(f"{what} {size / 1e6:,.0f} MB" for what, size in phases.items())
+    return f"memory of {owner} at its peak: {sum(counted.values()) / 1e6:,.0f} MB{lines}" + (
+        f"\n  not at the same time: {others}" if others else ""
+    )
+
+
+def compile_for(chips: aot.Target, run: loop.Run, shape: Shape, config: BertConfig, console: Console) -> str:
+    """What a target's compiler reports for a run's step on a batch of this shape, and the largest batch that fits."""
+    share = run.loader.share
+
+    def check(n: int) -> aot.Check:
+        found = aot.check(run.trace(shape._replace(rows=n * share)), chips)
+        console.print(f"[{n * share}, {shape.length}]: {found.line}", highlight=False)
+        return found
+
+    first = check(shape.rows // share)
+    flops = aot.train_flops(config, shape.rows, shape.length)
+    most = share * aot.largest(check, shape.rows // share, first)
+    return (
+        f"the step on [{shape.rows}, {shape.length}] {first}\n"
+        f"by formula, 6·B·T·L·(4D² + 2DF + 2TD): {flops / 1e12:.2f} TFLOP\n"
+        f"the largest batch that fits: [{most}, {shape.length}], {most // len(chips.devices)} rows per device"
+    )
+
+
+def evaluate(
+    model_id: str, settings: Settings, split: str, *, ignore: Sequence[str] = (), console: Console | None = None
+) -> dict[str, Any]:
+    """Evaluates a fine-tuned model on a split of the settings' data.
+
+    Values that the model's run found on validation, such as a threshold, are applied.
+
+    Args:
+        model_id: A folder or an id on the Hub.
+        settings: Give the data, the length of examples and the batch size.
+        split: "validation" or "test".
+        ignore: Regular expressions of tensors in the checkpoint that are left out.
+        console: Shows notes on the data; None shows nothing.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        InputError: If the split is not set, has no labels, or has labels that the model does not have.
+        CheckpointError: If the model has no head for the task.
+    """
+    check_extra("train", "sklearn")
+    loaded = preparation.read_split(settings, split)
+    if not loaded.rows:
+        raise InputError(f"data.{split} is not set; expected labelled examples.")
+    task_class = TASKS[settings.task]
+    rows, found = task_class.clean({split: loaded.rows}, preparation.read_options(settings))
+    tokenizer = Tokenizer.from_pretrained(model_id)
+    model = task_class.model_class.from_pretrained(model_id, ignore=ignore, **settings.precision.model_dump())
+    task = preparation.make_task(settings, tokenizer, preparation.named(model.config, settings, loaded.labels))
+    examples = preparation.featurize(task, rows)[split]
+    if not task.labelled(examples):
+        raise InputError(f"data.{split} has no labels; expected some. Use `bert-jax predict` for unlabelled examples.")
+    if (results := Path(model_id) / runs.RESULTS).is_file():
+        task = task.tuned(json.loads(results.read_text(encoding="utf-8"))["validation"])
+    if console and found:
+        console.print(found, highlight=False, markup=False)
+    return evaluate_examples(task, model, examples, settings).metrics
+
+
+def evaluate_examples(
+    task: TrainableTask, model: BertPreTrainedModel, examples: Examples, settings: Settings
+) -> measure.Evaluation:
+    """Evaluates a loaded model on examples."""
+    mesh = sharding.mesh(**settings.mesh.model_dump())
+    params, skeleton = tree.split(model)
+    flat = tree.flatten(params)
+    return measure.evaluate(
+        task,
+        measure.program(task, skeleton),
+        tree.unflatten(sharding.put(flat, sharding.placements(mesh, flat))),
+        examples,
+        batch_size=settings.training.evaluation_batch_size,
+        packing=model.config.max_position_embeddings if settings.data.packing else None,
+        multiple=attention.multiple(model.encoder.attention),
+        mesh=mesh,
+    )

@@ -1,11 +1,9 @@
 """Settings and data -> a task, a model and examples."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import yaml
@@ -19,16 +17,14 @@ from bert_jax.errors import InputError, listed, quoted
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import HeldOut, Pretraining, Settings
 from bert_jax.tasks.base import ReadOptions, TrainableTask, check_vocabulary
-from bert_jax.tasks.question_answering import AnswerOptions
-from bert_jax.tasks.registry import TASKS, TRAINABLE
+from bert_jax.tasks.registry import TASKS
 from bert_jax.tokenizer import Tokenizer
 
-UNNAMED = ("id", "is_impossible")
-"""Columns that have no setting for their names."""
+DROPOUT = {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"}
+"""Settings of `model` that replace the values of the checkpoint's config."""
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """What a run starts from.
 
     Attributes:
@@ -48,8 +44,7 @@ class Prepared:
     found: str
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """The content of a split of the settings' data.
 
     Attributes:
@@ -70,17 +65,16 @@ def prepare(settings: Settings) -> Prepared:
         CheckpointError: If the weights do not fit the model, or the vocabulary does not fit the weights.
     """
     if settings.data.train is None:
-        raise InputError("data.train is not set; expected a file, or the name of a split where data.id is set.")
+        raise InputError("data.train is not set; expected a file or, if data.id is set, the name of a split.")
     task_class = TASKS[settings.task]
     splits = {split: read_split(settings, split) for split in ("train", "validation", "test")}
     rows = {split: found.rows for split, found in splits.items() if found.rows}
     options = read_options(settings)
-    found = task_class.clean(rows, options)
-    config = task_class.config(rows.get("train", []), options, splits["train"].labels)
-    _check_order(settings, config)
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
-        if (value := getattr(settings.model, name)) is not None:
-            config[name] = value
+    rows, found = task_class.clean(rows, options)
+    config = task_class.config(rows["train"], options, splits["train"].labels)
+    folder = hub.download(settings.model.id, revision=settings.model.revision)
+    if not settings.data.labels and task_class.model_class.__name__ in hub.architectures(folder):
+        check_order(BertConfig.from_file(folder / hub.CONFIG_FILE).labels, tuple(config["id2label"]))
     tokenizer = Tokenizer.from_pretrained(settings.model.id, revision=settings.model.revision)
     model = task_class.model_class.from_pretrained(
         settings.model.id,
@@ -88,11 +82,8 @@ def prepare(settings: Settings) -> Prepared:
         new=[task_class.head, *settings.model.new],
         ignore=settings.model.ignore,
         rngs=nnx.Rngs(settings.training.seed),
-        compute_dtype=settings.precision.compute_dtype,
-        attention=settings.model.attention,
-        remat=settings.training.remat,
-        scan_layers=settings.training.scan_layers,
-        **config,
+        **network_options(settings),
+        **config | settings.model.model_dump(include=DROPOUT, exclude_none=True),
     )
     task = make_task(settings, tokenizer, model.config)
     return Prepared(task, model, tokenizer, rows, featurize(task, rows), found)
@@ -100,17 +91,25 @@ def prepare(settings: Settings) -> Prepared:
 
 def read_options(settings: Settings) -> ReadOptions:
     """The options of `data` that decide how a task reads rows."""
-    data = settings.data
-    return ReadOptions(data.labels, data.problem_type, data.wrong_answers)
+    return ReadOptions(settings.data.labels, settings.data.problem_type, settings.data.wrong_answers)
+
+
+def network_options(settings: Settings | Pretraining) -> dict[str, Any]:
+    """The keyword arguments of a model class that decide how the network is computed."""
+    return {
+        "compute_dtype": settings.precision.compute_dtype,
+        "attention": settings.model.attention,
+        "remat": settings.training.remat,
+        "scan_layers": settings.training.scan_layers,
+    }
 
 
 def make_task(settings: Settings, tokenizer: Tokenizer, config: BertConfig) -> TrainableTask:
     """Makes the settings' task for a model."""
-    options: dict[str, Any] = {}
-    if settings.task == "question-answering":
-        options["answers"] = AnswerOptions(**settings.answers.model_dump())
+    task_class = TASKS[settings.task]
+    options = {name: kind(**getattr(settings, name).model_dump()) for name, kind in task_class.options.items()}
     check_vocabulary(tokenizer, config)
-    task: TrainableTask = TASKS[settings.task](tokenizer, config, max_length(settings, config), **options)
+    task: TrainableTask = task_class(tokenizer, config, max_length(settings, config), **options)
     return task
 
 
@@ -120,11 +119,10 @@ def max_length(settings: Settings | Pretraining, config: BertConfig) -> int:
     Raises:
         InputError: If the model has fewer positions.
     """
-    if settings.data.max_length > config.max_position_embeddings:
-        raise InputError(
-            f"data.max_length is {settings.data.max_length}; the model has {config.max_position_embeddings} positions."
-        )
-    return settings.data.max_length
+    length, positions = settings.data.max_length, config.max_position_embeddings
+    if length > positions:
+        raise InputError(f"data.max_length is {length}; the model has {positions} positions. Use at most as many.")
+    return length
 
 
 def featurize(task: TrainableTask, rows: dict[str, list[sources.Row]]) -> dict[str, Examples]:
@@ -151,17 +149,19 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
     rows: list[sources.Row] = []
     class_labels: dict[str, sources.ClassLabels] = {}
     for place in [places] if isinstance(places, str) else places:
-        named = Path(place).suffix in sources.FORMATS
-        if data.id and named and Path(place).is_file():
-            raise InputError(f"data.{split} is the file {place}, and data.id {data.id}; for files set data.id=null.")
-        if not data.id and not named and data.format is None and not Path(place).exists():
-            raise InputError(
-                f"data.{split}: there is no file {quoted(place)}. If it is a split of the Hub's, set data.id; "
-                f"data.{split}=null goes without."
-            )
+        path = Path(place)
         if data.id:
+            if path.suffix in sources.FORMATS and path.is_file():
+                raise InputError(
+                    f"data.{split} is the file {place}, but data.id is {data.id}; for files, set data.id=null."
+                )
             class_labels[place], found = sources.read_hub(data.id, data.name, place, data.revision)
         else:
+            if path.suffix not in sources.FORMATS and data.format is None and not path.exists():
+                raise InputError(
+                    f"data.{split}: there is no file {quoted(place)}. For a split of a data set on the Hub, set "
+                    f"data.id; for none, data.{split}=null."
+                )
             class_labels[place] = sources.class_labels(place, data.format)
             found = sources.read(place, data.format, labelled=isinstance(settings, Settings))
         rows += islice(found, None if data.limit is None else data.limit - len(rows))
@@ -169,47 +169,30 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
     if not rows:
         raise InputError(f"{where} has no examples.")
     there = dict.fromkeys(name for row in rows for name in row)  # JSON rows may differ in columns
-    task = TASKS[settings.task] if settings.task in TRAINABLE else None
-    usual, required = (task.columns, task.required) if task else ({"text": sources.TEXT}, ("text",))
+    usual, required, target = {"text": sources.TEXT}, ("text",), "text"
+    if isinstance(settings, Settings):
+        task = TASKS[settings.task]
+        usual, required, target = task.columns, task.required, task.target
     try:
-        wanted = {
-            name: sources.column(there, None if name in UNNAMED else getattr(data, name), names)
+        wanted = {  # two columns have no setting for their names; data.id is the data set
+            name: sources.column(there, None if name in ("id", "is_impossible") else getattr(data, name), names)
             for name, names in usual.items()
         }
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    needed = [*required, task.target] if task and split == "train" else required
-    for name in needed:
+    for name in [*required, target] if split == "train" else required:
         if wanted[name] is None:
-            raise InputError(f"{where}: which column is the {name}? There are {listed(there)}; set data.{name}.")
-    target = wanted[task.target] if task else None
-    orders = {found[target]: place for place, found in class_labels.items() if target in found}
+            raise InputError(f"{where} has no column for the {name}; the columns are {listed(there)}. Set data.{name}.")
+    column = wanted[target]
+    orders = {found[column]: place for place, found in class_labels.items() if column in found}
     if len(orders) > 1 and not data.labels:
         (first, one), (second, other) = islice(orders.items(), 2)
         raise InputError(
-            f"{where}: the class ids of {one} stand for {listed(first)}, and those of {other} for {listed(second)}; "
-            "data.labels says which order counts."
+            f"{where}: the class ids mean {listed(first)} in {one}, but {listed(second)} in {other}. Set data.labels "
+            "to choose an order."
         )
-    found_rows = [{name: row.get(column) for name, column in wanted.items() if column} for row in rows]
-    return Split(found_rows, next(iter(orders), None))
-
-
-def _check_order(settings: Settings, config: Mapping[str, Any]) -> None:
-    """Refuses to reorder the labels of a checkpoint that is fine-tuned for the task, unless data.labels is set.
-
-    Raises:
-        InputError: If the order differs; the message says how to keep that of the checkpoint.
-    """
-    folder = hub.download(settings.model.id, revision=settings.model.revision)
-    names = tuple(config["id2label"] or ())
-    if settings.data.labels or TASKS[settings.task].model_class.__name__ not in hub.architectures(folder):
-        return
-    before = BertConfig.from_file(folder / hub.CONFIG_FILE).labels
-    if before != names and sorted(before) == sorted(names):
-        raise InputError(
-            f"The labels of {settings.model.id} are, in the order of their ids, {listed(before)}, and those of "
-            f"data.train are {listed(names)}. Set data.labels='{_as_yaml(before)}' to keep the order of the model."
-        )
+    rows = [{name: row.get(column) for name, column in wanted.items() if column} for row in rows]
+    return Split(rows, next(iter(orders), None))
 
 
 def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None) -> BertConfig:
@@ -220,23 +203,24 @@ def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None
             from the model's and a metric depends on it.
     """
     given, names = settings.data.labels, config.labels
-    if given and settings.task != "question-answering" and all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+    if given and all(re.fullmatch(r"LABEL_\d+", name) for name in names):
         if len(given) != len(names):
             raise InputError(f"data.labels has {len(given)} names; the model has {len(names)} labels, {listed(names)}.")
         return config.replace(id2label=given)
-    expected = given or labels or names
-    binary = settings.task == "text-classification" and len(names) == 2  # f1 is computed for the second label
-    if binary and expected != names and sorted(expected) == sorted(names):
-        raise InputError(
-            f"The labels of the model are, in the order of their ids, {listed(names)}, and those of the data are "
-            f"{listed(expected)}; f1 is that of the second label. Set data.labels='{_as_yaml(names)}' for that of "
-            f"{names[1]}, or train the model again for that of {expected[1]}."
-        )
+    if TASKS[settings.task].order_matters and len(names) == 2:
+        check_order(names, given or labels or names)
     return config
 
 
-def _as_yaml(names: Sequence[str]) -> str:
-    return yaml.safe_dump(list(names), default_flow_style=True, width=10**6, allow_unicode=True).strip()
+def check_order(model: tuple[str, ...], data: tuple[str, ...]) -> None:
+    """Raises `InputError` if the data has the labels of the model in another order."""
+    if model != data and sorted(model) == sorted(data):
+        order = yaml.safe_dump(list(model), default_flow_style=True, width=10**6, allow_unicode=True).strip()
+        raise InputError(
+            f"The labels of the model are, in the order of their ids, {listed(model)}, but those of the data are "
+            f"{listed(data)}. Set data.labels='{order}' to keep the order of the model; another order requires a model "
+            "trained with it. If there are two labels, f1 is that of the second."
+        )
 
 
 def overview(settings: Settings, prepared: Prepared) -> str:
@@ -257,6 +241,5 @@ def overview(settings: Settings, prepared: Prepared) -> str:
 
 def describe(model: BertPreTrainedModel) -> str:
     """Describes how many parameters a model has, and which devices it is to run on."""
-    _, skeleton = tree.split(model)
-    count = sum(spec.size for spec in skeleton.specs.values())
+    count = sum(spec.size for spec in tree.split(model)[1].specs.values())
     return f"{count / 1e6:.1f} M parameters, {jax.device_count()} × {jax.devices()[0].device_kind}"

@@ -1,6 +1,7 @@
-"""Pretraining: settings and a corpus -> a model that fills masks."""
+"""Pretraining: settings and a corpus -> a model that fills masks; and the evaluation of such models."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from bert_jax.config import BertConfig
 from bert_jax.data import corpus
 from bert_jax.data.masking import MaskedExamples, Masking
 from bert_jax.errors import InputError
+from bert_jax.evaluation import held_out
 from bert_jax.model import BertPreTrainedModel
-from bert_jax.recipes.preparation import describe, max_length
-from bert_jax.recipes.runs import begin, end, fit, is_finished, set_up, steps_of
-from bert_jax.settings import Pretraining
+from bert_jax.recipes import preparation, runs
+from bert_jax.settings import HeldOut, Pretraining
 from bert_jax.tasks.base import check_pairs
 from bert_jax.tasks.pretraining import MaskedLanguageModeling, PreTraining
 from bert_jax.tokenizer import Tokenizer
@@ -44,57 +45,47 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
     """
     console, began = console or Console(quiet=True), time.perf_counter()
     folder = Path(settings.output.folder)
-    distributed.agree("The settings", settings.to_yaml)
-    if is_finished(settings, console):
+    if runs.is_finished(settings, console):
         return folder
     source = settings.model.tokenizer or settings.model.id
     if source is None:
-        raise InputError("model.tokenizer is not set; a network that begins anew needs a vocabulary.")
+        raise InputError(
+            "model.tokenizer is not set; a new network needs one. To continue from a checkpoint, set model.id."
+        )
     tokenizer = Tokenizer.from_pretrained(source)
-    examples = {split: read_corpus(settings, split, tokenizer, console) for split in ("train", "validation")}
+    train = read_corpus(settings, "train", tokenizer, console)
+    validation = read_corpus(settings, "validation", tokenizer, console) if settings.data.validation else None
     task = PreTraining() if settings.data.next_sentence else MaskedLanguageModeling()
     model, carried = starting_model(settings, tokenizer, task.model_class)
-    max_length(settings, model.config)
+    preparation.max_length(settings, model.config)
     if settings.data.next_sentence:
         check_pairs(model.config)
-    train = examples["train"]
-    assert train is not None
     console.print(
-        f"pretraining: {settings.model.id or 'a new network'}, {describe(model)}\n"
+        f"pretraining: {settings.model.id or 'a new network'}, {preparation.describe(model)}\n"
         f"examples: {len(train):,} of {int(train.lengths.sum()):,} tokens{carried}",
         highlight=False,
     )
-    steps = steps_of(settings, train)
-    run = set_up(settings, task, model, train, steps)
-    begin(settings)
-    trained = fit(settings, run, steps, examples["validation"], console)
-    if not distributed.first():
-        return folder
-    trained.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    results = {"step": trained.step, "steps": trained.steps, "validation": trained.metrics}
-    end(settings, results, settings.training.metric or task.metrics[0], began, console)
+    run = runs.set_up(settings, task, model, train, runs.steps_of(settings, train))
+    trained = runs.fit(settings, run, validation, console)
+    if distributed.first():
+        runs.end(settings, run, trained, tokenizer, {}, began, console)
     return folder
 
 
-def read_corpus(settings: Pretraining, split: str, tokenizer: Tokenizer, console: Console) -> MaskedExamples | None:
-    """The examples of a split, or None if the split is not set. Missing shards are made first.
+def read_corpus(settings: Pretraining, split: str, tokenizer: Tokenizer, console: Console) -> MaskedExamples:
+    """The examples of a split. Missing shards are made first.
 
     Raises:
         InputError: See `corpus.tokenize`.
         CheckpointError: If a shard is damaged.
     """
-    places = getattr(settings.data, split)
-    if not places:
-        return None
-    folder = Path(settings.data.shards or f"{settings.output.folder}.shards") / split
-    files = [Path(place) for place in ([places] if isinstance(places, str) else places)]
+    data, seed = settings.data, settings.training.seed
+    places = getattr(data, split)
     if not distributed.first():
         distributed.wait(split)
-    data, seed = settings.data, settings.training.seed
     shards = corpus.tokenize(
-        files,
-        folder,
+        [Path(place) for place in ([places] if isinstance(places, str) else places)],
+        Path(data.shards or f"{settings.output.folder}.shards") / split,
         tokenizer,
         corpus.Layout(data.max_length, data.next_sentence, data.short),
         seed=seed,
@@ -106,7 +97,7 @@ def read_corpus(settings: Pretraining, split: str, tokenizer: Tokenizer, console
     if distributed.first():
         distributed.wait(split)
     if replaced := shards.manifest["replaced"]:
-        console.print(f"data.{split}: {replaced:,} characters that are no UTF-8 are U+FFFD now.")
+        console.print(f"data.{split}: {replaced:,} characters are not UTF-8 and were replaced by U+FFFD.")
     return MaskedExamples.of(shards, tokenizer, Masking(**data.masked.model_dump()), seed)
 
 
@@ -118,16 +109,8 @@ def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any
         ModelNotFoundError: If there is no such checkpoint.
         CheckpointError: If the checkpoint does not fit; `model.new` names the parameters to reinitialise.
     """
-    options: dict[str, Any] = {
-        "compute_dtype": settings.precision.compute_dtype,
-        "attention": settings.model.attention,
-        "remat": settings.training.remat,
-        "scan_layers": settings.training.scan_layers,
-    }
-    changes = dict(settings.model.config)
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        if (value := getattr(settings.model, name)) is not None:
-            changes[name] = value
+    options = preparation.network_options(settings)
+    changes = settings.model.config | settings.model.model_dump(include=preparation.DROPOUT, exclude_none=True)
     rngs = nnx.Rngs(settings.training.seed)
     if settings.model.id is None:
         config = BertConfig.base_cased().replace(**{"vocab_size": tokenizer.vocab_size, **changes})
@@ -152,5 +135,26 @@ def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any
         flat |= {path: jnp.asarray(vocabulary.rows(np.asarray(flat[path]), sources)) for path in (WORDS, BIAS)}
         config = model.config.replace(vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_token_id)
         _, skeleton = tree.split(model_class(config, **options))
-        notes = "\nvocabulary: " + ", ".join(f"{n:,} {how}" for how, n in counts.items())
+        notes = "\nembeddings: " + ", ".join(f"{n:,} {how}" for how, n in counts.items())
     return tree.merge(skeleton, tree.unflatten(flat)), notes
+
+
+def evaluate_held_out(
+    models: Sequence[str], settings: HeldOut, split: str, *, ignore: Sequence[str] = (), console: Console | None = None
+) -> dict[str, dict[str, Any]]:
+    """Evaluates pretrained models on the texts of a split and returns model -> measures; see `held_out.evaluate`."""
+    texts = [row["text"] for row in preparation.read_split(settings, split).rows]
+    if not texts:
+        raise InputError(f"data.{split} is not set; expected texts.")
+    return held_out.evaluate(
+        models,
+        texts,
+        task=settings.task,
+        max_length=settings.data.max_length,
+        **settings.masking.model_dump(),
+        seed=settings.seed,
+        resamples=settings.resamples,
+        compute_dtype=settings.precision.compute_dtype,
+        ignore=ignore,
+        console=console,
+    )

@@ -19,13 +19,12 @@ from bert_jax.errors import InputError, check_extra
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import Pretraining, Settings
 from bert_jax.tasks.base import Objective
+from bert_jax.tokenizer import Tokenizer
 from bert_jax.tools import report
 from bert_jax.training import distributed, log, loop, lora, optim
 
-SETTINGS, RESULTS, PREDICTIONS, CURVE, CARD = (
-    "settings.yaml", "results.json", "predictions.jsonl", "curve.png", "README.md",
-)  # fmt: skip
-ADAPTERS, ANSWERS = "adapters", "answers.json"
+SETTINGS, RESULTS, CURVE, CARD = "settings.yaml", "results.json", "curve.png", "README.md"
+PREDICTIONS, ADAPTERS = "predictions.jsonl", "adapters"
 
 
 def steps_of(settings: Settings | Pretraining, examples: Examples) -> int:
@@ -45,10 +44,18 @@ def set_up(
     """Makes a run on the given devices; None uses the devices of all processes.
 
     Raises:
-        InputError: If the settings do not fit the model or the devices.
+        InputError: If the settings do not fit the model or the devices, a pattern of the settings matches no parameter,
+            or nothing is left to train.
     """
     options = settings.model.lora
-    adapters = lora.LoRA(options.rank, options.alpha, options.targets) if options else None
+    chosen = paths = list(tree.split(model)[1].specs)
+    if options:
+        optim.check_patterns("model.lora.trained", [options.trained], paths)
+        chosen = tree.select([options.trained, *settings.model.new], paths)
+    optim.check_patterns("optimizer.frozen", settings.optimizer.frozen, paths)
+    frozen = tree.select(settings.optimizer.frozen, paths)
+    if not options and len(frozen) == len(paths):
+        raise InputError("optimizer.frozen matches all parameters; leave out those to train.")
     return loop.set_up(
         model,
         task,
@@ -57,19 +64,34 @@ def set_up(
         batch_size=settings.training.batch_size,
         accumulation=settings.training.accumulation,
         packing=settings.data.packing,
-        trainable=_trainable(settings, model),
-        lora=adapters,
+        trainable=[re.escape(path) for path in chosen if path not in frozen],
+        lora=lora.LoRA(options.rank, options.alpha, options.targets) if options else None,
         mesh=sharding.mesh(**settings.mesh.model_dump(), devices=devices),
         seed=settings.training.seed,
         metric=settings.training.metric,
     )
 
 
-def fit(
-    settings: Settings | Pretraining, run: loop.Run, steps: int, validation: Examples | None, console: Console
-) -> loop.Trained:
-    """Trains a run in the folder that the settings name."""
-    options = settings.training
+def fit(settings: Settings | Pretraining, run: loop.Run, validation: Examples | None, console: Console) -> loop.Trained:
+    """Creates the run's folder, writes the settings to it, and trains.
+
+    Raises:
+        InputError: If training.patience is set without data.validation, or the folder cannot be written.
+        TrainingError: See `training.train`, which also raises the following errors.
+        Interrupted: After Ctrl-C or SIGTERM.
+        CheckpointError: If a checkpoint cannot be written or read.
+    """
+    options, folder = settings.training, Path(settings.output.folder)
+    if options.patience and validation is None:
+        raise InputError("training.patience counts evaluations; set data.validation, or training.patience=null.")
+    if distributed.first():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SETTINGS).write_text(settings.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"output.folder: cannot write {folder}: {error.strerror}.") from None
+    distributed.share_folder(folder, SETTINGS)
+    steps = steps_of(settings, run.loader.examples)
     return loop.fit(
         run,
         steps=steps,
@@ -77,7 +99,7 @@ def fit(
         evaluate_every=options.evaluate_every,
         evaluation_batch_size=options.evaluation_batch_size,
         patience=options.patience,
-        folder=settings.output.folder,
+        folder=folder,
         save_every=options.save_every,
         keep=options.keep,
         log_every=options.log_every,
@@ -96,10 +118,9 @@ def make_optimizer(settings: Settings | Pretraining, steps: int) -> optax.Gradie
     """The optimizer of a run with this number of steps."""
     options = settings.optimizer
     adam = optax.scale_by_adam(options.beta1, options.beta2, options.epsilon)
-    if options.name == "adamw" and not options.bias_correction:
-        adam = optim.scale_by_uncorrected_adam(options.beta1, options.beta2, options.epsilon)
+    uncorrected = optim.scale_by_uncorrected_adam(options.beta1, options.beta2, options.epsilon)
     transforms = {
-        "adamw": adam,
+        "adamw": adam if options.bias_correction else uncorrected,
         "lamb": adam,
         "lion": optax.scale_by_lion(options.beta1, options.beta2),
         "adafactor": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
@@ -115,109 +136,91 @@ def make_optimizer(settings: Settings | Pretraining, steps: int) -> optax.Gradie
 
 def rule_options(settings: Settings | Pretraining) -> dict[str, Any]:
     """The settings of `optimizer` that decide how each parameter is updated; see `optim.rules`."""
-    names = ("weight_decay", "no_decay", "lr_multipliers", "layer_decay")
-    return {name: getattr(settings.optimizer, name) for name in names}
-
-
-def _trainable(settings: Settings | Pretraining, model: BertPreTrainedModel) -> list[str]:
-    """Patterns of the parameters to train in addition to adapters, one pattern per parameter.
-
-    Raises:
-        InputError: If a pattern of the settings matches nothing, or nothing is left to train.
-    """
-    paths = list(tree.split(model)[1].specs)
-    chosen = paths
-    if settings.model.lora:
-        optim.check_patterns("model.lora.trained", [settings.model.lora.trained], paths)
-        chosen = tree.select([settings.model.lora.trained, *settings.model.new], paths)
-    optim.check_patterns("optimizer.frozen", settings.optimizer.frozen, paths)
-    frozen = set(tree.select(settings.optimizer.frozen, paths))
-    chosen = [re.escape(path) for path in chosen if path not in frozen]
-    if not chosen and not settings.model.lora:
-        raise InputError("optimizer.frozen matches all parameters; nothing is left to train.")
-    return chosen
+    return settings.optimizer.model_dump(include={"weight_decay", "no_decay", "lr_multipliers", "layer_decay"})
 
 
 def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
     """Whether the run's folder already has its results; if so, prints that the run is finished.
 
     Raises:
-        InputError: If the folder holds other files or a run with other settings, or a package that the run needs is not
-            installed.
+        InputError: If the settings differ between processes, the folder holds other files or a run with other settings,
+            or a package that the run needs is not installed.
     """
+    distributed.agree("The settings", settings.to_yaml)
     check_extra("train", "grain", "sklearn", "matplotlib", "tensorboardX")  # fails now, not after hours of training
     folder = Path(settings.output.folder)
     if not (folder / SETTINGS).exists():
         if folder.is_dir() and any(folder.iterdir()):
-            raise InputError(f"output.folder: {folder} holds files of something else; expected a new folder.")
+            raise InputError(f"output.folder: {folder} contains other files; expected a new or empty folder.")
         return False
     try:
         before = type(settings).from_file(folder / SETTINGS)
     except InputError as error:
-        raise InputError(
-            f"output.folder: {folder} holds a run of another kind; expected a new folder. {error}"
-        ) from None
+        raise InputError(f"output.folder: {folder} contains another kind of run; use a new folder. {error}") from None
     if different := [line for line in before.differences(settings) if not line.startswith("output.")]:
         raise InputError(
-            f"output.folder: {folder} holds a run with other settings (then, now):\n  " + "\n  ".join(different)
-            + "\nTake another folder, or the settings of then."
+            f"output.folder: {folder} contains a run with other settings (old, new):\n  " + "\n  ".join(different)
+            + "\nUse another folder, or the old settings."
         )  # fmt: skip
     if not (folder / RESULTS).exists():
         return False
-    console.print(f"{folder} is finished and stays as it is, whatever has become of its data; its {RESULTS} has the "
-                  "metrics. Another output.folder starts a new run.",
-                  markup=False)  # fmt: skip
+    console.print(
+        f"The run in {folder} is finished; {RESULTS} has its metrics. Changes to its data have no effect. To start "
+        "another run, set another output.folder.",
+        markup=False,
+    )
     return True
-
-
-def begin(settings: Settings | Pretraining) -> None:
-    """Creates the run's folder and writes the settings to it.
-
-    Raises:
-        InputError: If training.patience is set without data.validation, or the folder cannot be written.
-    """
-    if settings.training.patience and settings.data.validation is None:
-        raise InputError("training.patience counts evaluations; expected data.validation, or no patience.")
-    folder = Path(settings.output.folder)
-    if distributed.first():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / SETTINGS).write_text(settings.to_yaml(), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"output.folder: cannot write {folder}: {error.strerror}.") from None
-    distributed.share_folder(folder, SETTINGS)
 
 
 def end(
     settings: Settings | Pretraining,
-    results: dict[str, Any],
-    metric: str,
+    run: loop.Run,
+    trained: loop.Trained,
+    tokenizer: Tokenizer,
+    found: Mapping[str, Any],
     began: float,
     console: Console,
 ) -> None:
-    """Writes the run's curve, model card and, last, its results, which mark it as finished; prints a summary."""
+    """Writes the run's model, curve, model card and, last, its results, which mark it as finished; prints a summary.
+
+    Args:
+        settings: The settings of the run.
+        run: The run.
+        trained: What it trained.
+        tokenizer: The tokenizer of the model.
+        found: Results in addition to those of `trained`: metrics of "validation" or "test", and the split of the
+            "predictions".
+        began: The value of `time.perf_counter` when the run began.
+        console: Shows the summary.
+    """
     folder = Path(settings.output.folder)
-    results |= {
+    trained.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    results = {
+        "step": trained.step,
+        "steps": trained.steps,
+        "validation": trained.metrics,
+        **found,
         "seconds": time.perf_counter() - began,
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "versions": {name: metadata.version(name) for name in ("bert-jax", "jax", "flax", "optax")},
     }
-    report.learning_curve(log.read_journal(folder / log.METRICS), metric).savefig(folder / CURVE, dpi=120)
+    report.learning_curve(log.read_journal(folder / log.METRICS), run.metric).savefig(folder / CURVE, dpi=120)
     write(folder / CARD, model_card(settings, results))
     write(folder / RESULTS, json.dumps(results, indent=2) + "\n")
-    if test := results.get("test"):
+    if test := found.get("test"):
         console.print(f"test: {log.in_words(test)}", soft_wrap=True)
-    predicted = f", predictions of {results['predictions']}" if "predictions" in results else ""
+    predictions = f", and the predictions of {found['predictions']}" if found else ""
     console.print(
-        f"{folder}: the model of step {results['step']} of {results['steps']}, its card, metrics{predicted}",
+        f"{folder} contains the model of step {trained.step} of {trained.steps}, its card and metrics{predictions}.",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
 
 def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> str:
     """The text of README.md, the model card of a run's model."""
-    base, train = settings.model.id, settings.data.train or ()
-    data, dataset, task = ", ".join([train] if isinstance(train, str) else train), None, "fill-mask"
+    base, train = settings.model.id, settings.data.train
+    data, dataset, task = train if isinstance(train, str) else ", ".join(train or ()), None, "fill-mask"
     made = f"{f'`{base}`' if base else 'A new network'}, pretrained on {data}"
     if isinstance(settings, Settings):
         dataset, task = settings.data.id, settings.task

@@ -9,33 +9,39 @@ outputs, and returns its result. It never sees a batch: a batch holds the rows o
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypedDict, TypeVar
+from typing import Any, Literal, Protocol, Self, TypedDict, TypeVar
 
 import jax
 import numpy as np
 
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
-from bert_jax.errors import CheckpointError, InputError, listed
+from bert_jax.data.sources import Row
+from bert_jax.errors import CheckpointError, InputError, listed, quoted
 from bert_jax.tokenizer import Tokenizer
 
 
 def check_pairs(config: BertConfig) -> None:
     """Raises `InputError` if the model cannot tell the two texts of a pair apart."""
     if config.type_vocab_size < 2:
-        raise InputError(
-            f"The model has {config.type_vocab_size} token type (type_vocab_size); a pair of texts takes two. "
-            "Give single texts, or take another model."
-        )
+        raise InputError("The model has 1 token type; a pair of texts needs 2. Use single texts or another model.")
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: BertConfig) -> None:
     """Raises `CheckpointError` if the tokenizer has ids for which the model has no embedding."""
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: "
-            "they do not belong together."
+            f"The tokenizer has {tokenizer.vocab_size} tokens and the model has {config.vocab_size}. "
+            "Use the model's tokenizer."
         )
+
+
+def check_text(text: Any, name: str = "text") -> None:
+    """Raises `InputError` if an input is not a text, or if it is empty; that message calls it `name`."""
+    if not isinstance(text, str):
+        raise InputError(f"expected a text, got {quoted(text)} ({type(text).__name__}).")
+    if not text.strip():
+        raise InputError(f"the {name} is empty.")
 
 
 @dataclass(frozen=True)
@@ -111,12 +117,10 @@ class Task(Protocol):
         Returns:
             Arrays [B, P, …] if the task has masked positions, [B, T, …] if it is per token, else [B, K, …].
         """
-        ...
 
     @property
     def request(self) -> Callable[..., Request[Any]]:
         """Makes a request from one input and keyword parameters; raises `InputError` if one of them is invalid."""
-        ...
 
 
 class Objective(Protocol):
@@ -129,15 +133,12 @@ class Objective(Protocol):
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """The mean loss of the batch, and how many items it averages, without rows of padding; both float32 []."""
-        ...
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The arrays of a batch that `evaluate` reads, each [B, T, …] if the objective is per token, else [B, K, …]."""
-        ...
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
         """Computes the metrics from the `outputs` of all examples."""
-        ...
 
 
 class TrainableTask(Task, Objective, Protocol):
@@ -153,11 +154,14 @@ class TrainableTask(Task, Objective, Protocol):
     """Regular expression of the parameters that a pretrained checkpoint lacks."""
     peft_type: str
     """The task type of such a model in `peft`."""
+    options: Mapping[str, type] = {}
+    """Keyword of the constructor, which is also a section of the settings -> the class of its value."""
+    order_matters: bool = False
+    """Whether a metric depends on the order of two labels."""
 
     @staticmethod
-    def clean(rows: Mapping[str, list[dict[str, Any]]], options: ReadOptions) -> str:
-        """Converts the rows of all splits, in place, to the form `featurize` expects; returns a note for the user."""
-        ...
+    def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
+        """Returns the rows of all splits in the form that `featurize` expects, and a note for the user."""
 
     @staticmethod
     def config(
@@ -170,18 +174,16 @@ class TrainableTask(Task, Objective, Protocol):
             options: See `clean`.
             labels: The names of the labels in the order of the data set; None if it defines no order.
         """
-        ...
 
     def labelled(self, examples: Examples) -> bool:
         """Whether any example has true values for `evaluate` to compare the outputs with."""
-        ...
 
-    def adopt(self, metrics: Mapping[str, Any]) -> None:
-        """Adopts values that an evaluation has found, for use in predictions; does nothing by default."""
+    def tuned(self, metrics: Mapping[str, Any]) -> Self:
+        """The task with the values that an evaluation found, for predictions; by default there are none."""
+        return self
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         """Converts rows to examples; raises `InputError`, which names the row by its number, if one cannot be used."""
-        ...
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The outputs of `forward`."""
@@ -189,11 +191,19 @@ class TrainableTask(Task, Objective, Protocol):
 
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
         """Converts the outputs of `forward` to readable predictions, one per row of the data."""
-        ...
+
+    @staticmethod
+    def files(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Further files of predictions: name -> JSON value; by default there are none.
+
+        Args:
+            lines: The rows of the data, each with its `prediction`.
+        """
+        return {}
 
 
 def known_labels(labels: Sequence[str]) -> str:
     """The end of an error message about a label that the model does not have."""
     if all(re.fullmatch(r"LABEL_\d+", label) for label in labels):
-        return f"the model has {listed(labels)}; data.labels gives them names, in this order."
+        return f"the model has {listed(labels)}; set data.labels to name them, in this order."
     return f"the labels are {listed(labels)}."

@@ -11,7 +11,7 @@ from bert_jax.config import BertConfig
 from bert_jax.data.sources import TEXTS
 from bert_jax.errors import InputError, quoted
 from bert_jax.model import BertModel
-from bert_jax.tasks.base import Features, Request
+from bert_jax.tasks.base import Features, Request, check_text
 from bert_jax.tokenizer import Tokenizer
 
 POOLING = (None, "cls", "mean")
@@ -51,14 +51,10 @@ class FeatureExtraction:
         Raises:
             InputError: If the input is not a text or is empty, or the pooling is unknown.
         """
-        if not isinstance(text, str):
-            raise InputError(f"expected a text, got {quoted(text)} ({type(text).__name__}).")
-        if not text.strip():
-            raise InputError("the text is empty.")
+        check_text(text)
         if pooling not in POOLING:
             raise InputError(f"pooling is {quoted(pooling)}; expected one of {', '.join(map(repr, POOLING))}.")
-        encoding = self.tokenizer.encode([text], max_length=self.max_length)[0][0]
-        return self._encode(encoding, pooling, normalize)
+        return self._encode(self.tokenizer.encode([text], max_length=self.max_length)[0][0], pooling, normalize)
 
     def _encode(self, encoding: Encoding, pooling: str | None, normalize: bool) -> Request[np.ndarray]:
         (output,) = yield [Features(encoding.ids, encoding.type_ids)]

@@ -10,7 +10,7 @@ from bert_jax.config import BertConfig
 from bert_jax.data.sources import TEXTS
 from bert_jax.errors import InputError, quoted
 from bert_jax.heads import BertForMaskedLM
-from bert_jax.tasks.base import Features, Request
+from bert_jax.tasks.base import Features, Request, check_text
 from bert_jax.tokenizer import Tokenizer
 
 BEAMS = 16
@@ -51,7 +51,7 @@ class FillMask:
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         if tokenizer.mask_token_id is None:
-            raise InputError(f"The vocabulary has no {tokenizer.mask_token}: this model cannot fill masks.")
+            raise InputError(f"The vocabulary has no {tokenizer.mask_token}, which fill-mask needs. Use another model.")
         self.tokenizer = tokenizer
         self.mask_id: int = tokenizer.mask_token_id
         self.max_length = max_length
@@ -84,27 +84,22 @@ class FillMask:
         Raises:
             InputError: If an argument cannot be used; the message says what was expected.
         """
-        tokenizer = self.tokenizer
-        if not isinstance(text, str):
-            raise InputError(f"expected a text, got {quoted(text)} ({type(text).__name__}).")
-        if not text.strip():
-            raise InputError(f"the text is empty; expected one with {tokenizer.mask_token}.")
-        if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-            raise InputError(f"top_k is {quoted(top_k)}; expected a whole number of at least 1.")
-        if top_k is not None and top_k > (size := tokenizer.vocab_size):
-            raise InputError(f"top_k is {top_k}; the vocabulary has {size} tokens.")
+        check_text(text)
+        size = self.tokenizer.vocab_size
+        if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= size):
+            raise InputError(f"top_k is {quoted(top_k)}; expected a whole number from 1 to {size} (vocabulary size).")
         if joint and targets is not None:
-            raise InputError("joint and targets do not go together: score the targets of each mask, or fill jointly.")
+            raise InputError("joint does not support targets. Omit targets, or set joint=False to score them.")
         pieces = None if targets is None else self._pieces(targets)
-        ids = tokenizer.encode([text])[0][0].ids
+        ids = self.tokenizer.encode([text])[0][0].ids
         masks = [i for i, token in enumerate(ids) if token == self.mask_id]
         if not masks:
-            raise InputError(f"the text has no {tokenizer.mask_token}, which marks the word to fill in: {quoted(text)}")
+            raise InputError(f"the text has no {self.tokenizer.mask_token} for the word to fill in: {quoted(text)}")
         if joint:
             if masks[-1] - masks[0] >= self.max_length - 2:
                 raise InputError(
-                    f"the masks span {masks[-1] - masks[0] + 1} tokens; the model sees {self.max_length} at once, "
-                    "[CLS] and [SEP] included. Without joint, each mask gets a window of its own."
+                    f"the masks span {masks[-1] - masks[0] + 1} tokens; joint supports at most {self.max_length - 2}. "
+                    "Set joint=False to read each mask in its own window."
                 )
             return self._fill_jointly(ids, masks, top_k or 5)
         if pieces is not None:
@@ -127,12 +122,13 @@ class FillMask:
         # …, n - 1 pieces are filled in.
         groups = list(self._groups(masks))
         rows = [self._row(ids, group) for group in groups]
-        for mask in masks:
-            for target in targets:
-                if len(target) > 1:
-                    for n in range(len(target)):
-                        filled = target[:n] + [self.mask_id] * (len(target) - n)
-                        rows.append(self._row(ids[:mask] + filled + ids[mask + 1 :], [mask + n]))
+        rows += [
+            self._row([*ids[:mask], *target[:n], *[self.mask_id] * (len(target) - n), *ids[mask + 1 :]], [mask + n])
+            for mask in masks
+            for target in targets
+            if len(target) > 1
+            for n in range(len(target))
+        ]
         outputs = iter((yield rows))
         probabilities = np.concatenate([next(outputs)["probabilities"] for _ in groups])  # [masks, V]
         results = []
@@ -154,45 +150,34 @@ class FillMask:
         return results[0] if len(masks) == 1 else results
 
     def _fill_jointly(self, ids: list[int], masks: list[int], top_k: int) -> Request[Fillings]:
-        beams: list[tuple[float, list[int]]] = [(1.0, [])]
-        for n in range(len(masks)):
-            rows = []
-            for _, tokens in beams:
-                filled = list(ids)
-                for mask, token in zip(masks, tokens, strict=False):
-                    filled[mask] = token
-                rows.append(self._row(filled, [masks[n]], around=masks))
-            outputs = yield rows
-            width = max(BEAMS, top_k)
-            beams = [
-                (score * float(p[token]), [*tokens, int(token)])
-                for (score, tokens), output in zip(beams, outputs, strict=True)
+        width = max(BEAMS, top_k)
+        beams = [(1.0, ids)]
+        for mask in masks:
+            outputs = yield [self._row(row, [mask], around=masks) for _, row in beams]
+            candidates = [
+                (score * float(p[token]), row, token)
+                for (score, row), output in zip(beams, outputs, strict=True)
                 for p in output["probabilities"]
                 for token in _best(p, width)
             ]
-            beams = sorted(beams, key=lambda beam: -beam[0])[:width]
-        entries: list[Filling] = []
-        for score, tokens in beams[:top_k]:
-            filled = list(ids)
-            for mask, token in zip(masks, tokens, strict=True):
-                filled[mask] = token
-            entries.append(
-                {
-                    "score": score,
-                    "token": tokens,
-                    "token_str": [self.tokenizer.decode([token]) for token in tokens],
-                    "sequence": self.tokenizer.decode(filled, skip_special_tokens=True),
-                }
-            )
+            candidates.sort(key=lambda candidate: -candidate[0])
+            beams = [(score, [*row[:mask], token, *row[mask + 1 :]]) for score, row, token in candidates[:width]]
+        entries: list[Filling] = [
+            {
+                "score": score,
+                "token": [row[mask] for mask in masks],
+                "token_str": [self.tokenizer.decode([row[mask]]) for mask in masks],
+                "sequence": self.tokenizer.decode(row, skip_special_tokens=True),
+            }
+            for score, row in beams[:top_k]
+        ]
         return entries
 
     def _pieces(self, targets: str | Sequence[str]) -> list[list[int]]:
         """The token ids of each target, without duplicates."""
         targets = [targets] if isinstance(targets, str) else targets
-        if not isinstance(targets, list | tuple):
+        if not isinstance(targets, list | tuple) or not targets:
             raise InputError(f"targets is {quoted(targets)}; expected a list of words.")
-        if not targets:
-            raise InputError("targets is empty; expected at least one word.")
         found = []
         for target in targets:
             if not isinstance(target, str) or not target.strip():
@@ -200,7 +185,7 @@ class FillMask:
             token = self.tokenizer.token_to_id(target)
             ids = [token] if token is not None else self.tokenizer.encode([target], add_special_tokens=False)[0][0].ids
             if token is None and self.tokenizer.unk_token_id in ids:
-                raise InputError(f"the target {quoted(target)} has characters that the vocabulary cannot write.")
+                raise InputError(f"the target {quoted(target)} has characters outside the vocabulary; replace it.")
             if ids not in found:
                 found.append(ids)
         return found
@@ -232,13 +217,12 @@ class FillMask:
         return Features(window, [0] * len(window), [position - start + 1 for position in positions])
 
     def _entry(self, ids: list[int], mask: int, pieces: list[int], score: Any, *, alone: bool) -> Filling:
-        filled = [*ids[:mask], *pieces, *ids[mask + 1 :]]
         return {
             "score": float(score),
             "token": pieces[0] if len(pieces) == 1 else pieces,
             "token_str": self.tokenizer.decode(pieces),
             # As in Hugging Face's pipeline, special tokens stay if there are other masks: those masks are special too.
-            "sequence": self.tokenizer.decode(filled, skip_special_tokens=alone),
+            "sequence": self.tokenizer.decode([*ids[:mask], *pieces, *ids[mask + 1 :]], skip_special_tokens=alone),
         }
 
 

@@ -9,7 +9,7 @@ from bert_jax.config import BertConfig
 from bert_jax.data.sources import PAIRS
 from bert_jax.errors import InputError, quoted
 from bert_jax.heads import BertForNextSentencePrediction
-from bert_jax.tasks.base import Features, LabelScore, Request, check_pairs
+from bert_jax.tasks.base import Features, LabelScore, Request, check_pairs, check_text
 from bert_jax.tokenizer import Tokenizer
 
 LABELS = ("IsNext", "NotNext")
@@ -48,16 +48,15 @@ class NextSentencePrediction:
         Raises:
             InputError: If the input is not a pair of texts, a text is empty, or the pair is too long for the model.
         """
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise InputError(f"expected a pair of texts, (first, second), got {quoted(pair)}.")
-        for name, text in zip(("first", "second"), pair, strict=True):
-            if not text.strip():
-                raise InputError(f"the {name} text of the pair is empty.")
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise InputError(f"expected a pair of texts, got {quoted(pair)}.")
+        for name, text in zip(("first text", "second text"), pair, strict=True):
+            check_text(text, name)
         encoding = self.tokenizer.encode([pair[0]], [pair[1]])[0][0]
         if len(encoding) > self.max_length:
             raise InputError(
-                f"the pair has {len(encoding)} tokens; the model sees {self.max_length}. Shorten the texts: "
-                "the end of the first and the beginning of the second are what matters."
+                f"the pair has {len(encoding)} tokens; the model reads at most {self.max_length}. "
+                "Shorten the beginning of the first text or the end of the second."
             )
         return self._judge(encoding)
 

@@ -23,8 +23,7 @@ class MaskedLanguageModeling(Objective):
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """The mean loss over the masked tokens, in nats, and their number."""
-        logits, _ = self._logits(model, batch, dropout_key)
-        return self._mlm_loss(logits, batch)
+        return self._mlm_loss(self._logits(model, batch, dropout_key)[0], batch)
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Sums over an example's masked tokens, float32 [B, K]: `masked` (1 each), `mlm_nll` (nats), `mlm_correct`."""
@@ -40,13 +39,10 @@ class MaskedLanguageModeling(Objective):
             "pseudo_perplexity": math.exp(min(loss, 700.0)),
         }
 
-    def _logits(
-        self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The logits of the masked tokens, float32 [B, P, V], and of next-sentence prediction, [B, K, 2], or None."""
+    def _logits(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, ...]:
+        """The logits of the masked tokens, float32 [B, P, V], and, in `PreTraining`, of next sentences, [B, K, 2]."""
         positions = batch["targets"]["masked_positions"]
-        out = model(**batch["inputs"], masked_positions=positions, dropout_key=dropout_key)
-        return out.logits, None
+        return (model(**batch["inputs"], masked_positions=positions, dropout_key=dropout_key).logits,)
 
     def _mlm_loss(self, logits: jax.Array, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         labels = batch["targets"]["labels"]
@@ -58,17 +54,12 @@ class MaskedLanguageModeling(Objective):
         examples = jnp.arange(batch["starts"].shape[1])[None, :, None]
         belongs = counts[:, None, :] & (guessed_in[:, None, :] == examples)  # [B, K, P]
         chosen = jnp.take_along_axis(logits, jnp.where(counts, labels, 0)[..., None], axis=-1)[..., 0]
-        nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-        correct = jnp.argmax(logits, axis=-1) == labels
-
-        def by_example(values: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.where(belongs, values[:, None, :], 0.0), axis=-1)
-
-        return {
-            "masked": by_example(counts.astype(jnp.float32)),
-            "mlm_nll": by_example(nll),
-            "mlm_correct": by_example(correct.astype(jnp.float32)),
+        values = {
+            "masked": counts.astype(jnp.float32),
+            "mlm_nll": jax.nn.logsumexp(logits, axis=-1) - chosen,
+            "mlm_correct": (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32),
         }
+        return {name: jnp.sum(jnp.where(belongs, v[:, None, :], 0.0), axis=-1) for name, v in values.items()}
 
 
 class PreTraining(MaskedLanguageModeling):
@@ -84,7 +75,6 @@ class PreTraining(MaskedLanguageModeling):
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """The sum of both mean losses, in nats, and the number of masked tokens."""
         logits, following = self._logits(model, batch, dropout_key)
-        assert following is not None
         loss, count = self._mlm_loss(logits, batch)
         labels = jnp.where(batch["weights"] > 0, batch["targets"]["next_sentence_label"], IGNORE)
         return loss + cross_entropy(following, labels), count
@@ -92,25 +82,20 @@ class PreTraining(MaskedLanguageModeling):
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The outputs for the masked tokens, and `nsp_nll` (nats) and `nsp_correct`, float32 [B, K]."""
         logits, following = self._logits(model, batch, None)
-        assert following is not None
         label = batch["targets"]["next_sentence_label"]
-        log_p = jax.nn.log_softmax(following)
         return self._mlm_outputs(logits, batch) | {
-            "nsp_nll": -jnp.take_along_axis(log_p, label[..., None], axis=-1)[..., 0],
+            "nsp_nll": -jnp.take_along_axis(jax.nn.log_softmax(following), label[..., None], axis=-1)[..., 0],
             "nsp_correct": (jnp.argmax(following, axis=-1) == label).astype(jnp.float32),
         }
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
         """The metrics of the masked tokens, and `nsp_loss` in nats and `nsp_accuracy`."""
-        following = {
+        return super().evaluate(outputs, examples) | {
             "nsp_loss": float(np.mean(outputs["nsp_nll"])),
             "nsp_accuracy": float(np.mean(outputs["nsp_correct"])),
         }
-        return super().evaluate(outputs, examples) | following
 
-    def _logits(
-        self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def _logits(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, ...]:
         out = model(
             **batch["inputs"],
             masked_positions=batch["targets"]["masked_positions"],

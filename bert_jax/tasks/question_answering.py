@@ -1,9 +1,11 @@
 """question-answering: the span of a context that answers a question (Devlin et al. 2018, sections 4.2 and 4.3)."""
 
+import copy
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from tokenizers import Encoding
 
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
-from bert_jax.data.sources import literal
+from bert_jax.data.sources import Row, literal
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.heads import BertForQuestionAnswering
 from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, TrainableTask, check_pairs
@@ -64,14 +66,12 @@ class QuestionAnswering(TrainableTask):
     model_class = BertForQuestionAnswering
     columns_of_input = (("question", "context"),)
     json_input: Any = dict[str, str]
-    columns = {  # noqa: RUF012
-        "id": ("id",), "question": ("question",), "context": ("context",), "answers": ("answers",),
-        "is_impossible": ("is_impossible",),
-    }  # fmt: skip
+    columns = {name: (name,) for name in ("id", "question", "context", "answers", "is_impossible")}  # noqa: RUF012
     required, target = ("question", "context"), "answers"
     head, peft_type = r"qa_outputs\..*", "QUESTION_ANS"
     metrics = ("f1", "exact_match", "best_f1", "best_exact_match")
     per_token, masked = True, False
+    options = {"answers": AnswerOptions}  # noqa: RUF012
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int, answers: AnswerOptions = DEFAULTS):
         check_pairs(config)
@@ -139,15 +139,21 @@ class QuestionAnswering(TrainableTask):
         if not isinstance(null_threshold, int | float | None) or isinstance(null_threshold, bool):
             raise InputError(f"null_threshold is {quoted(null_threshold)}; expected a number.")
         if window > self.max_length:
-            raise InputError(f"max_seq_len is {window}; the model has {self.max_length} positions.")
-        question = self.tokenizer.encode([pair[0]], add_special_tokens=False)[0][0]
-        cut = pair[0][: question.offsets[max_question_len - 1][1]] if len(question) > max_question_len else pair[0]
+            raise InputError(f"max_seq_len is {window}; expected at most {self.max_length}, the model's length.")
+        [(cut, _)] = self._truncated([pair[0]], max_question_len)
         windows = self.tokenizer.encode([cut], [pair[1]], max_length=window, stride=stride, truncate="only_second")[0]
-        null = handle_impossible_answer or null_threshold is not None
-        return self._answer(pair[1], windows, top_k, max_answer_len, null, null_threshold)
+        return self._answer(pair[1], windows, top_k, max_answer_len, handle_impossible_answer, null_threshold)
+
+    def _truncated(self, questions: Sequence[str], longest: int) -> list[tuple[str, int]]:
+        """The questions, truncated to `longest` tokens, and their numbers of tokens."""
+        encoded = self.tokenizer.encode(questions, add_special_tokens=False)
+        return [
+            (text[: tokens.offsets[longest - 1][1]] if len(tokens) > longest else text, min(len(tokens), longest))
+            for text, (tokens,) in zip(questions, encoded, strict=True)
+        ]
 
     def _answer(
-        self, context: str, windows: list[Encoding], top_k: int, longest: int, null: bool, threshold: float | None
+        self, context: str, windows: list[Encoding], top_k: int, longest: int, impossible: bool, threshold: float | None
     ) -> Request[Answer | list[Answer]]:
         outputs = yield [Features(window.ids, window.type_ids) for window in windows]
         answers: dict[str, Answer] = {}
@@ -162,11 +168,10 @@ class QuestionAnswering(TrainableTask):
                 words: list[Any] = [window.token_to_word(token) for token in (first, last)]
                 characters: list[Any] = [window.word_to_chars(word, 1) for word in words]
                 start, end = characters[0][0], characters[1][1]
-                answer = context[start:end]
-                entry: Answer = {"score": 0.0, "start": start, "end": end, "answer": answer}
-                answers.setdefault(answer.lower(), entry)["score"] += score
+                entry: Answer = {"score": 0.0, "start": start, "end": end, "answer": context[start:end]}
+                answers.setdefault(entry["answer"].lower(), entry)["score"] += score
         entries = sorted(answers.values(), key=lambda entry: -entry["score"])
-        if null:
+        if impossible or threshold is not None:
             entries.append(_no_answer(null_score))
             if threshold is None:
                 entries.sort(key=lambda entry: -entry["score"])
@@ -179,33 +184,37 @@ class QuestionAnswering(TrainableTask):
     # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @staticmethod
-    def clean(rows: Mapping[str, list[dict[str, Any]]], options: ReadOptions) -> str:
+    def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
         """See `TrainableTask.clean`. Answers become lists of texts and starts; rows that cannot be used are dropped."""
+        if options.labels:
+            raise InputError(
+                f"data.labels is {listed(options.labels)}; {QuestionAnswering.name} has no labels. Remove it."
+            )
+        cleaned: dict[str, list[Row]] = {}
         wrong, nothing, count = [], [], sum(map(len, rows.values()))
         for split, found in rows.items():
-            kept = []
+            kept = cleaned[split] = []
             for i, row in enumerate(found, 1):
                 try:
-                    row["answers"] = _answers(row, check=split == "train")
+                    kept.append(row | {"answers": _answers(row, check=split == "train"), "row": i})
                 except InputError as error:
                     wrong.append(f"data.{split}, row {i}{' ' + listed([row['id']]) if row.get('id') else ''}: {error}")
-                else:
-                    kept.append(row | {"row": i})
-            found[:] = kept
             ids = Counter(row["id"] for row in kept if row.get("id") is not None)
             if repeated := [id for id, times in ids.items() if times > 1]:
-                raise InputError(f"data.{split}: the id {quoted(repeated[0])} stands at {ids[repeated[0]]} questions.")
+                raise InputError(
+                    f"data.{split}: the id {quoted(repeated[0])} is in {ids[repeated[0]]} rows; expected one."
+                )
             if n := sum(row["answers"] is not None and not row["answers"]["text"] for row in kept):
                 nothing.append(f"{n:,} of data.{split}")
-        if wrong and (options.wrong_answers == "stop" or not all(rows.values())):
-            left = "" if all(rows.values()) else " None that can be used is left."
-            raise InputError(f"{wrong[0]} ({len(wrong)} of {count} rows cannot be used.{left})")
+        if wrong and (options.wrong_answers == "stop" or not all(cleaned.values())):
+            left = "" if all(cleaned.values()) else " A split has no valid rows left."
+            raise InputError(f"{wrong[0]} ({len(wrong)} of {count} rows are invalid.{left})")
         said = []
         if nothing:
-            said.append(f"without an answer: {', '.join(nothing)} (with answers.unanswerable the model may say so)")
+            said.append(f"without an answer: {', '.join(nothing)} (answers.unanswerable lets the model give no answer)")
         if wrong:
-            said.append(f"passed over {len(wrong)} of {count} rows, the first of them: {wrong[0]}")
-        return "\n".join(said)
+            said.append(f"skipped {len(wrong)} of {count} rows; the first is {wrong[0]}")
+        return cleaned, "\n".join(said)
 
     @staticmethod
     def config(
@@ -214,10 +223,12 @@ class QuestionAnswering(TrainableTask):
         """See `TrainableTask.config`. Two labels, because transformers derives the head's two outputs from them."""
         return {"id2label": ("LABEL_0", "LABEL_1"), "num_labels": 2}
 
-    def adopt(self, metrics: Mapping[str, Any]) -> None:
-        """See `TrainableTask.adopt`. Adopts the threshold for no answer."""
+    def tuned(self, metrics: Mapping[str, Any]) -> Self:
+        """See `TrainableTask.tuned`. The value is the threshold for no answer."""
+        tuned = copy.copy(self)
         if "null_threshold" in metrics:
-            self.answers = replace(self.answers, null_threshold=metrics["null_threshold"])
+            tuned.answers = replace(self.answers, null_threshold=metrics["null_threshold"])
+        return tuned
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         """Converts rows with `question`, `context` and optional `answers` to windows.
@@ -228,38 +239,31 @@ class QuestionAnswering(TrainableTask):
         Raises:
             InputError: If a question leaves no room for the context.
         """
-        longest = self.answers.max_question_length
-        questions = [row["question"] for row in rows]
-        tokens = self.tokenizer.encode(questions, add_special_tokens=False)
+        questions = self._truncated([row["question"] for row in rows], self.answers.max_question_length)
         room = self.max_length - self.tokenizer.backend.num_special_tokens_to_add(True) - self.stride
-        for n, (encoding,) in enumerate(tokens):
-            if len(encoding) > longest:
-                questions[n] = questions[n][: encoding.offsets[longest - 1][1]]
-            if (size := min(len(encoding), longest)) >= room:
+        for n, (_, size) in enumerate(questions):
+            if size >= room:
                 raise InputError(
                     f"row {rows[n].get('row', n + 1)}: a question of {size} tokens leaves no room in windows of "
                     f"{self.max_length} that overlap by {self.stride}. Raise data.max_length, or lower "
                     "answers.max_question_length or answers.stride."
                 )
         encoded = self.tokenizer.encode(
-            questions, [row["context"] for row in rows], max_length=self.max_length, stride=self.stride,
-            truncate="only_second",
+            [question for question, _ in questions], [row["context"] for row in rows], max_length=self.max_length,
+            stride=self.stride, truncate="only_second",
         )  # fmt: skip
-        windows, starts, ends, origins = [], [], [], []
+        places, origins = [], []
         for i, (row, parts) in enumerate(zip(rows, encoded, strict=True)):
             n = row.get("row", i + 1) - 1  # the index in the data, from which rows may have been dropped
             for part in parts:
                 context = np.array([k for k, side in enumerate(part.sequence_ids) if side == 1], np.int32)
                 offsets = np.array(part.offsets, np.int32)[context].reshape(-1, 2)
-                first, last = _place(row["answers"], context, offsets)
-                windows.append(part)
-                starts.append(first)
-                ends.append(last)
+                places.append(_place(row["answers"], context, offsets))
                 origins.append((n, row, context, offsets))
         return Examples(
-            input_ids=[np.array(window.ids, np.int32) for window in windows],
-            token_type_ids=[np.array(window.type_ids, np.int32) for window in windows],
-            targets={"start": np.array(starts, np.int32), "end": np.array(ends, np.int32)},
+            input_ids=[np.array(part.ids, np.int32) for parts in encoded for part in parts],
+            token_type_ids=[np.array(part.type_ids, np.int32) for parts in encoded for part in parts],
+            targets=dict(zip(("start", "end"), np.array(places, np.int32).reshape(-1, 2).T, strict=True)),
             origins=origins,
             pad_token_id=self.tokenizer.pad_token_id or 0,
         )
@@ -290,22 +294,16 @@ class QuestionAnswering(TrainableTask):
 
         if not self.labelled(examples):
             return {}
-        rows = {n: row["answers"] for n, row, *_ in examples.origins}
-        known = [
-            (answers["text"], entry)
-            for answers, entry in zip(rows.values(), self.predictions(outputs, examples), strict=True)
-            if answers is not None
-        ]
-        golds, found = [gold for gold, _ in known], [entry for _, entry in known]
+        truth = {n: row["answers"] for n, row, *_ in examples.origins}.values()
+        found = [one for gold, one in zip(truth, self.predictions(outputs, examples), strict=True) if gold is not None]
+        golds = [gold["text"] for gold in truth if gold is not None]
         result = metrics.answering(golds, [entry["answer"] for entry in found])
-        if not all(golds):
-            searched = metrics.answering(
-                golds, [entry["best_answer"] for entry in found], [entry["null_over_best"] for entry in found]
-            )
-            result |= {name: searched[name] for name in ("best_f1", "best_exact_match", "null_threshold")}
-        else:
-            result |= {f"best_{name}": result[name] for name in ("f1", "exact_match")}
-        return result
+        if all(golds):
+            return result | {f"best_{name}": result[name] for name in ("f1", "exact_match")}
+        searched = metrics.answering(
+            golds, [entry["best_answer"] for entry in found], [entry["null_over_best"] for entry in found]
+        )
+        return result | {name: searched[name] for name in ("best_f1", "best_exact_match", "null_threshold")}
 
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
         """One `{answer, best_answer, null_over_best, n_best}` per row, as in run_qa.py of transformers' examples.
@@ -316,23 +314,20 @@ class QuestionAnswering(TrainableTask):
         count, longest = self.answers.n_best, self.answers.max_answer_length
         best: dict[int, list[tuple[float, int, int]]] = {}
         null: dict[int, float] = {}
-        rows: dict[int, Any] = {}
-        for start, end, (n, row, context, offsets) in zip(
+        for start, end, (n, _, context, offsets) in zip(
             outputs["start"], outputs["end"], examples.origins, strict=True
         ):
-            rows[n] = row
             null[n] = min(null.get(n, np.inf), float(start[0] + end[0]))
-            first = int(context[0]) if len(context) else 0
-            ends = np.argsort(-end, kind="stable")[:count].tolist()
-            found = best.get(n, [])
-            for i in np.argsort(-start, kind="stable")[:count].tolist():
-                for j in ends:
-                    a, b = i - first, j - first
-                    if 0 <= a <= b < len(context) and b - a < longest:
-                        found.append((float(start[i] + end[j]), int(offsets[a][0]), int(offsets[b][1])))
-            best[n] = sorted(found, key=lambda entry: -entry[0])[:count]
+            characters = dict(zip(context.tolist(), offsets.tolist(), strict=True))
+            firsts, lasts = (np.argsort(-logits, kind="stable")[:count].tolist() for logits in (start, end))
+            found = [
+                (float(start[i] + end[j]), characters[i][0], characters[j][1])
+                for i, j in itertools.product(firsts, lasts)
+                if i in characters and j in characters and 0 <= j - i < longest
+            ]
+            best[n] = sorted(best.get(n, []) + found, key=lambda entry: -entry[0])[:count]
         results = []
-        for n, row in rows.items():
+        for n, row in {n: row for n, row, *_ in examples.origins}.items():
             entries = [{"text": row["context"][a:b], "start": a, "end": b, "logit": logit} for logit, a, b in best[n]]
             answered = [entry for entry in entries if entry["text"]]
             best_answer = answered[0]["text"] if answered else ""
@@ -342,15 +337,17 @@ class QuestionAnswering(TrainableTask):
                 entries = sorted([*entries, nothing], key=lambda entry: -entry["logit"])[:count]
                 if nothing not in entries:
                     entries.append(nothing)
-            logits = np.array([entry["logit"] for entry in entries])
-            p = np.exp(logits - logits.max())
-            n_best = [entry | {"probability": float(q)} for entry, q in zip(entries, p / p.sum(), strict=True)]
-            nothing_wins = self.answers.unanswerable and over > self.answers.null_threshold
-            answer = "" if nothing_wins else best_answer
-            results.append(
-                {"answer": answer, "best_answer": best_answer, "null_over_best": float(over), "n_best": n_best}
-            )
+            probabilities = _softmax(np.array([entry["logit"] for entry in entries]))
+            n_best = [entry | {"probability": float(p)} for entry, p in zip(entries, probabilities, strict=True)]
+            answer = "" if self.answers.unanswerable and over > self.answers.null_threshold else best_answer
+            results.append({"answer": answer, "best_answer": best_answer, "null_over_best": over, "n_best": n_best})
         return results
+
+    @staticmethod
+    def files(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """See `TrainableTask.files`. `answers.json` has the form that SQuAD's official scripts expect."""
+        ids = [line["row"] - 1 if line.get("id") is None else line["id"] for line in lines]
+        return {"answers.json": {str(id): line["prediction"]["answer"] for id, line in zip(ids, lines, strict=True)}}
 
 
 def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | None:
@@ -363,18 +360,15 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
     for name in ("question", "context"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise InputError(f"the {name} is {quoted(row.get(name))}; expected a text.")
-    if _impossible(row.get("is_impossible")):  # SQuAD 2.0 adds plausible answers, which do not count
+    impossible = row.get("is_impossible")
+    if impossible is not None and str(impossible).lower() not in ("", "false", "0", "true", "1"):
+        raise InputError(f"is_impossible is {quoted(impossible)}; expected true or false.")
+    if str(impossible).lower() in ("true", "1"):  # SQuAD 2.0 adds plausible answers, which do not count
         return {"text": [], "answer_start": []}
-    answers = row.get("answers")
-    if answers is None:
-        if check:
-            raise InputError(
-                "it has no answers (data.answers names the column); expected text and answer_start, empty lists where "
-                "the question has none."
-            )
+    given = row.get("answers")
+    if given is None and not check:
         return None
-    if isinstance(answers, str):  # as in CSV
-        answers = literal(answers)
+    answers = literal(given) if isinstance(given, str) else given  # texts in CSV
     if isinstance(answers, list | tuple) and all(isinstance(answer, Mapping) for answer in answers):
         # SQuAD's own form: one object per answer.
         answers = {name: [answer.get(name) for answer in answers] for name in ("text", "answer_start")}
@@ -384,35 +378,32 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
         not isinstance(texts, Sequence) or not isinstance(starts, Sequence) or len(texts) != len(starts)
         or not all(isinstance(text, str) for text in texts) or not all(isinstance(start, int) for start in starts)
     ):  # fmt: skip
-        raise InputError(f"answers is {quoted(row['answers'])}; expected text and answer_start.")
+        raise InputError(
+            f"answers is {quoted(given)}; expected text and answer_start, both empty if the question has no answer. "
+            "data.answers names the column."
+        )
     for text, start in zip(texts, starts, strict=True) if check else ():
         if row["context"][start : start + len(text)] != text or start < 0:
             shown = row["context"][max(0, start) : start + len(text)]
-            raise InputError(
-                f"the answer {quoted(text)} does not stand at {start} of the context, but {quoted(shown)}."
-            )
+            raise InputError(f"the context has {quoted(shown)} at {start}; expected the answer {quoted(text)} there.")
     there = [(text, start) for text, start in zip(texts, starts, strict=True) if text]
     return {"text": [text for text, _ in there], "answer_start": [start for _, start in there]}
 
 
-def _impossible(given: Any) -> bool:
-    known = {None: False, "": False, "false": False, "0": False, "true": True, "1": True}
-    if (found := known.get(given if given is None else str(given).lower())) is None:
-        raise InputError(f"is_impossible is {quoted(given)}; expected true or false.")
-    return found
-
-
 def _place(answers: Mapping[str, Any] | None, context: np.ndarray, offsets: np.ndarray) -> tuple[int, int]:
     """The first and the last token of the first answer in a window, or [CLS] twice, as run_qa.py finds them."""
-    if not answers or not answers["text"] or not len(context):
-        return 0, 0
-    begin = answers["answer_start"][0]
-    end = begin + len(answers["text"][0])
-    if offsets[0][0] > begin or offsets[-1][1] < end:
-        return 0, 0
-    first = int(np.flatnonzero(offsets[:, 0] <= begin)[-1])
-    last = int(np.flatnonzero(offsets[:, 1] >= end)[0])
-    return int(context[first]), int(context[last])
+    if answers and answers["text"] and len(context):
+        begin = answers["answer_start"][0]
+        end = begin + len(answers["text"][0])
+        if offsets[0][0] <= begin and end <= offsets[-1][1]:
+            return int(context[offsets[:, 0] <= begin][-1]), int(context[offsets[:, 1] >= end][0])
+    return 0, 0
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    p: np.ndarray = np.exp(logits - logits.max())
+    p /= p.sum()
+    return p
 
 
 def _spans(window: Encoding, output: Outputs, longest: int, count: int) -> tuple[list[tuple[int, int, float]], float]:
@@ -426,21 +417,13 @@ def _spans(window: Encoding, output: Outputs, longest: int, count: int) -> tuple
     """
     length = len(window)
     context = np.array([n == 1 for n in window.sequence_ids])
-    allowed = context.copy()
-    allowed[0] = True
-    ends = []
-    for name in ("start", "end"):
-        logits = np.where(allowed, output[name][:length], -np.inf)
-        p = np.exp(logits - logits.max())
-        ends.append(p / p.sum())
-    null = float(ends[0][0] * ends[1][0])
-    start, end = (np.where(context, p, 0.0) for p in ends)
+    allowed = context | (np.arange(length) == 0)
+    start, end = (_softmax(np.where(allowed, output[name][:length], -np.inf)) for name in ("start", "end"))
+    null = float(start[0] * end[0])
     # Indexed by (last - first, first): [longest, T] instead of [T, T].
     scores = np.full((min(longest, length), length), -1.0)
-    for more in range(len(scores)):
-        scores[more, : length - more] = np.where(
-            context[: length - more] & context[more:], start[: length - more] * end[more:], -1.0
-        )
+    for k in range(len(scores)):
+        scores[k, : length - k] = np.where(context[: length - k] & context[k:], start[: length - k] * end[k:], -1.0)
     flat = scores.ravel()
     best = np.argpartition(-flat, count)[:count] if count < flat.size else np.arange(flat.size)
     best = best[np.argsort(-flat[best], kind="stable")]

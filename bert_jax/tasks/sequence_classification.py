@@ -1,9 +1,9 @@
 """text-classification: labels or a number for a text or a pair of texts (Devlin et al. 2018, section 4.1)."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from tokenizers import Encoding
 
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
-from bert_jax.data.sources import PAIRS, TEXT, TEXTS, literal
+from bert_jax.data.sources import PAIRS, TEXT, TEXTS, Row, literal
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.heads import BertForSequenceClassification
 from bert_jax.tasks.base import (
@@ -24,6 +24,7 @@ from bert_jax.tasks.base import (
     Request,
     TrainableTask,
     check_pairs,
+    check_text,
     known_labels,
 )
 from bert_jax.tokenizer import Tokenizer
@@ -34,6 +35,11 @@ METRICS = {
     SINGLE: ("accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews"),
     MULTI: ("f1_micro", "f1_macro", "f1_weighted", "accuracy"),
     REGRESSION: ("pearson", "spearman", "mse"),
+}
+SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    SINGLE: jax.nn.softmax,
+    MULTI: jax.nn.sigmoid,
+    REGRESSION: lambda logits: logits,
 }
 LABEL = ("label", "label_string", "labels", "label_name", "class", "score")
 """Usual names of the label column."""
@@ -52,6 +58,7 @@ class SequenceClassification(TrainableTask):
     required, target = ("text",), "label"
     head, peft_type = r"classifier\..*", "SEQ_CLS"
     per_token, masked = False, False
+    order_matters = True  # f1 is that of the second label
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         self.tokenizer = tokenizer
@@ -61,10 +68,7 @@ class SequenceClassification(TrainableTask):
         self.problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
         # As in transformers' pipeline: a model with one label and no problem_type is trained as a regression, but its
         # output is read as the score of one independent label.
-        independent = MULTI if config.num_labels == 1 else SINGLE
-        scores: dict[str, Callable[[jax.Array], jax.Array]]
-        scores = {SINGLE: jax.nn.softmax, MULTI: jax.nn.sigmoid, REGRESSION: lambda logits: logits}
-        self.scores = scores[config.problem_type or independent]
+        self.scores = SCORES[config.problem_type or (MULTI if config.num_labels == 1 else SINGLE)]
         self.metrics = METRICS[self.problem_type]
         if self.problem_type == SINGLE and config.num_labels == 2:
             self.metrics += ("f1",)
@@ -92,11 +96,11 @@ class SequenceClassification(TrainableTask):
         Raises:
             InputError: If the input is not a text or a pair of texts, or a text is empty.
         """
-        texts = [text] if isinstance(text, str) else list(text) if isinstance(text, tuple | list) else []
-        if len(texts) not in (1, 2) or not all(isinstance(part, str) for part in texts):
-            raise InputError(f"expected a text or a pair of texts, got {quoted(text)} ({type(text).__name__}).")
-        if not all(part.strip() for part in texts):
-            raise InputError("the text is empty." if len(texts) == 1 else "a text of the pair is empty.")
+        texts = list(text) if isinstance(text, list | tuple) else [text]
+        if len(texts) not in (1, 2):
+            raise InputError(f"expected a text or a pair of texts, got {quoted(text)}.")
+        for part in texts:
+            check_text(part)
         if len(texts) == 2:
             check_pairs(self.model_config)
         if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
@@ -113,32 +117,32 @@ class SequenceClassification(TrainableTask):
     # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @staticmethod
-    def clean(rows: Mapping[str, list[dict[str, Any]]], options: ReadOptions) -> str:
+    def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
         """See `TrainableTask.clean`. A label becomes a name, a number, a list of names, or a 0/1 vector.
 
         The form of lists is inferred from all splits together, depending on `problem_type`.
         """
-        cells = [
-            Cell(f"data.{split}: row {i}", row)
-            for split, found in rows.items() for i, row in enumerate(found, 1) if row.get("label") is not None
-        ]  # fmt: skip
-        names = options.labels or ()
-        if options.problem_type in (None, MULTI):
-            _read_lists(cells, options.problem_type)
-        for cell in cells:
-            cell.label = list(cell.label) if isinstance(cell.label, tuple) else cell.label
-            _check(cell, cell.label, names)
-        several = options.problem_type == MULTI or any(isinstance(cell.label, list) for cell in cells)
-        if not several:
-            return "" if options.problem_type == REGRESSION else _read_ids(cells, names)
-        for cell in cells:
-            if options.problem_type not in (None, MULTI) and isinstance(cell.label, list):
-                raise InputError(
-                    f"{cell.where}: the label is {quoted(cell.label)}; {options.problem_type} expects one."
-                )
-            if not isinstance(cell.label, list | str):
-                raise InputError(f"{cell.where}: the label is {quoted(cell.label)}; expected a list, as in other rows.")
-        return _read_sets(cells, names)
+        cleaned = {split: [dict(row) for row in found] for split, found in rows.items()}
+        labelled = {
+            f"data.{split}: row {i}": row
+            for split, found in cleaned.items() for i, row in enumerate(found, 1) if row.get("label") is not None
+        }  # fmt: skip
+        labels = {where: row["label"] for where, row in labelled.items()}
+        names, problem_type, note = options.labels or (), options.problem_type, ""
+        if problem_type in (None, MULTI):
+            _read_lists(labels, problem_type)
+        for where, label in labels.items():
+            labels[where] = list(label) if isinstance(label, tuple) else label
+            _check(where, labels[where], names)
+            if isinstance(label, list | tuple) and problem_type in (SINGLE, REGRESSION):
+                raise InputError(f"{where}: the label is {quoted(label)}; {problem_type} expects one label.")
+        if problem_type == MULTI or any(isinstance(label, list) for label in labels.values()):
+            note = _read_sets(labels, names)
+        elif problem_type != REGRESSION:
+            note = _read_ids(labels, names)
+        for where, row in labelled.items():
+            row["label"] = labels[where]
+        return cleaned, note
 
     @staticmethod
     def config(
@@ -149,16 +153,13 @@ class SequenceClassification(TrainableTask):
         problem_type, names = label_set(given, options.problem_type)
         for i, label in enumerate(given, 1):
             if label is None or (label == "" and problem_type != MULTI):
-                raise InputError(f"data.train: row {i} has no label; data.label names the column.")
-        if problem_type == SINGLE and len(names) < 2:
-            raise InputError(
-                f"All examples of data.train have the label {quoted(names[0])}; expected at least two labels."
-            )
-        if not names:
-            raise InputError("No example of data.train has a label; expected at least one in all.")
-        if problem_type == REGRESSION and len(options.labels or names) != 1:
-            raise InputError(f"data.labels has {len(options.labels or ())} names; a regression has one number.")
+                raise InputError(f"data.train: row {i} has no label. Add it, or set data.label to the label column.")
+        least = 2 if problem_type == SINGLE else 1
+        if len(names) < least:
+            raise InputError(f"The labels of data.train are [{listed(names)}]; expected at least {least}.")
         names = options.labels or (labels if labels and set(names) <= set(labels) else names)
+        if problem_type == REGRESSION and len(names) != 1:
+            raise InputError(f"data.labels has {len(names)} names; regression expects one.")
         return {"problem_type": problem_type, "id2label": names, "num_labels": len(names)}
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
@@ -169,21 +170,20 @@ class SequenceClassification(TrainableTask):
         Raises:
             InputError: If a text or a label cannot be used; the message names the row.
         """
-        for i, row in enumerate(rows):
-            for name in ("text", "text_pair"):
-                if not isinstance(row.get(name, ""), str):
-                    raise InputError(f"row {i + 1}: {name} is {quoted(row[name])}; expected a text.")
-        pairs = [row["text_pair"] for row in rows] if "text_pair" in rows[0] else None
-        if pairs:
-            check_pairs(self.model_config)
-        encoded = self.tokenizer.encode([row["text"] for row in rows], pairs, max_length=self.max_length)
         ids = {label: i for i, label in enumerate(self.labels)}
         labels = []
         for i, row in enumerate(rows, 1):
             try:
+                for name in ("text", "text_pair"):
+                    if not isinstance(row.get(name, ""), str):
+                        raise InputError(f"{name} is {quoted(row[name])}; expected a text.")
                 labels.append(self._target(row.get("label"), ids))
             except InputError as error:
                 raise InputError(f"row {i}: {error}") from None
+        pairs = [row["text_pair"] for row in rows] if "text_pair" in rows[0] else None
+        if pairs:
+            check_pairs(self.model_config)
+        encoded = self.tokenizer.encode([row["text"] for row in rows], pairs, max_length=self.max_length)
         return Examples(
             input_ids=[np.array(row.ids, np.int32) for row, *_ in encoded],
             token_type_ids=[np.array(row.type_ids, np.int32) for row, *_ in encoded],
@@ -206,8 +206,7 @@ class SequenceClassification(TrainableTask):
             return np.array(label, np.float32)
         names = names_of(label) if self.problem_type == MULTI else [str(label)]
         if unknown := [name for name in names if name not in ids]:
-            given = unknown[0] if isinstance(label, str | list | tuple) else label
-            raise InputError(f"the label {quoted(given)} is unknown; {known_labels(self.labels)}")
+            raise InputError(f"the label {quoted(unknown[0])} is unknown; {known_labels(self.labels)}")
         if self.problem_type == SINGLE:
             return np.int32(ids[names[0]])
         target = np.zeros(len(ids), np.float32)
@@ -252,145 +251,106 @@ class SequenceClassification(TrainableTask):
     def predictions(self, outputs: Outputs, examples: Examples) -> list[dict[str, Any]]:
         """One `{label, score}` per example; if multi-label, `{labels, scores}` with the labels that score over 0.5."""
         if self.problem_type == MULTI:
-            return [
-                {
-                    "labels": [name for name, p in zip(self.labels, row, strict=True) if p > 0.5],
-                    "scores": {name: float(p) for name, p in zip(self.labels, row, strict=True)},
-                }
-                for row in outputs["scores"]
-            ]
-        best = outputs["scores"].argmax(-1)
-        return [
-            {"label": self.labels[i], "score": float(row[i])} for i, row in zip(best, outputs["scores"], strict=True)
-        ]
+            scores = [dict(zip(self.labels, row.tolist(), strict=True)) for row in outputs["scores"]]
+            return [{"labels": [name for name, p in row.items() if p > 0.5], "scores": row} for row in scores]
+        return [{"label": self.labels[row.argmax()], "score": float(row.max())} for row in outputs["scores"]]
 
 
-@dataclass(eq=False)
-class Cell:
-    """The label of a row, and the place of the row for error messages."""
-
-    where: str
-    row: dict[str, Any]
-
-    @property
-    def label(self) -> Any:
-        """The label in the row."""
-        return self.row["label"]
-
-    @label.setter
-    def label(self, label: Any) -> None:
-        self.row["label"] = label
-
-
-def _read_lists(cells: Sequence[Cell], problem_type: str | None) -> None:
+def _read_lists(labels: dict[str, Any], problem_type: str | None) -> None:
     """Parses labels that are lists written as texts, as in tables.
 
     If `problem_type` is None and one text is a list, all texts have to be lists. In multi-label classification, all
     texts in brackets have to be lists.
 
+    Args:
+        labels: Place of a row, for messages -> its label; changed in place.
+        problem_type: None or `MULTI`.
+
     Raises:
-        InputError: If one is not; the message names the row.
+        InputError: If a text is not a list; the message names the row.
     """
-    texts = dict.fromkeys(
-        cell for cell in cells if isinstance(cell.label, str) and re.fullmatch(r"\s*\[.*\]\s*", cell.label, re.S)
-    )
-    lists: dict[Cell, list[Any]] = {}
-    for cell in texts:
-        try:
-            lists[cell] = list(literal(cell.label))
-        except InputError as error:
-            if problem_type == MULTI:
-                raise InputError(f"{cell.where}: the label {error}") from None
-    if not lists:
-        return  # the texts are names in brackets
-    for cell in cells:
-        if cell in lists:
-            cell.label = lists[cell]
-        elif isinstance(cell.label, str) and cell.label.strip() and (problem_type is None or cell in texts):
+    found = False  # else, without `problem_type`, the texts are names in brackets
+    for where, label in labels.items():
+        if isinstance(label, str) and re.fullmatch(r"\s*\[.*\]\s*", label, re.S):
+            try:
+                labels[where], found = list(literal(label)), True
+            except InputError as error:
+                if problem_type == MULTI:
+                    raise InputError(f"{where}: the label {error}") from None
+    for where, label in labels.items():
+        if found and problem_type is None and isinstance(label, str) and label.strip():
             raise InputError(
-                f"{cell.where}: the label {quoted(cell.label)} is no list, and others are; expected lists in JSON, "
-                "Python's or numpy's form, or data.problem_type."
+                f"{where}: the label is {quoted(label)}; expected a list, as in other rows. If it is a name, set "
+                "data.problem_type."
             )
 
 
-def _check(cell: Cell, label: Any, names: Collection[str]) -> None:
+def _check(where: str, label: Any, names: Collection[str]) -> None:
     """Raises `InputError` if a label, or an item of a list of labels, is invalid."""
-    if isinstance(label, list | tuple):
-        for part in label:
-            if part is None or isinstance(part, list | tuple):
-                raise InputError(f"{cell.where}: the label holds {quoted(part)}; expected names, or numbers.")
-            _check(cell, part, names)
-    elif isinstance(label, Mapping | bytes):
-        raise InputError(f"{cell.where}: the label is {quoted(label)}; expected a text, a number or a list.")
-    elif not isinstance(label, int) and not math.isfinite(_number(label) or 0) and label not in names:
-        raise InputError(
-            f"{cell.where}: the label is {quoted(label)}; expected a name or a finite number, nothing where there is "
-            "none, or data.labels with this name."
-        )
+    for part in label if isinstance(label, list) else [label]:
+        invalid = isinstance(part, list | tuple | set | Mapping | bytes | None)
+        if invalid or (not isinstance(part, int) and not math.isfinite(_number(part) or 0) and part not in names):
+            raise InputError(
+                f"{where}: a label is {quoted(part)}; expected a name, a finite number, or an empty cell. "
+                "A name such as 'nan' must be in data.labels."
+            )
 
 
-def _read_ids(cells: Sequence[Cell], names: tuple[str, ...]) -> str:
+def _read_ids(labels: dict[str, Any], names: tuple[str, ...]) -> str:
     """Replaces class ids by names if all labels are integers and none is in `names`; returns a note for the user."""
-    whole = [re.fullmatch("-1|[0-9]{1,9}", str(cell.label)) for cell in cells if cell.label != ""]
-    if not names or not whole or not all(whole) or any(str(cell.label) in names for cell in cells):
+    whole = [re.fullmatch("-1|[0-9]{1,9}", str(label)) for label in labels.values() if label != ""]
+    if not names or not whole or not all(whole) or any(str(label) in names for label in labels.values()):
         return ""
-    for cell in cells:
-        if cell.label == "" or int(cell.label) == UNKNOWN:
-            cell.label = None
-        elif int(cell.label) >= len(names):
-            raise InputError(f"{cell.where}: the class id {cell.label} is outside data.labels, which has {len(names)}.")
-        else:
-            cell.label = names[int(cell.label)]
+    for where, label in labels.items():
+        id = UNKNOWN if label == "" else int(label)
+        if id >= len(names):
+            raise InputError(f"{where}: the class id is {id}; data.labels has {len(names)} names. Add a name for it.")
+        labels[where] = None if id == UNKNOWN else names[id]
     return "labels: class ids"
 
 
-def _read_sets(cells: Sequence[Cell], names: tuple[str, ...]) -> str:
+def _read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
     """Converts the lists to lists of names or to 0/1 vectors; returns a note for the user.
 
     Raises:
         InputError: If the form of the lists is mixed or ambiguous; the message names a row.
     """
-    blank = {cell for cell in cells if isinstance(cell.label, str) and not cell.label.strip()}
-    for cell in cells:
-        if isinstance(cell.label, str):
-            cell.label = names_of(cell.label)
-            _check(cell, cell.label, names)
-    cells = [cell for cell in cells if cell not in blank]
-    parts = [part for cell in cells for part in cell.label]
-    texts = {part for part in parts if isinstance(part, str)}
-    digits = bool(texts) and texts <= {"0", "1"} and not texts <= set(names)  # quoted numbers in a table
-    if not parts or (not digits and all(isinstance(part, str) for part in parts)):
+    blank = {where for where, label in labels.items() if isinstance(label, str) and not label.strip()}
+    for where, label in labels.items():
+        if isinstance(label, str):
+            labels[where] = names_of(label)
+            _check(where, labels[where], names)
+        elif not isinstance(label, list):
+            raise InputError(f"{where}: the label is {quoted(label)}; expected a list of labels.")
+    lists = {where: label for where, label in labels.items() if where not in blank}
+    parts = [part for label in lists.values() for part in label]
+    digits = {"0", "1"}.issuperset(parts) and not set(names).issuperset(parts)  # quoted numbers in a table
+    if not digits and all(isinstance(part, str) for part in parts):
         return ""
-    if texts and texts != set(parts):
-        mixed = next(cell for cell in cells if not texts.issuperset(cell.label))
-        raise InputError(
-            f"{mixed.where}: the label is {quoted(mixed.label)}, and others have names; expected either in all rows."
-        )
-    binary = all(part in (0, 1, "0", "1") for part in parts)
-    lengths = {len(cell.label) for cell in cells}
+    binary = digits or {0, 1}.issuperset(parts)
+    lengths = {len(label) for label in lists.values()}
     if binary and len(lengths) == 1 and (lengths == {len(names)} if names else lengths != {1}):
-        for cell in cells:
-            vector = [int(part) for part in cell.label]
+        for where, label in lists.items():
+            vector = [int(part) for part in label]
             # Names also suit a model that has the labels in another order.
-            cell.label = [name for name, part in zip(names, vector, strict=True) if part] if names else vector
-        for cell in blank:
-            cell.label = None
+            labels[where] = list(itertools.compress(names, vector)) if names else vector
+        labels.update(dict.fromkeys(blank))
         return f"labels: 0/1 vectors over {listed(names or _numbered(*lengths))}"
-    ids = all(type(part) is int and part >= 0 for part in parts) and all(
-        len(set(c.label)) == len(c.label) for c in cells
-    )
-    ids = ids and (max(parts) < len(names) if names else not binary)
-    if ids and not any(len(cell.label) == len(names) and {0, 1}.issuperset(cell.label) for cell in cells):
-        for cell in cells:
-            cell.label = [names[part] if names else str(part) for part in cell.label]
+    ids = all(type(part) is int and 0 <= part < (len(names) or math.inf) for part in parts)
+    repeated = any(len(set(label)) < len(label) for label in lists.values())
+    vectors = any(len(label) == len(names) and {0, 1}.issuperset(label) for label in lists.values())
+    if ids and not repeated and not vectors and (names or not binary):
+        for where, label in lists.items():
+            labels[where] = [names[part] if names else str(part) for part in label]
         return "labels: class ids"
-    first = cells[0]
-    other = next((cell for cell in cells if len(cell.label) != len(first.label)), None)
-    other = other or next((cell for cell in cells if not {0, 1}.issuperset(cell.label)), first)
+    first, *others = lists
+    other = max(
+        others or [first],
+        key=lambda where: (len(lists[where]) != len(lists[first]), not {0, 1}.issuperset(lists[where])),
+    )
     raise InputError(
-        f"{other.where}: the label is {quoted(other.label)}, and that of {first.where} is {quoted(first.label)}; "
-        f"expected names, 0/1 vectors {f'of {len(names)} numbers' if names else 'of one length'}, or class ids that "
-        "data.labels names."
+        f"{other}: the label is {quoted(lists[other])}, and that of {first} is {quoted(lists[first])}; expected "
+        f"names, 0/1 vectors of {f'length {len(names)}' if names else 'equal length'}, or class ids of data.labels."
     )
 
 
@@ -426,14 +386,13 @@ def label_set(labels: Sequence[Any], problem_type: str | None) -> tuple[str, tup
     if problem_type is None:
         several = any(isinstance(label, list | tuple) for label in labels)
         numbers = [_number(label) for label in labels]  # also in tables, whose cells are texts
-        fractions = all(number is not None for number in numbers)
-        fractions = fractions and any(number % 1 for number in numbers if number and math.isfinite(number))
+        fractions = None not in numbers and any(number % 1 for number in numbers if number and math.isfinite(number))
         problem_type = MULTI if several else REGRESSION if fractions else SINGLE
     if problem_type == REGRESSION:
         return REGRESSION, ("LABEL_0",)
     if problem_type == MULTI and (vectors := [label for label in labels if _is_vector(label)]):
         return MULTI, _numbered(len(vectors[0]))
     found = {name for label in labels for name in (names_of(label) if problem_type == MULTI else [str(label)])}
-    if all(name.isascii() and name.isdigit() for name in found):  # numerically, with any number of digits
-        return problem_type, tuple(sorted(found, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name)))
-    return problem_type, tuple(sorted(found))
+    numeric = all(name.isascii() and name.isdigit() for name in found)  # of any number of digits
+    width = max(map(len, found), default=0) if numeric else 0
+    return problem_type, tuple(sorted(found, key=lambda name: (name.zfill(width), name)))

@@ -1,9 +1,10 @@
 """token-classification: the labels of tokens, or the entities of a text (Devlin et al. 2018, section 5.3)."""
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from tokenizers import Encoding
 
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
-from bert_jax.data.sources import TEXTS, literal
+from bert_jax.data.sources import TEXTS, Row, literal
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.heads import BertForTokenClassification
 from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, TrainableTask, known_labels
@@ -21,6 +22,13 @@ from bert_jax.training import losses
 
 Strategy = Literal["none", "simple", "first", "average", "max"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
+AGGREGATES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "first": lambda scores: scores[0],
+    "average": lambda scores: scores.mean(0),
+    "max": lambda scores: scores[scores.max(1).argmax()],
+}
+"""Strategy -> the function from the probabilities of a word's tokens, [tokens, C], to those of the word, [C]."""
+Item = TypeVar("Item")
 
 
 class TokenEntity(TypedDict):
@@ -118,7 +126,7 @@ class TokenClassification(TrainableTask):
             raise InputError("the text is empty.")
         if aggregation_strategy not in STRATEGIES:
             raise InputError(
-                f"aggregation_strategy is {quoted(aggregation_strategy)}; expected one of {', '.join(STRATEGIES)}."
+                f"aggregation_strategy is {quoted(aggregation_strategy)}; expected one of {listed(STRATEGIES)}."
             )
         if not isinstance(ignore_labels, list | tuple) or not all(isinstance(name, str) for name in ignore_labels):
             raise InputError(f"ignore_labels is {quoted(ignore_labels)}; expected a list of labels.")
@@ -138,61 +146,40 @@ class TokenClassification(TrainableTask):
         if strategy in ("none", "simple"):
             entities = [self._entity([piece], piece.scores, piece.token) for piece in pieces]
         else:
-            entities = [self._word(word, strategy) for word in _words(pieces)]
+            entities = [self._word(word, strategy) for word in _runs(pieces, lambda _, piece: piece.continues)]
         if strategy == "none":
             return [entity for entity in entities if entity["entity"] not in ignored]
-        groups = [self._group(group) for group in _groups(entities)]
+        groups = [self._group(group) for group in _runs(entities, _continues)]
         return [group for group in groups if group["entity_group"] not in ignored]
 
     def _pieces(
         self, text: str, words: list[str] | None, windows: list[Encoding], outputs: Sequence[Outputs]
     ) -> list[Piece]:
         """The tokens of the text, each from the window in which it is farthest from a cut."""
-        # Characters before each word, if the text is words joined by spaces.
-        before = np.cumsum([0, *(len(word) + 1 for word in words or [])]).tolist()
+        # The first character of each word, if the text is words joined by spaces.
+        starts = np.cumsum([0, *(len(word) + 1 for word in words or [])]).tolist()
         pieces = []
         for index, (n, i) in enumerate(self._places(windows), 1):
             window = windows[n]
-            start, end = window.offsets[i]
-            if words is not None and window.word_ids[i] is not None:
-                start, end = start + before[window.word_ids[i]], end + before[window.word_ids[i]]
+            shift = starts[window.token_to_word(i)] if words else 0
+            start, end = (shift + offset for offset in window.offsets[i])
             token, shown = window.tokens[i], text[start:end]
             unknown = window.ids[i] == self.tokenizer.unk_token_id
-            pieces.append(
-                Piece(
-                    token=shown if unknown else token,
-                    start=start,
-                    end=end,
-                    index=index,
-                    scores=outputs[n]["scores"][i],
-                    continues=not unknown and len(token) != len(shown),  # longer by its ##
-                )
-            )
+            continues = not unknown and len(token) != len(shown)  # longer by its ##
+            pieces.append(Piece(shown if unknown else token, start, end, index, outputs[n]["scores"][i], continues))
         return pieces
 
-    def _places(self, windows: list[Encoding]) -> list[tuple[int, int]]:
+    def _places(self, windows: list[Encoding]) -> Iterator[tuple[int, int]]:
         """The window in which each token of a text is farthest from a cut, and the index of the token in it."""
-        chosen: list[tuple[float, int, int]] = []
-        first = 0
         for n, window in enumerate(windows):
             inside = [i for i, special in enumerate(window.special_tokens_mask) if not special]
-            for k, i in enumerate(inside):
-                left = k if n else np.inf
-                right = len(inside) - 1 - k if n < len(windows) - 1 else np.inf
-                if first + k == len(chosen):
-                    chosen.append((min(left, right), n, i))
-                elif min(left, right) > chosen[first + k][0]:
-                    chosen[first + k] = (min(left, right), n, i)
-            first += len(inside) - self.stride
-        return [(n, i) for _, n, i in chosen]
+            # Neighbours share `stride` tokens. The earlier window gives the first half, the later window the rest.
+            start = (self.stride + 1) // 2 if n else 0
+            stop = len(inside) - (self.stride // 2 if n < len(windows) - 1 else 0)
+            yield from ((n, i) for i in inside[start:stop])
 
     def _word(self, pieces: list[Piece], strategy: str) -> TokenEntity:
-        if strategy == "first":
-            scores = pieces[0].scores
-        elif strategy == "max":
-            scores = max((piece.scores for piece in pieces), key=lambda scores: scores.max())
-        else:
-            scores = np.mean([piece.scores for piece in pieces], axis=0)
+        scores = AGGREGATES[strategy](np.stack([piece.scores for piece in pieces]))
         return self._entity(pieces, scores, self._joined([piece.token for piece in pieces]))
 
     def _entity(self, pieces: list[Piece], scores: np.ndarray, word: str) -> TokenEntity:
@@ -221,34 +208,29 @@ class TokenClassification(TrainableTask):
     # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @staticmethod
-    def clean(rows: Mapping[str, list[dict[str, Any]]], options: ReadOptions) -> str:
+    def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
         """See `TrainableTask.clean`. Tags of any scheme are converted to IOB2, from which entities are read."""
-        for split, found in rows.items():
+        cleaned = {split: [dict(row) for row in found] for split, found in rows.items()}
+        for split, found in cleaned.items():
             for i, row in enumerate(found, 1):
                 try:
-                    row["tokens"], row["tags"] = _words_and_tags(row["tokens"], row.get("tags"), options.labels)
+                    row["tokens"], row["tags"] = _words_and_tags(row["tokens"], row.get("tags"), options.labels or ())
                 except InputError as error:
                     raise InputError(f"data.{split}: row {i}: {error}") from None
         schemes = {}
-        for split, found in rows.items():
+        for split, found in cleaned.items():
             tagged = [row for row in found if row["tags"] is not None]
             try:
-                scheme = _scheme([row["tags"] for row in tagged])
-                if scheme == "suffixes":
-                    for row in tagged:
-                        row["tags"] = [tag if tag == "O" else f"{tag[-1]}-{tag[:-2]}" for tag in row["tags"]]
-                    scheme = _scheme([row["tags"] for row in tagged])
+                scheme, converted = _read_scheme([row["tags"] for row in tagged])
             except InputError as error:
                 raise InputError(f"data.{split}: {error}") from None
-            if scheme in ("IOB1", "BIOES"):
-                scheme += ", read as IOB2"
-                for row in tagged:
-                    row["tags"] = iob2(row["tags"])
+            for row, tags in zip(tagged, converted, strict=True):
+                row["tags"] = tags
             if tagged:
                 schemes[split] = scheme
         if len(every := set(schemes.values())) == 1:
-            return f"tags: {every.pop()}"
-        return "; ".join(f"tags of {split}: {scheme}" for split, scheme in schemes.items())
+            return cleaned, f"tags: {every.pop()}"
+        return cleaned, "; ".join(f"tags of {split}: {scheme}" for split, scheme in schemes.items())
 
     @staticmethod
     def config(
@@ -283,29 +265,26 @@ class TokenClassification(TrainableTask):
         encoded = self.tokenizer.encode(
             [row["tokens"] for row in rows], is_split_into_words=True, max_length=self.max_length, stride=self.stride
         )
-        windows, labels, origins = [], [], []
+        labels, origins = [], []
         for n, (row, parts) in enumerate(zip(rows, encoded, strict=True)):
             tags = row.get("tags")
             if unknown := [tag for tag in tags or () if tag not in ids]:
                 raise InputError(f"row {n + 1}: the tag {quoted(unknown[0])} is unknown; {known_labels(self.labels)}")
+            columns = [np.full(len(part), losses.IGNORE, np.int32) for part in parts]
             firsts: list[list[tuple[int, int]]] = [[] for _ in parts]  # per window: (index, word)
-            last, word_ids = None, [part.word_ids for part in parts]
+            last = None
             for window, i in self._places(parts):
-                word = word_ids[window][i]
+                word = parts[window].token_to_word(i)
                 if word is not None and word != last:
                     firsts[window].append((i, word))
-                last = word
-            for part, places in zip(parts, firsts, strict=True):
-                column = np.full(len(part.ids), losses.IGNORE, np.int32)
-                for i, word in places:
                     if tags:
-                        column[i] = ids[tags[word]]
-                windows.append(part)
-                labels.append(column)
-                origins.append((n, row, places))
+                        columns[window][i] = ids[tags[word]]
+                last = word
+            labels += columns
+            origins += [(n, row, places) for places in firsts]
         return Examples(
-            input_ids=[np.array(window.ids, np.int32) for window in windows],
-            token_type_ids=[np.array(window.type_ids, np.int32) for window in windows],
+            input_ids=[np.array(window.ids, np.int32) for parts in encoded for window in parts],
+            token_type_ids=[np.array(window.type_ids, np.int32) for parts in encoded for window in parts],
             token_targets={"labels": labels},
             origins=origins,
             pad_token_id=self.tokenizer.pad_token_id or 0,
@@ -368,34 +347,33 @@ def _marked(tags: Iterable[str]) -> set[str]:
     return {tag for tag in tags if re.fullmatch(r"[BIES]-.+", tag)}
 
 
-def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str] | None) -> tuple[list[str], list[str] | None]:
+def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str]) -> tuple[list[str], list[str] | None]:
     """The words of a row, and its tags as strings, or None if it has no tags; tags that are numbers index `names`."""
     tokens, tags = (literal(cell) if isinstance(cell, str) else cell for cell in (tokens, tags))  # as in CSV
-    if not isinstance(tokens, list | tuple) or not all(isinstance(token, str) for token in tokens):
-        raise InputError(f"tokens is {quoted(tokens)}; expected a list of words.")
-    if not tokens:
-        raise InputError("there are no tokens.")
+    if not isinstance(tokens, list | tuple) or not tokens or not all(isinstance(token, str) for token in tokens):
+        raise InputError(f"tokens is {quoted(tokens)}; expected a list of one or more words.")
     if tags is None:
         return list(tokens), None
     if not isinstance(tags, list | tuple) or len(tags) != len(tokens):
         count = len(tags) if isinstance(tags, list | tuple) else "no list of"
         raise InputError(f"{len(tokens)} tokens and {count} tags; expected one tag for each token.")
-    named = []
     for tag in tags:
         if not isinstance(tag, str | int) or isinstance(tag, bool):
-            raise InputError(f"a tag is {quoted(tag)}; expected a text, or a number where data.labels names them.")
-        if isinstance(tag, int):
-            if not names:
-                raise InputError("tags are numbers; data.labels has to name them, in their order.")
-            if not 0 <= tag < len(names):
-                raise InputError(f"the tag {tag} is outside data.labels, which has {len(names)}.")
-            tag = names[tag]
-        named.append(str(tag))
-    return list(tokens), named
+            raise InputError(f"a tag is {quoted(tag)}; expected a text, or a number if data.labels names the tags.")
+        if isinstance(tag, int) and not 0 <= tag < len(names):
+            raise InputError(
+                f"the tag {tag} is outside data.labels ({len(names)} names); list the names of all tags there."
+            )
+    return list(tokens), [str(names[tag] if isinstance(tag, int) else tag) for tag in tags]
 
 
-def _scheme(sentences: Sequence[Sequence[str]]) -> str:
-    """The scheme: IOB1, IOB2 or BIOES; "none" if no tag has a prefix, "suffixes" if all have the form PER-B.
+def _read_scheme(sentences: list[list[str]]) -> tuple[str, list[list[str]]]:
+    """Reads the tags of all sentences by their common scheme: IOB1, IOB2, BIOES, or none if no tag has a prefix.
+
+    Tags of the form PER-B are read as B-PER.
+
+    Returns:
+        The scheme, as a note for the user, and the tags, converted to IOB2 if they have a scheme.
 
     Raises:
         InputError: If only some tags follow the scheme, or tags follow an unknown scheme.
@@ -405,44 +383,35 @@ def _scheme(sentences: Sequence[Sequence[str]]) -> str:
     others = sorted(tags - marked - {"O"})
     suffixed = not marked and all(re.fullmatch(r".+-[BIES]", tag) for tag in others)
     if suffixed and any(tag[-1] in "BI" for tag in others):
-        return "suffixes"
+        swapped = {tag: f"{tag[-1]}-{tag[:-2]}" for tag in others}
+        return _read_scheme([[swapped.get(tag, tag) for tag in sentence] for sentence in sentences])
     prefixed = r"\w-.+|.+-[BI]|[BIES][._:/|].+"
     if stray := [tag for tag in others if marked or ("O" in tags and re.fullmatch(prefixed, tag))]:
-        raise InputError(
-            f"the tag {quoted(stray[0])} follows no scheme; expected O, or B-, I-, E- or S- and a type, or B, I and O "
-            "alone."
-        )
+        raise InputError(f"the tag {quoted(stray[0])} follows no scheme; expected O, B-PER, I-PER, … or only O, B, I.")
     if not marked:
-        return "none"
+        return "none", sentences
+    converted = [iob2(sentence) for sentence in sentences]
     if any(tag[0] in "ES" for tag in marked):
-        return "BIOES"
-    from bert_jax.evaluation import metrics
+        return "BIOES, read as IOB2", converted
+    pairs = zip(itertools.chain(*sentences), itertools.chain(*converted), strict=True)
+    begins = [tag[0] for tag, new in pairs if new[0] == "B"]
+    if begins.count("B") > len(begins) / 2:  # IOB1 uses B- only between neighbours
+        return "IOB2", sentences
+    return "IOB1, read as IOB2", converted
 
-    begins = [sentence[first][0] for sentence in sentences for _, first, _ in metrics.entities(sentence)]
-    return "IOB2" if begins.count("B") > len(begins) / 2 else "IOB1"  # IOB1 uses B- only between neighbours
 
-
-def _words(pieces: Iterable[Piece]) -> list[list[Piece]]:
-    words: list[list[Piece]] = []
-    for piece in pieces:
-        if words and piece.continues:
-            words[-1].append(piece)
+def _runs(items: Iterable[Item], joins: Callable[[Item, Item], bool]) -> list[list[Item]]:
+    """Groups neighbours; an item joins the group of the one before it if `joins(before, item)`."""
+    runs: list[list[Item]] = []
+    for item in items:
+        if runs and joins(runs[-1][-1], item):
+            runs[-1].append(item)
         else:
-            words.append([piece])
-    return words
+            runs.append([item])
+    return runs
 
 
-def _groups(entities: Iterable[TokenEntity]) -> list[list[TokenEntity]]:
-    """Groups neighbours of the same type; B- opens a new group, and a label without a prefix continues one like I-."""
-
-    def kind(label: str) -> str:
-        return label[2:] if label.startswith(("B-", "I-")) else label
-
-    groups: list[list[TokenEntity]] = []
-    for entity in entities:
-        label = entity["entity"]
-        if groups and kind(groups[-1][-1]["entity"]) == kind(label) and not label.startswith("B-"):
-            groups[-1].append(entity)
-        else:
-            groups.append([entity])
-    return groups
+def _continues(before: TokenEntity, entity: TokenEntity) -> bool:
+    """Whether two neighbours have the same type; B- opens a new group, and a label without a prefix counts like I-."""
+    kinds = {re.sub("^[BI]-", "", neighbour["entity"]) for neighbour in (before, entity)}
+    return len(kinds) == 1 and not entity["entity"].startswith("B-")

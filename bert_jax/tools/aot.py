@@ -8,7 +8,6 @@ TPU and GPU compilers run on any machine (extra `aot`). They only show that a pr
 nothing about its speed, and the program is not run.
 """
 
-import importlib.util
 import math
 import os
 import re
@@ -22,7 +21,7 @@ import jax
 from jax.extend.core import jaxprs_in_params
 
 from bert_jax.config import BertConfig
-from bert_jax.errors import InputError, quoted
+from bert_jax.errors import InputError, check_extra, quoted
 
 GIB = 2**30
 
@@ -99,17 +98,12 @@ def get(name: str) -> Target:
         InputError: If there is no such chip or topology, or its compiler is not installed.
     """
     kind, _, topology = name.partition(":")
-    if kind not in CHIPS:
+    chip = CHIPS.get(kind)
+    if chip is None or not re.fullmatch(rf"([1-9]\d*(x[1-9]\d*){{{chip.topology.count('x')}}})?", topology):
         known = ", ".join(f"{kind}:{chip.topology}" for kind, chip in CHIPS.items())
-        raise InputError(f"The target {quoted(name)} is unknown; expected a chip and how many, as in {known}.")
-    chip = CHIPS[kind]
-    compiler = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}[chip.platform]
-    if importlib.util.find_spec(compiler) is None:
-        raise InputError(f"The target {name!r} needs its compiler, {compiler}: pip install 'bert-jax[aot]'.")
+        raise InputError(f"The target {quoted(name)} is unknown; expected a chip and a topology such as {known}.")
+    check_extra("aot", {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}[chip.platform])
     topology = topology or chip.topology
-    shape = rf"[1-9]\d*(x[1-9]\d*){{{chip.topology.count('x')}}}"
-    if not re.fullmatch(shape, topology):
-        raise InputError(f"The target {name!r} has no such topology; expected one like {kind}:{chip.topology}.")
     from jax.experimental import topologies
 
     try:
@@ -122,7 +116,7 @@ def get(name: str) -> Target:
                 platform="cuda", topology_name="", target_config=H100, topology=f"1x1x{topology}"
             )
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        raise InputError(f"The compiler has no target {name!r}: {error}") from None
+        raise InputError(f"The compiler does not support the target {name!r}: {error}") from None
     return Target(f"{kind}:{topology}", chip, described.devices)
 
 
@@ -200,11 +194,11 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
         memory = int(float(needed[1]) * 1024 ** ("KMGT".index(needed[2]) + 1)) if needed else 0
         return Check(target, False, memory, 0, 0, time.perf_counter() - began, products, {}, {})
     seconds = time.perf_counter() - began
-    sizes = compiled.memory_analysis()
-    assert sizes is not None
+    sizes: Any = compiled.memory_analysis()
     resident = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     memory = resident + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
     text = compiled.as_text() or ""
+    kernels = Counter(re.findall(r'custom_call_target="([^"]+)"', text))
     return Check(
         target=target,
         fits=memory <= target.chip.memory,  # the GPU compiler does not report this
@@ -214,30 +208,29 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
         seconds=seconds,
         products=products,
         collectives=_collectives(text),
-        kernels=_kernels(text),
+        kernels={name: n for name, n in kernels.most_common() if name not in _OWN},
     )
 
 
-def _products(jaxpr: Any, times: int = 1) -> dict[str, tuple[int, float]]:
+def _products(jaxpr: Any) -> dict[str, tuple[int, float]]:
     """Products by the types of their operands and result. A product in a scan counts once per iteration."""
-    found: dict[str, tuple[int, float]] = {}
+    counts, flops = Counter[str](), Counter[str]()
 
-    def add(name: str, count: int, flops: float) -> None:
-        before = found.get(name, (0, 0.0))
-        found[name] = before[0] + count, before[1] + flops
+    def walk(jaxpr: Any, times: int) -> None:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                left, right, result = (variable.aval for variable in (*equation.invars, *equation.outvars))
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                name = f"{left.dtype} × {right.dtype} → {result.dtype}"
+                counts[name] += times
+                flops[name] += 2 * times * result.size * math.prod(left.shape[axis] for axis in contracted)
+            elif equation.primitive.name != "pallas_call":
+                repeats = times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times
+                for inside in jaxprs_in_params(equation.params):
+                    walk(inside, repeats)
 
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            left, right, result = (variable.aval for variable in (*equation.invars, *equation.outvars))
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            inner = math.prod(left.shape[axis] for axis in contracted)
-            add(f"{left.dtype} × {right.dtype} → {result.dtype}", times, 2.0 * times * result.size * inner)
-        elif equation.primitive.name != "pallas_call":
-            repeats = times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times
-            for inside in jaxprs_in_params(equation.params):
-                for name, entry in _products(inside, repeats).items():
-                    add(name, *entry)
-    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+    walk(jaxpr, 1)
+    return {name: (counts[name], float(n)) for name, n in flops.most_common()}
 
 
 _COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-done)?\(")
@@ -248,30 +241,24 @@ _OWN = {"AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndicesBit
 
 def _collectives(text: str) -> dict[str, tuple[int, int]]:
     """Collectives in the text of a compiled program. A collective in a counted loop counts once per iteration."""
-    computations: dict[str, list[str]] = {}
-    entry = current = ""
-    for line in text.splitlines():
-        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            current = header[2]
-            entry = current if header[1] else entry
-            computations[current] = []
-        elif current:
-            computations[current].append(line)
+    _, *parts = re.split(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", text, flags=re.MULTILINE)
+    names, bodies = parts[1::3], parts[2::3]
+    computations = dict(zip(names, bodies, strict=True))
     found: dict[str, tuple[int, int]] = {}
 
     def walk(name: str, times: int) -> None:
-        for line in computations.get(name, ()):
+        for line in computations.get(name, "").splitlines():
             if match := _COLLECTIVE.search(line):
                 count, size = found.get(match[2], (0, 0))
                 found[match[2]] = count + times, size + times * _bytes(match[1])
             repeats = times
             if loop := re.search(r"condition=%?([\w.\-]+)", line):  # only counted loops, such as scans
-                limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations.get(loop[1], ())))
+                limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", computations.get(loop[1], ""))
                 repeats *= max(map(int, limits), default=1)
             for inside in re.findall(r"(?:body|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
                 walk(inside, repeats)
 
-    walk(entry, 1)
+    walk(next((name for name, entry in zip(names, parts[::3], strict=True) if entry), ""), 1)
     return found
 
 
@@ -280,11 +267,6 @@ def _bytes(shapes: str) -> int:
         max(1, int(bits or 8) // 8) * math.prod(int(size) for size in sizes.split(",") if size)
         for _, bits, sizes in _ARRAY.findall(shapes)
     )
-
-
-def _kernels(text: str) -> dict[str, int]:
-    names = Counter(re.findall(r'custom_call_target="([^"]+)"', text))
-    return {name: n for name, n in names.most_common() if name not in _OWN}
 
 
 def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:

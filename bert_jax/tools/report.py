@@ -23,16 +23,13 @@ def learning_curve(journal: Sequence[Mapping[str, Any]], metric: str) -> "Figure
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     steps = [line for line in journal if "loss" in line]
     axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], color="0.7", label="training loss")
-    tested = [line for line in journal if "validation" in line]
-    if tested:
+    if tested := [line for line in journal if "validation" in line]:
         x = [line["step"] for line in tested]
         axes.plot(x, [line["validation"]["loss"] for line in tested], "o-", color="C0", label="validation loss")
         if metric != "loss":
-            right = axes.twinx()
-            right.set_ylabel(f"validation {metric}")
-            right.plot(
-                x, [line["validation"][metric] for line in tested], "s-", color="C1", label=f"validation {metric}"
-            )
+            right, label = axes.twinx(), f"validation {metric}"
+            right.set_ylabel(label)
+            right.plot(x, [line["validation"][metric] for line in tested], "s-", color="C1", label=label)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
 
@@ -139,11 +136,13 @@ def model_card(
     for split in ("validation", "test"):
         if metrics := results.get(split):
             parts += [f"## {split.capitalize()}", markdown(metrics)]
-    parts += ["![learning curve](curve.png)", "## Settings", f"```yaml\n{settings}```"]
     versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
-    parts.append(
-        f"Step {results['step']} of {results['steps']}, {results['seconds']:.0f} s on {results['device']}; {versions}."
-    )
+    parts += [
+        "![learning curve](curve.png)",
+        "## Settings",
+        f"```yaml\n{settings}```",
+        f"Step {results['step']} of {results['steps']}, {results['seconds']:.0f} s on {results['device']}; {versions}.",
+    ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -5,7 +5,7 @@ equal; scores may differ by up to 1e-4.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,7 @@ FILL_MASK: dict[str, dict[str, list[tuple[str, int, float]]]] = {
             ("capital", 2364, 0.9576897025108337),
             ("Capital", 6299, 0.025112619623541832),
         ],
-        "Today is a [MASK] day!": [
-            ("special", 1957, 0.21417436003684998),
-            ("great", 1632, 0.1488540917634964),
-        ],
+        "Today is a [MASK] day!": [("special", 1957, 0.21417436003684998), ("great", 1632, 0.1488540917634964)],
         "Hello I'm a [MASK] model.": [
             ("male", 2581, 0.22748498618602753),
             ("fashion", 4633, 0.09146175533533096),
@@ -113,7 +110,7 @@ def verify(model: str) -> Iterator[Check]:
     """
     names = [name for name in MODELS if model == name or Path(model).resolve().name == name.partition("/")[2]]
     if not names:
-        raise InputError(f"No published outputs are known for {model}; expected {', '.join(MODELS)}.")
+        raise InputError(f"No published outputs are known for {model}; expected one of {', '.join(MODELS)}.")
     if names[0] in FILL_MASK:
         return _fill_mask(model, FILL_MASK[names[0]])
     return _uncased(model) if names[0] == UNCASED else _ner(model)
@@ -148,17 +145,16 @@ def _ner(model: str) -> Iterator[Check]:
     classifier = BertForTokenClassification.from_pretrained(model)
     tokenizer = Tokenizer.from_pretrained(model)
     text = "My name is Amy. I live in Paris."
-    encoding = tokenizer.encode([text])[0][0]
-    inputs: dict[str, Any] = dict(tokenizer(text))
-    logits = np.asarray(classifier(**inputs).logits[0], np.float64)
+    tokens = tokenizer.encode([text])[0][0].tokens
+    logits = np.asarray(classifier(**tokenizer([text])).logits[0], np.float64)
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     for word, label in [("Amy", "I-PER"), ("Paris", "I-LOC")]:
-        place = encoding.tokens.index(word)
-        ours = classifier.config.labels[p[place].argmax()]
-        check = _numbers(f"{text} {word} {label}", np.array([0.9986]), p[place].max()[None])
-        yield Check(check.what, f"{label} {check.expected}", f"{ours} {check.got}", check.difference,
-                    check.passed and ours == label)  # fmt: skip
+        row = p[tokens.index(word)]
+        ours = classifier.config.labels[row.argmax()]
+        check = _numbers(f"{text} {word} {label}", np.array([0.9986]), row.max()[None])
+        passed = check.passed and ours == label
+        yield replace(check, expected=f"{label} {check.expected}", got=f"{ours} {check.got}", passed=passed)
 
 
 def _numbers(what: str, expected: Any, got: Any) -> Check:

@@ -1,7 +1,5 @@
 """Figures for notebooks: what a model fills into masks, and what its tokens attend to (extra `notebooks`)."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from bert_jax.errors import InputError
@@ -9,15 +7,11 @@ from bert_jax.inference.pipelines import Pipeline
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from bert_jax.tools.figure import Figure
+from bert_jax.tools.figure import Figure
 
 
-def fillings(fill_mask: Pipeline[FillMask], text: str, *, top_k: int = 5) -> "Figure":
+def fillings(fill_mask: Pipeline[FillMask], text: str, *, top_k: int = 5) -> Figure:
     """Plots the scores of the tokens that a fill-mask pipeline finds as bars, one panel per mask."""
-    from bert_jax.tools.figure import Figure
-
     results = fill_mask(text, top_k=top_k)
     masks = results if isinstance(results[0], list) else [results]
     figure = Figure(figsize=(6, (0.35 * top_k + 0.6) * len(masks)), layout="constrained")
@@ -27,8 +21,7 @@ def fillings(fill_mask: Pipeline[FillMask], text: str, *, top_k: int = 5) -> "Fi
         bars = axes.barh([entry["token_str"] for entry in entries], scores, color="C0")
         axes.bar_label(bars, [f"{score:.3f}" for score in scores], padding=3)
         axes.set_title(text if len(masks) == 1 else f"mask {n} of {len(masks)}", fontsize="medium", loc="left")
-        axes.set_xlim(0, max(scores) * 1.15)
-        axes.set_xticks([])
+        axes.set(xlim=(0, max(scores) * 1.15), xticks=[])
         axes.invert_yaxis()
         axes.spines[:].set_visible(False)
     return figure
@@ -36,7 +29,7 @@ def fillings(fill_mask: Pipeline[FillMask], text: str, *, top_k: int = 5) -> "Fi
 
 def attention(
     model: BertPreTrainedModel, tokenizer: Tokenizer, text: str, *, layer: int = -1, head: int | None = None
-) -> "Figure":
+) -> Figure:
     """Plots lines from each token to the tokens that it attends to; darker lines mean more attention.
 
     Args:
@@ -49,8 +42,6 @@ def attention(
     Raises:
         InputError: If there is no such layer or head, or the attention kernel is fused.
     """
-    from bert_jax.tools.figure import Figure
-
     tokens, weights = _weights(model, tokenizer, text)  # [L, N, T, T]
     for name, index, size in (("layer", layer, weights.shape[0]), ("head", head, weights.shape[1])):
         if index is not None and not -size <= index < size:
@@ -69,18 +60,15 @@ def attention(
     return figure
 
 
-def attentions(model: BertPreTrainedModel, tokenizer: Tokenizer, text: str) -> "Figure":
+def attentions(model: BertPreTrainedModel, tokenizer: Tokenizer, text: str) -> Figure:
     """Plots all heads in a grid, one row per layer and one column per head; each cell shows tokens by tokens."""
-    from bert_jax.tools.figure import Figure
-
     _, weights = _weights(model, tokenizer, text)
     layers, heads = weights.shape[:2]
     figure = Figure(figsize=(0.7 * heads + 0.6, 0.7 * layers + 0.6), layout="constrained")
     grid = figure.subplots(layers, heads, squeeze=False)
     for (i, j), axes in np.ndenumerate(grid):
         axes.imshow(weights[i, j], cmap="Blues", vmin=0, vmax=1)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[])
         if j == 0:
             axes.set_ylabel(i, rotation=0, ha="right", va="center")
         if i == layers - 1:
@@ -92,8 +80,9 @@ def attentions(model: BertPreTrainedModel, tokenizer: Tokenizer, text: str) -> "
 
 def _weights(model: BertPreTrainedModel, tokenizer: Tokenizer, text: str) -> tuple[list[str], np.ndarray]:
     """Returns the tokens and the attention probabilities [L, N, T, T]."""
-    encoding = tokenizer.encode([text])[0][0]
     found = model(**tokenizer([text])).attentions
     if any(layer is None for layer in found):
-        raise InputError("a fused kernel holds no attention probabilities; take attention='plain'.")
-    return encoding.tokens, np.stack([np.asarray(layer[0]) for layer in found])
+        raise InputError(
+            "A fused attention kernel does not store probabilities. Load the model with attention='plain'."
+        )
+    return tokenizer.encode([text])[0][0].tokens, np.stack([np.asarray(layer[0]) for layer in found])

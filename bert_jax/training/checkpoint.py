@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -68,11 +67,12 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dict(progress)))
-        metrics = {"score": -math.inf if score is None else score}
         try:
-            self._manager.save(step, args=args, metrics=metrics, force=True)
+            self._manager.save(step, args=args, metrics={"score": -math.inf if score is None else score}, force=True)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"Cannot write a checkpoint to {self.folder}: {error}. Earlier ones stand.") from None
+            raise CheckpointError(
+                f"Cannot write a checkpoint to {self.folder}: {error}. Earlier checkpoints are intact."
+            ) from None
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
         """Reads the newest readable checkpoint, or the checkpoint of a given step.
@@ -91,22 +91,18 @@ class Checkpoints:
             CheckpointError: If `step` is None and there are checkpoints, but none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
-        damaged = []
-        for n in steps:
-            args = ocp.args.Composite(
-                state=ocp.args.StandardRestore(jax.tree.map(_spec, like)), progress=ocp.args.JsonRestore()
-            )
+        for i, n in enumerate(steps):
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore())
             try:
                 restored = self._manager.restore(n, args=args)
             except Exception as error:  # a damaged file may raise any exception
                 logger.warning("The checkpoint of step %d is damaged (%s).", n, str(error).partition("\n")[0][:200])
-                damaged.append(n)
                 continue
-            for bad in damaged:
-                logger.warning("Going on from step %d instead of %d.", n, bad)
-                self._manager.delete(bad)
+            for damaged in steps[:i]:
+                logger.warning("Resuming from step %d instead of %d.", n, damaged)
+                self._manager.delete(damaged)
             return n, restored["state"], restored["progress"]
-        if damaged and step is None:
+        if steps and step is None:
             raise CheckpointError(
                 f"None of the checkpoints in {self.folder} can be read. Remove the folder to start from the beginning."
             )
@@ -115,10 +111,6 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until all checkpoints are written."""
         self._manager.close()
-
-
-def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def _score(metrics: Mapping[str, float]) -> float:

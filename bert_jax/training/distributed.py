@@ -48,8 +48,8 @@ def start(given: str) -> None:
     except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: JAX is already in use
         reason = str(error).partition("\n")[0]
         raise InputError(
-            f"--processes {given}: cannot join the other processes: {reason} "
-            "(auto knows TPU pods, SLURM and Open MPI; elsewhere give i/n@host:port)."
+            f"--processes {given}: cannot join the other processes: {reason} (without a TPU pod, SLURM or Open MPI, "
+            "give i/n@host:port instead of auto)."
         ) from None
 
 
@@ -85,25 +85,19 @@ def agree(what: str, text: Callable[[], str]) -> None:
     """
     if jax.process_count() == 1:
         return
-    content = np.frombuffer(text().encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(len(content)))
-    padded = np.zeros(max(lengths), np.uint8)
-    padded[: len(content)] = content
-    texts = [
-        bytes(row[:length]).decode()
-        for row, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True)
-    ]
+    content = text().encode()
+    longest = max(multihost_utils.process_allgather(np.int32(len(content))))
+    padded = np.frombuffer(content.ljust(longest, b"\0"), np.uint8)  # all processes gather arrays of one shape
+    texts = [bytes(row).rstrip(b"\0").decode() for row in multihost_utils.process_allgather(padded)]
     for i, other in enumerate(texts):
         if other != texts[0]:
-            lines = difflib.ndiff(texts[0].splitlines(), other.splitlines())
-            differences = "\n  ".join(line for line in lines if line[0] in "-+")
-            raise InputError(f"{what} of process {i + 1} differ from the first one's:\n  {differences}")
+            lines = [line for line in difflib.ndiff(texts[0].splitlines(), other.splitlines()) if line[0] in "-+"]
+            raise InputError("\n  ".join([f"{what} of process {i + 1} differ from those of process 1:", *lines]))
 
 
 def wait(what: str) -> None:
     """Waits until all processes have called this."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+    multihost_utils.sync_global_devices(what)
 
 
 def share_folder(folder: Path, name: str) -> None:
@@ -117,9 +111,8 @@ def share_folder(folder: Path, name: str) -> None:
         InputError: In all processes, if one of them does not see the file.
     """
     wait(str(folder))
-    seen = (folder / name).exists()
-    if jax.process_count() > 1 and not all(multihost_utils.process_allgather(np.bool_(seen))):
-        raise InputError(f"{folder} is not the same folder for all processes; expected one that all hosts share.")
+    if not all(multihost_utils.process_allgather(np.bool_((folder / name).exists()))):
+        raise InputError(f"{folder} is not the same folder for all processes; expected a folder that all hosts share.")
 
 
 def asked_to_stop(step: int) -> bool:
@@ -138,6 +131,6 @@ def lost_ones_named() -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0][:200]
         raise TrainingError(
-            f"Another process of this run has ended or does not answer ({reason}); its own output says why. The same "
-            "command on all hosts goes on from the latest checkpoint."
+            f"Another process has ended or does not answer ({reason}); see its output. To resume from the latest "
+            "checkpoint, run the same command on all hosts."
         ) from None

@@ -16,10 +16,8 @@ METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 def in_words(metrics: Mapping[str, Any]) -> str:
     """Formats the metrics that are floats on one line. If `f1_label` is present, f1 names its label."""
-    of = {"f1": f" of {metrics['f1_label']}"} if "f1_label" in metrics else {}
-    return "  ".join(
-        f"{name}{of.get(name, '')} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)
-    )
+    names = {"f1": f"f1 of {metrics['f1_label']}"} if "f1_label" in metrics else {}
+    return "  ".join(f"{names.get(name, name)} {x:.4f}" for name, x in metrics.items() if isinstance(x, float))
 
 
 class Journal:
@@ -33,9 +31,9 @@ class Journal:
 
     def __init__(self, folder: Path, start: int, *, tensorboard: bool):
         path = folder / METRICS
-        kept = [line for line in read_journal(path) if line["step"] <= start]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        kept = [json.dumps(line) + "\n" for line in read_journal(path) if line["step"] <= start]
+        path.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", buffering=1, encoding="utf-8")  # every line is written at once
         self._events: Any = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -45,7 +43,6 @@ class Journal:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes the values of a step. The values may be nested."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
         if self._events:
             for name, value in tree.flatten(values).items():
                 if isinstance(value, float):
@@ -71,14 +68,14 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def progress_bar(console: Console, start: int, steps: int) -> Iterator[Callable[[int, str | None], None]]:
     """Shows a progress bar. Yields a function that sets the number of steps done and, unless it is None, the text."""
-    columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-               TimeRemainingColumn()]  # fmt: skip
-    with Progress(*columns, console=console) as bar:
+    with Progress(
+        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(), console=console,
+    ) as bar:  # fmt: skip
         task = bar.add_task("", total=steps, completed=start, text="")
 
         def show(step: int, text: str | None) -> None:
-            bar.update(task, completed=step)
-            if text is not None:
-                bar.update(task, text=text)
+            fields: dict[str, Any] = {} if text is None else {"text": text}
+            bar.update(task, completed=step, **fields)
 
         yield show

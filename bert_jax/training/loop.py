@@ -1,7 +1,6 @@
 """The training loop around one pure, compiled step whose state is donated."""
 
 import contextlib
-import logging
 import math
 import os
 import signal
@@ -20,7 +19,7 @@ from rich.console import Console
 
 from bert_jax import attention, sharding, tree
 from bert_jax.data.loader import Examples, Loader, Place, Shape
-from bert_jax.errors import InputError, Interrupted, TrainingError
+from bert_jax.errors import InputError, Interrupted, TrainingError, listed
 from bert_jax.evaluation import measure
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.tasks.base import Objective
@@ -29,8 +28,6 @@ from bert_jax.training.checkpoint import Checkpoints
 from bert_jax.training.log import Journal, in_words, progress_bar
 from bert_jax.training.lora import LoRA
 from bert_jax.training.step import Arrays, Plan, TrainState, init_state, make_step, plan, state_shapes
-
-logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 LESS_MEMORY = "Lower batch_size or the length of the examples, raise accumulation, or set remat."
@@ -60,13 +57,13 @@ class Run(NamedTuple):
 
     def trace(self, shape: Shape) -> jax.stages.Traced:
         """Traces the step on a batch of the given shape, for compilation. It needs only descriptions of devices."""
-        plan, examples = self.plan, self.loader.examples
-        place = Place(np.zeros(0, int), np.zeros(0, int), shape)  # only padding
-        state = sharding.abstract(state_shapes(plan), self.layout)
-        frozen = sharding.abstract(plan.frozen, sharding.placements(self.mesh, plan.frozen))
-        batch = sharding.abstract(examples.batch(place), sharding.by_row(self.mesh))
+        padding = self.loader.examples.batch(Place(np.zeros(0, int), np.zeros(0, int), shape))
         with jax.set_mesh(self.mesh):
-            traced: jax.stages.Traced = self.step.trace(state, frozen, batch)
+            traced: jax.stages.Traced = self.step.trace(
+                sharding.abstract(state_shapes(self.plan), self.layout),
+                sharding.abstract(self.plan.frozen, sharding.placements(self.mesh, self.plan.frozen)),
+                sharding.abstract(padding, sharding.by_row(self.mesh)),
+            )
         return traced
 
 
@@ -91,23 +88,19 @@ def set_up(
         InputError: If the arguments do not fit the model, the task or the devices.
     """
     if metric not in (None, "loss", *task.metrics):
-        raise InputError(f"metric is {metric!r}; this task has loss, {', '.join(task.metrics)}.")
-    mesh = mesh or sharding.mesh()
+        raise InputError(f"metric is {metric!r}; expected one of loss, {', '.join(task.metrics)}.")
+    mesh, encoder = mesh or sharding.mesh(), model.encoder
     sharding.check(mesh, model.config)
-    attention.check(
-        model.encoder.attention,
-        platform=mesh.devices.flat[0].platform,
-        compute_dtype=model.encoder.compute_dtype,
-        packed=packing,
-    )
-    attention.check_dropout(model.encoder.attention, model.config.attention_probs_dropout_prob)
+    platform = mesh.devices.flat[0].platform
+    attention.check(encoder.attention, platform=platform, compute_dtype=encoder.compute_dtype, packed=packing)
+    attention.check_dropout(encoder.attention, model.config.attention_probs_dropout_prob)
     loader = Loader(
         examples,
         batch_size,
         seed=seed,
         share=accumulation * sharding.share(mesh),
         packing=model.config.max_position_embeddings if packing else None,
-        multiple=attention.multiple(model.encoder.attention),
+        multiple=attention.multiple(encoder.attention),
         part=sharding.part(mesh),
     )
     planned = plan(model, optimizer, trainable=trainable, lora=lora, seed=seed)
@@ -241,20 +234,19 @@ def fit(
     console, folder = console or Console(quiet=True), None if folder is None else Path(folder)
     # ── Devices, parameters, programs ────────────────────────────────────────────────────────────────────────────────
     mesh, task, loader, planned, layout, _, metric = run
-    examples = loader.examples
     programs: dict[Shape, jax.stages.Compiled] = {}
     state = sharding.put(init_state(planned, loader.seed), layout)
     frozen = sharding.put(planned.frozen, sharding.placements(mesh, planned.frozen))
     evaluate_batch = measure.program(task, planned.skeleton)
     combine: Any = planned.params
     if planned.lora:  # without adapters there is nothing to merge, and a program would copy all parameters
-        whole = tree.unflatten(sharding.placements(mesh, dict(planned.skeleton.specs)))
-        combine = jax.jit(planned.params, out_shardings=whole)
+        places = sharding.placements(mesh, dict(planned.skeleton.specs))
+        combine = jax.jit(planned.params, out_shardings=tree.unflatten(places))
 
     # ── Checkpoint, progress, journal ─────────────────────────────────────────────────────────────────────────────────
     checkpoints = Checkpoints(folder / CHECKPOINTS, keep) if folder else None
     progress: dict[str, Any] = {
-        "examples": examples.digest(),
+        "examples": loader.examples.digest(),
         "best": None,
         "evaluations_without_better": 0,
         "lines": [],  # metrics of the steps since the last line of the journal
@@ -264,8 +256,7 @@ def fit(
         start, state, before = restored
         if before.get("examples") != progress["examples"]:
             raise InputError(
-                f"The training examples are not those that the run in {folder} began with. Resume with those, or use "
-                "another folder."
+                f"The run in {folder} began with other training examples. Resume it with those, or use another folder."
             )
         progress |= before
         console.print(f"resuming at step {start} of {steps}")
@@ -288,9 +279,8 @@ def fit(
             values = {name: float(value) for name, value in metrics.items()}
         if not math.isfinite(values["loss"]):
             raise TrainingError(
-                f"The loss of step {n} is {values['loss']}, on the examples in rows "
-                f"{', '.join(map(str, examples.rows(place.indices)))} of the training data. "
-                "A lower learning rate or a longer warm-up may help; checkpoints before that step remain."
+                f"The loss of step {n} is {values['loss']}, for rows {listed(loader.examples.rows(place.indices))} of "
+                "the training data. Try a lower learning rate or a longer warm-up; earlier checkpoints remain."
             )
         lines.append(values)
         seen += len(place.indices)
@@ -309,7 +299,7 @@ def fit(
 
     with _signals(console, folder) as received, progress_bar(console, start, steps) as show, jax.set_mesh(mesh):
         for batch in loader.batches(start, steps):
-            if _finished(progress, patience):
+            if patience is not None and progress["evaluations_without_better"] >= patience:
                 break
             shape = loader.place(step).shape
             with measure.out_of_memory(shape, LESS_MEMORY):
@@ -329,17 +319,10 @@ def fit(
             if validation is not None and evaluate_now:
                 paused = time.perf_counter()
                 memory.release()
-                params = combine(state.params, frozen)
                 result = measure.evaluate(
-                    task,
-                    evaluate_batch,
-                    params,
-                    validation,
-                    batch_size=evaluation_batch_size,
-                    packing=loader.packing,
-                    multiple=loader.multiple,
-                    mesh=mesh,
-                )
+                    task, evaluate_batch, combine(state.params, frozen), validation, batch_size=evaluation_batch_size,
+                    packing=loader.packing, multiple=loader.multiple, mesh=mesh,
+                )  # fmt: skip
                 score = _note_best(progress, step, result.metrics, metric)
                 if score is not None:
                     outputs = result.outputs
@@ -365,7 +348,7 @@ def fit(
         elif checkpoints and (restored := checkpoints.restore(state, best["step"])):
             state = restored[1]
         else:
-            console.print(f"the best checkpoint, of step {best['step']}, is damaged; the last one is used instead")
+            console.print(f"the best checkpoint (step {best['step']}) is damaged; the last step's parameters are used")
             best, outputs = {"step": step, "metrics": {}}, None
     if checkpoints:
         checkpoints.close()
@@ -378,18 +361,15 @@ def fit(
 def _note_best(progress: dict[str, Any], step: int, metrics: dict[str, Any], metric: str) -> float | None:
     """Records the evaluation if it is the best so far, and returns its score (higher is better); else returns None."""
     if metric not in metrics:
-        raise InputError("The validation examples have no labels; without them there is no best checkpoint.")
+        raise InputError(
+            f"The validation examples have no labels, which {metric} requires. Label them, or leave them out."
+        )
     score: float = -metrics[metric] if metric in LOWER_IS_BETTER else metrics[metric]
     if progress["best"] is None or score > progress["best"]["score"]:
-        progress["best"] = {"step": step, "score": score, "metrics": metrics}
-        progress["evaluations_without_better"] = 0
+        progress.update(best={"step": step, "score": score, "metrics": metrics}, evaluations_without_better=0)
         return score
     progress["evaluations_without_better"] += 1
     return None
-
-
-def _finished(progress: dict[str, Any], patience: int | None) -> bool:
-    return patience is not None and progress["evaluations_without_better"] >= patience
 
 
 @contextlib.contextmanager
@@ -403,21 +383,18 @@ def _signals(console: Console, folder: Path | None) -> Iterator[list[int]]:
     if folder is None or threading.current_thread() is not threading.main_thread():  # signals need the main thread
         yield received
         return
-    before: dict[signal.Signals, Any] = {}
-
+    before: dict[int, Any] = {}
     alone = jax.process_count() == 1
 
     def note(number: int, frame: Any) -> None:
-        if received:
-            console.print(
-                "still saving; a third signal ends the run at once, and it resumes from the previous checkpoint"
-            )
-            signal.signal(number, before[signal.Signals(number)])
-        elif alone:
+        if alone and not received:
             console.print("stopping after this step; its state is saved")
             received.append(number)
+            return
+        signal.signal(number, before[number])
+        if alone:
+            console.print("still saving; a third signal ends the run now, and it resumes from the previous checkpoint")
         else:
-            signal.signal(number, before[signal.Signals(number)])
             os.kill(os.getpid(), signal.SIGTERM)
 
     for asked in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):

@@ -6,7 +6,7 @@ gradients flow through this sum to A and B. Adapters are saved separately, in th
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,9 @@ def init(lora: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) 
     """
     targets = tree.select([lora.targets], specs)
     if not targets:
-        raise InputError(f"lora.targets {lora.targets!r} matches no parameter; one is {next(iter(specs))}.")
+        raise InputError(
+            f"lora.targets {lora.targets!r} matches no parameter; expected paths such as {next(iter(specs))}."
+        )
     adapters: dict[str, jax.Array] = {}
     for i, path in enumerate(targets):
         if specs[path].ndim != 2 or "embeddings" in path:
@@ -108,13 +110,8 @@ def save_adapters(folder: Path, params: Mapping[str, Any], lora: LoRA, base: str
     Raises:
         CheckpointError: If the folder cannot be written.
     """
-    adapters = [path for path in params if path.endswith((".lora_A", ".lora_B"))]
-    names = dict(zip(adapters, _published(adapters), strict=True))
-    whole = [path for path in params if path not in names]
-    names |= dict(zip(whole, weights.published_names(whole), strict=True))
-    tensors = {f"base_model.model.{names[path]}": np.asarray(params[path]) for path in params}
-    # Full names, because peft matches a shorter name with every module name that ends with it.
-    modules = {re.sub(r"\.lora_[AB]\.weight$", "", names[path]) for path in adapters}
+    names = _published(params)
+    tensors = {f"base_model.model.{name}": np.asarray(params[path]) for path, name in names.items()}
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -123,8 +120,9 @@ def save_adapters(folder: Path, params: Mapping[str, Any], lora: LoRA, base: str
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(modules),
-        "modules_to_save": sorted({names[path].rpartition(".")[0] for path in whole}),
+        # Full names, because peft matches a shorter name with every module name that ends with it.
+        "target_modules": sorted({name.partition(".lora_")[0] for name in names.values() if ".lora_" in name}),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in names.values() if ".lora_" not in name}),
     }
     with replacing(folder) as staging:
         save_file(tensors, staging / ADAPTER_WEIGHTS, metadata={"format": "pt"})
@@ -149,46 +147,43 @@ def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedMod
         raise CheckpointError(f"Cannot load adapters from {folder}: {str(error).rstrip('.')}.") from None
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
-    matrices = [path.removesuffix(".weight") for path in flat if path.endswith(".weight")]
+    matrices = [path.removesuffix(".weight") for path in flat if path.endswith(".weight") and flat[path].ndim == 2]
     adapters = [f"{name}.lora_{side}" for name in matrices for side in "AB"]
-    by_name = dict(zip(_published(adapters), adapters, strict=True))
-    by_name |= dict(zip(weights.published_names(flat), flat, strict=True))
+    by_name = {name: path for path, name in _published([*flat, *adapters]).items()}
     for name, tensor in tensors.items():
         path = by_name.get(name.removeprefix("base_model.model."))
         if path is None:
-            raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} has {name}, which this model has no place for.")
+            raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} has {name}, which this model does not have.")
         if not np.isfinite(tensor.astype(np.float32)).all():
-            raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} holds NaN or infinity, in {name}.")
+            raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} has NaN or infinity in {name}; save the adapters again.")
         flat[path] = jnp.asarray(tensor, jnp.float32)
     whole = {name.removeprefix("base_model.model.").rpartition(".")[0] for name in tensors}
     published = {name.rpartition(".")[0] for name in weights.published_names(skeleton.specs)}
     for saved in config.get("modules_to_save") or ():
-        if absent := {module for module in published if module == saved or module.endswith(f".{saved}")} - whole:
+        if absent := {module for module in published if f".{module}".endswith(f".{saved}")} - whole:
             raise CheckpointError(
                 f"{folder / ADAPTER_WEIGHTS} lacks {min(absent)}, which modules_to_save names; save the adapters again."
             )
-    wrong = [
-        f"{path} is {list(flat[path].shape)}" for path, spec in skeleton.specs.items() if flat[path].shape != spec.shape
-    ]
-    for name in {path.rpartition(".")[0] for path in flat if path.endswith((".lora_A", ".lora_B"))}:
-        out, into = skeleton.specs[f"{name}.weight"].shape
-        expected = [(config["r"], into), (out, config["r"])]
-        found = [getattr(flat.get(f"{name}.{side}"), "shape", None) for side in ("lora_A", "lora_B")]
-        if found != expected:
-            wrong.append(f"{name} has adapters {found}, expected {expected}")
-    if wrong:
+    expected = {path: spec.shape for path, spec in skeleton.specs.items()}
+    for name in {path.rpartition(".")[0] for path in adapters if path in flat}:
+        out, into = expected[f"{name}.weight"]
+        expected |= {f"{name}.lora_A": (config["r"], into), f"{name}.lora_B": (out, config["r"])}
+    found = {path: leaf.shape for path, leaf in flat.items()}
+    if wrong := [path for path in expected if found.get(path) != expected[path]]:
+        wrong = [f"{path} has the shape {found.get(path)}; expected {expected[path]}" for path in wrong]
         raise CheckpointError(f"The adapters in {folder} do not fit this model:\n  " + "\n  ".join(wrong))
     merged: BertPreTrainedModel = tree.merge(skeleton, tree.unflatten(merge(flat, scale)))
     return merged
 
 
-def _published(adapters: list[str]) -> list[str]:
-    """The names of adapters in peft's files: the name of the module, then `lora_A.weight` or `lora_B.weight`."""
-    modules = [re.sub(r"\.lora_[AB]$", ".weight", path) for path in adapters]
-    return [
-        f"{name.removesuffix('.weight')}.{path[-6:]}.weight"
-        for name, path in zip(weights.published_names(modules), adapters, strict=True)
-    ]
+def _published(paths: Iterable[str]) -> dict[str, str]:
+    """Path -> name in peft's files: for an adapter, that of its module and then `lora_A.weight` or `lora_B.weight`."""
+    owners = {path: re.sub(r"\.lora_[AB]$", ".weight", path) for path in paths}
+    names = dict(zip(owners, weights.published_names(owners.values()), strict=True))
+    return {
+        path: name if path == owners[path] else f"{name.removesuffix('weight')}{path[-6:]}.weight"
+        for path, name in names.items()
+    }
 
 
 def _scale(config: Mapping[str, Any]) -> float:
@@ -203,15 +198,15 @@ def _scale(config: Mapping[str, Any]) -> float:
     init = config.get("init_lora_weights", True)
     if init not in _INITS:
         raise ValueError(
-            f"{ADAPTER_CONFIG} has init_lora_weights {quoted(init)}, which changes the base; save the adapters with "
-            "peft's path_initial_model_for_weight_conversion, which converts them to plain LoRA adapters"
+            f"{ADAPTER_CONFIG} has init_lora_weights {quoted(init)}, which changes the base weights; to convert the "
+            "adapters to plain LoRA, save them with peft's path_initial_model_for_weight_conversion"
         )
     bias = [] if config.get("bias", "none") == "none" else ["bias"]
     if others := bias + [key for key, value in config.items() if key not in {*_INERT, "bias"} and value]:
         raise ValueError(f"{ADAPTER_CONFIG} sets {', '.join(map(quoted, others[:9]))}, which is not supported")
     rank, alpha = config["r"], config["lora_alpha"]
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if type(rank) is not int or rank < 1:
         raise ValueError(f"r is {quoted(rank)}; expected a whole number of at least 1")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e9:
-        raise ValueError(f"lora_alpha is {quoted(alpha)}; expected a number above 0")
-    return alpha / rank
+    if type(alpha) not in (int, float) or not 0 < alpha < 1e9:
+        raise ValueError(f"lora_alpha is {quoted(alpha)}; expected a number above 0 and below 1e9")
+    return float(alpha / rank)

@@ -49,14 +49,12 @@ def keep_freed(*, asynchronous: bool = False) -> None:
     libc.mallopt(_M_ARENA_MAX, 1)  # one arena: those of other threads have no room for a large block
     libc.mallopt(_M_MMAP_MAX, 0)
     libc.mallopt(_M_TRIM_THRESHOLD, -1)
-    chunks = []
-    for _ in range(_CHUNKS):
-        chunks.append(libc.malloc(_CHUNK))
-        libc.malloc(_FENCE)  # never freed, or the chunks would merge into one that fits a large block
-    for chunk in filter(None, chunks):
+    blocks = [libc.malloc(size) for size in (_CHUNK, _FENCE) * _CHUNKS]
+    chunks = list(filter(None, blocks[::2]))  # the fences are never freed, or the chunks would merge into a large one
+    for chunk in chunks:
         _advise(libc, chunk, _CHUNK, _MADV_HUGEPAGE)
     release()  # gives the end of the heap its huge pages while the chunks are still allocated
-    for chunk in filter(None, chunks):
+    for chunk in chunks:
         libc.free(chunk)
 
 

@@ -6,8 +6,9 @@
 and the learning-rate multiplier of each parameter by its path.
 """
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,8 +88,8 @@ def check_patterns(name: str, patterns: Iterable[str], paths: Sequence[str]) -> 
     for pattern in patterns:
         if not any(re.fullmatch(pattern, path) for path in paths):
             raise InputError(
-                f"{name} has {pattern!r}, which matches no parameter; expected a regular expression of whole paths, "
-                f"{re.escape(paths[0].rpartition('.')[0])}.* for {paths[0]} and the like."
+                f"{name} has {pattern!r}, which matches no parameter; expected a regular expression that matches whole "
+                f"paths, such as {re.escape(paths[0].rpartition('.')[0])}.* for {paths[0]}."
             )
 
 
@@ -137,9 +138,8 @@ def adamw(
         layer_decay: See `rules`.
         max_grad_norm: Global norm that the gradients are scaled down to; None for no limit.
     """
-    adam = optax.scale_by_adam(b1, b2, eps) if bias_correction else scale_by_uncorrected_adam(b1, b2, eps)
     return by_path(
-        adam,
+        optax.scale_by_adam(b1, b2, eps) if bias_correction else scale_by_uncorrected_adam(b1, b2, eps),
         learning_rate,
         weight_decay=weight_decay,
         no_decay=no_decay,
@@ -175,10 +175,10 @@ def by_path(
     """
 
     def by_parameter(params: optax.Params) -> dict[str, Rule]:
-        paths = [_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
         return rules(
-            paths, weight_decay=weight_decay, no_decay=no_decay, lr_multipliers=lr_multipliers, layer_decay=layer_decay
-        )
+            [_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)],
+            weight_decay=weight_decay, no_decay=no_decay, lr_multipliers=lr_multipliers, layer_decay=layer_decay,
+        )  # fmt: skip
 
     def init(params: optax.Params) -> optax.EmptyState:
         by_parameter(params)  # refuses a pattern without a match before the first step
@@ -216,9 +216,6 @@ def _path(keys: Any) -> str:
 def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """Adam without bias correction, m / (√v + eps); optax has no option for it."""
 
-    def init(params: optax.Params) -> optax.ScaleByAdamState:
-        return optax.scale_by_adam(b1, b2, eps).init(params)
-
     def update(
         updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
@@ -227,7 +224,7 @@ def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.Gradien
         updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
         return updates, optax.ScaleByAdamState(state.count + 1, mu, nu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
 def schedule(
@@ -258,28 +255,25 @@ def schedule(
     """
     if name not in SCHEDULES:
         raise InputError(f"The schedule {name!r} is unknown; expected one of {', '.join(SCHEDULES)}.")
-    warmup = warmup_steps
-    if warmup is None:
-        warmup = -int(-steps * warmup_ratio // 1)  # rounded up
+
+    def cosine(angle: jax.Array) -> jax.Array:
+        return jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(angle)))
+
+    last = final_learning_rate / (learning_rate or 1.0)
+    shapes: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "linear": lambda p: jnp.maximum(0.0, 1.0 - p),
+        "cosine": lambda p: cosine(jnp.pi * (cycles or 0.5) * 2.0 * p),
+        "cosine_with_restarts": lambda p: jnp.where(p >= 1.0, 0.0, cosine(jnp.pi * ((cycles or 1.0) * p % 1.0))),
+        "polynomial": lambda p: (1.0 - last) * jnp.clip(1.0 - p, 0.0, 1.0) ** power + last,
+    }
+    warmup = math.ceil(steps * warmup_ratio) if warmup_steps is None else warmup_steps
     if name == "constant":
         warmup = 0
     rest = max(1, steps - warmup)
 
     def rate(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        progress = (step - warmup) / rest
-        if name == "linear":
-            after = jnp.maximum(0.0, 1.0 - progress)
-        elif name == "cosine":
-            after = jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * (cycles or 0.5) * 2.0 * progress)))
-        elif name == "cosine_with_restarts":
-            wave = ((cycles or 1.0) * progress) % 1.0
-            after = jnp.where(progress >= 1.0, 0.0, jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * wave))))
-        elif name == "polynomial":
-            last = final_learning_rate / learning_rate
-            after = (1.0 - last) * jnp.clip(1.0 - progress, 0.0, 1.0) ** power + last
-        else:
-            after = jnp.ones_like(step)
+        after = shapes.get(name, jnp.ones_like)((step - warmup) / rest)
         return learning_rate * jnp.where(step < warmup, step / max(1, warmup), after)
 
     return rate

@@ -94,40 +94,29 @@ def plan(
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
     if trainable is None:
-        trainable = () if lora else r".*"
-    if isinstance(trainable, str):
-        trainable = (trainable,)
-    check_patterns("trainable", trainable, list(flat))
+        trainable = () if lora else (r".*",)
+    patterns = (trainable,) if isinstance(trainable, str) else trainable
+    check_patterns("trainable", patterns, list(flat))
     added = adapters.init(lora, skeleton.specs, jax.random.key(seed)) if lora else {}
-    chosen = set(tree.select(trainable, flat))
+    chosen = set(tree.select(patterns, flat))
     if not chosen and not added:
         raise InputError("trainable is empty; expected patterns of the parameters to train.")
-    found = Plan(
-        skeleton=skeleton,
-        trained={**added, **{path: leaf for path, leaf in flat.items() if path in chosen}},
-        frozen={path: leaf for path, leaf in flat.items() if path not in chosen},
-        optimizer=optimizer,
-        lora=lora,
-    )
-    _check_updates(found)
-    return found
+    trained = {**added, **{path: leaf for path, leaf in flat.items() if path in chosen}}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
 
-
-def _check_updates(plan: Plan) -> None:
     def update(trained: Arrays) -> Any:
-        return plan.optimizer.update(trained, plan.optimizer.init(trained), trained)[0]
+        return optimizer.update(trained, optimizer.init(trained), trained)[0]
 
-    expected = {path: leaf.shape for path, leaf in plan.trained.items()}
-    returned = jax.eval_shape(update, plan.trained)
-    shapes = (
-        {path: getattr(leaf, "shape", None) for path, leaf in returned.items()} if isinstance(returned, dict) else {}
-    )
+    updates = jax.eval_shape(update, trained)
+    shapes = {path: getattr(leaf, "shape", None) for path, leaf in updates.items()} if isinstance(updates, dict) else {}
+    expected = {path: leaf.shape for path, leaf in trained.items()}
     if shapes != expected:
         wrong = min(path for path in expected.keys() | shapes.keys() if shapes.get(path) != expected.get(path))
         raise InputError(
-            f"The optimizer returns an update of shape {shapes.get(wrong)} for {wrong}, whose shape is "
+            f"The optimizer returns an update of shape {shapes.get(wrong)} for {wrong}, which has the shape "
             f"{expected.get(wrong)}; expected the structure of the parameters."
         )
+    return Plan(skeleton, trained, frozen, optimizer, lora)
 
 
 def init_state(plan: Plan, seed: int) -> TrainState:
@@ -185,8 +174,5 @@ def make_step(
 def state_shapes(plan: Plan) -> TrainState:
     """The shapes and dtypes of the state of a plan."""
 
-    def state(trained: Arrays) -> TrainState:
-        return init_state(replace(plan, trained=trained), 0)
-
-    shapes: TrainState = jax.eval_shape(state, plan.trained)
+    shapes: TrainState = jax.eval_shape(lambda trained: init_state(replace(plan, trained=trained), 0), plan.trained)
     return shapes

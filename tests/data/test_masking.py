@@ -52,6 +52,11 @@ def test_single_tokens_are_chosen_alike():
     assert choose(candidates, 99, np.random.default_rng(0)).tolist() == candidates.tolist()
 
 
+@pytest.mark.parametrize("continuing", [None, np.zeros(0, bool)])
+def test_a_text_of_special_tokens_alone_has_nothing_to_choose(continuing):
+    assert choose(np.zeros(0, int), 1, np.random.default_rng(0), continuing).tolist() == []
+
+
 def test_whole_words_are_chosen_whole():
     random = np.random.default_rng(0)
     shortfalls = []

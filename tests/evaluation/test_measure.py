@@ -35,7 +35,7 @@ def rows(task_class, count=21):
             found.append({"question": "Which ?", "context": text, "answers": answers})
         else:
             found.append({"text": text, "label": ["no", "yes"][n % 2]})
-    task_class.clean({"train": found}, ReadOptions())
+    found = task_class.clean({"train": found}, ReadOptions())[0]["train"]
     return found
 
 

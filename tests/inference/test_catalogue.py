@@ -89,7 +89,7 @@ def test_questions_pairs_and_vectors(checkpoint, tokenizer):
         ({"inputs": TEXTS, "parameters": {"targets": 5}}, "targets is 5; expected a list of words"),
         ({"inputs": [TEXTS[0], 7]}, r"inputs[1]: expected a text, got 7"),
         ({"inputs": [TEXTS[0], "no mask"]}, r"inputs[1]: the text has no [MASK]"),
-        ({"inputs": ["a lone \udc80 [MASK]"]}, "inputs[0]: a text holds lone surrogates"),
+        ({"inputs": ["a lone \udc80 [MASK]"]}, "inputs[0]: a text contains lone surrogates"),
         ({"inputs": {"columns": "x", "data": []}}, "columns is 'x'"),
         ({"inputs": {"data": "x"}}, "data is a text; expected a list of rows"),
         ({"inputs": {"columns": ["a", "b"], "data": [["x"]]}}, "data[0] has 1 fields; there are 2 columns"),

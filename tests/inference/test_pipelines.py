@@ -166,7 +166,7 @@ def test_a_model_in_hand(tokenizer, fill_mask):
     with pytest.raises(InputError, match="takes a BertForNextSentencePrediction; this is a BertForMaskedLM"):
         bert_jax.pipeline("next-sentence-prediction", model, tokenizer=tokenizer)
     small = bert_jax.BertForMaskedLM(model.config.replace(vocab_size=100), rngs=nnx.Rngs(0))
-    with pytest.raises(CheckpointError, match="28996 tokens and the model 100"):
+    with pytest.raises(CheckpointError, match="28996 tokens and the model has 100"):
         bert_jax.pipeline("fill-mask", small, tokenizer=tokenizer)
 
 

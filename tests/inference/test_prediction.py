@@ -120,8 +120,8 @@ def test_bad_rows_are_set_aside_with_reason_and_line(pipe, tmp_path):
     rejected = lines(tmp_path / "out.jsonl.rejected.jsonl")
     assert [row["line"] for row in rejected] == [2, 3, 4, 5, 6, 7, 8]
     assert {row["file"] for row in rejected} == {str(tmp_path / "in.jsonl")}
-    reasons = ["no JSON", "no column 'text' or", "the text is empty", "not UTF-8", "'prediction' already",
-               "expected a text", "a list; expected an object"]  # fmt: skip
+    reasons = ["not JSON", "no column 'text' or", "the text is empty", "not UTF-8", "'prediction' already",
+               "expected a text", "list; expected a JSON object"]  # fmt: skip
     for row, reason in zip(rejected, reasons, strict=True):
         assert reason in row["reason"]
     assert rejected[1]["row"] == {"body": "x"}
@@ -153,7 +153,7 @@ def test_columns(task, row, columns, expected):
 
 
 def test_words_of_a_table_that_are_no_list():
-    with pytest.raises(InputError, match="is no list or object"):
+    with pytest.raises(InputError, match="is not a list or object"):
         prediction._input({"tokens": "['a', 'b' 'c']"}, registry.TASKS["token-classification"].columns_of_input)
 
 
@@ -333,7 +333,7 @@ def test_lines_that_a_quote_swallows_are_counted(pipe, tmp_path):
     assert run(pipe, [tmp_path / "in.csv"], tmp_path / "out.jsonl") == prediction.Counts(2, 52)
     rejected = lines(tmp_path / "out.jsonl.rejected.jsonl")
     assert [row["line"] for row in rejected] == list(range(3, 55))
-    assert rejected[0]["reason"].startswith("the quote that opens in line 3 swallows the 51 lines behind it")
+    assert rejected[0]["reason"].endswith(" in lines 3 to 54; the last quote opens in line 3.")
     (tmp_path / "end.csv").write_text('text,n\ngood,1\n"open,2\n' + "x,3\n" * 2000)
     assert run(pipe, [tmp_path / "end.csv"], tmp_path / "end.jsonl") == prediction.Counts(1, 2001)
 
@@ -343,14 +343,14 @@ def test_lines_that_a_quote_swallows_are_counted(pipe, tmp_path):
     [
         ("in.csv", "body,label\nx,y\n", {}, "there is no column 'text' or"),
         ("in.csv", "body,label\nx,y\n", {"columns": ("txt",)}, "there is no column 'txt'; there are 'body', 'label'"),
-        ("in.bin", "x", {}, "what is in it?"),
+        ("in.bin", "x", {}, "the format is unknown"),
         ("missing", None, {}, "Cannot read .*missing: No such file"),
         ("in.txt", "x", {"output": "out.xlsx"}, r"expected a name that ends in \.jsonl"),
         ("in.txt", "x", {"output": "in.txt/out.jsonl"}, "Cannot write .*: Not a directory"),
         ("in.parquet", "x", {}, "Cannot read .*in.parquet"),
         ("in.csv", "text,text\nx,y\n", {}, "in.csv: the header has 'text' twice"),
         ("in.csv", "text,prediction_label\nx,y\n", {"output": "out.csv"}, "column 'prediction_label' already"),
-        ("in.json", '[{"text": "x"}]', {}, "in.json: a list; expected an object"),
+        ("in.json", '[{"text": "x"}]', {}, "in.json: list; expected a JSON object"),
         ("in.jsonl", '{"body": "x"}\n' * 3, {}, "in.jsonl: there is no column 'text'"),
         ("in.txt", "x", {"format": "xml"}, "the format 'xml' is unknown; expected one of jsonl, csv"),
         ("in.txt", "x", {"parameters": {"topk": 2}}, "the parameter 'topk' is unknown; this task's are top_k"),
@@ -379,7 +379,7 @@ def test_the_command(model, tmp_path):
     command, environment = predict(*arguments, "--output", tmp_path / "out.jsonl", "--parameter", "top_k=2")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "2 rows; 1 set aside" in done.stdout
+    assert "2 rows; 1 rejected, see" in done.stdout
     assert [len(row["prediction"]) for row in lines(tmp_path / "out.jsonl")] == [2, 2]
     command, environment = predict(model, "good", "bad", "--task", "text-classification")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -38,8 +38,9 @@ def task_and_rows(task_name, body, data, **sections):
     loaded = {split: preparation.read_split(settings, split) for split in ("train", "validation", "test")}
     splits = {split: found.rows for split, found in loaded.items() if found.rows}
     task_class = registry.TASKS[task_name]
-    task_class.clean(splits, settings.data)
-    fields = task_class.config(splits["train"], settings.data, loaded["train"].labels)
+    options = preparation.read_options(settings)
+    splits, _ = task_class.clean(splits, options)
+    fields = task_class.config(splits["train"], options, loaded["train"].labels)
     config = bert_jax.BertConfig.from_file(Path(body) / hub.CONFIG_FILE).replace(**fields)
     task = preparation.make_task(settings, bert_jax.Tokenizer.from_pretrained(body), config)
     return settings, task, splits

@@ -21,6 +21,12 @@ CONTEXT = "Norman castles stand in Paris, Rome and Huggingface today."
 PIECES = ["Norman", "castles", "stand", "in", "Paris", ",", "Rome", "and", "Hu", "##gging", "##face", "today", "."]
 
 
+def clean(rows, split="train"):
+    """The rows of a split as they are learnt, and the note on them."""
+    found, said = QuestionAnswering.clean({split: rows}, ReadOptions())
+    return found[split], said
+
+
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
     return bert_jax.pipeline("question-answering", questions.write_model(tmp_path_factory.mktemp("qa")))
@@ -163,7 +169,7 @@ def test_a_long_question_is_cut(task):
         (("Where?", "\n"), {}, "the context is empty"),
         (("Where?", CONTEXT), {"top_k": 0}, "top_k is 0; expected a whole number of at least 1"),
         (("Where?", CONTEXT), {"max_answer_len": 1.5}, "max_answer_len is 1.5"),
-        (("Where?", CONTEXT), {"max_seq_len": 600}, "max_seq_len is 600; the model has 512 positions"),
+        (("Where?", CONTEXT), {"max_seq_len": 600}, "max_seq_len is 600; expected at most 512, the model's length"),
         (("Where?", CONTEXT), {"doc_stride": -1}, "doc_stride is -1; expected a whole number of at least 0"),
         (("Where?", CONTEXT), {"max_seq_len": 8, "doc_stride": 8}, "max_length=8 with stride=8 leaves no room"),
     ],
@@ -219,7 +225,8 @@ def places_of_run_qa(row, window):
 def test_features_are_those_of_run_qa(tokenizer, length, stride):
     task = QuestionAnswering(tokenizer, BertConfig.from_dict(reference.CONFIG), length, AnswerOptions(stride=stride))
     given = rows()
-    assert "without an answer: " in QuestionAnswering.clean({"train": given}, ReadOptions())
+    given, said = clean(given)
+    assert "without an answer: " in said
     examples = task.featurize(given)
     place, inside = 0, 0
     for row in given:
@@ -277,7 +284,7 @@ def test_answers_are_those_of_run_qa(tokenizer, unanswerable, threshold):
     )  # fmt: skip
     task = QuestionAnswering(tokenizer, BertConfig.from_dict(reference.CONFIG), 64, options)
     given = [row for row in rows() if unanswerable or row["answers"]["text"]]
-    QuestionAnswering.clean({"train": given}, ReadOptions())
+    given, _ = clean(given)
     examples = task.featurize(given)
     source = np.random.default_rng(0)
     outputs = {name: [source.normal(0, 3, len(ids)) for ids in examples.input_ids] for name in ("start", "end")}
@@ -314,7 +321,7 @@ def test_the_best_answer_counts_where_nothing_is_likelier(tokenizer):
     asked = {"question": "Where?", "context": CONTEXT}
     given = [asked | {"answers": {"text": ["Paris"], "answer_start": [24]}}, asked | {"answers": []},
              asked | {"answers": None}]  # fmt: skip
-    QuestionAnswering.clean({"validation": given}, ReadOptions())
+    given, _ = clean(given, "validation")
     examples = task.featurize(given)
     outputs = {}
     for name, place in examples.targets.items():
@@ -325,8 +332,8 @@ def test_the_best_answer_counts_where_nothing_is_likelier(tokenizer):
     assert [(one["answer"], one["best_answer"]) for one in found] == [("", "Paris")] * 3
     metrics = task.evaluate(outputs, examples)  # of the two that have a truth
     assert (metrics["f1"], metrics["best_f1"], metrics["null_threshold"]) == (50.0, 100.0, 1.0)
-    task.adopt(metrics)
-    assert task.evaluate(outputs, examples)["f1"] == 100.0
+    assert task.tuned(metrics).evaluate(outputs, examples)["f1"] == 100.0
+    assert task.evaluate(outputs, examples)["f1"] == 50.0
 
 
 def test_the_loss_of_a_window_does_not_depend_on_its_padding(tokenizer, checkpoint):
@@ -334,7 +341,7 @@ def test_the_loss_of_a_window_does_not_depend_on_its_padding(tokenizer, checkpoi
     model = bert_jax.BertForQuestionAnswering(config, rngs=nnx.Rngs(0))
     task = QuestionAnswering(tokenizer, config, 64, AnswerOptions(stride=16))
     given = rows(4)
-    QuestionAnswering.clean({"train": given}, ReadOptions())
+    given, _ = clean(given)
     examples = task.featurize(given)
     indices = np.arange(3)
     losses_ = [task.loss(model, examples.batch(one_a_row(indices, n, length)), None) for n, length in
@@ -351,18 +358,18 @@ def test_the_loss_of_a_window_does_not_depend_on_its_padding(tokenizer, checkpoi
         ({"question": None}, "the question is None; expected a text"),
         (
             {"answers": {"text": ["Rome"], "answer_start": [0]}},
-            "the answer 'Rome' does not stand at 0 of the context, but",
+            "the context has 'Norm' at 0; expected the answer 'Rome' there.",
         ),
-        ({"answers": {"text": ["Rome"], "answer_start": [-5]}}, "does not stand at -5"),
+        ({"answers": {"text": ["Rome"], "answer_start": [-5]}}, "at -5; expected the answer 'Rome' there."),
         ({"answers": ["Rome"]}, "answers is ['Rome']; expected text and answer_start"),
         ({"answers": {"text": ["Rome"]}}, "expected text and answer_start"),
         ({"answers": [{"text": "Rome"}]}, "expected text and answer_start"),
         ({"answers": {"text": ["Rome"], "answer_start": []}}, "expected text and answer_start"),
         ({"answers": {"text": [5], "answer_start": [0]}}, "expected text and answer_start"),
-        ({"answers": "[Rome"}, "'[Rome' is no list or object"),
+        ({"answers": "[Rome"}, "'[Rome' is not a list or object"),
         (
             {"answers": "{'text': ['Par' 'is', 'x'], 'answer_start': [24]}"},
-            "['Par' 'is', 'x'], 'answer_start': [24]}\" is no list",
+            "['Par' 'is', 'x'], 'answer_start': [24]}\" is not a list",
         ),
         ({"answers": "{'text': ['Par' 'is'], 'answer_start': [24]}"}, "expected text and answer_start"),
         ({"is_impossible": "perhaps"}, "is_impossible is 'perhaps'; expected true or false."),
@@ -372,11 +379,11 @@ def test_the_loss_of_a_window_does_not_depend_on_its_padding(tokenizer, checkpoi
 def test_rows_that_cannot_be_used_are_counted_and_named(change, message):
     good = {"id": "a", "question": "Where?", "context": CONTEXT, "answers": {"text": ["Paris"], "answer_start": [24]}}
     given = {"train": [dict(good), good | {"id": "b"} | change, good | {"id": "c"}]}
-    said = QuestionAnswering.clean(given, ReadOptions())
-    assert said.startswith("passed over 1 of 3 rows, the first of them: data.train, row 2 b: ")
+    given, said = QuestionAnswering.clean(given, ReadOptions())
+    assert said.startswith("skipped 1 of 3 rows; the first is data.train, row 2 b: ")
     assert message in said
     assert [(row["id"], row["row"]) for row in given["train"]] == [("a", 1), ("c", 3)]
-    with pytest.raises(InputError, match=r"\(1 of 1 rows cannot be used\. None that can be used is left\.\)$"):
+    with pytest.raises(InputError, match=r"\(1 of 1 rows are invalid\. A split has no valid rows left\.\)$"):
         QuestionAnswering.clean({"train": [good | change]}, ReadOptions(wrong_answers="stop"))
 
 
@@ -387,15 +394,16 @@ def test_forms_of_answers():
     for answers in (expected, [{"text": "Paris", "answer_start": 24}], json.dumps(expected), str(expected), of_pandas,
                     {"text": "Paris", "answer_start": 24}):  # fmt: skip
         given = [row | {"answers": answers}]
-        assert QuestionAnswering.clean({"train": given}, ReadOptions()) == ""
+        given, said = clean(given)
+        assert said == ""
         assert given[0]["answers"] == expected
     far = [row | {"answers": {"text": ["Rome"], "answer_start": [0]}}]  # counts for its text where nothing is learnt
-    said = QuestionAnswering.clean({"train": [row | {"answers": []}], "validation": far}, ReadOptions())
-    assert said == "without an answer: 1 of data.train (with answers.unanswerable the model may say so)"
-    assert far[0]["answers"]["text"] == ["Rome"]
+    found, said = QuestionAnswering.clean({"train": [row | {"answers": []}], "validation": far}, ReadOptions())
+    assert said == "without an answer: 1 of data.train (answers.unanswerable lets the model give no answer)"
+    assert found["validation"][0]["answers"]["text"] == ["Rome"]
     for nothing in ([], {"text": [], "answer_start": []}, {"text": [""], "answer_start": [0]}, ""):
         given = [row | {"answers": nothing}]
-        QuestionAnswering.clean({"train": given}, ReadOptions())
+        given, _ = clean(given)
         assert given[0]["answers"] == {"text": [], "answer_start": []}
 
 
@@ -408,23 +416,29 @@ def test_plausible_answers_are_none(impossible):
         row | {"is_impossible": None},
         dict(row),
     ]
-    said = QuestionAnswering.clean({"train": given}, ReadOptions())
-    assert said == "without an answer: 1 of data.train (with answers.unanswerable the model may say so)"
+    given, said = clean(given)
+    assert said == "without an answer: 1 of data.train (answers.unanswerable lets the model give no answer)"
     assert [entry["answers"]["text"] for entry in given] == [[], ["Paris"], ["Paris"], ["Paris"]]
+
+
+def test_labels_are_refused():
+    with pytest.raises(InputError, match=r"^data\.labels is a, b; question-answering has no labels"):
+        QuestionAnswering.clean({"train": rows()}, ReadOptions(labels=("a", "b")))
 
 
 def test_questions_without_answers_are_not_trained_on_unasked():
     row = {"question": "Where?", "context": CONTEXT, "answers": None}
-    with pytest.raises(InputError, match=r"data\.train, row 1: it has no answers .*\(1 of 1 rows"):
+    with pytest.raises(InputError, match=r"data\.train, row 1: answers is None; expected .*\(1 of 1 rows"):
         QuestionAnswering.clean({"train": [dict(row)]}, ReadOptions())
     given = [dict(row)]  # to be predicted
-    assert QuestionAnswering.clean({"validation": given}, ReadOptions()) == ""
+    given, said = clean(given, "validation")
+    assert said == ""
     assert given[0]["answers"] is None
 
 
 def test_an_id_stands_for_one_question():
     row = {"id": "a", "question": "Where?", "context": CONTEXT, "answers": []}
-    with pytest.raises(InputError, match=r"data\.validation: the id 'a' stands at 2 questions"):
+    with pytest.raises(InputError, match=r"data\.validation: the id 'a' is in 2 rows; expected one"):
         QuestionAnswering.clean({"validation": [dict(row), dict(row)]}, ReadOptions())
 
 

@@ -173,13 +173,13 @@ def test_long_texts_are_cut(pipe):
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        (3, {}, "expected a text or a pair of texts, got 3 (int)."),
-        (("a",) * 3, {}, "expected a text or a pair of texts, got ('a', 'a', 'a') (tuple)."),
-        (("a", 3), {}, "expected a text or a pair of texts"),
-        ((), {}, "expected a text or a pair of texts"),
-        (None, {}, "expected a text or a pair of texts"),
+        (3, {}, "expected a text, got 3 (int)."),
+        (("a",) * 3, {}, "expected a text or a pair of texts, got ('a', 'a', 'a')."),
+        (("a", 3), {}, "expected a text, got 3 (int)."),
+        ((), {}, "expected a text or a pair of texts, got ()."),
+        (None, {}, "expected a text, got None (NoneType)."),
         (" \n", {}, "the text is empty."),
-        (("a", ""), {}, "a text of the pair is empty."),
+        (("a", ""), {}, "the text is empty."),
         ("a", {"top_k": 0}, "top_k is 0; expected a whole number of at least 1, or None."),
         ("a", {"top_k": True}, "top_k is True; "),
         ("a", {"top_k": 1.5}, "top_k is 1.5; "),
@@ -256,7 +256,7 @@ def test_pairs_have_token_types(task, tokenizer):
     ("changes", "row", "message"),
     [
         ({}, {"text": "a", "label": "hate"}, "row 2: the label 'hate' is unknown; the labels are anger, joy, love."),
-        ({}, {"text": "a", "label": 1}, "row 2: the label 1 is unknown; the labels are anger, joy, love."),
+        ({}, {"text": "a", "label": 1}, "row 2: the label '1' is unknown; the labels are anger, joy, love."),
         ({"problem_type": MULTI}, {"text": "a", "label": ["joy", "hate"]}, "row 2: the label 'hate' is unknown; "),
         (ONE, {"text": "a", "label": "much"}, "row 2: the label is 'much'; regression expects a number."),
         (ONE, {"text": "a", "label": "nan"}, "row 2: the label is 'nan'; regression expects a number."),
@@ -310,9 +310,9 @@ def clean(*column, labels=None, **data):
     """What becomes of a column of labels, and of the config."""
     rows = [{"text": "a", "label": label} for label in column]
     options = ReadOptions(None if labels is None else tuple(labels), **data)
-    SequenceClassification.clean({"train": rows}, options)
-    fields = SequenceClassification.config(rows, options)
-    return [row["label"] for row in rows], (fields["problem_type"], fields["id2label"])
+    found = SequenceClassification.clean({"train": rows}, options)[0]["train"]
+    fields = SequenceClassification.config(found, options)
+    return [row["label"] for row in found], (fields["problem_type"], fields["id2label"])
 
 
 THREE, ABC = ("LABEL_0", "LABEL_1", "LABEL_2"), ("a", "b", "c")
@@ -357,12 +357,11 @@ def test_several_labels_of_a_row(labels, data, expected, names):
 def test_class_ids_of_labels_that_are_named(labels):
     assert clean(*labels, labels=("c", "a", "b")) == (["a", "c", "b"], (SINGLE, ("c", "a", "b")))
     rows = {"test": [{"label": label} for label in (0, -1, "", None)]}
-    assert SequenceClassification.clean(rows, ReadOptions(labels=ABC)) == "labels: class ids"
-    assert [row["label"] for row in rows["test"]] == ["a", None, None, None]
+    found, said = SequenceClassification.clean(rows, ReadOptions(labels=ABC))
+    assert said == "labels: class ids"
+    assert [row["label"] for row in found["test"]] == ["a", None, None, None]
     assert clean("1", "2", labels=("2", "1"))[0] == ["1", "2"]  # names
-    with pytest.raises(
-        InputError, match=r"^data\.train: row 2: the class id 3 is outside data\.labels, which has 3\.$"
-    ):
+    with pytest.raises(InputError, match=r"^data\.train: row 2: the class id is 3; data\.labels has 3 names"):
         clean(1, 3, labels=ABC)
 
 
@@ -380,41 +379,43 @@ def test_texts_that_look_like_lists_may_be_names():
         ([[1, 0, 1], []], {}, "row 2: the label is [], and that of data.train: row 1 is [1, 0, 1]; "),
         ([[1, 0, 1], [0, 2]], {}, "row 2: the label is [0, 2], and that"),
         ([[0, 2], [1, 0, 1]], {"labels": ABC}, "row 2: the label is [1, 0, 1], and that"),
-        ([[1, 0, 1]], {"labels": ["a", "b"]}, "expected names, 0/1 vectors of 2 numbers, or class ids that"),
+        ([[1, 0, 1]], {"labels": ["a", "b"]}, "expected names, 0/1 vectors of length 2, or class ids of data.labels."),
         ([[0, 1], [1]], {"labels": ["a", "b"]}, "row 2: the label is [1], and that of data.train: row 1 is [0, 1]; "),
-        ([[0], [1]], {}, "row 1: the label is [0], and that"),  # two classes, or a vector of one label?
-        ([[3], [0]], {"labels": ABC}, "row 1: the label is [3], and that"),
-        ([[-1], [2]], {"labels": ABC}, "row 1: the label is [-1], and that"),
-        ([[0.5, 1.0], [1.0, 0.0]], {}, "row 1: the label is [0.5, 1.0], and that"),
-        ([["joy"], [1]], {}, "row 2: the label is [1], and others have names; expected either in all rows."),
-        ([["joy"], 1], {}, "row 2: the label is 1; expected a list, as in other rows."),
-        ([["joy", None]], {}, "row 1: the label holds None; expected names, or numbers."),
-        ([[[1, 0]], [[0, 1]]], {}, "row 1: the label holds [1, 0]; expected names"),
-        ([{"joy": 1}, {"joy": 0}], {}, "row 1: the label is {'joy': 1}; expected a text, a number or a list."),
-        ([{"joy": 1}], {"problem_type": MULTI}, "row 1: the label is {'joy': 1}; expected"),
-        ([[1, 0], [0, 1]], {"problem_type": SINGLE}, "label is [1, 0]; single_label_classification expects one."),
-        ([[0.5]], {"problem_type": REGRESSION}, "row 1: the label is [0.5]; regression expects one."),
-        (["['joy']", "love"], {}, "row 2: the label 'love' is no list, and others are; expected lists in JSON, "),
-        (["['joy']", "['joy', 'love' 'hate']"], {}, "is no list, and others are"),
+        # Two classes, or a vector of one label?
+        ([[0], [1]], {}, "row 2: the label is [1], and that of data.train: row 1 is [0]; "),
+        ([[3], [0]], {"labels": ABC}, "row 2: the label is [0], and that of data.train: row 1 is [3]; "),
+        ([[-1], [2]], {"labels": ABC}, "row 2: the label is [2], and that of data.train: row 1 is [-1]; "),
+        ([[0.5, 1.0], [1.0, 0.0]], {}, "row 2: the label is [1.0, 0.0], and that of data.train: row 1 is [0.5, 1.0]; "),
+        ([["joy"], [1]], {}, "row 2: the label is [1], and that of data.train: row 1 is ['joy']; "),
+        ([["joy"], 1], {}, "row 2: the label is 1; expected a list of labels."),
+        ([["joy", None]], {}, "row 1: a label is None; expected a name, a finite number, or an empty cell."),
+        ([[[1, 0]], [[0, 1]]], {}, "row 1: a label is [1, 0]; expected a name"),
+        ([{"joy": 1}, {"joy": 0}], {}, "row 1: a label is {'joy': 1}; expected a name, a finite number, or"),
+        (["[{1, 2}]"], {}, "row 1: a label is {1, 2}; expected a name"),
+        ([{"joy": 1}], {"problem_type": MULTI}, "row 1: a label is {'joy': 1}; expected"),
+        ([[1, 0], [0, 1]], {"problem_type": SINGLE}, "label is [1, 0]; single_label_classification expects one label."),
+        ([[0.5]], {"problem_type": REGRESSION}, "row 1: the label is [0.5]; regression expects one label."),
+        (["['joy']", "love"], {}, "row 2: the label is 'love'; expected a list, as in other rows. If"),
+        (["['joy']", "['joy', 'love' 'hate']"], {}, "; expected a list, as in other rows. If"),
         (["joy", "[love"], {"problem_type": SINGLE, "labels": ["joy"]}, "the label '[love' is unknown; the labels are"),
-        (["['joy'", "[love]"], {"problem_type": MULTI}, "row 2: the label '[love]' is no list or object, in JSON"),
-        ([[], []], {}, "No example of data.train has a label"),
+        (["['joy'", "[love]"], {"problem_type": MULTI}, "row 2: the label '[love]' is not a list or object"),
+        ([[], []], {}, "The labels of data.train are []; expected at least 1."),
         ([["x" * 10**6], 1], {}, "row 2: the label is 1; expected a list"),
-        ([["x" * 10**6, None]], {}, "row 1: the label holds None"),
-        ([0.5, 1.5], {"labels": ABC}, "data.labels has 3 names; a regression has one number."),
+        ([["x" * 10**6, None]], {}, "row 1: a label is None"),
+        ([0.5, 1.5], {"labels": ABC}, "data.labels has 3 names; regression expects one."),
         (["1 0 1", "1,0,1", ""], {}, "row 3 has no label"),
         (["[1 0 1]", ""], {}, "row 2 has no label"),
         # No numbers
-        ([0.5, float("nan")], {}, "row 2: the label is nan; expected a name or a finite number, nothing where"),
-        ([1, float("inf"), 0], {}, "row 2: the label is inf; "),
-        (["0.5", "nan"], {}, "row 2: the label is 'nan'; "),
-        (["joy", "NaN "], {}, "row 2: the label is 'NaN '; "),
-        (["1", "-Infinity"], {}, "row 2: the label is '-Infinity'; "),
-        (["1.5", "1e999"], {}, "row 2: the label is '1e999'; "),
-        ([[1, float("nan")], [0, 1]], {}, "row 1: the label is nan; "),
-        ([["a", "nan"]], {}, "row 1: the label is 'nan'; "),
-        (["a, nan"], {"problem_type": MULTI}, "row 1: the label is 'nan'; "),
-        ([0.5, "nan"], {"problem_type": REGRESSION}, "row 2: the label is 'nan'; "),
+        ([0.5, float("nan")], {}, "row 2: a label is nan; expected a name, a finite number, or an empty cell. "),
+        ([1, float("inf"), 0], {}, "row 2: a label is inf; "),
+        (["0.5", "nan"], {}, "row 2: a label is 'nan'; "),
+        (["joy", "NaN "], {}, "row 2: a label is 'NaN '; "),
+        (["1", "-Infinity"], {}, "row 2: a label is '-Infinity'; "),
+        (["1.5", "1e999"], {}, "row 2: a label is '1e999'; "),
+        ([[1, float("nan")], [0, 1]], {}, "row 1: a label is nan; "),
+        ([["a", "nan"]], {}, "row 1: a label is 'nan'; "),
+        (["a, nan"], {"problem_type": MULTI}, "row 1: a label is 'nan'; "),
+        ([0.5, "nan"], {"problem_type": REGRESSION}, "row 2: a label is 'nan'; "),
         ([0.5, 1e39], {"problem_type": REGRESSION}, "label is 1e+39; regression expects a number."),  # of float32
         ([0.5, 10**400], {"problem_type": REGRESSION}, f"label is 1{'0' * 199}…; regression expects a"),
     ],
@@ -423,8 +424,8 @@ def test_labels_that_cannot_be_read(task, labels, data, message):
     rows = [{"text": "a", "label": label} for label in labels]
 
     def read():
-        SequenceClassification.clean({"train": rows}, ReadOptions(**data))
-        task(**SequenceClassification.config(rows, ReadOptions(**data))).featurize(rows)
+        found = SequenceClassification.clean({"train": rows}, ReadOptions(**data))[0]["train"]
+        task(**SequenceClassification.config(found, ReadOptions(**data))).featurize(found)
 
     with pytest.raises(InputError, match=re.escape(message)) as raised:
         read()
@@ -438,7 +439,8 @@ def test_lists_are_read_over_all_splits(task):
     ):
         SequenceClassification.clean(rows, ReadOptions())
     rows = {"train": [{"text": "a", "label": [1, 0, 1]}], "test": [{"text": "a", "label": None}, {"text": "a"}]}
-    assert SequenceClassification.clean(rows, ReadOptions()) == "labels: 0/1 vectors over LABEL_0, LABEL_1, LABEL_2"
+    rows, said = SequenceClassification.clean(rows, ReadOptions())
+    assert said == "labels: 0/1 vectors over LABEL_0, LABEL_1, LABEL_2"
     examples = task(problem_type=MULTI).featurize([*rows["train"], *rows["test"]])
     expected = np.array([[1, 0, 1], [np.nan] * 3, [np.nan] * 3], np.float32)
     np.testing.assert_array_equal(examples.targets["labels"], expected, strict=True)
@@ -460,7 +462,9 @@ def test_an_order_that_is_given_wins():
 
 
 def test_labels_without_names(task):
-    with pytest.raises(InputError, match=r"'joy' is unknown; the model has LABEL_0, LABEL_1, LABEL_2; data\.labels"):
+    with pytest.raises(
+        InputError, match=r"'joy' is unknown; the model has LABEL_0, LABEL_1, LABEL_2; set data\.labels"
+    ):
         task(id2label=None).featurize([{"text": "a", "label": "joy"}])
 
 

@@ -177,8 +177,13 @@ SENTENCE = {"tokens": ["Mrs", "Unbelievably", "\u200b", "lives", "here"], "tags"
 
 
 def clean(rows, **data):
-    said = TokenClassification.clean({"train": rows}, ReadOptions(**data))
-    return said, [row["tags"] for row in rows]
+    """The note on rows, and the rows as they are learnt."""
+    found, said = TokenClassification.clean({"train": rows}, ReadOptions(**data))
+    return said, found["train"]
+
+
+def tags_of(rows, **data):
+    return [row["tags"] for row in clean(rows, **data)[1]]
 
 
 def rows_of(*sentences):
@@ -253,36 +258,40 @@ def test_a_word_of_no_token_is_o(task):
     ],
 )
 def test_schemes(said, given, expected):
-    assert clean(rows_of(given)) == (said, [expected])
+    found, rows = clean(rows_of(given))
+    assert (found, [row["tags"] for row in rows]) == (said, [expected])
 
 
 def test_tags_by_number_as_text_and_missing():
-    assert clean(rows_of([0, 1, 2]), labels=("O", "B-A", "I-A"))[1] == [["O", "B-A", "I-A"]]
+    assert tags_of(rows_of([0, 1, 2]), labels=("O", "B-A", "I-A")) == [["O", "B-A", "I-A"]]
     rows = [{"tokens": ["a", "b"], "tags": "['O', 'B-creative-work']"}, {"tokens": ["a"], "tags": None}]
-    assert clean(rows)[1] == [["O", "B-creative-work"], None]
-    config = TokenClassification.config(rows, ReadOptions())
+    assert tags_of(rows) == [["O", "B-creative-work"], None]
+    config = TokenClassification.config(clean(rows)[1], ReadOptions())
     assert config == {"id2label": ("O", "B-creative-work", "I-creative-work"), "num_labels": 3}
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (rows_of(["O"], ["B-A", "X"]), "the tag 'X' follows no scheme; expected O, or B-"),
+        (rows_of(["O"], ["B-A", "X"]), "the tag 'X' follows no scheme; expected O, B-"),
         (
             [{"tokens": ["a", "b"], "tags": ["O"]}],
             "data.train: row 1: 2 tokens and 1 tags; expected one tag for each token",
         ),
-        ([{"tokens": "a b", "tags": ["O", "O"]}], "row 1: 'a b' is no list or object"),
-        ([{"tokens": "7", "tags": ["O", "O"]}], "row 1: tokens is 7; expected a list of words"),
-        ([{"tokens": [], "tags": []}], "row 1: there are no tokens"),
-        (rows_of([0, 1]), "tags are numbers; data.labels has to name them"),
+        ([{"tokens": "a b", "tags": ["O", "O"]}], "row 1: 'a b' is not a list or object"),
+        ([{"tokens": "7", "tags": ["O", "O"]}], "row 1: tokens is 7; expected a list of one or more words"),
+        ([{"tokens": [], "tags": []}], "row 1: tokens is []; expected a list of one or more words"),
+        (rows_of([0, 1]), "the tag 0 is outside data.labels (0 names); list the names of all tags"),
         (rows_of(["O", None]), "row 1: a tag is None; expected a text, or a number"),
         (rows_of([0.0, float("nan")]), "row 1: a tag is 0.0; expected a text, or a number"),
-        (rows_of(["O", "B-A", "B"]), "the tag 'B' follows no scheme; expected O, or B-"),
+        (rows_of(["O", "B-A", "B"]), "the tag 'B' follows no scheme; expected O, B-"),
         (rows_of(["O", "PER-B", "X"]), "the tag 'PER-B' follows no scheme"),
         (rows_of(["O", "PER-B", "B-PER"]), "the tag 'PER-B' follows no scheme"),
         (rows_of(["O", "B_PER", "I_PER"]), "the tag 'B_PER' follows no scheme"),
-        ([{"tokens": "['a', 'b' 'c']", "tags": "['O', 'O', 'O']"}], "row 1: \"['a', 'b' 'c']\" is no list or object"),
+        (
+            [{"tokens": "['a', 'b' 'c']", "tags": "['O', 'O', 'O']"}],
+            "row 1: \"['a', 'b' 'c']\" is not a list",
+        ),
     ],
 )
 def test_bad_rows(rows, message):
@@ -296,10 +305,10 @@ def test_each_split_has_a_scheme_of_its_own():
         "validation": rows_of(["B-A", "O"], ["B-A", "I-A"]),
         "test": [{"tokens": ["a"]}],
     }
-    assert (
-        TokenClassification.clean(rows, ReadOptions()) == "tags of train: IOB1, read as IOB2; tags of validation: IOB2"
-    )
-    assert [row["tags"] for row in rows["train"]] == [["B-A", "O"], ["B-A", "B-A"]]
+    found, said = TokenClassification.clean(rows, ReadOptions())
+    assert said == "tags of train: IOB1, read as IOB2; tags of validation: IOB2"
+    assert [row["tags"] for row in found["train"]] == [["B-A", "O"], ["B-A", "B-A"]]
+    assert rows["train"][0]["tags"] == ["I-A", "O"]  # what was given stays as it is
     rows["validation"][1]["tags"][1] = "X"
     with pytest.raises(InputError, match=r"^data\.validation: the tag 'X' follows no scheme"):
         TokenClassification.clean(rows, ReadOptions())
@@ -313,20 +322,21 @@ def test_prefixes_of_no_scheme():
 
 
 def test_words_of_a_table():
-    said, tags = clean([{"tokens": '["Anna", "runs"]', "tags": "['B-PER', 'O']"}])
-    assert (said, tags) == ("tags: IOB2", [["B-PER", "O"]])
+    said, rows = clean([{"tokens": '["Anna", "runs"]', "tags": "['B-PER', 'O']"}])
+    assert (said, rows[0]["tags"]) == ("tags: IOB2", ["B-PER", "O"])
 
 
 @pytest.mark.parametrize("tags", ["['B-PER' 'O' 'O']", "['B-PER'\n 'O' 'O']", "[1 0 0]", '["B-PER", "O", "O"]'])
 def test_lists_as_numpy_writes_them(tags):
     rows = [{"tokens": "['Anna'\n \"isn't\" 'here']", "tags": tags}]
-    assert clean(rows, labels=("O", "B-PER")) == ("tags: IOB2", [["B-PER", "O", "O"]])
-    assert rows[0]["tokens"] == ["Anna", "isn't", "here"]
+    expected = [{"tokens": ["Anna", "isn't", "here"], "tags": ["B-PER", "O", "O"]}]
+    assert clean(rows, labels=("O", "B-PER")) == ("tags: IOB2", expected)
 
 
 def test_entities_without_a_type(tokenizer):
     rows = rows_of(["I", "I", "O", "I", "B"])
-    assert clean(rows)[0] == "tags: IOB1, read as IOB2"
+    said, rows = clean(rows)
+    assert said == "tags: IOB1, read as IOB2"
     fields = TokenClassification.config(rows, ReadOptions())
     assert fields["id2label"] == ("O", "B", "I")
     task = TokenClassification(tokenizer, BertConfig.from_dict(reference.CONFIG).replace(**fields), 32)
@@ -356,7 +366,7 @@ def test_names_of_labels_in_the_settings():
     assert TokenClassification.config(rows, ReadOptions(labels=("B-A", "O")))["id2label"] == ("B-A", "O")
     with pytest.raises(InputError, match=r"data\.labels lacks the tag 'B-A' of data.train; it has O, B-B"):
         TokenClassification.config(rows, ReadOptions(labels=("O", "B-B")))
-    with pytest.raises(InputError, match=r"the tag 7 is outside data\.labels, which has 2"):
+    with pytest.raises(InputError, match=r"the tag 7 is outside data\.labels \(2 names\)"):
         clean(rows_of([7]), labels=("O", "B-B"))
 
 

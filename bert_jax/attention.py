@@ -226,8 +226,7 @@ class SelfAttention(nnx.Module):
     """Multi-head self-attention and its output projection (Vaswani et al. 2017, section 3.2.2)."""
 
     def __init__(self, config: BertConfig, attention: str, rngs: nnx.Rngs | None):
-        self.config = config
-        self.attention = attention
+        self.config, self.attention = config, attention
         size, std = config.hidden_size, config.initializer_range
         self.query, self.key, self.value, self.output = (Linear(size, size, std, rngs) for _ in range(4))
 

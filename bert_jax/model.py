@@ -245,11 +245,8 @@ class BertModel(BertPreTrainedModel):
             raise InputError(f"compute_dtype is {quoted(compute_dtype)}; expected one of {', '.join(COMPUTE_DTYPES)}.")
         if attention not in ATTENTION:
             raise InputError(f"attention is {quoted(attention)}; expected one of {', '.join(ATTENTION)}.")
-        self.config = config
-        self.compute_dtype = compute_dtype
-        self.attention = attention
-        self.remat = remat
-        self.scan_layers = scan_layers
+        self.config, self.compute_dtype, self.attention = config, compute_dtype, attention
+        self.remat, self.scan_layers = remat, scan_layers
         self.embeddings = BertEmbeddings(config, rngs)
         self.layers = nnx.List([BertLayer(config, attention, rngs) for _ in range(config.num_hidden_layers)])
         size, std = config.hidden_size, config.initializer_range
@@ -284,14 +281,9 @@ class BertModel(BertPreTrainedModel):
         """
         input_ids = jnp.asarray(input_ids)
         check_inputs(
-            self.config,
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            document_ids=document_ids,
-            positions=positions,
-        )
+            self.config, input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
+            position_ids=position_ids, document_ids=document_ids, positions=positions,
+        )  # fmt: skip
         places = jnp.arange(input_ids.shape[1])[None] if position_ids is None else jnp.asarray(position_ids)
         types = jnp.zeros_like(input_ids) if token_type_ids is None else jnp.asarray(token_type_ids)
         attended = None
@@ -303,12 +295,9 @@ class BertModel(BertPreTrainedModel):
             keys = documents if attended is None else jnp.where(attended.keys > 0, documents, documents.min() - 1)
             attended = Attended(documents, keys)
         check(
-            self.attention,
-            platform=platform(),
-            compute_dtype=self.compute_dtype,
-            packed=document_ids is not None,
+            self.attention, platform=platform(), compute_dtype=self.compute_dtype, packed=document_ids is not None,
             length=input_ids.shape[1],
-        )
+        )  # fmt: skip
         embeddings_key, layers_key = split_key(dropout_key, 2)
         with jax.named_scope("embeddings"):
             x = self.embeddings(input_ids, types, places, embeddings_key)

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import numpy as np
 import tokenizers
@@ -24,6 +24,14 @@ logger = logging.getLogger(__name__)
 
 Text = str | Sequence[str]
 """A text, or a list of words if `is_split_into_words` is set."""
+
+
+class ModelInputs(TypedDict):
+    """The arguments of a model for texts, each int32 [B, T]."""
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    token_type_ids: np.ndarray
 
 
 class Tokenizer:
@@ -234,7 +242,7 @@ class Tokenizer:
         truncation: bool = False,
         max_length: int | None = None,
         length: int | None = None,
-    ) -> dict[str, np.ndarray]:
+    ) -> ModelInputs:
         """The inputs of a model: `model(**tokenizer(["Paris is the [MASK] of France."]))`.
 
         Args:
@@ -272,7 +280,7 @@ class Tokenizer:
         *,
         length: int | None = None,
         rows: int = 0,
-    ) -> dict[str, np.ndarray]:
+    ) -> ModelInputs:
         """Pads rows of ids to rectangular arrays.
 
         Args:
@@ -292,9 +300,11 @@ class Tokenizer:
         if longest > length:
             raise InputError(f"A row has {longest} tokens; cannot pad to length={length}.")
         spots = lay_out(range(len(ids)), range(len(ids)), map(len, ids))
-        return model_inputs(
+        inputs: Any = model_inputs(
             spots, ids, type_ids, (max(rows, len(ids)), length), packed=False, pad_token_id=self.pad_token_id or 0
         )
+        padded: ModelInputs = inputs
+        return padded
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Maps token ids to text: joins the pieces and removes the spaces before punctuation."""

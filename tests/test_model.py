@@ -537,7 +537,7 @@ def test_forty_thousand_rows_are_reduced_rightly(width):
         ({"input_ids": np.full((3, 10), -1)}, r"input_ids\[0, 0\] is -1"),
         ({"token_type_ids": np.full((3, 10), 2)}, r"token_type_ids\[0, 0\] is 2"),
         ({"position_ids": np.full((3, 10), 32)}, r"position_ids\[0, 0\] is 32"),
-        ({"input_ids": np.zeros((3, 33), int)}, "33 tokens a row; the model has 32"),
+        ({"input_ids": np.zeros((3, 33), int)}, "33 tokens per row; the model has 32"),
         ({"input_ids": np.zeros(10, int)}, r"\[batch, tokens\]"),
         ({"attention_mask": np.ones((3, 9))}, r"attention_mask has the shape \(3, 9\)"),
         ({"document_ids": np.ones((1, 10))}, "document_ids"),

@@ -262,12 +262,11 @@ def _means(values: dict[str, np.ndarray], owner: np.ndarray, seed: int, resample
 
 
 def _by_class(key: np.ndarray, bounds: Sequence[int], nll: np.ndarray, rank: np.ndarray) -> list[dict[str, Any]]:
-    classes = np.digitize(key, bounds)
     found = []
-    for n, low in enumerate(bounds, 1):
-        inside = classes == n
+    for low, end in itertools.pairwise([*bounds, math.inf]):
+        inside = (key >= low) & (key < end)
         if inside.any():
-            high = bounds[n] - 1 if n < len(bounds) else None
+            high = None if end == math.inf else end - 1
             found.append({"from": low, "to": high, "tokens": int(inside.sum()), "nll": float(nll[inside].mean()),
                           "accuracy@1": float((rank[inside] <= 1).mean())})  # fmt: skip
     return found

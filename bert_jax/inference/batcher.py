@@ -179,12 +179,11 @@ class Attention:
 
     def work(self, batch: list[Job]) -> list[Any]:
         """Answers jobs one after another; each has a single request, (encoding, layer)."""
-        answers = []
-        for job in batch:
-            ((encoding, layer),) = job.requests
-            tokens = len(encoding)
-            length = min(length for length in self._programs if length >= tokens)
-            inputs = self.pipe.tokenizer.pad([encoding.ids], [encoding.type_ids], length=length)
-            weights = np.asarray(self._programs[length](self.pipe.params, inputs)[layer, :, :tokens, :tokens])
-            answers.append({"tokens": encoding.tokens, "attention": weights.astype(np.float64).round(4).tolist()})
-        return answers
+        return [self._weights(*request) for job in batch for request in job.requests]
+
+    def _weights(self, encoding: Any, layer: int) -> dict[str, Any]:
+        tokens = len(encoding)
+        length = min(length for length in self._programs if length >= tokens)
+        inputs = self.pipe.tokenizer.pad([encoding.ids], [encoding.type_ids], length=length)
+        weights = np.asarray(self._programs[length](self.pipe.params, inputs)[layer, :, :tokens, :tokens])
+        return {"tokens": encoding.tokens, "attention": weights.astype(np.float64).round(4).tolist()}

@@ -296,7 +296,7 @@ class Pipeline(Generic[Task_co]):
             return self.run([self.request(inputs, parameters)])[0]
         if not isinstance(inputs, Iterable):
             raise InputError(f"expected one or several inputs, got {quoted(inputs)} ({type(inputs).__name__}).")
-        results = self._stream(iter(inputs), parameters)
+        results = self._stream(enumerate(inputs), parameters)
         return list(results) if isinstance(inputs, list) else results
 
     def request(self, entry: Any, parameters: Mapping[str, Any]) -> Request[Any]:
@@ -311,8 +311,7 @@ class Pipeline(Generic[Task_co]):
         request: Request[Any] = self.task.request(entry, **parameters)
         return request
 
-    def _stream(self, inputs: Iterator[Any], parameters: Mapping[str, Any]) -> Iterator[Any]:
-        numbered = enumerate(inputs)
+    def _stream(self, numbered: Iterator[tuple[int, Any]], parameters: Mapping[str, Any]) -> Iterator[Any]:
         while window := list(itertools.islice(numbered, READ_AHEAD)):
             requests = []
             for i, entry in window:
@@ -341,10 +340,9 @@ class Pipeline(Generic[Task_co]):
             on_host = {name: np.asarray(array) for name, array in arrays.items()}
             if not all(np.isfinite(array).all() for array in on_host.values()):
                 raise CheckpointError("The results are not finite. Check the weights and config, or use float32.")
-            for (features, i, place), spot, mask in zip(batch.queued, batch.spots, batch.masked_spots, strict=True):
-                where: Any = spot.tokens if self.task.per_token else (spot.row, spot.number)
-                if features.masked_positions:
-                    where = mask.tokens
+            spots = batch.masked_spots if self.task.masked else batch.spots
+            for (_, i, place), spot in zip(batch.queued, spots, strict=True):
+                where: Any = spot.tokens if self.task.masked or self.task.per_token else (spot.row, spot.number)
                 waiting[i][place] = {name: array[where] for name, array in on_host.items()}
                 if None not in waiting[i]:
                     advance(i, waiting.pop(i))

@@ -86,28 +86,28 @@ def predict_files(
         files = [(str(path), _size(path), _digest(path)) for path in paths]
     except OSError as error:
         raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from None
-    run = {
-        "task": pipe.task.name, "model": model, "inputs": files, "columns": columns, "format": format, "shard": shard,
-        "parameters": parameters,
-    }  # fmt: skip
     try:
-        run = json.loads(json.dumps(run))  # the form in which the journal is read back
+        # The form in which the journal is read back.
+        run = json.loads(json.dumps({
+            "task": pipe.task.name, "model": model, "inputs": files, "columns": columns, "format": format,
+            "shard": shard, "parameters": parameters,
+        }))  # fmt: skip
     except TypeError as error:
         raise InputError(f"A parameter is not a number, text or list: {error}.") from None
     # Errors that would reject all rows are raised before anything is written.
-    lengths = sorted({len(names) for names in pipe.task.columns_of_input})
-    if columns and len(columns) not in lengths:
-        expected = " or ".join(map(str, lengths))
-        raise InputError(f"The number of columns is {len(columns)}; {pipe.task.name} expects {expected}.")
+    sizes = sorted({len(names) for names in pipe.task.columns_of_input})
+    if columns and len(columns) not in sizes:
+        raise InputError(f"There are {len(columns)} columns; {pipe.task.name} expects {' or '.join(map(str, sizes))}.")
     example = f"a {pipe.tokenizer.mask_token}"
-    pipe.request((example, example) if lengths == [2] else example, parameters)
+    request = functools.partial(pipe.request, parameters=parameters)
+    request((example, example) if sizes == [2] else example)
     candidates = [columns] if columns else pipe.task.columns_of_input
     table = not output.name.endswith(OUTPUTS[:2])
     for path in paths:
-        rows = islice(sources.entries(path, format, labelled=False), 100)
-        problems = [_problem(row, candidates, table) for _, row, _ in rows]
-        if problems and all(problems):
-            raise InputError(f"{path}: {problems[0]}")
+        first = ((path, 0, entry) for entry in islice(sources.entries(path, format, labelled=False), 100))
+        window = _window(lambda entry: entry, first, candidates, table)
+        if window and not window.requests:
+            raise InputError(f"{path}: {window.rejected[0]['reason']}")
     entries = (
         (path, before, entry)
         for path, before in zip(paths, accumulate((size for _, size, _ in files), initial=0), strict=False)
@@ -117,8 +117,7 @@ def predict_files(
         journal = _Journal.opened(output, run)
         if not journal.complete:
             rest = islice(entries, shard[0] - 1 + shard[1] * journal.read, None, shard[1])
-            next_window = functools.partial(_window, pipe, rest, candidates, parameters, table)
-            _predict(pipe, next_window, journal, console)
+            _predict(pipe, functools.partial(_window, request, rest, candidates, table), journal, console)
             journal.complete = True
             journal.commit()
         if journal.partial.exists():
@@ -148,10 +147,6 @@ class _Journal:
         return Path(f"{self.output}.partial")
 
     @property
-    def rejected(self) -> Path:
-        return Path(f"{self.output}.rejected.jsonl")
-
-    @property
     def path(self) -> Path:
         return Path(f"{self.output}.run.json")
 
@@ -160,8 +155,7 @@ class _Journal:
         journal = cls(output, run)
         try:
             journal = cls(**json.loads(journal.path.read_text(encoding="utf-8")) | {"output": output})
-            before = journal.run
-            differences = [_difference(key, before[key], run[key]) for key in run if before[key] != run[key]]
+            differences = [_difference(key, journal.run[key], run[key]) for key in run if journal.run[key] != run[key]]
         except FileNotFoundError:
             if output.exists():
                 raise InputError(f"{output} exists, and there is no run to resume. Use another output.") from None
@@ -208,7 +202,7 @@ def _predict(
     with (
         Progress(*columns, console=console or Console(quiet=True), disable=console is None, transient=True) as progress,
         open(journal.partial, "ab") as partial,
-        open(journal.rejected, "ab") as rejected,
+        open(f"{journal.output}.rejected.jsonl", "ab") as rejected,
         ThreadPoolExecutor(1) as ahead,  # while one window is computed, the next is read and tokenized
     ):
         try:
@@ -239,24 +233,25 @@ def _predict(
             rate = f"{journal.read:,} rows, {(journal.read - began) / seconds:,.0f} a second"
             progress.update(bar, completed=window.position, rate=rate)
     if not journal.rejected_bytes:
-        journal.rejected.unlink()
+        Path(rejected.name).unlink()
 
 
 def _window(
-    pipe: Pipeline[Task],
+    request: Callable[[Any], Any],
     entries: Iterator[tuple[Path, int, sources.Entry]],
     candidates: Sequence[tuple[str, ...]],
-    parameters: dict[str, Any],
     table: bool,
 ) -> _Window | None:
     window = _Window(0, [], [], [])
     for path, before, (line, row, position) in islice(entries, READ_AHEAD):
         window.position = before + position
         try:
-            if problem := _problem(row, candidates, table):
-                raise problem
-            assert not isinstance(row, InputError)
-            window.requests.append(pipe.request(_input(row, candidates), parameters))
+            if isinstance(row, InputError):
+                raise row
+            if taken := [name for name in row if name == PREDICTION or (table and name.startswith(f"{PREDICTION}_"))]:
+                raise InputError(f"there is already a column {quoted(taken[0])}; rename it.")
+            _line(row)  # raises an error if the row cannot be written
+            window.requests.append(request(_input(row, candidates)))
             window.rows.append(row)
         except InputError as error:
             content = {} if isinstance(row, InputError) else {"row": row}
@@ -275,8 +270,7 @@ def _digest(path: Path) -> str:
     If a file has more than `WHOLE` bytes, only `SAMPLES` blocks are hashed, evenly spread from first to last byte.
     """
     if path.is_dir():
-        texts = sorted(path.rglob("*.txt"))
-        content = "".join(f"{file.relative_to(path)}\0{_digest(file)}\0" for file in texts)
+        content = "".join(f"{file.relative_to(path)}\0{_digest(file)}\0" for file in sorted(path.rglob("*.txt")))
         return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()
     if not path.is_file():
         raise InputError(f"{path} is neither a file nor a folder. Save the input to a file: it is read several times.")
@@ -289,22 +283,6 @@ def _digest(path: Path) -> str:
             file.seek((size - BLOCK) * n // (SAMPLES - 1))
             digest.update(file.read(BLOCK))
     return digest.hexdigest()
-
-
-def _problem(row: sources.Row | InputError, candidates: Sequence[tuple[str, ...]], table: bool) -> InputError | None:
-    """What makes a row unusable before its input is examined; None if it is usable."""
-    try:
-        if isinstance(row, InputError):
-            return row
-        if taken := [name for name in row if name == PREDICTION or (table and name.startswith(f"{PREDICTION}_"))]:
-            return InputError(f"there is already a column {quoted(taken[0])}; rename it.")
-        _line(row)
-        _input(row, candidates)
-    except UnicodeEncodeError:
-        return InputError("the row holds lone surrogates, like \\udc80, which are not valid characters.")
-    except InputError as error:
-        return error
-    return None
 
 
 def _input(row: sources.Row, candidates: Sequence[tuple[str, ...]]) -> Any:
@@ -321,7 +299,10 @@ def _input(row: sources.Row, candidates: Sequence[tuple[str, ...]]) -> Any:
 
 
 def _line(row: Mapping[str, Any], *, ascii: bool = False) -> bytes:
-    return (json.dumps(row, ensure_ascii=ascii, default=str) + "\n").encode()
+    try:
+        return (json.dumps(row, ensure_ascii=ascii, default=str) + "\n").encode()
+    except UnicodeEncodeError:
+        raise InputError("the row holds lone surrogates, like \\udc80, which are not valid characters.") from None
 
 
 def _convert(partial: Path, output: Path) -> None:
@@ -370,7 +351,6 @@ def _flat(line: bytes) -> dict[str, Any]:
 
 
 def _write_parquet(rows: Iterator[dict[str, Any]], kinds: Mapping[str, set[type]], path: Path) -> None:
-    import pyarrow
     import pyarrow.parquet
 
     types = {}

@@ -18,10 +18,9 @@ import re
 import signal
 import socket
 import time
-import typing
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pydantic
 import uvicorn
@@ -53,7 +52,7 @@ def body_model(pipe: Pipeline[Task]) -> type[pydantic.BaseModel]:
     """The typed body of /v1/{task}: the inputs, and the parameters of the task's `request` with their types."""
     entry = pipe.task.json_input
     fields: dict[str, Any] = {"inputs": (entry | list[entry], ...)}  # type: ignore[valid-type]
-    hints = typing.get_type_hints(pipe.task.request)
+    hints = get_type_hints(pipe.task.request)
     parameters = list(inspect.signature(pipe.task.request).parameters.values())[1:]
     fields |= {parameter.name: (hints[parameter.name], parameter.default) for parameter in parameters}
     return pydantic.create_model(f"{pipe.task.name.title().replace('-', '')}Body", __config__=STRICT, **fields)
@@ -175,8 +174,7 @@ class Server:
 
     async def _content(self, request: Request) -> Any:
         if not self.ready:
-            message = "The server is compiling its programs. Wait until /health returns status 200."
-            raise Refused(503, "warming_up", message, {"Retry-After": "5"})
+            raise Refused(503, "warming_up", "The server is starting; wait for 200 from /health.", {"Retry-After": "5"})
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "content_type", "Expected the content type application/json.")
         body = bytearray()
@@ -311,8 +309,7 @@ async def _failed(request: Request, error: Exception) -> Response:
         error = Refused(error.status_code, code, str(error.detail), dict(error.headers or {}))
     if not isinstance(error, Refused):
         error = Refused(500, "fault", "The server failed; the request may be valid.")
-    content = {"error": {"code": error.code, "message": str(error)}}
-    return JSONResponse(content, status_code=error.status, headers=error.headers)
+    return JSONResponse({"error": {"code": error.code, "message": str(error)}}, error.status, error.headers)
 
 
 def serve(

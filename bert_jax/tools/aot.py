@@ -155,13 +155,13 @@ class Check:
     def line(self) -> str:
         """Whether the program fits, on one line."""
         verdict = "fits" if self.fits else "DOES NOT FIT"
-        return f"{verdict}, {self.memory / GIB:.2f} of {self.target.chip.memory / GIB:.2f} GiB a device"
+        return f"{verdict}, {self.memory / GIB:.2f} of {self.target.chip.memory / GIB:.2f} GiB per device"
 
     def __str__(self) -> str:
         devices = f"{len(self.target.devices)} × {self.target.devices[0].device_kind}"
         lines = [
             f"{'compiles' if self.fits else 'does not compile'} for {self.target.name} ({devices}), "
-            f"{self.seconds:.0f} s; never run on it",
+            f"{self.seconds:.0f} s; not run on it",
             f"memory: {self.line}"
             + (f", {self.resident / GIB:.2f} of it for state, parameters and batch" if self.fits else ""),
             "products: " + _listed(self.products, lambda n, flops: f"{n}, {flops / 1e12:.2f} TFLOP"),

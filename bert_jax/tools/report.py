@@ -36,9 +36,8 @@ def learning_curve(journal: Sequence[Mapping[str, Any]], metric: str) -> "Figure
 
 def markdown(metrics: Mapping[str, Any]) -> str:
     """Formats metrics as Markdown: a table of the numbers, a table by class, and the confusion matrix."""
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-    if "f1_label" in metrics:
-        numbers = {f"f1 of {metrics['f1_label']}" if name == "f1" else name: n for name, n in numbers.items()}
+    names = {"f1": f"f1 of {metrics['f1_label']}"} if "f1_label" in metrics else {}
+    numbers = {names.get(name, name): value for name, value in metrics.items() if isinstance(value, int | float)}
     parts = [_table(["metric", ""], [[name, f"{value:.4f}"] for name, value in numbers.items()])]
     if per_class := metrics.get("per_class"):
         columns = list(next(iter(per_class.values())))
@@ -46,7 +45,7 @@ def markdown(metrics: Mapping[str, Any]) -> str:
         parts.append(_table(["label", *columns], rows))
         if confusion := metrics.get("confusion"):
             rows = [[name, *map(str, counts)] for name, counts in zip(per_class, confusion, strict=True)]
-            parts.append(_table(["is \\ was called", *per_class], rows))
+            parts.append(_table(["true \\ predicted", *per_class], rows))
     return "\n\n".join(parts)
 
 
@@ -151,7 +150,7 @@ def _snippet(task: str, folder: str, results: Mapping[str, Any]) -> str:
     threshold = results.get("validation", {}).get("null_threshold")
     if threshold is None:
         return pipeline
-    return f'answer = {pipeline}\nanswer(("question", "context"), null_threshold={threshold:.4f})  # "" is no answer'
+    return f'answer = {pipeline}\nanswer(("question", "context"), null_threshold={threshold:.4f})  # "" means no answer'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

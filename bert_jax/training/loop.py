@@ -58,12 +58,13 @@ class Run(NamedTuple):
     def trace(self, shape: Shape) -> jax.stages.Traced:
         """Traces the step on a batch of the given shape, for compilation. It needs only descriptions of devices."""
         padding = self.loader.examples.batch(Place(np.zeros(0, int), np.zeros(0, int), shape))
+        arguments = (
+            sharding.abstract(state_shapes(self.plan), self.layout),
+            sharding.abstract(self.plan.frozen, sharding.placements(self.mesh, self.plan.frozen)),
+            sharding.abstract(padding, sharding.by_row(self.mesh)),
+        )
         with jax.set_mesh(self.mesh):
-            traced: jax.stages.Traced = self.step.trace(
-                sharding.abstract(state_shapes(self.plan), self.layout),
-                sharding.abstract(self.plan.frozen, sharding.placements(self.mesh, self.plan.frozen)),
-                sharding.abstract(padding, sharding.by_row(self.mesh)),
-            )
+            traced: jax.stages.Traced = self.step.trace(*arguments)
         return traced
 
 
@@ -95,14 +96,10 @@ def set_up(
     attention.check(encoder.attention, platform=platform, compute_dtype=encoder.compute_dtype, packed=packing)
     attention.check_dropout(encoder.attention, model.config.attention_probs_dropout_prob)
     loader = Loader(
-        examples,
-        batch_size,
-        seed=seed,
-        share=accumulation * sharding.share(mesh),
+        examples, batch_size, seed=seed, share=accumulation * sharding.share(mesh), part=sharding.part(mesh),
         packing=model.config.max_position_embeddings if packing else None,
         multiple=attention.multiple(encoder.attention),
-        part=sharding.part(mesh),
-    )
+    )  # fmt: skip
     planned = plan(model, optimizer, trainable=trainable, lora=lora, seed=seed)
     layout = sharding.placements(mesh, state_shapes(planned))
     step = make_step(task, planned, accumulation=accumulation, out_shardings=(layout, sharding.replicated(mesh)))
@@ -361,9 +358,7 @@ def fit(
 def _note_best(progress: dict[str, Any], step: int, metrics: dict[str, Any], metric: str) -> float | None:
     """Records the evaluation if it is the best so far, and returns its score (higher is better); else returns None."""
     if metric not in metrics:
-        raise InputError(
-            f"The validation examples have no labels, which {metric} requires. Label them, or leave them out."
-        )
+        raise InputError(f"The validation examples have no labels; {metric} requires labels. Label them or omit them.")
     score: float = -metrics[metric] if metric in LOWER_IS_BETTER else metrics[metric]
     if progress["best"] is None or score > progress["best"]["score"]:
         progress.update(best={"step": step, "score": score, "metrics": metrics}, evaluations_without_better=0)
@@ -402,5 +397,5 @@ def _signals(console: Console, folder: Path | None) -> Iterator[list[int]]:
     try:
         yield received
     finally:
-        for asked, handler in before.items():
-            signal.signal(asked, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -155,7 +155,7 @@ def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedMod
         if path is None:
             raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} has {name}, which this model does not have.")
         if not np.isfinite(tensor.astype(np.float32)).all():
-            raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} has NaN or infinity in {name}; save the adapters again.")
+            raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} contains NaN or infinity, in {name}.")
         flat[path] = jnp.asarray(tensor, jnp.float32)
     whole = {name.removeprefix("base_model.model.").rpartition(".")[0] for name in tensors}
     published = {name.rpartition(".")[0] for name in weights.published_names(skeleton.specs)}

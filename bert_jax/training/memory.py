@@ -39,8 +39,7 @@ def keep_freed(*, asynchronous: bool = False) -> None:
         asynchronous: Leaves JAX's asynchronous dispatch on, for commands that prepare or decode one batch while
             another is computed. If False, call this before JAX computes anything; later, the setting has no effect.
     """
-    libc = _glibc()
-    if libc is None:
+    if (libc := _glibc()) is None:
         return
     if not asynchronous:
         import jax
@@ -65,8 +64,7 @@ def release() -> None:
     The temporaries of a training step are released before an evaluation or a checkpoint allocates its own. So is the
     memory that a compilation leaves behind, up to 0.3 GB. Does nothing if malloc is not glibc's.
     """
-    libc = _glibc()
-    if libc is None:
+    if (libc := _glibc()) is None:
         return
     libc.malloc_trim(1 << 62)  # the free chunks; the end of the heap stays, or it would lose its huge pages
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -140,13 +140,9 @@ def adamw(
     """
     return by_path(
         optax.scale_by_adam(b1, b2, eps) if bias_correction else scale_by_uncorrected_adam(b1, b2, eps),
-        learning_rate,
-        weight_decay=weight_decay,
-        no_decay=no_decay,
-        lr_multipliers=lr_multipliers,
-        layer_decay=layer_decay,
-        max_grad_norm=max_grad_norm,
-    )
+        learning_rate, weight_decay=weight_decay, no_decay=no_decay, lr_multipliers=lr_multipliers,
+        layer_decay=layer_decay, max_grad_norm=max_grad_norm,
+    )  # fmt: skip
 
 
 def by_path(
@@ -259,11 +255,16 @@ def schedule(
     def cosine(angle: jax.Array) -> jax.Array:
         return jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(angle)))
 
+    def restarts(progress: jax.Array) -> jax.Array:
+        wave = (cycles or 1.0) * progress % 1.0
+        return jnp.where(progress >= 1.0, 0.0, cosine(jnp.pi * wave))
+
     last = final_learning_rate / (learning_rate or 1.0)
+    # Progress after warm-up -> share of the peak learning rate. The constant schedules are not listed.
     shapes: dict[str, Callable[[jax.Array], jax.Array]] = {
         "linear": lambda p: jnp.maximum(0.0, 1.0 - p),
         "cosine": lambda p: cosine(jnp.pi * (cycles or 0.5) * 2.0 * p),
-        "cosine_with_restarts": lambda p: jnp.where(p >= 1.0, 0.0, cosine(jnp.pi * ((cycles or 1.0) * p % 1.0))),
+        "cosine_with_restarts": restarts,
         "polynomial": lambda p: (1.0 - last) * jnp.clip(1.0 - p, 0.0, 1.0) ** power + last,
     }
     warmup = math.ceil(steps * warmup_ratio) if warmup_steps is None else warmup_steps

@@ -194,11 +194,11 @@ def test_the_command_with_two_models_and_a_folder_of_texts(tmp_path):
 @pytest.mark.parametrize(
     ("texts", "changes", "message"),
     [
-        (["", "a"], {}, "Row 1 of the texts is not a text, or is empty"),
+        (["", "a"], {}, "Row 1 is not a text or is empty"),
         (["a"], {"data": {"test": None}}, "data.test is not set"),
-        (["a", ""], {}, "Row 2 of the texts is not a text, or is empty"),
-        (["a"], {"data": {"max_length": 1000}}, "the model takes 512 tokens"),
-        (["a"], {"data": {"max_length": 600}}, "the model takes 512 tokens"),
+        (["a", ""], {}, "Row 2 is not a text or is empty"),
+        (["a"], {"data": {"max_length": 1000}}, "the model supports at most 512 tokens"),
+        (["a"], {"data": {"max_length": 600}}, "the model supports at most 512 tokens"),
         (["a"], {"task": "next-sentence-prediction"}, "two texts of several sentences"),
     ],
 )

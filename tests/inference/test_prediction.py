@@ -120,7 +120,7 @@ def test_bad_rows_are_set_aside_with_reason_and_line(pipe, tmp_path):
     rejected = lines(tmp_path / "out.jsonl.rejected.jsonl")
     assert [row["line"] for row in rejected] == [2, 3, 4, 5, 6, 7, 8]
     assert {row["file"] for row in rejected} == {str(tmp_path / "in.jsonl")}
-    reasons = ["not JSON", "no column 'text' or", "the text is empty", "not UTF-8", "'prediction' already",
+    reasons = ["not JSON", "no column 'text' or", "the text is empty", "not UTF-8", "already a column 'prediction'",
                "expected a text", "list; expected a JSON object"]  # fmt: skip
     for row, reason in zip(rejected, reasons, strict=True):
         assert reason in row["reason"]
@@ -223,7 +223,7 @@ def test_what_was_left_behind_is_cut_away(pipe, tmp_path):
     assert [row["text"] for row in lines(tmp_path / "out.jsonl")] == ["good", "bad"]
     assert sorted(os.listdir(tmp_path)) == ["in.txt", "out.jsonl", "out.jsonl.run.json"]
     (tmp_path / "out.jsonl").unlink()
-    with pytest.raises(InputError, match=r"was finished and is gone. Remove .*run.json to begin anew"):
+    with pytest.raises(InputError, match=r"was complete but is missing. Remove .*run.json to start again"):
         run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl")
 
 
@@ -250,7 +250,7 @@ def test_the_order_of_inputs_belongs_to_the_run(pipe, tmp_path):
 def test_outputs_of_others_are_left_alone(pipe, tmp_path):
     (tmp_path / "in.txt").write_text("good\n")
     (tmp_path / "out.jsonl").write_text("mine")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists, and there is no run to resume"):
         run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_text() == "mine"
     run(pipe, [tmp_path / "in.txt"], tmp_path / "other.jsonl")
@@ -273,7 +273,7 @@ def test_an_input_that_was_edited_is_another(pipe, tmp_path):
     for place, named in ((tmp_path / "in.txt", "in.txt"), (tmp_path / "texts" / "b.txt", "texts")):
         place.write_text("evil\n")  # of the same size
         with pytest.raises(
-            InputError, match=rf"to another run \(the content of {tmp_path}/{named} has changed\)\. Take"
+            InputError, match=rf"to another run \(the content of {tmp_path}/{named} has changed\)\. Use"
         ):
             run(pipe, inputs, output)
         place.write_text("good\n")
@@ -287,7 +287,7 @@ def test_an_input_that_was_edited_is_another(pipe, tmp_path):
 def test_a_damaged_journal(pipe, tmp_path, content):
     (tmp_path / "in.txt").write_text("a")
     (tmp_path / "out.jsonl.run.json").write_text(content)
-    with pytest.raises(InputError, match=r"run\.json is damaged; remove it"):
+    with pytest.raises(InputError, match=r"run\.json is damaged or outdated. Remove it"):
         run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl")
 
 
@@ -305,10 +305,7 @@ def test_a_journal_without_digests(pipe, tmp_path):
     assert content["run"]["inputs"] == [[str(tmp_path / "in.txt"), 5, hashlib.sha256(b"good\n").hexdigest()]]
     content["run"]["inputs"][0].pop()
     journal.write_text(json.dumps(content))
-    with pytest.raises(
-        InputError,
-        match=r"run\.json is of an earlier version, which noted no digest .* Remove it, and what there is",
-    ):
+    with pytest.raises(InputError, match=r"run\.json is damaged or outdated. Remove it"):
         run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl")
 
 
@@ -342,21 +339,21 @@ def test_lines_that_a_quote_swallows_are_counted(pipe, tmp_path):
     ("name", "content", "options", "message"),
     [
         ("in.csv", "body,label\nx,y\n", {}, "there is no column 'text' or"),
-        ("in.csv", "body,label\nx,y\n", {"columns": ("txt",)}, "there is no column 'txt'; there are 'body', 'label'"),
+        ("in.csv", "body,label\nx,y\n", {"columns": ("txt",)}, "no column 'txt'; the columns are 'body', 'label'"),
         ("in.bin", "x", {}, "the format is unknown"),
         ("missing", None, {}, "Cannot read .*missing: No such file"),
         ("in.txt", "x", {"output": "out.xlsx"}, r"expected a name that ends in \.jsonl"),
         ("in.txt", "x", {"output": "in.txt/out.jsonl"}, "Cannot write .*: Not a directory"),
         ("in.parquet", "x", {}, "Cannot read .*in.parquet"),
         ("in.csv", "text,text\nx,y\n", {}, "in.csv: the header has 'text' twice"),
-        ("in.csv", "text,prediction_label\nx,y\n", {"output": "out.csv"}, "column 'prediction_label' already"),
+        ("in.csv", "text,prediction_label\nx,y\n", {"output": "out.csv"}, "already a column 'prediction_label'"),
         ("in.json", '[{"text": "x"}]', {}, "in.json: list; expected a JSON object"),
         ("in.jsonl", '{"body": "x"}\n' * 3, {}, "in.jsonl: there is no column 'text'"),
         ("in.txt", "x", {"format": "xml"}, "the format 'xml' is unknown; expected one of jsonl, csv"),
-        ("in.txt", "x", {"parameters": {"topk": 2}}, "the parameter 'topk' is unknown; this task's are top_k"),
+        ("in.txt", "x", {"parameters": {"topk": 2}}, "the parameter 'topk' is unknown; this task accepts top_k"),
         ("in.txt", "x", {"parameters": {"entry": 2}}, "the parameter 'entry' is unknown"),
         ("in.txt", "x", {"parameters": {"top_k": 0}}, "top_k is 0; expected a whole number"),
-        ("in.txt", "x", {"columns": ("a", "b", "c")}, "3 columns; text-classification takes one"),
+        ("in.txt", "x", {"columns": ("a", "b", "c")}, "There are 3 columns; text-classification expects 1 or 2"),
     ],
 )
 def test_bad_arguments(pipe, tmp_path, name, content, options, message):

@@ -92,5 +92,5 @@ def test_a_dry_run_says_what_the_compiler_says(tmp_path, monkeypatch, name):
     report = recipes.dry_run(settings, name, console=Console(file=shown, width=200))
     assert "fits, " in shown.getvalue()
     assert "DOES NOT FIT, " in shown.getvalue()
-    for part in [f"compiles for {name}", "never run on it", "GiB a device", "all-reduce", "rows per device"]:
+    for part in [f"compiles for {name}", "not run on it", "GiB per device", "all-reduce", "rows per device"]:
         assert part in report

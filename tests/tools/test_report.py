@@ -76,7 +76,7 @@ def test_markdown():
         "| joy | 1.0000 | 0.5000 | 0.6667 | 2 |",
         "| anger | 0.5000 | 1.0000 | 0.6667 | 12 |",
         "",
-        "| is \\ was called | joy | anger |",
+        "| true \\ predicted | joy | anger |",
         "| --- | --- | --- |",
         "| joy | 1 | 1 |",
         "| anger | 0 | 12 |",
@@ -93,7 +93,7 @@ def test_a_label_with_a_bar_stays_one_cell():
     per_class = {"a|b": {"f1": 1.0, "support": 1}, "c": {"f1": 1.0, "support": 1}}
     table = report.markdown({"loss": 1.0, "per_class": per_class, "confusion": [[1, 0], [0, 1]]})
     assert "| a\\|b | 1.0000 | 1 |" in table
-    assert "| is \\ was called | a\\|b | c |" in table
+    assert "| true \\ predicted | a\\|b | c |" in table
 
 
 # ── The card ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -69,7 +69,7 @@ def test_a_damaged_one_falls_back_to_the_one_before(three, caplog):
     assert step == 2
     jax.tree.map(np.testing.assert_array_equal, restored, state(2))
     assert "The checkpoint of step 3 is damaged" in caplog.text
-    assert "Going on from step 2 instead of 3" in caplog.text
+    assert "Resuming from step 2 instead of 3" in caplog.text
     three.save(3, state(30), {}, None)  # the same step can be written again
     assert float(three.restore(state(0))[1]["params"]["a.0.weight"][0, 0]) == 30
 

@@ -99,7 +99,7 @@ def test_new_adapters_change_nothing(model, flat, logits):
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (r"bert\.encoder\..*", "matches no parameter; one is bert.embeddings"),
+        (r"bert\.encoder\..*", "matches no parameter; expected paths such as bert.embeddings"),
         ("query", "matches no parameter"),  # a pattern is of the whole path
         (r".*\.query\..*", "matches bert.layers.0.attention.query.bias, which is not the weight of a linear layer"),
         (r".*word_embeddings\.weight", "matches bert.embeddings.word_embeddings.weight, which is not the weight"),
@@ -231,7 +231,7 @@ def test_a_missing_folder(tmp_path, model):
 )
 def test_a_foreign_tensor(folder, model, name):
     edit(folder, {name: np.zeros((3, 8), np.float32)})
-    with pytest.raises(CheckpointError, match=f"has {re.escape(name)}, which this model has no place for"):
+    with pytest.raises(CheckpointError, match=f"has {re.escape(name)}, which this model does not have"):
         lora.load_adapters(folder, model)
 
 

@@ -414,7 +414,7 @@ def _training(processes: str | None) -> Iterator[Console]:
     if processes is None:
         yield Console()
         return
-    from bert_jax.training import distributed
+    from bert_jax import distributed
 
     distributed.start(processes)
     try:

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from bert_jax import distributed
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
-from bert_jax.training import distributed
 
 BATCH_AXES = ("data", "fsdp")
 """The mesh axes that shard the rows of a batch."""

@@ -11,9 +11,8 @@ import reference
 from flax import nnx
 
 import bert_jax
-from bert_jax import BertConfig, attention, heads, model, nn, random, tree, weights
+from bert_jax import BertConfig, attention, heads, losses, model, nn, random, tree, weights
 from bert_jax.errors import InputError
-from bert_jax.training import losses
 
 HEADS = list(reference.HEADS)
 SMALL = BertConfig.from_dict(reference.CONFIG)

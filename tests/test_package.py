@@ -14,8 +14,8 @@ PACKAGE = Path(bert_jax.__file__).parent
 # Lowest first; modules of one floor do not import each other.
 FLOORS = [
     ["errors", "tools.figure", "training.memory"],
-    ["hub", "training.distributed"],
-    ["config", "tree", "yaml_file", "training.losses", "evaluation.metrics", "data.sources", "data.rows"],
+    ["hub", "distributed"],
+    ["config", "tree", "yaml_file", "losses", "evaluation.metrics", "data.sources", "data.rows"],
     ["data.loader"],
     ["weights", "tokenizer_files", "sharding"],
     ["tokenizer"],

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 
 from bert_jax.data.rows import Spot, best_fit, lay_out, model_inputs
-from bert_jax.training.losses import IGNORE
+from bert_jax.losses import IGNORE
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Row lengths that batches without packing are padded to. Each has its own program; at most a third is padding."""

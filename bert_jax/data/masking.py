@@ -10,8 +10,8 @@ import numpy as np
 from bert_jax.data.corpus import HEADER, Shards
 from bert_jax.data.loader import Batch, Examples, Place
 from bert_jax.errors import InputError
+from bert_jax.losses import IGNORE
 from bert_jax.tokenizer import Tokenizer
-from bert_jax.training.losses import IGNORE
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bert_jax import attention, sharding, tree
+from bert_jax import attention, distributed, sharding, tree
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples, Shape
 from bert_jax.errors import InputError, check_extra
@@ -22,7 +22,7 @@ from bert_jax.tasks.base import TrainableTask
 from bert_jax.tasks.registry import TASKS
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.tools import aot
-from bert_jax.training import distributed, loop, lora, memory, optim
+from bert_jax.training import loop, lora, memory, optim
 
 LOADED_LATER = ("grain", "sklearn.metrics")
 """Modules that a run imports only when it needs them; they occupy 60 MB."""

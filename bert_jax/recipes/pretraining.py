@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from bert_jax import tree, vocabulary
+from bert_jax import distributed, tree, vocabulary
 from bert_jax.config import BertConfig
 from bert_jax.data import corpus
 from bert_jax.data.masking import MaskedExamples, Masking
@@ -22,7 +22,6 @@ from bert_jax.settings import HeldOut, Pretraining
 from bert_jax.tasks.base import check_pairs
 from bert_jax.tasks.pretraining import MaskedLanguageModeling, PreTraining
 from bert_jax.tokenizer import Tokenizer
-from bert_jax.training import distributed
 
 WORDS, BIAS, TRANSFORM = (
     "bert.embeddings.word_embeddings.weight", "predictions.bias", "predictions.transform.weight",

@@ -13,7 +13,7 @@ import jax
 import optax
 from rich.console import Console
 
-from bert_jax import hub, sharding, tree
+from bert_jax import distributed, hub, sharding, tree
 from bert_jax.data.loader import Examples
 from bert_jax.errors import InputError, check_extra
 from bert_jax.model import BertPreTrainedModel
@@ -21,7 +21,7 @@ from bert_jax.settings import Pretraining, Settings
 from bert_jax.tasks.base import Objective
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.tools import report
-from bert_jax.training import distributed, log, loop, lora, optim
+from bert_jax.training import log, loop, lora, optim
 
 SETTINGS, RESULTS, CURVE, CARD = "settings.yaml", "results.json", "curve.png", "README.md"
 PREDICTIONS, ADAPTERS = "predictions.jsonl", "adapters"

@@ -10,8 +10,8 @@ import numpy as np
 
 from bert_jax.data.loader import Examples
 from bert_jax.heads import BertForMaskedLM, BertForPreTraining
+from bert_jax.losses import IGNORE, cross_entropy
 from bert_jax.tasks.base import Objective
-from bert_jax.training.losses import IGNORE, cross_entropy
 
 
 class MaskedLanguageModeling(Objective):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Encoding
 
+from bert_jax import losses
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
 from bert_jax.data.sources import Row, literal
@@ -19,7 +20,6 @@ from bert_jax.errors import InputError, listed, quoted
 from bert_jax.heads import BertForQuestionAnswering
 from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, TrainableTask, check_pairs
 from bert_jax.tokenizer import Tokenizer
-from bert_jax.training import losses
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Encoding
 
+from bert_jax import losses
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
 from bert_jax.data.sources import PAIRS, TEXT, TEXTS, Row, literal
@@ -28,7 +29,6 @@ from bert_jax.tasks.base import (
     known_labels,
 )
 from bert_jax.tokenizer import Tokenizer
-from bert_jax.training import losses
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 METRICS = {

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Encoding
 
+from bert_jax import losses
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples
 from bert_jax.data.sources import TEXTS, Row, literal
@@ -18,7 +19,6 @@ from bert_jax.errors import InputError, listed, quoted
 from bert_jax.heads import BertForTokenClassification
 from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, TrainableTask, known_labels
 from bert_jax.tokenizer import Tokenizer
-from bert_jax.training import losses
 
 Strategy = Literal["none", "simple", "first", "average", "max"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)

@@ -17,13 +17,13 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from bert_jax import attention, sharding, tree
+from bert_jax import attention, distributed, sharding, tree
 from bert_jax.data.loader import Examples, Loader, Place, Shape
 from bert_jax.errors import InputError, Interrupted, TrainingError, listed
 from bert_jax.evaluation import measure
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.tasks.base import Objective
-from bert_jax.training import distributed, memory
+from bert_jax.training import memory
 from bert_jax.training.checkpoint import Checkpoints
 from bert_jax.training.log import Journal, in_words, progress_bar
 from bert_jax.training.lora import LoRA

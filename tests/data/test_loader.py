@@ -17,7 +17,7 @@ from bert_jax.data.loader import (
     packed_shape,
     padded_length,
 )
-from bert_jax.training.losses import IGNORE
+from bert_jax.losses import IGNORE
 
 N, B = 1003, 8
 TOKENS = np.random.RandomState(0).randint(3, 120, N)

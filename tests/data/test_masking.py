@@ -6,7 +6,7 @@ import pytest
 from bert_jax.data import corpus
 from bert_jax.data.loader import Loader
 from bert_jax.data.masking import MaskedExamples, Masking, choose, count, hide
-from bert_jax.training.losses import IGNORE
+from bert_jax.losses import IGNORE
 
 TEXT = [
     f"A carpenter number {n} repaired the unbelievably old chairs. It took {n} days!\nNobody paid.\n" for n in range(40)

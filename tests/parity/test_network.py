@@ -16,9 +16,8 @@ import transformers
 from safetensors.torch import save_file
 
 import bert_jax
-from bert_jax import tree, weights
+from bert_jax import losses, tree, weights
 from bert_jax.attention import Attended
-from bert_jax.training import losses
 
 SHAPES = {
     # Weights as much wider as the layers are narrower, so that activations are of the size of base's.

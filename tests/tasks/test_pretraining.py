@@ -8,8 +8,8 @@ from bert_jax.data import corpus
 from bert_jax.data.loader import Loader
 from bert_jax.data.masking import MaskedExamples, Masking
 from bert_jax.evaluation import measure
+from bert_jax.losses import IGNORE
 from bert_jax.tasks.pretraining import MaskedLanguageModeling, PreTraining
-from bert_jax.training.losses import IGNORE
 
 TEXT = [f"The {n}th house stands here. It is {'big' * n}.\nNobody lives in house {n}." for n in range(24)]
 TASKS = [(PreTraining(), BertForPreTraining), (MaskedLanguageModeling(), BertForMaskedLM)]

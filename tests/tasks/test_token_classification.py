@@ -7,12 +7,11 @@ import pytest
 import reference
 
 import bert_jax
-from bert_jax import BertConfig
+from bert_jax import BertConfig, losses
 from bert_jax.data.loader import one_a_row
 from bert_jax.errors import InputError
 from bert_jax.tasks.base import ReadOptions
 from bert_jax.tasks.token_classification import TokenClassification
-from bert_jax.training import losses
 
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC")
 ARCHITECTURE = "BertForTokenClassification"

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from bert_jax.training import losses
+from bert_jax import losses
 
 
 @pytest.fixture

@@ -14,10 +14,9 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import bert_jax
-from bert_jax import recipes, sharding
+from bert_jax import distributed, recipes, sharding
 from bert_jax.errors import InputError
 from bert_jax.settings import Pretraining, Settings
-from bert_jax.training import distributed
 
 LONGEST = 180  # seconds that any of these may take
 

@@ -100,7 +100,7 @@ def broken(tmp_path):
         (["finetune", EMOTION, "output.folder=" + 300 * "x"], "File name too long"),
         (
             ["finetune", EMOTION, "--dry-run", "--target", "v4"],
-            "The target 'v4' is unknown; expected a chip and how many",
+            "The target 'v4' is unknown; expected a chip and a topology",
         ),
     ],
 )

@@ -165,10 +165,11 @@ def test_heads(folder, shape, close, architecture):
         close(f"{shape} attention maps", ours_, numpy(theirs_))
 
 
-# The small shape and base have every length; large has one, as one loop over its layers.
+# The small shape and base have every length. Large has one, with its layers as one loop. With one token, attention
+# would be trivial; up to 128 tokens, products have another order.
 @pytest.mark.parametrize(
     ("shape", "tokens"),
-    [(shape, n) for shape in SHAPES for n in (1, 2, 15, 64, 129, 512) if shape != "large" or n == 1],
+    [(shape, n) for shape in SHAPES for n in (1, 2, 15, 64, 129, 512) if shape != "large" or n == 129],
     indirect=["shape"],
 )
 @torch.no_grad()

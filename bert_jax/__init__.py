@@ -1,6 +1,6 @@
-"""BERT on JAX: the published checkpoints, reproduced number for number in Flax NNX.
+"""BERT in JAX (Flax NNX). On published checkpoints, its outputs match those of PyTorch transformers.
 
-This module lists the public names. Each is imported on first use, so that `import bert_jax` costs nothing.
+This module lists the public names. Each is imported on first use, so that `import bert_jax` does not import JAX.
 """
 
 import importlib
@@ -22,7 +22,7 @@ _CONTENTS = {
     "tree": "tree",
 }
 
-# The models with heads are read from the source: importing them would load jax.
+# The names of the models with heads are read from the text of heads.py, because importing it would import JAX.
 _MODELS = re.findall(r"^class (BertFor\w+)", Path(__file__).with_name("heads.py").read_text("utf-8"), re.MULTILINE)
 _CONTENTS |= dict.fromkeys(_MODELS, "heads")
 
@@ -45,7 +45,7 @@ def __getattr__(name: str) -> Any:
     if name not in _CONTENTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_CONTENTS[name]}")
-    return module if _CONTENTS[name].endswith(name) else getattr(module, name)  # a module, or a name in one
+    return module if _CONTENTS[name].endswith(name) else getattr(module, name)  # the module itself, or a name in it
 
 
 def __dir__() -> list[str]:

@@ -1,8 +1,8 @@
-"""Attention kernels by name: plain attention, and fused kernels for TPUs and GPUs that never store the probabilities.
+"""Attention kernels: plain attention, and fused kernels for TPUs and GPUs that never store the probabilities.
 
 A kernel accepts query [B, T, N, H], key and value [B, S, N, H] in the compute dtype, which tokens attend to which
-(`Attended`), the dropout rate and the dropout key. It returns the context [B, T, N, H] and the probabilities, float32
-[B, N, T, S], or None if it is fused.
+(`Attended`), the dropout rate and the dropout key. It returns the context [B, T, N, H] and the attention probabilities,
+float32 [B, N, T, S]. A fused kernel returns None instead of the probabilities.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from bert_jax.errors import InputError
 from bert_jax.nn import Linear, dropout, product
 
 FUSED = {"splash": ("TPUs", "tpu"), "cudnn": ("NVIDIA GPUs", "gpu")}
-"""Fused kernel -> the hardware that it is for, in words and by JAX's name."""
+"""Name of a fused kernel -> the hardware that it runs on: in words, and as JAX names the platform."""
 UNPACKED = ("cudnn",)
 """Fused kernels that support only rows of one text each, not packed rows."""
 SPLASH_BLOCK = 128
@@ -28,18 +28,18 @@ SPLASH_BLOCK = 128
 
 
 class Attended(NamedTuple):
-    """Which tokens attend to which: a query attends to the keys that have its number.
+    """Which tokens attend to which. Queries and keys have numbers; a query attends to the keys with an equal number.
 
     Attributes:
-        queries: int32 [B, T], or [B, 1] if all queries of a row have the same number.
-        keys: int32 [B, S].
+        queries: The numbers of the queries, int32 [B, T]; [B, 1] if all queries of a row have the same number.
+        keys: The numbers of the keys, int32 [B, S].
     """
 
     queries: jax.Array
     keys: jax.Array
 
     def mask(self) -> jax.Array:
-        """The equivalent mask, bool [B, 1, T or 1, S]."""
+        """True where a query attends to a key: bool [B, 1, T, S], or [B, 1, 1, S] if `queries` is [B, 1]."""
         return (self.queries[:, :, None] == self.keys[:, None, :])[:, None]
 
 
@@ -48,7 +48,7 @@ def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length:
 
     Args:
         name: The name of the kernel.
-        platform: The platform of the devices, by JAX's name.
+        platform: JAX's name for the platform of the devices, such as "gpu".
         compute_dtype: The dtype of the activations.
         packed: Whether rows hold several texts.
         length: Tokens per row; None if not known yet.
@@ -69,12 +69,12 @@ def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length:
 
 
 def multiple(name: str) -> int:
-    """The number that row lengths, in tokens, must be a multiple of."""
+    """The number of tokens that row lengths must be a multiple of if the kernel `name` is used."""
     return SPLASH_BLOCK if name == "splash" else 1
 
 
 def check_dropout(name: str, rate: float) -> None:
-    """Raises `InputError` if a fused kernel is to drop attention probabilities, because it never stores them."""
+    """Raises `InputError` for attention dropout with a fused kernel, which never stores the probabilities to drop."""
     if name != "plain" and rate > 0:
         raise InputError(
             f"attention is {name!r}, which does not support attention dropout; the config has "
@@ -83,7 +83,7 @@ def check_dropout(name: str, rate: float) -> None:
 
 
 def platform() -> str:
-    """JAX's name of the platform to compile for: that of the current mesh, or the default platform."""
+    """JAX's name for the platform to compile for: the platform of the current mesh, or the default without a mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else str(device.platform)
 
@@ -98,9 +98,9 @@ def splash(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, None]:
-    """Splash attention, JAX's block-wise kernel for TPUs (Dao et al. 2022, "FlashAttention", in Pallas).
+    """Splash attention: JAX's Pallas kernel for TPUs, which computes in blocks (Dao et al. 2022, "FlashAttention").
 
-    Each device computes its own rows and heads, because compilers do not shard custom kernels.
+    On a mesh, each device computes its own rows and heads, because compilers do not shard custom kernels.
 
     Args:
         query: [B, T, N, H], with T a multiple of `SPLASH_BLOCK`.
@@ -155,7 +155,8 @@ def cudnn(
         query: bfloat16 [B, T, N, H].
         key: bfloat16 [B, S, N, H].
         value: bfloat16 [B, S, N, H].
-        attended: Which tokens attend to which; None if all attend to all. Only each row's number of keys is used.
+        attended: Which tokens attend to which; None if all attend to all. The keys must be 1 for tokens and 0
+            for padding, because only their sum per row is used.
         dropout_rate: Not used, because callers refuse attention dropout.
         dropout_key: Not used.
 
@@ -189,7 +190,7 @@ def plain_attention(
     dropout_rate: float,
     dropout_key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scaled dot-product attention, written out (Vaswani et al. 2017, section 3.2.1).
+    """Scaled dot-product attention as separate JAX operations (Vaswani et al. 2017, section 3.2.1).
 
     Args:
         query: [B, T, N, H].
@@ -203,7 +204,8 @@ def plain_attention(
     Returns:
         The context [B, T, N, H] in the dtype of value, and the probabilities, float32 [B, N, T, S], before dropout.
     """
-    # Moves the heads to the front once. Inside the products, CPUs would transpose again in the backward pass.
+    # Moves the heads before the tokens once, here. If the einsums did it, CPUs would transpose again in the backward
+    # pass.
     query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))  # [B, N, T, H]
     scores = product("bnth,bnsh->bnts", query, key) * query.shape[-1] ** -0.5
     if attended is not None:
@@ -233,15 +235,18 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x: jax.Array, states: jax.Array, attended: Attended | None, dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Attends from x [B, T, D] to states [B, S, D]; returns [B, T, D] and the probabilities [B, N, T, S].
+        """Computes the attention of the tokens x [B, T, D] to all tokens, `states` [B, S, D].
 
-        If x is only some of the states, there is little to fuse, and attention is plain.
+        If x is not `states` itself but a part of it, plain attention is used, because a fused kernel would gain little.
+
+        Returns:
+            The output [B, T, D], and the probabilities [B, N, T, S], or None with a fused kernel.
         """
         rate = self.config.attention_probs_dropout_prob
         if dropout_key is not None:
             check_dropout(self.attention, rate)
         query, key, value = (
-            linear(source).reshape(*source.shape[:-1], self.config.num_attention_heads, -1)  # [B, T, N, H]
+            linear(source).reshape(*source.shape[:-1], self.config.num_attention_heads, -1)  # [B, T or S, N, H]
             for linear, source in ((self.query, x), (self.key, states), (self.value, states))
         )
         kernel = ATTENTION[self.attention if x is states else "plain"]

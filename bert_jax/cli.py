@@ -59,10 +59,13 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: a user's mistake prints one line to stderr and ends with exit status 2."""
+    """Entry point. An error that the user can fix is printed to stderr without a traceback; the exit status is 2.
+
+    A run that a signal stopped ends with exit status 128 plus the number of the signal.
+    """
     try:
         app()
-    except (BertJaxError, OSError, MemoryError) as error:  # such as a path too long, a batch of millions
+    except (BertJaxError, OSError, MemoryError) as error:  # such as too long a path, or too large a batch
         print(f"bert-jax: {error}", file=sys.stderr)
         sys.exit(128 + error.signal if isinstance(error, Interrupted) else 2)
 
@@ -185,7 +188,7 @@ def finetune(
             raise InputError(f"--target is {quoted(target)}, but a target can only compile; add --dry-run.")
         import jax
 
-        jax.config.update("jax_platforms", "cpu")  # only compiles
+        jax.config.update("jax_platforms", "cpu")  # nothing runs, so no other device is needed
         os.environ[CACHE_VARIABLE] = "off"  # programs for other chips cannot be cached
     with _training(processes) as console:
         from bert_jax import recipes
@@ -257,7 +260,7 @@ def evaluate(
         print(json.dumps(metrics, indent=2))
     else:
         Console().print(Markdown(markdown))
-    if output:  # last, because it may not be writable
+    if output:  # last, so that the metrics are printed even if this fails
         held_out.leave(output, settings.to_yaml(), metrics)
 
 
@@ -300,7 +303,7 @@ def serve(
                 registry.task_name(task_name), folder, ignore=settings.ignore, compute_dtype=settings.compute_dtype
             )
         except BertJaxError:
-            if settings.tasks or not pipes:  # requested, or no task has loaded yet
+            if settings.tasks or not pipes:  # the task was requested, or none has loaded yet
                 raise
     limits = Limits(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Limits)})
     server.serve(name, pipes, host=settings.host, port=settings.port, limits=limits)
@@ -375,7 +378,7 @@ def _pipeline(task: str, model: ModelOption, revision: Revision, ignore: Ignore)
 
 
 def _model(model: str | None, revision: str | None) -> tuple[str, Path]:
-    """A model's name and folder; if the default model cannot be reached on the Hub, those of the embedded one."""
+    """A model's name and folder; those of the embedded model if the default model is not cached and the Hub is down."""
     from bert_jax import hub
 
     name = model or DEFAULT_MODEL
@@ -389,7 +392,7 @@ def _model(model: str | None, revision: str | None) -> tuple[str, Path]:
 
 
 def _print_fillings(title: str, fillings: list[dict[str, Any]]) -> None:
-    """Prints a table with one bar per filling; bar lengths follow the scores, and the best score has a full bar."""
+    """Prints a table of fillings, each with a bar in proportion to its score. The first filling has a full bar."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for filling in fillings:
         words, probability = filling["token_str"], filling["score"]
@@ -404,7 +407,9 @@ def _print_fillings(title: str, fillings: list[dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def _training(processes: str | None) -> Iterator[Console]:
-    """Prepares memory and cache, and joins the other processes; yields a console, which is quiet except on the first.
+    """Prepares memory and the cache of programs, and joins the other processes.
+
+    Yields a console, which prints only in the first process.
 
     Args:
         processes: The value of --processes; None for a single process.

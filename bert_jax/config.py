@@ -12,7 +12,7 @@ from bert_jax.errors import ConfigError, quoted
 
 logger = logging.getLogger(__name__)
 
-# Other keys of config.json that would change the numbers -> the only value that the network supports.
+# Other keys of config.json that change what a network computes -> the only value that this network supports.
 _FIXED = {
     "model_type": "bert",
     "position_embedding_type": "absolute",
@@ -70,10 +70,8 @@ class ConfigChanges(TypedDict, total=False):
 class BertConfig:
     """Hyperparameters of BERT (Devlin et al. 2018, section 3), with the field names of Hugging Face's `config.json`.
 
-    Sizes are counts, `layer_norm_eps` is added to a variance, and dropouts are probabilities.
-
     Raises:
-        ConfigError: If a value is invalid or describes a network that is not a BERT.
+        ConfigError: If a value is invalid or contradicts another one.
     """
 
     vocab_size: int = 28996
@@ -88,15 +86,16 @@ class BertConfig:
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     initializer_range: float = 0.02
-    """The standard deviation of the truncated normal that new weights are drawn from."""
+    """New weights are drawn from a normal with this standard deviation, truncated at two standard deviations."""
     layer_norm_eps: float = 1e-12
+    """Added to the variance in LayerNorm."""
     pad_token_id: int | None = 0
     classifier_dropout: float | None = None
     """Dropout before a classifier; None uses `hidden_dropout_prob`."""
     num_labels: int = -1
-    """The number of labels of a classifier; by default that of the names in `id2label` or `label2id`, or 2."""
+    """The number of labels. -1 stands for the number of names in `id2label` or `label2id`, or for 2 without names."""
     id2label: Mapping[int | str, str] | Sequence[str] | None = None
-    """The label names, as a dict by id or in the order of ids; stored as a tuple. None means LABEL_0, LABEL_1, …"""
+    """The label names: a dict by id, or a sequence in id order. Stored as a tuple. None means LABEL_0, LABEL_1, …"""
     label2id: Mapping[str, int] | None = dataclasses.field(default=None, compare=False, repr=False)
     """The inverse of `id2label`; may be given instead of it."""
     problem_type: str | None = None
@@ -119,11 +118,14 @@ class BertConfig:
             object.__setattr__(self, "num_labels", len(names) if names else 2)
         elif names and self.num_labels != len(names):
             raise ConfigError(f"num_labels is {self.num_labels}; expected {len(names)}, the number of label names.")
-        object.__setattr__(self, "id2label", names)  # a tuple: a config is static under jit, which hashes it
+        object.__setattr__(self, "id2label", names)  # a tuple, because jit hashes the config
         object.__setattr__(self, "label2id", {label: i for i, label in enumerate(self.labels)})
 
     def _checks(self) -> Iterator[tuple[str, bool, str]]:
-        """Yields a field's name, whether its value is valid, and what is expected. Checks rely on earlier ones."""
+        """Yields a field's name, whether its value is valid, and what is expected.
+
+        A check relies on those before it, so the caller must raise at the first invalid value.
+        """
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
             yield name, _is_number(value, int) and 1 <= value <= limit, f"a whole number from 1 to {limit}"
@@ -156,7 +158,9 @@ class BertConfig:
         return self.id2label or tuple(f"LABEL_{i}" for i in range(self.num_labels))
 
     def replace(self, **changes: Unpack[ConfigChanges]) -> "BertConfig":
-        """A copy with some fields changed. A new number of labels, or new names, replace the old names.
+        """A copy with some fields changed.
+
+        New label names also change `num_labels`. A new `num_labels` alone resets the names to LABEL_0, LABEL_1, …
 
         Raises:
             ConfigError: If a field does not exist, or a value is invalid.
@@ -177,10 +181,10 @@ class BertConfig:
         Keys that are not BERT's hyperparameters (`pooler_type`, `transformers_version`, …) are ignored.
 
         Args:
-            config: A parsed `config.json`. Without `model_type`, it is accepted if it has BERT's sizes.
+            config: A parsed `config.json`. The key `model_type` may be absent; the sizes of the network may not.
 
         Raises:
-            ConfigError: If the file belongs to another model, or a value asks for something that is not supported.
+            ConfigError: If the config is of another kind of model, lacks a size, or has a value that is not supported.
         """
         for key, value in _FIXED.items():
             if config.get(key, value) != value:
@@ -202,7 +206,11 @@ class BertConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "BertConfig":
-        """The config in a JSON file; `from_dict` describes what is refused."""
+        """Reads a config from a JSON file.
+
+        Raises:
+            ConfigError: If the file cannot be read, or `from_dict` refuses its content.
+        """
         config = hub.read_json(Path(path), ConfigError)
         try:
             return cls.from_dict(config)
@@ -225,7 +233,8 @@ def _in_order(field: str, given: Any) -> tuple[str, ...]:
 
     Args:
         field: "id2label" or "label2id".
-        given: The field's value: `{0: name, …}`, `{"0": name, …}` or a list or tuple of names; or `{name: 0, …}`.
+        given: The field's value. For id2label: `{0: name, …}`, `{"0": name, …}`, or a list or tuple of names. For
+            label2id: `{name: 0, …}`.
 
     Raises:
         ConfigError: If the value has another form, or if ids are missing or repeated.

@@ -1,7 +1,7 @@
-"""Several processes, each with its own devices, that run one program: the hosts of a TPU pod or the nodes of a cluster.
+"""Runs on several processes, each with its own devices: the hosts of a TPU pod or the nodes of a cluster.
 
-All processes run the same command. Each makes its own rows of a batch. Only the first process writes files, except for
-checkpoints: each process writes the shards that its devices hold.
+All processes run the same command. Each prepares its own rows of a batch. Only the first process writes files, except
+for checkpoints, of which each process writes the shards that its devices hold.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def start(given: str) -> None:
 
 
 def _reach(address: str) -> None:
-    """Waits until the address answers; raises `OSError` if it does not. JAX would end the process with a dump."""
+    """Waits until the address answers; raises `OSError` if it never does. JAX would abort the process in that case."""
     host, _, port = address.rpartition(":")
     until = time.monotonic() + JOIN
     while True:
@@ -68,7 +68,7 @@ def _reach(address: str) -> None:
 
 
 def first() -> bool:
-    """Whether this process is the one that writes and shows progress."""
+    """Whether this is the first process, the one that writes files and shows progress."""
     return jax.process_index() == 0
 
 
@@ -78,7 +78,7 @@ def name() -> str:
 
 
 def agree(what: str, text: Callable[[], str]) -> None:
-    """Compares a text across all processes; every process calls this. With one process, `text` is not called.
+    """Compares a text across all processes. Every process must call this. With one process, `text` is not called.
 
     Raises:
         InputError: In all processes, if the text of one differs from that of the first; lists the lines that differ.
@@ -87,7 +87,7 @@ def agree(what: str, text: Callable[[], str]) -> None:
         return
     content = text().encode()
     longest = max(multihost_utils.process_allgather(np.int32(len(content))))
-    padded = np.frombuffer(content.ljust(longest, b"\0"), np.uint8)  # all processes gather arrays of one shape
+    padded = np.frombuffer(content.ljust(longest, b"\0"), np.uint8)  # all processes must pass the same shape
     texts = [bytes(row).rstrip(b"\0").decode() for row in multihost_utils.process_allgather(padded)]
     for i, other in enumerate(texts):
         if other != texts[0]:
@@ -101,10 +101,10 @@ def wait(what: str) -> None:
 
 
 def share_folder(folder: Path, name: str) -> None:
-    """Waits until the first process has created a folder.
+    """Waits for all processes and checks that they share a folder.
 
     Args:
-        folder: The first process puts a file into this folder before it calls this function.
+        folder: The folder. The first process must write a file into it before calling this function.
         name: The name of that file.
 
     Raises:
@@ -116,13 +116,16 @@ def share_folder(folder: Path, name: str) -> None:
 
 
 def asked_to_stop(step: int) -> bool:
-    """Whether a process received SIGTERM; False with one process. All call this at every step; all get the same."""
+    """Whether any process received SIGTERM; always False with a single process.
+
+    Every process must call this at every step, and all get the same answer.
+    """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
 @contextlib.contextmanager
 def lost_ones_named() -> Iterator[None]:
-    """Turns the error of a collective into a `TrainingError` if another process is gone."""
+    """Turns the error of a collective operation into a `TrainingError` if another process ended or does not answer."""
     try:
         yield
     except (ValueError, jax.errors.JaxRuntimeError) as error:  # ValueError: from Gloo, on CPU

@@ -1,6 +1,6 @@
 """Errors for problems that the user can fix, such as invalid input. They never report a bug in this package.
 
-Each message names what was given, what was expected and what to do. The command line prints it without a traceback.
+Each message says what was given, what was expected and what to do. The command line prints it without a traceback.
 """
 
 import importlib.util
@@ -24,11 +24,11 @@ class ConfigError(BertJaxError, ValueError):
 
 
 class CheckpointError(BertJaxError, ValueError):
-    """Weights or tokenizer files that are damaged, incomplete or from another model."""
+    """Files of a model or a run that are damaged, incomplete or from another model, or that cannot be written."""
 
 
 class ModelNotFoundError(BertJaxError, OSError):
-    """A model id, folder or revision that does not exist."""
+    """A model id, folder or revision that does not exist or cannot be downloaded."""
 
 
 class HubUnreachableError(ModelNotFoundError):
@@ -36,7 +36,7 @@ class HubUnreachableError(ModelNotFoundError):
 
 
 class TrainingError(BertJaxError, ArithmeticError):
-    """A run that cannot continue, because a loss is not finite or a metric is missing."""
+    """A run that cannot continue: a result is not finite, memory is exhausted, or another process has ended."""
 
 
 class Interrupted(BertJaxError):
@@ -49,18 +49,21 @@ class Interrupted(BertJaxError):
     """
 
     def __init__(self, step: int, folder: object, signal: int):
-        super().__init__(f"stopped at step {step}, saved in {folder}; to resume, run the same command again.")
+        saved = (
+            f"saved in {folder}; to resume, run the same command again" if folder else "not saved: there is no folder"
+        )
+        super().__init__(f"stopped at step {step}, {saved}.")
         self.signal = signal
 
 
 def check_extra(extra: str, *modules: str) -> None:
-    """Raises `InputError` if modules of an extra are not installed."""
+    """Raises `InputError` if a module is missing that `pip install bert-jax[EXTRA]` would install."""
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
         raise InputError(f"This requires {', '.join(missing)}: pip install 'bert-jax[{extra}]'.")
 
 
 def quoted(value: Any) -> str:
-    """The value as Python writes it, cut after `QUOTED` characters. The rest of a large value is never built."""
+    """`repr(value)`, cut after `QUOTED` characters. Of a large value, only the part before the cut is converted."""
     return _cut(_written(value))
 
 
@@ -79,7 +82,7 @@ def _cut(parts: Iterable[str]) -> str:
 
 
 def _written(value: Any) -> Iterator[str]:
-    """`repr(value)` in parts. Each level yields at least one character, so that a cut also bounds the recursion."""
+    """`repr(value)` in parts. Each level of nesting yields a character, so that `_cut` also limits the recursion."""
     if isinstance(value, Mapping) or type(value) in (list, tuple):
         opening, closing = "{}" if isinstance(value, Mapping) else "[]" if type(value) is list else "()"
         yield opening
@@ -92,7 +95,7 @@ def _written(value: Any) -> Iterator[str]:
         yield "," * (type(value) is tuple and len(value) == 1) + closing
     elif isinstance(value, str | bytes):
         yield repr(value[: QUOTED + 1])
-    elif isinstance(value, int) and value.bit_length() > 10_000:  # Python does not write longer integers as decimals
+    elif isinstance(value, int) and value.bit_length() > 10_000:  # repr fails for integers of more than 4,300 digits
         yield f"a whole number of {value.bit_length()} bits"
     else:
         yield repr(value)

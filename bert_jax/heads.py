@@ -1,4 +1,4 @@
-"""BERT's heads, each on an encoder: pretraining, masked tokens, next sentence, text and token classes, answers."""
+"""Models with heads: an encoder, and the layers that compute the outputs of a task."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
@@ -16,7 +16,7 @@ from bert_jax.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, last
 Output = TypeVar("Output")
 
 FIRST = np.zeros((1, 1), np.int32)
-"""The `positions` for a head that reads only [CLS]."""
+"""The `positions` to pass to a model whose head reads only the first token, [CLS]."""
 
 
 @jax.tree_util.register_dataclass
@@ -38,8 +38,9 @@ class PreTrainingOutput:
     """The output of `BertForPreTraining`.
 
     Attributes:
-        prediction_logits: float32 [B, T, V], or [B, P, V] at `masked_positions`.
-        seq_relationship_logits: float32 [B, 2], or [B, K, 2] at `first_positions`; index 0 is "B follows A".
+        prediction_logits: float32 [B, T, V], or [B, P, V] at P `masked_positions` per row.
+        seq_relationship_logits: float32 [B, 2], or [B, K, 2] at `first_positions`. Index 0 means that the second text
+            follows the first.
         hidden_states: As in `BertModelOutput`.
         attentions: As in `BertModelOutput`.
     """
@@ -79,10 +80,10 @@ class MaskedLMHead(nnx.Module):
 
 
 class BertWithHead(BertPreTrainedModel):
-    """An encoder, `bert`, with a head. A subclass says what its head reads, and makes and applies it."""
+    """An encoder, `bert`, with a head. Subclasses set `pooled`, create the head in `_add_head` and apply it."""
 
     pooled: ClassVar[bool] = False
-    """Whether the head reads the pooler's output; else the encoder has no pooler."""
+    """Whether the head reads the pooler's output. If it does not, the encoder has no pooler."""
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class BertForPreTraining(BertWithHead):
         first_positions: ArrayLike | None = None,
         dropout_key: jax.Array | None = None,
     ) -> PreTrainingOutput:
-        """Scores the vocabulary and the next sentence.
+        """Computes the logits of masked-language modeling and next-sentence prediction.
 
         Args:
             input_ids: int [B, T].
@@ -146,12 +147,15 @@ class BertForPreTraining(BertWithHead):
         """
         positions = None
         if masked_positions is not None or first_positions is not None:
-            check_inputs(self.config, jnp.asarray(input_ids))
+            check_inputs(
+                self.config, jnp.asarray(input_ids), masked_positions=masked_positions, first_positions=first_positions
+            )
             rows, tokens = np.shape(input_ids)
             masked = jnp.arange(tokens)[None] if masked_positions is None else jnp.asarray(masked_positions)
-            first = jnp.zeros((rows, 1), int) if first_positions is None else jnp.asarray(first_positions)
+            first = jnp.zeros((1, 1), int) if first_positions is None else jnp.asarray(first_positions)
             n = first.shape[1]
-            positions = jnp.concatenate([first, jnp.broadcast_to(masked, (rows, masked.shape[1]))], axis=1)
+            both = [jnp.broadcast_to(array, (rows, array.shape[1])) for array in (first, masked)]
+            positions = jnp.concatenate(both, axis=1)
         out = self.bert(
             input_ids, attention_mask, token_type_ids, position_ids, document_ids, positions=positions,
             dropout_key=dropout_key,
@@ -186,8 +190,9 @@ class BertForMaskedLM(BertWithHead):
         The other arguments are those of `BertModel`.
 
         Returns:
-            Logits, float32 [B, K, V] or [B, T, V].
+            A `HeadOutput` with logits [B, K, V], or [B, T, V] without `masked_positions`.
         """
+        check_inputs(self.config, jnp.asarray(input_ids), masked_positions=masked_positions)
         out = self.bert(
             input_ids, attention_mask, token_type_ids, position_ids, document_ids, positions=masked_positions,
             dropout_key=dropout_key,
@@ -200,7 +205,7 @@ class BertWithLinearHead(BertWithHead, Generic[Output]):
     """An encoder with a head that is one linear layer."""
 
     head_dropout: ClassVar[bool] = False
-    """Whether dropout is applied to what the head reads."""
+    """Whether dropout is applied to the input of the head."""
 
     def __call__(
         self,
@@ -213,7 +218,7 @@ class BertWithLinearHead(BertWithHead, Generic[Output]):
         positions: ArrayLike | None = None,
         dropout_key: jax.Array | None = None,
     ) -> Output:
-        """The arguments are those of `BertModel`."""
+        """Applies the encoder, then the head. The arguments are those of `BertModel`."""
         key, head_key = split_key(dropout_key, 2) if self.head_dropout else (dropout_key, None)
         out = self.bert(
             input_ids, attention_mask, token_type_ids, position_ids, document_ids, positions=positions, dropout_key=key
@@ -229,14 +234,17 @@ class BertWithLinearHead(BertWithHead, Generic[Output]):
         """Applies the head.
 
         Args:
-            hidden: float32 [B, T, D], or [B, D] of the pooler.
+            hidden: float32 hidden states [B, T, D], or pooler output [B, D]; at `positions`, [B, K, D].
             out: The output of the encoder.
         """
         raise NotImplementedError
 
 
 class BertForNextSentencePrediction(BertWithLinearHead[HeadOutput]):
-    """The encoder with the next-sentence head: logits float32 [B, 2] or [B, K, 2]; index 0 is "B follows A"."""
+    """The encoder with the next-sentence head: logits float32 [B, 2], or [B, K, 2] at `positions`.
+
+    Index 0 means that the second text follows the first.
+    """
 
     pooled = True
 
@@ -249,7 +257,7 @@ class BertForNextSentencePrediction(BertWithLinearHead[HeadOutput]):
 
 
 class BertWithClassifier(BertWithLinearHead[HeadOutput]):
-    """An encoder with a classifier."""
+    """An encoder with dropout and a linear classifier of `num_labels` labels."""
 
     head_dropout = True
 
@@ -262,7 +270,7 @@ class BertWithClassifier(BertWithLinearHead[HeadOutput]):
 
 
 class BertForSequenceClassification(BertWithClassifier):
-    """The encoder with a classifier of the pooled first token or `positions`: logits float32 [B, C] or [B, K, C]."""
+    """The encoder with a classifier of the pooler's output: logits float32 [B, C], or [B, K, C] at `positions`."""
 
     pooled = True
 

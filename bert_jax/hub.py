@@ -34,13 +34,13 @@ TOKENIZER_FILES = (
 
 
 def download(model_id: str | os.PathLike[str], *, revision: str | None = None, timeout: float = 10.0) -> Path:
-    """The folder with a model's files. Files from the Hub are first downloaded into its cache.
+    """The folder with a model's files. Files on the Hub are first downloaded into the local cache of Hub files.
 
     With `HF_HUB_OFFLINE=1`, or if the Hub does not answer, only the cache is used.
 
     Args:
-        model_id: A folder, the name of an embedded model (`bert-mini-cased`), or an id on the Hub. A folder takes
-            precedence.
+        model_id: A folder, the name of an embedded model (`bert-mini-cased`), or an id on the Hub. An existing
+            folder takes precedence.
         revision: Branch, tag or commit on the Hub; None for `main`.
         timeout: Seconds to wait for the Hub's first answer.
 
@@ -48,7 +48,7 @@ def download(model_id: str | os.PathLike[str], *, revision: str | None = None, t
         A folder that contains config.json.
 
     Raises:
-        ModelNotFoundError: If the folder, model or revision does not exist.
+        ModelNotFoundError: If the folder, model or revision does not exist, or a download fails.
         HubUnreachableError: If the Hub does not answer and the cache does not have the whole model.
         CheckpointError: If the model has no safetensors weights.
     """
@@ -78,7 +78,7 @@ def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[s
             raise ValueError(f"a {type(content).__name__}, not a JSON object")
     except OSError as reason:
         raise error(f"Cannot read {path}: {reason.strerror}.") from None
-    except (ValueError, RecursionError) as reason:  # also for an integer with more digits than Python reads
+    except (ValueError, RecursionError) as reason:  # json.loads also raises ValueError for huge integers
         raise error(f"{path} is damaged ({reason}); download it again.") from None
     return content
 
@@ -87,7 +87,7 @@ def architectures(folder: Path) -> list[str]:
     """The names of the classes that a model was saved from, as listed in config.json; empty if it lists none."""
     try:
         names = read_json(folder / CONFIG_FILE).get("architectures")
-    except CheckpointError:  # BertConfig reports the problem
+    except CheckpointError:  # `BertConfig.from_file` reports the problem
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
@@ -102,7 +102,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     """Yields a staging folder for new files. They move into `folder` only after all of them are written.
 
     Raises:
-        CheckpointError: If the disk or the permissions do not allow it; names the files of `folder` that were replaced.
+        CheckpointError: If the files cannot be written; names the files of `folder` that were already replaced.
     """
     folder = Path(folder).absolute()
     staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
@@ -111,7 +111,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         staging.mkdir(parents=True)
         yield staging
         for path in staging.iterdir():
-            path.chmod(0o666 & staging.stat().st_mode)  # safetensors grants access only to the owner
+            path.chmod(0o666 & staging.stat().st_mode)  # safetensors makes files that only the owner can read
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         if folder.exists():
@@ -119,7 +119,7 @@ def replacing(folder: Path) -> Iterator[Path]:
                 os.replace(path, folder / path.name)
                 replaced.append(path.name)
             if (folder / INDEX_FILE).exists() and (folder / WEIGHTS_FILE).exists():
-                (folder / INDEX_FILE).unlink()  # left over from earlier shards
+                (folder / INDEX_FILE).unlink()  # the index of an earlier, sharded checkpoint
         else:
             os.rename(staging, folder)
     except OSError as error:
@@ -132,7 +132,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def _from_hub(repo: str, revision: str, timeout: float) -> Path:
-    # Imported here, because its network part takes 0.2 s to import and a local folder does not need it.
+    # Imported here, because the import takes 0.2 s and a local folder does not need it.
     from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.utils import validate_repo_id
 
@@ -153,14 +153,14 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
     def fetch(name: str, revision: str) -> Path:
         if not cache_only:
             return Path(hf_hub_download(repo, name, revision=revision))
-        # Not hf_hub_download(local_files_only=True), which asks the Hub while building headers: three seconds more.
+        # hf_hub_download(local_files_only=True) would still contact the Hub to build headers: three seconds more.
         path = try_to_load_from_cache(repo, name, revision=revision)
         if not isinstance(path, str):
             raise errors.LocalEntryNotFoundError(name)
         return Path(path)
 
     try:
-        config = fetch(CONFIG_FILE, revision)  # by revision name, which the cache stores for offline use
+        config = fetch(CONFIG_FILE, revision)  # by the revision's name, so that the cache can find it offline
         found = revision if cache_only else commit
         for name in TOKENIZER_FILES:
             with contextlib.suppress(errors.EntryNotFoundError):  # each model has only some of these files
@@ -186,7 +186,7 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
 
 
 def _commit(repo: str, revision: str, timeout: float) -> str:
-    """Asks the Hub once for the commit of a revision. Cached files of a commit need no further requests.
+    """Asks the Hub once for the commit of a revision. Files that are cached for that commit need no request.
 
     Raises:
         TimeoutError: If the Hub cannot be reached, or does not answer in time.
@@ -194,7 +194,7 @@ def _commit(repo: str, revision: str, timeout: float) -> str:
     """
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
-    # Runs in a thread, because the client's own timeout covers neither a slow name server nor its second attempt.
+    # Runs in a thread, because the client's own timeout covers neither a slow name server nor a retry.
     commit: Future[str] = Future()
 
     def ask() -> None:
@@ -225,7 +225,7 @@ def read_index(index: Path) -> dict[str, str]:
     """Tensor name -> file name, from a `model.safetensors.index.json`.
 
     Raises:
-        CheckpointError: If it is damaged, or names anything other than files next to it.
+        CheckpointError: If the index is damaged, or names anything other than files in its own folder.
     """
     content = read_json(index)
     files = content.get("weight_map")

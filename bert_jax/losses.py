@@ -1,4 +1,4 @@
-"""Losses of logits against targets, averaged over the entries that count. All are float32; cross entropies in nats."""
+"""Losses: float32 means over the entries that count. Cross entropies are in nats."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ IGNORE = -100
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean negative log-likelihood of the labels.
 
-    This is the loss of masked-language modeling, next-sentence prediction, single-label and token classification.
+    This is the loss of masked-language modeling, next-sentence prediction, token classification and single-label
+    sequence classification.
 
     Args:
         logits: float [..., C].

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 ComputeDtype = Literal["float32", "bfloat16"]
 Attention = Literal["plain", "splash", "cudnn"]
 COMPUTE_DTYPES = ("float32", "bfloat16")
+POSITIONS = ("positions", "masked_positions", "first_positions")
+"""Arguments of models that are indices of tokens in a row."""
 
 
 # Under jit, outputs that the caller does not return are not computed.
@@ -43,10 +45,10 @@ class BertModelOutput:
         last_hidden_state: [B, T, D] in the compute dtype, or [B, K, D] at `positions`.
         pooler_output: float32 [B, D] for the first token, or [B, K, D] at `positions`; None if the model has no
             pooler.
-        hidden_states: The outputs of the embeddings and of each layer, L + 1 times [B, T, D]. The last is
+        hidden_states: The output of the embeddings, then that of each layer, [B, T, D] each. The last one is
             `last_hidden_state`.
-        attentions: The attention probabilities of each layer, L times float32 [B, N, T, S]. With `positions`, the
-            last is [B, N, K, S]. None for a layer with a fused kernel.
+        attentions: The attention probabilities of each layer, float32 [B, N, T, S], or None with a fused kernel. With
+            `positions`, those of the last layer are [B, N, K, S], whatever the kernel.
     """
 
     last_hidden_state: jax.Array
@@ -83,7 +85,8 @@ class BertLayer(nnx.Module):
             positions: int [B, T] or [1, T], the tokens to compute; None for all. They attend to all tokens of x.
 
         Returns:
-            [B, T, D] in the dtype of x, and the attention probabilities [B, N, T, S].
+            The output [B, T, D] in the dtype of x, and the attention probabilities [B, N, T, S], or None with a fused
+            kernel.
         """
         rate = self.config.hidden_dropout_prob
         attention_key, context_key, output_key = split_key(dropout_key, 3)
@@ -119,7 +122,7 @@ class BertEmbeddings(nnx.Module):
         position_ids: jax.Array,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Each int [B, T] or [1, T] -> float32 [B, T, D]."""
+        """Returns float32 [B, T, D]. Each of the three arrays of ids is int [B, T], or [1, T] for all rows."""
         words = self.word_embeddings(input_ids)
         if self.config.pad_token_id is not None:
             # Lookups give the padding vector no gradient, as with torch.nn.Embedding(padding_idx=…).
@@ -132,8 +135,8 @@ class BertPreTrainedModel(nnx.Module):
     """The base class of all models: it has the config, and it loads and saves checkpoints.
 
     Args of every model:
-        config: Sizes and rates.
-        rngs: Draws the parameters. Without it, the model holds only their shapes, and a checkpoint fills them later.
+        config: The hyperparameters.
+        rngs: Draws the initial parameters. Without it, the model holds only shapes until a checkpoint is loaded.
         compute_dtype: The dtype of the activations, "float32" or "bfloat16". The parameters are float32.
         attention: The name of a kernel in `ATTENTION`.
         remat: Stores only the input of each layer for the backward pass and recomputes the rest.
@@ -167,28 +170,28 @@ class BertPreTrainedModel(nnx.Module):
         add_pooling_layer: bool | None = None,
         **config_changes: Unpack[ConfigChanges],
     ) -> Self:
-        """Loads the model of a checkpoint. The log (INFO) and `bert-jax info` report how each tensor is used.
+        """Loads a model from a checkpoint. The log (INFO) and `bert-jax info` report how each tensor is used.
 
         Args:
             model_id: A folder, an id on the Hugging Face Hub, or `bert-mini-cased`.
             revision: Branch, tag or commit on the Hub.
-            new: Regular expressions of parameter paths that are reinitialised, whatever the file holds:
-                `[r"classifier\\..*"]` for a head to be trained. Any other parameter that the file lacks is an error.
-            ignore: Regular expressions of tensors to leave out, matched against their whole names in the file:
-                `[r"loss_fct\\..*"]`. Any other tensor that no BERT has is an error.
+            new: Regular expressions of the paths of parameters to initialise instead of loading, for example
+                `[r"classifier\\..*"]` to train a new head. Any other parameter that the file lacks is an error.
+            ignore: Regular expressions of tensors to leave out, matched against their whole names in the file, for
+                example `[r"loss_fct\\..*"]`. Any other tensor in the file that no BERT model has is an error.
             rngs: Draws the new parameters; `nnx.Rngs(0)` by default.
             compute_dtype: See the class.
             attention: See the class.
             remat: See the class.
             scan_layers: See the class.
             add_pooling_layer: Applies only to `BertModel`: False leaves out the pooler, which some checkpoints lack.
-            **config_changes: Fields of the config to change: `num_labels=6` if the head is new or the config
-                contradicts the file, `hidden_dropout_prob=0.0`.
+            **config_changes: Fields of the config to change, for example `hidden_dropout_prob=0.0`, or `num_labels=6`
+                for a new head or to correct a config that contradicts the weights.
 
         Raises:
             ModelNotFoundError: If the model does not exist, or the Hub does not answer.
-            ConfigError: If its config does not describe a BERT, or a change names an unknown field.
-            CheckpointError: If its weights are damaged or do not fit; lists every problem.
+            ConfigError: If the config does not describe a BERT, or a change is invalid.
+            CheckpointError: If the weights are damaged or do not fit the model; lists every problem.
         """
         folder = hub.download(model_id, revision=revision)
         config = BertConfig.from_file(folder / hub.CONFIG_FILE).replace(**config_changes)
@@ -220,7 +223,7 @@ class BertPreTrainedModel(nnx.Module):
         """Writes `model.safetensors` and `config.json`, from which PyTorch transformers loads bit-identical weights.
 
         Raises:
-            CheckpointError: If the folder cannot be written; names the earlier files that were replaced, if any.
+            CheckpointError: If the folder cannot be written; names the files that were already replaced, if any.
         """
         params, _ = tree.split(self)
         config = {"architectures": [type(self).__name__], **self.config.to_dict()}
@@ -228,7 +231,7 @@ class BertPreTrainedModel(nnx.Module):
 
 
 class BertModel(BertPreTrainedModel):
-    """The encoder and its pooler, which next-sentence prediction and classification use."""
+    """The encoder. Its pooler is used by next-sentence prediction and sequence classification."""
 
     def __init__(
         self,
@@ -263,7 +266,10 @@ class BertModel(BertPreTrainedModel):
         positions: ArrayLike | None = None,
         dropout_key: jax.Array | None = None,
     ) -> BertModelOutput:
-        """Encodes tokens. Models with heads accept these arguments too, but some replace `positions`.
+        """Encodes tokens.
+
+        Models with heads accept these arguments too. `BertForMaskedLM` and `BertForPreTraining` have `masked_positions`
+        instead of `positions`.
 
         Args:
             input_ids: int [B, T], with T at most `max_position_embeddings`.
@@ -277,7 +283,7 @@ class BertModel(BertPreTrainedModel):
             dropout_key: PRNG key; without one, nothing is dropped.
 
         Raises:
-            InputError: If T is too large, shapes do not match, or (outside jit) an id is outside its table.
+            InputError: If T is too large, shapes do not match, or (outside jit) an id or position is out of range.
         """
         input_ids = jnp.asarray(input_ids)
         check_inputs(
@@ -322,7 +328,7 @@ class BertModel(BertPreTrainedModel):
         if self.remat:
             run = jax.checkpoint(run)
         n = len(self.layers)
-        # The layers that compute all tokens. With positions, the last layer has other shapes.
+        # The number of layers that compute all tokens. With positions, the last layer computes only the tokens at them.
         full = n if positions is None else n - 1
         hidden_states, probabilities = [x], []
         if self.scan_layers and full:
@@ -345,8 +351,8 @@ class BertModel(BertPreTrainedModel):
         return tuple(hidden_states), tuple(probabilities)
 
 
-def check_inputs(config: BertConfig, input_ids: jax.Array, **others: Any) -> None:
-    """Raises `InputError` if shapes do not match or, outside jit, if a number is outside its table."""
+def check_inputs(config: BertConfig, input_ids: jax.Array, **others: ArrayLike | None) -> None:
+    """Raises `InputError` if T is too large, shapes do not match or (outside jit) an id or position is out of range."""
     if input_ids.ndim != 2:
         raise InputError(f"input_ids has the shape {input_ids.shape}; expected [batch, tokens].")
     rows, tokens = input_ids.shape
@@ -359,16 +365,16 @@ def check_inputs(config: BertConfig, input_ids: jax.Array, **others: Any) -> Non
         "input_ids": config.vocab_size,
         "token_type_ids": config.type_vocab_size,
         "position_ids": config.max_position_embeddings,
-        "positions": tokens,
+        **dict.fromkeys(POSITIONS, tokens),
     }
     for name, array in {"input_ids": input_ids, **others}.items():
         if array is None:
             continue
         shape = np.shape(array)
-        fits = {
-            "position_ids": shape in ((rows, tokens), (1, tokens)),
-            "positions": len(shape) == 2 and shape[0] in (1, rows),
-        }.get(name, shape == (rows, tokens))
+        if name in POSITIONS:
+            fits = len(shape) == 2 and shape[0] in (1, rows)
+        else:
+            fits = shape == (rows, tokens) or (name == "position_ids" and shape == (1, tokens))
         if not fits:
             raise InputError(f"{name} has the shape {shape}; input_ids has {input_ids.shape}.")
         if name in limits and not isinstance(array, jax.core.Tracer):

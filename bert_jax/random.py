@@ -1,4 +1,4 @@
-"""Random bits for dropout, from the chip's own generator on TPUs and otherwise Threefry, four elements per block."""
+"""Random bits for dropout, from the hardware generator on TPUs and from Threefry on other platforms."""
 
 import functools
 import math
@@ -13,9 +13,10 @@ from bert_jax import sharding
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Draws 16 random bits per element, as uint32 of `shape`. This meets a dropout rate to within 1e-5.
+    """Draws 16 random bits per element, returned as uint32 of `shape`.
 
-    The generator depends on the platform.
+    With 16 bits, the fraction of dropped elements differs from the dropout rate by less than 1e-5. The same key gives
+    other bits on TPUs than on other platforms.
     """
     key = jax.random.key_data(key)[:2]
     bits: jax.Array = jax.lax.platform_dependent(
@@ -25,9 +26,9 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _rbg(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The TPU's own generator, `jax.random`'s "rbg". It needs less temporary memory than Threefry on TPUs.
+    """Draws the bits with the TPU's hardware generator (the "rbg" of `jax.random`).
 
-    The bits depend on the layout of the devices.
+    On TPUs, it needs less temporary memory than Threefry. The bits depend on how the rows are sharded.
     """
 
     def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -40,15 +41,16 @@ def _rbg(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2).
 
-    The algorithm is that of jax.random. It is applied to the position in the batch and within the row. One block of 64
-    bits serves four elements. jax.random uses one block per element and, on CPU, a loop of passes over memory. That
-    takes five times as long, a tenth of a training step.
+    This is the algorithm of jax.random. It computes a block of 64 bits from the key and a counter, here the index in
+    the batch and the position in a quarter of the row. Each block serves four elements, one in each quarter. jax.random
+    uses a block for one element and, on CPU, makes many passes over memory. That is five times slower and would take a
+    tenth of a training step.
     """
     first, second = key
     keys = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
     batch, *middle, last = shape
     rows = math.prod(middle)
-    # The four quarters lie along the middle axis. Each is contiguous in memory there, and the batch can be sharded.
+    # The middle axis is divided into quarters: each is contiguous in memory, and the batch axis can still be sharded.
     i, j, k = (jax.lax.broadcasted_iota(jnp.uint32, (batch, -(-rows // 4), last), axis) for axis in range(3))
     x, y = i + keys[0], j * np.uint32(last) + k + keys[1]
     for n in range(5):
@@ -62,12 +64,12 @@ def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def draw_by_rows(draw: Callable[..., jax.Array], key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns `draw(key, shape)`. If rows are sharded, each device draws its own rows with its own key.
+    """Returns `draw(key, shape)`. If the rows are sharded evenly, each shard is drawn with a key of its own.
 
     Compilers do not shard random generators, so every device would otherwise draw the bits of the whole batch.
 
     Args:
-        draw: A function of a key and a shape.
+        draw: Draws an array from a key and a shape.
         key: uint32 [2].
         shape: The shape of the result, rows first.
     """

@@ -1,8 +1,9 @@
-"""Settings: a YAML file becomes a validated tree, `key=value` changes a leaf, and unknown settings are refused.
+"""Settings of runs, evaluations and servers, read from YAML files and from `key=value` overrides, and validated.
 
     settings = Settings.from_file("configs/finetune/emotion.yaml", ["training.epochs=1"])
 
-A field's docstring gives its meaning and unit, its annotation the valid values, and its default the value if unset.
+Each field has its meaning and unit in its docstring, its valid values in its annotation, and a default for files that
+do not set it. Unknown settings are refused.
 """
 
 import re
@@ -45,9 +46,9 @@ Labels = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinc
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction")
 RENAMED = {"optimizer.rates": "optimizer.lr_multipliers"}
-"""Names of settings in earlier versions -> their current names."""
+"""Name of a setting in earlier versions -> its current name."""
 PROBLEMS = 20
-"""Maximum number of problems in a settings file that a message names."""
+"""Maximum number of problems that one error message lists."""
 
 
 class _Section(BaseModel):
@@ -60,11 +61,12 @@ class LoRA(_Section):
     rank: PositiveInt = 8
     """Number of rows of A and columns of B."""
     alpha: PositiveFloat = 16.0
-    """Scale of the product B A; it is divided by the rank."""
+    """The product B A is scaled by alpha / rank."""
     targets: Pattern = r"bert\.layers\.\d+\.attention\.(query|value)\.weight"
     """Weights that get adapters."""
     trained: Pattern = r"(classifier|qa_outputs)\..*"
-    """Parameters that are trained in full in addition to the adapters: the new head. Those of model.new are, too."""
+    """Parameters that are trained in full, in addition to the adapters; by default those of the head. Parameters that
+    match model.new are also trained in full."""
 
 
 class _Start(_Section):
@@ -73,15 +75,17 @@ class _Start(_Section):
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     new: Patterns = ()
-    """Parameters to reinitialise in addition to the task's head, such as top layers or the pooler."""
+    """Parameters to reinitialise, such as top layers or the pooler. Fine-tuning always reinitialises the head, too."""
     ignore: Patterns = ()
-    """Tensors of the checkpoint to leave out, by their whole names. Otherwise a tensor that no BERT has is an error."""
+    """Regular expressions of the whole names of tensors in the checkpoint that are not loaded. Any other tensor that no
+    BERT has is an error."""
     hidden_dropout_prob: Fraction | None = None
     """Dropout rate of embeddings, attention outputs and feed-forward layers; the checkpoint's by default."""
     attention_probs_dropout_prob: Fraction | None = None
     """Dropout rate of attention probabilities; the checkpoint's by default."""
     attention: Literal["plain", "splash", "cudnn"] = "plain"
-    """Attention kernel. splash (TPUs) and cudnn (GPUs) save memory; they need bfloat16 and no attention dropout."""
+    """Attention kernel. splash (TPUs) and cudnn (GPUs) save memory. They require compute_dtype: bfloat16 and
+    attention_probs_dropout_prob: 0."""
 
 
 class Model(_Start):
@@ -90,24 +94,24 @@ class Model(_Start):
     classifier_dropout: Fraction | None = None
     """Dropout rate before the classifier; by default the checkpoint's, or else hidden_dropout_prob."""
     lora: LoRA | None = None
-    """Trains only low-rank adapters and the head."""
+    """If set, only low-rank adapters and the parameters of `lora.trained` and `new` are trained."""
 
 
 class PretrainingModel(_Start):
-    """Which checkpoint to continue from, or which new network to start with."""
+    """Which checkpoint to continue from, or the config of a new network."""
 
     id: str | None = None  # type: ignore[assignment]
     """A folder, an id on the Hugging Face Hub, or bert-mini-cased. Without it, all parameters are newly initialised."""
     config: dict[str, Any] = {}
-    """Fields of config.json to change; a new network starts from those of BERT-base."""
+    """Fields of config.json to change. The config of a new network is that of BERT-base with these changes."""
     tokenizer: str | None = None
-    """Folder or id of the tokenizer to use; the checkpoint's by default. If its vocabulary differs from the
-    checkpoint's, embedding rows are carried over."""
+    """Folder or id of the tokenizer; the checkpoint's by default, required for a new network. If its vocabulary differs
+    from the checkpoint's, the word embeddings are computed from those of the same or similar pieces."""
     lora: ClassVar[None] = None
 
 
 class Data(_Section):
-    """Where examples come from. A split is one or more files or, if `id` is set, split names of that data set."""
+    """Where examples come from. Each split is one or more files or, if `id` is set, splits of that data set by name."""
 
     id: str | None = None
     """A data set on the Hugging Face Hub (extra `data`); without it, the splits are files."""
@@ -122,7 +126,8 @@ class Data(_Section):
     test: str | tuple[str, ...] | None = None
     """Examples to evaluate once, at the end of the run."""
     format: Literal["jsonl", "csv", "tsv", "parquet", "conll", "squad", "text", "text;label"] | None = None
-    """Format of the files. By default it follows from their names; .txt is text;label."""
+    """Format of the files. By default it follows from their names: .txt means text;label or, in an evaluation on
+    held-out texts, text."""
     text: str | None = None
     """Column of the text; by default the first of text, sentence, sentence1, … that exists."""
     text_pair: str | None = None
@@ -138,25 +143,28 @@ class Data(_Section):
     context: str | None = None
     """Column of the text that holds the answer; context by default."""
     answers: str | None = None
-    """Column of the answers, with text and answer_start; answers by default. Empty means that there is no answer."""
+    """Column of the answers, each a `text` and its `answer_start`; answers by default. If both are empty, the question
+    has no answer."""
     wrong_answers: Literal["skip", "stop"] = "skip"
-    """What to do if an answer is not at the place that its row gives: skip the row, or stop."""
+    """What to do with a row that is invalid, such as one whose answer is not at `answer_start`: skip it, or stop."""
     labels: Labels | None = None
-    """Names of the labels in the order of their ids. By default these are the classes of the data set (ClassLabel) in
-    its order, or else the sorted names in the training examples. If there are two labels, the metric f1 is that of the
-    second. If names are set, whole numbers that are not among them are class ids, also in lists, and 0/1 vectors have
-    one number per name. `bert-jax evaluate` gives the names to a model that has the labels LABEL_0, LABEL_1, …"""
+    """Names of the labels in the order of their ids. By default these are the class names that the data set defines
+    (ClassLabel), in its order, or else the names in the training examples, sorted. If there are two labels, the metric
+    f1 is that of the second. If `labels` is set, whole numbers in the label column, alone or in lists, are read as
+    class ids unless they are names, and a 0/1 vector needs one number per name. `bert-jax evaluate` gives the names to
+    a model whose own labels are LABEL_0, LABEL_1, …"""
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
-    """What the labels are. By default, lists make it multi-label and numbers with a fraction make it regression. Lists
-    hold names, or are 0/1 vectors of the same length with one number per label; without `labels`, their positions are
-    named LABEL_0, LABEL_1, … In tables, lists are written as in JSON, Python or numpy; multi_label_classification also
-    accepts comma-separated names."""
+    """What the labels mean. By default, lists mean multi-label classification, numbers mean regression if any has a
+    fraction, and anything else means one label per example. A list holds names, or is a 0/1 vector with one number per
+    label; without `labels`, the labels of vectors are named LABEL_0, LABEL_1, … In tables, lists are written as in
+    JSON, Python or numpy; multi_label_classification also accepts comma-separated names."""
     max_length: PositiveInt = 128
     """Maximum number of tokens per example, special tokens included; longer texts are truncated."""
     packing: bool = True
-    """Packs several examples into a row, each attending only to itself: hardly any padding, and one program."""
+    """Packs several examples into a row, each of which attends only to itself. Rows then have one length and little
+    padding, so that one program is enough."""
     limit: PositiveInt | None = None
-    """Uses only the first examples of each split, up to this number."""
+    """Maximum number of examples per split; only the first ones are used."""
 
 
 class Masked(_Section):
@@ -165,13 +173,14 @@ class Masked(_Section):
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the tokens of an example; at least one is chosen."""
     most: PositiveInt = 20
-    """Maximum number per example; the original has 20 of 128 tokens and 76 of 512 (max_predictions_per_seq)."""
+    """Maximum number of chosen tokens per example. The original BERT has 20 in an example of 128 tokens and 76 in one
+    of 512 (max_predictions_per_seq)."""
     whole_words: bool = False
-    """Chooses all pieces of a word together."""
+    """Chooses whole words, with all their pieces, instead of single tokens."""
 
 
 class Corpus(_Section):
-    """Texts to pretrain on: documents separated by empty lines, or JSON lines with one document each; optionally
+    """Texts to pretrain on: documents separated by empty lines, or JSON lines with one document each. Files may be
     gzipped."""
 
     train: str | tuple[str, ...]
@@ -183,18 +192,19 @@ class Corpus(_Section):
     text: str = "text"
     """Key of the text in JSON lines."""
     shards: str | None = None
-    """Folder for the tokenized texts, which several runs may share; next to the output by default."""
+    """Folder for the tokenized texts, which several runs may share; by default output.folder with .shards appended."""
     processes: PositiveInt | None = None
     """Number of processes that tokenize; by default the number of processors."""
     next_sentence: bool = True
-    """Makes pairs of segments and also learns whether they follow each other. If false, learns only masked tokens."""
+    """Whether an example is a pair of segments, and the model also learns to predict whether the second one follows the
+    first. If false, it learns to predict masked tokens only."""
     max_length: Annotated[int, Field(ge=8)] = 128
     """Maximum number of tokens per example, special tokens included."""
     short: Fraction = 0.1
-    """Share of pairs that are made shorter than max_length, down to 2 tokens."""
+    """Share of pairs that are made for a random length, from 2 tokens up to max_length."""
     masked: Masked = Masked()
     packing: bool = True
-    """Packs several short examples into a row, each attending only to itself."""
+    """Packs several examples into a row, each of which attends only to itself."""
 
 
 class Answers(_Section):
@@ -207,12 +217,14 @@ class Answers(_Section):
     max_answer_length: PositiveInt = 30
     """Maximum number of tokens of an answer."""
     n_best: PositiveInt = 20
-    """Number of first and last tokens to try, and of answers to keep."""
+    """Number of the likeliest first tokens, and of last tokens, that answers are made from; also the number of answers
+    to keep."""
     unanswerable: bool = False
     """Whether a question may have no answer, as in SQuAD 2.0."""
     null_threshold: float = 0.0
-    """If `unanswerable`, no answer is given if its logits exceed those of the best answer by more than this. Validation
-    finds a new value."""
+    """If `unanswerable`, "no answer" is predicted if its score (the sum of the logits of [CLS]) exceeds that of the
+    best answer by more than this. If data.validation has questions without an answer, the threshold that is best for
+    that split replaces this value after training."""
 
 
 class Optimizer(_Section):
@@ -222,32 +234,35 @@ class Optimizer(_Section):
     """AdamW (Loshchilov & Hutter 2019), LAMB (You et al. 2020), Lion (Chen et al. 2023) or Adafactor (Shazeer & Stern
     2018)."""
     learning_rate: PositiveFloat = 2e-5
-    """Peak learning rate, per step."""
+    """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay; it is multiplied by the learning rate."""
     no_decay: Patterns = (r".*\bbias", r".*norm\.weight")
     """Parameters without weight decay."""
-    beta1: Fraction = 0.9
-    """Decay of the mean of the gradients, per step."""
-    beta2: Fraction = 0.999
-    """Decay of the mean of the squared gradients, per step."""
-    epsilon: PositiveFloat = 1e-8
-    """Added to the root of the mean of the squared gradients (BERT's own: 1e-6)."""
-    bias_correction: bool = True
-    """Corrects the bias of AdamW's means. False is BERT's original optimizer; on small data sets, keep it on (Zhang et
-    al. 2020, Mosbach et al. 2020)."""
+    beta1: Fraction | None = None
+    """Decay per step of the running mean of the gradients; null for optax's default, 0.9. Adafactor has none."""
+    beta2: Fraction | None = None
+    """Decay per step of the second running mean; null for optax's default: 0.999, or 0.99 for Lion. Adafactor has
+    none."""
+    epsilon: PositiveFloat | None = None
+    """Added by AdamW and LAMB to the root of the running mean of the squared gradients; null for optax's default: 1e-8,
+    or 1e-6 for LAMB. The original BERT has 1e-6."""
+    bias_correction: bool | None = None
+    """Whether AdamW corrects its running means for their start at zero; null for true. The original BERT does not, but
+    training on small data sets needs it (Zhang et al. 2020, Mosbach et al. 2020). Other optimizers have no choice."""
     max_grad_norm: PositiveFloat | None = 1.0
-    """Global norm that gradients are scaled down to; null for no limit."""
+    """Maximum global norm of the gradients, which are scaled down to it; null for no limit."""
     frozen: Patterns = ()
     """Parameters that are not trained; they get neither gradient nor optimizer state."""
     lr_multipliers: dict[Pattern, NonNegativeFloat] = {}
     """Pattern -> learning-rate multiplier; takes precedence over layer_decay."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Learning-rate multiplier from each layer to the one below, embeddings at the bottom (Howard & Ruder 2018)."""
+    """Factor of the learning rate from each layer to the one below it; the embeddings are below the lowest layer
+    (Howard & Ruder 2018)."""
 
 
 class Schedule(_Section):
-    """The learning rate over the steps; the schedules have the names of transformers."""
+    """The learning rate at each step. Schedules have the same names as in transformers."""
 
     name: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = (
         "linear"
@@ -256,9 +271,9 @@ class Schedule(_Section):
     warmup_steps: NonNegativeInt | None = None
     """Number of steps of linear warm-up."""
     warmup_ratio: Fraction = 0.0
-    """Warm-up as a share of all steps, if warmup_steps is not set."""
+    """Share of all steps that are warm-up, if warmup_steps is not set."""
     cycles: PositiveFloat | None = None
-    """Number of waves for cosine (0.5 by default), or of restarts for cosine_with_restarts (1)."""
+    """Number of waves for cosine (0.5 by default), or of restarts for cosine_with_restarts (1 by default)."""
     power: PositiveFloat = 1.0
     """Exponent for polynomial."""
     final_learning_rate: NonNegativeFloat = 1e-7
@@ -271,82 +286,86 @@ class Training(_Section):
     epochs: PositiveFloat = 3.0
     """Number of passes over the training examples."""
     max_steps: PositiveInt | None = None
-    """Number of steps; replaces epochs."""
+    """Number of steps of the run; if set, `epochs` has no effect."""
     batch_size: PositiveInt = 32
     """Examples per step, over all devices."""
     accumulation: PositiveInt = 1
-    """Gradient accumulation: number of parts in which a step's examples are computed in sequence, to save memory."""
+    """Gradient accumulation: number of parts in which a step is computed, one after another, to save memory."""
     evaluation_batch_size: PositiveInt = 64
     """Examples per batch of an evaluation."""
     evaluate_every: PositiveInt | None = None
-    """Steps between evaluations, each with a checkpoint; an epoch by default."""
+    """Number of steps between evaluations, each of which is followed by a checkpoint; one epoch by default."""
     save_every: PositiveInt | None = None
-    """Steps between checkpoints, in addition to those of evaluations."""
+    """Number of steps between checkpoints, in addition to those after evaluations."""
     log_every: PositiveInt = 10
-    """Steps between lines of metrics.jsonl."""
+    """Number of steps between lines of metrics.jsonl."""
     metric: str | None = None
-    """Metric that chooses the best checkpoint; the task's by default. Lower is better only for `loss` and `mse`."""
+    """Metric that chooses the best checkpoint; the task's first metric by default. Losses, `mse` and
+    `pseudo_perplexity` are better if lower, all others if higher."""
     patience: PositiveInt | None = None
-    """Number of evaluations without a better metric after which the run stops."""
+    """The run stops after this number of evaluations in a row without a better metric."""
     keep: PositiveInt = 1
     """Number of the latest checkpoints to keep, in addition to the best."""
     seed: NonNegativeInt = 42
     """Seed of new parameters, the order of examples, and dropout."""
     remat: bool = False
-    """Recomputes the inner activations of each layer in the backward pass: less memory, a third more time."""
+    """Recomputes the inner activations of each layer in the backward pass. This saves memory and takes a third more
+    time."""
     scan_layers: bool = False
-    """Compiles one layer instead of all: faster to compile, slightly slower to run."""
+    """Compiles one layer and runs it for all layers. Compilation is faster, and steps are slightly slower."""
 
 
 class Precision(_Section):
     """Numerical precision. Parameters, gradients and optimizer state are always float32."""
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations and of the operands of products; bfloat16 is for TPUs and recent GPUs."""
+    """Dtype of activations and of the operands of products. bfloat16 is meant for TPUs and recent GPUs."""
 
 
 class Mesh(_Section):
     """The axes of the device mesh."""
 
     data: Annotated[int, Field(ge=-1)] = -1
-    """Number of device groups that shard the examples of a batch; -1 for as many groups as there are devices for."""
+    """Number of device groups that a batch is divided among; -1 for as many groups as the devices allow."""
     fsdp: PositiveInt = 1
-    """Devices that shard the examples of a group, and with them the parameters, gradients and optimizer state."""
+    """Number of devices that shard the rows of a group, and also the parameters, gradients and optimizer state."""
     tensor: PositiveInt = 1
-    """Devices that shard attention heads and inner features of feed-forward layers; they benefit from fast links."""
+    """Number of devices that shard the attention heads and the inner features of feed-forward layers. The links between
+    these devices should be fast."""
 
 
 class Output(_Section):
     """What a run writes."""
 
     folder: str
-    """Folder for the model in Hugging Face's format, settings, metrics, predictions, curve and checkpoints."""
+    """Folder for the model in Hugging Face's format, and for settings, metrics, predictions, curve and checkpoints."""
     tensorboard: bool = True
     """Also writes event files for TensorBoard."""
 
 
 class _Root(_Section):
-    """The tree of a whole settings file."""
+    """Base class of the settings that make up a whole file."""
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
         """Reads a YAML file.
 
-        A file may hold variants: if `task_name: mrpc` is given, the settings under `task_names: {mrpc: …}` are merged
-        over the rest.
+        A file may hold variants under `task_names`. With `task_name: mrpc`, the settings under `task_names: {mrpc: …}`
+        replace those of the same names in the rest of the file.
 
         Args:
             path: The file.
             overrides: Texts of the form `section.key=value`, with the value in YAML.
 
         Raises:
-            InputError: Names each unknown key, with the nearest known one, and each invalid value.
+            InputError: If the file cannot be read, a key is unknown, or a value is missing or invalid. The message
+                lists these problems (at most `PROBLEMS`) and suggests known keys.
         """
         return cls.from_dict(read_tree(path, overrides), source=f"{path} and overrides" if overrides else str(path))
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any], source: str = "settings") -> Self:
-        """Validates a tree; `source` names it in errors. See `from_file` for what is refused."""
+        """Validates a tree of settings; `from_file` says what is refused. `source` names the tree in the message."""
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
@@ -356,11 +375,11 @@ class _Root(_Section):
             raise InputError("\n  ".join([f"{source}:", *problems])) from None
 
     def to_yaml(self) -> str:
-        """All settings, defaults included, as YAML that `from_file` reads back."""
+        """Writes all settings, defaults included, as YAML that `from_file` can read."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def differences(self, other: "_Root") -> list[str]:
-        """The leaves that differ, each as `key: ours, theirs`."""
+        """The settings that differ, each as `key: value here, value in other`."""
         mine, theirs = (flatten(settings.model_dump(mode="json")) for settings in (self, other))
         return [
             f"{key}: {quoted(mine.get(key))}, {quoted(theirs.get(key))}"
@@ -401,12 +420,12 @@ class Pretraining(_Root):
 
 
 class Masking(_Section):
-    """Which tokens are hidden from a model that is to fill them in."""
+    """Which tokens are replaced by [MASK] for a model to predict."""
 
     words: Literal["random", "each"] = "random"
-    """`random` hides a share of a text's tokens at once; `each` hides one word at a time, with all its pieces."""
+    """`random` hides a share of a text's tokens at once; `each` hides every word in turn, with all its pieces."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of the tokens of a text; at least one is hidden."""
+    """Share of a text's tokens that `random` hides; at least one is hidden."""
 
 
 class HeldOut(_Root):
@@ -417,9 +436,9 @@ class HeldOut(_Root):
     data: Data = Data()
     masking: Masking = Masking()
     seed: NonNegativeInt = 42
-    """Seed of the hidden tokens, of how texts are cut and paired, and of the intervals."""
+    """Seed for choosing hidden tokens, for cutting and pairing texts, and for resampling."""
     resamples: PositiveInt = 1000
-    """Number of bootstrap resamples of the texts, for the 95 % intervals."""
+    """Number of bootstrap resamples of the texts, from which the 95 % intervals are computed."""
     precision: Precision = Precision()
 
 
@@ -427,44 +446,45 @@ class Serving(_Root):
     """A server of one model."""
 
     model: str | None = None
-    """A folder, an id on the Hub, or bert-mini-cased; by default the same as for `bert-jax fill-mask`."""
+    """A folder, an id on the Hub, or bert-mini-cased; by default the model that `bert-jax fill-mask` uses."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     ignore: Patterns = ()
-    """Tensors of the checkpoint to leave out, by their whole names."""
+    """Regular expressions of the whole names of tensors in the checkpoint that are not loaded."""
     tasks: tuple[str, ...] = ()
-    """Tasks that the server answers, the first at /score; by default those that the model was trained for."""
+    """Tasks to serve; the first one also answers at /score. By default these are the tasks that the model has heads
+    for."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 is all addresses of the machine."""
+    """Address to listen on; 0.0.0.0 for all addresses of the machine."""
     port: Annotated[int, Field(ge=0, lt=2**16)] = 8000
-    """Port to listen at; 0 for a free one."""
+    """Port to listen on; 0 for any free port."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the activations."""
     batch: PositiveInt = 64
     """Maximum number of inputs that are computed together."""
     wait: NonNegativeFloat = 0.0005
-    """Seconds that an input waits for other inputs to share its batch, while the model is idle."""
+    """Seconds that the first input of a batch waits for more inputs to fill the batch."""
     queue: PositiveInt = 512
-    """Maximum number of waiting inputs; beyond it, requests are refused with status 429."""
+    """Maximum number of unanswered inputs. A request that would exceed it is refused with status 429."""
     timeout: PositiveFloat = 30.0
-    """Seconds until a request without an answer ends with status 504."""
+    """Seconds after which a request that has no answer yet ends with status 504."""
     max_body: PositiveInt = 2**20
-    """Maximum size of a request, in bytes."""
+    """Maximum size of the body of a request, in bytes."""
     max_inputs: PositiveInt = 128
-    """Maximum number of inputs of a request."""
+    """Maximum number of inputs per request."""
     max_characters: PositiveInt = 20_000
-    """Maximum number of characters of an input."""
+    """Maximum number of characters per input."""
 
 
 def read(path: str | Path, overrides: Iterable[str] = ()) -> Settings | HeldOut:
-    """Reads settings of the class that the file's task requires; see `Settings.from_file`."""
+    """Reads a file as `HeldOut` or `Settings`, depending on its task; see `Settings.from_file`."""
     tree = read_tree(path, overrides)
     kind = HeldOut if nearest(tree.get("task"), [*TRAINABLE, *HELD_OUT_TASKS]) in HELD_OUT_TASKS else Settings
     return kind.from_dict(tree, source=str(path))
 
 
 def _problem(root: type[BaseModel], entry: Any) -> str:
-    """Describes one of pydantic's errors in a line."""
+    """Describes one entry of pydantic's `ValidationError.errors()` in one line."""
     path = [str(part) for part in entry["loc"]]
     key = listed([".".join(path)])
     if key in RENAMED:

@@ -22,8 +22,8 @@ BATCH_AXES = ("data", "fsdp")
 """The mesh axes that shard the rows of a batch."""
 
 # Pattern of parameter paths -> the mesh axis that shards each array axis. The first match counts. A parameter without
-# a match is replicated on every device. An array axis that the mesh axis does not divide is not sharded.
-# Linear weights are [out, in].
+# a match is replicated on every device. An array axis whose size is not a multiple of the mesh axis is not sharded.
+# The weights of linear layers are [out, in].
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*\.(query|key|value|intermediate)\.weight", PartitionSpec("tensor", "fsdp")),
     (r".*\.(query|key|value|intermediate)\.bias", PartitionSpec("tensor")),
@@ -63,9 +63,9 @@ def mesh(
 
 
 def part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
-    """The index of the part of a batch's rows that this process's devices hold, and the number of parts.
+    """Which part of the rows of a batch the devices of this process hold: its index, and the number of parts.
 
-    Processes connected by an axis other than `BATCH_AXES` hold the same part.
+    Processes that differ only in their place along the axis `tensor` hold the same part.
 
     Raises:
         InputError: If the mesh leaves this process without devices, or the parts would differ in size.
@@ -82,7 +82,7 @@ def part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
 
 
 def check(mesh: jax.sharding.Mesh, config: BertConfig) -> None:
-    """Raises `InputError` if the axis `tensor` of the mesh does not divide the model."""
+    """Raises `InputError` if the model's heads or inner features cannot be divided equally along the axis `tensor`."""
     for name in ("num_attention_heads", "intermediate_size"):
         if getattr(config, name) % mesh.shape["tensor"]:
             raise InputError(
@@ -101,14 +101,17 @@ def by_row(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def placement(mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of a parameter."""
+    """The sharding of a parameter, according to `RULES`."""
     spec = next((spec for pattern, spec in RULES if re.fullmatch(pattern, path)), PartitionSpec())
     fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False)]
     return NamedSharding(mesh, PartitionSpec(*fitting))
 
 
 def placements(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """The shardings of a pytree that has dicts of parameters by path, such as a state with its optimizer state."""
+    """The sharding of each array of a pytree, chosen by the last key on the way to it, which is a parameter path.
+
+    The state of training is such a pytree: its parameters and the optimizer state are dicts by path.
+    """
 
     def of(path: Any, leaf: Any) -> NamedSharding:
         return placement(mesh, jax.tree_util.keystr(path[-1:], simple=True), leaf.shape)
@@ -117,7 +120,7 @@ def placements(mesh: jax.sharding.Mesh, tree: Any) -> Any:
 
 
 def put(arrays: Any, layout: Any) -> Any:
-    """Puts a pytree of arrays on devices in the given layout. Every process passes the whole arrays."""
+    """Puts a pytree of arrays on devices; `layout` has their shardings. Every process passes the whole arrays."""
     if jax.process_count() == 1:
         return jax.device_put(arrays, layout)
 
@@ -128,7 +131,7 @@ def put(arrays: Any, layout: Any) -> Any:
 
 
 def abstract(tree: Any, places: Any) -> Any:
-    """The shapes, dtypes and shardings of a pytree's arrays, without values; `places` is one sharding or a pytree."""
+    """The shapes, dtypes and shardings of a pytree of arrays. `places` is one sharding for all, or a pytree of them."""
     places = jax.tree.broadcast(places, tree)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
@@ -139,23 +142,23 @@ def put_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
 
 
 def share(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
-    """The number of shards of a batch on a mesh. The number of rows must be a multiple of it."""
+    """The number of shards that a mesh divides a batch into. The number of rows must be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def by_rows(x: jax.Array) -> jax.Array:
-    """Constrains activations between layers to be sharded by rows only; compilers might choose another layout.
+    """Constrains activations between layers to be sharded by rows only. Otherwise compilers may choose another layout.
 
     Args:
         x: [B, …].
 
     Returns:
-        x; without the constraint if the current mesh (`jax.set_mesh`) lacks `BATCH_AXES` or does not shard rows.
+        x, unconstrained if the current mesh (`jax.set_mesh`) lacks `BATCH_AXES` or does not shard rows.
     """
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)) if shares() > 1 else x
 
 
 def shares() -> int:
-    """The number of shards of a batch under the current mesh; 1 if the mesh lacks the axes `BATCH_AXES`."""
+    """`share` of the current mesh (`jax.set_mesh`); 1 if that mesh lacks the axes `BATCH_AXES`."""
     mesh = jax.sharding.get_abstract_mesh()
     return share(mesh) if set(BATCH_AXES) <= set(mesh.axis_names) else 1

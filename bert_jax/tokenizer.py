@@ -1,7 +1,6 @@
-"""Text -> token ids: WordPiece from the `tokenizers` library, with numpy arrays as model inputs.
+"""Converts texts to token ids, with WordPiece from the `tokenizers` library, and to numpy arrays for a model.
 
-A tokenizer is stateless: truncation and padding are arguments of each call, not settings, so that threads can share a
-tokenizer.
+Truncation and padding are arguments of each call, not settings of a tokenizer, so that threads can share a tokenizer.
 """
 
 import json
@@ -27,7 +26,7 @@ Text = str | Sequence[str]
 
 
 class ModelInputs(TypedDict):
-    """The arguments of a model for texts, each int32 [B, T]."""
+    """The arguments of a model for B texts, each int32 [B, T]."""
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
@@ -41,8 +40,8 @@ class Tokenizer:
         backend: The underlying `tokenizers.Tokenizer`.
         vocab_size: The highest id plus one.
         model_max_length: The maximum number of tokens per row, including [CLS] and [SEP].
-        special_tokens: "mask_token", "pad_token", … -> the token as it is written in a text.
-        mask_token: The token that marks a word to be filled in.
+        special_tokens: "mask_token", "pad_token", … -> the token itself, such as "[MASK]".
+        mask_token: The token that stands for a missing word.
         mask_token_id: The id of `mask_token`, or None if it is not in the vocabulary. There are also `pad_token_id`,
             `unk_token_id`, `cls_token_id` and `sep_token_id`.
     """
@@ -71,10 +70,13 @@ class Tokenizer:
     def from_pretrained(cls, model_id: str | os.PathLike[str], *, revision: str | None = None) -> Self:
         """The tokenizer of a checkpoint, from its `tokenizer.json` or, without one, its `vocab.txt`.
 
-        The files are read as transformers 5 reads them: `tokenizer_config.json` determines `do_lower_case`,
-        `strip_accents`, `tokenize_chinese_chars` and the special tokens, and added tokens are read wherever they are
-        declared. There is one difference. If no file says whether to lower-case and the vocabulary has capital letters,
-        text keeps its case and a warning is logged. transformers lower-cases text then.
+        The files are read as transformers 5 reads them. `tokenizer_config.json` determines `do_lower_case`,
+        `strip_accents`, `tokenize_chinese_chars` and the special tokens. Added tokens are read from that file alone if
+        it has `added_tokens_decoder`, and otherwise from every file that may declare them.
+
+        There is one difference: without `do_lower_case`, the BERT classes of transformers lower-case all text. Here,
+        text keeps its case, and a warning is logged, if `tokenizer.json` does not lower-case or, without that file, if
+        the vocabulary has capital letters.
 
         Args:
             model_id: A folder, an id on the Hugging Face Hub, or `bert-mini-cased`.
@@ -87,7 +89,7 @@ class Tokenizer:
         folder = hub.download(model_id, revision=revision)
         settings, file = files.read_json(folder, "tokenizer_config.json"), files.read_json(folder, "tokenizer.json")
         added = {}
-        if settings.get("added_tokens_decoder") is None:  # otherwise the files of older versions are ignored
+        if settings.get("added_tokens_decoder") is None:  # older versions of transformers wrote these two files instead
             settings |= files.read_json(folder, "special_tokens_map.json")
             added = files.read_json(folder, "added_tokens.json")
         try:
@@ -121,7 +123,7 @@ class Tokenizer:
         backend.add_tokens([token for _, token in tokens])
         files.check_vocab(
             folder, backend.get_vocab(), []
-        )  # after repeated lines, an added token may get the id of another
+        )  # if lines of vocab.txt are equal, an added token may get an id that another token has
         if absent := [token for token in named.values() if backend.token_to_id(token) is None]:
             logger.warning("%s: the vocabulary has no %s, so texts cannot contain it.", folder, " and no ".join(absent))
         for id, token in tokens:
@@ -152,8 +154,8 @@ class Tokenizer:
         }
         pieces = {id: piece for piece, id in self.backend.get_vocab(with_added_tokens=False).items()}
         for id in range(max(pieces), 0, -1):
-            # An id without a piece belongs to a repeated line. The last of equal lines counts, so this line can repeat
-            # the next piece.
+            # Ids without a piece come from equal lines, of which only the last counts. A line for such an id repeats
+            # the next piece, so that again only the last counts.
             pieces.setdefault(id - 1, pieces[id])
         with hub.replacing(Path(folder)) as staging:
             self.backend.save(str(staging / "tokenizer.json"))
@@ -175,23 +177,26 @@ class Tokenizer:
         stride: int | None = None,
         truncate: str = "longest_first",
     ) -> list[list[tokenizers.Encoding]]:
-        """Tokenizes texts, each into one row or, with a stride, into overlapping windows.
+        """Tokenizes each text into one row or, with a stride, a text longer than `max_length` into overlapping windows.
 
         Args:
             text: Texts, or lists of words.
             text_pair: The second text of each pair.
-            is_split_into_words: Whether the texts are lists of words. `Encoding.word_ids` are then indices into them.
+            is_split_into_words: Whether the texts are lists of words. If so, `Encoding.word_ids` are indices into the
+                lists.
             add_special_tokens: Whether to add [CLS] and [SEP].
             max_length: The maximum number of tokens per row, including special tokens; None for no limit.
             stride: The number of tokens by which neighbouring windows overlap; None keeps only the first window.
-            truncate: Which text of a pair to shorten: "longest_first" or "only_second".
+            truncate: Which text of a pair loses tokens: the longer one ("longest_first"), or always the second
+                ("only_second").
 
         Returns:
             The `tokenizers.Encoding`s of each text: ids, type_ids, tokens, offsets (characters), word_ids,
             sequence_ids, special_tokens_mask.
 
         Raises:
-            InputError: If an entry is not a text (the message gives its index), or max_length leaves no room.
+            InputError: If an entry is not a text (the message gives its index) or has lone surrogates, if the numbers
+                of texts and of second texts differ, or if max_length leaves no room for a text.
         """
         if truncate not in ("longest_first", "only_second"):
             raise InputError(f"truncate is {quoted(truncate)}; expected 'longest_first' or 'only_second'.")
@@ -215,7 +220,7 @@ class Tokenizer:
             if len(encoding) > max_length:
                 first, second = (encoding.sequence_ids.count(n) for n in (0, 1))
                 kept = room - first if truncate == "only_second" else max(room - min(first, second), room // 2)
-                if kept <= (stride or 0):  # the library panics then
+                if kept <= (stride or 0):  # the library would panic
                     raise InputError(
                         f"max_length={max_length} with stride={stride} leaves no room for text[{i}], which has "
                         f"{first + second} tokens. Raise max_length or lower stride."
@@ -243,7 +248,7 @@ class Tokenizer:
         max_length: int | None = None,
         length: int | None = None,
     ) -> ModelInputs:
-        """The inputs of a model: `model(**tokenizer(["Paris is the [MASK] of France."]))`.
+        """Tokenizes and pads texts for a model: `model(**tokenizer(["Paris is the [MASK] of France."]))`.
 
         Args:
             text: One text or several.
@@ -257,7 +262,7 @@ class Tokenizer:
             `input_ids`, `attention_mask` and `token_type_ids`, each int32 [B, T].
 
         Raises:
-            InputError: If there is no text, or a row is too long.
+            InputError: If there is no text, a row is too long, or `encode` raises it.
         """
         single = isinstance(text, str) or (is_split_into_words and _are_words(text) and len(text) > 0)
         texts: Any = [text] if single else text
@@ -287,10 +292,10 @@ class Tokenizer:
             ids: The token ids of each row.
             type_ids: The token types of each row.
             length: The number of tokens to pad to; that of the longest row by default.
-            rows: The number of rows to pad to. Added rows are fully masked.
+            rows: The number of rows to pad to, if `ids` has fewer. Added rows are fully masked.
 
         Returns:
-            `input_ids`, `attention_mask` and `token_type_ids`, each int32 [rows, length].
+            `input_ids`, `attention_mask` and `token_type_ids`, each int32 [B, T].
 
         Raises:
             InputError: If a row is longer than `length`.
@@ -307,7 +312,7 @@ class Tokenizer:
         return padded
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Maps token ids to text: joins the pieces and removes the spaces before punctuation."""
+        """Converts token ids to text. Joins the pieces of words, and removes spaces before punctuation."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 

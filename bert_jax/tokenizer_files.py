@@ -1,4 +1,4 @@
-"""The files of a tokenizer: the tokens that they declare, and the backend that they describe."""
+"""Reads the files of a tokenizer: the special and added tokens that they declare, and the backend they describe."""
 
 import json
 import logging
@@ -23,13 +23,13 @@ SPECIAL_TOKENS = {
 }
 
 BERT_CLASSES = ("Bert", "DistilBert", "Electra", "MobileBert", "ConvBert")
-"""Classes that split text as BERT's does, by their names without `Tokenizer` and `Fast`."""
+"""Tokenizer classes that split text as `BertTokenizer` does, without the endings `Tokenizer` and `Fast`."""
 GENERIC_CLASSES = ("PreTrained", "TokenizersBackend")
-"""Classes that use `tokenizer.json` as it is."""
+"""Tokenizer classes that use `tokenizer.json` as it is, without the endings `Tokenizer` and `Fast`."""
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""The special tokens that settings can name, in the order in which transformers adds them."""
+"""The special tokens that `tokenizer_config.json` can set, in the order in which transformers adds them."""
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-"""The flags of an added token."""
+"""The properties of an added token besides its text, named as in the files."""
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -41,18 +41,23 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def max_length_of(given: Any) -> int:
-    """The maximum number of tokens per row. It must leave room for at least one token of text."""
+    """The maximum number of tokens per row, from the value of `model_max_length`; 512 for None.
+
+    Raises:
+        ValueError: If there is no room for a token of text between [CLS] and [SEP].
+    """
     given = 512 if given is None else given
     if not (isinstance(given, int | float) and given >= 3):
         raise ValueError(f"model_max_length is {quoted(given)}; expected at least 3")
-    return int(min(given, 10**6))  # a tokenizer without its own limit is saved with a limit of 10^30
+    return int(min(given, 10**6))  # transformers writes 10^30 if there is no limit
 
 
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens, as they are written in a text: those that the settings name, and the defaults of the others.
+    """Name of a special token -> the token itself, from `tokenizer_config.json` or else from `SPECIAL_TOKENS`.
 
     Raises:
-        ValueError: If a token is None or empty, or is the same as the mask token.
+        ValueError: If a token is None or empty, if another token is the same as the mask token, or if
+            `split_special_tokens` is set, which is not supported.
     """
     if empty := [name for name in SPECIAL_TOKENS if name in settings and settings[name] in (None, "")]:
         raise ValueError(f"{empty[0]} is {settings[empty[0]]!r}")
@@ -66,7 +71,7 @@ def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def added_token(given: Any, *, special: bool = True) -> AddedToken:
-    """The token that a file declares, either as its text or as an object with flags."""
+    """Makes an added token from its text, or from an object with its text and flags, as files declare it."""
     if isinstance(given, str):
         return AddedToken(given, special=special, normalized=not special)
     return AddedToken(given["content"], **{"special": special} | {flag: given[flag] for flag in FLAGS if flag in given})
@@ -75,11 +80,11 @@ def added_token(given: Any, *, special: bool = True) -> AddedToken:
 def declared_tokens(
     settings: Mapping[str, Any], added: Mapping[str, int], of_file: Sequence[Mapping[str, Any]]
 ) -> list[tuple[int | None, AddedToken]]:
-    """The added tokens that files declare, in the order in which they get ids, each with its id if one is given.
+    """The added tokens that files declare, each with its declared id or None, in the order in which to add them.
 
     Args:
-        settings: `tokenizer_config.json`, overridden by `special_tokens_map.json`.
-        added: `added_tokens.json`.
+        settings: `tokenizer_config.json`. Without `added_tokens_decoder`, `special_tokens_map.json` overrides it.
+        added: `added_tokens.json`: token -> id.
         of_file: The added tokens of `tokenizer.json`.
     """
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
@@ -105,7 +110,10 @@ def declared_tokens(
 
 
 def read_vocab(vocab_file: Path) -> dict[str, int]:
-    """Reads a vocabulary file, one piece per line, without trailing white space. The last of equal lines counts."""
+    """Reads piece -> id from a file with one piece per line.
+
+    Trailing white space is removed. If lines are equal, the last one counts.
+    """
     try:
         pieces = vocab_file.read_bytes().decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
@@ -121,17 +129,18 @@ def from_json(
     Args:
         path: The path of the file.
         file: The content of the file.
-        settings: `tokenizer_config.json`, which takes precedence for BERT's own class; None uses the file as it is.
-        named: The named special tokens.
+        settings: `tokenizer_config.json`, which takes precedence for BERT's classes; None to use the file as it is.
+        named: Name of a special token -> the token, from `named_tokens`.
 
     Raises:
-        CheckpointError: If the file is damaged, is not a WordPiece tokenizer, or contradicts the class that reads it.
+        CheckpointError: If the file is damaged or is not a WordPiece tokenizer or, with `settings`, differs from a
+            BERT tokenizer.
     """
     try:
         model = file["model"]
         kind, vocab = model.get("type", "WordPiece"), dict(model["vocab"])
         if kind == "WordPiece":
-            # The vocabulary is kept apart, because the library takes longest to read it.
+            # With settings, `wordpiece` adds the vocabulary. It is left out here, because the library parses it slowly.
             content = {**file, "added_tokens": [], "model": {**model, "vocab": {}} if settings is not None else model}
             backend = Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises no narrower exception
@@ -152,15 +161,18 @@ def from_json(
 def wordpiece(
     path: Path, vocab: dict[str, int], settings: Mapping[str, Any], named: dict[str, str], *, cased: bool | None = None
 ) -> Tokenizer:
-    """The tokenizer of google-research/bert tokenization.py with the given vocabulary.
+    """Makes BERT's tokenizer (tokenization.py in google-research/bert) with the given vocabulary.
 
     Args:
-        path: The file of the vocabulary.
+        path: The file of the vocabulary, for messages.
         vocab: Piece -> id.
         settings: `tokenizer_config.json`.
-        named: The named special tokens.
-        cased: Whether text keeps its case if the settings do not say; by default, whether the vocabulary has capital
-            letters.
+        named: Name of a special token -> the token, from `named_tokens`.
+        cased: Whether text keeps its case if `settings` has no `do_lower_case`; by default, whether the vocabulary has
+            capital letters.
+
+    Raises:
+        CheckpointError: If the vocabulary or a setting is invalid.
     """
     check_vocab(path, vocab, [named[name] for name in ("unk_token", "cls_token", "sep_token")])
     lowercase = settings.get("do_lower_case")
@@ -191,7 +203,7 @@ def wordpiece(
 
 
 def unlike_bert(backend: Tokenizer) -> list[str]:
-    """The parts of a tokenizer that differ from BERT's."""
+    """The names of the parts of a tokenizer that differ from BERT's tokenizer; empty if none does."""
     model, normalizer = backend.model, backend.normalizer
     parts = {
         "normalizer": isinstance(normalizer, normalizers.BertNormalizer) and normalizer.clean_text,
@@ -203,7 +215,7 @@ def unlike_bert(backend: Tokenizer) -> list[str]:
 
 
 def check_vocab(path: Path, vocab: Mapping[str, int], needed: Sequence[str]) -> None:
-    """Raises `CheckpointError` if a vocabulary lacks a needed token, or gives one id to two tokens."""
+    """Raises `CheckpointError` if a vocabulary lacks a needed token, has an invalid id, or has an id for two tokens."""
     if missing := [token for token in needed if token not in vocab]:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; expected a vocabulary that contains them.")
     if not all(type(id) is int and 0 <= id < 2**24 for id in vocab.values()):

@@ -1,6 +1,6 @@
 """Models as nested dicts of arrays, and the dotted paths that name their parameters.
 
-Users hold an `nnx.Module`. Performance-critical code (jit, optax, checkpoints) holds its parameters as a plain nested
+Users hold an `nnx.Module`. Code for jit, optax and checkpoints holds the parameters of the model as a plain nested
 dict. Only `params, skeleton = split(model)` and `model = merge(skeleton, params)` convert between the two.
 A path is a parameter's place in the module, such as `bert.layers.11.attention.query.weight`.
 """
@@ -23,7 +23,7 @@ class Skeleton:
 
     graphdef: nnx.GraphDef
     specs: Mapping[str, jax.ShapeDtypeStruct]
-    """Dotted path -> shape and dtype, in the order of the module."""
+    """Dotted path -> shape and dtype, in the order of the module's parameters."""
 
 
 def split(model: nnx.Module) -> tuple[Params, Skeleton]:
@@ -38,10 +38,11 @@ def split(model: nnx.Module) -> tuple[Params, Skeleton]:
 
 
 def merge(skeleton: Skeleton, params: Params) -> Any:
-    """Builds a model from a skeleton and parameters: the inverse of `split`, and the only caller of `nnx.merge`.
+    """Builds a model from a skeleton and parameters: the inverse of `split`.
 
-    `nnx.merge` compares only the number of leaves. It accepts other names and shapes, and it puts layers with string
-    keys in the order 0, 1, 10, 11, 2, … Therefore this function first compares every path, shape and dtype.
+    Call this instead of `nnx.merge`, which checks only the number of leaves: it accepts other names and shapes, and
+    puts layers with string keys in the order 0, 1, 10, 11, 2, … This function first compares every path, shape and
+    dtype.
 
     Args:
         skeleton: The skeleton that `split` returns.
@@ -63,7 +64,7 @@ def merge(skeleton: Skeleton, params: Params) -> Any:
 
 
 def flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
-    """Dotted path -> leaf, in the order of the tree: `{"a": {0: x}}` becomes `{"a.0": x}`."""
+    """Converts a nested dict to a flat one by dotted path, in the same order: `{"a": {0: x}}` becomes `{"a.0": x}`."""
     return {".".join(map(str, keys)): leaf for keys, leaf in nnx.traversals.flatten_mapping(tree).items()}
 
 

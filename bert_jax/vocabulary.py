@@ -1,4 +1,4 @@
-"""Carries embeddings over to another vocabulary: each new piece starts from the old ones nearest to it by name."""
+"""Computes word embeddings for a new vocabulary: each new piece starts from old pieces with the same letters."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,17 @@ SAME, LOWER, PIECES, NONE = "copied", "copied from lower case", "averaged over o
 
 
 def carry(before: Tokenizer, after: Tokenizer) -> tuple[list[list[int]], dict[str, int]]:
-    """Finds the rows of the old embedding table that each row of the new table is made of.
+    """Finds the old pieces that the embedding of each new piece is computed from.
+
+    These are the same piece, or else its lower-case form, or else the old pieces that the new piece is split into.
+
+    Args:
+        before: The tokenizer with the old vocabulary.
+        after: The tokenizer with the new vocabulary.
 
     Returns:
-        A list of ids of `before` for each id of `after`, empty if nothing is similar; and the number of pieces found in
-        each way.
+        For each new id, a list of old ids, empty if none was found; and how many new pieces were found in each way
+        (`SAME`, `LOWER`, `PIECES`, `NONE`).
     """
     old = before.backend.get_vocab()
     sources: list[list[int]] = [[] for _ in range(after.vocab_size)]
@@ -26,7 +32,7 @@ def carry(before: Tokenizer, after: Tokenizer) -> tuple[list[list[int]], dict[st
             sources[i], how = [old[piece.lower()]], LOWER
         else:
             pieces = before.encode([piece.removeprefix("##")], add_special_tokens=False)[0][0].tokens
-            # A piece that continues a word is made of pieces that continue a word.
+            # If the new piece continues a word ("##ing"), its first old piece should continue a word, too.
             if piece.startswith("##") and pieces and f"##{pieces[0]}" in old:
                 pieces[0] = f"##{pieces[0]}"
             sources[i] = [old[p] for p in pieces if old[p] != before.unk_token_id]
@@ -36,9 +42,9 @@ def carry(before: Tokenizer, after: Tokenizer) -> tuple[list[list[int]], dict[st
 
 
 def rows(table: np.ndarray, sources: Sequence[Sequence[int]]) -> np.ndarray:
-    """The new table [new, …] from the old table [old, …].
+    """Computes the new table [new, …] from the old table [old, …].
 
-    Each row is the mean of its sources, or of all old rows if it has no sources.
+    Each new row is the mean of the old rows with its `sources` (from `carry`), or of all old rows if it has none.
     """
     everything = table.mean(axis=0)
     return np.stack([table[list(ids)].mean(axis=0) if ids else everything for ids in sources])

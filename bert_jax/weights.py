@@ -1,4 +1,4 @@
-"""Published tensor names <-> parameter paths: one table, used for loading and for saving.
+"""Loads and saves weights. The same table maps published tensor names to parameter paths in both directions.
 
 This module maps a folder and a model's shapes to a dict of arrays, and back. It does not depend on any model class.
 """
@@ -22,8 +22,8 @@ from bert_jax import tree
 from bert_jax.errors import CheckpointError, listed
 from bert_jax.hub import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_index, replacing
 
-# Tensor in the published checkpoints (google-bert/bert-base-cased) -> parameter. Parameters are held as stored; the
-# weight of a linear layer is [out, in].
+# Name of a tensor in published checkpoints (google-bert/bert-base-cased) -> path of a parameter. Both have the same
+# shape; the weight of a linear layer is [out, in].
 TABLE = {
     "bert.embeddings.word_embeddings.weight": "bert.embeddings.word_embeddings.weight",
     "bert.embeddings.position_embeddings.weight": "bert.embeddings.position_embeddings.weight",
@@ -61,13 +61,14 @@ TABLE = {
     "qa_outputs.bias": "qa_outputs.bias",
 }
 
-# Names under which some files store a tensor a second time -> the tensor that it is tied to.
+# Name of a tensor that some files store a second time, because it is tied -> the name of the tensor that it equals.
 TIED = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
 
-# The prefix that wrappers put before every name: torch.compile, DistributedDataParallel, modules that hold the network.
+# The prefixes that wrappers put before every name: `_orig_mod.` (torch.compile), `module.` (DistributedDataParallel),
+# `model.` (a module that holds the network).
 WRAPPERS = re.compile(r"^((_orig_mod|module|model)\.)*")
 
 _LISTED = 40
@@ -79,17 +80,17 @@ BUFFERS = {"bert.embeddings.position_ids", "bert.embeddings.token_type_ids"}
 
 @dataclass
 class Report:
-    """How each tensor of a checkpoint, by its name in the file, and each parameter of the model was handled."""
+    """What was done with each tensor of a checkpoint (named as in its file) and each parameter of the model."""
 
     prefix: str = ""
-    """The prefix that was removed from every name in the file: `module.`, `_orig_mod.`, `model.`"""
+    """The prefix that was removed from every name in the file, such as `module.`; empty if there was none."""
     loaded: list[str] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
-    """Tensors stored a second time and equal to the tensor that they are tied to."""
+    """Tensors that the file stores a second time, each as `copy = original`; both are equal."""
     ignored: dict[str, str] = field(default_factory=dict)
-    """Name -> reason."""
+    """Name of a tensor that was not loaded -> reason."""
     new: list[str] = field(default_factory=list)
-    """Paths of the parameters that were reinitialised instead of loaded, as requested."""
+    """Paths of the parameters that are reinitialised instead of loaded, as requested."""
 
     def __str__(self) -> str:
         lines = [f"loaded {len(self.loaded)} tensors" + (f", all named {self.prefix}…" if self.prefix else "")]
@@ -119,7 +120,9 @@ class Source:
 def plan(
     folder: Path, specs: Mapping[str, jax.ShapeDtypeStruct], *, new: Iterable[str] = (), ignore: Iterable[str] = ()
 ) -> tuple[dict[str, Source], Report]:
-    """Finds the source of each parameter of a model in a folder, from the file headers. Only tied tensors are read.
+    """Finds the tensor in a folder from which each parameter of a model is read.
+
+    This reads only the headers of the files, and those tensors that are stored twice, to compare them.
 
     Args:
         folder: Contains `model.safetensors`, or shards and their index.
@@ -131,8 +134,8 @@ def plan(
         Parameter path -> source, and the report.
 
     Raises:
-        CheckpointError: If tensors are missing, unknown, of another shape or not floats (lists all of them at once), or
-            if a pattern matches nothing.
+        CheckpointError: If tensors are missing, unknown, of another shape or not floats (lists them, at most 40), if a
+            pattern matches nothing, or if a file is missing or damaged.
     """
     # In a bare BertModel, neither the parameters nor the tensors in its files have the prefix `bert.`.
     bare = "" if any(path.startswith("bert.") for path in specs) else "bert."
@@ -207,7 +210,7 @@ def load(
         Parameter path -> array in the spec's dtype, without the new parameters; and the report.
 
     Raises:
-        CheckpointError: If `plan` raises it, or if weights are not finite; names those tensors. Nothing is loaded then.
+        CheckpointError: If `plan` raises it, or if tensors have values that are not finite (names these tensors).
     """
     sources, report = plan(folder, specs, new=new, ignore=ignore)
     arrays, infinite = {}, []
@@ -228,8 +231,8 @@ def load(
 def save(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Writes `model.safetensors` and `config.json` as PyTorch transformers reads them.
 
-    All files are first written and flushed next to the folder and then renamed into place, so that a kill or a full
-    disk leaves every file either old or new, never partial.
+    Both files are written and flushed next to the folder and then moved into it. If the process is killed or the disk
+    is full, each file in the folder is either the old or the new one, never incomplete.
 
     Args:
         folder: Created if necessary; other files in it stay.
@@ -243,7 +246,7 @@ def save(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> 
     with replacing(folder) as staging:
         try:
             save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        except SafetensorError as error:  # as safetensors reports a full disk
+        except SafetensorError as error:  # safetensors raises it if the disk is full
             raise OSError(str(error)) from None
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -269,8 +272,8 @@ def _opened(file: Path) -> Iterator[Any]:
 def _tensors(sources: Mapping[str, Source]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields each path with its tensor as it is stored.
 
-    An open memory map keeps the pages that it has read, so the whole file would end up in memory a second time.
-    Therefore a file is reopened after every 32 MB. Reopening it for each tensor would take 0.3 ms each, 55 ms more for
+    An open memory map keeps the pages that were read, so in the end the whole file would be in memory a second time.
+    Therefore a file is reopened after every 32 MB. Reopening it for each tensor would cost 0.3 ms per tensor, 55 ms for
     BERT-base.
     """
     rest = sorted(sources.items(), key=lambda item: item[1].file)[::-1]
@@ -285,7 +288,7 @@ def _tensors(sources: Mapping[str, Source]) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _stored(folder: Path) -> dict[str, Source]:
-    """Tensor name -> where it is stored."""
+    """The sources of all tensors in a folder, by name. Only the headers of the files are read."""
     index: dict[str, str] = {}
     if (folder / WEIGHTS_FILE).is_file():
         files = [folder / WEIGHTS_FILE]
@@ -315,7 +318,11 @@ def _stored(folder: Path) -> dict[str, Source]:
 
 
 def _shard(folder: Path, name: str) -> Path:
-    """The path of a shard. Links are followed only within the folder or within the Hub's cache."""
+    """The path of a shard. It may be a link, but only to a file in this folder or of the same model in the Hub's cache.
+
+    Raises:
+        CheckpointError: If the shard is missing or is not such a file.
+    """
     path, home = folder / name, folder.resolve()
     if home.parent.name == "snapshots":  # the Hub's cache, in which files are links to blobs
         home = home.parent.parent
@@ -327,14 +334,14 @@ def _shard(folder: Path, name: str) -> Path:
 
 
 def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
-    """A copy aligned to 2 MB (small arrays to 64 bytes), which the CPU backend holds without copying it again.
+    """Copies an array to memory that JAX's CPU backend can use without copying it again.
 
-    Linux gives large arrays huge pages, which makes reading every weight for one sentence a tenth faster. These arrays
-    do not come from malloc, because its bookkeeping between two arrays would occupy one such page each, 140 MB for
-    BERT-large.
+    Such memory is aligned to 64 bytes. Arrays of at least 4 MB are aligned to 2 MB, so that Linux can give them huge
+    pages. Inference on one sentence reads all weights, which is a tenth faster from huge pages. These arrays do not
+    come from malloc, whose bookkeeping between two arrays would fill further huge pages: 140 MB for BERT-large.
 
     Returns:
-        The copy, or None if a number is not finite.
+        The copy in `dtype`, or None if a value is not finite.
     """
     size, page = tensor.size * dtype.itemsize, 64
     if size < 2**22 or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -347,9 +354,9 @@ def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
     start = -memory.ctypes.data % page
     aligned: np.ndarray = memory[start : start + size].view(dtype)
     source = tensor.reshape(-1)
-    for start in range(0, aligned.size, 2**18):  # checks each part while it is still in the cache
+    for start in range(0, aligned.size, 2**18):  # in parts, which are checked while they are in the CPU's cache
         part = aligned[start : start + 2**18]
-        with np.errstate(over="ignore"):  # from float64
+        with np.errstate(over="ignore"):  # float64 values may become infinite, which is checked below
             part[...] = source[start : start + 2**18]
         if not np.isfinite(part).all():
             return None
@@ -357,21 +364,21 @@ def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
 
 
 def _published_name(name: str) -> str:
-    """The name in the table: with the prefix `bert.`, and with LayerNorm's `gamma`, `beta` as `weight`, `bias`."""
+    """The current name of a tensor: with the prefix `bert.`, and LayerNorm's `gamma` and `beta` as `weight`, `bias`."""
     name = re.sub(r"\bLayerNorm\.gamma$", "LayerNorm.weight", name)
     name = re.sub(r"\bLayerNorm\.beta$", "LayerNorm.bias", name)
     return f"bert.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
 
 
 def _line(name: str) -> tuple[str, str]:
-    """A name as the table writes it, and the number of its layer, or `{i}` if it has none."""
+    """A name or path as `TABLE` writes it, with `{i}` for the layer number; and that number, or `{i}` without one."""
     layer = re.search(r"\.(\d+)\.", name)
     number = layer[1] if layer else "{i}"
     return name.replace(f".{number}.", ".{i}.", 1), number
 
 
 def _table(paths: Iterable[str]) -> dict[str, str]:
-    """Published name -> path, for the paths that are in the table. In a bare `BertModel`, both lack `bert.`."""
+    """Published name -> path, for those paths that `TABLE` has. In a bare `BertModel`, name and path lack `bert.`."""
     names = {path: name for name, path in TABLE.items()}
     names |= {path.removeprefix("bert."): name.removeprefix("bert.") for path, name in names.items()}
     lines = {path: _line(path) for path in paths}
@@ -389,6 +396,6 @@ def _misfit(source: Source, expected: list[int]) -> list[str]:
 
 
 def _pattern(name: str) -> str:
-    """A regular expression, as Python writes it, that matches a tensor or parameter and its siblings."""
+    """The Python source of a regular expression that matches a name and all names that differ only in the last part."""
     pattern = re.escape(name.rpartition(".")[0]) + r"\..*" if "." in name else re.escape(name)
     return f"r'{listed([pattern])}'"

@@ -1,4 +1,4 @@
-"""YAML files of settings: merges a file, one of its variants and overrides into one tree."""
+"""Reads YAML files of settings. A file, one of its variants and overrides are merged into one tree."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -10,11 +10,11 @@ import yaml
 from bert_jax.errors import InputError, listed, quoted
 
 VALUES = 100_000
-"""Maximum number of values in a settings file. Without it, nested aliases could expand beyond any memory."""
+"""Maximum number of values in a settings file. Without a limit, a small file of nested aliases could fill memory."""
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that refuses duplicate keys, because the first value would be lost."""
+    """A YAML loader that refuses duplicate keys. PyYAML itself would silently drop the first value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         given: set[str] = set()
@@ -26,7 +26,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parsed(text: str) -> Any:
-    """The parsed value of a YAML text.
+    """Parses a YAML text.
 
     Raises:
         ValueError: If the text is invalid, nested too deeply, or holds more than `VALUES` values.
@@ -46,7 +46,7 @@ def _parsed(text: str) -> Any:
 
 
 def read_tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
-    """Reads a file and merges its variant and then the overrides into it.
+    """Reads a file, merges the variant that `task_name` chooses from its `task_names`, and then merges the overrides.
 
     Raises:
         InputError: If the file, the variant or an override cannot be used.
@@ -69,10 +69,10 @@ def read_tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def assignments(texts: Iterable[str]) -> dict[str, Any]:
-    """Texts of the form `section.key=value`, with the value in YAML -> a tree.
+    """Converts texts of the form `section.key=value`, with the value in YAML, to a tree.
 
     Raises:
-        InputError: If a text has no value or invalid YAML, or YAML would drop part of the value as a comment.
+        InputError: If a value is missing or is not valid YAML, or if part of it would be lost as a YAML comment.
     """
     changes: dict[str, Any] = {}
     for text in texts:
@@ -92,7 +92,7 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
     return changes
 
 
-_ENDS = (yaml.BlockEndToken, yaml.StreamEndToken)  # their marks lie behind a trailing comment
+_ENDS = (yaml.BlockEndToken, yaml.StreamEndToken)  # these tokens come after a trailing comment
 
 
 def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

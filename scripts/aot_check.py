@@ -1,10 +1,10 @@
-"""Compiles the shipped recipes' programs for TPUs and GPUs that are not here, and writes docs/accelerators.md.
+"""Compiles programs of the shipped recipes for TPUs and GPUs that are not present, and writes docs/accelerators.md.
 
-    python scripts/aot_check.py             # all targets; an hour on two cores
-    python scripts/aot_check.py v5e change  # those with one of these in their names
+    python scripts/aot_check.py             # all programs; an hour on two cores
+    python scripts/aot_check.py v5e change  # the programs whose names contain "v5e" or "change"
 
-It needs the extra `aot`, and for the program with cuDNN's attention nvidia-cudnn-cu13. What has been compiled with
-these versions is kept in docs/accelerators.json and not compiled again.
+It requires the extra `aot` and, for the program with cuDNN's attention, the package nvidia-cudnn-cu13. Results are kept
+in docs/accelerators.json. A program is compiled again only if the version of JAX, Flax or a compiler has changed.
 """
 
 import json
@@ -34,7 +34,7 @@ PAGE, RESULTS = ROOT / "docs" / "accelerators.md", ROOT / "docs" / "accelerators
 SIZES = {"base": BertConfig.base_cased(), "large": BertConfig.large_cased()}
 CHIPS = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:8")
 LAYOUTS = {"data": {}, "fsdp": {"data": 1, "fsdp": 8}}
-# A step's rows and tokens by recipe: as many tokens a device as keep its units of products busy.
+# Recipe -> rows and tokens of a step, enough to keep the matrix units of each device busy.
 RECIPES = {"emotion": (256, 128), "squad": (64, 384)}
 WORDS = "the quick brown fox jumps over the lazy dog and " * 60
 ROWS = {
@@ -44,13 +44,13 @@ ROWS = {
 
 
 def make_run(recipe: str, size: str, chips: aot.Target, **changes: Any) -> loop.Run:
-    """What `bert-jax finetune configs/finetune/RECIPE.yaml` would run, its parameters' shapes alone.
+    """The run of `bert-jax finetune` with a shipped recipe, in bfloat16. Its parameters have shapes but no values.
 
     Args:
-        recipe: Name of the file.
-        size: Of the published model.
-        chips: To compile for.
-        changes: Settings of sections, laid over the file's.
+        recipe: Name of a file in configs/finetune, without ".yaml".
+        size: Size of the model, "base" or "large".
+        chips: The devices to compile for.
+        changes: Section of the settings -> values that replace those of the recipe.
     """
     settings = Settings.from_file(
         ROOT / "configs" / "finetune" / f"{recipe}.yaml", ["precision.compute_dtype=bfloat16"]
@@ -63,7 +63,7 @@ def make_run(recipe: str, size: str, chips: aot.Target, **changes: Any) -> loop.
         {} if (rate := settings.model.attention_probs_dropout_prob) is None else {"attention_probs_dropout_prob": rate}
     )
     config = SIZES[size].replace(num_labels=6, **dropout)
-    tokenizer = Tokenizer.from_pretrained("bert-mini-cased")  # its vocabulary is the published one
+    tokenizer = Tokenizer.from_pretrained("bert-mini-cased")  # has the vocabulary of bert-base-cased
     model = registry.TASKS[settings.task].model_class(
         config,
         compute_dtype=settings.precision.compute_dtype,
@@ -76,7 +76,7 @@ def make_run(recipe: str, size: str, chips: aot.Target, **changes: Any) -> loop.
 
 
 def finetune(chips: aot.Target, recipe: str, size: str, shape: Shape, **changes: Any) -> dict[str, Any]:
-    """A step of fine-tuning, compiled."""
+    """Compiles a step of fine-tuning."""
     run = make_run(recipe, size, chips, **changes)
     check = aot.check(run.trace(shape), chips)
     flops = aot.train_flops(SIZES[size], shape.rows, shape.length)
@@ -85,7 +85,7 @@ def finetune(chips: aot.Target, recipe: str, size: str, shape: Shape, **changes:
 
 
 def fill_mask(chips: aot.Target, size: str, bucket: Bucket) -> dict[str, Any]:
-    """The program of `bert-jax fill-mask` for a bucket, on one device."""
+    """Compiles the program of `bert-jax fill-mask` for a bucket, on one device."""
     kind, config = registry.TASKS["fill-mask"], SIZES[size]
     tokenizer = Tokenizer.from_pretrained("bert-mini-cased")
     pipe = Pipeline(kind(tokenizer, config, 512), kind.model_class(config, compute_dtype="bfloat16"), tokenizer, 512)
@@ -109,7 +109,7 @@ def entry(check: aot.Check, flops: float) -> dict[str, Any]:
 
 
 def largest(chips: aot.Target, size: str, length: int, **changes: Any) -> dict[str, Any]:
-    """The most rows of so many tokens that fit, in programs with rows of several texts."""
+    """Finds the largest number of packed rows of `length` tokens that fit on each device in a training step."""
     run = make_run("squad", size, chips, data={"max_length": length}, **changes)
     n = len(chips.devices)
     tried: dict[int, bool] = {}
@@ -124,7 +124,7 @@ def largest(chips: aot.Target, size: str, length: int, **changes: Any) -> dict[s
 
 
 def packing(chips: aot.Target, lengths: np.ndarray, packed: bool) -> dict[str, Any]:
-    """A step on 256 examples of some lengths, in rows of several or one a row of 128 tokens."""
+    """Compiles a step on 256 of the examples with these lengths: packed, or padded to 128 tokens, one per row."""
     run = make_run("emotion", "base", chips, data={"packing": packed}, training={"batch_size": 256})
     ids = [np.ones(n, np.int32) for n in lengths]
     examples = Examples(ids, ids, {"labels": np.zeros(len(ids), np.int32)})
@@ -134,7 +134,7 @@ def packing(chips: aot.Target, lengths: np.ndarray, packed: bool) -> dict[str, A
 
 
 def programs() -> dict[str, Any]:
-    """Name -> what compiles it, those of the table first."""
+    """Name of a program -> the function that compiles it; programs in the table of memory come first."""
     found: dict[str, Any] = {}
     for name in CHIPS:
         for recipe, (rows, length) in RECIPES.items():
@@ -146,7 +146,7 @@ def programs() -> dict[str, Any]:
         for size in SIZES:
             bucket = Bucket(16, 128, 2)
             found[f"{name} fill-mask {size} one 16x128"] = lambda c, s=size, b=bucket: fill_mask(c, s, b)
-    fused = {"attention_probs_dropout_prob": 0.0}  # no fused kernel has attention's dropout
+    fused = {"attention_probs_dropout_prob": 0.0}  # fused kernels do not support attention dropout
     for name, what, changes in (
         ("v5e:2x4", "plain", {"model": fused}),
         ("v5e:2x4", "remat", {"model": fused, "training": {"remat": True}}),
@@ -166,7 +166,7 @@ def programs() -> dict[str, Any]:
         found[f"v5e:16x16 finetune emotion {size} data 8192x128"] = lambda c, s=size, h=shape: finetune(
             c, "emotion", s, h
         )
-    # Packing: the examples of a batch of 256 padded to 128 tokens, or in rows of several.
+    # Packing: a batch of 256 examples, either padded to 128 tokens or packed.
     lengths = np.random.default_rng(0).gamma(3.2, 7.0, 256 * 8).clip(4, 128).astype(int)
     for packed in (False, True):
         found[f"v5e:2x4 packing {packed}"] = lambda c, p=packed: packing(c, lengths, p)
@@ -178,7 +178,7 @@ def programs() -> dict[str, Any]:
 
 
 def page(versions: dict[str, str], results: dict[str, Any]) -> str:
-    """docs/accelerators.md of what was found."""
+    """The text of docs/accelerators.md."""
     gib = aot.GIB
     results = {name: results[name] for name in programs() if name in results}
     parts = [

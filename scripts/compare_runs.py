@@ -1,8 +1,9 @@
-"""Metrics and curves of our runs beside those of transformers' Trainer, seed by seed.
+"""Compares metrics and learning curves of our runs with those of transformers' Trainer.
 
     python scripts/compare_runs.py --ours runs/ours_* --theirs runs/trainer_* --chart curves.png
 
-The folders are of `bert-jax finetune` and of `scripts/transformers_trainer.py`, one a seed. Prints a table in Markdown.
+Each folder has a run with its own seed, of `bert-jax finetune` (`--ours`) or `scripts/transformers_trainer.py`
+(`--theirs`). Prints a table in Markdown.
 """
 
 import argparse
@@ -23,7 +24,11 @@ COLORS = {"ours": "C0", "theirs": "C1"}
 
 
 def scores(run: Path) -> dict[str, Any]:
-    """Metrics of a run by split; of validation those of its journal, at the settings' null_threshold, not one found."""
+    """Metrics of a run by split.
+
+    Those of validation come from the journal, because results.json has them with the best null_threshold that the
+    evaluation found instead of that of the settings.
+    """
     results: dict[str, Any] = json.loads((run / runs.RESULTS).read_text())
     for line in log.read_journal(run / log.METRICS):
         if "validation" in line and line["step"] == results.get("step"):
@@ -32,7 +37,7 @@ def scores(run: Path) -> dict[str, Any]:
 
 
 def table(sides: dict[str, list[Path]]) -> str:
-    """A line for each metric that both sides have: its mean, and by seed."""
+    """A Markdown table with a row per metric that both sides have: its mean, and its value for each seed."""
     results = {side: [scores(run) for run in folders] for side, folders in sides.items()}
     lines = ["| | ours, mean | by seed | theirs, mean | by seed | ours − theirs |", "|---|---|---|---|---|---|"]
     for split in ("validation", "test"):
@@ -54,7 +59,7 @@ def _by_seed(values: list[float]) -> str:
 
 
 def chart(sides: dict[str, list[Path]], metric: str | None) -> Figure:
-    """Loss by step and, where epochs were evaluated, a metric of validation: thin lines are seeds."""
+    """Plots the loss by step and, if given, a metric on validation. Thin lines are single runs, thick lines means."""
     journals = {side: [log.read_journal(run / log.METRICS) for run in folders] for side, folders in sides.items()}
     figure = Figure(figsize=(10 if metric else 5.5, 3.2), layout="constrained")
     axes = figure.subplots(1, 2 if metric else 1, squeeze=False)[0]
@@ -65,8 +70,8 @@ def chart(sides: dict[str, list[Path]], metric: str | None) -> Figure:
             points = [[(line["step"], line["validation"][metric]) for line in one] for one in evaluations]
             _lines(axes[1], side, points, marker="o")
     axes[0].set_yscale("log")
-    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # of 0.2 and 0.5, and not 2 × 10⁻¹
-    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_major_formatter("{x:g}")  # 0.2 instead of 2 × 10⁻¹
     axes[0].yaxis.set_minor_formatter(NullFormatter())
     for panel, name in zip(axes, ("loss", f"{metric} on validation"), strict=False):
         panel.set_title(name, fontsize="medium", loc="left")

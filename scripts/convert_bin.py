@@ -1,9 +1,9 @@
-"""Converts a `pytorch_model.bin` to the `model.safetensors` that bert_jax loads: the one place that needs torch.
+"""Converts a `pytorch_model.bin` to the `model.safetensors` that bert_jax loads. This requires torch.
 
     pip install torch
     python scripts/convert_bin.py FOLDER OUTPUT_FOLDER
 
-The pickle is read by torch's weights-only loading, which runs no code of the file. Config and tokenizer are copied.
+torch loads the file with `weights_only=True`, which runs no code in it. Config and tokenizer files are copied.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from bert_jax import hub
 
 def convert(source: Path, target: Path) -> None:
     tensors = torch.load(source / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    # A tensor that is tied shares its memory, which safetensors refuses: each gets its own.
+    # Each tensor gets its own memory, because safetensors does not save tensors that share memory, as tied ones do.
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     with hub.replacing(target) as staging:
         save_file(tensors, staging / hub.WEIGHTS_FILE, metadata={"format": "pt"})

@@ -1,11 +1,12 @@
-"""A pretraining run -> the model that ships in the package: bfloat16, with its card and the numbers that it rests on.
+"""Turns a pretraining run into the model that ships in the package, in bfloat16, and writes its card with measurements.
 
     python scripts/embed_model.py runs/bert-mini-cased --corpus corpus --texts sentences.txt --blanks blanks.txt
-    python scripts/embed_model.py … --write          # puts it into bert_jax/embedded/bert-mini-cased
+    python scripts/embed_model.py … --write          # writes the model to bert_jax/embedded/bert-mini-cased
 
-`--texts` has a text a line, of which every third is taken; `--blanks` sentences with [MASK], a tab, and the words that
-count. Both are held out: `scripts/build_corpus.py --without` leaves out what shares five words with the blanks. The
-model stands beside the one of `--beside`, by default the one that it replaces.
+The file of `--texts` has one text per line; every third text is used. Each line of the file of `--blanks` has a
+sentence with [MASK], a tab, and the words that count as right, separated by commas. The model must not have been
+trained on either file: `scripts/build_corpus.py --without` leaves out lines that share five consecutive words with the
+blanks. The card compares the model with that of `--beside`, by default the embedded model.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from bert_jax.settings import HeldOut
 
 NAME = "bert-mini-cased"
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-"""For fine-tuning; pretraining did without."""
+"""The dropout of the shipped config, for fine-tuning. Pretraining used no dropout."""
 PROBE = "Paris is the [MASK] of France."
 TRIED = """\
 - Masked tokens alone, 1,240 steps on 41 MB of older and drier texts: the model that shipped first, "before" above.
@@ -38,7 +39,7 @@ TRIED = """\
 
 
 def converted(run: Path, folder: Path) -> None:
-    """The run's model as it ships."""
+    """Writes the model of a run to a folder, in the form in which it ships."""
     tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in load_file(run / hub.WEIGHTS_FILE).items()}
     save_file(tensors, folder / hub.WEIGHTS_FILE, metadata={"format": "pt"})
     config = json.loads((run / hub.CONFIG_FILE).read_text()) | DROPOUT
@@ -50,7 +51,7 @@ def converted(run: Path, folder: Path) -> None:
 
 
 def blanks(folder: Path, path: Path) -> list[tuple[str, list[str], bool]]:
-    """Each sentence, the model's five best fillings, and whether a word that counts is among them."""
+    """Each sentence, the model's five best fillings, and whether one of them is right."""
     fill_mask = bert_jax.pipeline("fill-mask", folder)
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -61,7 +62,7 @@ def blanks(folder: Path, path: Path) -> list[tuple[str, list[str], bool]]:
 
 
 def measured(folders: dict[str, Path], texts: Path, sentences: Path) -> dict[str, dict[str, Any]]:
-    """Of each model: the loss and accuracies on every third text, the blanks, and what Paris is of France."""
+    """Measures each model: its loss and accuracies on every third text, its answers to the blanks and to `PROBE`."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as third:
         lines = [line.strip() for line in texts.read_text(encoding="utf-8").split("\n") if line.strip()]
         third.write("\n".join(lines[::3]))

@@ -1,7 +1,9 @@
-"""Fine-tuning in Python, one level below `bert-jax finetune`: a data set of your own, and every part in hand.
+"""An example of fine-tuning in Python, without `bert-jax finetune`: trains a text classifier on your own files.
 
-pip install "bert-jax[train]"
-python scripts/finetune.py train.jsonl validation.jsonl my-model      # rows {"text": …, "label": …}
+    pip install "bert-jax[train]"
+    python scripts/finetune.py train.jsonl validation.jsonl my-model
+
+The rows of the files are {"text": …, "label": …}.
 """
 
 import sys
@@ -17,7 +19,7 @@ from bert_jax.training.loop import train
 
 
 def main(train_file: str, validation_file: str, folder: str, model_id: str = "google-bert/bert-base-cased") -> None:
-    memory.keep_freed()  # before JAX starts: on CPU, a third of a step's time
+    memory.keep_freed()  # before JAX starts; saves a third of a step's time on CPU
     rows = {"train": list(sources.read(train_file)), "validation": list(sources.read(validation_file))}
     labels = sorted({str(row["label"]) for row in rows["train"]})
     tokenizer = Tokenizer.from_pretrained(model_id)

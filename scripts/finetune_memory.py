@@ -1,13 +1,15 @@
-"""Measures the memory of `bert-jax finetune` on this machine's CPU, and its speed beside that of another checkout.
+"""Measures the memory of `bert-jax finetune` on CPU, or compares its speed with that of another checkout.
 
     python scripts/finetune_memory.py CONFIG [KEY=VALUE …]
     python scripts/finetune_memory.py CONFIG [KEY=VALUE …] --beside CHECKOUT --pairs 15 --steps 2
 
-The first form runs the settings as a whole process, with evaluations and checkpoints, and prints the peak of its
-memory, the figure of `--dry-run`, and their ratio. Give training.max_steps and training.evaluate_every for a short run.
+The first form runs `bert-jax finetune` as a whole process, with evaluations and checkpoints. It prints the process's
+peak memory, the estimate of `--dry-run`, and their ratio. For a short run, set training.max_steps and
+training.evaluate_every.
 
-The second form opens one process for this checkout and one for the other, each with the data, the model and the
-compiled step. They take turns of a few steps, and the script prints the median of the ratios of their speeds.
+The second form starts one process for this checkout and one for the other. Each prepares the data and the model and
+compiles the step. The processes then compute a few steps in turns. The script prints the ratio of this checkout's speed
+to that of the other, as the median over all turns.
 """
 
 import argparse
@@ -26,7 +28,7 @@ HERE = Path(__file__).resolve().parents[1]
 
 
 def run(checkout: Path, arguments: list[str], output: str) -> tuple[str, int]:
-    """A `bert-jax finetune`: what it prints, and the peak of its memory in bytes."""
+    """Runs `bert-jax finetune`; returns what it prints, and its peak memory in bytes."""
     command = [sys.executable, "-c", "from bert_jax.cli import main; main()", "finetune", *arguments]
     with tempfile.TemporaryFile("w+") as file:
         child = subprocess.Popen(command, env=environment(checkout), stdout=file, stderr=file)
@@ -52,14 +54,17 @@ def memory(checkout: Path, arguments: list[str]) -> None:
         _, peak = run(checkout, [*arguments, f"output.folder={folder}/run"], "the run")
     text = said[said.index("memory of") :]
     figures = [float(number.replace(",", "")) for number in re.findall(r"([\d,]+) MB", text)]
-    # A checkout of before says what the state takes and what the step takes besides, and no sum.
+    # Older checkouts print the memory of the state and the additional memory of the step, but not their sum.
     figure = figures[0] if "peak" in text else sum(figures[:2])
     print(text.strip())
     print(f"peak of the run: {peak / 1e6:,.0f} MB, {peak / 1e6 / figure:.3f} of the dry run's {figure:,.0f} MB")
 
 
 def serve(arguments: list[str]) -> None:
-    """In a process of its own: computes so many steps for each number on stdin, and answers the seconds."""
+    """Runs in a process of its own, and computes as many training steps as each number on stdin says.
+
+    Prints "ready", then for each number the seconds of its steps, the loss of the last step, and the peak memory.
+    """
     from bert_jax.training import memory
 
     memory.keep_freed()
@@ -78,7 +83,7 @@ def serve(arguments: list[str]) -> None:
     frozen = sharding.put(run.plan.frozen, sharding.placements(run.mesh, run.plan.frozen))
     batches = run.loader.batches(0, 100_000)
     step = run.step
-    if hasattr(memory, "release"):  # as `loop.fit` compiles it
+    if hasattr(memory, "release"):  # compiles as `loop.fit` does; older checkouts cannot
         step = run.trace(run.loader.place(0).shape).lower().compile()
         memory.release()
     print("ready", flush=True)
@@ -88,14 +93,14 @@ def serve(arguments: list[str]) -> None:
             with jax.set_mesh(run.mesh):
                 state, metrics = step(state, frozen, sharding.put_batch(next(batches), run.mesh))
             waiting.append(metrics)
-            if len(waiting) > 1:  # as the loop of training does: one step in flight
+            if len(waiting) > 1:  # one step stays in flight, as in the training loop
                 float(waiting.pop(0)["loss"])
         loss = float(waiting.pop()["loss"])
         print(json.dumps([time.perf_counter() - start, loss, peak()]), flush=True)
 
 
 def peak() -> float:
-    """Bytes that the process has occupied at most."""
+    """Peak memory of this process, in bytes."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -119,7 +124,7 @@ def speed(checkouts: list[Path], arguments: list[str], pairs: int, steps: int) -
         )
         answer(children[-1].stdout)
     ratios = []
-    for turn in range(-5, pairs):  # the first turns warm up, and a heap takes what it will take
+    for turn in range(-5, pairs):  # five turns to warm up, in which heaps reach their final size
         order = [0, 1] if turn % 2 else [1, 0]
         seconds, losses, peaks = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
         for n in order:

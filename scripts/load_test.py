@@ -1,15 +1,17 @@
-"""Puts a server under load on this machine and checks each answer against the offline one.
+"""Puts a server on this machine under load, and compares each of its answers with that of a pipeline.
 
     pip install -e ".[serve]"
     python scripts/load_test.py                     # about three minutes
     python scripts/load_test.py --seconds 600       # ten minutes of load, to see what memory does
 
-    clients    64 of them, single sentences: errors, throughput, latency; then the same with batching off
-    cost       one client alone, beside the same calls of a pipeline in this process: the server's own share
-    overload   ten times the clients that the queue takes: who is refused, how long the others wait, and the time after
-    memory     of the server when it is ready, and after all of this
+    clients    errors, throughput and latency of 64 clients that send single sentences, with and without batching
+    cost       the time that the server adds to a call: latency of a single client minus that of a pipeline's call
+    overload   ten times as many clients as the queue has places: how many requests are refused, how long the others
+               take, and how fast the server is afterwards
+    memory     memory of the server when it is ready, and after the load of 64 clients with batching
 
-The model is bert-mini-cased unless named. Exit status 1 says that an answer was wrong, missing, or an error.
+The model is bert-mini-cased by default. The exit status is 1 if an answer was wrong or missing, or had a status other
+than 200 and 429.
 """
 
 import argparse
@@ -46,7 +48,7 @@ NAMES = ["Anna", "Peter", "Mary", "John", "Lucy", "Paul", "Emma", "Tom"]
 
 @contextmanager
 def served(model: str, **settings: Any) -> Iterator[tuple[int, int]]:
-    """A server in a process of its own, ready: its port and process id."""
+    """Starts a server in a process of its own. Once it is ready, yields its port and process id."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "serve.yaml"
         config.write_text(json.dumps(settings))
@@ -72,14 +74,14 @@ def fetch(port: int, path: str, *, none_on_error: bool = False) -> str | None:
 
 
 def memory(pid: int) -> int:
-    """Bytes that a process holds."""
+    """Bytes of physical memory that a process occupies."""
     return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) * 1024  # type: ignore[index]
 
 
 async def client(
     port: int, bodies: list[bytes], expected: list[Any], until: float, seed: int
 ) -> list[tuple[str, float]]:
-    """Asks for one sentence after another over one connection; what became of each, and the seconds it took."""
+    """Sends one request after another over one connection; returns the status (or "wrong") and the seconds of each."""
     draw, found = random.Random(seed), []
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     while time.perf_counter() < until:

@@ -1,7 +1,9 @@
-"""Writes tests/golden/*.json: what PyTorch transformers gives, so that the default tests need neither.
+"""Writes outputs of PyTorch transformers to tests/golden, so that the default tests do not need transformers.
 
-pip install -e '.[parity]'
-python scripts/make_golden.py
+    pip install -e '.[parity]'
+    python scripts/make_golden.py
+
+The files are small_model.json and embedded_fill_mask.json.
 """
 
 import json
@@ -33,7 +35,7 @@ SENTENCES = [
 
 
 def forward(folder: Path, architecture: str, given: dict[str, torch.Tensor], losses: dict[str, dict]) -> dict:
-    """Outputs of one class, and each loss with its gradients' norms."""
+    """The outputs of a model class and, for each of `losses`, the loss and the norms of its gradients."""
     model = getattr(transformers, architecture).from_pretrained(folder, attn_implementation="eager").eval()
     out = model(**given, output_hidden_states=True, output_attentions=True)
     found = {
@@ -78,7 +80,7 @@ def small_model() -> dict:
 
 def embedded_fill_mask() -> list[dict]:
     folder = hub.download("bert-mini-cased")
-    # In double: the reference's own float32 is 1e-5 off where a score depends on all of its logits.
+    # In float64, because scores that transformers computes in float32 are off by up to 1e-5.
     model = transformers.BertForMaskedLM.from_pretrained(folder, dtype=torch.float64)
     tokenizer = transformers.BertTokenizer.from_pretrained(folder)
     filler = transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer)

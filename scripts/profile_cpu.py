@@ -1,11 +1,13 @@
-"""Where the time of filling masks goes on a CPU, by kind of operation, and at what rate products are computed.
+"""Shows which kinds of operations take the time of filling masks on a CPU, and at what rate products are computed.
 
     python scripts/profile_cpu.py                     # BERT-base's shape, random weights; under a minute
 
-Rows of one text and packed ones, two masks a text. XLA fuses the softmax into the product behind it. An operation's
-time is from its begin to its end, on all cores: query, key and value are computed at once, share the cores, and each
-counts that time, which makes their rate look lower than it is, and the sum more than the whole. Above the kinds stands
-what a large product reaches on the same machine in the same minute.
+Rows hold one text or are packed, with two masks per text. XLA fuses the softmax into the product that follows it.
+
+The time of an operation is that from its start to its end, on all cores. Query, key and value are computed at the same
+time and share the cores, but each of them counts the whole time. Their rates therefore look lower than they are, and
+the times of all kinds add up to more than the time of a call. For comparison, the first row of the table has the rate
+of a large product on the same machine.
 """
 
 import argparse
@@ -41,7 +43,7 @@ KINDS = {
     "softmax and context": "bnts,bnsh->bnth",
     "head": "predictions/.*->",
 }
-"""Kind -> what the names of its operations have in them."""
+"""Kind -> regular expression that is found in the names of its operations."""
 CALLS = 5
 
 
@@ -60,8 +62,8 @@ def batch(rows: int, tokens: int, texts: int) -> dict[str, np.ndarray]:
 
 
 def kinds(program: str) -> dict[str, str]:
-    """Operation of a compiled program -> its kind, by the names of what was fused into it."""
-    names: dict[str, str] = collections.defaultdict(str)  # of computations and of operations
+    """Operation of a compiled program -> its kind, by the names of the operations fused into it; "" for the rest."""
+    names: dict[str, str] = collections.defaultdict(str)  # computation or operation -> `op_name`s in it
     inside = ""
     calls: dict[str, str] = {}
     for line in program.splitlines():
@@ -82,7 +84,10 @@ def kinds(program: str) -> dict[str, str]:
 
 
 def flops(config: bert_jax.BertConfig, rows: int, tokens: int, texts: int) -> dict[str, int]:
-    """Operations of each kind: all layers but the last in full, that and the head at the masked positions."""
+    """Floating-point operations of each kind.
+
+    The last layer, apart from its keys and values, and the head are computed only at the masked positions.
+    """
     size, inner = config.hidden_size, config.intermediate_size
     read = 2 * texts
     queries = (config.num_hidden_layers - 1) * tokens + read
@@ -114,7 +119,7 @@ def main() -> None:
                 whole = statistics.median(seconds(functools.partial(compiled, params, inputs)))
             (file,) = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
             events = json.loads(gzip.decompress(Path(file).read_bytes()))["traceEvents"]
-        spent: dict[str, list[float]] = collections.defaultdict(list)  # of each operation, call by call
+        spent: dict[str, list[float]] = collections.defaultdict(list)  # operation -> durations of its events
         for event in events:
             if "hlo_op" in event.get("args", {}):
                 spent[event["args"]["hlo_op"]].append(event["dur"] / 1e6)

@@ -1,14 +1,19 @@
-"""PyTorch transformers' Trainer on the settings of one of our YAML files: what `bert-jax finetune` is measured against.
+"""Fine-tunes with transformers' Trainer and the settings of a YAML file, as a comparison for `bert-jax finetune`.
 
     pip install -e ".[parity]"
     python scripts/transformers_trainer.py configs/finetune/emotion_minilm.yaml training.seed=1 output.folder=peer
 
-Same model, data, label ids and recipe, for text classification with one label, and for token classification and
-question answering, whose features, and answers read off the logits, are those of transformers' examples `run_ner.py`
-and `run_qa.py`. Batches are padded to their longest and grouped by length, in random order with `--random`, or with
-`--pad` all padded to data.max_length. Classifiers choose the best epoch, as ours; question answering takes the last, as
-`run_qa.py` (ours does with `training.evaluate_every` of many steps). Prints JSON, and leaves that, a journal and the
-model in output.folder as our runs do: `scripts/compare_runs.py` tells of both.
+Model, data, label ids and recipe are the same as in ours. The task is text classification with one label, token
+classification or question answering. For the last two, examples are prepared as in `run_ner.py` and `run_qa.py` of
+transformers, and answers are read from logits as in `run_qa.py`.
+
+By default, a batch holds examples of similar length and is padded to its longest example. With `--random`, the order is
+random. With `--pad`, it is random and all examples are padded to data.max_length. With `--accuracy`, classifiers keep
+the checkpoint of the best epoch, as ours do. Question answering keeps the last one, as `run_qa.py` does (and as ours
+does if `training.evaluate_every` is not less than the number of steps).
+
+Results are printed as JSON. They are also written to output.folder, with a journal and the model, in the same form as
+those of our runs, so that `scripts/compare_runs.py` can compare both.
 """
 
 import argparse
@@ -38,7 +43,7 @@ def classified(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], set
 
 
 def tagged(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], settings: Settings) -> Features:
-    """`tokenize_and_align_labels` of run_ner.py."""
+    """Features for token classification, as `tokenize_and_align_labels` of run_ner.py makes them."""
     encoded = tokenizer(
         [row["tokens"] for row in rows], is_split_into_words=True, truncation=True, max_length=settings.data.max_length
     )
@@ -53,7 +58,7 @@ def tagged(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], setting
 
 
 def asked(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], settings: Settings) -> Features:
-    """`prepare_train_features` of run_qa.py, and what `answers` needs of `prepare_validation_features`."""
+    """Features for question answering, as `prepare_train_features` of run_qa.py makes them, with token offsets."""
     encoded = tokenizer(
         [row["question"].lstrip() for row in rows], [row["context"] for row in rows], truncation="only_second",
         max_length=settings.data.max_length, stride=settings.answers.stride or settings.data.max_length // 3,
@@ -87,7 +92,7 @@ def asked(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], settings
 
 
 def answers(rows: list[dict[str, Any]], features: Any, logits: Any, settings: Settings) -> list[str]:
-    """`postprocess_qa_predictions` of transformers' utils_qa.py."""
+    """The answer to each question, as `postprocess_qa_predictions` of transformers' utils_qa.py chooses it."""
     by_row: dict[int, list[int]] = {}
     for i, row in enumerate(features["row"]):
         by_row.setdefault(row, []).append(i)
@@ -170,7 +175,7 @@ def main() -> None:
             per_device_eval_batch_size=training.evaluation_batch_size,
             learning_rate=optimizer.learning_rate,
             weight_decay=optimizer.weight_decay,
-            adam_epsilon=optimizer.epsilon,
+            adam_epsilon=optimizer.epsilon or 1e-8,
             max_grad_norm=optimizer.max_grad_norm,
             lr_scheduler_type=settings.schedule.name,
             warmup_steps=settings.schedule.warmup_steps or settings.schedule.warmup_ratio,
@@ -200,7 +205,7 @@ def main() -> None:
             found = trainer.evaluate(data[split], metric_key_prefix=split)
             results[split] = {name.removeprefix(f"{split}_"): value for name, value in found.items()}
         else:
-            trainer.args.train_sampling_strategy = "random"  # or it would give predictions in another order than data
+            trainer.args.train_sampling_strategy = "random"  # group_by_length would also reorder predictions
             predicted = trainer.predict(data[split])
             assert (predicted.label_ids[0] == data[split]["start_positions"]).all()
             found = answers(splits[split], data[split], predicted.predictions, settings)

@@ -338,6 +338,20 @@ def test_first_positions_alone_choose_the_next_sentence_logits(checkpoint):
         network(given["input_ids"][0], first_positions=first)
 
 
+@pytest.mark.parametrize("architecture", ["BertForPreTraining", "BertForMaskedLM"])
+def test_positions_of_one_row_are_those_of_all_and_others_are_refused(checkpoint, architecture):
+    network, given = load(checkpoint, architecture), reference.inputs()
+    names = ["masked_positions", "first_positions"][: 2 if architecture == "BertForPreTraining" else 1]
+    for name in names:
+        one, three = (network(**given, **{name: np.tile([[0, 4]], (rows, 1))}) for rows in (1, 3))
+        for ours, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(three), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        with pytest.raises(InputError, match=rf"^{name} has the shape \(2, 2\); input_ids has \(3, 10\)"):
+            network(**given, **{name: np.zeros((2, 2), int)})
+        with pytest.raises(InputError, match=rf"^{name}\[0, 1\] is 10; expected 0 to 9"):
+            network(**given, **{name: np.array([[0, 10]])})
+
+
 def test_defaults_are_no_padding_first_text_counting_positions(checkpoint):
     bert = load(checkpoint, "BertModel")
     ids = reference.inputs()["input_ids"]

@@ -25,7 +25,7 @@ from bert_jax import hub, recipes
 from bert_jax import tree as tree_module
 from bert_jax.data.loader import Loader
 from bert_jax.errors import CheckpointError, ConfigError, InputError
-from bert_jax.recipes import preparation
+from bert_jax.recipes import preparation, runs
 from bert_jax.recipes import pretraining as pretraining_recipe
 from bert_jax.settings import Pretraining, Settings
 from bert_jax.tasks import registry
@@ -73,6 +73,19 @@ def run(tree):
 
 def validation(folder):
     return json.loads((folder / "results.json").read_text())["validation"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "problem"),
+    [
+        ({"name": "lion", "epsilon": 1e-6}, "optimizer.epsilon is 1e-06, but lion has no epsilon. Remove the setting."),
+        ({"name": "lamb", "bias_correction": False}, "lamb has no bias_correction"),
+        ({"name": "adafactor", "beta1": 0.9}, "adafactor has no beta1"),
+    ],
+)
+def test_a_setting_that_the_optimizer_does_not_have_is_refused(tree, optimizer, problem):
+    with pytest.raises(InputError, match=problem):
+        runs.make_optimizer(Settings.from_dict(tree | {"optimizer": optimizer}), 10)
 
 
 def test_a_run_leaves_a_model_and_all_about_it(tree, tmp_path):

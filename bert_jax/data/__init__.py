@@ -1,1 +1,1 @@
-"""Examples: their sources, and the batches made from them."""
+"""Reads data, and makes batches of examples from it."""

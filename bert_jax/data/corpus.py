@@ -1,8 +1,9 @@
-"""Texts -> shards on disk: documents, split into sentences, tokenized, and laid out for pretraining.
+"""Prepares texts for pretraining: splits documents into sentences, tokenizes them, and writes rows to shards on disk.
 
-A shard is a numpy file of rows; a row is `HEADER` and the token ids. Next to the shards, `corpus.json` records what
-they are made from. Once all shards exist, `manifest.json` records what they hold. A shard gets its name only when it is
-complete, so that interrupted work resumes where it stopped.
+A shard is a numpy file of rows. A row has the three numbers that `HEADER` names, then the token ids of an example.
+In the same folder, `corpus.json` records the files, the tokenizer and the settings that the shards are made from, and
+`manifest.json`, which is written last, records the contents of each shard. A shard gets its name only when it is
+complete, so that `tokenize` can be interrupted and resumes where it stopped.
 """
 
 import collections
@@ -32,9 +33,9 @@ from bert_jax.tokenizer import Tokenizer
 
 HEADER = ("tokens", "tokens of the first segment", "whether the second is of another document")
 SHARD = 2**24
-"""Number of characters of text that fill a shard."""
+"""A shard is full when its documents have this number of characters."""
 PIECE = 100_000
-"""Maximum number of characters that are tokenized at once; a longer sentence is cut, at a space if it has one."""
+"""Maximum number of characters of a sentence; a longer one is cut at a space, or anywhere if it has none."""
 WHOLE, PARTS = "manifest.json", "corpus.json"
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'’”)\]]*(?=\s+[\"'‘“(\[]*[A-Z0-9])")
 
@@ -49,14 +50,14 @@ class Reader:
     """Reads the documents of files, one after another.
 
     Attributes:
-        replaced: Number of U+FFFD characters so far that replace bytes that are not UTF-8.
+        replaced: Number of U+FFFD characters that replace invalid UTF-8 in the lines read so far.
     """
 
     def __init__(self, paths: Sequence[Path], format: str | None, column: str):
         self.paths, self.format, self.column, self.replaced = paths, format, column, 0
 
     def __iter__(self) -> Iterator[list[str]]:
-        """Yields the lines of each document: in JSON lines a row's text, else the lines between two empty lines."""
+        """Yields each document as its lines. In JSON lines, a row is a document; in text, empty lines separate them."""
         for path in self.paths:
             lines = self._lines(path)
             if (self.format or ("jsonl" if ".jsonl" in path.suffixes else "text")) == "jsonl":
@@ -82,7 +83,7 @@ class Reader:
 
 
 def sentences(line: str) -> Iterator[str]:
-    """Splits a line into sentences by punctuation; no sentence is longer than `PIECE`."""
+    """Splits a line into sentences by punctuation; no sentence has more than `PIECE` characters."""
     ends = [match.end() for match in SENTENCE_END.finditer(line)]
     for start, end in itertools.pairwise([0, *ends, len(line)]):
         sentence = line[start:end]
@@ -100,17 +101,17 @@ def sentences(line: str) -> Iterator[str]:
 def pairs(
     documents: Sequence[Document], room: int, short: float, random: np.random.Generator
 ) -> Iterator[tuple[list[int], list[int], bool]]:
-    """Pairs of segments for next-sentence prediction: `create_instances_from_document` of create_pretraining_data.py.
+    """Makes pairs of segments for next-sentence prediction, as `create_instances_from_document` of BERT's code does.
 
     Args:
-        documents: At least two.
+        documents: Two or more documents, none of them empty.
         room: Maximum number of tokens of both segments together.
-        short: Share of pairs that are made for a random length from 2 to `room`.
+        short: Share of the pairs whose target length is random, from 2 tokens to `room`; that of other pairs is `room`.
         random: The random generator.
 
-    Returns:
-        First segment, second segment, and whether the second is from another document: always if no sentence is left
-        for it, otherwise in half of the pairs.
+    Yields:
+        The first segment, the second segment, and whether the second is from another document: in half of the pairs,
+        and always if the pair takes only one sentence from its own document.
     """
     for number, document in enumerate(documents):
         start = 0
@@ -134,11 +135,11 @@ def pairs(
                 second = [token for sentence in document[first_end:end] for token in sentence]
             first_cut, second_cut = _trimmed(len(first), len(second), room, random)
             yield first[first_cut], second[second_cut], other
-            start = first_end if other else end  # unused sentences are used for the next pair
+            start = first_end if other else end  # sentences that this pair did not use go into the next
 
 
 def _trimmed(first: int, second: int, room: int, random: np.random.Generator) -> tuple[slice, slice]:
-    """The slices of two segments that remain after the longer one loses tokens, at either end, until both fit."""
+    """Drops tokens of the longer segment, each at a random end, until both fit `room`; returns the remaining slices."""
     lengths, fronts = [first, second], [0, 0]
     while sum(lengths) > room:
         longer = 0 if lengths[0] > lengths[1] else 1
@@ -148,7 +149,7 @@ def _trimmed(first: int, second: int, room: int, random: np.random.Generator) ->
 
 
 def runs(documents: Iterable[Document], room: int) -> Iterator[list[int]]:
-    """Cuts documents into runs of sentences that fill `room` tokens; a longer sentence is cut."""
+    """Joins the sentences of each document into texts of at most `room` tokens; a longer sentence is cut."""
     for document in documents:
         tokens: list[int] = []
         for sentence in document:
@@ -169,8 +170,8 @@ class Layout:
 
     Attributes:
         max_length: Maximum number of tokens of an example, special tokens included.
-        next_sentence: Whether to make pairs of segments for next-sentence prediction instead of runs of tokens.
-        short: Share of the pairs that are made shorter than `max_length`, down to 2 tokens.
+        next_sentence: Whether to make pairs of segments for next-sentence prediction instead of single texts.
+        short: Share of the pairs whose target length is random, from 2 tokens to the maximum, without special tokens.
     """
 
     max_length: int = 128
@@ -181,7 +182,7 @@ class Layout:
 def rows(
     documents: Sequence[Document], layout: Layout, special: tuple[int, ...], dtype: Any, random: np.random.Generator
 ) -> np.ndarray:
-    """The rows of a shard: [n, len(HEADER) + max_length]."""
+    """Lays out documents as the rows of a shard, [rows, len(HEADER) + max_length]; `special` is [CLS], [SEP], [PAD]."""
     cls, sep, pad = special
     if layout.next_sentence:
         found = [
@@ -219,15 +220,17 @@ def tokenize(
         folder: The folder of the shards.
         tokenizer: The tokenizer of the model.
         layout: How documents become examples.
-        seed: The seed from which pairs are drawn.
+        seed: The seed of the random choices that make pairs.
         format: The format of the files; None to infer it from their names.
         text: The key of the text in JSON lines.
         processes: Number of processes that tokenize; by default the number of processors.
-        console: Shows the progress.
+        console: Shows the progress; None shows nothing.
 
     Raises:
-        InputError: If a file cannot be read, the files hold no text, pairs are wanted but there is only one document,
-            or the folder holds something else or cannot be written. Finished shards stay.
+        InputError: If the tokenizer lacks a special token, a file cannot be read, the files hold no text, pairs are to
+            be made from only one document, or the folder cannot be written, holds other files, or holds shards made
+            with other arguments. Finished shards are kept.
+        CheckpointError: If a shard is damaged or missing.
     """
     special: Any = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
     if missing := [name for name, id in zip(("[CLS]", "[SEP]", "[PAD]"), special, strict=True) if id is None]:
@@ -250,7 +253,7 @@ def tokenize(
                     f"{folder} holds shards with other values of {' and '.join(different)}. Remove the folder, or set "
                     "data.shards to another."
                 )
-        elif any(folder.iterdir()):
+        elif any(path != _staged(folder / PARTS) for path in folder.iterdir()):
             raise InputError(f"{folder} holds files that are not shards. Set data.shards to another folder.")
         else:
             _write(folder / PARTS, json.dumps(made_of, indent=1).encode())
@@ -267,9 +270,12 @@ def tokenize(
 
 
 def _units(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
-    """Groups documents; a group has at least `SHARD` characters and two documents, if possible; pairs need two."""
+    """Groups documents into one group for each shard.
+
+    If possible, a group has at least `SHARD` characters and, because pairs need them, two documents.
+    """
     unit: list[list[str]] = []
-    ready: list[list[str]] = []  # held back, because it may get a last document that would be alone
+    ready: list[list[str]] = []  # held back: a last document that would be alone is added to it
     size = 0
     for document in documents:
         if size >= SHARD and len(unit) > 1:
@@ -286,7 +292,7 @@ def _units(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
 def _make_shards(
     make: Any, units: Iterator[list[list[str]]], layout: Layout, processes: int | None, console: Console | None
 ) -> list[Any]:
-    """Makes shards in several processes; returns their records."""
+    """Makes a shard of each group of documents, in several processes; returns what the manifest records of each."""
     workers = processes or os.cpu_count() or 1
     records: list[Any] = []
     pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
@@ -312,15 +318,15 @@ def _make_shards(
 def _make_shard(
     folder: Path, backend: str, layout: Layout, special: tuple[int, ...], seed: int, number: int, unit: list[list[str]]
 ) -> Any:
-    """Tokenizes documents and writes their shard, unless an earlier run did; returns its record.
+    """Tokenizes documents and writes their shard, unless it exists; returns what the manifest records of it.
 
-    Runs in its own process.
+    This runs in a worker process.
     """
     path = folder / f"{number:05d}.npy"
     record = path.with_suffix(".json")
     if record.exists():
         return json.loads(record.read_text(encoding="utf-8"))
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the shards are already divided among processes
     tokenizer = tokenizers.Tokenizer.from_str(backend)
     documents = []
     for lines in unit:
@@ -346,10 +352,10 @@ def _make_shard(
 
 @dataclass(frozen=True)
 class Shards:
-    """The rows of a folder's shards.
+    """The rows of all shards in a folder.
 
     Attributes:
-        tables: Memory-mapped arrays, each [n, len(HEADER) + max_length].
+        tables: A memory-mapped array for each shard, [rows, len(HEADER) + max_length].
         manifest: The contents of `manifest.json`.
     """
 
@@ -358,7 +364,7 @@ class Shards:
 
     @classmethod
     def opened(cls, folder: Path) -> "Shards":
-        """Opens the shards of a folder and compares each with its hash.
+        """Opens the shards of a folder and checks their hashes.
 
         Raises:
             CheckpointError: If a shard is damaged or missing.
@@ -374,11 +380,11 @@ class Shards:
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
-        """Number of rows before each shard, and in all shards: int64 [shards + 1]."""
+        """Index of the first row of each shard, and then the number of rows in all shards: int64 [shards + 1]."""
         return np.cumsum([0, *map(len, self.tables)])
 
     def column(self, name: str) -> np.ndarray:
-        """One entry of the header, for all rows: int32 [rows]."""
+        """The number that `HEADER` calls `name`, for each row: int32 [rows]."""
         return np.concatenate([table[:, HEADER.index(name)].astype(np.int32) for table in self.tables])
 
     def ids(self, row: int) -> np.ndarray:
@@ -393,10 +399,14 @@ def _digest(path: Path) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file that gets its name only when it is complete."""
-    staged = path.with_suffix(".new")
+    """Writes a file under another name, and renames it when it is complete."""
+    staged = _staged(path)
     with open(staged, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(staged, path)
+
+
+def _staged(path: Path) -> Path:
+    return path.with_suffix(".new")

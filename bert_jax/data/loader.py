@@ -1,4 +1,4 @@
-"""Examples -> batches, found by their step. An epoch's batches are a pure function of seed, epoch and lengths."""
+"""Makes batches of examples. The batch of any step can be made directly, without those of earlier steps."""
 
 import functools
 import hashlib
@@ -12,19 +12,23 @@ from bert_jax.data.rows import Spot, best_fit, lay_out, model_inputs
 from bert_jax.losses import IGNORE
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Row lengths that batches without packing are padded to. Each has its own program; at most a third is padding."""
+"""Row lengths that batches without packing are padded to, with one program for each.
+
+To limit padding, a length is at most 1.5 times the one before it.
+"""
 SORTED_TOGETHER = 50
-"""Number of batches whose examples are sorted by length together, as in transformers' `group_by_length`."""
+"""Shuffled examples are sorted by length in groups of this many batches, as with transformers' `group_by_length`."""
 
 
 class Batch(TypedDict):
-    """Rows of equal length that hold one example each, or several one after another if packed, and padding.
+    """B rows of T tokens. A row has one example, or up to K if rows are packed, and then padding.
 
     Attributes:
-        inputs: The keyword arguments of the model, each [B, T]: input_ids, token_type_ids and attention_mask, or, if
-            rows are packed, document_ids (0 for padding) and position_ids in place of attention_mask.
-        targets: The targets that the task's loss expects: [B, K, …] per example or [B, T] per token.
-        starts: int32 [B, K], the first token of each example in its row.
+        inputs: The keyword arguments of the model, int32 [B, T]: `input_ids`, `token_type_ids` and `attention_mask`.
+            Packed rows have `document_ids` (0 for padding) and `position_ids` instead of `attention_mask`.
+        targets: The targets that the task's loss expects: [B, K, …] if they belong to examples, [B, T] if to tokens.
+            `MaskedExamples` adds others.
+        starts: int32 [B, K], the index of each example's first token in its row.
         weights: float32 [B, K], 1 for an example, 0 for an unused entry.
     """
 
@@ -43,13 +47,13 @@ class Shape(NamedTuple):
 
 
 class Place(NamedTuple):
-    """The examples of a batch, and their rows in it.
+    """Which examples a batch has, and in which rows.
 
     Attributes:
         indices: Indices of the examples, int64 [n].
-        rows: The row of each example, int64 [n]; examples in the same row are laid out in this order.
+        rows: The row of each example, int64 [n]. Examples in the same row follow one another in the order of `indices`.
         shape: The shape of the batch.
-        epoch: The epoch of the batch, for examples that differ between epochs.
+        epoch: The epoch of the batch; `MaskedExamples` chooses other tokens in each epoch.
     """
 
     indices: np.ndarray
@@ -59,21 +63,21 @@ class Place(NamedTuple):
 
 
 def one_a_row(indices: np.ndarray, rows: int, length: int) -> Place:
-    """The place of examples that each have their own row."""
+    """Gives each example a row of its own."""
     return Place(indices, np.arange(len(indices)), Shape(rows, length, 1))
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Featurised examples, in the order of their rows.
+    """Featurized examples, in the order of the rows of data that they are made from.
 
     Attributes:
         input_ids: One array of token ids per example, special tokens included.
         token_type_ids: One array of token types per example.
-        targets: Name -> one entry per example: a number, or a vector of the same shape for all.
-        token_targets: Name -> one array per example with one entry per token; padding gets `losses.IGNORE`.
-        origins: One entry per example that tells the task what the example was made from, the index of its row first;
-            no program sees it.
+        targets: Name -> an array with a number or a vector for each example, [N] or [N, …].
+        token_targets: Name -> one array per example, with one entry per token; padding gets `losses.IGNORE`.
+        origins: One tuple per example that tells the task what the example is made from; it begins with the index of
+            the row of data. Origins are not part of batches. If there are none, example i is made from row i.
         pad_token_id: The id that rows are padded with.
     """
 
@@ -93,7 +97,7 @@ class Examples:
         return np.array([len(ids) for ids in self.input_ids])
 
     def digest(self) -> str:
-        """SHA-256 of the tokens and the targets."""
+        """SHA-256 of the token ids and the targets."""
         found = hashlib.sha256()
         for arrays in (self.input_ids, self.targets.values(), *self.token_targets.values()):
             for array in arrays:
@@ -101,18 +105,23 @@ class Examples:
         return found.hexdigest()
 
     def rows(self, indices: np.ndarray) -> list[int]:
-        """The rows of the data, counted from 1, that the examples were made from."""
+        """The numbers of the rows of data, counted from 1, that the examples with these indices are made from."""
         return sorted({1 + (self.origins[i][0] if self.origins else int(i)) for i in indices})
 
     def spots(self, place: Place, part: tuple[int, int] = (0, 1)) -> list[Spot]:
-        """Where the examples of a place lie in one part of its rows; `part` is its index and the number of parts."""
+        """Where the examples of a batch lie in one part of its rows; `Spot.row` counts from the first row of that part.
+
+        Args:
+            place: The examples of the batch.
+            part: The index of the part, and the number of parts.
+        """
         size = place.shape.rows // part[1]
         here = place.rows // size == part[0]
         indices, rows = place.indices[here], place.rows[here] % size
         return lay_out(indices.tolist(), rows.tolist(), self.lengths[indices].tolist())
 
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
-        """The batch of a place, or one part of its rows; `part` is the index of the part and the number of parts."""
+        """Makes a batch, or one part of its rows; `part` is the index of the part and the number of parts."""
         shape = place.shape.rows // part[1], place.shape.length
         by_example = shape[0], place.shape.examples
         spots = self.spots(place, part)
@@ -139,7 +148,10 @@ class Examples:
 def bucketed(
     lengths: np.ndarray, batch_size: int, rows: int, random: np.random.Generator, multiple: int = 1
 ) -> list[Place]:
-    """Makes batches of examples of similar length, one per row, in random order; one batch holds the remainder."""
+    """Groups examples of similar length into batches, one example per row, and returns the batches in random order.
+
+    If the examples do not divide evenly, one batch has fewer.
+    """
     order = random.permutation(len(lengths))
     window = np.arange(len(order)) // (SORTED_TOGETHER * batch_size)
     order = order[np.lexsort((-lengths[order], window))]
@@ -149,16 +161,21 @@ def bucketed(
 
 
 def padded_length(tokens: int, multiple: int = 1) -> int:
-    """The row length that so many tokens are padded to."""
+    """The row length for this number of tokens, a multiple of `multiple`.
+
+    It is the smallest of `LENGTHS` that suffices, or the number itself if none does, rounded up to the multiple.
+    """
     return -(-next((length for length in LENGTHS if length >= tokens), tokens) // multiple) * multiple
 
 
 def balanced(lengths: np.ndarray, batch_size: int, random: np.random.Generator) -> list[np.ndarray]:
-    """Makes batches of nearly equal numbers of tokens, in random order: one example from each stratum of lengths.
+    """Groups examples into batches with nearly equal numbers of tokens, in random order.
+
+    The examples are sorted by length and divided into strata; each batch gets a random example of every stratum.
 
     Args:
         lengths: Number of tokens of each example.
-        batch_size: Examples per batch; if the examples do not divide evenly, some batches have one less.
+        batch_size: Maximum number of examples per batch; the sizes of two batches differ by at most 1.
         random: The random generator.
 
     Returns:
@@ -172,7 +189,7 @@ def balanced(lengths: np.ndarray, batch_size: int, random: np.random.Generator) 
 
 
 def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.ndarray, Shape]:
-    """Packs examples into as few rows as `best_fit` finds.
+    """Packs examples into rows with `best_fit`.
 
     Args:
         lengths: Number of tokens of each example.
@@ -180,7 +197,7 @@ def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.nd
         length: Tokens per row.
 
     Returns:
-        The row of each packed example, and the shape that holds all of them.
+        The row of each example, in the order of `indices`, and the shape of a batch that these rows fill.
     """
     rows = best_fit(lengths[indices].tolist(), length)
     return np.array(rows), Shape(max(rows) + 1, length, int(np.bincount(rows).max()))
@@ -189,19 +206,19 @@ def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.nd
 def packed_shape(
     lengths: np.ndarray, batches: Sequence[np.ndarray], share: int, limit: int, multiple: int = 1
 ) -> Shape:
-    """The shape that holds any of the batches with the least work.
+    """The shape with the least work into which each of the batches fits when packed.
 
     Args:
         lengths: Number of tokens of each example.
-        batches: The indices of the examples of each batch, longest first.
+        batches: The indices of the examples of each batch, longest example first.
         share: The number of rows has to be a multiple of this.
-        limit: Maximum number of tokens per row: the number of positions of the model.
+        limit: Maximum number of tokens per row, unless an example is longer.
         multiple: The number of tokens per row has to be a multiple of this.
     """
     most, longest = max(int(lengths[batch].sum()) for batch in batches), int(lengths.max())
 
     def least(length: int) -> int:
-        """The least work of any shape with rows of this length."""
+        """A lower bound of the work with rows of this length: that of rows without padding."""
         return _work(Shape(-(-most // length // share) * share, length, 1))
 
     step = max(8, multiple)
@@ -213,24 +230,26 @@ def packed_shape(
         rows, _, examples = np.max([packed(lengths, batch, length)[1] for batch in batches], axis=0).tolist()
         found.append(Shape(-(-rows // share) * share, length, examples))
     best = min(found, key=_work)
-    # Two examples to spare: a batch of a later epoch that does not fit needs its own program.
+    # Two more examples per row, because a batch of a later epoch that does not fit needs its own program.
     return best if best.examples == 1 else best._replace(examples=best.examples + 2)
 
 
 def _work(shape: Shape) -> int:
-    """The work of a batch: each token is 1000, plus about 1 per token that it attends to (measured, 384 wide)."""
+    """Estimates the work of a batch: a token costs 1000 plus the length of its row (measured at hidden size 384)."""
     return shape.rows * shape.length * (1000 + shape.length)
 
 
 class Loader:
-    """The batches of a run by step; each process makes one part of their rows.
+    """Makes the batch of each step; if there are several processes, each makes one part of its rows.
+
+    Which examples form a batch, and in which rows, depends only on the arguments (except `part`) and the step.
 
     Args:
-        examples: The examples to learn from.
-        batch_size: Examples per batch, over all processes.
+        examples: The examples to learn from or to evaluate.
+        batch_size: Maximum number of examples per batch, over all processes.
         seed: The seed of the order of the examples.
-        share: The number of rows of a batch has to be a multiple of this, to be divided evenly.
-        packing: Maximum number of tokens of a row that holds several examples; None for one example per row.
+        share: The number of rows of a batch has to be a multiple of this, so that devices get equal parts.
+        packing: Maximum number of tokens of a packed row, which holds several examples; None for one example per row.
         multiple: The number of tokens per row has to be a multiple of this.
         part: The index of the part of the rows to make, and the number of parts.
     """
@@ -271,16 +290,16 @@ class Loader:
         return Place(indices, rows, self._shape._replace(rows=self._shape.rows + more, examples=examples))
 
     def place(self, step: int) -> Place:
-        """The place of the batch of a step, the same in all processes."""
+        """The examples and rows of the batch of a step, counted from 0; the same in all processes."""
         epoch, n = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[n]._replace(epoch=epoch)
 
     def batch_at(self, step: int) -> Batch:
-        """This process's part of the rows of the batch of a step."""
+        """Makes this process's rows of the batch of a step."""
         return self.examples.batch(self.place(step), self.part)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of the steps from `start` to `stop` - 1, made ahead by a thread."""
+        """Yields the batches of the steps `start` to `stop` - 1, which a thread prepares in advance."""
         import grain
 
         steps = grain.MapDataset.range(start, stop).map(self.batch_at)

@@ -1,4 +1,4 @@
-"""The choice of tokens for a model to predict, and what replaces them (Devlin et al. 2018, appendix A.1)."""
+"""Chooses the tokens that a model is to predict, and replaces them in its input (Devlin et al. 2018, appendix A.1)."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -20,7 +20,8 @@ class Masking:
 
     Attributes:
         share: Share of the tokens to choose; at least one is chosen.
-        most: Maximum number of chosen tokens; the original has 20 of 128 and 76 of 512 (max_predictions_per_seq).
+        most: Maximum number of tokens to choose. BERT's own (max_predictions_per_seq) is 20 for examples of 128 tokens
+            and 76 for 512.
         whole_words: Whether to choose all pieces of a word together.
     """
 
@@ -44,7 +45,8 @@ def choose(
         n: Number of tokens to choose.
         random: The random generator.
         continuing: bool [m], true for a piece that continues the word of the candidate before it. If given, whole words
-            are chosen, as many as fit into n. If no word fits, the first n pieces of the first word are chosen.
+            are tried in random order, and those that still fit into n are chosen. If no word fits, the first n pieces
+            of the first word are chosen.
 
     Returns:
         The chosen positions, int64 [at most n], ascending.
@@ -62,14 +64,14 @@ def choose(
 
 
 def hide(ids: np.ndarray, random: np.random.Generator, mask_id: int, vocab_size: int) -> np.ndarray:
-    """Replaces chosen tokens: 80 % become [MASK], 10 % become any token, and 10 % stay as they are."""
+    """Replaces chosen tokens: 80 % become [MASK], 10 % a random token of the vocabulary, and 10 % stay as they are."""
     fate = random.random(len(ids))
     return np.where(fate < 0.8, mask_id, np.where(fate < 0.9, random.integers(vocab_size, size=len(ids)), ids))
 
 
 @dataclass(frozen=True)
 class _Lazy(Sequence[np.ndarray]):
-    """What `read` returns for 0, 1, …, size - 1, read on access."""
+    """A sequence whose item i is `read(i)`, called on each access."""
 
     read: Callable[[int], np.ndarray]
     size: int
@@ -85,9 +87,9 @@ class _Lazy(Sequence[np.ndarray]):
 class MaskedExamples(Examples):
     """Examples in which some tokens are chosen for prediction.
 
-    The choice is a pure function of seed, epoch and example. It adds to a batch's `targets`, for up to P chosen tokens
-    per row: `masked_positions` int32 [B, P], their positions in the row (0 for unused entries); `labels` int32 [B, P],
-    the original tokens (`IGNORE` for unused entries); `guessed_in` int32 [B, P], the number of the example in its row.
+    The choice depends only on the seed, the epoch and the example. Up to P tokens are chosen per row. For each of them,
+    the `targets` of a batch have three entries, int32 [B, P]: `masked_positions`, its index in the row; `labels`, its
+    original id; and `guessed_in`, the number of its example in the row. Unused entries are 0; in `labels`, `IGNORE`.
 
     Attributes:
         masking: How many tokens are chosen, and whether as whole words.
@@ -107,7 +109,7 @@ class MaskedExamples(Examples):
 
     @classmethod
     def of(cls, shards: Shards, tokenizer: Tokenizer, masking: Masking, seed: int) -> "MaskedExamples":
-        """Makes the examples of shards.
+        """Makes an example from each row of the shards.
 
         Raises:
             InputError: If the vocabulary has no [MASK].
@@ -130,18 +132,18 @@ class MaskedExamples(Examples):
             special=tuple(id for id in special if id is not None),
             continuing=continuing,
         )
-        vars(examples)["lengths"] = lengths.astype(np.int64)  # known; computing them would read every example
+        vars(examples)["lengths"] = lengths.astype(np.int64)  # computing them would read every example
         return examples
 
     def digest(self) -> str:
-        """SHA-256 of the lengths; the shards have their own hashes."""
+        """SHA-256 of the lengths only, because the tokens are already checked by the hashes of the shards."""
         return hashlib.sha256(self.lengths.tobytes()).hexdigest()
 
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
         """See `Examples.batch`."""
         batch = super().batch(place, part)
         rows, (_, length, examples) = len(batch["starts"]), place.shape
-        # An upper bound of the number of chosen tokens per row, summed over its examples.
+        # An upper bound of the number of chosen tokens per row: rounding adds at most 1 for each of its examples.
         most = min(examples * self.masking.most, int(self.masking.share * length) + examples)
         positions, guessed_in = (np.zeros((rows, most), np.int32) for _ in range(2))
         labels = np.full((rows, most), IGNORE, np.int32)

@@ -1,6 +1,6 @@
-"""The layout of rows: texts lie one after another in rows of equal length, and results are cut out at the same spots.
+"""Lays out texts one after another in rows of equal length, and records where each text lies, to find its results.
 
-Training, evaluation, inference and the tokenizer all lay out their rows here.
+Training, evaluation, inference and the tokenizer all use this module.
 """
 
 import bisect
@@ -16,9 +16,9 @@ class Spot(NamedTuple):
     Attributes:
         item: The index of the item.
         row: The row of the batch.
-        number: The number of the item within its row.
-        start: The first token.
-        stop: The token after the last.
+        number: The number of the item within its row, counted from 0.
+        start: The index of the item's first token in the row.
+        stop: The index after the item's last token.
     """
 
     item: int
@@ -34,8 +34,8 @@ class Spot(NamedTuple):
 
 
 def lay_out(items: Iterable[int], rows: Iterable[int], lengths: Iterable[int]) -> list[Spot]:
-    """Lays items out, given their rows and their lengths; items in the same row follow one another in this order."""
-    used: dict[int, tuple[int, int]] = {}  # row -> items, tokens
+    """Lays out items, each in the given row; items in the same row follow one another in the order of `items`."""
+    used: dict[int, tuple[int, int]] = {}  # row -> number of its items and of its tokens so far
     spots = []
     for item, row, length in zip(items, rows, lengths, strict=True):
         number, start = used.get(row, (0, 0))
@@ -53,7 +53,7 @@ def model_inputs(
     packed: bool,
     pad_token_id: int,
 ) -> dict[str, np.ndarray]:
-    """The arguments of a model for a batch of items, with padding.
+    """Makes the keyword arguments of a model for a batch of items.
 
     Args:
         spots: Where the items lie.
@@ -64,8 +64,8 @@ def model_inputs(
         pad_token_id: The id of padding.
 
     Returns:
-        int32 arrays of this shape: `input_ids`, `token_type_ids` and `attention_mask` or, if rows are packed,
-        `document_ids` (0 for padding) and `position_ids` in place of `attention_mask`.
+        int32 arrays of the given shape: `input_ids`, `token_type_ids` and `attention_mask`. If rows are packed, there
+        are `document_ids` (0 for padding) and `position_ids` instead of `attention_mask`.
     """
     masks = ("document_ids", "position_ids") if packed else ("attention_mask",)
     inputs = {name: np.zeros(shape, np.int32) for name in ("input_ids", "token_type_ids", *masks)}

@@ -1,4 +1,4 @@
-"""Rows of files and of data sets on the Hub, as dicts from column to value."""
+"""Reads the rows of files and of data sets on the Hub as dicts: column -> value."""
 
 import ast
 import bisect
@@ -27,10 +27,10 @@ FORMATS = {
     ".conll": "conll",
     ".txt": "text;label",
 }
-"""The format of a file by the extension of its name, without a final `.gz`."""
+"""Extension of a file's name, without a final `.gz` -> the format of the file; see `format_of` for the exceptions."""
 
 TEXT = ("text", "sentence", "sentence1", "question1", "premise", "question", "review", "content", "input_string")
-"""Usual names of the text column: those of the model catalogue, of GLUE, and of most data sets on the Hub."""
+"""Usual names of the text column; the first that a data set has is used."""
 TEXTS: tuple[tuple[str, ...], ...] = tuple((name,) for name in TEXT)
 PAIRS: tuple[tuple[str, ...], ...] = (
     ("text", "text_pair"), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"),
@@ -40,16 +40,17 @@ PAIRS: tuple[tuple[str, ...], ...] = (
 
 Row = dict[str, Any]
 ClassLabels = dict[str, tuple[str, ...]]
-"""Column of class ids, as `datasets` stores labels -> the names of the classes in the order of their ids."""
+"""Column of class ids -> the names of the classes, in the order of the ids."""
 
 
 class Entry(NamedTuple):
     """A row of a file, or the error in its place.
 
     Attributes:
-        line: The line in the file, counted from 1; in Parquet, the row.
+        line: The line of the row in the file, counted from 1; for CoNLL, the line after the row. For Parquet and SQuAD,
+            it is the number of the row, and for a folder, the number of the file.
         row: The row by column, or an error that says why it cannot be read.
-        position: Number of bytes of the file that have been read.
+        position: Number of bytes of the file that have been read so far, to show progress; 0 if unknown.
     """
 
     line: int
@@ -59,10 +60,10 @@ class Entry(NamedTuple):
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Reports a file that the body cannot read.
+    """Turns errors in reading a file into an `InputError`.
 
     Raises:
-        InputError: If the body raises an error of the file system or of gzip.
+        InputError: If the body of the `with` statement raises an error of the file system or of gzip.
     """
     try:
         yield
@@ -71,7 +72,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def read(path: str | Path, format: str | None = None, *, labelled: bool = True) -> Iterator[Row]:
-    """Streams the rows of a file; see `entries`. Class ids become names if `datasets` wrote the file, as Parquet.
+    """Streams the rows of a file; see `entries`. In Parquet files that `datasets` wrote, class ids become names.
 
     Raises:
         InputError: If the file or a line of it cannot be read; the message names the line.
@@ -87,7 +88,7 @@ def read(path: str | Path, format: str | None = None, *, labelled: bool = True) 
 
 
 def class_labels(path: str | Path, format: str | None = None) -> ClassLabels:
-    """The columns of class ids of a Parquet file that `datasets` wrote; empty for other files.
+    """The columns of class ids of a Parquet file that `datasets` wrote, with their class names; empty for other files.
 
     Raises:
         InputError: If a Parquet file cannot be read.
@@ -103,10 +104,10 @@ def class_labels(path: str | Path, format: str | None = None) -> ClassLabels:
 
 
 def _class_labels(features: Mapping[str, Any]) -> ClassLabels:
-    """The columns of class ids, or lists of them, among the features that `datasets.Features.to_dict` returns."""
+    """Finds the columns of class ids, or of lists of class ids, in the result of `datasets.Features.to_dict`."""
     found = {}
     for column, kind in features.items():
-        kind = kind[0] if isinstance(kind, list) and kind else kind  # lists, as earlier versions wrote them
+        kind = kind[0] if isinstance(kind, list) and kind else kind  # lists, in earlier versions of `datasets`
         kind = kind.get("feature", kind) if isinstance(kind, Mapping) else {}
         if isinstance(kind, Mapping) and kind.get("_type") == "ClassLabel" and kind.get("names"):
             found[column] = tuple(map(str, kind["names"]))
@@ -114,7 +115,7 @@ def _class_labels(features: Mapping[str, Any]) -> ClassLabels:
 
 
 def _named(row: Row, labels: ClassLabels) -> Row:
-    """The row with class names instead of class ids; None instead of -1, which unlabelled test sets have."""
+    """Replaces class ids by class names, and -1, which unlabelled test sets have, by None."""
     named: Row = dict.fromkeys(labels)
     for column, names in labels.items():
         ids: Any = row.get(column)
@@ -127,26 +128,33 @@ def _named(row: Row, labels: ClassLabels) -> Row:
 
 
 def entries(path: str | Path, format: str | None = None, *, labelled: bool = True) -> Iterator[Entry]:
-    """Streams a file: its rows, and an error in place of each row that cannot be read.
+    """Streams the rows of a file, with an error in place of each row that cannot be read.
 
     Args:
-        path: A file of JSONL, CSV, TSV (both with a header), Parquet, or text; all but Parquet may be gzipped. Or a
-            folder; each of its .txt files, also in subfolders, is the `text` of one row.
-        format: "jsonl", "csv", "tsv", "parquet", "text" (a line is the `text` of a row), "text;label" (a line is a text
-            and, after the last semicolon, its label; a header that begins with a usual name of the text column is
-            skipped), "conll" (a line is a word with its tag in the last column; a blank line ends a row of `tokens` and
-            `tags`), or "squad" (SQuAD's JSON, read whole; a question is a row). None infers it from the file's name;
-            a .json file is "squad" if it begins like SQuAD's JSON, else "jsonl".
-        labelled: Whether a .txt file without a given format is "text;label" instead of "text".
+        path: A file, which may be gzipped unless it is Parquet; or a folder, of which each .txt file, also in
+            subfolders, is the `text` of a row.
+        format: The format of the file. None infers it from the file's name; a .json file is "squad" if it begins like
+            SQuAD's JSON, else "jsonl".
+
+            - "jsonl": A line is a row, as a JSON object.
+            - "csv", "tsv": A table; its first line names the columns.
+            - "parquet": A Parquet file.
+            - "text": A line is the `text` of a row.
+            - "text;label": A line is the `text` of a row and, after the last semicolon, its `label`. A first line is
+              skipped as a header if the part before that semicolon is one of `TEXT`.
+            - "conll": A line has a word in its first column and the word's tag in its last. A blank line ends a row,
+              which has `tokens` and `tags`.
+            - "squad": SQuAD's JSON, which is read whole. A question is a row.
+        labelled: Whether a .txt file is "text;label" instead of "text" if `format` is None.
 
     Raises:
-        InputError: If the file cannot be read.
+        InputError: If the file cannot be read, or its format is unknown.
     """
     path = Path(path)
     if path.is_dir() and format in (None, "text"):
         yield from _folder(path)
         return
-    tsv = functools.partial(_csv, delimiter="\t", quoting=csv.QUOTE_NONE)
+    tsv = functools.partial(_csv, delimiter="\t", quotes=False)
     parse: Any = {"jsonl": _jsonl, "csv": _csv, "tsv": tsv, "text": _text, "text;label": _text_and_label,
                   "conll": _conll, "squad": _squad, "parquet": _parquet}  # fmt: skip
     format = format_of(path, labelled) if format is None else format
@@ -198,7 +206,7 @@ def _folder(path: Path) -> Iterator[Entry]:
 
 
 def _lines(file: IO[str], undecodable: list[str]) -> Iterator[str]:
-    """Yields the lines; adds those with bytes that are not UTF-8 to `undecodable`."""
+    """Yields the lines of a file; a line with bytes that are not UTF-8 is also appended to `undecodable`."""
     for line in file:
         try:
             line.encode()
@@ -219,7 +227,7 @@ def _jsonl(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
             yield number, row if isinstance(row, dict) else InputError(f"{type(row).__name__}; expected a JSON object.")
 
 
-def _csv(lines: Iterator[str], **dialect: Any) -> Iterator[tuple[int, Row | InputError]]:
+def _csv(lines: Iterator[str], delimiter: str = ",", quotes: bool = True) -> Iterator[tuple[int, Row | InputError]]:
     csv.field_size_limit(2**24)  # characters; the default of 131,072 is too few for a book
     record: list[str] = []  # the lines that the reader has read for the current row
 
@@ -228,7 +236,9 @@ def _csv(lines: Iterator[str], **dialect: Any) -> Iterator[tuple[int, Row | Inpu
             record.append(line)
             yield line
 
-    reader = csv.reader(noted(), strict=True, **dialect)
+    reader = csv.reader(
+        noted(), strict=True, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    )
     names: list[str] | None = None
     while True:
         begin = reader.line_num + 1
@@ -248,7 +258,7 @@ def _csv(lines: Iterator[str], **dialect: Any) -> Iterator[tuple[int, Row | Inpu
         if names is None:
             names = fields
             wrong = [name for n, name in enumerate(names) if name in names[:n] or re.search("[\ud800-\udfff]", name)]
-            if wrong:  # `entries` reports a header that is not UTF-8 text
+            if wrong:  # if the header is not UTF-8 text, `entries` replaces this error
                 yield 1, InputError(f"the header has {quoted(wrong[0])} twice.")
                 return
         elif fields and len(fields) != len(names):
@@ -258,7 +268,7 @@ def _csv(lines: Iterator[str], **dialect: Any) -> Iterator[tuple[int, Row | Inpu
 
 
 def _last_quote(record: list[str]) -> int:
-    """The line of a record, counted from 0, in which the last quote opens."""
+    """The index of the line of a record in which the last quote opens."""
     # A quote opens after a comma, a line break or another quote.
     openings = [match.start() for match in re.finditer(r'(?<![^,\n"])"[^"]*"?', "".join(record))]
     return bisect.bisect(list(itertools.accumulate(map(len, record))), max(openings, default=0))
@@ -327,10 +337,13 @@ def _parquet(file: IO[bytes]) -> Iterator[Entry]:
 
 
 def read_hub(id: str, name: str | None, split: str, revision: str | None) -> tuple[ClassLabels, Iterator[Row]]:
-    """The columns of class ids of a data set on the Hub, and the rows of a split with class names instead of ids.
+    """Reads a split of a data set on the Hub.
+
+    Returns:
+        The columns of class ids with the names of the classes, and the rows, in which these names replace the ids.
 
     Raises:
-        InputError: If there is no such data set or split, or the extra `data` is not installed.
+        InputError: If the split cannot be loaded, or the extra `data` is not installed.
     """
     check_extra("data", "datasets")
     import datasets
@@ -344,17 +357,17 @@ def read_hub(id: str, name: str | None, split: str, revision: str | None) -> tup
 
 
 def literal(text: str) -> Any:
-    """Parses a cell of a table: a list or object in JSON, in Python's form, or in numpy's form without commas.
+    """Parses a list or object in a cell of a table, written as in JSON or Python, or as numpy prints arrays.
 
     An empty cell is an empty list.
 
     Raises:
-        InputError: If the cell has none of these forms.
+        InputError: If the cell is written in none of these ways.
     """
     if not text.strip():
         return []
     with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text, parse_constant=ast.literal_eval)  # refuses NaN and Infinity
+        return json.loads(text, parse_constant=ast.literal_eval)  # raises ValueError for NaN and Infinity
     try:
         return ast.literal_eval(_with_commas(text))
     except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -374,7 +387,9 @@ _CONSTANTS = {"true": "True", "false": "False", "null": "None"}
 
 
 def _with_commas(text: str) -> str:
-    """Converts a literal in numpy's form to Python's. Python itself would join the strings in `['a' 'b']`.
+    """Converts a list or object as numpy prints it to a Python literal, with the commas that numpy leaves out.
+
+    Without commas, Python would join the strings in `['a' 'b']`.
 
     Raises:
         ValueError: If the text is not a literal, or only some items of a list are separated by commas.

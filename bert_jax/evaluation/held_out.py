@@ -1,6 +1,7 @@
-"""Evaluates pretrained models on held-out texts by their training objectives: fill-mask and next-sentence-prediction.
+"""Evaluates pretrained models on held-out texts, by the tasks of pretraining: fill-mask and next-sentence-prediction.
 
-The measures are means over all hidden tokens (or pairs), with 95 % intervals from resampling the texts (Efron 1979).
+A measure is a mean over all masked tokens or all pairs. Its 95 % interval is found by resampling the texts (bootstrap,
+Efron 1979).
 """
 
 import hashlib
@@ -37,13 +38,13 @@ Words = Literal["random", "each"]
 
 
 class Hidden(NamedTuple):
-    """A hidden token, and how a model rates it.
+    """A masked token, and how likely a model finds it.
 
     Attributes:
-        token: The id of the token.
+        token: The id of the true token.
         position: The position in the row; [CLS] is 0.
         nll: Negative log-likelihood, in nats.
-        rank: The rank of the token in the vocabulary, 1 for the likeliest.
+        rank: The rank of the true token in the vocabulary, 1 for the likeliest.
     """
 
     token: int
@@ -53,7 +54,7 @@ class Hidden(NamedTuple):
 
 
 class HiddenTokens(FillMask):
-    """The fill-mask task with known tokens under the masks."""
+    """The fill-mask task for masks whose true tokens are known."""
 
     def forward(self, model: BertForMaskedLM, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
         """Returns `nll` float32 [B, P] in nats and `rank` int32 [B, P] of each masked position."""
@@ -61,13 +62,14 @@ class HiddenTokens(FillMask):
         logits = model(**{name: array for name, array in inputs.items() if name != "labels"}).logits  # [B, P, V]
         label = jnp.take_along_axis(logits, labels, axis=-1)
         nll = jax.nn.logsumexp(logits, axis=-1) - label[..., 0]
-        # Counts the logits that are not below that of the label: NaN is included, and so is the label, as rank 1.
+        # The rank is the number of logits that are not below the label's; the label itself and NaN count.
         return {"nll": nll, "rank": jnp.sum(~(logits < label), axis=-1)}
 
     def hide(self, text: str, words: Words, share: float, seed: int) -> Request[list[Hidden]]:
-        """Hides tokens of a text, truncated to `max_length`; a request for `Pipeline.run`.
+        """Makes a request for `Pipeline.run` that masks tokens of a text; its result is a list of `Hidden`.
 
-        The choice of hidden tokens depends only on the text and the arguments. The result is a list of `Hidden`.
+        The text is truncated to `max_length`. Which tokens are masked depends only on the text and the arguments, which
+        are those of `evaluate`.
         """
         encoding = self.tokenizer.encode([text], max_length=self.max_length)[0][0]
         inside = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
@@ -94,7 +96,7 @@ class HiddenTokens(FillMask):
 
 
 class Following(NextSentencePrediction):
-    """The next-sentence-prediction task with known answers."""
+    """The next-sentence-prediction task with log-probabilities as outputs."""
 
     def forward(
         self, model: BertForNextSentencePrediction, inputs: dict[str, jax.Array], starts: jax.Array
@@ -103,10 +105,10 @@ class Following(NextSentencePrediction):
         return {"log_p": jax.nn.log_softmax(model(**inputs, positions=starts).logits)}
 
     def judge(self, first: str, second: str) -> Request[np.ndarray]:
-        """A request that returns the log-probabilities of the labels for a pair.
+        """Makes a request for the log-probabilities of the two labels for a pair, float32 [2].
 
-        If the pair is too long, the end of the first text and the beginning of the second are kept. If both are long,
-        each gets half of the room.
+        If the pair is too long, the end of the first text and the beginning of the second are kept. If both texts are
+        long, each gets half of the tokens.
         """
         a, b = (row[0].ids for row in self.tokenizer.encode([first, second], add_special_tokens=False))
         room = self.max_length - 3
@@ -139,23 +141,26 @@ def evaluate(
         texts: The texts to evaluate on.
         task: The task to measure.
         max_length: Maximum number of tokens of a text, special tokens included; longer texts are truncated.
-        words: "random" hides a share of the tokens of a text at once. "each" hides one word at a time, with all its
+        words: "random" masks a share of the tokens of a text at once. "each" masks one word at a time, with all its
             pieces.
-        share: The share of the tokens that "random" hides; at least one token.
-        seed: The seed of hidden tokens, cuts, pairs and intervals.
-        resamples: Number of resamples of the texts for the 95 % intervals (bootstrap).
+        share: The share of the tokens that "random" masks; at least one token is masked.
+        seed: Seed for the choice of masked tokens, for cutting and pairing texts, and for resampling.
+        resamples: Number of resamples of the texts for the 95 % intervals.
         compute_dtype: The dtype of the activations, "float32" or "bfloat16".
-        ignore: Regular expressions of tensors in the checkpoint of the first model that are not loaded.
-        console: Shows progress.
+        ignore: Regular expressions of tensors in the first model's checkpoint that are left out.
+        console: Shows progress; None shows nothing.
 
     Returns:
-        Model -> measures, each `{value, low, high}`. fill-mask has `nll` (nats), `pseudo_perplexity` (exponential of
-        `nll`; with `words: each` and words of one piece, this is the measure of Salazar et al. 2020, arXiv:1910.14659),
-        `accuracy@k`, `mrr` (mean reciprocal rank), and `by_frequency` and `by_position` with tokens, nll and accuracy@1
-        of each class. next-sentence-prediction has `accuracy` and `nll`.
+        Model -> results. A measure is `{value, low, high}`.
+        fill-mask: the measures `nll` (nats), `pseudo_perplexity` (exponential of `nll`), `accuracy@k` and `mrr` (mean
+        reciprocal rank), the numbers of `texts` and `tokens`, and `by_frequency` and `by_position`, lists with tokens,
+        nll and accuracy@1 of each class. If `words` is "each" and all words have one piece, `pseudo_perplexity` is the
+        measure of Salazar et al. 2020, arXiv:1910.14659.
+        next-sentence-prediction: the measures `accuracy` and `nll`, and the number of `pairs`.
 
     Raises:
-        InputError: If the texts or the model cannot be used.
+        InputError: If a text is empty, the texts are too few or too short, or a model does not support the task or
+            `max_length`.
     """
     for i, text in enumerate(texts, 1):
         if not isinstance(text, str) or not text.strip():
@@ -178,7 +183,7 @@ def evaluate(
 
 
 def leave(folder: Path, settings: str, results: dict[str, dict[str, Any]]) -> None:
-    """Writes `evaluation.json`, `evaluation.md`, `evaluation.png` and `settings.yaml`, whose content is `settings`.
+    """Writes results to a folder: `evaluation.json`, `.md` and `.png`, and the settings as `settings.yaml`.
 
     Raises:
         CheckpointError: If the folder cannot be written.
@@ -227,7 +232,10 @@ def _next_sentence(follows: np.ndarray, found: list[np.ndarray], seed: int, resa
 
 
 def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.ndarray]:
-    """Cuts texts in two at the end of a sentence, and pairs half of the first parts with another text's second part.
+    """Cuts each text in two at the end of a sentence, and pairs first parts with second parts.
+
+    Half of the first parts are paired with the second part of another text, the rest with their own second part. Texts
+    of one sentence are left out.
 
     Returns:
         The pairs, and whether the second part follows the first: bool [pairs].
@@ -248,12 +256,12 @@ def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.nd
 
 
 def _means(values: dict[str, np.ndarray], owner: np.ndarray, seed: int, resamples: int) -> dict[str, dict[str, float]]:
-    """Means over tokens, and the interval that contains 95 % of the means of the resampled texts."""
+    """The mean of each array, and its 95 % interval from resampled texts; `owner` is the text of each entry."""
     texts = int(owner.max()) + 1
     sums = np.stack([np.bincount(owner, v, minlength=texts) for v in (np.ones(len(owner)), *values.values())], axis=1)
     random = np.random.default_rng(seed)
     drawn = np.array([random.multinomial(texts, np.full(texts, 1 / texts)) @ sums for _ in range(resamples)])
-    # If there are few texts, a resample may have no token.
+    # If there are few texts, a resample may have no token; its mean is NaN and does not count.
     low, high = np.nanpercentile(drawn[:, 1:] / np.where(drawn[:, :1] > 0, drawn[:, :1], np.nan), [2.5, 97.5], axis=0)
     return {
         name: {"value": float(np.mean(v)), "low": float(low[i]), "high": float(high[i])}

@@ -1,4 +1,4 @@
-"""Runs a model over examples: its outputs for each example, and their metrics."""
+"""Evaluates a model on examples: computes its outputs for each example, and the metrics."""
 
 import contextlib
 import itertools
@@ -25,7 +25,7 @@ class Evaluation:
 
     Attributes:
         metrics: `loss` (the mean over the entries that count, in nats or in the target's unit squared) and the metrics
-            of the task.
+            of the task; empty if no entry counts.
         outputs: What `Objective.outputs` returned, in the order of the examples: arrays with one entry per example or,
             if the task has one entry per token, lists of arrays, each as long as its example.
     """
@@ -35,7 +35,7 @@ class Evaluation:
 
 
 def program(task: Objective, skeleton: tree.Skeleton) -> jax.stages.Wrapped:
-    """Returns the compiled function: parameters and batch -> outputs, mean loss, and the count that the mean is over.
+    """Returns a jitted function: (parameters, batch) -> (outputs, mean loss, number of entries that the mean is over).
 
     Every device gets the full results.
     """
@@ -59,10 +59,10 @@ def evaluate(
     multiple: int = 1,
     mesh: jax.sharding.Mesh,
 ) -> Evaluation:
-    """Runs a model once over each example; padding has no weight.
+    """Evaluates a model once on each example; padding does not affect the results.
 
     Args:
-        task: Computes the metrics from the outputs.
+        task: Gives the loss, the outputs and the metrics.
         evaluate_batch: The function that `program` returns.
         params: The parameters of the model.
         examples: All examples to evaluate.
@@ -117,13 +117,13 @@ def largest(
     multiple: int = 1,
     mesh: jax.sharding.Mesh,
 ) -> tuple[Shape, jax.stages.Compiled]:
-    """Returns the shape of the largest batch of an evaluation and its program, compiled but not run; see `evaluate`."""
+    """Returns the shape of the largest batch of an `evaluate` call, and its program, which is compiled but not run."""
     loader = Loader(examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing, multiple=multiple)
     shape = max({loader.place(step).shape for step in range(loader.steps_per_epoch)}, key=lambda s: s.rows * s.length)
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
     abstract = tree.unflatten(sharding.abstract(flat, sharding.placements(mesh, flat)))
-    nowhere = np.zeros(0, int)  # only the shapes of the batch count
+    nowhere = np.zeros(0, int)  # a batch of padding: only its shapes matter
     batch = sharding.abstract(examples.batch(Place(nowhere, nowhere, shape)), sharding.by_row(mesh))
     with jax.set_mesh(mesh):
         return shape, program(task, skeleton).lower(abstract, batch).compile()

@@ -20,9 +20,9 @@ def classification(labels: np.ndarray, predictions: np.ndarray, names: tuple[str
         names: The names of the labels.
 
     Returns:
-        accuracy; f1 (macro, micro, weighted and, if there are two labels, that of the second, whose name is
-        `f1_label`); matthews; `per_class` with precision, recall, f1 and support; `confusion`, with one row per label
-        and one column per predicted label.
+        `accuracy`, `f1_macro`, `f1_micro`, `f1_weighted` and `matthews`. If there are two labels, `f1` of the second
+        label, and its name as `f1_label`. `per_class` with precision, recall, f1 and support of each label, and
+        `confusion` with one row per label and one column per predicted label.
     """
     scores, per_class = _scores(labels, predictions, names)
     if len(names) == 2:
@@ -44,16 +44,17 @@ def multi_label(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, .
         names: The names of the labels.
 
     Returns:
-        accuracy (the share of examples with all labels right), f1 (macro, micro, weighted), and `per_class`.
+        `accuracy` (the share of examples with all labels right), `f1_macro`, `f1_micro`, `f1_weighted`, and `per_class`
+        with precision, recall, f1 and support of each label.
     """
-    # One more column, because scikit-learn would read a single column as two classes.
+    # A column of zeros is added, because scikit-learn would read a single column as two classes.
     labels, predictions = (np.pad(array, ((0, 0), (0, 1))).astype(int) for array in (labels, predictions))
     scores, per_class = _scores(labels, predictions, names)
     return {**scores, "per_class": per_class}
 
 
 def _scores(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The accuracy and the mean f1 scores, and the scores of each label."""
+    """The accuracy and the f1 averages, and the scores of each label (`per_class`)."""
     options: dict[str, Any] = {"labels": list(range(len(names))), "zero_division": 0.0}
     scores = {"accuracy": float(metrics.accuracy_score(labels, predictions))}
     for average in ("macro", "micro", "weighted"):
@@ -84,13 +85,14 @@ def regression(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Finds the entities of a sentence as conlleval and seqeval do, in IOB1, IOB2 and BIOES, even if ill-formed.
+    """Finds the entities of a sentence like conlleval and seqeval, from IOB1, IOB2 or BIOES tags, even ill-formed ones.
 
     Args:
-        tags: "O", or B-, I-, E- or S- with a type, or only one of these letters, with the type "_", as in seqeval.
+        tags: The tag of each word: "O", or B-, I-, E- or S- and a type, such as "B-PER". A letter without a type gets
+            the type "_", as in seqeval.
 
     Returns:
-        (type, first word, last word), in order.
+        (type, index of the first word, index of the last word) of each entity, in order.
     """
     found: list[tuple[str, int, int]] = []
     before, kind_before, begin = "O", "", 0
@@ -106,11 +108,11 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def tagging(labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Metrics of the tags of sentences.
+    """Metrics of token classification, from the tags of each sentence.
 
     Returns:
-        precision, recall and f1 over all entities (an entity is right if its type and both ends are), accuracy of the
-        tags, and `per_class` with precision, recall, f1 and support of each type.
+        `precision`, `recall` and `f1` over all entities (an entity is right if its type, first word and last word are),
+        `accuracy` of the tags, and `per_class` with precision, recall, f1 and support of each type.
     """
     truth, found = ({(n, *span) for n, tags in enumerate(side) for span in entities(tags)}
                     for side in (labels, predictions))  # fmt: skip
@@ -138,19 +140,20 @@ def normalized(answer: str) -> str:
 def answering(
     golds: Sequence[Sequence[str]], answers: Sequence[str], null_over_best: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """Metrics of answers to questions, as evaluate-v2.0.py of SQuAD 2.0 defines them (and 1.1, if all have an answer).
+    """Metrics of answers to questions, as in SQuAD 2.0's evaluate-v2.0.py; as in SQuAD 1.1 if all have an answer.
 
     Args:
         golds: The accepted answers of each question; empty if the question has no answer.
         answers: The answer given to each question, "" for no answer.
-        null_over_best: By how much the score of "no answer" exceeds that of the best answer, for each question. If
-            given, each of `answers` must be that best answer. Then the result also has the threshold with the
-            highest f1, above which no answer is given.
+        null_over_best: For each question, the score of "no answer" minus the score of the best answer. If this is
+            given, `answers` must be the best answers. "No answer" is then chosen above a threshold, and the best
+            threshold is found.
 
     Returns:
-        exact_match and f1, means over questions from 0 to 100. If some questions have no answer, also `has_answer_…`
-        and `no_answer_…`. With null_over_best, also `best_f1`, `best_exact_match` and `null_threshold`, the threshold
-        of best_f1.
+        `exact_match` and `f1`, means over questions from 0 to 100. If some questions have no answer, also
+        `has_answer_…` and `no_answer_…`, the means over the questions with and without an answer. With
+        `null_over_best`, also `best_f1` and `best_exact_match`, each with its best threshold, and `null_threshold`, the
+        threshold of `best_f1`.
     """
     has_answer = np.array([bool(gold) for gold in golds])
     golds = [[answer for answer in gold if normalized(answer)] or [""] for gold in golds]
@@ -167,10 +170,10 @@ def answering(
                 result[f"{group}_{name}"] = float(values[which].mean()) if which.any() else 0.0
     if null_over_best is None:
         return result
-    # Starts with no question answered and adds one question at a time, those that are surest of an answer first.
+    # Starts with no question answered, then answers one more at a time, by increasing `null_over_best`.
     order = np.argsort(null_over_best, kind="stable")
     thresholds = np.asarray(null_over_best)[order]
-    for name, values in scores.items():  # f1 comes last
+    for name, values in scores.items():  # f1 comes last: `best` below belongs to f1
         gains = np.where(has_answer, values, np.where(np.array(answers) == "", 0.0, -100.0))[order]
         totals = np.concatenate([[0.0], np.cumsum(gains)]) + 100.0 * (~has_answer).sum()
         best = int(np.argmax(totals))

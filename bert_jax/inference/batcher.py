@@ -1,4 +1,4 @@
-"""Batches the requests of many clients: one thread computes, and each client gets its own results."""
+"""Batches the requests of many clients. One thread computes the batches, and each client receives its own results."""
 
 import asyncio
 import logging
@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 ATTENTION_TOKENS = 128
-"""Maximum number of tokens of a text whose attention is shown."""
+"""Maximum number of tokens, special tokens included, of a text for which `Attention` computes weights."""
 
 
 class Refused(Exception):
-    """A refused request, with the status, code and message of the error."""
+    """Raised to refuse a request. It holds the HTTP status of the response, and the code and message of its error."""
 
     def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None):
         super().__init__(message)
@@ -34,17 +34,17 @@ class Refused(Exception):
 
 
 class Job:
-    """The work that a request asks of a pipeline, and where its answer goes.
+    """The inputs of one HTTP request, the function that computes its answer, and a future that receives the answer.
 
     Args:
-        work: Computes the answers to several jobs of one kind at once.
-        kind: Jobs of one kind are computed together.
-        requests: Requests for the pipeline, one per input.
+        work: Returns the answers to a list of jobs, in order.
+        kind: Only jobs of equal kind are computed together.
+        requests: One per input, in the form that `work` expects, such as a request that `Pipeline.request` makes.
     """
 
     def __init__(self, work: Callable[[list["Job"]], list[Any]], kind: Any, requests: Sequence[Any]):
         self.work, self.kind, self.requests = work, kind, requests
-        self.answer: Future[Any] = Future()  # cancelled when nobody waits for it
+        self.answer: Future[Any] = Future()  # cancelled if the client disconnects or has waited too long
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,12 @@ class Limits:
     """What the server accepts, and how long it works on a request.
 
     Attributes:
-        batch: The maximum number of inputs that are computed together.
-        wait: Seconds that an input waits for other inputs to share its batch, while the model is idle.
-        queue: The maximum number of waiting inputs; beyond it, requests are refused with status 429.
-        timeout: Seconds until a request without an answer ends with status 504.
-        max_body: The maximum size of a request, in bytes.
+        batch: The maximum number of inputs in a batch, unless a single request has more.
+        wait: Seconds that the model waits after the first input of a batch for more inputs.
+        queue: The maximum number of unanswered inputs. A request that would exceed it is refused with status 429,
+            unless it is the only one.
+        timeout: Seconds in which a request must arrive (otherwise status 408) and then be answered (otherwise 504).
+        max_body: The maximum size of the body of a request, in bytes.
         max_inputs: The maximum number of inputs of a request.
         max_characters: The maximum number of characters of an input.
     """
@@ -71,18 +72,19 @@ class Limits:
 
 
 class Batcher:
-    """One thread that computes batches of waiting jobs, up to `limits.batch` inputs.
+    """A thread that computes waiting jobs in batches of up to `limits.batch` inputs.
 
-    It waits up to `limits.wait` seconds for more jobs to fill a batch.
+    After the first job of a batch, the thread waits up to `limits.wait` seconds for more jobs. A job with more than
+    `limits.batch` inputs is a batch of its own.
 
     Args:
-        limits: What is accepted.
-        seen: Receives the number of inputs of each batch.
+        limits: The limits of the server.
+        seen: Called with the number of inputs of each batch.
     """
 
     def __init__(self, limits: Limits, seen: Callable[[int], None]):
         self.limits, self.seen = limits, seen
-        self.waiting = 0  # inputs; accessed only by the event loop's thread
+        self.waiting = 0  # unanswered inputs; accessed only by the event loop's thread
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
@@ -120,7 +122,7 @@ class Batcher:
                 except queue.Empty:
                     break
                 if job is None:
-                    self._jobs.put(None)  # ends the thread after this batch
+                    self._jobs.put(None)  # put back, to end the thread after this batch
                     break
                 if job.kind != first.kind or size + len(job.requests) > self.limits.batch:
                     held = job
@@ -136,7 +138,7 @@ class Batcher:
         try:
             answers = batch[0].work(batch)
         except Exception as error:
-            logger.error("A batch failed: %s", type(error).__name__)  # not the message: it may quote a client
+            logger.error("A batch failed: %s", type(error).__name__)  # the message could quote a client's text
             for job in batch:
                 job.answer.set_exception(error)
         else:
@@ -155,7 +157,7 @@ def run_together(pipe: Pipeline[Task]) -> Callable[[list[Job]], list[list[Any]]]
 
 
 class Attention:
-    """Attention weights of one text, one layer at a time; one compiled program per length."""
+    """Computes the attention weights of one layer for one text. Each row length has one compiled program."""
 
     def __init__(self, pipe: Pipeline[Task]):
         self.pipe = pipe
@@ -178,7 +180,7 @@ class Attention:
         return encoding
 
     def work(self, batch: list[Job]) -> list[Any]:
-        """Answers jobs one after another; each has a single request, (encoding, layer)."""
+        """Answers jobs one after another. Each job has a single request, the tuple (encoding, layer)."""
         return [self._weights(*request) for job in batch for request in job.requests]
 
     def _weights(self, encoding: Any, layer: int) -> dict[str, Any]:

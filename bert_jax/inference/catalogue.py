@@ -1,4 +1,4 @@
-"""The JSON of model catalogues: a request in any of the forms that endpoints accept, and its response."""
+"""Requests and responses in the JSON of Azure's model catalogue, in each form that its endpoints accept."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,9 +18,13 @@ TEXTS = "input_string"
 def score(pipe: Pipeline[Task], request: Any) -> Any:
     """Answers a request.
 
-    `inputs` (or `input_data`) is a list of inputs; columns, `{"input_string": […]}` or for questions
-    `{"question": […], "context": […]}`; or pandas split form, `{"columns": […], "index": […], "data": [[…]]}`. An input
-    that consists of two texts, or of words, is a list. `parameters` (or `params`) holds the parameters of the task.
+    The field `inputs` (or `input_data`) is one of:
+
+    - an input, or a list of inputs; an input that consists of two texts, or of words, is itself a list
+    - columns: `{"input_string": […]}` or, for question answering, `{"question": […], "context": […]}`
+    - pandas' split form: `{"columns": […], "index": […], "data": [[…]]}`
+
+    The field `parameters` (or `params`) holds the parameters of the task.
 
     Args:
         pipe: The pipeline that answers.
@@ -30,7 +34,8 @@ def score(pipe: Pipeline[Task], request: Any) -> Any:
         A value for `json.dumps`: one result per input, in order; if the input is not in a list, its result.
 
     Raises:
-        InputError: Names what is wrong with the request and, if there are several inputs, the index.
+        InputError: If the request is invalid. The message names the problem and, if inputs are in a list, the index of
+            the invalid one.
     """
     inputs, parameters = read(request)
     return jsonable(pipe(inputs, **parameters))
@@ -44,7 +49,7 @@ def jsonable(result: Any) -> Any:
 
 
 def read(request: Any) -> tuple[Any, dict[str, Any]]:
-    """A request's inputs and parameters, in the form that `Pipeline` accepts; raises the same errors as `score`."""
+    """The inputs and parameters of a request, as `Pipeline` accepts them; raises `InputError` for any other form."""
     if not isinstance(request, Mapping):
         raise InputError(f'expected an object like {{"inputs": {{"{TEXTS}": ["…"]}}}}, got {_kind(request)}.')
     if unknown := [key for key in request if key not in INPUTS + PARAMETERS]:
@@ -64,7 +69,7 @@ def read(request: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _columns(split: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Pandas split form -> columns."""
+    """Converts pandas' split form to columns."""
     names, data = split.get("columns", [TEXTS]), split["data"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"columns is {quoted(names)}; expected a list of names, such as [{TEXTS!r}].")
@@ -78,7 +83,10 @@ def _columns(split: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _rows(columns: Mapping[str, Any]) -> Any:
-    """Columns -> inputs; if the column of texts is the only one, its content."""
+    """Converts columns to a list of dicts or, if the column of texts is the only one, to its values.
+
+    If some columns are not lists, they are one input, which is returned as a dict.
+    """
     if list(columns) == [TEXTS]:
         return columns[TEXTS]
     if not all(isinstance(values, list) for values in columns.values()):

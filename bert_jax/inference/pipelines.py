@@ -1,7 +1,8 @@
-"""Texts -> predictions: rows of many requests share batches, packed or not, with one compiled program per bucket.
+"""Makes predictions for texts. The rows of many requests share batches, and each bucket has one compiled program.
 
-fill_mask = bert_jax.pipeline("fill-mask", "google-bert/bert-base-cased")
-fill_mask("Paris is the [MASK] of France.", top_k=2)
+Example:
+    fill_mask = bert_jax.pipeline("fill-mask", "google-bert/bert-base-cased")
+    fill_mask("Paris is the [MASK] of France.", top_k=2)
 """
 
 import functools
@@ -21,7 +22,7 @@ import numpy as np
 from bert_jax import attention, hub, sharding, tree
 from bert_jax.data.rows import Spot, best_fit, lay_out, model_inputs
 from bert_jax.errors import CheckpointError, InputError, quoted
-from bert_jax.heads import FIRST
+from bert_jax.heads import FIRST, BertWithClassifier
 from bert_jax.hub import DEFAULT_MODEL
 from bert_jax.model import BertModel, BertPreTrainedModel, ComputeDtype
 from bert_jax.tasks.base import Features, Outputs, Request, Task, check_vocabulary
@@ -35,24 +36,24 @@ from bert_jax.tasks.token_classification import TokenClassification
 from bert_jax.tokenizer import Tokenizer
 
 BUCKET_LENGTHS = (16, 32, 64, 128, 256, 512)
-"""Lengths that rows are padded to, in tokens."""
+"""Lengths that rows with one text are padded to, in tokens."""
 BUCKET_ROWS = (1, 4, 16, 64)
 """Numbers of rows that a batch with one text per row is padded to."""
 BUCKET_TOKENS = 2048
-"""Tokens of a full batch, padding included. If more tokens than this are waiting, rows hold several texts."""
+"""Maximum number of tokens in a batch, padding included. If more tokens than this are waiting, rows are packed."""
 PACKED_LENGTHS = (128, 256, 384, 512)
-"""Lengths that packed rows are padded to, in tokens. A packed row holds at most an eighth as many texts."""
+"""Lengths that packed rows are padded to, in tokens. A packed row holds at most one text per 8 tokens."""
 READ_AHEAD = 1024
-"""Number of inputs of a stream that are sorted by length together."""
+"""Number of inputs of a stream that are read ahead, sorted by length and batched together."""
 
 
 class Bucket(NamedTuple):
-    """What a program is compiled for.
+    """The shape that a program is compiled for.
 
     Attributes:
         rows: Number of rows.
         length: Tokens per row.
-        masks: Masked positions per row, 0 if the task has none.
+        masks: Maximum number of masked positions per row; 0 if there are none.
         texts: Maximum number of texts per row.
         labelled: Whether the true tokens of the masked positions are given.
     """
@@ -65,7 +66,7 @@ class Bucket(NamedTuple):
 
 
 class Queued(NamedTuple):
-    """A row of tokens that a request waits for.
+    """A row of tokens whose outputs a request waits for.
 
     Attributes:
         features: The tokens.
@@ -80,12 +81,12 @@ class Queued(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """What one program computes at once.
+    """The texts that are computed together.
 
     Attributes:
         queued: The texts.
-        rows: The row of each text.
-        bucket: The program.
+        rows: The index of the row that holds each text.
+        bucket: The bucket whose program computes them.
     """
 
     queued: list[Queued]
@@ -99,7 +100,7 @@ class Batch:
 
     @functools.cached_property
     def masked_spots(self) -> list[Spot]:
-        """Where the masked positions of each text lie among those of its row."""
+        """Where the masked positions of each text lie in an array [rows, masked positions, …]."""
         return lay_out(range(len(self.rows)), self.rows, [len(q.features.masked_positions) for q in self.queued])
 
 
@@ -113,7 +114,7 @@ Task_co = TypeVar("Task_co", covariant=True)
 
 
 class Asks(Protocol[Input_contra, Parameters, Result_co]):
-    """The types of a task's inputs, parameters and results."""
+    """A task, from which type checkers infer the types of its inputs, parameters and results."""
 
     @property
     def request(self) -> Callable[Concatenate[Input_contra, Parameters], Request[Result_co]]:
@@ -122,7 +123,7 @@ class Asks(Protocol[Input_contra, Parameters, Result_co]):
 
 
 class Predicts(Protocol[Input, Parameters, Result]):
-    """A call of a pipeline: with one input, a list, or any iterable."""
+    """The type of `Pipeline.__call__`, which accepts one input, a list of inputs, or another iterable."""
 
     @overload
     def __call__(self, inputs: Input, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result: ...
@@ -191,13 +192,13 @@ def pipeline(
         model: A folder, an id on the Hugging Face Hub, `bert-mini-cased`, or a loaded model.
         tokenizer: Required for a loaded model; by default the checkpoint's tokenizer.
         revision: Branch, tag or commit on the Hub.
-        ignore: Regular expressions of tensors in the checkpoint that are left out, see `BertModel.from_pretrained`.
+        ignore: Regular expressions of the names of tensors that are not loaded; see `BertModel.from_pretrained`.
         compute_dtype: Dtype of the activations, "float32" or "bfloat16". A loaded model keeps its own.
 
     Raises:
         InputError: If the task is unknown, or a loaded model does not fit the task or comes without a tokenizer.
         ModelNotFoundError: If there is no such model, or the Hub does not answer.
-        CheckpointError: If the checkpoint lacks the task's head, or is damaged.
+        CheckpointError: If the checkpoint lacks the task's head, is damaged, or does not fit the tokenizer.
     """
     model_class = TASKS[task_name(task)].model_class
     if isinstance(model, BertPreTrainedModel):
@@ -209,11 +210,12 @@ def pipeline(
     else:
         folder = hub.download(model, revision=revision)
         tokenizer = tokenizer or Tokenizer.from_pretrained(folder)
-        options = {"add_pooling_layer": False} if model_class is BertModel else {}  # no task reads the pooler
+        options = {"add_pooling_layer": False} if model_class is BertModel else {}  # not used by feature extraction
         fitting = tasks_of(hub.architectures(folder))
         other = bool(fitting) and task not in fitting
         misfit = CheckpointError(f"{model} is for {' and '.join(fitting)}; {task} expects a {model_class.__name__}.")
-        if other and task in ("text-classification", "token-classification"):  # their heads share tensor names
+        # All classifiers have the same tensor names, so a checkpoint for another task would load without an error.
+        if other and issubclass(model_class, BertWithClassifier):
             raise misfit
         try:
             network = model_class.from_pretrained(folder, ignore=ignore, compute_dtype=compute_dtype, **options)
@@ -226,7 +228,7 @@ def pipeline(
 
 def tasks_of(architectures: Sequence[str]) -> list[str]:
     """The tasks that a model with these architectures was trained for."""
-    if "BertForPreTraining" in architectures:  # has both heads
+    if "BertForPreTraining" in architectures:  # has both pretraining heads
         architectures = [*architectures, "BertForMaskedLM", "BertForNextSentencePrediction"]
     return [name for name, task in TASKS.items() if task.model_class.__name__ in architectures]
 
@@ -250,7 +252,7 @@ class Pipeline(Generic[Task_co]):
         return list(inspect.signature(self.task.request).parameters)[1:]
 
     def warm_up(self) -> None:
-        """Compiles the programs of all buckets, several at a time, and runs the one that uses the most memory.
+        """Compiles the programs that predictions need, several at a time, and runs the one that uses the most memory.
 
         After that, no input waits for a compiler, and memory use has reached its peak.
         """
@@ -274,18 +276,19 @@ class Pipeline(Generic[Task_co]):
 
     @property
     def __call__(self: "Pipeline[Asks[Input, Parameters, Result]]") -> Predicts[Input, Parameters, Result]:
-        """Predicts: `pipe(inputs, …)`. The keyword parameters are those of the task's `request`.
+        """Makes predictions. A call is `pipe(inputs, …)`; its keyword arguments are those of the task's `request`.
 
         Args:
             inputs: One input of the task (a text, a pair as a tuple, a dict with question and context), a list of
                 them, or another iterable.
 
         Returns:
-            The task's result for one input; a list of results, in order, for a list; an iterator for any other
-            iterable, which is read ahead by at most `READ_AHEAD` inputs.
+            The task's result for one input; a list of results, in order, for a list of inputs; an iterator of results
+            for any other iterable. The iterator reads at most `READ_AHEAD` inputs ahead.
 
         Raises:
-            InputError: Names what cannot be used and, if there are several inputs, the index.
+            InputError: If an input or a parameter cannot be used. The message names it and, if there are several
+                inputs, the index.
             CheckpointError: If the model's results are not finite.
         """
         predict: Predicts[Input, Parameters, Result] = self._predict
@@ -322,9 +325,9 @@ class Pipeline(Generic[Task_co]):
             yield from self.run(requests)
 
     def run(self, requests: Sequence[Request[Any]]) -> list[Any]:
-        """Runs requests to their results, batching the rows of all requests; returns results in the same order."""
+        """Returns the results of requests, in order. The rows of all requests are batched together."""
         results: list[Any] = [None] * len(requests)
-        waiting: dict[int, list[Outputs | None]] = {}  # request -> outputs of its rows so far
+        waiting: dict[int, list[Outputs | None]] = {}  # index of a request -> outputs of its rows, None until computed
         queued: list[Queued] = []
 
         def advance(i: int, outputs: Any) -> None:
@@ -369,8 +372,8 @@ class Pipeline(Generic[Task_co]):
                 rows, texts = _most(length), length // 8
                 placed = best_fit(lengths, length, rows=rows, items=texts)
             else:
-                # The largest batch of which more than half of the rows need this length. The remaining, shorter rows
-                # go into batches with a shorter length.
+                # Take the largest batch in which more than half of the rows need this length. Shorter rows that it does
+                # not hold go into later batches with a shorter length.
                 shorter, length = next((a, b) for a, b in itertools.pairwise([0, *self._lengths]) if b >= lengths[0])
                 filling = sum(tokens > shorter for tokens in lengths)
                 rows, texts = max(n for n in BUCKET_ROWS if n <= _most(length) and filling > n // 2), 1
@@ -409,7 +412,7 @@ class Pipeline(Generic[Task_co]):
         return self._programs[bucket]
 
     def trace(self, bucket: Bucket, device: Any = None) -> jax.stages.Traced:
-        """Traces the program of a bucket, for a device that need not be present; None is the default device."""
+        """Traces the program of a bucket for `device`, which need not be present; None means the default device."""
         inputs = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in self._shapes(bucket).items()}
         arguments = self.params, inputs
         if device is not None:
@@ -437,19 +440,19 @@ class Pipeline(Generic[Task_co]):
         return outputs
 
     def model(self, params: tree.Params) -> Any:
-        """The model with these parameters, which may be its own or traced ones."""
+        """The model with `params`, which are `self.params` or, inside `jax.jit`, tracers of them."""
         return tree.merge(self._skeleton, params)
 
 
 def _most(length: int) -> int:
-    """Number of rows of a full batch."""
+    """Number of rows in a full batch of rows of this length."""
     return max(1, BUCKET_TOKENS // length)
 
 
 def _masks(length: int, texts: int) -> tuple[int, int, int]:
     """Numbers of masked positions that rows are padded to.
 
-    The smallest is at least two, because with one position the product is a slow matrix-vector product on CPU. Next is
-    a quarter of the tokens, which holds what training masks. The largest is all tokens.
+    The smallest is at least 2: with 1 position, the head would compute matrix-vector products, which are slow on CPU.
+    The second is a quarter of the tokens, enough for the 15 % that pretraining masks. The largest is all tokens.
     """
     return 2 if texts == 1 else max(2, length // 16), length // 4, length

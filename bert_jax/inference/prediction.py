@@ -1,7 +1,8 @@
-"""Files -> predictions: row by row, in order, in constant memory, with resume after a kill.
+"""Makes predictions for the rows of files, in order and in constant memory. A run that was killed can be resumed.
 
-A run writes these files next to the output. `….partial` has the rows so far and is removed at the end. `….run.json`
-identifies the run and records its progress. `….rejected.jsonl` has the rows that could not be used, if any.
+Next to the output, here called OUT, a run writes up to three more files. `OUT.partial` holds the rows so far and is
+removed at the end. `OUT.run.json` identifies the run and records its progress. `OUT.rejected.jsonl` holds the rows that
+could not be used, if there are any.
 """
 
 import contextlib
@@ -30,10 +31,10 @@ from bert_jax.inference.pipelines import READ_AHEAD, Pipeline
 from bert_jax.tasks.base import Request, Task
 
 WHOLE = 2**28
-"""Bytes up to which an input is hashed completely (0.6 s). If it is larger, `SAMPLES` blocks are hashed (0.2 s)."""
+"""Bytes up to which a file is hashed completely (0.6 s). Of a larger file, `SAMPLES` blocks are hashed (0.2 s)."""
 SAMPLES, BLOCK = 64, 2**20
 PREDICTION = "prediction"
-"""The column that is added to each row."""
+"""Name of the column that is added to each row."""
 OUTPUTS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 
 
@@ -59,22 +60,24 @@ def predict_files(
 ) -> Counts:
     """Predicts each row of the input files and writes the row, with its prediction, to the output.
 
-    After a kill, the same call resumes. A row with an unusable input is written to `….rejected.jsonl` with the reason,
-    and the run continues.
+    If the run is killed, the same call resumes it. A row whose input cannot be used is written to
+    `{output}.rejected.jsonl` with the reason, and the run continues.
 
     Args:
         pipe: The pipeline that predicts.
-        inputs: Files that `sources.entries` reads.
+        inputs: Files or folders in the formats that `sources.entries` reads.
         output: The output file. Its name gives the format: JSONL or CSV, both optionally gzipped, or Parquet.
-        model: Name of the model; a run that resumes must have the same name.
-        columns: The columns that make up an input: one, or two for a pair. By default, the usual names.
-        format: Format of the inputs. By default it follows from their names; .txt has one text per line.
-        shard: (i, n): every n-th row, starting with the i-th, counted from 1.
+        model: Name of the model, which is recorded; a run can only be resumed with the same name.
+        columns: The columns that make up an input: one, or two for a pair. By default, the first of the task's
+            `columns_of_input` that a row has.
+        format: Format of the inputs; None infers it from their names, and a .txt file then has one text per line.
+        shard: (i, n) selects every n-th row, starting with the i-th, counted from 1.
         parameters: The parameters of the task.
-        console: Shows progress.
+        console: Where a progress bar is shown; None for no progress bar.
 
     Raises:
-        InputError: If a file cannot be read or written, a table lacks the column, or the output belongs to another run.
+        InputError: If a file cannot be read or written, an argument is invalid, none of the first 100 rows of a file
+            can be used, or the output belongs to another run.
     """
     output, paths = Path(output), [Path(path) for path in inputs]
     if not output.name.endswith(OUTPUTS):
@@ -87,7 +90,7 @@ def predict_files(
     except OSError as error:
         raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from None
     try:
-        # The form in which the journal is read back.
+        # Converted to what the journal holds when it is read back, in which tuples are lists.
         run = json.loads(json.dumps({
             "task": pipe.task.name, "model": model, "inputs": files, "columns": columns, "format": format,
             "shard": shard, "parameters": parameters,
@@ -132,7 +135,10 @@ def predict_files(
 
 @dataclass
 class _Journal:
-    """The progress of a run. A resume truncates both files to the recorded sizes, so no row is lost or repeated."""
+    """The journal of a run, with its progress.
+
+    A resumed run truncates `OUT.partial` and `OUT.rejected.jsonl` to the recorded sizes, so no row is lost or repeated.
+    """
 
     output: Path
     run: dict[str, Any]
@@ -174,7 +180,7 @@ class _Journal:
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
-    """Describes how an argument of a run has changed."""
+    """Describes how an argument differs from that of the run to resume."""
     if key == "inputs":
         names = [[name for name, _, _ in files] for files in (before, now)]
         if names[0] == names[1]:
@@ -206,7 +212,7 @@ def _predict(
         ThreadPoolExecutor(1) as ahead,  # while one window is computed, the next is read and tokenized
     ):
         try:
-            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before anything is truncated
+            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)  # must precede truncation
         except OSError:
             raise InputError(f"{journal.output} is being written by another process.") from None
         for file, size in ((partial, journal.partial_bytes), (rejected, journal.rejected_bytes)):
@@ -221,7 +227,7 @@ def _predict(
             results = pipe.run(window.requests)
             predicted = zip(window.rows, results, strict=True)
             partial.writelines(_line(row | {PREDICTION: jsonable(result)}) for row, result in predicted)
-            rejected.writelines(_line(row, ascii=True) for row in window.rejected)  # ASCII can hold any content
+            rejected.writelines(_line(row, ascii=True) for row in window.rejected)  # escapes even lone surrogates
             for file in (partial, rejected):
                 file.flush()
                 os.fsync(file.fileno())
@@ -286,11 +292,11 @@ def _digest(path: Path) -> str:
 
 
 def _input(row: sources.Row, candidates: Sequence[tuple[str, ...]]) -> Any:
-    """The task's input in a row, read from the first candidate columns that the row has."""
+    """The task's input in a row, read from the first of the candidates whose columns the row has."""
     for names in candidates:
         if all(name in row for name in names):
             cells = [row[name] for name in names]
-            if names == ("tokens",) and isinstance(cells[0], str):  # a list written as text, as in tables
+            if names == ("tokens",) and isinstance(cells[0], str):  # CSV and TSV files have lists as text
                 cells[0] = sources.literal(cells[0])
             values = tuple(tuple(cell) if isinstance(cell, list) else cell for cell in cells)
             return values if len(names) > 1 else values[0]
@@ -306,7 +312,7 @@ def _line(row: Mapping[str, Any], *, ascii: bool = False) -> bytes:
 
 
 def _convert(partial: Path, output: Path) -> None:
-    """Writes the rows in the format of the output's name. The output appears only when it is complete."""
+    """Writes the rows in the format that the output's name gives. The output appears only when it is complete."""
     if output.suffix == ".jsonl":
         os.replace(partial, output)
         return
@@ -343,7 +349,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _flat(line: bytes) -> dict[str, Any]:
-    """A row of a table: `{label, score}` becomes two columns, and lists and objects are written as JSON."""
+    """Parses a row of a table. A prediction `{label, score}` becomes two columns; other objects and lists are JSON."""
     row = json.loads(line)
     if isinstance(row[PREDICTION], dict):
         row |= {f"{PREDICTION}_{name}": value for name, value in row.pop(PREDICTION).items()}

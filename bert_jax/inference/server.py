@@ -44,12 +44,12 @@ SAMPLE = {
     "inputs": {"input_string": ["Paris is the [MASK] of France.", "Today is a [MASK] day!"]},
     "parameters": {"top_k": 2},
 }
-"""The example request of the catalogue card."""
+"""The example request on the model's card in Azure's catalogue."""
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 
 
 def body_model(pipe: Pipeline[Task]) -> type[pydantic.BaseModel]:
-    """The typed body of /v1/{task}: the inputs, and the parameters of the task's `request` with their types."""
+    """The model of the body of /v1/{task}: the inputs, and the parameters of the task's `request` with their types."""
     entry = pipe.task.json_input
     fields: dict[str, Any] = {"inputs": (entry | list[entry], ...)}  # type: ignore[valid-type]
     hints = get_type_hints(pipe.task.request)
@@ -142,7 +142,7 @@ class Server:
         return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4")
 
     async def _score(self, request: Request) -> Response:
-        """The model catalogue's contract: `inputs` (or `input_data`) in any of its forms, and `parameters`."""
+        """Answers a request in the JSON of Azure's model catalogue: `inputs` (or `input_data`) and `parameters`."""
         content = await self._content(request)
         with _refusing(content):
             inputs, parameters = catalogue.read(content)
@@ -215,7 +215,7 @@ class Server:
             raise InputError(f"the input has {size} characters; at most {self.limits.max_characters} are allowed.")
 
     async def _answer(self, request: Request, job: Job) -> Any:
-        """The job's answer; if the client disconnects before it, the job is dropped."""
+        """Returns the answer to a job. If the client disconnects first, a job that has not started is dropped."""
         answer = asyncio.ensure_future(self.batcher.submit(job))
         left = asyncio.ensure_future(_left(request))
         try:
@@ -229,7 +229,7 @@ class Server:
 
 
 class Counting:
-    """Counts and times requests. It wraps the whole application and is cheaper than the framework's own middleware."""
+    """Middleware that counts and times requests; it is cheaper than a subclass of Starlette's `BaseHTTPMiddleware`."""
 
     def __init__(self, app: Any, server: Server):
         self.app, self.server = app, server
@@ -270,7 +270,7 @@ def _validated(body: type[pydantic.BaseModel], content: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _refusing(content: Any) -> Any:
-    """Turns an `InputError` into a refusal, without its quotations of the client's texts."""
+    """Replaces an `InputError` by `Refused`, with a message that does not quote the client's texts."""
     try:
         yield
     except InputError as error:
@@ -278,7 +278,7 @@ def _refusing(content: Any) -> Any:
 
 
 def without_quotes(message: str, texts: Sequence[str]) -> str:
-    """A message in which '…' replaces each quotation of one of the texts, or of a part of it."""
+    """The message, with '…' in place of each quotation that is a part, or the whole, of one of the texts."""
 
     def replaced(match: re.Match[str]) -> str:
         try:

@@ -1,6 +1,6 @@
-"""What the command line runs: settings in, a folder or metrics out.
+"""The functions behind the command line: they take settings, and return the folder of a run, a description or metrics.
 
-Only this package, `settings`, `yaml_file` and `cli` use YAML.
+Only this package and the modules `settings`, `yaml_file` and `cli` use YAML.
 """
 
 from bert_jax.recipes.finetuning import dry_run, evaluate, finetune

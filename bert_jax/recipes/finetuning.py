@@ -1,4 +1,4 @@
-"""Fine-tuning: a run, a description of what a run would do (`dry_run`), and the metrics of its model (`evaluate`)."""
+"""Fine-tuning: `finetune` trains a model, `dry_run` describes what a run would do, and `evaluate` computes metrics."""
 
 import importlib
 import json
@@ -25,22 +25,23 @@ from bert_jax.tools import aot
 from bert_jax.training import loop, lora, memory, optim
 
 LOADED_LATER = ("grain", "sklearn.metrics")
-"""Modules that a run imports only when it needs them; they occupy 60 MB."""
+"""Modules that a run imports only when it needs them. `peak_memory` imports them first, because they occupy 60 MB."""
 
 
 def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     """Fine-tunes a model and writes it, with its metrics and predictions, to `settings.output.folder`.
 
-    After a kill, the same call resumes from the last checkpoint. After the end of the run, it does nothing.
+    If the run was stopped, the same call resumes from the last checkpoint. If the run is finished, it does nothing.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: If the settings, the data or the folder cannot be used; the folder is left untouched.
-        TrainingError: See `training.train`, which also raises the following errors.
-        Interrupted: After Ctrl-C or SIGTERM.
-        CheckpointError: If a file cannot be written.
+        InputError: If the settings, the data or the folder cannot be used.
+        ModelNotFoundError: If the model does not exist, or the Hub does not answer.
+        CheckpointError: If the weights do not fit the model, or a file cannot be written.
+        TrainingError: If the loss or an output is not finite, or a batch does not fit into memory.
+        Interrupted: After Ctrl-C or SIGTERM; the state is saved.
     """
     console, began = console or Console(quiet=True), time.perf_counter()
     folder = Path(settings.output.folder)
@@ -85,15 +86,17 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
 def dry_run(settings: Settings, target: str | None = None, *, console: Console | None = None) -> str:
     """Describes what a run would do, without a training step.
 
-    The text has the settings, the first examples in words, shapes, parameters, memory and programs.
+    The text has the settings, the number of examples, the tokens of the first examples, how the parameters are trained,
+    the number of steps, the shapes of batches, and the memory that the run needs.
 
     Args:
         settings: The settings of the run.
-        target: Chips to compile the step for, `v5e:2x4`, which need not be present; this machine's devices by default.
-        console: Shows a target's programs as they are compiled; None shows nothing.
+        target: Chips to compile the step for, such as `v5e:2x4`, which need not be present; the devices of this machine
+            by default.
+        console: With a target, shows each program that was compiled; None shows nothing.
 
     Raises:
-        InputError: See `finetune`; also if there is no such target.
+        InputError: See `finetune`; also if the target is unknown or its compiler is not installed.
     """
     chips = aot.get(target) if target else None
     prepared = preparation.prepare(settings)
@@ -111,7 +114,7 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
     counts: Counter[str] = Counter()
     for path, rule in optim.rules(planned.trained, **runs.rule_options(settings)).items():
         counts[str(rule)] += planned.trained[path].size
-    counts += Counter({"frozen": sum(leaf.size for leaf in planned.frozen.values())})  # drops a count of 0
+    counts += Counter({"frozen": sum(leaf.size for leaf in planned.frozen.values())})  # += drops a count of 0
     parts.append("parameters:\n" + "\n".join(f"  {n:,}: {rule}" for rule, n in counts.most_common()))
     places = [loader.place(step) for step in range(min(steps, loader.steps_per_epoch))]
     shapes = sorted(Counter(place.shape for place in places).items())
@@ -134,13 +137,14 @@ def peak_memory(settings: Settings, prepared: preparation.Prepared, run: loop.Ru
     """Describes the peak memory of a run; None if the compiler does not report memory.
 
     On CPU, this is the memory of the whole process, a sum of three parts: what the process occupies now (libraries,
-    data, model and programs), the training state, and the most that any one phase of the run needs. On other devices,
-    it is the memory of one device, without the parameters of evaluations.
+    data, model and programs), the training state with a batch, and what the largest phase of the run needs in addition.
+    On other devices, it is the memory of one device, the sum of the last two parts. The merged weights that an
+    evaluation needs with LoRA are not included.
 
     Args:
         settings: The settings of the run.
         prepared: The model and the examples of the run.
-        run: The steps of the run.
+        run: The run, as `runs.set_up` returns it.
         shape: The shape of the largest training batch.
     """
     step = run.trace(shape).lower().compile().memory_analysis()
@@ -174,7 +178,7 @@ def peak_memory(settings: Settings, prepared: preparation.Prepared, run: loop.Ru
 
 
 def compile_for(chips: aot.Target, run: loop.Run, shape: Shape, config: BertConfig, console: Console) -> str:
-    """What a target's compiler reports for a run's step on a batch of this shape, and the largest batch that fits."""
+    """Describes what a target's compiler reports for a step on a batch of this shape, and the largest that fits."""
     share = run.loader.share
 
     def check(n: int) -> aot.Check:
@@ -197,13 +201,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a fine-tuned model on a split of the settings' data.
 
-    Values that the model's run found on validation, such as a threshold, are applied.
+    If the model's folder has the results of its run, values that the run found on the validation split, such as a
+    threshold, are applied.
 
     Args:
         model_id: A folder or an id on the Hub.
-        settings: Give the data, the length of examples and the batch size.
+        settings: Settings with the task, the data, the maximum length and the batch size.
         split: "validation" or "test".
-        ignore: Regular expressions of tensors in the checkpoint that are left out.
+        ignore: Regular expressions of tensors in the checkpoint to leave out, matched against their whole names.
         console: Shows notes on the data; None shows nothing.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Settings and data -> a task, a model and examples."""
+"""Makes the task, the model and the examples of a run from its settings and data."""
 
 import re
 from itertools import islice
@@ -21,7 +21,7 @@ from bert_jax.tasks.registry import TASKS
 from bert_jax.tokenizer import Tokenizer
 
 DROPOUT = {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"}
-"""Settings of `model` that replace the values of the checkpoint's config."""
+"""The dropout rates in the settings of `model`; if set, they replace those in the checkpoint's config."""
 
 
 class Prepared(NamedTuple):
@@ -32,7 +32,7 @@ class Prepared(NamedTuple):
         model: The model, with its new head.
         tokenizer: The tokenizer of the model.
         rows: Split -> its rows, with columns named as the task names them.
-        examples: Split -> the same rows, featurized.
+        examples: Split -> the examples made from these rows.
         found: Notes on the data for the user.
     """
 
@@ -45,11 +45,11 @@ class Prepared(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The content of a split of the settings' data.
+    """One split of the data.
 
     Attributes:
-        rows: The rows, with columns named as tasks name them.
-        labels: Names of the classes in the order of their ids, if the data set stores labels as class ids.
+        rows: The rows, with columns named as the task names them.
+        labels: Names of the classes in the order of their ids, if the data set stores labels as class ids, else None.
     """
 
     rows: list[sources.Row]
@@ -60,7 +60,7 @@ def prepare(settings: Settings) -> Prepared:
     """Reads the data and the model.
 
     Raises:
-        InputError: Names the file, column, row or label that cannot be used.
+        InputError: If a file, column, row or label cannot be used; the message names it.
         ModelNotFoundError: If there is no such model.
         CheckpointError: If the weights do not fit the model, or the vocabulary does not fit the weights.
     """
@@ -105,7 +105,7 @@ def network_options(settings: Settings | Pretraining) -> dict[str, Any]:
 
 
 def make_task(settings: Settings, tokenizer: Tokenizer, config: BertConfig) -> TrainableTask:
-    """Makes the settings' task for a model."""
+    """Makes the task that the settings name, for a model with this config."""
     task_class = TASKS[settings.task]
     options = {name: kind(**getattr(settings, name).model_dump()) for name, kind in task_class.options.items()}
     check_vocabulary(tokenizer, config)
@@ -114,7 +114,7 @@ def make_task(settings: Settings, tokenizer: Tokenizer, config: BertConfig) -> T
 
 
 def max_length(settings: Settings | Pretraining, config: BertConfig) -> int:
-    """The settings' `data.max_length`.
+    """Returns `data.max_length` after checking that the model has enough positions.
 
     Raises:
         InputError: If the model has fewer positions.
@@ -126,7 +126,7 @@ def max_length(settings: Settings | Pretraining, config: BertConfig) -> int:
 
 
 def featurize(task: TrainableTask, rows: dict[str, list[sources.Row]]) -> dict[str, Examples]:
-    """The rows of each split -> its examples; an error names the split."""
+    """Makes the examples of each split from its rows; an error names the split."""
     examples = {}
     for split, found in rows.items():
         try:
@@ -140,7 +140,8 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
     """Reads a split; the result is empty if the split is not set.
 
     Raises:
-        InputError: If it cannot be read, has no rows or lacks a column, or its files name the labels differently.
+        InputError: If it cannot be read, has no rows or lacks a column, or if a class id means different labels in two
+            of its files.
     """
     data = settings.data
     places = getattr(data, split)
@@ -174,7 +175,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
         task = TASKS[settings.task]
         usual, required, target = task.columns, task.required, task.target
     try:
-        wanted = {  # two columns have no setting for their names; data.id is the data set
+        wanted = {  # no setting names the columns id and is_impossible; data.id is the data set
             name: sources.column(there, None if name in ("id", "is_impossible") else getattr(data, name), names)
             for name, names in usual.items()
         }
@@ -199,8 +200,8 @@ def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None
     """A model's config, with LABEL_0, LABEL_1, … replaced by `data.labels` if it is set.
 
     Raises:
-        InputError: If `data.labels` has another number of names than the model, or if the order of the labels differs
-            from the model's and a metric depends on it.
+        InputError: If `data.labels` has another number of names than the model, or if a metric depends on the order of
+            the two labels and the data has them in another order than the model.
     """
     given, names = settings.data.labels, config.labels
     if given and all(re.fullmatch(r"LABEL_\d+", name) for name in names):

@@ -1,4 +1,4 @@
-"""Pretraining: settings and a corpus -> a model that fills masks; and the evaluation of such models."""
+"""Pretraining: trains a model on a corpus (`pretrain`), and evaluates models on other texts (`evaluate_held_out`)."""
 
 import time
 from collections.abc import Sequence
@@ -31,16 +31,18 @@ WORDS, BIAS, TRANSFORM = (
 def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
     """Pretrains a model and writes it, with its metrics, to `settings.output.folder`.
 
-    After a kill, the same call resumes tokenization or training. After the end of the run, it does nothing.
+    If the run was stopped, the same call resumes tokenization or training. If the run is finished, it does nothing.
 
     Returns:
         The folder.
 
     Raises:
         InputError: If the settings, the texts or the folder cannot be used.
-        TrainingError: See `training.train`, which also raises the following errors.
-        Interrupted: After Ctrl-C or SIGTERM.
-        CheckpointError: If a shard is damaged, or a file cannot be written.
+        ConfigError: See `starting_model`.
+        ModelNotFoundError: See `starting_model`.
+        CheckpointError: If the checkpoint does not fit, a shard is damaged, or a file cannot be written.
+        TrainingError: If the loss or an output is not finite, or a batch does not fit into memory.
+        Interrupted: After Ctrl-C or SIGTERM; the state is saved.
     """
     console, began = console or Console(quiet=True), time.perf_counter()
     folder = Path(settings.output.folder)
@@ -72,7 +74,7 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
 
 
 def read_corpus(settings: Pretraining, split: str, tokenizer: Tokenizer, console: Console) -> MaskedExamples:
-    """The examples of a split. Missing shards are made first.
+    """Reads the examples of a split from its shards. Missing shards are made first.
 
     Raises:
         InputError: See `corpus.tokenize`.
@@ -106,7 +108,7 @@ def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any
     Raises:
         ConfigError: If model.config names an unknown field, or its values do not make a valid network.
         ModelNotFoundError: If there is no such checkpoint.
-        CheckpointError: If the checkpoint does not fit; `model.new` names the parameters to reinitialise.
+        CheckpointError: If the weights do not fit. To initialise parameters that they lack, set `model.new`.
     """
     options = preparation.network_options(settings)
     changes = settings.model.config | settings.model.model_dump(include=preparation.DROPOUT, exclude_none=True)

@@ -1,10 +1,12 @@
-"""What fine-tuning and pretraining runs share: the arguments of the loop, the folder, and the first and last steps."""
+"""What fine-tuning and pretraining have in common: the setup of a run, its folder, and the files written at its end."""
 
+import functools
+import inspect
 import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -76,9 +78,10 @@ def fit(settings: Settings | Pretraining, run: loop.Run, validation: Examples | 
     """Creates the run's folder, writes the settings to it, and trains.
 
     Raises:
-        InputError: If training.patience is set without data.validation, or the folder cannot be written.
-        TrainingError: See `training.train`, which also raises the following errors.
-        Interrupted: After Ctrl-C or SIGTERM.
+        InputError: If training.patience is set without data.validation, the folder cannot be written, or it has
+            checkpoints of a run with other training examples.
+        TrainingError: If the loss or an output is not finite, or a batch does not fit into memory.
+        Interrupted: After Ctrl-C or SIGTERM; the state is saved.
         CheckpointError: If a checkpoint cannot be written or read.
     """
     options, folder = settings.training, Path(settings.output.folder)
@@ -114,19 +117,39 @@ def make_schedule(settings: Settings | Pretraining, steps: int) -> optax.Schedul
     return optim.schedule(learning_rate=settings.optimizer.learning_rate, steps=steps, **settings.schedule.model_dump())
 
 
+def _adafactor() -> optax.GradientTransformation:
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
+
+TRANSFORMS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": optim.scale_by_adam,
+    "lamb": functools.partial(optax.scale_by_adam, eps=1e-6),
+    "lion": optax.scale_by_lion,
+    "adafactor": _adafactor,
+}
+"""`optimizer.name` -> how the optimizer transforms gradients, without the learning rate."""
+KEYWORDS = {"beta1": "b1", "beta2": "b2", "epsilon": "eps", "bias_correction": "bias_correction"}
+"""Setting of `optimizer` -> the keyword of `TRANSFORMS`."""
+
+
 def make_optimizer(settings: Settings | Pretraining, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run with this number of steps."""
+    """The optimizer of a run with this number of steps.
+
+    Raises:
+        InputError: If a setting is given that the optimizer does not have.
+    """
     options = settings.optimizer
-    adam = optax.scale_by_adam(options.beta1, options.beta2, options.epsilon)
-    uncorrected = optim.scale_by_uncorrected_adam(options.beta1, options.beta2, options.epsilon)
-    transforms = {
-        "adamw": adam if options.bias_correction else uncorrected,
-        "lamb": adam,
-        "lion": optax.scale_by_lion(options.beta1, options.beta2),
-        "adafactor": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+    make = TRANSFORMS[options.name]
+    given = {
+        keyword: getattr(options, name) for name, keyword in KEYWORDS.items() if getattr(options, name) is not None
     }
+    for name, keyword in KEYWORDS.items():
+        if keyword in given and keyword not in inspect.signature(make).parameters:
+            raise InputError(
+                f"optimizer.{name} is {given[keyword]}, but {options.name} has no {name}. Remove the setting."
+            )
     return optim.by_path(
-        transforms[options.name],
+        make(**given),
         make_schedule(settings, steps),
         max_grad_norm=options.max_grad_norm,
         trust_ratio=options.name == "lamb",
@@ -181,15 +204,17 @@ def end(
     began: float,
     console: Console,
 ) -> None:
-    """Writes the run's model, curve, model card and, last, its results, which mark it as finished; prints a summary.
+    """Writes the model, tokenizer, learning curve, model card and, last, results of a run, and prints a summary.
+
+    The file of the results marks the run as finished.
 
     Args:
         settings: The settings of the run.
         run: The run.
-        trained: What it trained.
+        trained: The result of the training.
         tokenizer: The tokenizer of the model.
-        found: Results in addition to those of `trained`: metrics of "validation" or "test", and the split of the
-            "predictions".
+        found: Further results: metrics under "validation" or "test", and under "predictions" the name of the split that
+            was predicted; empty if there are none.
         began: The value of `time.perf_counter` when the run began.
         console: Shows the summary.
     """

@@ -1,1 +1,1 @@
-"""Tasks, one file each, under Hugging Face's names: the inputs of the model and the meaning of its outputs."""
+"""Tasks, one per file. A task converts inputs to rows of tokens, and the model's outputs to results."""

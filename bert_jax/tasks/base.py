@@ -1,9 +1,13 @@
-"""The interfaces of a task to inference and to training.
+"""The interfaces through which inference and training use a task.
 
-A task gives inference a pure function on the device (`Task.forward`) and requests (`Task.request`). A request is a
-generator. It yields the rows that it needs computed, receives their outputs, may yield more rows that depend on those
-outputs, and returns its result. It never sees a batch: a batch holds the rows of many requests, padded to a bucket
-(`bert_jax.inference.pipelines`), and a result does not depend on the other requests in its batch.
+For inference, a task has `Task.forward`, a pure function that runs on the device, and `Task.request`, which makes a
+request from an input. A request is a generator: it yields the rows that it needs computed, receives their outputs, may
+yield more rows that depend on those outputs, and returns its result. A request does not handle batches. The pipeline
+(`bert_jax.inference.pipelines`) collects the rows of many requests in a batch and pads it to a bucket. The result of a
+request does not depend on the other requests in the batch.
+
+Shapes are written with B rows, T tokens per row, K texts or examples per row, P masked positions per row, C labels and
+V tokens in the vocabulary.
 """
 
 import re
@@ -22,7 +26,7 @@ from bert_jax.tokenizer import Tokenizer
 
 
 def check_pairs(config: BertConfig) -> None:
-    """Raises `InputError` if the model cannot tell the two texts of a pair apart."""
+    """Raises `InputError` if the model has only one token type, and so cannot tell the two texts of a pair apart."""
     if config.type_vocab_size < 2:
         raise InputError("The model has 1 token type; a pair of texts needs 2. Use single texts or another model.")
 
@@ -37,7 +41,7 @@ def check_vocabulary(tokenizer: Tokenizer, config: BertConfig) -> None:
 
 
 def check_text(text: Any, name: str = "text") -> None:
-    """Raises `InputError` if an input is not a text, or if it is empty; that message calls it `name`."""
+    """Raises `InputError` if `text` is not a string or is blank. The message about a blank text calls it `name`."""
     if not isinstance(text, str):
         raise InputError(f"expected a text, got {quoted(text)} ({type(text).__name__}).")
     if not text.strip():
@@ -49,9 +53,10 @@ class ReadOptions:
     """How a task reads the rows of a data set.
 
     Attributes:
-        labels: The names of the labels in the order of their ids; None to read them from the training rows.
-        problem_type: The problem type of a text classification; None to infer it from the labels.
-        wrong_answers: What to do if an answer is not where its row says: skip the row, or stop.
+        labels: The names of the labels in the order of their ids; None to take them from the data set.
+        problem_type: The problem type of text classification; None to infer it from the labels.
+        wrong_answers: What to do with an invalid row of question answering, such as one whose answer is not in the
+            context at the given start: skip the row, or stop.
     """
 
     labels: tuple[str, ...] | None = None
@@ -61,13 +66,13 @@ class ReadOptions:
 
 @dataclass
 class Features:
-    """One row of tokens for the model.
+    """The tokens of one text, pair or window: a row for the model, or a part of a packed row.
 
     Attributes:
         input_ids: Token ids, special tokens included.
         token_type_ids: 0 or 1 for each token.
-        masked_positions: Indices of the tokens at which the vocabulary is scored; empty for other tasks.
-        labels: Ids of the true tokens at the masked positions if a model is evaluated, else empty.
+        masked_positions: Indices of the tokens at which to score the vocabulary; empty if `Task.masked` is false.
+        labels: Ids of the true tokens at the masked positions, for evaluation; otherwise empty.
     """
 
     input_ids: list[int]
@@ -77,54 +82,57 @@ class Features:
 
 
 Outputs = Mapping[str, np.ndarray]
-"""The outputs of `Task.forward` for one row, without padding: per masked position, per token, or for its text."""
+"""The arrays of `Task.forward` for one `Features`, by name and without padding.
+
+Each array has one entry per masked position or per token, or is a single entry for the text.
+"""
 
 Result = TypeVar("Result")
 Request = Generator[list[Features], list[Outputs], Result]
 
 
 class LabelScore(TypedDict):
-    """A label and its score."""
+    """A predicted label and its probability, or the predicted number if the model is a regression."""
 
     label: str
     score: float
 
 
 class Task(Protocol):
-    """What inference needs of a task. The constructor expects a tokenizer, a config and the maximum row length."""
+    """What inference needs from a task. The constructor expects a tokenizer, a config and the maximum row length."""
 
     name: str
     """Hugging Face's name of the task."""
     model_class: Any
     """The class of the task's models."""
     per_token: bool
-    """Whether outputs have one entry per token (otherwise one per text)."""
+    """Whether outputs have one entry per token. If this and `masked` are both false, they have one per text."""
     masked: bool
-    """Whether rows have masked positions."""
+    """Whether rows have masked positions. Outputs then have one entry per masked position."""
     columns_of_input: tuple[tuple[str, ...], ...]
-    """Usual names of the columns that make up an input; the first entry whose columns a file has is used."""
+    """Usual names of the columns that make up an input. The first tuple whose columns all exist in the file is used."""
     json_input: Any
-    """The type of one input in the JSON of a request."""
+    """The type of one input in the JSON body that the server receives."""
 
     def forward(self, model: Any, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
-        """Computes the outputs of a batch. It is pure, and compiled once per bucket.
+        """Computes the outputs of a batch. This function is pure, and is compiled once per bucket.
 
         Args:
-            model: A model of `model_class`.
+            model: An instance of `model_class`.
             inputs: The keyword arguments of the model.
-            starts: int [B, K], or [1, K] for all rows: the first token of each text in its row.
+            starts: int [B, K], the index in its row of the first token of each text; [1, K] if all rows have the same.
 
         Returns:
-            Arrays [B, P, …] if the task has masked positions, [B, T, …] if it is per token, else [B, K, …].
+            Name -> array: [B, P, …] if `masked`, [B, T, …] if `per_token`, else [B, K, …].
         """
 
     @property
     def request(self) -> Callable[..., Request[Any]]:
-        """Makes a request from one input and keyword parameters; raises `InputError` if one of them is invalid."""
+        """The function that makes a request from an input and parameters; it raises `InputError` if any is invalid."""
 
 
 class Objective(Protocol):
-    """What training and evaluation need of a learning objective."""
+    """What training and evaluation need to know about a training objective: its loss, outputs and metrics."""
 
     metrics: tuple[str, ...]
     """Names of the metrics; the first one selects the best checkpoint unless the settings name another."""
@@ -132,10 +140,10 @@ class Objective(Protocol):
     """Whether outputs have one entry per token (otherwise one per example)."""
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The mean loss of the batch, and how many items it averages, without rows of padding; both float32 []."""
+        """The mean loss of a batch, padding excluded, and the number of entries that it averages: both float32 []."""
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """The arrays of a batch that `evaluate` reads, each [B, T, …] if the objective is per token, else [B, K, …]."""
+        """The arrays that `evaluate` needs from a batch, by name: [B, T, …] if `per_token`, else [B, K, …]."""
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
         """Computes the metrics from the `outputs` of all examples."""
@@ -145,19 +153,19 @@ class TrainableTask(Task, Objective, Protocol):
     """A task that pretrained models are fine-tuned for."""
 
     columns: Mapping[str, tuple[str, ...]]
-    """Field of a row -> usual names of its column; the `data` settings may name another column."""
+    """Field of a row -> usual names of the column that holds it; the `data` settings may name another column."""
     required: tuple[str, ...]
-    """The fields of `columns` that the data must have."""
+    """The fields of `columns` that every split must have. The training split must also have `target`."""
     target: str
-    """The field of `columns` that is learnt."""
+    """The field of `columns` that the model learns to predict."""
     head: str
-    """Regular expression of the parameters that a pretrained checkpoint lacks."""
+    """Regular expression of the paths of the head's parameters, which a pretrained checkpoint lacks."""
     peft_type: str
-    """The task type of such a model in `peft`."""
+    """The `task_type` that the library `peft` uses for models of this task."""
     options: Mapping[str, type] = {}
-    """Keyword of the constructor, which is also a section of the settings -> the class of its value."""
+    """Further arguments of the constructor: name -> class. The settings have a section of the same name for each."""
     order_matters: bool = False
-    """Whether a metric depends on the order of two labels."""
+    """Whether a metric depends on the order of the labels if there are two."""
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
@@ -167,23 +175,23 @@ class TrainableTask(Task, Objective, Protocol):
     def config(
         rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
-        """The fields of the config that follow from the training rows: their labels.
+        """The fields of the model's config that depend on the training rows, such as the names of the labels.
 
         Args:
             rows: The training rows after `clean`.
-            options: See `clean`.
-            labels: The names of the labels in the order of the data set; None if it defines no order.
+            options: The options that were passed to `clean`.
+            labels: The names of the labels in the order that the data set defines; None if it defines none.
         """
 
     def labelled(self, examples: Examples) -> bool:
         """Whether any example has true values for `evaluate` to compare the outputs with."""
 
     def tuned(self, metrics: Mapping[str, Any]) -> Self:
-        """The task with the values that an evaluation found, for predictions; by default there are none."""
+        """The task with values, such as a threshold, that an evaluation found for it; by default, there are none."""
         return self
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
-        """Converts rows to examples; raises `InputError`, which names the row by its number, if one cannot be used."""
+        """Converts rows to examples. Raises `InputError` with the number of the row if one cannot be used."""
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The outputs of `forward`."""
@@ -194,7 +202,7 @@ class TrainableTask(Task, Objective, Protocol):
 
     @staticmethod
     def files(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Further files of predictions: name -> JSON value; by default there are none.
+        """Files to write in addition to the predictions: name -> JSON value. By default, there are none.
 
         Args:
             lines: The rows of the data, each with its `prediction`.
@@ -203,7 +211,7 @@ class TrainableTask(Task, Objective, Protocol):
 
 
 def known_labels(labels: Sequence[str]) -> str:
-    """The end of an error message about a label that the model does not have."""
+    """The last part of an error message about an unknown label: it lists the labels of the model."""
     if all(re.fullmatch(r"LABEL_\d+", label) for label in labels):
         return f"the model has {listed(labels)}; set data.labels to name them, in this order."
     return f"the labels are {listed(labels)}."

@@ -1,4 +1,4 @@
-"""feature-extraction: the vectors of the encoder, for each token or for a text as a whole."""
+"""feature-extraction: the encoder's output vectors, one per token or one for the whole text."""
 
 from typing import Any, Literal
 
@@ -40,7 +40,7 @@ class FeatureExtraction:
         """Encodes one text.
 
         Args:
-            text: A text; it is truncated to the model's length.
+            text: A text; it is truncated to the model's maximum length.
             pooling: None returns the vector of each token, "cls" that of [CLS], and "mean" the mean over all tokens,
                 [CLS] and [SEP] included (Reimers & Gurevych 2019, arXiv:1908.10084, section 3).
             normalize: Whether to scale each vector to length 1.

@@ -1,4 +1,4 @@
-"""fill-mask: the tokens that a [MASK] stands for, from the vocabulary or from given words, for each mask or jointly."""
+"""fill-mask: proposes tokens for each [MASK], from the vocabulary or from given words, or fills all masks jointly."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NotRequired, TypedDict
@@ -14,11 +14,11 @@ from bert_jax.tasks.base import Features, Request, check_text
 from bert_jax.tokenizer import Tokenizer
 
 BEAMS = 16
-"""Partial fillings that are kept from mask to mask when masks are filled jointly; `top_k` if that is larger."""
+"""Number of partial fillings that are kept after each mask if masks are filled jointly; `top_k` if that is larger."""
 
 
 class TargetPiece(TypedDict):
-    """One token of a target that has several tokens."""
+    """A piece of a target that has several, with its probability and its rank in the vocabulary."""
 
     score: float
     token: int
@@ -27,7 +27,7 @@ class TargetPiece(TypedDict):
 
 
 class Filling(TypedDict):
-    """One way to fill a mask; see `FillMask.request` for which fields are set."""
+    """A filling of one mask or, if masks are filled jointly, of all masks. `FillMask.request` describes the fields."""
 
     score: float
     token: int | list[int]
@@ -41,7 +41,7 @@ Fillings = list[Filling] | list[list[Filling]]
 
 
 class FillMask:
-    """Fills masks like Hugging Face's pipeline; it also ranks targets of any length and fills masks jointly."""
+    """Fills masks like Hugging Face's pipeline, and can also score targets of several pieces and fill masks jointly."""
 
     name = "fill-mask"
     model_class = BertForMaskedLM
@@ -66,20 +66,21 @@ class FillMask:
         """Fills the masks of one text.
 
         Args:
-            text: A text with at least one mask token. If it is longer than the model's length, the model sees a window
-                around the masks, or several windows if the masks are far apart.
-            top_k: How many fillings to return; by default 5, or all targets.
-            targets: Words to score instead of the whole vocabulary; scores are not renormalised. A target of several
-                pieces replaces the mask by one mask per piece. Its score is the product of the probabilities of its
-                pieces, each given the pieces before it.
-            joint: Whether to fill all masks together, left to right, each given the masks before it (beam search). A
-                score is the product over the masks.
+            text: A text with at least one mask token. If it is longer than the model's maximum length, the model sees a
+                window around the masks, or several windows if the masks are far apart.
+            top_k: How many fillings to return; by default 5 or, if there are targets, one per target.
+            targets: Words to score. Scores remain probabilities over the whole vocabulary and do not add up to 1. For a
+                target of several pieces, the mask is replaced by one mask per piece, and the score is the product of
+                the probabilities of the pieces, each given the pieces before it.
+            joint: Whether to fill all masks together by beam search: left to right, each mask given the tokens chosen
+                for the masks before it. The score is the product of the probabilities of the chosen tokens.
 
         Returns:
-            A list of `{score, token, token_str, sequence}`, best first; if there are several masks, a list of one such
-            list per mask, where `sequence` keeps the special tokens and the other masks. With targets, each entry has a
-            `rank`, 1 for the likeliest token of the vocabulary; if a target has several pieces, its `token` is a list
-            and it has `pieces`. With joint, the result is one list, and `token` and `token_str` have one item per mask.
+            A list of `{score, token, token_str, sequence}`, best first. If there are several masks, a list of such
+            lists, one per mask, and each `sequence` keeps the special tokens and the other masks. With `targets`, each
+            entry also has `rank`: 1 plus the number of tokens of the vocabulary that are likelier. For a target of
+            several pieces, `token` is a list of ids, and `pieces` describes each piece. With `joint`, a single list in
+            which `token` and `token_str` have one item per mask.
 
         Raises:
             InputError: If an argument cannot be used; the message says what was expected.
@@ -118,8 +119,8 @@ class FillMask:
     def _score_targets(
         self, ids: list[int], masks: list[int], targets: list[list[int]], top_k: int
     ) -> Request[Fillings]:
-        # All rows at once: the masks as they are and, for each target of n > 1 pieces, n rows in which its first 0, 1,
-        # …, n - 1 pieces are filled in.
+        # All rows are yielded at once: first the rows with the masks as they are; then, for each mask and each target
+        # of n > 1 pieces, n rows in which the first 0, 1, …, n - 1 pieces are filled in.
         groups = list(self._groups(masks))
         rows = [self._row(ids, group) for group in groups]
         rows += [
@@ -174,7 +175,7 @@ class FillMask:
         return entries
 
     def _pieces(self, targets: str | Sequence[str]) -> list[list[int]]:
-        """The token ids of each target, without duplicates."""
+        """The token ids of each target; repeated targets are left out."""
         targets = [targets] if isinstance(targets, str) else targets
         if not isinstance(targets, list | tuple) or not targets:
             raise InputError(f"targets is {quoted(targets)}; expected a list of words.")
@@ -201,12 +202,12 @@ class FillMask:
         yield group
 
     def _row(self, ids: list[int], positions: list[int], around: Sequence[int] = ()) -> Features:
-        """A row that asks for the vocabulary at these positions; if the text is too long, a window centred on them.
+        """A row in which the vocabulary is scored at `positions`; if the text is too long, a window of the text.
 
         Args:
-            ids: Tokens of the whole text, [CLS] first and [SEP] last.
+            ids: Token ids of the whole text, [CLS] first and [SEP] last.
             positions: Indices in `ids`.
-            around: Indices in `ids` to centre the window on instead, if it has to hold more than `positions`.
+            around: Indices in `ids` to centre the window on; if empty, `positions`.
         """
         if len(ids) <= self.max_length:
             return Features(ids, [0] * len(ids), positions)
@@ -221,14 +222,15 @@ class FillMask:
             "score": float(score),
             "token": pieces[0] if len(pieces) == 1 else pieces,
             "token_str": self.tokenizer.decode(pieces),
-            # As in Hugging Face's pipeline, special tokens stay if there are other masks: those masks are special too.
+            # As in Hugging Face's pipeline, special tokens stay if there are several masks. Otherwise, the masks that
+            # are not filled would be removed too.
             "sequence": self.tokenizer.decode([*ids[:mask], *pieces, *ids[mask + 1 :]], skip_special_tokens=alone),
         }
 
 
 def _best(p: np.ndarray, k: int) -> list[int]:
     """The ids of the k highest entries, best first; ties go to the lower id."""
-    candidates = np.flatnonzero(p >= np.partition(p, -k)[-k])  # takes half the time of argpartition
+    candidates = np.flatnonzero(p >= np.partition(p, -k)[-k])  # this takes half the time of np.argpartition
     best: list[int] = candidates[np.lexsort((candidates, -p[candidates]))][:k].tolist()
     return best
 

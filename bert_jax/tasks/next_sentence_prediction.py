@@ -37,7 +37,7 @@ class NextSentencePrediction:
         return {"probabilities": jax.nn.softmax(model(**inputs, positions=starts).logits)}
 
     def request(self, pair: tuple[str, str]) -> Request[LabelScore]:
-        """Judges one pair.
+        """Predicts whether the second text of one pair follows the first.
 
         Args:
             pair: Two texts.

@@ -26,11 +26,15 @@ class MaskedLanguageModeling(Objective):
         return self._mlm_loss(self._logits(model, batch, dropout_key)[0], batch)
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Sums over an example's masked tokens, float32 [B, K]: `masked` (1 each), `mlm_nll` (nats), `mlm_correct`."""
+        """Sums over the masked tokens of each example, float32 [B, K].
+
+        `masked` is the number of tokens, `mlm_nll` is their negative log-likelihood in nats, and `mlm_correct` is the
+        number of tokens that are predicted correctly.
+        """
         return self._mlm_outputs(self._logits(model, batch, None)[0], batch)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """`mlm_loss` in nats, `mlm_accuracy`, and `pseudo_perplexity`, the exponential of the loss."""
+        """`mlm_loss` in nats, `mlm_accuracy`, and `pseudo_perplexity`, the exponential of `mlm_loss`."""
         masked = float(outputs["masked"].sum())
         loss = float(outputs["mlm_nll"].sum()) / masked
         return {
@@ -40,7 +44,7 @@ class MaskedLanguageModeling(Objective):
         }
 
     def _logits(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, ...]:
-        """The logits of the masked tokens, float32 [B, P, V], and, in `PreTraining`, of next sentences, [B, K, 2]."""
+        """The logits of the masked tokens, float32 [B, P, V]. `PreTraining` adds next-sentence logits, [B, K, 2]."""
         positions = batch["targets"]["masked_positions"]
         return (model(**batch["inputs"], masked_positions=positions, dropout_key=dropout_key).logits,)
 
@@ -63,10 +67,10 @@ class MaskedLanguageModeling(Objective):
 
 
 class PreTraining(MaskedLanguageModeling):
-    """Both objectives, for a `BertForPreTraining`; the loss is their sum, as in the paper.
+    """Masked-language modeling and next-sentence prediction, for a `BertForPreTraining`.
 
-    With gradient accumulation (`training.accumulation`), the loss of next-sentence prediction is the mean over the
-    accumulation steps, weighted by their numbers of masked tokens.
+    The loss is the sum of both losses, as in the paper. With gradient accumulation (`training.accumulation`), the loss
+    of next-sentence prediction is averaged over the parts of a step, each weighted by its number of masked tokens.
     """
 
     model_class: Any = BertForPreTraining
@@ -80,7 +84,7 @@ class PreTraining(MaskedLanguageModeling):
         return loss + cross_entropy(following, labels), count
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """The outputs for the masked tokens, and `nsp_nll` (nats) and `nsp_correct`, float32 [B, K]."""
+        """The outputs of `MaskedLanguageModeling`, `nsp_nll` (in nats) and `nsp_correct` (0 or 1), float32 [B, K]."""
         logits, following = self._logits(model, batch, None)
         label = batch["targets"]["next_sentence_label"]
         return self._mlm_outputs(logits, batch) | {
@@ -89,7 +93,7 @@ class PreTraining(MaskedLanguageModeling):
         }
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """The metrics of the masked tokens, and `nsp_loss` in nats and `nsp_accuracy`."""
+        """The metrics of `MaskedLanguageModeling`, `nsp_loss` in nats, and `nsp_accuracy`."""
         return super().evaluate(outputs, examples) | {
             "nsp_loss": float(np.mean(outputs["nsp_nll"])),
             "nsp_accuracy": float(np.mean(outputs["nsp_correct"])),

@@ -28,11 +28,13 @@ class AnswerOptions:
 
     Attributes:
         stride: Tokens by which neighbouring windows of a context overlap; a third of the maximum row length if None.
-        max_question_length: The maximum number of tokens of a question; the rest is truncated.
+        max_question_length: The maximum number of tokens of a question; longer questions are truncated.
         max_answer_length: The maximum number of tokens of an answer.
-        n_best: Number of first tokens and of last tokens that are tried, and of answers that are kept.
-        unanswerable: Whether a question may have no answer, as in SQuAD 2.0.
-        null_threshold: No answer ("") is predicted if its logits exceed those of the best answer by more than this.
+        n_best: How many of the likeliest first tokens are combined with as many of the likeliest last tokens, and how
+            many of the resulting answers are kept.
+        unanswerable: Whether a question may have no answer, as in SQuAD 2.0. The empty answer, "", stands for that.
+        null_threshold: If `unanswerable` is set, the empty answer is predicted when the sum of its logits exceeds that
+            of the best other answer by more than this.
     """
 
     stride: int | None = None
@@ -47,7 +49,7 @@ DEFAULTS = AnswerOptions()
 
 
 class Answer(TypedDict):
-    """An answer: its score, its start and end in characters of the context, and its text."""
+    """An answer, `context[start:end]`, and its score."""
 
     score: float
     start: int
@@ -83,7 +85,7 @@ class QuestionAnswering(TrainableTask):
     def forward(
         self, model: BertForQuestionAnswering, inputs: dict[str, jax.Array], starts: jax.Array
     ) -> dict[str, jax.Array]:
-        """The logits of the first and the last token of an answer, float32 [B, T] each."""
+        """For each token, the logits that an answer starts (`start`) or ends (`end`) with it: float32 [B, T] each."""
         out = model(**inputs)
         return {"start": out.start_logits, "end": out.end_logits}
 
@@ -102,22 +104,23 @@ class QuestionAnswering(TrainableTask):
         """Answers one question.
 
         Args:
-            inputs: `{"question": …, "context": …}`, or the two as a tuple.
+            inputs: `{"question": …, "context": …}`, or a tuple of question and context.
             top_k: How many answers to return.
             max_answer_len: Maximum number of tokens of an answer.
             max_seq_len: Maximum number of tokens of a window, which holds the question, the special tokens and a part
-                of the context; by default 384, or the model's length if that is less.
+                of the context; by default 384, or the model's maximum length if that is less.
             doc_stride: Tokens by which neighbouring windows overlap; by default 128, or half a window if that is less.
-            max_question_len: Maximum number of tokens of the question; the rest is truncated.
-            handle_impossible_answer: Whether no answer, "", is a candidate; its score is the lowest of all windows.
-            null_threshold: If set, no answer is a candidate. It comes first if its logits exceed those of the best
-                answer by more than this, else last. The official script of SQuAD 2.0 calls this
+            max_question_len: Maximum number of tokens of the question; a longer question is truncated.
+            handle_impossible_answer: Whether the empty answer, "", is a candidate. It means that the question has no
+                answer, and its score is the lowest of its probabilities in the windows.
+            null_threshold: If set, the empty answer is a candidate in any case. It comes first if the sum of its logits
+                exceeds that of the best other answer by more than this, else last. BERT's run_squad.py calls this
                 `null_score_diff_threshold`.
 
         Returns:
-            `{score, start, end, answer}` if top_k is 1, else a list of such answers, best first. An answer consists of
-            whole words, `context[start:end]`. Answers that differ only in case are merged and their scores are added,
-            also across windows, so that a score can exceed 1.
+            `{score, start, end, answer}` if top_k is 1, else a list of such answers, best first. An answer is
+            `context[start:end]` and consists of whole words. Answers that differ only in case are merged, also across
+            windows. Their scores are added, so a score can exceed 1.
 
         Raises:
             InputError: If the question or the context is missing or empty, or a number is invalid.
@@ -145,7 +148,7 @@ class QuestionAnswering(TrainableTask):
         return self._answer(pair[1], windows, top_k, max_answer_len, handle_impossible_answer, null_threshold)
 
     def _truncated(self, questions: Sequence[str], longest: int) -> list[tuple[str, int]]:
-        """The questions, truncated to `longest` tokens, and their numbers of tokens."""
+        """Each question, truncated to `longest` tokens, and its number of tokens."""
         encoded = self.tokenizer.encode(questions, add_special_tokens=False)
         return [
             (text[: tokens.offsets[longest - 1][1]] if len(tokens) > longest else text, min(len(tokens), longest))
@@ -185,7 +188,12 @@ class QuestionAnswering(TrainableTask):
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
-        """See `TrainableTask.clean`. Answers become lists of texts and starts; rows that cannot be used are dropped."""
+        """See `TrainableTask.clean`. Answers become lists of texts and starts. Invalid rows are dropped.
+
+        Raises:
+            InputError: If a row is invalid and `options.wrong_answers` is "stop", a split has no valid rows left, two
+                rows of a split have the same id, or `options.labels` is set.
+        """
         if options.labels:
             raise InputError(
                 f"data.labels is {listed(options.labels)}; {QuestionAnswering.name} has no labels. Remove it."
@@ -220,21 +228,21 @@ class QuestionAnswering(TrainableTask):
     def config(
         rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
-        """See `TrainableTask.config`. Two labels, because transformers derives the head's two outputs from them."""
+        """See `TrainableTask.config`. There are two labels: in transformers, the head has one output per label."""
         return {"id2label": ("LABEL_0", "LABEL_1"), "num_labels": 2}
 
     def tuned(self, metrics: Mapping[str, Any]) -> Self:
-        """See `TrainableTask.tuned`. The value is the threshold for no answer."""
+        """See `TrainableTask.tuned`. The value that is set is `null_threshold`."""
         tuned = copy.copy(self)
         if "null_threshold" in metrics:
             tuned.answers = replace(self.answers, null_threshold=metrics["null_threshold"])
         return tuned
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
-        """Converts rows with `question`, `context` and optional `answers` to windows.
+        """Converts rows with `question`, `context` and `answers`, which may be None, to windows.
 
-        The targets are the first and the last token of the first answer, or [CLS] if the window does not hold the whole
-        answer.
+        The targets `start` and `end` are the first and the last token of the first answer. Both are [CLS] if the window
+        does not hold the whole answer.
 
         Raises:
             InputError: If a question leaves no room for the context.
@@ -254,7 +262,7 @@ class QuestionAnswering(TrainableTask):
         )  # fmt: skip
         places, origins = [], []
         for i, (row, parts) in enumerate(zip(rows, encoded, strict=True)):
-            n = row.get("row", i + 1) - 1  # the index in the data, from which rows may have been dropped
+            n = row.get("row", i + 1) - 1  # the index before `clean` dropped rows
             for part in parts:
                 context = np.array([k for k, side in enumerate(part.sequence_ids) if side == 1], np.int32)
                 offsets = np.array(part.offsets, np.int32)[context].reshape(-1, 2)
@@ -271,9 +279,9 @@ class QuestionAnswering(TrainableTask):
     def loss(
         self, model: BertForQuestionAnswering, batch: Mapping[str, Any], dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """See `TrainableTask.loss`. The cross entropy of the answer's first and last token, a mean over windows.
+        """See `Objective.loss`. The mean over windows of the cross entropy of the answer's first and last token.
 
-        Only the tokens of the window itself get probability, so its loss does not depend on the rest of the batch.
+        The softmax is over the tokens of one window, so the loss of a window does not depend on the rest of the batch.
         """
         inputs, starts = batch["inputs"], batch["starts"]
         out = model(**inputs, dropout_key=dropout_key)
@@ -289,7 +297,7 @@ class QuestionAnswering(TrainableTask):
         return any(row["answers"] is not None for _, row, *_ in examples.origins)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """The metrics (`bert_jax.evaluation.metrics.answering`) of the rows that have answers; empty if none has."""
+        """The metrics (`bert_jax.evaluation.metrics.answering`) of the rows that give answers; empty if none does."""
         from bert_jax.evaluation import metrics
 
         if not self.labelled(examples):
@@ -308,8 +316,9 @@ class QuestionAnswering(TrainableTask):
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
         """One `{answer, best_answer, null_over_best, n_best}` per row, as in run_qa.py of transformers' examples.
 
-        If the settings say that questions may have no answer, no answer ("") is a candidate too. It is chosen if its
-        logits exceed those of the best answer by more than `null_threshold`.
+        `best_answer` is the best answer that is not empty, and `null_over_best` says by how much the logits of the
+        empty answer exceed those of `best_answer`. `answer` is the empty answer if `AnswerOptions.unanswerable` is set
+        and `null_over_best` is more than `AnswerOptions.null_threshold`; otherwise, it is `best_answer`.
         """
         count, longest = self.answers.n_best, self.answers.max_answer_length
         best: dict[int, list[tuple[float, int, int]]] = {}
@@ -354,8 +363,8 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
     """The answers of a row as lists of texts and starts, empty if the question has no answer; None if they are missing.
 
     Raises:
-        InputError: If the question, the context or the answers are invalid. With `check`, also if the answers are
-            missing or an answer is not where the row says.
+        InputError: If the question, the context, the answers or `is_impossible` are invalid. With `check`, also if the
+            answers are missing or an answer is not in the context at its given start.
     """
     for name in ("question", "context"):
         if not isinstance(row.get(name), str) or not row[name].strip():
@@ -363,12 +372,12 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
     impossible = row.get("is_impossible")
     if impossible is not None and str(impossible).lower() not in ("", "false", "0", "true", "1"):
         raise InputError(f"is_impossible is {quoted(impossible)}; expected true or false.")
-    if str(impossible).lower() in ("true", "1"):  # SQuAD 2.0 adds plausible answers, which do not count
+    if str(impossible).lower() in ("true", "1"):  # such questions have plausible answers, which do not count
         return {"text": [], "answer_start": []}
     given = row.get("answers")
     if given is None and not check:
         return None
-    answers = literal(given) if isinstance(given, str) else given  # texts in CSV
+    answers = literal(given) if isinstance(given, str) else given  # a cell of a CSV file is a text
     if isinstance(answers, list | tuple) and all(isinstance(answer, Mapping) for answer in answers):
         # SQuAD's own form: one object per answer.
         answers = {name: [answer.get(name) for answer in answers] for name in ("text", "answer_start")}
@@ -391,7 +400,10 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
 
 
 def _place(answers: Mapping[str, Any] | None, context: np.ndarray, offsets: np.ndarray) -> tuple[int, int]:
-    """The first and the last token of the first answer in a window, or [CLS] twice, as run_qa.py finds them."""
+    """The indices in a window of the first answer's first and last token, found as in run_qa.py of transformers.
+
+    Both are 0, the index of [CLS], if the window does not hold the whole answer.
+    """
     if answers and answers["text"] and len(context):
         begin = answers["answer_start"][0]
         end = begin + len(answers["text"][0])
@@ -407,20 +419,21 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _spans(window: Encoding, output: Outputs, longest: int, count: int) -> tuple[list[tuple[int, int, float]], float]:
-    """The likeliest spans of a window's context, and the probability of no answer.
+    """The likeliest spans of a window's context, and the probability that it holds no answer.
 
-    Probabilities are over the context and [CLS], which means no answer. The probability of a span is the product of
-    those of its first and last token.
+    Each softmax is over the tokens of the context and [CLS], which stands for no answer. The probability of a span is
+    the product of the probabilities of its first and its last token.
 
     Returns:
-        At most `count` spans (first token, last token, probability), best first; and the probability of [CLS].
+        At most `count` spans of at most `longest` tokens, (first token, last token, probability), best first; and the
+        probability of no answer.
     """
     length = len(window)
     context = np.array([n == 1 for n in window.sequence_ids])
     allowed = context | (np.arange(length) == 0)
     start, end = (_softmax(np.where(allowed, output[name][:length], -np.inf)) for name in ("start", "end"))
     null = float(start[0] * end[0])
-    # Indexed by (last - first, first): [longest, T] instead of [T, T].
+    # Spans are indexed by (last - first, first), because that takes an array [longest, T] instead of [T, T].
     scores = np.full((min(longest, length), length), -1.0)
     for k in range(len(scores)):
         scores[k, : length - k] = np.where(context[: length - k] & context[k:], start[: length - k] * end[k:], -1.0)

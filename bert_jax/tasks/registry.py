@@ -1,4 +1,4 @@
-"""The list of tasks; this is the only place in the package that lists them."""
+"""The tasks by name."""
 
 from typing import Any, NewType
 
@@ -22,14 +22,14 @@ TASKS: dict[str, Any] = {
         QuestionAnswering,
     )
 }
-"""All tasks of `pipeline`: name -> class."""
+"""Name -> class of all tasks that `pipeline` supports."""
 TRAINABLE = tuple(name for name, task in TASKS.items() if TrainableTask in task.__mro__)
-"""The names of the tasks of `finetune`."""
+"""The names of the tasks that `finetune` supports."""
 TaskName = NewType("TaskName", str)
 
 
 def task_name(given: str) -> TaskName:
-    """Checks the name of a task that is known only at run time; raises `InputError` if there is no such task."""
+    """Checks a name that is known only at run time. Raises `InputError` if there is no task with this name."""
     if given not in TASKS:
         raise InputError(f"The task {quoted(given)} is unknown; expected one of {', '.join(TASKS)}.")
     return TaskName(given)

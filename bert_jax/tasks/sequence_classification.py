@@ -1,4 +1,4 @@
-"""text-classification: labels or a number for a text or a pair of texts (Devlin et al. 2018, section 4.1)."""
+"""text-classification: predicts labels, or a number, for a text or a pair (Devlin et al. 2018, section 4.1)."""
 
 import itertools
 import math
@@ -44,11 +44,11 @@ SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
 LABEL = ("label", "label_string", "labels", "label_name", "class", "score")
 """Usual names of the label column."""
 UNKNOWN = -1
-"""The label of an unlabelled example, as in GLUE's test sets; if labels are vectors, it is NaN."""
+"""The label id of an unlabelled example, as in GLUE's test sets. In float targets, NaN is used instead."""
 
 
 class SequenceClassification(TrainableTask):
-    """Predicts one label per text, any number of labels, or a number (`problem_type`, as in transformers)."""
+    """Predicts one label, any number of labels, or a number, depending on the config's `problem_type`."""
 
     name = "text-classification"
     model_class = BertForSequenceClassification
@@ -58,7 +58,7 @@ class SequenceClassification(TrainableTask):
     required, target = ("text",), "label"
     head, peft_type = r"classifier\..*", "SEQ_CLS"
     per_token, masked = False, False
-    order_matters = True  # f1 is that of the second label
+    order_matters = True  # if there are two labels, f1 is that of the second
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         self.tokenizer = tokenizer
@@ -66,8 +66,8 @@ class SequenceClassification(TrainableTask):
         self.max_length = max_length
         self.labels = config.labels
         self.problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
-        # As in transformers' pipeline: a model with one label and no problem_type is trained as a regression, but its
-        # output is read as the score of one independent label.
+        # As in transformers, a model with one label and no problem_type is trained as a regression, but the pipeline
+        # applies a sigmoid to its output.
         self.scores = SCORES[config.problem_type or (MULTI if config.num_labels == 1 else SINGLE)]
         self.metrics = METRICS[self.problem_type]
         if self.problem_type == SINGLE and config.num_labels == 2:
@@ -78,20 +78,20 @@ class SequenceClassification(TrainableTask):
     def forward(
         self, model: BertForSequenceClassification, inputs: dict[str, jax.Array], starts: jax.Array
     ) -> dict[str, jax.Array]:
-        """Scores, float32 [B, K, C]: probabilities over the labels, of each label by itself, or predicted numbers."""
+        """`scores`, float32 [B, K, C]: probabilities that add up to 1, independent ones per label, or numbers."""
         return {"scores": self.scores(model(**inputs, positions=starts).logits)}
 
     def request(self, text: str | tuple[str, str], *, top_k: int | None = 1) -> Request[LabelScore | list[LabelScore]]:
         """Classifies one text.
 
         Args:
-            text: A text, or a pair of texts as a tuple. It is truncated to the model's length; a pair loses tokens of
-                its longer text.
+            text: A text, or a pair of texts as a tuple. It is truncated to the model's maximum length; in a pair, the
+                longer text loses tokens.
             top_k: How many labels to return; None for all.
 
         Returns:
-            `{label, score}` if top_k is 1, else a list of such entries, best first. The scores of independent labels do
-            not add up to 1; the score of a regression is its number.
+            `{label, score}` if top_k is 1, else a list of such entries, best first. In multi-label classification, the
+            scores need not add up to 1. In regression, the score is the predicted number.
 
         Raises:
             InputError: If the input is not a text or a pair of texts, or a text is empty.
@@ -120,7 +120,7 @@ class SequenceClassification(TrainableTask):
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
         """See `TrainableTask.clean`. A label becomes a name, a number, a list of names, or a 0/1 vector.
 
-        The form of lists is inferred from all splits together, depending on `problem_type`.
+        If labels are lists, all splits together decide whether the lists hold names, class ids, or 0 and 1.
         """
         cleaned = {split: [dict(row) for row in found] for split, found in rows.items()}
         labelled = {
@@ -148,7 +148,7 @@ class SequenceClassification(TrainableTask):
     def config(
         rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
-        """See `TrainableTask.config`. The fields are the problem type and the names and the number of the labels."""
+        """See `TrainableTask.config`. The fields are the problem type, the names of the labels, and their number."""
         given = [row.get("label") for row in rows]
         problem_type, names = label_set(given, options.problem_type)
         for i, label in enumerate(given, 1):
@@ -165,7 +165,8 @@ class SequenceClassification(TrainableTask):
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         """Converts rows with `text` and optional `text_pair` and `label` to examples with the target `labels`.
 
-        Targets are int32 [N], float32 [N, C] of 0 and 1, or float32 [N, 1]; `UNKNOWN` or NaN if a row has no label.
+        `labels` is int32 [N] for one label per text, float32 [N, C] of 0 and 1 for multi-label classification, and
+        float32 [N, 1] for regression. A row without a label gets `UNKNOWN` (int32) or NaN (float32).
 
         Raises:
             InputError: If a text or a label cannot be used; the message names the row.
@@ -220,7 +221,7 @@ class SequenceClassification(TrainableTask):
     def loss(
         self, model: BertForSequenceClassification, batch: Mapping[str, Any], dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """See `TrainableTask.loss`. Cross entropy, binary cross entropy, or squared error, a mean over examples."""
+        """See `Objective.loss`. The mean cross entropy, binary cross entropy or squared error of labelled examples."""
         logits = model(**batch["inputs"], positions=batch["starts"], dropout_key=dropout_key).logits  # [B, K, C]
         labels = batch["targets"]["labels"]
         counts = (batch["weights"] > 0) & self._known(labels)
@@ -229,6 +230,11 @@ class SequenceClassification(TrainableTask):
             return losses.cross_entropy(logits, jnp.where(counts, labels, losses.IGNORE)), count
         loss = losses.squared_error if self.problem_type == REGRESSION else losses.binary_cross_entropy
         return loss(logits, jnp.where(counts[..., None], labels, 0.0), counts.astype(jnp.float32)), count
+
+    def outputs(self, model: BertForSequenceClassification, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """See `Objective.outputs`. The `scores` of `forward`, but always those of the problem type that is trained."""
+        logits = model(**batch["inputs"], positions=batch["starts"]).logits
+        return {"scores": SCORES[self.problem_type](logits)}
 
     def labelled(self, examples: Examples) -> bool:
         """See `TrainableTask.labelled`."""
@@ -249,7 +255,11 @@ class SequenceClassification(TrainableTask):
         return metrics.classification(labels, scores.argmax(-1), self.labels)
 
     def predictions(self, outputs: Outputs, examples: Examples) -> list[dict[str, Any]]:
-        """One `{label, score}` per example; if multi-label, `{labels, scores}` with the labels that score over 0.5."""
+        """One `{label, score}` per example.
+
+        In multi-label classification, one `{labels, scores}`: the labels that score over 0.5, and label -> score of all
+        labels.
+        """
         if self.problem_type == MULTI:
             scores = [dict(zip(self.labels, row.tolist(), strict=True)) for row in outputs["scores"]]
             return [{"labels": [name for name, p in row.items() if p > 0.5], "scores": row} for row in scores]
@@ -257,19 +267,19 @@ class SequenceClassification(TrainableTask):
 
 
 def _read_lists(labels: dict[str, Any], problem_type: str | None) -> None:
-    """Parses labels that are lists written as texts, as in tables.
+    """Parses labels that are lists written as texts, as in the cells of a CSV file.
 
-    If `problem_type` is None and one text is a list, all texts have to be lists. In multi-label classification, all
-    texts in brackets have to be lists.
+    If `problem_type` is None and one text is a list, all texts have to be lists or blank. If `problem_type` is `MULTI`,
+    all texts in brackets have to be lists.
 
     Args:
-        labels: Place of a row, for messages -> its label; changed in place.
+        labels: Split and number of a row, as messages name it -> the label of the row. Changed in place.
         problem_type: None or `MULTI`.
 
     Raises:
         InputError: If a text is not a list; the message names the row.
     """
-    found = False  # else, without `problem_type`, the texts are names in brackets
+    found = False  # whether any text is a list; if none is and `problem_type` is None, brackets are part of names
     for where, label in labels.items():
         if isinstance(label, str) and re.fullmatch(r"\s*\[.*\]\s*", label, re.S):
             try:
@@ -310,10 +320,10 @@ def _read_ids(labels: dict[str, Any], names: tuple[str, ...]) -> str:
 
 
 def _read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
-    """Converts the lists to lists of names or to 0/1 vectors; returns a note for the user.
+    """Converts labels in place to lists of names or to 0/1 vectors; returns a note for the user.
 
     Raises:
-        InputError: If the form of the lists is mixed or ambiguous; the message names a row.
+        InputError: If a label is not a list, or the lists differ in form or are ambiguous; the message names a row.
     """
     blank = {where for where, label in labels.items() if isinstance(label, str) and not label.strip()}
     for where, label in labels.items():
@@ -324,7 +334,7 @@ def _read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
             raise InputError(f"{where}: the label is {quoted(label)}; expected a list of labels.")
     lists = {where: label for where, label in labels.items() if where not in blank}
     parts = [part for label in lists.values() for part in label]
-    digits = {"0", "1"}.issuperset(parts) and not set(names).issuperset(parts)  # quoted numbers in a table
+    digits = {"0", "1"}.issuperset(parts) and not set(names).issuperset(parts)  # numbers written as texts
     if not digits and all(isinstance(part, str) for part in parts):
         return ""
     binary = digits or {0, 1}.issuperset(parts)
@@ -332,7 +342,7 @@ def _read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
     if binary and len(lengths) == 1 and (lengths == {len(names)} if names else lengths != {1}):
         for where, label in lists.items():
             vector = [int(part) for part in label]
-            # Names also suit a model that has the labels in another order.
+            # Unlike vectors, names also suit a model that has the labels in another order.
             labels[where] = list(itertools.compress(names, vector)) if names else vector
         labels.update(dict.fromkeys(blank))
         return f"labels: 0/1 vectors over {listed(names or _numbered(*lengths))}"
@@ -365,7 +375,7 @@ def _is_vector(label: Any) -> bool:
 def _number(label: Any) -> float | None:
     try:
         return float(label)
-    except OverflowError:  # a whole number beyond float64
+    except OverflowError:  # an integer too large for float64
         return math.inf
     except (TypeError, ValueError):
         return None
@@ -380,12 +390,12 @@ def names_of(label: Any) -> list[str]:
 def label_set(labels: Sequence[Any], problem_type: str | None) -> tuple[str, tuple[str, ...]]:
     """Infers the problem type, unless it is given, and the sorted label names from the labels of training examples.
 
-    Lists mean multi-label classification. Numbers, at least one of which has a fraction, mean regression. Anything else
-    means one label per example. The labels of 0/1 vectors are named LABEL_0, LABEL_1, …
+    Lists mean multi-label classification. Numbers mean regression if at least one is not whole. Anything else means one
+    label per example. The labels of 0/1 vectors are named LABEL_0, LABEL_1, …
     """
     if problem_type is None:
         several = any(isinstance(label, list | tuple) for label in labels)
-        numbers = [_number(label) for label in labels]  # also in tables, whose cells are texts
+        numbers = [_number(label) for label in labels]  # also of numbers that are written as texts
         fractions = None not in numbers and any(number % 1 for number in numbers if number and math.isfinite(number))
         problem_type = MULTI if several else REGRESSION if fractions else SINGLE
     if problem_type == REGRESSION:
@@ -393,6 +403,6 @@ def label_set(labels: Sequence[Any], problem_type: str | None) -> tuple[str, tup
     if problem_type == MULTI and (vectors := [label for label in labels if _is_vector(label)]):
         return MULTI, _numbered(len(vectors[0]))
     found = {name for label in labels for name in (names_of(label) if problem_type == MULTI else [str(label)])}
-    numeric = all(name.isascii() and name.isdigit() for name in found)  # of any number of digits
+    numeric = all(name.isascii() and name.isdigit() for name in found)  # then sorted by value
     width = max(map(len, found), default=0) if numeric else 0
     return problem_type, tuple(sorted(found, key=lambda name: (name.zfill(width), name)))

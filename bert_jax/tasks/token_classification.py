@@ -27,12 +27,12 @@ AGGREGATES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "average": lambda scores: scores.mean(0),
     "max": lambda scores: scores[scores.max(1).argmax()],
 }
-"""Strategy -> the function from the probabilities of a word's tokens, [tokens, C], to those of the word, [C]."""
+"""Strategy -> function that maps the probabilities of a word's tokens, [tokens, C], to those of the word, [C]."""
 Item = TypeVar("Item")
 
 
 class TokenEntity(TypedDict):
-    """A token with a label."""
+    """A token or a whole word with its label; `TokenClassification.request` describes the fields."""
 
     entity: str
     score: float
@@ -43,7 +43,7 @@ class TokenEntity(TypedDict):
 
 
 class Entity(TypedDict):
-    """Neighbouring tokens that have the same label."""
+    """Neighbouring tokens that are grouped because their labels have the same type."""
 
     entity_group: str
     score: float
@@ -54,7 +54,16 @@ class Entity(TypedDict):
 
 @dataclass(frozen=True)
 class Piece:
-    """A token of the text: string, characters, index, probabilities of the labels, and whether it continues a word."""
+    """A token of the text.
+
+    Attributes:
+        token: The token, or the characters of the text if the token is [UNK].
+        start: The index of its first character in the text.
+        end: The index of the character after its last.
+        index: The position of the token, with [CLS] at 0.
+        scores: The probabilities of the labels, float32 [C].
+        continues: Whether the token continues a word.
+    """
 
     token: str
     start: int
@@ -82,7 +91,7 @@ class TokenClassification(TrainableTask):
         self.max_length = max_length
         self.stride = max_length // 4
         self.labels = config.labels
-        if not _marked(self.labels):  # for example parts of speech
+        if not _marked(self.labels):  # there are no entities: parts of speech, for example
             self.metrics = ("accuracy",)
 
     def forward(
@@ -98,24 +107,25 @@ class TokenClassification(TrainableTask):
         aggregation_strategy: Strategy = "none",
         ignore_labels: Sequence[str] = ("O",),
     ) -> Request[list[TokenEntity] | list[Entity]]:
-        """Labels one text.
+        """Labels the tokens of one text.
 
         Args:
-            text: A text, or its words as a tuple or list; words are joined by spaces, and positions refer to the joined
-                text. A text over the model's length is read in windows, each token from the window in which it is
-                farthest from a cut.
-            aggregation_strategy: "none" returns tokens. "simple" groups neighbouring tokens that have the same label;
-                B- opens a new group. "first", "average" and "max" do the same after they give all tokens of a word one
-                label: that of the first token, that of the averaged probabilities, or that of the token with the
-                highest probability.
-            ignore_labels: Labels to leave out.
+            text: A text, or its words as a tuple or list. Words are joined by spaces, and `start` and `end` refer to
+                the joined text. A text longer than the model's maximum length is cut into windows that overlap, and
+                each token gets its label from the window in which it is farthest from a cut.
+            aggregation_strategy: "none" returns tokens. "simple" groups neighbouring tokens whose labels have the same
+                type; a label with B- begins a new group. "first", "average" and "max" first give all tokens of a word
+                one label, and then group them like "simple". The label is that of the first token, that of the averaged
+                probabilities, or that of the token with the highest probability.
+            ignore_labels: Labels to leave out; if tokens are grouped, types to leave out, such as "PER".
 
         Returns:
-            A list of `{entity, score, index, word, start, end}`, or of `{entity_group, score, word, start, end}`;
-            `start` and `end` are characters of the text, and `index` is the position of the token, with [CLS] at 0.
+            A list of `{entity, score, index, word, start, end}` with the strategy "none", else a list of
+            `{entity_group, score, word, start, end}`. `start` and `end` are characters of the text, and `index` is the
+            position of the token, with [CLS] at 0.
 
         Raises:
-            InputError: If the input is not a text or is empty, or the strategy is unknown.
+            InputError: If the input is not a text or is empty, or a parameter is invalid.
         """
         words: list[str] | None = None
         if not isinstance(text, str):
@@ -156,7 +166,7 @@ class TokenClassification(TrainableTask):
         self, text: str, words: list[str] | None, windows: list[Encoding], outputs: Sequence[Outputs]
     ) -> list[Piece]:
         """The tokens of the text, each from the window in which it is farthest from a cut."""
-        # The first character of each word, if the text is words joined by spaces.
+        # Where each word begins in the text, if the text was joined from words.
         starts = np.cumsum([0, *(len(word) + 1 for word in words or [])]).tolist()
         pieces = []
         for index, (n, i) in enumerate(self._places(windows), 1):
@@ -165,15 +175,16 @@ class TokenClassification(TrainableTask):
             start, end = (shift + offset for offset in window.offsets[i])
             token, shown = window.tokens[i], text[start:end]
             unknown = window.ids[i] == self.tokenizer.unk_token_id
-            continues = not unknown and len(token) != len(shown)  # longer by its ##
+            continues = not unknown and len(token) != len(shown)  # a token that continues a word has ## in front
             pieces.append(Piece(shown if unknown else token, start, end, index, outputs[n]["scores"][i], continues))
         return pieces
 
     def _places(self, windows: list[Encoding]) -> Iterator[tuple[int, int]]:
-        """The window in which each token of a text is farthest from a cut, and the index of the token in it."""
+        """For each token of a text, the window in which it is farthest from a cut, and its index in that window."""
         for n, window in enumerate(windows):
             inside = [i for i, special in enumerate(window.special_tokens_mask) if not special]
-            # Neighbours share `stride` tokens. The earlier window gives the first half, the later window the rest.
+            # Neighbouring windows share `stride` tokens. The first half of these is taken from the earlier window, and
+            # the rest from the later one.
             start = (self.stride + 1) // 2 if n else 0
             stop = len(inside) - (self.stride // 2 if n < len(windows) - 1 else 0)
             yield from ((n, i) for i in inside[start:stop])
@@ -209,7 +220,7 @@ class TokenClassification(TrainableTask):
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
-        """See `TrainableTask.clean`. Tags of any scheme are converted to IOB2, from which entities are read."""
+        """See `TrainableTask.clean`. Tags become names; those of the schemes IOB1 and BIOES are converted to IOB2."""
         cleaned = {split: [dict(row) for row in found] for split, found in rows.items()}
         for split, found in cleaned.items():
             for i, row in enumerate(found, 1):
@@ -236,9 +247,10 @@ class TokenClassification(TrainableTask):
     def config(
         rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
-        """See `TrainableTask.config`. The default order is O, then B- and I- of each type, sorted, then all other tags.
+        """See `TrainableTask.config`. The fields are the names of the labels and their number.
 
-        The order of the data set is used instead, unless it lacks a tag of the rows or has tags with E- or S-.
+        By default, the names are O, then B- and I- of each type in sorted order, then all other tags in sorted order.
+        If `labels` is given, it is used instead, unless it lacks a tag of the rows or has tags with E- or S-.
         `options.labels` overrides both.
         """
         tags = {tag for row in rows for tag in row["tags"] or ()}
@@ -256,7 +268,7 @@ class TokenClassification(TrainableTask):
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         """Converts rows with `tokens` and optional `tags` to windows.
 
-        Each word has its label at its first piece, in one window only.
+        Only the first piece of a word gets the label of the word, and only in one of the windows that contain it.
 
         Raises:
             InputError: If a tag is unknown; the message names the row.
@@ -271,7 +283,7 @@ class TokenClassification(TrainableTask):
             if unknown := [tag for tag in tags or () if tag not in ids]:
                 raise InputError(f"row {n + 1}: the tag {quoted(unknown[0])} is unknown; {known_labels(self.labels)}")
             columns = [np.full(len(part), losses.IGNORE, np.int32) for part in parts]
-            firsts: list[list[tuple[int, int]]] = [[] for _ in parts]  # per window: (index, word)
+            firsts: list[list[tuple[int, int]]] = [[] for _ in parts]  # per window: (index of the first piece, word)
             last = None
             for window, i in self._places(parts):
                 word = parts[window].token_to_word(i)
@@ -293,7 +305,7 @@ class TokenClassification(TrainableTask):
     def loss(
         self, model: BertForTokenClassification, batch: Mapping[str, Any], dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """See `TrainableTask.loss`. Cross entropy, a mean over words."""
+        """See `Objective.loss`. The mean cross entropy over words."""
         labels = batch["targets"]["labels"]
         logits = model(**batch["inputs"], dropout_key=dropout_key).logits
         return losses.cross_entropy(logits, labels), jnp.sum(labels != losses.IGNORE, dtype=jnp.float32)
@@ -311,13 +323,13 @@ class TokenClassification(TrainableTask):
         truth = {n: row["tags"] for n, row, _ in examples.origins}
         found = self.predictions(outputs, examples)
         known = [n for n, tags in truth.items() if tags]
-        bioes = any(label[0] in "ES" for label in _marked(self.labels))  # trained elsewhere; the true tags are IOB2
+        bioes = any(label[0] in "ES" for label in _marked(self.labels))  # but the true tags are IOB2
         tags = [iob2(found[n]["tags"]) if bioes else found[n]["tags"] for n in known]
         result = metrics.tagging([truth[n] for n in known], tags)
         return result if "f1" in self.metrics else {"accuracy": result["accuracy"]}
 
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
-        """One `{tags}` per row, one tag per word: O (the first label if there is no O) for a word without tokens."""
+        """One `{tags}` per row, with one tag per word: O, or else the first label, for a word that has no tokens."""
         found: dict[int, list[str]] = {}
         nothing = "O" if "O" in self.labels else self.labels[0]
         for scores, (n, row, places) in zip(outputs["scores"], examples.origins, strict=True):
@@ -328,18 +340,21 @@ class TokenClassification(TrainableTask):
 
 
 def iob2(tags: Sequence[str]) -> list[str]:
-    """Converts tags of any scheme to IOB2: B- at an entity's first word, I- at its other words; B and I if untyped."""
+    """Converts tags of any scheme to IOB2: B- for the first word of an entity, and I- for its other words.
+
+    If the tags have no types, they become B and I.
+    """
     from bert_jax.evaluation import metrics
 
     converted = ["O"] * len(tags)
     for _, first, last in metrics.entities(tags):
-        kind = tags[first][1:]  # with its hyphen
+        kind = tags[first][1:]  # includes the hyphen
         converted[first : last + 1] = [f"B{kind}", *[f"I{kind}"] * (last - first)]
     return converted
 
 
 def _marked(tags: Iterable[str]) -> set[str]:
-    """The tags of words in entities: those with a prefix, or bare B, I, E and S if all tags but O are bare."""
+    """The tags that mark words of entities: those like B-PER, or B, I, E and S if there are no other tags but O."""
     tags = set(tags)
     bare = tags - {"O"}
     if bare <= set("BIES") and bare & set("BI"):
@@ -348,8 +363,8 @@ def _marked(tags: Iterable[str]) -> set[str]:
 
 
 def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """The words of a row, and its tags as strings, or None if it has no tags; tags that are numbers index `names`."""
-    tokens, tags = (literal(cell) if isinstance(cell, str) else cell for cell in (tokens, tags))  # as in CSV
+    """The words of a row and its tags, or None if it has no tags. A tag that is a number is an index into `names`."""
+    tokens, tags = (literal(cell) if isinstance(cell, str) else cell for cell in (tokens, tags))  # a CSV cell is a text
     if not isinstance(tokens, list | tuple) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise InputError(f"tokens is {quoted(tokens)}; expected a list of one or more words.")
     if tags is None:
@@ -368,7 +383,7 @@ def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str]) -> tuple[list[
 
 
 def _read_scheme(sentences: list[list[str]]) -> tuple[str, list[list[str]]]:
-    """Reads the tags of all sentences by their common scheme: IOB1, IOB2, BIOES, or none if no tag has a prefix.
+    """Finds the scheme that the tags of all sentences follow, IOB1, IOB2, BIOES or none, and converts them to IOB2.
 
     Tags of the form PER-B are read as B-PER.
 
@@ -395,13 +410,13 @@ def _read_scheme(sentences: list[list[str]]) -> tuple[str, list[list[str]]]:
         return "BIOES, read as IOB2", converted
     pairs = zip(itertools.chain(*sentences), itertools.chain(*converted), strict=True)
     begins = [tag[0] for tag, new in pairs if new[0] == "B"]
-    if begins.count("B") > len(begins) / 2:  # IOB1 uses B- only between neighbours
+    if begins.count("B") > len(begins) / 2:  # IOB1 has B- only where two entities of a type meet
         return "IOB2", sentences
     return "IOB1, read as IOB2", converted
 
 
 def _runs(items: Iterable[Item], joins: Callable[[Item, Item], bool]) -> list[list[Item]]:
-    """Groups neighbours; an item joins the group of the one before it if `joins(before, item)`."""
+    """Groups neighbouring items: an item joins the group of the item before it if `joins(before, item)` is true."""
     runs: list[list[Item]] = []
     for item in items:
         if runs and joins(runs[-1][-1], item):
@@ -412,6 +427,9 @@ def _runs(items: Iterable[Item], joins: Callable[[Item, Item], bool]) -> list[li
 
 
 def _continues(before: TokenEntity, entity: TokenEntity) -> bool:
-    """Whether two neighbours have the same type; B- opens a new group, and a label without a prefix counts like I-."""
+    """Whether `entity` belongs to the group of `before`: it has the same type, and its label does not begin with B-.
+
+    A label without a prefix counts like one with I-.
+    """
     kinds = {re.sub("^[BI]-", "", neighbour["entity"]) for neighbour in (before, entity)}
     return len(kinds) == 1 and not entity["entity"].startswith("B-")

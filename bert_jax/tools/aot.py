@@ -1,11 +1,11 @@
-"""Compiles programs for chips that are not present, and reports what the compilers say about them.
+"""Compiles programs for chips that are not present, and reports their memory, products and collectives.
 
     target = aot.get("v5e:2x4")     # `target.devices` can form a mesh like any other devices
     check = aot.check(step.trace(...), target)
     check.fits, check.memory, check.collectives
 
-TPU and GPU compilers run on any machine (extra `aot`). They only show that a program compiles and fits. They say
-nothing about its speed, and the program is not run.
+TPU and GPU compilers run on any machine (extra `aot`). They show whether a program compiles and fits into memory. The
+program is not run, so its speed and its results are not tested.
 """
 
 import math
@@ -32,9 +32,9 @@ class Chip:
 
     Attributes:
         platform: The platform as JAX names it, "tpu" or "cuda".
-        topology: The default number and arrangement of chips.
+        topology: The default number and arrangement of chips, such as "2x4".
         memory: Bytes of one chip that a program may use, as reported by the TPU compiler or the GPU driver.
-        flops: Operations per second in dense products of bfloat16.
+        flops: Operations per second in dense products of bfloat16 matrices.
         memory_rate: Bytes per second to and from the memory of the chip.
         link_rate: Bytes per second to other chips; the rate from other chips is the same.
     """
@@ -47,8 +47,8 @@ class Chip:
     link_rate: float
 
 
-# TPUs: cloud.google.com/tpu/docs/v5e, v6e and v5p; H100 SXM: NVIDIA's data sheet. The published link rates add
-# both directions (v5e 400 GB/s, v6e 800, v5p 1200, H100 900).
+# Sources: cloud.google.com/tpu/docs/v5e, v6e and v5p; NVIDIA's data sheet of the H100 SXM. The published link rates
+# (v5e 400 GB/s, v6e 800, v5p 1200, H100 900) are sums of both directions, so half of each is listed here.
 CHIPS = {
     "v5e": Chip("tpu", "2x4", int(15.75 * GIB), 197e12, 819e9, 200e9),
     "v6e": Chip("tpu", "2x4", int(31.25 * GIB), 918e12, 1638e9, 400e9),
@@ -56,7 +56,7 @@ CHIPS = {
     "h100": Chip("cuda", "8", 84942979072, 989e12, 3350e9, 450e9),
 }
 
-# Variables that libtpu needs on a machine without a TPU, set before it is loaded.
+# Environment variables that libtpu needs on a machine without a TPU. They are set before libtpu is loaded.
 TPU_ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -92,7 +92,7 @@ class Target:
 
 
 def get(name: str) -> Target:
-    """Returns the devices of a chip's topology, such as `v5e:2x4` or `h100:8`; `v5e` means eight chips.
+    """Returns the target with a name such as `v5e:2x4` or `h100:8`; without a topology (`v5e`), it has eight chips.
 
     Raises:
         InputError: If there is no such chip or topology, or its compiler is not installed.
@@ -132,13 +132,15 @@ class Check:
         fits: Whether the program fits into the memory of a device.
         memory: Peak bytes per device. If the program does not fit, this is the number in the compiler's error, or 0 if
             the error has none.
-        resident: Bytes of arguments and results, which stay in memory throughout; a donated argument counts once.
-        aliased: Bytes of the donated arguments that results overwrite.
+        resident: Bytes per device of arguments and results, which stay in memory throughout. A donated argument and the
+            result that overwrites it count once. 0 if the program does not fit.
+        aliased: Bytes per device of the donated arguments that results overwrite; 0 if the program does not fit.
         seconds: Time that compilation took.
-        products: Types, such as "bfloat16 × bfloat16 → float32" -> number of products and their operations on all
-            devices. A multiplication and an addition are two operations. Custom kernels are not included.
-        collectives: Name -> number of collectives and bytes of their results on each device.
-        kernels: Name -> number of calls in the program's text.
+        products: Types, such as "bfloat16 × bfloat16 → float32" -> number of matrix products, and number of their
+            operations on all devices. A multiplication and an addition are two operations. Custom kernels are not
+            included.
+        collectives: Name, such as "all-reduce" -> number of collectives, and bytes of their results on each device.
+        kernels: Name of a custom kernel -> number of its calls in the text of the compiled program.
     """
 
     target: Target
@@ -153,7 +155,7 @@ class Check:
 
     @property
     def line(self) -> str:
-        """Whether the program fits, on one line."""
+        """Whether the program fits, and the memory that it needs, on one line."""
         verdict = "fits" if self.fits else "DOES NOT FIT"
         return f"{verdict}, {self.memory / GIB:.2f} of {self.target.chip.memory / GIB:.2f} GiB per device"
 
@@ -177,7 +179,7 @@ def _listed(entries: Mapping[str, tuple[int, Any]], words: Callable[[int, Any], 
 
 
 def check(traced: jax.stages.Traced, target: Target) -> Check:
-    """Compiles a program whose arguments live on a target's devices.
+    """Compiles a traced program for a target. Its arguments must be placed on the target's devices.
 
     TPU compilers run with low effort (`exec_time_optimization_effort`), because the question is whether the program
     fits, not how fast it is.
@@ -201,7 +203,7 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
     kernels = Counter(re.findall(r'custom_call_target="([^"]+)"', text))
     return Check(
         target=target,
-        fits=memory <= target.chip.memory,  # the GPU compiler does not report this
+        fits=memory <= target.chip.memory,  # the GPU compiler does not report whether it fits
         memory=memory,
         resident=resident,
         aliased=sizes.alias_size_in_bytes,
@@ -213,7 +215,7 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
 
 
 def _products(jaxpr: Any) -> dict[str, tuple[int, float]]:
-    """Products by the types of their operands and result. A product in a scan counts once per iteration."""
+    """The matrix products by the types of operands and result. A product in a scan counts once per iteration."""
     counts, flops = Counter[str](), Counter[str]()
 
     def walk(jaxpr: Any, times: int) -> None:
@@ -235,12 +237,12 @@ def _products(jaxpr: Any) -> dict[str, tuple[int, float]]:
 
 _COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-done)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
-# Custom calls that compilers insert for their own purposes.
+# Custom calls that compilers insert themselves. They are not kernels of the program.
 _OWN = {"AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "X64Combine", "Sharding"}
 
 
 def _collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Collectives in the text of a compiled program. A collective in a counted loop counts once per iteration."""
+    """The collectives in the text of a compiled program. A collective in a counted loop counts once per iteration."""
     _, *parts = re.split(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", text, flags=re.MULTILINE)
     names, bodies = parts[1::3], parts[2::3]
     computations = dict(zip(names, bodies, strict=True))
@@ -252,7 +254,7 @@ def _collectives(text: str) -> dict[str, tuple[int, int]]:
                 count, size = found.get(match[2], (0, 0))
                 found[match[2]] = count + times, size + times * _bytes(match[1])
             repeats = times
-            if loop := re.search(r"condition=%?([\w.\-]+)", line):  # only counted loops, such as scans
+            if loop := re.search(r"condition=%?([\w.\-]+)", line):  # taken for a counted loop, such as a scan
                 limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", computations.get(loop[1], ""))
                 repeats *= max(map(int, limits), default=1)
             for inside in re.findall(r"(?:body|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
@@ -270,20 +272,21 @@ def _bytes(shapes: str) -> int:
 
 
 def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
-    """Finds the largest size that fits, to within an eighth of it or 1; returns 0 if none fits.
+    """Finds the largest size that fits, such as a number of rows; returns 0 if none fits.
 
-    Apart from the state, memory grows almost linearly with the size. A line through the memory of two programs
-    therefore predicts which size to try next. Near the limit, compilers save memory and the prediction is too low.
-    Each try therefore exceeds the largest size that fits by a minimum step, which is larger while every size fits.
+    The result may be too low by up to an eighth, or by 1 if that is more. Apart from the state, memory grows almost
+    linearly with the size. A line through the memory of two programs therefore predicts which size to try next. Near
+    the limit, compilers save memory and the prediction is too low. Each try therefore exceeds the largest size known to
+    fit by a minimum step, which is larger until a size does not fit.
 
     Args:
-        try_out: Compiles the program of a size.
+        try_out: Compiles the program for a size.
         n: A size that has been tried.
         first: The result for `n`.
     """
     limit, check = first.target.chip.memory, first
-    low: tuple[int, int] = (0, first.resident)  # fits: size and bytes
-    high: tuple[int, int] | None = None  # does not fit
+    low: tuple[int, int] = (0, first.resident)  # the largest size that fits, and its bytes
+    high: tuple[int, int] | None = None  # the smallest size that does not fit, and its bytes
     while True:
         low, high = ((n, check.memory), high) if check.fits else (low, (n, check.memory))
         step = max(1, low[0] // 8)
@@ -291,7 +294,7 @@ def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
             return low[0]
         (n1, memory1), (n2, memory2) = (low, high) if high else ((0, first.resident), low)
         pointed = min(n1 + (limit - memory1) * (n2 - n1) / max(memory2 - memory1, 1), 64 * n2)
-        if high:  # halfway to the midpoint, because memory may be far from linear
+        if high:  # halfway to the midpoint of low and high, because memory may be far from linear
             pointed = min((2 * pointed + low[0] + high[0]) / 4, high[0] - 1)
         n = int(max(pointed, low[0] + (step if high else 4 * step)))
         check = try_out(n)
@@ -301,18 +304,23 @@ def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
 
 
 def train_flops(config: BertConfig, rows: int, length: int) -> float:
-    """Operations of a training step, 6·B·T·L·(4D² + 2DF + 2TD): three times those of the encoder's products."""
+    """Operations of a training step: three times the operations of the encoder's matrix products in a forward pass.
+
+    This is 6·B·T·L·(4D² + 2DF + 2TD) for B rows of T tokens, L layers, hidden size D and intermediate size F.
+    """
     size, inner = config.hidden_size, config.intermediate_size
     per_token = 4 * size**2 + 2 * size * inner + 2 * length * size
     return 6.0 * rows * length * config.num_hidden_layers * per_token
 
 
 def bound(check: Check) -> dict[str, float]:
-    """Minimum seconds of a program by each published rate of a chip; the longest of them is the roofline.
+    """The least seconds that a program takes at each published rate of its chip. The largest is the roofline bound.
 
-    `products` run at the peak rate of bfloat16; those of custom kernels are not included. `memory` moves arguments and
-    results once. `links` carry the result of an all-reduce twice, as in a ring, and that of any other collective once,
-    each without the device's own share.
+    Returns:
+        `products`: all matrix products at the peak rate of bfloat16, without those of custom kernels.
+        `memory`: reading the arguments and writing the results once.
+        `links`: sending the result of an all-reduce twice, as in a ring, and the result of any other collective once,
+        each time without the device's own share.
     """
     n, chip = len(check.target.devices), check.target.chip
     sent = sum(

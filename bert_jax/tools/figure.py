@@ -1,4 +1,4 @@
-"""The class of the figures that `viz` and `report` make."""
+"""The class of the figures in `viz` and `report`."""
 
 import io
 
@@ -6,10 +6,10 @@ from matplotlib import figure
 
 
 class Figure(figure.Figure):
-    """A matplotlib figure that every notebook shows.
+    """A matplotlib figure that notebooks show although pyplot did not make it.
 
-    If pyplot did not make a figure, IPython shows only its text representation. If pyplot made it, the figure stays in
-    memory until it is closed.
+    IPython shows other figures that pyplot did not make only as text. A figure that pyplot made stays in memory until
+    it is closed.
     """
 
     def _repr_png_(self) -> bytes:

@@ -1,4 +1,4 @@
-"""Reports of a run for people: the learning curve, tables and the model card."""
+"""Readable reports of runs and evaluations: learning curves, tables, figures and model cards."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ def learning_curve(journal: Sequence[Mapping[str, Any]], metric: str) -> "Figure
     """Plots the training and validation loss by step and, on a second axis, the metric.
 
     Args:
-        journal: Lines of a run's `metrics.jsonl`.
+        journal: The lines of a run's `metrics.jsonl`, from `read_journal`.
         metric: The validation metric to plot.
     """
     from bert_jax.tools.figure import Figure
@@ -35,7 +35,7 @@ def learning_curve(journal: Sequence[Mapping[str, Any]], metric: str) -> "Figure
 
 
 def markdown(metrics: Mapping[str, Any]) -> str:
-    """Formats metrics as Markdown: a table of the numbers, a table by class, and the confusion matrix."""
+    """Formats metrics as Markdown: a table of numbers and, if present, scores by class and the confusion matrix."""
     names = {"f1": f"f1 of {metrics['f1_label']}"} if "f1_label" in metrics else {}
     numbers = {names.get(name, name): value for name, value in metrics.items() if isinstance(value, int | float)}
     parts = [_table(["metric", ""], [[name, f"{value:.4f}"] for name, value in numbers.items()])]
@@ -50,7 +50,11 @@ def markdown(metrics: Mapping[str, Any]) -> str:
 
 
 def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Formats measures and intervals as Markdown, one column per model, and fill-mask by frequency and by position."""
+    """Formats the results of `held_out.evaluate` as Markdown.
+
+    The first table has the measures and their intervals, one column per model. For fill-mask, two more tables follow:
+    by frequency and by position.
+    """
     first = next(iter(results.values()))
     rows = []
     for name, entry in first.items():
@@ -71,7 +75,11 @@ def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
-    """Plots accuracy by token frequency and position, one line per model; for pairs, one interval per model."""
+    """Plots the results of `held_out.evaluate`.
+
+    For fill-mask: accuracy by frequency and by position, one line per model. For next-sentence-prediction: the accuracy
+    of each model with its interval.
+    """
     from bert_jax.tools.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
@@ -114,7 +122,7 @@ def model_card(
 
     Args:
         folder: The folder of the model.
-        task: The name of its task.
+        task: The name of the model's task.
         made: How the model was made, such as "`bert-base-cased` fine-tuned for …".
         results: The content of `results.json`.
         base: The checkpoint that training started from.

@@ -1,7 +1,7 @@
 """Compares our outputs for published checkpoints with their published outputs.
 
-The published scores are from model cards and were computed in float32 by an older PyTorch. Ids and their order must be
-equal; scores may differ by up to 1e-4.
+The published scores are from model cards and were computed in float32 by an older PyTorch; the published hidden states
+are from a test of transformers. Ids and their order must be equal; numbers may differ by up to 1e-4.
 """
 
 from collections.abc import Iterator
@@ -84,7 +84,7 @@ class Check:
     """One published output compared with ours.
 
     Attributes:
-        what: A short name of the input.
+        what: The input, or a short name of the output.
         expected: The published output.
         got: The output that we compute.
         difference: The largest absolute difference of the numbers.
@@ -99,7 +99,7 @@ class Check:
 
 
 def verify(model: str) -> Iterator[Check]:
-    """Computes the outputs that are published for a model, and compares them.
+    """Compares our outputs with the published outputs of a model, one by one.
 
     Args:
         model: One of `MODELS`, or a folder with the name of one (`./bert-base-cased`).
@@ -131,7 +131,7 @@ def _fill_mask(model: str, published: dict[str, list[tuple[str, int, float]]]) -
 
 
 def _uncased(model: str) -> Iterator[Check]:
-    # transformers tests/models/bert/test_modeling_bert.py, test_inference_no_head_absolute_embedding
+    # Inputs and numbers of test_inference_no_head_absolute_embedding in transformers' test_modeling_bert.py.
     bert = BertModel.from_pretrained(model)
     out = bert(
         np.array([[0, 345, 232, 328, 740, 140, 1695, 69, 6078, 1588, 2]]),

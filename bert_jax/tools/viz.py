@@ -1,4 +1,4 @@
-"""Figures for notebooks: what a model fills into masks, and what its tokens attend to (extra `notebooks`)."""
+"""Figures for notebooks (extra `notebooks`): what a model predicts for masks, and which tokens attend to which."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from bert_jax.tools.figure import Figure
 
 
 def fillings(fill_mask: Pipeline[FillMask], text: str, *, top_k: int = 5) -> Figure:
-    """Plots the scores of the tokens that a fill-mask pipeline finds as bars, one panel per mask."""
+    """Plots the scores of a fill-mask pipeline's fillings as bars, one panel per mask."""
     results = fill_mask(text, top_k=top_k)
     masks = results if isinstance(results[0], list) else [results]
     figure = Figure(figsize=(6, (0.35 * top_k + 0.6) * len(masks)), layout="constrained")
@@ -33,11 +33,11 @@ def attention(
     """Plots lines from each token to the tokens that it attends to; darker lines mean more attention.
 
     Args:
-        model: Any model without a fused attention kernel, which never holds the probabilities.
+        model: Any model with plain attention; a fused attention kernel does not store the probabilities.
         tokenizer: The tokenizer of the model.
         text: A text; the figure is legible up to a few dozen tokens.
-        layer: Index of the layer, from 0, or from -1 backwards.
-        head: Index of the head, from 0, or from -1 backwards; None for the mean of all heads.
+        layer: Index of the layer; a negative index counts from the last layer.
+        head: Index of the head; a negative index counts from the last head. None plots the mean of all heads.
 
     Raises:
         InputError: If there is no such layer or head, or the attention kernel is fused.
@@ -61,7 +61,10 @@ def attention(
 
 
 def attentions(model: BertPreTrainedModel, tokenizer: Tokenizer, text: str) -> Figure:
-    """Plots all heads in a grid, one row per layer and one column per head; each cell shows tokens by tokens."""
+    """Plots the attention of all heads in a grid, one row per layer and one column per head.
+
+    In each cell, rows are tokens and columns are the tokens that they attend to.
+    """
     _, weights = _weights(model, tokenizer, text)
     layers, heads = weights.shape[:2]
     figure = Figure(figsize=(0.7 * heads + 0.6, 0.7 * layers + 0.6), layout="constrained")

@@ -1,1 +1,1 @@
-"""Training: optimizers, losses, the training loop, its checkpoints and its processes."""
+"""Training: optimizers, learning-rate schedules, LoRA, the training loop, and its checkpoints and logs."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run (orbax): keeps the latest and the best, and restores the newest readable one."""
+"""Training checkpoints, written by orbax: the latest and the best are kept, and the newest readable one is restored."""
 
 import json
 import logging
@@ -36,10 +36,10 @@ class Checkpoints:
         for file in folder.glob("*/metrics/metrics"):
             try:
                 json.loads(file.read_text())
-            except ValueError:  # or orbax would fail to open the other checkpoints
+            except ValueError:  # otherwise, orbax could not open the other checkpoints
                 logger.warning("The checkpoint of step %s is damaged (its score).", file.parts[-3])
                 shutil.rmtree(file.parents[1])
-        # Checkpoints without an evaluation have the score -inf. The best among these is the latest.
+        # A checkpoint without a score is stored with -inf. Of checkpoints with equal scores, the latest is the best.
         policy = [LatestN(keep), BestN(get_metric_fn=_score, n=1)]
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
@@ -59,7 +59,8 @@ class Checkpoints:
             step: Number of steps done.
             state: A pytree of arrays.
             progress: The other values that the loop keeps, stored as JSON.
-            score: Higher is better; None if the step was not evaluated.
+            score: Higher is better; None if the step was not evaluated, or if an earlier evaluation was at least as
+                good.
 
         Raises:
             CheckpointError: If the folder cannot be written.
@@ -80,7 +81,7 @@ class Checkpoints:
         Skips and removes damaged checkpoints that are newer than the one read, and logs each as a warning.
 
         Args:
-            like: A pytree of arrays or their shapes, with the sharding to restore to.
+            like: A pytree of arrays, or of `jax.ShapeDtypeStruct`, with the shapes and shardings to restore.
             step: The step; None for the newest.
 
         Returns:
@@ -109,7 +110,7 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Waits until all checkpoints are written."""
+        """Closes orbax's manager after its last write."""
         self._manager.close()
 
 

@@ -15,7 +15,7 @@ METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 def in_words(metrics: Mapping[str, Any]) -> str:
-    """Formats the metrics that are floats on one line. If `f1_label` is present, f1 names its label."""
+    """Formats the float metrics on one line. If there is an `f1_label`, `f1` is shown as "f1 of" that label."""
     names = {"f1": f"f1 of {metrics['f1_label']}"} if "f1_label" in metrics else {}
     return "  ".join(f"{names.get(name, name)} {x:.4f}" for name, x in metrics.items() if isinstance(x, float))
 
@@ -33,7 +33,7 @@ class Journal:
         path = folder / METRICS
         kept = [json.dumps(line) + "\n" for line in read_journal(path) if line["step"] <= start]
         path.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open("a", buffering=1, encoding="utf-8")  # every line is written at once
+        self._file = path.open("a", buffering=1, encoding="utf-8")  # line-buffered: each line is written immediately
         self._events: Any = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -41,7 +41,7 @@ class Journal:
             self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1 if start else None)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the values of a step. The values may be nested."""
+        """Writes the values of a step, which may be nested dicts; TensorBoard gets only the floats."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._events:
             for name, value in tree.flatten(values).items():
@@ -67,7 +67,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def progress_bar(console: Console, start: int, steps: int) -> Iterator[Callable[[int, str | None], None]]:
-    """Shows a progress bar. Yields a function that sets the number of steps done and, unless it is None, the text."""
+    """Shows a progress bar. Yields a function that sets the number of steps done and the text (None keeps it)."""
     with Progress(
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(), console=console,

@@ -1,4 +1,4 @@
-"""The training loop around one pure, compiled step whose state is donated."""
+"""The training loop: runs a compiled step, evaluates the model, saves checkpoints and resumes from them."""
 
 import contextlib
 import math
@@ -35,15 +35,15 @@ LOWER_IS_BETTER = ("loss", "mse", "mlm_loss", "nsp_loss", "pseudo_perplexity")
 
 
 class Run(NamedTuple):
-    """Everything that the steps of a run need. The devices need not be present.
+    """Everything that the steps of a run need. To compile them ahead of time, the devices need not be present.
 
     Attributes:
         mesh: The devices.
         task: Gives the loss and the metrics.
         loader: Makes the batches.
         plan: The parameters and the optimizer.
-        layout: A `TrainState` of shardings, which says where the state lives.
-        step: The compiled step; see `make_step`.
+        layout: A `TrainState` that holds the sharding of each array of the state.
+        step: The step as a jitted function; see `make_step`.
         metric: The metric that chooses the best parameters.
     """
 
@@ -56,7 +56,7 @@ class Run(NamedTuple):
     metric: str
 
     def trace(self, shape: Shape) -> jax.stages.Traced:
-        """Traces the step on a batch of the given shape, for compilation. It needs only descriptions of devices."""
+        """Traces the step on a batch of the given shape, to compile it. The devices need not be present."""
         padding = self.loader.examples.batch(Place(np.zeros(0, int), np.zeros(0, int), shape))
         arguments = (
             sharding.abstract(state_shapes(self.plan), self.layout),
@@ -111,13 +111,14 @@ class Trained:
     """The result of training.
 
     Attributes:
-        model: The model with the parameters of the best evaluation, or with the last ones if there is no validation.
+        model: The model with the parameters of the best evaluation, or with the last ones if there is no validation or
+            the best checkpoint is damaged.
         trained: The trained parameters by path; adapters are not merged.
-        step: Number of steps after which these parameters were reached.
+        step: Number of steps after which training reached the parameters of `model`.
         steps: Number of steps done in total.
-        metrics: The validation metrics after `step` steps.
-        outputs: What `Objective.outputs` returned in that evaluation; None if there was none, or if it ran before the
-            run was resumed.
+        metrics: The metrics of the evaluation after `step` steps; empty if there was none.
+        outputs: The model's outputs in that evaluation (`Evaluation.outputs`); None if there was none, or if it ran
+            before the run was resumed.
     """
 
     model: BertPreTrainedModel
@@ -171,31 +172,31 @@ def train(
         optimizer: An optax transformation over a flat dict of parameters by path.
         steps: Number of steps of the whole run.
         batch_size: Examples per step, over all devices.
-        accumulation: Gradient accumulation: the number of parts in which the examples of a step are computed, one after
-            another, to save memory.
-        packing: Puts several examples into a row; each attends only to itself.
+        accumulation: Number of parts of a batch that are computed one after another, to save memory (gradient
+            accumulation).
+        packing: Puts several examples into a row. A token attends only to the tokens of its own example.
         trainable: One or several regular expressions that match the paths of the parameters to train. None trains all
             parameters or, with `lora`, only the adapters.
         lora: Trains low-rank adapters in addition to `trainable`.
         mesh: The devices, from `sharding.mesh`; all devices by default.
-        seed: The seed of the order of examples, of the adapters and of dropout.
-        validation: The examples that choose the best parameters.
+        seed: Seed for the order of the examples, the initial adapters and dropout.
+        validation: Examples to evaluate on during the run, to find the best parameters; None for no evaluations.
         evaluate_every: Steps between evaluations; one epoch by default.
         evaluation_batch_size: Examples per batch of an evaluation.
-        metric: The metric that chooses the best parameters; the first of the task by default. Metrics in
-            `LOWER_IS_BETTER`, such as a loss, are better if lower.
-        patience: Stops after this number of evaluations without a better metric.
+        metric: The metric that chooses the best parameters; the task's first metric by default. Higher is better,
+            except for the metrics in `LOWER_IS_BETTER`.
+        patience: Stops after this number of evaluations in a row without a better metric; None never stops early.
         folder: Where checkpoints and the journal are written; None trains without writing files.
-        save_every: Steps between checkpoints, in addition to those after evaluations.
+        save_every: Steps between additional checkpoints. In any case, one is written every `evaluate_every` steps.
         keep: Number of the latest checkpoints to keep, in addition to the best.
         log_every: Steps between lines of the journal.
-        schedule: The learning rate by step, which is only written to the journal and shown.
+        schedule: The learning rate by step, only to report it; it does not change the optimizer.
         tensorboard: Also writes TensorBoard events.
-        console: Shows the progress; by default nothing is shown.
+        console: Shows the progress; None shows nothing.
 
     Raises:
         InputError: If the arguments do not fit the model, the task, the devices or the folder.
-        TrainingError: If the loss is not finite (names the step and its examples), or a batch does not fit into memory.
+        TrainingError: If the loss or the results of an evaluation are not finite, or a batch does not fit into memory.
         Interrupted: After Ctrl-C or SIGTERM, if there is a folder. The state is saved, and the same call resumes.
         CheckpointError: If a checkpoint cannot be written or read.
     """
@@ -227,7 +228,7 @@ def fit(
     tensorboard: bool = False,
     console: Console | None = None,
 ) -> Trained:
-    """Carries out a run; see `train` for the arguments."""
+    """Carries out a run; see `train` for the arguments and errors."""
     console, folder = console or Console(quiet=True), None if folder is None else Path(folder)
     # ── Devices, parameters, programs ────────────────────────────────────────────────────────────────────────────────
     mesh, task, loader, planned, layout, _, metric = run
@@ -236,7 +237,7 @@ def fit(
     frozen = sharding.put(planned.frozen, sharding.placements(mesh, planned.frozen))
     evaluate_batch = measure.program(task, planned.skeleton)
     combine: Any = planned.params
-    if planned.lora:  # without adapters there is nothing to merge, and a program would copy all parameters
+    if planned.lora:  # without adapters, a jitted function would only copy all parameters
         places = sharding.placements(mesh, dict(planned.skeleton.specs))
         combine = jax.jit(planned.params, out_shardings=tree.unflatten(places))
 
@@ -265,7 +266,7 @@ def fit(
     in_flight: list[tuple[int, Arrays]] = []
     lines: list[dict[str, float]] = progress["lines"]
     outputs: Mapping[str, Any] | None = None  # outputs of the best evaluation
-    best_params: Arrays | None = None  # only without a folder; with one, a checkpoint holds them
+    best_params: Arrays | None = None  # None if there is a folder: a checkpoint holds them
     seen, since = 0, time.perf_counter()
 
     def take_in(n: int, metrics: Arrays) -> str | None:
@@ -283,7 +284,8 @@ def fit(
         seen += len(place.indices)
         if n % log_every and n != steps:
             return None
-        now = time.perf_counter()  # read once: the code below waits for the step in flight; no interval may lose that
+        # The clock is read once, so that no time is lost between intervals: `schedule` below waits for a step.
+        now = time.perf_counter()
         rate, seen, since = seen / (now - since), 0, now
         means = {name: float(np.mean([line[name] for line in lines])) for name in values}
         learning_rate = {} if schedule is None else {"learning_rate": float(schedule(n - 1))}
@@ -309,7 +311,7 @@ def fit(
             stopping = bool(received) or distributed.asked_to_stop(step)
             evaluate_now = step % every == 0 or step == steps
             save_now = evaluate_now or stopping or bool(save_every and step % save_every == 0)
-            # Reads the previous step: waiting for the current one would leave the device idle.
+            # Reads the metrics of the previous step. Waiting for the current step would leave the device idle.
             while in_flight and (len(in_flight) > 1 or save_now):
                 show(step, take_in(*in_flight.pop(0)))
             score = None
@@ -369,13 +371,13 @@ def _note_best(progress: dict[str, Any], step: int, metrics: dict[str, Any], met
 
 @contextlib.contextmanager
 def _signals(console: Console, folder: Path | None) -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM in a list; a third signal ends the process as usual.
+    """Yields a list to which the first Ctrl-C or SIGTERM is added. A third signal ends the process as usual.
 
     With several processes, JAX handles SIGTERM (`distributed.asked_to_stop`), and Ctrl-C becomes a SIGTERM. Without a
     folder there is nothing to save, so signals are not handled.
     """
     received: list[int] = []
-    if folder is None or threading.current_thread() is not threading.main_thread():  # signals need the main thread
+    if folder is None or threading.current_thread() is not threading.main_thread():  # handlers need the main thread
         yield received
         return
     before: dict[int, Any] = {}
@@ -386,7 +388,8 @@ def _signals(console: Console, folder: Path | None) -> Iterator[list[int]]:
             console.print("stopping after this step; its state is saved")
             received.append(number)
             return
-        signal.signal(number, before[number])
+        for each, handler in before.items():
+            signal.signal(each, handler)
         if alone:
             console.print("still saving; a third signal ends the run now, and it resumes from the previous checkpoint")
         else:

@@ -1,7 +1,8 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685): low-rank adapters for frozen weights, as plain arrays by path.
 
-The network does not depend on adapters. W + alpha / rank · B A is computed when parameters are put into the model, and
-gradients flow through this sum to A and B. Adapters are saved separately, in the format of Hugging Face's `peft`.
+The model itself has no adapters. Before parameters are put into it, each weight W that has an adapter becomes
+W + alpha / rank · B A, and gradients flow through this sum to A and B. Adapters are saved separately, in the format of
+Hugging Face's `peft`.
 """
 
 import json
@@ -23,7 +24,7 @@ from bert_jax.hub import read_json, replacing
 from bert_jax.model import BertPreTrainedModel
 
 # Fields of peft's LoraConfig (0.19) that say where adapters are, how they were trained, or where they come from, but do
-# not change the meaning of stored adapters. Any other field that is set is refused, including those of later versions.
+# not change the meaning of stored adapters. Any other field that is set is refused, including fields of later versions.
 _INERT = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -61,7 +62,7 @@ def init(lora: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) 
 
     Args:
         lora: The rank, and the weights that get adapters.
-        specs: The model's parameters by path.
+        specs: The shapes and dtypes of the model's parameters by path.
         key: PRNG key.
 
     Returns:
@@ -87,7 +88,7 @@ def init(lora: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) 
 
 
 def merge(params: Mapping[str, jax.Array], scale: float) -> dict[str, jax.Array]:
-    """Merges adapters into the parameters, all by path: a weight with an adapter becomes W + scale · B A."""
+    """Returns the parameters by path, where each weight W that has an adapter is replaced by W + scale · B A."""
     merged = {path: leaf for path, leaf in params.items() if not path.endswith((".lora_A", ".lora_B"))}
     for path in params:
         if path.endswith(".lora_A"):
@@ -98,11 +99,11 @@ def merge(params: Mapping[str, jax.Array], scale: float) -> dict[str, jax.Array]
 
 
 def save_adapters(folder: Path, params: Mapping[str, Any], lora: LoRA, base: str, task_type: str) -> None:
-    """Writes adapters and fully trained parameters in peft's format.
+    """Writes adapters, and parameters that were trained without one, in peft's format.
 
     Args:
         folder: Created if it does not exist.
-        params: Trained parameters by path.
+        params: All trained parameters by path, adapters included.
         lora: Rank and alpha of the adapters.
         base: Name or path of the base model.
         task_type: The task type as peft names it: SEQ_CLS, TOKEN_CLS or QUESTION_ANS.
@@ -130,14 +131,14 @@ def save_adapters(folder: Path, params: Mapping[str, Any], lora: LoRA, base: str
 
 
 def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedModel:
-    """Returns the model with the adapters merged into its weights and with the fully trained parameters of the folder.
+    """Returns the model with a folder's adapters merged into its weights, and with the folder's other parameters.
 
     Args:
         folder: Written by `save_adapters` or by `peft`.
         model: The base model of the adapters.
 
     Raises:
-        CheckpointError: If the files are missing, or do not fit the model.
+        CheckpointError: If the files are missing, damaged or not supported, or do not fit the model.
     """
     try:
         config = read_json(folder / ADAPTER_CONFIG)
@@ -177,7 +178,7 @@ def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedMod
 
 
 def _published(paths: Iterable[str]) -> dict[str, str]:
-    """Path -> name in peft's files: for an adapter, that of its module and then `lora_A.weight` or `lora_B.weight`."""
+    """Path -> name in peft's files, without `base_model.model.`; A of a module `m` is named `m.lora_A.weight`."""
     owners = {path: re.sub(r"\.lora_[AB]$", ".weight", path) for path in paths}
     names = dict(zip(owners, weights.published_names(owners.values()), strict=True))
     return {
@@ -187,11 +188,12 @@ def _published(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _scale(config: Mapping[str, Any]) -> float:
-    """The factor that scales the product B A.
+    """Checks peft's config, and returns the factor that scales the product B A.
 
     Raises:
-        ValueError: If the config is not LoRA, changes the base weights, sets an unsupported field, or has an invalid
-            `r` or `lora_alpha`.
+        ValueError: If the config is not for LoRA, has an initialisation that changes the base weights, sets an
+            unsupported field, or has an invalid `r` or `lora_alpha`.
+        KeyError: If `r` or `lora_alpha` is missing.
     """
     if config.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{ADAPTER_CONFIG} has peft_type {quoted(config['peft_type'])}; expected LORA")

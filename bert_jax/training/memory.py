@@ -5,7 +5,7 @@ import functools
 import os
 from typing import Any
 
-# mallopt(3), madvise(2)
+# Constants of mallopt(3) and madvise(2).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _MADV_DONTNEED, _MADV_HUGEPAGE = 4, 14
 _HUGE_PAGE = 2 << 20
@@ -23,17 +23,18 @@ def keep_freed(*, asynchronous: bool = False) -> None:
 
     A heap that only grows must not fragment. If a small allocation lands above the block, or inside the hole that the
     block leaves, the next block does not fit the hole and the heap grows by another block. Fine-tuning MiniLM on SQuAD
-    (a block of 2.1 GB) took 9 to 10 GB for this reason. Two measures prevent it:
+    (a block of 2.1 GB) took 9 to 10 GB for this reason. Two measures prevent fragmentation:
 
-    - Small allocations have their own place. malloc uses the smallest free chunk that fits, so free chunks of
-      64 MB, separated by fences and placed before everything else, serve all smaller requests. They use address space,
-      not memory. Larger blocks go to the end of the heap, where a freed block merges with the free space behind it.
-    - JAX runs one program at a time. With asynchronous dispatch, the next step allocates its block before the thread
-      of the previous step has freed its own: batches of 4 took 3.4 GB with it and 1.7 GB without. A training step on
-      CPU gains nothing from asynchronous dispatch, because it already keeps all cores busy.
+    - Small allocations have their own place: free chunks of 64 MB at the start of the heap, separated by small blocks
+      that are never freed (fences). malloc uses the smallest free chunk that fits, so these chunks serve all smaller
+      requests. They use address space, not memory. Larger blocks go to the end of the heap, where a freed block merges
+      with the free space behind it.
+    - JAX runs one program at a time. With asynchronous dispatch, the next step would allocate its block before the
+      thread of the previous step has freed its block: batches of 4 took 3.4 GB with asynchronous dispatch and 1.7 GB
+      without. A training step on CPU keeps all cores busy, so it gains nothing from asynchronous dispatch.
 
-    The call does nothing if malloc is not glibc's, and uses no huge pages if the system has none. A second call does
-    nothing.
+    The call does nothing if malloc is not glibc's, and uses no huge pages if the system has none. A second call with
+    the same argument does nothing.
 
     Args:
         asynchronous: Leaves JAX's asynchronous dispatch on, for commands that prepare or decode one batch while
@@ -45,14 +46,14 @@ def keep_freed(*, asynchronous: bool = False) -> None:
         import jax
 
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-    libc.mallopt(_M_ARENA_MAX, 1)  # one arena: those of other threads have no room for a large block
+    libc.mallopt(_M_ARENA_MAX, 1)  # one arena: the arenas of other threads have no room for a large block
     libc.mallopt(_M_MMAP_MAX, 0)
     libc.mallopt(_M_TRIM_THRESHOLD, -1)
     blocks = [libc.malloc(size) for size in (_CHUNK, _FENCE) * _CHUNKS]
-    chunks = list(filter(None, blocks[::2]))  # the fences are never freed, or the chunks would merge into a large one
+    chunks = list(filter(None, blocks[::2]))  # the fences stay allocated; otherwise, freed chunks would merge
     for chunk in chunks:
         _advise(libc, chunk, _CHUNK, _MADV_HUGEPAGE)
-    release()  # gives the end of the heap its huge pages while the chunks are still allocated
+    release()  # asks for huge pages at the end of the heap, while the chunks are still allocated
     for chunk in chunks:
         libc.free(chunk)
 
@@ -60,13 +61,13 @@ def keep_freed(*, asynchronous: bool = False) -> None:
 def release() -> None:
     """Returns all free memory to the system.
 
-    Call this between phases of a run. The peak of the run is then that of the largest phase, not the sum of all phases.
-    The temporaries of a training step are released before an evaluation or a checkpoint allocates its own. So is the
-    memory that a compilation leaves behind, up to 0.3 GB. Does nothing if malloc is not glibc's.
+    Call this between phases of a run. The peak of the run is then that of the largest phase, not the sum of all phases:
+    the system gets back the temporaries of a training step before an evaluation or a checkpoint allocates its own, and
+    also the memory that a compilation leaves behind, up to 0.3 GB. Does nothing if malloc is not glibc's.
     """
     if (libc := _glibc()) is None:
         return
-    libc.malloc_trim(1 << 62)  # the free chunks; the end of the heap stays, or it would lose its huge pages
+    libc.malloc_trim(1 << 62)  # only the free chunks: a heap that shrinks would lose its huge pages
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     if end := libc.malloc(size):
         _advise(libc, end, size, _MADV_HUGEPAGE)
@@ -84,7 +85,7 @@ def resident() -> int | None:
 
 
 def _advise(libc: Any, address: int, size: int, advice: int) -> None:
-    """Applies madvise(2) to the whole huge pages of a block."""
+    """Applies madvise(2) to the huge pages that lie completely inside a block."""
     first, last = -(-address // _HUGE_PAGE), (address + size) // _HUGE_PAGE
     libc.madvise(first * _HUGE_PAGE, (last - first) * _HUGE_PAGE, advice)
 

@@ -1,4 +1,4 @@
-"""Optimizers over parameters by path, among them BERT's AdamW, and the learning-rate schedules of transformers.
+"""Optimizers with rules for parameters by path, such as BERT's AdamW, and the learning-rate schedules of transformers.
 
     optimizer = optim.adamw(optim.schedule("linear", 2e-5, steps=500, warmup_ratio=0.1), weight_decay=0.01)
 
@@ -58,11 +58,12 @@ def rules(
         weight_decay: Weight decay of the parameters that `no_decay` does not match.
         no_decay: Patterns of the parameters without weight decay.
         lr_multipliers: Pattern -> learning-rate multiplier.
-        layer_decay: Factor of the learning rate from each layer to the one below; the embeddings are below the lowest
-            layer (Howard & Ruder 2018, section 3.2). `lr_multipliers` takes precedence.
+        layer_decay: Each layer learns at the rate of the layer above it times this factor; the head is above the top
+            layer, and the embeddings are below layer 0 (Howard & Ruder 2018, section 3.2). `lr_multipliers` takes
+            precedence.
 
     Raises:
-        InputError: If a pattern matches no parameter. The default of `no_decay` need not match.
+        InputError: If a pattern matches no parameter; the default patterns of `no_decay` need not match.
     """
     paths, lr_multipliers = list(paths), lr_multipliers or {}
     layers = 1 + max((int(match[1]) for path in paths if (match := re.search(r"\blayers\.(\d+)\.", path))), default=-1)
@@ -117,29 +118,30 @@ def adamw(
     layer_decay: float = 1.0,
     max_grad_norm: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), with rules by path.
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), with a `Rule` for each parameter.
 
-    The gradients are clipped by their global norm, m and v follow Kingma & Ba (2015), and
+    The gradients are clipped by their global norm. m and v are running means of the gradients and of their squares
+    (Kingma & Ba 2015). A step updates each parameter w:
 
         w <- w - learning_rate(step) · lr_multiplier · (m̂ / (√v̂ + eps) + weight_decay · w)
 
-    where m̂ and v̂ are m and v, corrected for their start at zero if `bias_correction` is set.
+    m̂ and v̂ are m and v, corrected for their start at zero if `bias_correction` is set.
 
     Args:
         learning_rate: A number, or a function of the step.
-        b1: Decay of the mean of the gradients.
-        b2: Decay of the mean of the squared gradients.
-        eps: Added to the root of the mean of the squared gradients (BERT's own: 1e-6).
-        bias_correction: False omits the correction, as in google-research/bert's optimization.py. On small data sets,
-            keep it on (Zhang et al. 2020, Mosbach et al. 2020).
+        b1: Decay rate of m.
+        b2: Decay rate of v.
+        eps: Added to √v̂ (google-research/bert uses 1e-6).
+        bias_correction: False omits the correction, as in google-research/bert's optimization.py. Small data sets need
+            the correction (Zhang et al. 2020, Mosbach et al. 2020).
         weight_decay: See `rules`.
         no_decay: See `rules`.
         lr_multipliers: See `rules`.
         layer_decay: See `rules`.
-        max_grad_norm: Global norm that the gradients are scaled down to; None for no limit.
+        max_grad_norm: Gradients with a larger global norm are scaled down to this norm; None for no limit.
     """
     return by_path(
-        optax.scale_by_adam(b1, b2, eps) if bias_correction else scale_by_uncorrected_adam(b1, b2, eps),
+        scale_by_adam(b1, b2, eps, bias_correction),
         learning_rate, weight_decay=weight_decay, no_decay=no_decay, lr_multipliers=lr_multipliers,
         layer_decay=layer_decay, max_grad_norm=max_grad_norm,
     )  # fmt: skip
@@ -156,18 +158,18 @@ def by_path(
     max_grad_norm: float | None = 1.0,
     trust_ratio: bool = False,
 ) -> optax.GradientTransformation:
-    """Wraps a transformation of gradients: clipping before it, weight decay and the learning rate after it.
+    """Adds clipping before a transformation of gradients, and weight decay and the learning rate after it.
 
     Args:
-        transform: `optax.scale_by_adam()`, `optax.scale_by_lion()`, …
+        transform: A transformation without a learning rate, such as `optax.scale_by_lion()`.
         learning_rate: A number, or a function of the step.
         weight_decay: See `rules`.
         no_decay: See `rules`.
         lr_multipliers: See `rules`.
         layer_decay: See `rules`.
-        max_grad_norm: Global norm that the gradients are scaled down to; None for no limit.
-        trust_ratio: Scales the update of each parameter by the ratio of the norms of parameter and update, as LAMB does
-            (You et al. 2020, arXiv:1904.00962).
+        max_grad_norm: Gradients with a larger global norm are scaled down to this norm; None for no limit.
+        trust_ratio: Multiplies each parameter's update by the parameter's norm divided by the update's norm, as LAMB
+            does (You et al. 2020, arXiv:1904.00962).
     """
 
     def by_parameter(params: optax.Params) -> dict[str, Rule]:
@@ -177,7 +179,7 @@ def by_path(
         )  # fmt: skip
 
     def init(params: optax.Params) -> optax.EmptyState:
-        by_parameter(params)  # refuses a pattern without a match before the first step
+        by_parameter(params)  # a pattern without a match raises here, before the first step
         return optax.EmptyState()
 
     def update(
@@ -192,8 +194,8 @@ def by_path(
         return jax.tree_util.tree_map_with_path(lambda keys, u: found[_path(keys)].lr_multiplier * u, updates), state
 
     def clip(updates: optax.Updates, params: optax.Params) -> optax.Updates:
-        # XLA fuses the multiplication by one factor into each read of the gradients. optax.clip_by_global_norm divides
-        # instead, and storing a quotient that is read twice costs a pass over memory.
+        # XLA fuses this multiplication into each read of the gradients. optax.clip_by_global_norm divides instead; XLA
+        # stores the quotients, because they are read twice, and that costs a pass over memory.
         factor = jnp.minimum(1.0, max_grad_norm / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda g: g * factor, updates)
 
@@ -209,8 +211,11 @@ def _path(keys: Any) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator=".")
 
 
-def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam without bias correction, m / (√v + eps); optax has no option for it."""
+def scale_by_adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, bias_correction: bool = True
+) -> optax.GradientTransformation:
+    """`optax.scale_by_adam`; without bias correction, for which optax has no option, it is m / (√v + eps)."""
+    corrected = optax.scale_by_adam(b1, b2, eps)
 
     def update(
         updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
@@ -220,7 +225,7 @@ def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.Gradien
         updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
         return updates, optax.ScaleByAdamState(state.count + 1, mu, nu)
 
-    return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
+    return corrected if bias_correction else optax.GradientTransformation(corrected.init, update)
 
 
 def schedule(
@@ -234,17 +239,18 @@ def schedule(
     power: float = 1.0,
     final_learning_rate: float = 1e-7,
 ) -> optax.Schedule:
-    """Returns the learning rate (float32) as a function of the step, from 0. Source: transformers optimization.py.
+    """Returns a function from the step, counted from 0, to the learning rate (float32), as in transformers.
 
     Args:
         name: The schedule after warm-up, as transformers names it.
         learning_rate: The peak learning rate.
         steps: Number of steps of the whole run.
         warmup_steps: Number of steps of linear warm-up.
-        warmup_ratio: Warm-up as a share of all steps, rounded up to steps; used if `warmup_steps` is None.
-        cycles: Number of waves of cosine (0.5 by default) or of restarts of cosine_with_restarts (1 by default).
-        power: Exponent of polynomial.
-        final_learning_rate: Learning rate at the end of polynomial.
+        warmup_ratio: Warm-up as a share of all steps, rounded up to whole steps; used if `warmup_steps` is None.
+        cycles: For "cosine", the number of cosine waves (0.5 by default). For "cosine_with_restarts", how often the
+            rate falls from its peak to 0 (1 by default).
+        power: The exponent of "polynomial".
+        final_learning_rate: The learning rate at the end of "polynomial".
 
     Raises:
         InputError: If the schedule is unknown.
@@ -260,7 +266,7 @@ def schedule(
         return jnp.where(progress >= 1.0, 0.0, cosine(jnp.pi * wave))
 
     last = final_learning_rate / (learning_rate or 1.0)
-    # Progress after warm-up -> share of the peak learning rate. The constant schedules are not listed.
+    # Each function maps the progress after warm-up to a share of the peak. The constant schedules need no entry.
     shapes: dict[str, Callable[[jax.Array], jax.Array]] = {
         "linear": lambda p: jnp.maximum(0.0, 1.0 - p),
         "cosine": lambda p: cosine(jnp.pi * (cycles or 0.5) * 2.0 * p),

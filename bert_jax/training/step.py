@@ -1,10 +1,12 @@
 """One step of training: a pure function of the state, the frozen parameters and a batch.
 
-planned = step.plan(model, optax.lion(1e-5))
-state, train_step = step.init_state(planned, seed=0), step.make_step(task, planned)
-for batch in loader.batches(0, 500):
-    state, metrics = train_step(state, planned.frozen, batch)
-model = tree.merge(planned.skeleton, planned.params(state.params, planned.frozen))
+For example, 500 steps without checkpoints or evaluations:
+
+    planned = step.plan(model, optax.lion(1e-5))
+    state, train_step = step.init_state(planned, seed=0), step.make_step(task, planned)
+    for batch in loader.batches(0, 500):
+        state, metrics = train_step(state, planned.frozen, batch)
+    model = tree.merge(planned.skeleton, planned.params(state.params, planned.frozen))
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +38,7 @@ class TrainState:
         step: int32 [], number of steps done.
         params: The trained parameters by path, float32; LoRA adapters are among them.
         opt_state: The state of the optimizer.
-        key: uint32 key data. The dropout of a step is drawn from this key and the step number.
+        key: The data of a PRNG key, uint32. The dropout key of a step is derived from it and the step number.
     """
 
     step: jax.Array
@@ -50,11 +52,11 @@ class Plan:
     """Which parameters of a model are trained, and with which optimizer.
 
     Attributes:
-        skeleton: The skeleton of the model.
+        skeleton: The model without its arrays (`tree.split`).
         trained: The trained parameters by path, LoRA adapters included.
-        frozen: The other parameters by path.
+        frozen: The model's other parameters by path.
         optimizer: Updates the trained parameters.
-        lora: The rank and scale of the adapters; None without adapters.
+        lora: The settings of the adapters; None without adapters.
     """
 
     skeleton: tree.Skeleton
@@ -80,16 +82,16 @@ def plan(
 
     Args:
         model: The model.
-        optimizer: Any optax transformation.
+        optimizer: An optax transformation over a flat dict of parameters by path.
         trainable: One or several regular expressions that match the paths of the parameters to train. All other
             parameters are frozen: they get neither gradient nor optimizer state. None trains all parameters or, with
             `lora`, only the adapters.
         lora: Adapters to train in addition to `trainable`.
-        seed: The seed of the adapters.
+        seed: Seed for the initial adapters.
 
     Raises:
-        InputError: If a pattern matches no parameter, nothing is to be trained, or the structure of the optimizer's
-            updates is not that of the parameters.
+        InputError: If a pattern matches no parameter, no parameter is to be trained, or the optimizer's updates do not
+            have the paths and shapes of the parameters.
     """
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
@@ -128,7 +130,7 @@ def init_state(plan: Plan, seed: int) -> TrainState:
 def make_step(
     task: Objective, plan: Plan, *, accumulation: int = 1, out_shardings: Any = None
 ) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, Arrays]]:
-    """Returns the compiled step: state, frozen parameters and batch -> the next state, and `loss` and `grad_norm`.
+    """Returns the jitted step: (state, frozen parameters, batch) -> (next state, metrics `loss` and `grad_norm`).
 
     The loss is the mean over all entries of the batch that count, also with gradient accumulation. The state is
     donated: its arrays are overwritten.
@@ -136,8 +138,8 @@ def make_step(
     Args:
         task: Gives the loss.
         plan: The parameters and the optimizer.
-        accumulation: Gradient accumulation: the number of parts of the batch, which are computed one after another.
-        out_shardings: The shardings of the results.
+        accumulation: Number of parts of the batch that are computed one after another (gradient accumulation).
+        out_shardings: The shardings of the next state and of the metrics.
     """
 
     def mean_loss(trained: Arrays, frozen: Arrays, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -149,11 +151,11 @@ def make_step(
 
     def train_step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Arrays]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        if accumulation == 1:  # differentiates the mean: dividing the sum's gradient costs a pass over memory
+        if accumulation == 1:  # avoids a pass over memory that divides the gradients by the count
             (loss, _), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params, frozen, batch, key)
         else:
             gradient = jax.value_and_grad(total_loss, has_aux=True)
-            # Row i goes to part i % accumulation, so that all parts get padding rows, which come last.
+            # Row i goes to part i % accumulation. The rows of padding, which come last, are thus spread over all parts.
             parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch)
 
             def add(sums: Any, part: Any) -> tuple[Any, None]:
@@ -172,7 +174,7 @@ def make_step(
 
 
 def state_shapes(plan: Plan) -> TrainState:
-    """The shapes and dtypes of the state of a plan."""
+    """The shapes and dtypes of the arrays in a plan's state."""
 
     shapes: TrainState = jax.eval_shape(lambda trained: init_state(replace(plan, trained=trained), 0), plan.trained)
     return shapes

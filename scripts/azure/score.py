@@ -1,8 +1,8 @@
-"""The scoring script of an Azure machine-learning endpoint: `init` once, `run` for each request.
+"""The scoring script of an Azure Machine Learning endpoint, which calls `init` once and `run` for each request.
 
-The model is the folder that the endpoint mounts (AZUREML_MODEL_DIR, or a folder in it); the task is BERT_JAX_TASK,
-fill-mask by default. Requests and responses are the model catalogue's: `bert_jax.inference.catalogue`. Not run on Azure
-yet.
+The variable AZUREML_MODEL_DIR names the folder of the model, or a folder that contains it. BERT_JAX_TASK names the
+task, by default fill-mask. Requests and responses are those of Azure's model catalogue; see
+`bert_jax.inference.catalogue`. The script has not been run on Azure yet.
 """
 
 import json
@@ -32,7 +32,7 @@ def init() -> None:
 
 
 def run(raw_data: str | bytes) -> Any:
-    """Answers a request; a mistake in it is the answer, `{"error": …}`."""
+    """Answers a request; the answer to an invalid request is `{"error": …}`."""
     try:
         return catalogue.score(pipe, json.loads(raw_data))
     except (InputError, json.JSONDecodeError) as error:

@@ -1,26 +1,30 @@
 """Measures bert_jax on this machine's CPU, and PyTorch transformers or other runtimes on the same work.
 
     pip install -e ".[parity]"
-    python scripts/benchmark                      # the first five cases, four minutes and 3 GB of temporary disk
+    python scripts/benchmark                      # the first five cases; four minutes and 3 GB of temporary disk space
     python scripts/benchmark peers texts --json times.json --chart times.png
     python scripts/benchmark warm --model ~/bert-base-cased
 
-    warm     one short sentence through a warm fill-mask pipeline, ours and transformers' in turns
-    python   Python's share of such a call: the call minus the compiled program
+    warm     calls of a warm fill-mask pipeline with one short sentence, ours and transformers' in turns
+    python   the time of such a call of ours that Python takes: the call minus the compiled program
     process  `bert-jax fill-mask` as a whole process with warm caches, and a script with transformers' pipeline
     load     peak memory of loading weights, relative to the size of their file
-    step     a step of fine-tuning with dropout, ours and PyTorch's in turns, and its share of the matrix-product rate
-    keras    the same step, ours and KerasHub's (extra `bench`, and keras-hub==0.32.0 with --no-deps)
-    peers    logits of two masks per row, ours and those of other runtimes (see keras, and flax_peer.py)
-    texts    1,000 sentences through pipelines: ours, transformers', and the runtimes in file order, padded per batch,
-             each with its best batch size (both cases take half an hour)
-    pretrain a step of pretraining the embedded model's shape, 64 × 64, ours and PyTorch's in turns
-    packing  tokens per second, without padding, in training and prediction: rows padded to 128, by length, and packed
-    finetune `bert-jax finetune` as a whole process, one epoch, and transformers' Trainer (needs --finetune)
+    step     a step of fine-tuning with dropout, ours and PyTorch's in turns, and how near ours comes to the rate of a
+             large matrix product
+    keras    the same step, ours and KerasHub's (requires the extra `bench`, and keras-hub==0.32.0 with --no-deps)
+    peers    logits of two masks per row, ours and those of other runtimes (requires the same as keras; for FlaxBert,
+             see flax_peer.py)
+    texts    1,000 sentences through our pipeline, transformers' pipeline and other runtimes; all but ours take them in
+             order, pad each batch to its longest, and use their best batch size (with peers, half an hour)
+    pretrain a step of pretraining the embedded model on 64 rows of 64 tokens, ours and PyTorch's in turns
+    packing  tokens per second, padding not counted, in training and in prediction: rows padded to 128 tokens, rows
+             padded by length, and packed rows
+    finetune `bert-jax finetune` as a whole process, one epoch, and transformers' Trainer (requires --finetune)
 
-The weights are random, of the published shapes (base; large for load), in a temporary folder. Nothing is downloaded.
-The two sides never share a process, because their thread pools would disturb each other. The exit status is 1 if their
-outputs differ, but not if a figure misses its target (columns must and aim).
+The weights are random and have the published shapes: BERT-large for load, BERT-base for most other cases. They are
+written to a temporary folder; nothing is downloaded. Two sides never share a process, because their thread pools would
+disturb each other. The exit status is 1 if their outputs differ, but not if a figure misses its target (the columns
+"must" and "aim").
 """
 
 import argparse
@@ -111,7 +115,7 @@ def main() -> None:
             shape = "large" if name == "load" else "base"
             folder = Path(temporary) / (arguments.model.absolute().name if arguments.model else f"bert-{shape}")
             if not folder.exists() and arguments.model:
-                folder.mkdir()  # of links, because the graphs are written next to the weights
+                folder.mkdir()  # with links to the files, because graphs are written next to the weights
                 for file in arguments.model.absolute().iterdir():
                     (folder / file.name).symlink_to(file)
             elif not folder.exists():

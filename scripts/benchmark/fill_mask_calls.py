@@ -1,4 +1,4 @@
-"""Short sentences through a fill-mask pipeline: whole calls of both sides, and Python's share of ours."""
+"""The cases `warm` and `python`: calls of a fill-mask pipeline with short sentences."""
 
 import statistics
 import time
@@ -25,10 +25,10 @@ TOLERANCE = 1e-5
 TURNS, CALLS = 6, 8
 """Turns of each side, and calls per turn."""
 PAIRS = 100
-"""Calls, each paired with a run of only the program."""
+"""Number of calls, each paired with a run of the compiled program alone."""
 
 _fill_mask: Callable[[str], list[dict[str, Any]]]
-"""A worker's pipeline."""
+"""The pipeline of this worker process."""
 
 
 def open_pipeline(side: str, folder: Path) -> None:
@@ -52,7 +52,7 @@ def time_calls(text: str, calls: int) -> list[float]:
 
 
 def time_call_and_program(folder: Path, text: str) -> dict[str, list[float]]:
-    """Seconds of our calls, and of the compiled program on the inputs that such a call gives it."""
+    """Seconds of calls of our pipeline, and of runs of the compiled program on the inputs of such a call."""
     import jax
 
     import bert_jax
@@ -99,7 +99,7 @@ def warm(folder: Path, console: Console) -> dict[str, Any]:
 
 
 def _difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str | None:
-    """What differs between two fillings of a mask; None if nothing does."""
+    """Describes the difference between the fillings of both sides; None if tokens are equal and scores are close."""
     tokens = [[entry["token"] for entry in side] for side in (ours, theirs)]
     if tokens[0] != tokens[1]:
         return f"tokens {tokens[0]} and {tokens[1]}"
@@ -115,7 +115,7 @@ def python(folder: Path, console: Console) -> dict[str, Any]:
         with in_process() as worker:
             times = worker.submit(time_call_and_program, model, SENTENCES[1]).result()
         call, program = statistics.median(times["call"]), statistics.median(times["program"])
-        # Pair by pair: should the machine turn slower midway, the two medians may fall on either side of that.
+        # The median of the differences, not the difference of the medians: the machine may become slower midway.
         share = statistics.median(a - b for a, b in zip(times["call"], times["program"], strict=True))
         table.add_row(model.name, f"{call * 1e3:.2f}", f"{program * 1e3:.2f}", f"{share * 1e3:.2f}",
                       f"{share / call:.1%}", *TARGETS["python"])  # fmt: skip

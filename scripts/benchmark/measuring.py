@@ -1,4 +1,4 @@
-"""What the cases share: models, the processes that each side runs in, and times."""
+"""What all cases share: random models, worker processes, and measurements of time and memory."""
 
 import contextlib
 import importlib.util
@@ -20,16 +20,16 @@ from rich.console import Console
 from bert_jax import hub
 
 PAUSE = 0.3
-"""Seconds between turns, in which idle threads go to sleep."""
+"""Seconds to wait between turns, so that the threads of one side are idle before the other side starts."""
 EMBEDDED = "bert-mini-cased"
 SHAPES: dict[str, dict[str, int]] = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
 }
 LENGTHS = [3, 8, 11, 14, 16, 18, 20, 21, 23, 25, 27, 29, 31, 33, 36, 38, 41, 46, 51, 61, 215]
-"""Tokens per sentence of movie reviews (Pang and Lee 2004), at every twentieth quantile."""
+"""Tokens per sentence of movie reviews (Pang and Lee 2004): the quantiles 0, 0.05, …, 1."""
 FLAX_PYTHON = "BERT_JAX_FLAX_PYTHON"
-"""The variable that names the Python of FlaxBert's environment, see flax_peer.py."""
+"""The environment variable with the path of the Python that has FlaxBert; see flax_peer.py."""
 
 
 def make_model(folder: Path, shape: str) -> None:
@@ -39,7 +39,7 @@ def make_model(folder: Path, shape: str) -> None:
 
     torch.manual_seed(0)
     model = transformers.BertForPreTraining(transformers.BertConfig(vocab_size=28996, **SHAPES[shape]))
-    with torch.no_grad():  # as drawn, all words are equally likely: no scores to compare
+    with torch.no_grad():  # otherwise all words would be about equally likely
         model.cls.predictions.transform.LayerNorm.weight.fill_(8.0)
     model.save_pretrained(folder)
     for name in ["vocab.txt", "tokenizer_config.json"]:
@@ -54,7 +54,7 @@ def in_process(initializer: Callable[..., None] | None = None, *arguments: Any) 
 
 
 def run_process(command: Sequence[str], environment: dict[str, str]) -> tuple[float, int]:
-    """Seconds and peak bytes of a whole process."""
+    """Runs a command; returns its seconds, and its peak memory in bytes."""
     with tempfile.TemporaryFile() as output:
         start = time.perf_counter()
         child = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
@@ -81,7 +81,7 @@ def installed(sides: list[str], console: Console) -> list[str]:
 
 
 def sentence_lengths(count: int) -> list[int]:
-    """The lengths of this number of sentences, interpolated from `LENGTHS`."""
+    """The lengths of `count` sentences, in ascending order, interpolated from `LENGTHS`."""
     found = []
     for n in range(count):
         place, part = divmod(n / count * (len(LENGTHS) - 1), 1)

@@ -1,4 +1,4 @@
-"""Other runtimes: logits of the same batches, and many sentences through pipelines."""
+"""The cases `peers` and `texts`: other runtimes on the same batches, and on many sentences."""
 
 import contextlib
 import os
@@ -16,9 +16,9 @@ from bert_jax.training import memory
 SHAPES = {"1 × 16": (1, 16), "1 × 128": (1, 128), "8 × 128": (8, 128), "4 × 512": (4, 512)}
 PEERS = ["transformers all", "flaxbert all", "kerashub head", "onnxruntime all", "onnxruntime gathered", "openvino all",
          "openvino gathered"]  # fmt: skip
-"""See runtimes.py for the meaning of the second word."""
+"""Name of each runtime, and what it computes; see runtimes.py."""
 TOLERANCE = {"kerashub head": 1e-3}
-"""Tolerance of logits relative to the largest; 1e-5 for all other sides."""
+"""Tolerance of a side's logits, relative to the largest logit; 1e-5 for sides that are not listed."""
 TURNS = 6
 TEXTS, TEXT_TURNS, TEXT_TOLERANCE = 1000, 4, 3e-5
 TEXT_PEERS = ["transformers", "onnxruntime gathered", "openvino gathered"]
@@ -26,7 +26,7 @@ BATCHES = (1, 4, 16)
 """Rows per batch of a peer; with more rows, most tokens are padding."""
 
 _peer: Any
-"""A worker's `runtimes.Forward`, or its answers by batch size."""
+"""What this worker process has opened with `runtimes.open_peer` or `runtimes.open_texts`."""
 
 
 def make_graphs(folder: Path) -> None:
@@ -63,14 +63,14 @@ def _peer_batch(rows: int, tokens: int, padding: int = 0) -> Any:
 
 
 def peer_logits(rows: int, tokens: int) -> Any:
-    """Of the batch that is timed, and of one with padding, which must not count."""
+    """Logits of the batch that is timed, and of one whose last row has padding, which must have no effect."""
     import numpy as np
 
     return np.stack([_peer(*_peer_batch(rows, tokens, padding)) for padding in (0, tokens // 4)])
 
 
 def time_peer(rows: int, tokens: int, seconds: float) -> list[float]:
-    """Calls for so long, and one at least."""
+    """Seconds of each call, for at least one call, until they add up to `seconds`."""
     batch, times = _peer_batch(rows, tokens), []
     while not times or sum(times) < seconds:
         times.append(seconds_of(lambda: _peer(*batch)))
@@ -147,7 +147,7 @@ def texts(folder: Path, console: Console) -> dict[str, Any]:
 
 
 def _sentences(folder: Path) -> list[str]:
-    """Words at random with one mask each, as long as sentences of movie reviews are."""
+    """Sentences of random words, with one mask each. Their lengths are those of sentences in movie reviews."""
     draw = random.Random(0)
     words = [
         word for word in (folder / "vocab.txt").read_text("utf-8").split("\n") if word.isascii() and word.isalpha()
@@ -162,6 +162,9 @@ def _sentences(folder: Path) -> list[str]:
 
 
 def _apart(ours: list[tuple[int, float]], theirs: list[tuple[int, float]]) -> float:
-    """How far two lists of likeliest tokens differ in score; one that the other lacks is at most its last."""
+    """The largest difference in score between two lists of the likeliest tokens.
+
+    A token that only `ours` has is compared with the last score in `theirs`, as its score there cannot be higher.
+    """
     scores = dict(theirs)
     return max(abs(score - scores.get(token, theirs[-1][1])) for token, score in ours)

@@ -1,4 +1,4 @@
-"""Whole processes: the command line, and loading of weights."""
+"""The cases `process` and `load`: the command line as a whole process, and the loading of weights."""
 
 import os
 import resource
@@ -15,7 +15,7 @@ from rich.table import Table
 from tables import TARGETS, add_row, comparison
 
 RUNS, LOADS = 5, 3
-"""Processes of each side."""
+"""Number of processes per side in the case `process`, and in all in the case `load`."""
 
 
 def process(folder: Path, console: Console) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def process(folder: Path, console: Console) -> dict[str, Any]:
 
 
 def load_once(folder: Path) -> dict[str, float]:
-    """Seconds of loading a checkpoint, and bytes by which it raised the process's peak of memory."""
+    """Seconds that loading a checkpoint takes, and bytes by which it raises the peak memory of the process."""
     import jax
 
     import bert_jax
@@ -60,7 +60,7 @@ def load(folder: Path, console: Console) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     runs = []
     for _ in range(LOADS):
-        with in_process() as worker:  # a fresh one each time
+        with in_process() as worker:  # a new process each time
             runs.append(worker.submit(load_once, folder).result())
     seconds, height = (statistics.median(run[name] for run in runs) for name in ("seconds", "bytes"))
     table = Table("", "seconds", "file, MB", "memory, MB", "memory / file", "must", "aim",

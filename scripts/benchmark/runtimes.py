@@ -1,9 +1,13 @@
-"""Other runtimes' fill-mask for the cases peers and texts, each opened in a process of its own.
+"""Other runtimes' fill-mask for the cases peers and texts. Each runtime is opened in a process of its own.
 
-Token ids, a mask and two positions a row go in, NumPy arrays all, and the logits at the positions come out. What is
-computed for that differs, and each side's name ends in it: `all` the vocabulary at every token, as libraries have
-BertForMaskedLM and export it; `head` all layers in full, the head at the positions; `gathered` what ours does, the last
-layer and the head at the positions. Only `gathered` is the same work as ours.
+A side maps the token ids, a mask and the positions of each row to the logits at these positions, all as NumPy arrays.
+The second word of a runtime's name says what it computes for that:
+
+- `all`: all layers and the head at all tokens, as libraries implement and export BertForMaskedLM
+- `head`: all layers at all tokens, the head only at the positions
+- `gathered`: all layers but the last at all tokens, the last layer and the head only at the positions
+
+Only `gathered` is the same work as ours.
 """
 
 import os
@@ -16,22 +20,22 @@ from typing import Any
 import numpy as np
 
 Forward = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""int [B, T], int [B, T], int [B, K] -> float32 logits [B, K, V]."""
+"""Token ids int [B, T], mask int [B, T] and positions int [B, K] -> logits float32 [B, K, V]."""
 
 Answer = Callable[[list[str]], list[list[tuple[int, float]]]]
-"""Texts with one mask each -> five likeliest tokens and their scores."""
+"""Texts with one mask each -> the five likeliest tokens of each text, with their scores."""
 
 THREADS = os.cpu_count() or 1
-"""Of PyTorch, ONNX Runtime and OpenVINO: as many as XLA takes."""
+"""Number of threads of PyTorch, ONNX Runtime and OpenVINO, which is that of XLA."""
 
 
 def export(folder: Path) -> None:
-    """Writes `all.onnx` and `gathered.onnx` beside a checkpoint."""
+    """Writes `all.onnx` and `gathered.onnx` to the folder of a checkpoint."""
     import torch
     import transformers
 
     class Gathered(torch.nn.Module):
-        """transformers' BERT up to the last layer, and that one and the head at the positions alone."""
+        """transformers' BERT, with the last layer and the head computed only at the positions."""
 
         def __init__(self, model: Any):
             super().__init__()
@@ -60,9 +64,9 @@ def export(folder: Path) -> None:
         def forward(self, input_ids: Any, attention_mask: Any) -> Any:
             return self.model(input_ids, attention_mask=attention_mask).logits
 
-    # Exported from sdpa, a layer also looks for rows that may attend to nothing, which the runtimes do not fuse away.
+    # Not "sdpa", whose export also handles fully masked rows, with operations that the runtimes do not optimise away.
     model = transformers.BertForMaskedLM.from_pretrained(folder, attn_implementation="eager")
-    # Three tensors: of one that is given twice, an export takes the second for the first.
+    # Three separate tensors, because an export takes a tensor that is given twice for a single input.
     ids, mask, positions = (torch.ones(shape, dtype=torch.long) for shape in ((2, 16), (2, 16), (2, 3)))
     batch, tokens, count = (torch.export.Dim(name, min=1, max=512) for name in ("batch", "tokens", "count"))
     whole = {0: batch, 1: tokens}
@@ -77,14 +81,18 @@ def export(folder: Path) -> None:
 
 
 def open_peer(side: str, folder: Path) -> Forward:
-    """A side by name: "ours", or a peer and what it computes."""
+    """Opens a side by its name: "ours", or a runtime and what it computes, such as "openvino gathered"."""
     name, _, graph = side.partition(" ")
     return {"ours": _ours, "transformers": _transformers, "kerashub": _kerashub, "onnxruntime": _onnxruntime,
             "openvino": _openvino, "flaxbert": _flaxbert}[name](folder, graph)  # fmt: skip
 
 
 def open_texts(side: str, folder: Path) -> Callable[[int], Answer]:
-    """Batch size -> texts to answers: `ours`, transformers' pipeline, or a runtime fed in order, padded per batch."""
+    """Opens a side that answers texts: our pipeline, transformers' pipeline, or a runtime.
+
+    Returns:
+        Batch size -> `Answer`. Ours ignores the batch size; the others take texts in order and pad per batch.
+    """
     name = side.split()[0]
     if name == "ours":
         import bert_jax
@@ -110,7 +118,7 @@ def open_texts(side: str, folder: Path) -> Callable[[int], Answer]:
         for start in range(0, len(texts), size):
             batch = tokenizer(texts[start : start + size], padding=True, return_tensors="np")
             ids = batch["input_ids"]
-            # One position a row; ours takes two, for XLA is slow at one.
+            # One position per row. Ours pads to two, because XLA is slow with one.
             logits = forward(ids, batch["attention_mask"], np.argmax(ids == tokenizer.mask_token_id, 1)[:, None])[:, 0]
             p = np.exp(logits - logits.max(-1, keepdims=True))
             p /= p.sum(-1, keepdims=True)
@@ -159,7 +167,7 @@ def _transformers(folder: Path, graph: str) -> Forward:
 
 
 def _kerashub(folder: Path, graph: str) -> Forward:
-    """Its GELU is the tanh approximation, and its head's LayerNorm has another epsilon: its numbers are near ours."""
+    """KerasHub. Its logits differ slightly from ours: GELU is the tanh approximation, and an epsilon is different."""
     import jax
     import keras_hub
 
@@ -172,7 +180,7 @@ def _kerashub(folder: Path, graph: str) -> Forward:
     model.masked_lm_head.set_weights(
         [ours.predictions.bias[...], words[...], dense.weight[...].T, dense.bias[...], norm.weight[...], norm.bias[...]]
     )
-    # Not predict_on_batch, which carries the weights in and out of each call.
+    # Not predict_on_batch, which passes the weights into and out of each call.
     state = [[variable.value for variable in variables]
              for variables in (model.trainable_variables, model.non_trainable_variables)]  # fmt: skip
     program = jax.jit(lambda state, inputs: model.stateless_call(*state, inputs, training=False)[0])
@@ -190,7 +198,7 @@ def _kerashub(folder: Path, graph: str) -> Forward:
 
 
 def _flaxbert(folder: Path, graph: str) -> Forward:
-    """In an environment of its own, see flax_peer.py; the pipe between takes a millisecond."""
+    """FlaxBert in an environment of its own; see flax_peer.py. The pipe to it takes about a millisecond per call."""
     command = [os.environ["BERT_JAX_FLAX_PYTHON"], str(Path(__file__).with_name("flax_peer.py")), str(folder)]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
@@ -207,7 +215,7 @@ def _flaxbert(folder: Path, graph: str) -> Forward:
 def _onnxruntime(folder: Path, graph: str) -> Forward:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()  # all graph optimizations are on; its offline ones for BERT gain nothing
+    options = onnxruntime.SessionOptions()  # all graph optimizations; the offline ones for BERT gain nothing
     options.intra_op_num_threads = THREADS
     session = onnxruntime.InferenceSession(folder / f"{graph}.onnx", options, providers=["CPUExecutionProvider"])
 
@@ -223,13 +231,14 @@ def _onnxruntime(folder: Path, graph: str) -> Forward:
 def _openvino(folder: Path, graph: str) -> Forward:
     import openvino
 
-    # Its default is bfloat16 where the CPU has that. Streams for throughput would share the cores out among requests.
+    # By default, OpenVINO computes in bfloat16 if the CPU supports it. The hint THROUGHPUT would divide the cores among
+    # parallel requests.
     properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
     model = openvino.compile_model(openvino.Core().read_model(folder / f"{graph}.onnx"), "CPU", properties)
 
     def forward(ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
         inputs = [ids, mask] if graph == "all" else [ids, mask, positions]
-        logits = model(inputs, share_outputs=True)[0]  # which a call writes again: to copy all logits takes long
+        logits = model(inputs, share_outputs=True)[0]  # overwritten by the next call; copying all is slow
         return _at(logits, positions) if graph == "all" else logits.copy()
 
     return forward

@@ -1,4 +1,4 @@
-"""Tables and a chart of what was measured, next to the targets."""
+"""Tables of the measurements with their targets, and a chart."""
 
 import statistics
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 class Target(NamedTuple):
-    """What a figure is compared with."""
+    """What a figure must reach and what it should reach, as tables show it."""
 
     must: str
     aim: str
@@ -56,7 +56,7 @@ def ranking(title: str) -> Table:
 def rank(
     table: Table, name: str, values: dict[str, list[float]], best: Callable[..., Any], targets: dict[str, Target]
 ) -> None:
-    """Adds rows to a table of `ranking`; the best side whose name has a target's word gets the target."""
+    """Adds rows to a table of `ranking`. A target is shown with the best side whose name contains the target's key."""
     medians = {side: statistics.median(found) for side, found in values.items()}
     beside = {best((side for side in values if word in side), key=medians.get, default=""): target
               for word, target in targets.items()}  # fmt: skip

@@ -1,13 +1,14 @@
-"""A training step of each side of `benchmark`: (rows, tokens) -> seconds, what of these calling takes, the loss."""
+"""The training steps that `benchmark` compares.
+
+A step is a function (rows, tokens) -> (seconds, seconds that the call alone takes, loss). The second number is 0 where
+it is not measured.
+"""
 
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-MINI = {"vocab_size": 28996, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
-        "intermediate_size": 1536}  # fmt: skip
-"""The embedded model's shape."""
 SHARE = 0.15
 
 
@@ -20,7 +21,7 @@ def classified(rows: int, tokens: int) -> Any:
 
 
 def classifier(folder: Path, dropout: bool) -> Any:
-    """Our task, and a model that begins with a head of zeros."""
+    """Our task, and a model whose classifier has only zeros as weights."""
     from flax import nnx
 
     import bert_jax
@@ -50,8 +51,8 @@ def our_fine_tuning(folder: Path, dropout: bool) -> Any:
     state = jax.device_put(step.init_state(planned, 0), everywhere)
     train_step = step.make_step(task, planned, out_shardings=everywhere)
 
-    # What calling costs, by a program with the step's arrays in and out that computes nothing: of the step itself, this
-    # thread computes a part, and neither its time nor the wall's would tell the two apart.
+    # A program that has the arguments and results of the step but computes nothing, to measure how long a call alone
+    # takes. The step itself cannot be used for this, because this thread computes a part of it during the call.
     hand_back = jax.jit(
         lambda state, frozen, batch: (state, {"loss": jax.numpy.zeros(()), "grad_norm": jax.numpy.zeros(())}),
         donate_argnums=0, out_shardings=everywhere, keep_unused=True,
@@ -63,7 +64,7 @@ def our_fine_tuning(folder: Path, dropout: bool) -> Any:
 
         ids, labels = classified(rows, tokens)
         examples = Examples(list(ids), list(np.zeros_like(ids)), {"labels": labels})
-        batch = examples.batch(one_a_row(np.arange(rows), rows, tokens))  # a thread of the loader's makes it ahead
+        batch = examples.batch(one_a_row(np.arange(rows), rows, tokens))  # untimed: the loader works ahead
         state, _ = hand_back(state, {}, sharding.put_batch(batch, mesh))
         jax.block_until_ready(state)
         start = time.perf_counter()
@@ -80,10 +81,11 @@ def our_fine_tuning(folder: Path, dropout: bool) -> Any:
 
 
 def arrangements(folder: Path, lengths: Sequence[int]) -> dict[str, Callable[[], tuple[int, float]]]:
-    """Passes over sentences of such lengths, trained on or predicted, by how they are laid into rows.
+    """Prepares passes over random sentences with these lengths: training and prediction, each in three kinds of rows.
 
     Returns:
-        Name -> what makes a pass, which gives the sentences' tokens and the seconds.
+        Name, such as "training, packed" -> function that makes a pass and returns the number of tokens, without
+        padding, and the seconds.
     """
     import jax
     import numpy as np
@@ -163,7 +165,7 @@ def their_fine_tuning(folder: Path, dropout: bool) -> Any:
 
 
 def keras_fine_tuning(folder: Path, dropout: bool) -> Any:
-    """Random weights: KerasHub's BERT has another GELU than the published one, and its numbers are not compared."""
+    """The model has random weights. Its losses are not compared, because KerasHub's GELU is the tanh approximation."""
     import keras
     import keras_hub
     import numpy as np
@@ -189,7 +191,7 @@ def keras_fine_tuning(folder: Path, dropout: bool) -> Any:
 
 
 def masked(rows: int, tokens: int) -> Any:
-    """Token ids with 15 % of a row masked, where these stand, and what stood there."""
+    """Token ids with 15 % of each row masked, the masked positions, and the ids of the true tokens."""
     import numpy as np
 
     random = np.random.default_rng(0)
@@ -234,7 +236,7 @@ def our_pretraining(folder: Path, dropout: bool) -> Any:
 
 
 def their_pretraining(folder: Path, dropout: bool) -> Any:
-    """As transformers has it: logits of all tokens."""
+    """transformers computes the logits of all tokens, not only of masked ones."""
     import torch
     import transformers
 

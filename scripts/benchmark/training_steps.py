@@ -1,4 +1,4 @@
-"""Training steps of both sides, in fine-tuning and in pretraining."""
+"""The cases `step`, `keras` and `pretrain`: training steps of both sides."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ TURNS, CALLS = 4, 3
 PRETRAINING = (64, 64)
 
 _train_step: Callable[[int, int], tuple[float, float, float]]
-"""A worker's step: rows, tokens -> seconds, what of these calling takes, and the loss."""
+"""The training step of this worker process; see training_sides.py."""
 
 
 def open_training(side: str, folder: Path, dropout: bool) -> None:
@@ -91,7 +91,7 @@ def _steps(peer: str, folder: Path, console: Console) -> dict[str, Any]:
 
 
 def pretrain(folder: Path, console: Console) -> dict[str, Any]:
-    """Masked tokens alone, for the peer has no head for both; without dropout the losses are the same."""
+    """Compares steps of masked-language modelling alone. Also checks that losses agree if there is no dropout."""
     rows, tokens = PRETRAINING
     runs: dict[str, list[Any]] = {"ours": [], "theirs": []}
     losses = {}

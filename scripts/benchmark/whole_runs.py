@@ -1,4 +1,4 @@
-"""`bert-jax finetune` as a whole process, and transformers' Trainer with the same settings."""
+"""The case `finetune`: `bert-jax finetune` as a whole process, and transformers' Trainer with the same settings."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ ARRANGEMENTS = {"grouped": [], "dynamic": ["--random"], "padded": ["--pad"]}
 
 
 def finetune(settings: Sequence[str], against: Sequence[str], console: Console) -> dict[str, Any]:
-    """Whole processes of a YAML file of settings, in turns, one run each."""
+    """Runs ours with a cold and with a warm cache of programs, then Trainer in each arrangement, once each."""
     script = Path(sys.executable).with_name("bert-jax")
     peer = [sys.executable, str(Path(__file__).parents[1] / "transformers_trainer.py")]
     results: dict[str, Any] = {}

@@ -188,6 +188,12 @@ def test_shards_of_something_else(text, tokenizer):
         made(text, tokenizer, "other")
 
 
+def test_a_kill_before_the_first_file_is_complete_does_no_harm(text, tokenizer):
+    (text.parent / "other").mkdir()
+    (text.parent / "other" / "corpus.new").write_text('{"files"')
+    made(text, tokenizer, "other")
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [("", "There is no text in"), (" \n\n ", "There is no text in"), ("One. Two.\nThree.", "Pairs need two documents")],

@@ -554,6 +554,15 @@ def test_evaluate_several_labels(task):
     assert result["f1_micro"] == pytest.approx(2 * 3 / (3 + 4))
 
 
+def test_a_model_of_one_label_is_evaluated_by_its_numbers_as_it_is_trained(task, models, tokenizer, logits):
+    trained = task(**ONE)
+    made = trained.featurize([{"text": text, "label": 0.5} for text in TEXTS])
+    batch = made.batch(one_a_row(np.arange(len(TEXTS)), len(TEXTS), 32))
+    scores = trained.outputs(models(**ONE), batch)["scores"]
+    for found, text in zip(np.asarray(scores).ravel(), TEXTS, strict=True):
+        assert found == pytest.approx(logits(text, **ONE)[0], abs=1e-5)
+
+
 def test_evaluate_numbers(task):
     scores, labels = np.float32([[1], [2], [4]]), np.float32([[1], [2], [3]])
     result = task(problem_type=REGRESSION, **ONE).evaluate({"scores": scores}, examples({"labels": labels}))

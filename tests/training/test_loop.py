@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sentiments
 from flax import nnx
+from rich.console import Console
 
 import bert_jax
 from bert_jax import sharding, tree
@@ -306,3 +307,18 @@ def test_a_step_moves_nothing_between_host_and_device(bfloat16_step):
         state, metrics = run.step(state, {}, batch)
         jax.block_until_ready((state, metrics))
     assert np.isfinite(float(metrics["loss"]))
+
+
+def test_the_second_signal_restores_all_handlers(tmp_path):
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in signals]
+    with loop._signals(Console(quiet=True), tmp_path) as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        assert not set(before) & {signal.getsignal(number) for number in signals}
+        os.kill(os.getpid(), signal.SIGINT)
+        assert [signal.getsignal(number) for number in signals] == before
+
+
+def test_without_a_folder_nothing_is_said_to_be_saved():
+    assert str(Interrupted(3, None, signal.SIGTERM)) == "stopped at step 3, not saved: there is no folder."

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="malloc is glibc
 START = """
 import resource
 import sys
-from bert_jax import memory
+from bert_jax.training import memory
 if "keep" in sys.argv:
     memory.keep_freed(asynchronous="asynchronous" in sys.argv)
     memory.keep_freed(asynchronous="asynchronous" in sys.argv)  # a second time is as good

@@ -1,4 +1,4 @@
-"""BERT in JAX (Flax NNX). On published checkpoints, its outputs match those of PyTorch transformers.
+"""BERT in JAX (Flax NNX). With published checkpoints, the outputs match those of PyTorch transformers.
 
 This module lists the public names. Each is imported on first use, so that `import bert_jax` does not import JAX.
 """
@@ -45,7 +45,8 @@ def __getattr__(name: str) -> Any:
     if name not in _CONTENTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_CONTENTS[name]}")
-    return module if _CONTENTS[name].endswith(name) else getattr(module, name)  # the module itself, or a name in it
+    # Some public names are modules, such as `tree`. The others, such as `train`, are defined in a module.
+    return module if _CONTENTS[name].endswith(name) else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -1,8 +1,8 @@
 """Attention kernels: plain attention, and fused kernels for TPUs and GPUs that never store the probabilities.
 
-A kernel accepts query [B, T, N, H], key and value [B, S, N, H] in the compute dtype, which tokens attend to which
-(`Attended`), the dropout rate and the dropout key. It returns the context [B, T, N, H] and the attention probabilities,
-float32 [B, N, T, S]. A fused kernel returns None instead of the probabilities.
+The arguments of a kernel are the query [B, T, N, H], the key and value [B, S, N, H], an `Attended` or None, the dropout
+rate and the dropout key. Query, key and value are in the compute dtype. A kernel returns the context [B, T, N, H] and
+the attention probabilities, float32 [B, N, T, S], in place of which a fused kernel returns None.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from bert_jax.errors import InputError
 from bert_jax.nn import Linear, dropout, product
 
 FUSED = {"splash": ("TPUs", "tpu"), "cudnn": ("NVIDIA GPUs", "gpu")}
-"""Name of a fused kernel -> the hardware that it runs on: in words, and as JAX names the platform."""
+"""For each fused kernel, the hardware that it runs on: its name in messages, and JAX's name for the platform."""
 UNPACKED = ("cudnn",)
 """Fused kernels that support only rows of one text each, not packed rows."""
 SPLASH_BLOCK = 128
@@ -28,7 +28,7 @@ SPLASH_BLOCK = 128
 
 
 class Attended(NamedTuple):
-    """Which tokens attend to which. Queries and keys have numbers; a query attends to the keys with an equal number.
+    """Which tokens attend to which. Each query and key has a number. A query attends to the keys with the same number.
 
     Attributes:
         queries: The numbers of the queries, int32 [B, T]; [B, 1] if all queries of a row have the same number.
@@ -69,12 +69,12 @@ def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length:
 
 
 def multiple(name: str) -> int:
-    """The number of tokens that row lengths must be a multiple of if the kernel `name` is used."""
+    """If the kernel `name` is used, every row length must be a multiple of this number of tokens."""
     return SPLASH_BLOCK if name == "splash" else 1
 
 
 def check_dropout(name: str, rate: float) -> None:
-    """Raises `InputError` for attention dropout with a fused kernel, which never stores the probabilities to drop."""
+    """Raises `InputError` if `rate` > 0 and the kernel is fused, because fused kernels store no probabilities."""
     if name != "plain" and rate > 0:
         raise InputError(
             f"attention is {name!r}, which does not support attention dropout; the config has "
@@ -83,7 +83,7 @@ def check_dropout(name: str, rate: float) -> None:
 
 
 def platform() -> str:
-    """JAX's name for the platform to compile for: the platform of the current mesh, or the default without a mesh."""
+    """JAX's name for the platform to compile for: that of the current mesh, or the default if there is no mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else str(device.platform)
 
@@ -155,13 +155,13 @@ def cudnn(
         query: bfloat16 [B, T, N, H].
         key: bfloat16 [B, S, N, H].
         value: bfloat16 [B, S, N, H].
-        attended: Which tokens attend to which; None if all attend to all. The keys must be 1 for tokens and 0
-            for padding, because only their sum per row is used.
+        attended: Which tokens attend to which; None if all attend to all. Its `keys` must be 1 for tokens and 0
+            for padding, because only the sum of each row is used.
         dropout_rate: Not used, because callers refuse attention dropout.
         dropout_key: Not used.
 
     Raises:
-        InputError: If padding comes before tokens (checked only outside jit), or cuDNN is not installed.
+        InputError: If padding comes before tokens, which is checked only outside jit, or if cuDNN is not installed.
     """
     lengths = None
     if attended is not None:
@@ -196,16 +196,16 @@ def plain_attention(
         query: [B, T, N, H].
         key: [B, S, N, H].
         value: [B, S, N, H].
-        attended: Which tokens attend to which; None if all attend to all. A fully masked row attends to all tokens
-            equally.
+        attended: Which tokens attend to which; None if all attend to all. A query that may attend to no key attends
+            to all keys equally.
         dropout_rate: The fraction of the probabilities that is dropped if there is a `dropout_key`.
         dropout_key: PRNG key, or None.
 
     Returns:
         The context [B, T, N, H] in the dtype of value, and the probabilities, float32 [B, N, T, S], before dropout.
     """
-    # Moves the heads before the tokens once, here. If the einsums did it, CPUs would transpose again in the backward
-    # pass.
+    # Moves the heads before the tokens here, once. If the einsums did this instead, CPUs would repeat the transposes in
+    # the backward pass.
     query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))  # [B, N, T, H]
     scores = product("bnth,bnsh->bnts", query, key) * query.shape[-1] ** -0.5
     if attended is not None:
@@ -216,7 +216,7 @@ def plain_attention(
     return jnp.moveaxis(context, 1, 2), probabilities
 
 
-# Name -> kernel. A fused kernel returns None for the probabilities, because it never stores them.
+# The kernels by name. A fused kernel returns None for the probabilities, because it never stores them.
 ATTENTION: dict[str, Callable[..., tuple[jax.Array, jax.Array | None]]] = {
     "plain": plain_attention,
     "splash": splash,
@@ -240,7 +240,7 @@ class SelfAttention(nnx.Module):
         If x is not `states` itself but a part of it, plain attention is used, because a fused kernel would gain little.
 
         Returns:
-            The output [B, T, D], and the probabilities [B, N, T, S], or None with a fused kernel.
+            The output [B, T, D], and the probabilities [B, N, T, S], which are None if the kernel is fused.
         """
         rate = self.config.attention_probs_dropout_prob
         if dropout_key is not None:

@@ -32,20 +32,26 @@ if TYPE_CHECKING:
 FALLBACK_MODEL = "bert-mini-cased"
 CACHE_VARIABLE = "BERT_JAX_COMPILATION_CACHE"
 
-Model = Annotated[str, typer.Argument(help=f"A folder, an id on the Hub, or {FALLBACK_MODEL}.")]
+Model = Annotated[str, typer.Argument(help=f"A model folder, an id on the Hub, or {FALLBACK_MODEL}.")]
 ModelOption = Annotated[
     str | None,
-    typer.Option(help=f"A folder or an id on the Hub. Default: {DEFAULT_MODEL}; without the Hub, {FALLBACK_MODEL}."),
+    typer.Option(
+        help=f"A model folder or an id on the Hub. Default: {DEFAULT_MODEL}, or {FALLBACK_MODEL} if the former is not "
+        "cached and the Hub does not answer."
+    ),
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
 Ignore = Annotated[
     list[str] | None,
-    typer.Option(help=r"Tensors of the checkpoint to leave out: a regular expression such as 'crf\..*'. Repeatable."),
+    typer.Option(help=r"Regular expression of checkpoint tensors to leave out, such as 'crf\..*'. Repeatable."),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change, as section.key=value.")]
 Processes = Annotated[
     str | None,
-    typer.Option(help="Join other hosts: auto (TPU pods, SLURM, Open MPI), or i/n@host:port with host 1's address."),
+    typer.Option(
+        help="Train with other processes. On a TPU pod or under SLURM or Open MPI: auto. Elsewhere: i/n@host:port for "
+        "process i of n, with the address of process 1."
+    ),
 ]
 
 app = typer.Typer(
@@ -65,7 +71,7 @@ def main() -> None:
     """
     try:
         app()
-    except (BertJaxError, OSError, MemoryError) as error:  # such as too long a path, or too large a batch
+    except (BertJaxError, OSError, MemoryError) as error:  # such as a path too long, or a batch too large
         print(f"bert-jax: {error}", file=sys.stderr)
         sys.exit(128 + error.signal if isinstance(error, Interrupted) else 2)
 
@@ -83,9 +89,9 @@ def fill_mask(
     model: ModelOption = None,
     revision: Revision = None,
     ignore: Ignore = None,
-    top_k: Annotated[int | None, typer.Option(help="Fillings per mask. Default: 5, or all targets.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Fillings per mask. Default: 5, or one per --target.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="Score only this word. Repeatable.")] = None,
-    joint: Annotated[bool, typer.Option("--joint", help="Fill all masks of a text together.")] = False,
+    joint: Annotated[bool, typer.Option("--joint", help="Fill all masks of a text jointly, not one by one.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the model's name.")] = False,
 ) -> None:
     """Fill the [MASK]s of texts."""
@@ -109,7 +115,7 @@ def score(
     revision: Revision = None,
     ignore: Ignore = None,
 ) -> None:
-    """Answer a request of the model catalogue: {"inputs": {"input_string": ["…"]}, "parameters": {"top_k": 2}}."""
+    """Answer a request of Azure's model catalogue: {"inputs": {"input_string": ["…"]}, "parameters": {"top_k": 2}}."""
     try:
         request = json.loads(file.read_bytes() if file else sys.stdin.buffer.read())
     except (ValueError, RecursionError) as error:
@@ -124,22 +130,26 @@ def score(
 def predict(
     model: Model,
     task: Annotated[str, typer.Option(help="Name of the task: fill-mask, text-classification, …")],
-    text: Annotated[list[str] | None, typer.Argument(help="Texts to predict, instead of --input.")] = None,
+    text: Annotated[list[str] | None, typer.Argument(help="Texts to predict. Give either texts or --input.")] = None,
     revision: Revision = None,
     ignore: Ignore = None,
     input: Annotated[
-        list[Path] | None, typer.Option(help="JSONL, CSV, TSV, Parquet or text file, optionally gzipped. Repeatable.")
+        list[Path] | None,
+        typer.Option(help="Input file: JSONL, CSV, TSV, Parquet or text, optionally gzipped. Repeatable."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Output file: .jsonl(.gz), .csv(.gz) or .parquet.")] = None,
-    column: Annotated[list[str] | None, typer.Option(help="Input column; two for pairs. Default: usual names.")] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of the input column. Repeat it for pairs. Default: the task's usual names."),
+    ] = None,
     format: Annotated[
         str | None,
         typer.Option(help="Input format: jsonl, csv, tsv, parquet, text or text;label. Default: by file name."),
     ] = None,
-    shard: Annotated[str, typer.Option(help="i/n: every n-th row, starting with the i-th.")] = "1/1",
+    shard: Annotated[str, typer.Option(help="i/n: predict only every n-th row, starting with the i-th.")] = "1/1",
     parameter: Annotated[list[str] | None, typer.Option(help="Task parameter, such as top_k=2. Repeatable.")] = None,
 ) -> None:
-    """Predict texts, or the rows of files. After a kill, the same command resumes."""
+    """Predict texts, or the rows of files. To resume a run that was killed, repeat the command."""
     from bert_jax.yaml_file import assignments
 
     if bool(text) == bool(input) or bool(input) != bool(output):
@@ -176,10 +186,12 @@ def finetune(
     processes: Processes = None,
     target: Annotated[
         str | None,
-        typer.Option(help="With --dry-run: chips to compile for, which may be absent, such as v5e:2x4 or h100:8."),
+        typer.Option(
+            help="Chips for --dry-run to compile for, such as v5e:2x4 or h100:8. This machine need not have such chips."
+        ),
     ] = None,
 ) -> None:
-    """Fine-tune a model. After a stop, the same command resumes."""
+    """Fine-tune a model. To resume a run that was stopped, repeat the command."""
     from bert_jax.settings import Settings
 
     settings = Settings.from_file(config, overrides or ())
@@ -188,7 +200,7 @@ def finetune(
             raise InputError(f"--target is {quoted(target)}, but a target can only compile; add --dry-run.")
         import jax
 
-        jax.config.update("jax_platforms", "cpu")  # nothing runs, so no other device is needed
+        jax.config.update("jax_platforms", "cpu")  # the program is only compiled, so the CPU suffices
         os.environ[CACHE_VARIABLE] = "off"  # programs for other chips cannot be cached
     with _training(processes) as console:
         from bert_jax import recipes
@@ -206,7 +218,7 @@ def pretrain(
     overrides: Overrides = None,
     processes: Processes = None,
 ) -> None:
-    """Pretrain a model on texts. After a stop, the same command resumes."""
+    """Pretrain a model on texts. To resume a run that was stopped, repeat the command."""
     from bert_jax.settings import Pretraining
 
     settings = Pretraining.from_file(config, overrides or ())
@@ -221,13 +233,14 @@ def evaluate(
     model: Model,
     config: Annotated[Path, typer.Argument(help="A YAML file of settings with the task and the data.")],
     overrides: Overrides = None,
-    beside: Annotated[list[str] | None, typer.Option(help="Another pretrained model to compare. Repeatable.")] = None,
+    beside: Annotated[list[str] | None, typer.Option(help="Pretrained model to compare with. Repeatable.")] = None,
     ignore: Ignore = None,
     split: Annotated[
-        Literal["validation", "test"] | None, typer.Option(help="Default: validation, or else test.")
+        Literal["validation", "test"] | None,
+        typer.Option(help="Split to evaluate. Default: validation if there is one, otherwise test."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for JSON, Markdown and PNG files.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results as JSON, Markdown and PNG files.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
     """Show a model's metrics on a data set."""
     from bert_jax.settings import HELD_OUT_TASKS, HeldOut, read
@@ -260,15 +273,15 @@ def evaluate(
         print(json.dumps(metrics, indent=2))
     else:
         Console().print(Markdown(markdown))
-    if output:  # last, so that the metrics are printed even if this fails
+    if output:  # last, so that the metrics are printed even if writing fails
         held_out.leave(output, settings.to_yaml(), metrics)
 
 
 @app.command()
 def serve(
-    model: Annotated[str | None, typer.Argument(help="A folder or Hub id. Default: as for fill-mask.")] = None,
+    model: Annotated[str | None, typer.Argument(help="A model folder or Hub id. Default: as for fill-mask.")] = None,
     config: Annotated[Path | None, typer.Argument(help="A YAML file of settings, such as configs/serve.yaml.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="Task to serve; the first is at /score. Repeatable.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Task to serve. Repeatable; the first is at /score.")] = None,
     ignore: Ignore = None,
     host: Annotated[str | None, typer.Option(help="Address to listen at. Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen at. Default: 8000.")] = None,
@@ -291,7 +304,7 @@ def serve(
     from bert_jax.tasks import registry
 
     name, folder = _model(settings.model, settings.revision)
-    # Published models have a next-sentence head but do not list it in their architectures.
+    # The architectures of published models do not list their next-sentence head, so its task is tried in any case.
     tasks = settings.tasks or [
         *(pipelines.tasks_of(hub.architectures(folder)) or ["fill-mask"]),
         "next-sentence-prediction",
@@ -303,7 +316,7 @@ def serve(
                 registry.task_name(task_name), folder, ignore=settings.ignore, compute_dtype=settings.compute_dtype
             )
         except BertJaxError:
-            if settings.tasks or not pipes:  # the task was requested, or none has loaded yet
+            if settings.tasks or not pipes:  # the user asked for the task, or no task has loaded yet
                 raise
     limits = Limits(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Limits)})
     server.serve(name, pipes, host=settings.host, port=settings.port, limits=limits)
@@ -342,7 +355,7 @@ def info(model: Model, revision: Revision = None, ignore: Ignore = None) -> None
 def verify(
     models: Annotated[list[str] | None, typer.Argument(help="Models with published outputs. Default: all.")] = None,
 ) -> None:
-    """Compare outputs with the published ones. The exit status is 1 if an output differs, 2 if a model is missing."""
+    """Compare models' outputs with published ones. Exit status: 1 if an output differs, 2 if a model is missing."""
     _use_compilation_cache()
     import jax
 
@@ -378,7 +391,10 @@ def _pipeline(task: str, model: ModelOption, revision: Revision, ignore: Ignore)
 
 
 def _model(model: str | None, revision: str | None) -> tuple[str, Path]:
-    """A model's name and folder; those of the embedded model if the default model is not cached and the Hub is down."""
+    """The name and folder of a model, by default of `DEFAULT_MODEL`.
+
+    If the default model is not cached and the Hub does not answer, `FALLBACK_MODEL` takes its place.
+    """
     from bert_jax import hub
 
     name = model or DEFAULT_MODEL
@@ -437,13 +453,14 @@ def _use_compilation_cache() -> None:
     place = os.environ.get(CACHE_VARIABLE) or str(
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_jax" / "programs"
     )
-    # A program for several simulated devices can deadlock when it is loaded from the cache (jaxlib 0.10.2).
+    # With jaxlib 0.10.2, a program for several simulated devices can deadlock when it is loaded from the cache. So
+    # nothing is cached if devices are simulated.
     if place == "off" or "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     import jax
 
     jax.config.update("jax_compilation_cache_dir", place)
-    # By default, JAX does not cache programs that compile in under a second, and most of ours do.
+    # By default, JAX caches only programs that take a second or more to compile. Most of ours take less.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 

@@ -1,4 +1,4 @@
-"""`BertConfig`: the hyperparameters in `config.json` that the network supports, under the same names."""
+"""`BertConfig`: the hyperparameters that the network supports, named as in `config.json`."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,8 @@ from bert_jax.errors import ConfigError, quoted
 
 logger = logging.getLogger(__name__)
 
-# Other keys of config.json that change what a network computes -> the only value that this network supports.
+# Keys of config.json that change what a network computes, each with the only value that this network supports.
+# `BertConfig` has no fields for these keys.
 _FIXED = {
     "model_type": "bert",
     "position_embedding_type": "absolute",
@@ -39,7 +40,7 @@ _LIMITS = {
     "num_labels": 2**20,
 }
 
-# Values outside the range of their field that are accepted because they mean "not set".
+# (field, value): accepted although the value is outside the range of the field, because it means "not set".
 _UNSET = [("num_labels", -1), ("pad_token_id", None), ("classifier_dropout", None), ("problem_type", None)]
 
 
@@ -93,7 +94,7 @@ class BertConfig:
     classifier_dropout: float | None = None
     """Dropout before a classifier; None uses `hidden_dropout_prob`."""
     num_labels: int = -1
-    """The number of labels. -1 stands for the number of names in `id2label` or `label2id`, or for 2 without names."""
+    """The number of labels. -1 means one per name in `id2label` or `label2id`, or 2 if there are no names."""
     id2label: Mapping[int | str, str] | Sequence[str] | None = None
     """The label names: a dict by id, or a sequence in id order. Stored as a tuple. None means LABEL_0, LABEL_1, …"""
     label2id: Mapping[str, int] | None = dataclasses.field(default=None, compare=False, repr=False)
@@ -122,9 +123,9 @@ class BertConfig:
         object.__setattr__(self, "label2id", {label: i for i, label in enumerate(self.labels)})
 
     def _checks(self) -> Iterator[tuple[str, bool, str]]:
-        """Yields a field's name, whether its value is valid, and what is expected.
+        """Yields for each check: the name of a field, whether its value is valid, and which values are valid.
 
-        A check relies on those before it, so the caller must raise at the first invalid value.
+        Later checks rely on the earlier ones, so the caller must raise at the first invalid value.
         """
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
@@ -163,7 +164,7 @@ class BertConfig:
         New label names also change `num_labels`. A new `num_labels` alone resets the names to LABEL_0, LABEL_1, …
 
         Raises:
-            ConfigError: If a field does not exist, or a value is invalid.
+            ConfigError: If a field does not exist or a value is invalid.
         """
         fields = [field.name for field in dataclasses.fields(self)]
         if unknown := [name for name in changes if name not in fields]:
@@ -209,7 +210,7 @@ class BertConfig:
         """Reads a config from a JSON file.
 
         Raises:
-            ConfigError: If the file cannot be read, or `from_dict` refuses its content.
+            ConfigError: If the file cannot be read, or if `from_dict` refuses its content.
         """
         config = hub.read_json(Path(path), ConfigError)
         try:

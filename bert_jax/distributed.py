@@ -1,7 +1,7 @@
-"""Runs on several processes, each with its own devices: the hosts of a TPU pod or the nodes of a cluster.
+"""Runs with several processes, such as one on each host of a TPU pod or on each node of a cluster.
 
-All processes run the same command. Each prepares its own rows of a batch. Only the first process writes files, except
-for checkpoints, of which each process writes the shards that its devices hold.
+Each process has its own devices. All processes run the same command, and each prepares its own rows of a batch. Only
+the first process writes files, except for checkpoints: each process writes the shards that its devices hold.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ JOIN = 300
 
 
 def start(given: str) -> None:
-    """Joins the other processes. Call this before JAX is used in any other way.
+    """Joins the other processes. Call this before any other use of JAX.
 
     Args:
-        given: `auto` if the environment describes the processes (a TPU pod, SLURM, Open MPI); otherwise
-            `i/n@host:port` for process i of n, with the address of the first process.
+        given: `auto` on a TPU pod or under SLURM or Open MPI, where the environment describes the processes.
+            Otherwise `i/n@host:port`: this is process i of n, counted from 1, and process 1 is at `host:port`.
 
     Raises:
-        InputError: If `given` is invalid, or the other processes cannot be joined.
+        InputError: If `given` is invalid, or if the other processes cannot be joined.
     """
     place: dict[str, Any] = {}
     if given != "auto":
@@ -45,7 +45,7 @@ def start(given: str) -> None:
         if place.get("process_id"):
             _reach(place["coordinator_address"])
         jax.distributed.initialize(**place, initialization_timeout=JOIN, heartbeat_timeout_seconds=HEARTBEAT)
-    except (ValueError, RuntimeError, OSError) as error:  # RuntimeError: JAX is already in use
+    except (ValueError, RuntimeError, OSError) as error:  # such as a RuntimeError if JAX is already in use
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"--processes {given}: cannot join the other processes: {reason} (without a TPU pod, SLURM or Open MPI, "
@@ -54,7 +54,10 @@ def start(given: str) -> None:
 
 
 def _reach(address: str) -> None:
-    """Waits until the address answers; raises `OSError` if it never does. JAX would abort the process in that case."""
+    """Waits until an address answers.
+
+    If nothing has answered after `JOIN` seconds, raises an `OSError`. JAX itself would abort the process instead.
+    """
     host, _, port = address.rpartition(":")
     until = time.monotonic() + JOIN
     while True:
@@ -78,10 +81,13 @@ def name() -> str:
 
 
 def agree(what: str, text: Callable[[], str]) -> None:
-    """Compares a text across all processes. Every process must call this. With one process, `text` is not called.
+    """Checks that a text is the same in all processes. Every process must call this.
+
+    If there is only one process, `text` is not called.
 
     Raises:
-        InputError: In all processes, if the text of one differs from that of the first; lists the lines that differ.
+        InputError: In all processes, if the text of any process differs from that of the first. The message lists
+            the lines that differ.
     """
     if jax.process_count() == 1:
         return
@@ -116,7 +122,7 @@ def share_folder(folder: Path, name: str) -> None:
 
 
 def asked_to_stop(step: int) -> bool:
-    """Whether any process received SIGTERM; always False with a single process.
+    """Whether any process received SIGTERM; always False if there is only one process.
 
     Every process must call this at every step, and all get the same answer.
     """
@@ -128,7 +134,7 @@ def lost_ones_named() -> Iterator[None]:
     """Turns the error of a collective operation into a `TrainingError` if another process ended or does not answer."""
     try:
         yield
-    except (ValueError, jax.errors.JaxRuntimeError) as error:  # ValueError: from Gloo, on CPU
+    except (ValueError, jax.errors.JaxRuntimeError) as error:  # on CPU, Gloo's errors are ValueErrors
         gone = re.search(r"Gloo .* failed|heartbeat|UNAVAILABLE|Connection (closed|reset)", str(error))
         if jax.process_count() == 1 or not gone:
             raise

@@ -1,4 +1,4 @@
-"""Errors for problems that the user can fix, such as invalid input. They never report a bug in this package.
+"""Errors that the user can fix, such as invalid input. None of these exceptions reports a bug in this package.
 
 Each message says what was given, what was expected and what to do. The command line prints it without a traceback.
 """
@@ -24,7 +24,7 @@ class ConfigError(BertJaxError, ValueError):
 
 
 class CheckpointError(BertJaxError, ValueError):
-    """Files of a model or a run that are damaged, incomplete or from another model, or that cannot be written."""
+    """Model or run files that are damaged, are incomplete, belong to another model, or cannot be written."""
 
 
 class ModelNotFoundError(BertJaxError, OSError):
@@ -36,7 +36,7 @@ class HubUnreachableError(ModelNotFoundError):
 
 
 class TrainingError(BertJaxError, ArithmeticError):
-    """A run that cannot continue: a result is not finite, memory is exhausted, or another process has ended."""
+    """A run that cannot continue: a result is not finite, memory is exhausted, or one of its processes has ended."""
 
 
 class Interrupted(BertJaxError):
@@ -57,7 +57,7 @@ class Interrupted(BertJaxError):
 
 
 def check_extra(extra: str, *modules: str) -> None:
-    """Raises `InputError` if a module is missing that `pip install bert-jax[EXTRA]` would install."""
+    """Raises `InputError` if one of `modules` is not installed. `pip install bert-jax[extra]` installs all of them."""
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
         raise InputError(f"This requires {', '.join(missing)}: pip install 'bert-jax[{extra}]'.")
 
@@ -82,7 +82,7 @@ def _cut(parts: Iterable[str]) -> str:
 
 
 def _written(value: Any) -> Iterator[str]:
-    """`repr(value)` in parts. Each level of nesting yields a character, so that `_cut` also limits the recursion."""
+    """`repr(value)` in parts. Each nested value yields a character, so `_cut` stops in time if many are nested."""
     if isinstance(value, Mapping) or type(value) in (list, tuple):
         opening, closing = "{}" if isinstance(value, Mapping) else "[]" if type(value) is list else "()"
         yield opening

@@ -24,7 +24,7 @@ FIRST = np.zeros((1, 1), np.int32)
 class HeadOutput:
     """The output of a model with one head: float32 logits, and the encoder's hidden states and attentions.
 
-    The model documents the shape of its logits.
+    Each model documents the shape of its logits.
     """
 
     logits: jax.Array
@@ -142,7 +142,7 @@ class BertForPreTraining(BertWithHead):
             document_ids: See `BertModel`.
             masked_positions: int [B, P], the tokens at which to score the vocabulary; None for all tokens.
             first_positions: int [B, K], the first token of each example in a row; the next-sentence logits are then
-                [B, K, 2]. With None, the first token of the row is used, and the logits are [B, 2].
+                [B, K, 2]. If None, the first token of the row is used, and the logits are [B, 2].
             dropout_key: See `BertModel`.
         """
         positions = None
@@ -185,12 +185,12 @@ class BertForMaskedLM(BertWithHead):
         masked_positions: ArrayLike | None = None,
         dropout_key: jax.Array | None = None,
     ) -> HeadOutput:
-        """Scores the vocabulary at `masked_positions`, int [B, K], or at all tokens.
+        """Scores the vocabulary at `masked_positions`, int [B, K], or, if None, at all tokens.
 
         The other arguments are those of `BertModel`.
 
         Returns:
-            A `HeadOutput` with logits [B, K, V], or [B, T, V] without `masked_positions`.
+            A `HeadOutput` with logits [B, K, V], or [B, T, V] if `masked_positions` is None.
         """
         check_inputs(self.config, jnp.asarray(input_ids), masked_positions=masked_positions)
         out = self.bert(
@@ -234,7 +234,8 @@ class BertWithLinearHead(BertWithHead, Generic[Output]):
         """Applies the head.
 
         Args:
-            hidden: float32 hidden states [B, T, D], or pooler output [B, D]; at `positions`, [B, K, D].
+            hidden: float32 hidden states [B, T, D], or the pooler's output [B, D] if the class is `pooled`. If
+                `positions` are given, the shape is [B, K, D].
             out: The output of the encoder.
         """
         raise NotImplementedError

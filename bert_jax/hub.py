@@ -36,7 +36,7 @@ TOKENIZER_FILES = (
 def download(model_id: str | os.PathLike[str], *, revision: str | None = None, timeout: float = 10.0) -> Path:
     """The folder with a model's files. Files on the Hub are first downloaded into the local cache of Hub files.
 
-    With `HF_HUB_OFFLINE=1`, or if the Hub does not answer, only the cache is used.
+    If `HF_HUB_OFFLINE=1` is set or the Hub does not answer, only the cache is used.
 
     Args:
         model_id: A folder, the name of an embedded model (`bert-mini-cased`), or an id on the Hub. An existing
@@ -48,8 +48,8 @@ def download(model_id: str | os.PathLike[str], *, revision: str | None = None, t
         A folder that contains config.json.
 
     Raises:
-        ModelNotFoundError: If the folder, model or revision does not exist, or a download fails.
-        HubUnreachableError: If the Hub does not answer and the cache does not have the whole model.
+        ModelNotFoundError: If the folder, model or revision does not exist, or if a download fails.
+        HubUnreachableError: If only the cache is used and it lacks files of the model.
         CheckpointError: If the model has no safetensors weights.
     """
     folder = Path(model_id)
@@ -78,16 +78,16 @@ def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[s
             raise ValueError(f"a {type(content).__name__}, not a JSON object")
     except OSError as reason:
         raise error(f"Cannot read {path}: {reason.strerror}.") from None
-    except (ValueError, RecursionError) as reason:  # json.loads also raises ValueError for huge integers
+    except (ValueError, RecursionError) as reason:  # json.loads raises ValueError for huge integers
         raise error(f"{path} is damaged ({reason}); download it again.") from None
     return content
 
 
 def architectures(folder: Path) -> list[str]:
-    """The names of the classes that a model was saved from, as listed in config.json; empty if it lists none."""
+    """The names of the classes that a model was saved from, as listed in its config.json; empty if none are listed."""
     try:
         names = read_json(folder / CONFIG_FILE).get("architectures")
-    except CheckpointError:  # `BertConfig.from_file` reports the problem
+    except CheckpointError:  # not reported here, because `BertConfig.from_file` reports it
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
@@ -102,7 +102,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     """Yields a staging folder for new files. They move into `folder` only after all of them are written.
 
     Raises:
-        CheckpointError: If the files cannot be written; names the files of `folder` that were already replaced.
+        CheckpointError: If the files cannot be written. The message names the files that were already replaced.
     """
     folder = Path(folder).absolute()
     staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
@@ -111,7 +111,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         staging.mkdir(parents=True)
         yield staging
         for path in staging.iterdir():
-            path.chmod(0o666 & staging.stat().st_mode)  # safetensors makes files that only the owner can read
+            path.chmod(0o666 & staging.stat().st_mode)  # as the umask allows; safetensors makes files private
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         if folder.exists():
@@ -119,7 +119,7 @@ def replacing(folder: Path) -> Iterator[Path]:
                 os.replace(path, folder / path.name)
                 replaced.append(path.name)
             if (folder / INDEX_FILE).exists() and (folder / WEIGHTS_FILE).exists():
-                (folder / INDEX_FILE).unlink()  # the index of an earlier, sharded checkpoint
+                (folder / INDEX_FILE).unlink()  # left by an earlier checkpoint with several weight files
         else:
             os.rename(staging, folder)
     except OSError as error:
@@ -153,14 +153,14 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
     def fetch(name: str, revision: str) -> Path:
         if not cache_only:
             return Path(hf_hub_download(repo, name, revision=revision))
-        # hf_hub_download(local_files_only=True) would still contact the Hub to build headers: three seconds more.
+        # Not hf_hub_download(local_files_only=True), which contacts the Hub to build headers and so takes 3 s longer.
         path = try_to_load_from_cache(repo, name, revision=revision)
         if not isinstance(path, str):
             raise errors.LocalEntryNotFoundError(name)
         return Path(path)
 
     try:
-        config = fetch(CONFIG_FILE, revision)  # by the revision's name, so that the cache can find it offline
+        config = fetch(CONFIG_FILE, revision)  # by name, so that the cache records its commit for offline use
         found = revision if cache_only else commit
         for name in TOKENIZER_FILES:
             with contextlib.suppress(errors.EntryNotFoundError):  # each model has only some of these files
@@ -186,15 +186,15 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
 
 
 def _commit(repo: str, revision: str, timeout: float) -> str:
-    """Asks the Hub once for the commit of a revision. Files that are cached for that commit need no request.
+    """Asks the Hub once for the commit of a revision. Files that are cached for that commit need no further request.
 
     Raises:
-        TimeoutError: If the Hub cannot be reached, or does not answer in time.
+        TimeoutError: If the Hub cannot be reached or does not answer in time.
         ModelNotFoundError: If the Hub reports that the model or revision does not exist.
     """
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
-    # Runs in a thread, because the client's own timeout covers neither a slow name server nor a retry.
+    # Asks in a thread, because the HTTP client's own timeout covers neither a slow name server nor a retry.
     commit: Future[str] = Future()
 
     def ask() -> None:
@@ -222,7 +222,7 @@ def _commit(repo: str, revision: str, timeout: float) -> str:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, from a `model.safetensors.index.json`.
+    """Reads a `model.safetensors.index.json`, which maps the name of each tensor to the name of its file.
 
     Raises:
         CheckpointError: If the index is damaged, or names anything other than files in its own folder.

@@ -18,7 +18,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
         labels: int [...]; `IGNORE` where nothing is to be predicted.
 
     Returns:
-        float32 [], nats per label that counts; 0 if none counts.
+        float32 [], nats per label that counts; 0 if no label counts.
     """
     logits = logits.astype(jnp.float32)
     counts = labels != IGNORE
@@ -70,8 +70,8 @@ def span_cross_entropy(
     Args:
         start_logits: float [B, T].
         end_logits: float [B, T].
-        start_positions: int [B], the index of a token, or `IGNORE`.
-        end_positions: int [B], likewise.
+        start_positions: int [B], the index of the answer's first token, or `IGNORE`.
+        end_positions: int [B], the index of the answer's last token, or `IGNORE`.
 
     Returns:
         float32 [], nats.

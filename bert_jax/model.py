@@ -4,7 +4,7 @@ The modules hold only `nnx.Param`s, in float32. Dropout is applied if and only i
 The activations are converted to `compute_dtype` once, after the embeddings. Products use operands of that dtype and
 accumulate in float32. Softmax, LayerNorm and logits are always float32. `nn` explains the letters in shapes.
 
-Reference: google-research/bert modeling.py, and transformers' modeling_bert.py, which has the same class names.
+Reference: google-research/bert modeling.py, and transformers' modeling_bert.py, whose class names are used here.
 """
 
 import logging
@@ -32,23 +32,23 @@ ComputeDtype = Literal["float32", "bfloat16"]
 Attention = Literal["plain", "splash", "cudnn"]
 COMPUTE_DTYPES = ("float32", "bfloat16")
 POSITIONS = ("positions", "masked_positions", "first_positions")
-"""Arguments of models that are indices of tokens in a row."""
+"""The arguments of models that hold indices of tokens in a row."""
 
 
-# Under jit, outputs that the caller does not return are not computed.
+# Under jit, outputs that the jitted function neither uses nor returns are not computed.
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BertModelOutput:
     """The output of the encoder.
 
     Attributes:
-        last_hidden_state: [B, T, D] in the compute dtype, or [B, K, D] at `positions`.
-        pooler_output: float32 [B, D] for the first token, or [B, K, D] at `positions`; None if the model has no
+        last_hidden_state: [B, T, D] in the compute dtype; [B, K, D] if `positions` are given.
+        pooler_output: float32 [B, D], for the first token; [B, K, D] if `positions` are given; None if the model has no
             pooler.
         hidden_states: The output of the embeddings, then that of each layer, [B, T, D] each. The last one is
             `last_hidden_state`.
-        attentions: The attention probabilities of each layer, float32 [B, N, T, S], or None with a fused kernel. With
-            `positions`, those of the last layer are [B, N, K, S], whatever the kernel.
+        attentions: For each layer, the attention probabilities, float32 [B, N, T, S], or None if the kernel is fused.
+            If `positions` are given, the last layer has probabilities [B, N, K, S] with every kernel.
     """
 
     last_hidden_state: jax.Array
@@ -82,11 +82,11 @@ class BertLayer(nnx.Module):
             x: [B, S, D].
             attended: Which tokens attend to which; None if all attend to all.
             dropout_key: PRNG key; without one, nothing is dropped.
-            positions: int [B, T] or [1, T], the tokens to compute; None for all. They attend to all tokens of x.
+            positions: int [B, T] or [1, T], the tokens to compute; None for all. Each of them attends to all S tokens.
 
         Returns:
-            The output [B, T, D] in the dtype of x, and the attention probabilities [B, N, T, S], or None with a fused
-            kernel.
+            The output [B, T, D] in the dtype of x, and the attention probabilities [B, N, T, S], which are None if the
+            kernel is fused.
         """
         rate = self.config.hidden_dropout_prob
         attention_key, context_key, output_key = split_key(dropout_key, 3)
@@ -177,21 +177,21 @@ class BertPreTrainedModel(nnx.Module):
             revision: Branch, tag or commit on the Hub.
             new: Regular expressions of the paths of parameters to initialise instead of loading, for example
                 `[r"classifier\\..*"]` to train a new head. Any other parameter that the file lacks is an error.
-            ignore: Regular expressions of tensors to leave out, matched against their whole names in the file, for
-                example `[r"loss_fct\\..*"]`. Any other tensor in the file that no BERT model has is an error.
+            ignore: Regular expressions for tensors of the file to leave out, for example `[r"loss_fct\\..*"]`. Each
+                must match a whole name. Any other tensor in the file that no BERT model has is an error.
             rngs: Draws the new parameters; `nnx.Rngs(0)` by default.
             compute_dtype: See the class.
             attention: See the class.
             remat: See the class.
             scan_layers: See the class.
             add_pooling_layer: Applies only to `BertModel`: False leaves out the pooler, which some checkpoints lack.
-            **config_changes: Fields of the config to change, for example `hidden_dropout_prob=0.0`, or `num_labels=6`
-                for a new head or to correct a config that contradicts the weights.
+            **config_changes: Fields of the config to change, for example `hidden_dropout_prob=0.0`, or `num_labels=6`,
+                either for a new head or to correct a config that contradicts the weights.
 
         Raises:
             ModelNotFoundError: If the model does not exist, or the Hub does not answer.
-            ConfigError: If the config does not describe a BERT, or a change is invalid.
-            CheckpointError: If the weights are damaged or do not fit the model; lists every problem.
+            ConfigError: If the config does not describe a BERT, or if a change is invalid.
+            CheckpointError: If the weights are damaged or do not fit the model. The message lists every problem.
         """
         folder = hub.download(model_id, revision=revision)
         config = BertConfig.from_file(folder / hub.CONFIG_FILE).replace(**config_changes)
@@ -204,9 +204,9 @@ class BertPreTrainedModel(nnx.Module):
         logger.info("%s: %s", model_id, report)
         if report.new:
 
-            @jax.jit  # computes only the new parameters
+            @jax.jit  # so that only the new parameters are computed
             def drawn(key: jax.Array) -> dict[str, jax.Array]:
-                model_class: Any = cls  # a subclass; its constructor accepts rngs
+                model_class: Any = cls  # Any, because only constructors of subclasses accept rngs
                 flat = tree.flatten(tree.split(model_class(config, rngs=Keys(key), **options))[0])
                 return {path: flat[path] for path in report.new}
 
@@ -223,7 +223,7 @@ class BertPreTrainedModel(nnx.Module):
         """Writes `model.safetensors` and `config.json`, from which PyTorch transformers loads bit-identical weights.
 
         Raises:
-            CheckpointError: If the folder cannot be written; names the files that were already replaced, if any.
+            CheckpointError: If the folder cannot be written. The message names the files that were already replaced.
         """
         params, _ = tree.split(self)
         config = {"architectures": [type(self).__name__], **self.config.to_dict()}
@@ -276,14 +276,16 @@ class BertModel(BertPreTrainedModel):
             attention_mask: [B, T], 1 for tokens and 0 for padding; None if there is no padding.
             token_type_ids: int [B, T], 0 for the first text and 1 for the second; None for zeros.
             position_ids: int [B, T], or [1, T] for all rows; None for 0, 1, 2, …
-            document_ids: int [B, T], for packed rows (several texts per row): a token attends only to its own document.
+            document_ids: int [B, T], for packed rows, which hold several texts: the number of each token's text. Tokens
+                attend only to tokens of their own text.
             positions: int [B, K], or [1, K] for all rows: the tokens that the caller reads; None for all tokens. The
                 last layer is computed only for these tokens. The last hidden state is then [B, K, D], the pooler's
                 output [B, K, D] and the last attention [B, N, K, S].
             dropout_key: PRNG key; without one, nothing is dropped.
 
         Raises:
-            InputError: If T is too large, shapes do not match, or (outside jit) an id or position is out of range.
+            InputError: If T is too large, if shapes do not match, or if an id or position is out of range. Under jit,
+                ids and positions are not checked.
         """
         input_ids = jnp.asarray(input_ids)
         check_inputs(
@@ -320,7 +322,7 @@ class BertModel(BertPreTrainedModel):
     def _encode(
         self, x: jax.Array, attended: Attended | None, key: jax.Array | None, positions: Any
     ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array | None, ...]]:
-        """Applies the layers in order; returns all hidden states, the first of which is x, and the attentions."""
+        """Applies the layers in order. Returns the hidden states (x, then each layer's output) and the attentions."""
 
         def run(layer: BertLayer, x: jax.Array, i: ArrayLike, *positions: Any) -> tuple[jax.Array, jax.Array | None]:
             return layer(x, attended, None if key is None else jax.random.fold_in(key, i), *positions)
@@ -328,7 +330,7 @@ class BertModel(BertPreTrainedModel):
         if self.remat:
             run = jax.checkpoint(run)
         n = len(self.layers)
-        # The number of layers that compute all tokens. With positions, the last layer computes only the tokens at them.
+        # The number of layers that compute all tokens. If positions are given, the last layer computes only them.
         full = n if positions is None else n - 1
         hidden_states, probabilities = [x], []
         if self.scan_layers and full:
@@ -352,7 +354,10 @@ class BertModel(BertPreTrainedModel):
 
 
 def check_inputs(config: BertConfig, input_ids: jax.Array, **others: ArrayLike | None) -> None:
-    """Raises `InputError` if T is too large, shapes do not match or (outside jit) an id or position is out of range."""
+    """Raises `InputError` if T is too large, if shapes do not match, or if an id or position is out of range.
+
+    Under jit, ids and positions are not checked.
+    """
     if input_ids.ndim != 2:
         raise InputError(f"input_ids has the shape {input_ids.shape}; expected [batch, tokens].")
     rows, tokens = input_ids.shape

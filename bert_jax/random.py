@@ -15,8 +15,8 @@ from bert_jax import sharding
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Draws 16 random bits per element, returned as uint32 of `shape`.
 
-    With 16 bits, the fraction of dropped elements differs from the dropout rate by less than 1e-5. The same key gives
-    other bits on TPUs than on other platforms.
+    With 16 bits, the fraction of dropped elements differs from the dropout rate by less than 1e-5. On TPUs,
+    a key gives different bits than on other platforms.
     """
     key = jax.random.key_data(key)[:2]
     bits: jax.Array = jax.lax.platform_dependent(
@@ -28,7 +28,7 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _rbg(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Draws the bits with the TPU's hardware generator (the "rbg" of `jax.random`).
 
-    On TPUs, it needs less temporary memory than Threefry. The bits depend on how the rows are sharded.
+    On TPUs, this generator needs less temporary memory than Threefry. The bits depend on how the rows are sharded.
     """
 
     def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -41,10 +41,10 @@ def _rbg(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2).
 
-    This is the algorithm of jax.random. It computes a block of 64 bits from the key and a counter, here the index in
-    the batch and the position in a quarter of the row. Each block serves four elements, one in each quarter. jax.random
-    uses a block for one element and, on CPU, makes many passes over memory. That is five times slower and would take a
-    tenth of a training step.
+    This is the algorithm of jax.random. It computes a block of 64 bits from the key and a counter. Here, the counter is
+    the index in the batch and the position in a quarter of the row, and a block serves four elements, one in each
+    quarter. In contrast, jax.random uses a whole block for one element and, on CPU, makes many passes over memory. Its
+    implementation is five times slower and would take a tenth of a training step.
     """
     first, second = key
     keys = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
@@ -64,7 +64,7 @@ def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def draw_by_rows(draw: Callable[..., jax.Array], key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns `draw(key, shape)`. If the rows are sharded evenly, each shard is drawn with a key of its own.
+    """Returns `draw(key, shape)`. If the rows are sharded evenly, each shard is drawn with its own key.
 
     Compilers do not shard random generators, so every device would otherwise draw the bits of the whole batch.
 

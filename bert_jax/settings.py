@@ -2,8 +2,8 @@
 
     settings = Settings.from_file("configs/finetune/emotion.yaml", ["training.epochs=1"])
 
-Each field has its meaning and unit in its docstring, its valid values in its annotation, and a default for files that
-do not set it. Unknown settings are refused.
+The docstring of a field gives its meaning and unit, and its annotation gives its valid values. A file may leave out
+every field that has a default. Unknown settings are refused.
 """
 
 import re
@@ -46,7 +46,7 @@ Labels = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinc
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction")
 RENAMED = {"optimizer.rates": "optimizer.lr_multipliers"}
-"""Name of a setting in earlier versions -> its current name."""
+"""Maps the name of a setting in earlier versions to its current name."""
 PROBLEMS = 20
 """Maximum number of problems that one error message lists."""
 
@@ -59,7 +59,7 @@ class LoRA(_Section):
     """Low-rank adapters added to frozen weights (Hu et al. 2021, arXiv:2106.09685): W + alpha / rank · B A."""
 
     rank: PositiveInt = 8
-    """Number of rows of A and columns of B."""
+    """Number of rows of A, and of columns of B."""
     alpha: PositiveFloat = 16.0
     """The product B A is scaled by alpha / rank."""
     targets: Pattern = r"bert\.layers\.\d+\.attention\.(query|value)\.weight"
@@ -71,14 +71,14 @@ class LoRA(_Section):
 
 class _Start(_Section):
     id: str = "google-bert/bert-base-cased"
-    """A folder, an id on the Hugging Face Hub, or bert-mini-cased."""
+    """The checkpoint: a folder, an id on the Hugging Face Hub, or bert-mini-cased."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     new: Patterns = ()
-    """Parameters to reinitialise, such as top layers or the pooler. Fine-tuning always reinitialises the head, too."""
+    """Parameters to reinitialise, such as top layers or the pooler. Fine-tuning reinitialises the head in any case."""
     ignore: Patterns = ()
-    """Regular expressions of the whole names of tensors in the checkpoint that are not loaded. Any other tensor that no
-    BERT has is an error."""
+    """Tensors in the checkpoint that are not loaded: regular expressions that match their whole names. A tensor that
+    belongs to no BERT is an error unless one of these expressions matches it."""
     hidden_dropout_prob: Fraction | None = None
     """Dropout rate of embeddings, attention outputs and feed-forward layers; the checkpoint's by default."""
     attention_probs_dropout_prob: Fraction | None = None
@@ -92,29 +92,34 @@ class Model(_Start):
     """Which checkpoint to start from, and which parts of it to use."""
 
     classifier_dropout: Fraction | None = None
-    """Dropout rate before the classifier; by default the checkpoint's, or else hidden_dropout_prob."""
+    """Dropout rate before the classifier. By default it is that of the checkpoint or, if the checkpoint sets none,
+    hidden_dropout_prob."""
     lora: LoRA | None = None
-    """If set, only low-rank adapters and the parameters of `lora.trained` and `new` are trained."""
+    """If set, only low-rank adapters and the parameters that `lora.trained` or `new` matches are trained."""
 
 
 class PretrainingModel(_Start):
     """Which checkpoint to continue from, or the config of a new network."""
 
     id: str | None = None  # type: ignore[assignment]
-    """A folder, an id on the Hugging Face Hub, or bert-mini-cased. Without it, all parameters are newly initialised."""
+    """The checkpoint: a folder, an id on the Hugging Face Hub, or bert-mini-cased. If it is not set, all parameters are
+    newly initialised."""
     config: dict[str, Any] = {}
-    """Fields of config.json to change. The config of a new network is that of BERT-base with these changes."""
+    """Fields of config.json and their new values, which replace those of the checkpoint or, for a new network, those of
+    BERT-base."""
     tokenizer: str | None = None
-    """Folder or id of the tokenizer; the checkpoint's by default, required for a new network. If its vocabulary differs
-    from the checkpoint's, the word embeddings are computed from those of the same or similar pieces."""
+    """Folder or id of the tokenizer; by default that of the checkpoint. It is required for a new network. If the
+    tokenizer and the checkpoint have different vocabularies, the embedding of each piece is computed from those of the
+    same or similar pieces in the checkpoint."""
     lora: ClassVar[None] = None
 
 
 class Data(_Section):
-    """Where examples come from. Each split is one or more files or, if `id` is set, splits of that data set by name."""
+    """Where examples come from. `train`, `validation` and `test` each name one or more files or, if `id` is set, one or
+    more splits of that data set."""
 
     id: str | None = None
-    """A data set on the Hugging Face Hub (extra `data`); without it, the splits are files."""
+    """A data set on the Hugging Face Hub, which requires the extra `data`. If it is not set, the splits are files."""
     name: str | None = None
     """Configuration of the data set on the Hub, such as mrpc of nyu-mll/glue."""
     revision: str | None = None
@@ -126,8 +131,8 @@ class Data(_Section):
     test: str | tuple[str, ...] | None = None
     """Examples to evaluate once, at the end of the run."""
     format: Literal["jsonl", "csv", "tsv", "parquet", "conll", "squad", "text", "text;label"] | None = None
-    """Format of the files. By default it follows from their names: .txt means text;label or, in an evaluation on
-    held-out texts, text."""
+    """Format of the files; by default it follows from their names. The ending .txt means text;label, except in an
+    evaluation on held-out texts, where it means text."""
     text: str | None = None
     """Column of the text; by default the first of text, sentence, sentence1, … that exists."""
     text_pair: str | None = None
@@ -143,26 +148,29 @@ class Data(_Section):
     context: str | None = None
     """Column of the text that holds the answer; context by default."""
     answers: str | None = None
-    """Column of the answers, each a `text` and its `answer_start`; answers by default. If both are empty, the question
-    has no answer."""
+    """Column of the answers; answers by default. It gives the `text` and the `answer_start` of each answer. If both are
+    empty, the question has no answer."""
     wrong_answers: Literal["skip", "stop"] = "skip"
-    """What to do with a row that is invalid, such as one whose answer is not at `answer_start`: skip it, or stop."""
+    """What to do with an invalid row of question answering, such as one whose answer is not at its `answer_start`: skip
+    the row, or stop."""
     labels: Labels | None = None
-    """Names of the labels in the order of their ids. By default these are the class names that the data set defines
-    (ClassLabel), in its order, or else the names in the training examples, sorted. If there are two labels, the metric
-    f1 is that of the second. If `labels` is set, whole numbers in the label column, alone or in lists, are read as
-    class ids unless they are names, and a 0/1 vector needs one number per name. `bert-jax evaluate` gives the names to
-    a model whose own labels are LABEL_0, LABEL_1, …"""
+    """Names of the labels in the order of their ids. By default, they are the class names that the data set defines
+    (ClassLabel), in its order. If it defines none, they are the names in the training examples, sorted. If there are
+    two labels, the metric f1 is that of the second. If `labels` is set, whole numbers in the label column, alone or in
+    lists, are read as class ids, unless they are themselves names in `labels`. A 0/1 vector then needs one number per
+    name. If the labels of a model are LABEL_0, LABEL_1, …, `bert-jax evaluate` replaces them by the names given
+    here."""
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
-    """What the labels mean. By default, lists mean multi-label classification, numbers mean regression if any has a
-    fraction, and anything else means one label per example. A list holds names, or is a 0/1 vector with one number per
-    label; without `labels`, the labels of vectors are named LABEL_0, LABEL_1, … In tables, lists are written as in
-    JSON, Python or numpy; multi_label_classification also accepts comma-separated names."""
+    """What the labels mean. By default, lists mean multi-label classification. Numbers mean regression if at least one
+    has a fraction. Anything else means one label per example. A list holds names, or it is a 0/1 vector with one number
+    per label. If `labels` is not set, the labels of 0/1 vectors are named LABEL_0, LABEL_1, … In the cells of a table,
+    lists are written as in JSON, Python or numpy. If multi_label_classification is set, a cell may instead hold names
+    separated by commas."""
     max_length: PositiveInt = 128
     """Maximum number of tokens per example, special tokens included; longer texts are truncated."""
     packing: bool = True
-    """Packs several examples into a row, each of which attends only to itself. Rows then have one length and little
-    padding, so that one program is enough."""
+    """Packs several examples into a row; each example attends only to itself. All rows then have the same length and
+    little padding, so that one compiled program is enough."""
     limit: PositiveInt | None = None
     """Maximum number of examples per split; only the first ones are used."""
 
@@ -171,10 +179,10 @@ class Masked(_Section):
     """Which tokens of an example the model predicts."""
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of the tokens of an example; at least one is chosen."""
+    """Share of the tokens of an example that are chosen for prediction; at least one token is chosen."""
     most: PositiveInt = 20
-    """Maximum number of chosen tokens per example. The original BERT has 20 in an example of 128 tokens and 76 in one
-    of 512 (max_predictions_per_seq)."""
+    """Maximum number of chosen tokens per example. The original BERT (max_predictions_per_seq) chooses up to 20 in an
+    example of 128 tokens, and up to 76 in one of 512 tokens."""
     whole_words: bool = False
     """Chooses whole words, with all their pieces, instead of single tokens."""
 
@@ -196,15 +204,16 @@ class Corpus(_Section):
     processes: PositiveInt | None = None
     """Number of processes that tokenize; by default the number of processors."""
     next_sentence: bool = True
-    """Whether an example is a pair of segments, and the model also learns to predict whether the second one follows the
-    first. If false, it learns to predict masked tokens only."""
+    """If true, an example is a pair of segments, and the model learns to predict both the masked tokens and whether the
+    second segment follows the first. If false, the model learns to predict masked tokens only."""
     max_length: Annotated[int, Field(ge=8)] = 128
     """Maximum number of tokens per example, special tokens included."""
     short: Fraction = 0.1
-    """Share of pairs that are made for a random length, from 2 tokens up to max_length."""
+    """Share of the pairs that get a random target length, from 2 tokens up to max_length. The target length of all
+    other pairs is max_length."""
     masked: Masked = Masked()
     packing: bool = True
-    """Packs several examples into a row, each of which attends only to itself."""
+    """Packs several examples into a row; each example attends only to itself."""
 
 
 class Answers(_Section):
@@ -217,18 +226,19 @@ class Answers(_Section):
     max_answer_length: PositiveInt = 30
     """Maximum number of tokens of an answer."""
     n_best: PositiveInt = 20
-    """Number of the likeliest first tokens, and of last tokens, that answers are made from; also the number of answers
-    to keep."""
+    """Answers are made from this number of the likeliest first tokens and the same number of the likeliest last tokens.
+    At most this number of answers is kept."""
     unanswerable: bool = False
     """Whether a question may have no answer, as in SQuAD 2.0."""
     null_threshold: float = 0.0
-    """If `unanswerable`, "no answer" is predicted if its score (the sum of the logits of [CLS]) exceeds that of the
-    best answer by more than this. If data.validation has questions without an answer, the threshold that is best for
-    that split replaces this value after training."""
+    """Used if `unanswerable` is set: "no answer" is predicted if its score exceeds that of the best answer by more than
+    this threshold. The score of "no answer" is the sum of the start and end logits of [CLS]. If data.validation has
+    questions without an answer, the best threshold for that split replaces this one after training."""
 
 
 class Optimizer(_Section):
-    """The optimizer, and how it updates each parameter. The first pattern that matches a parameter counts."""
+    """The optimizer, and how it updates each parameter. If several patterns of a setting match a parameter, the
+    first one counts."""
 
     name: Literal["adamw", "lamb", "lion", "adafactor"] = "adamw"
     """AdamW (Loshchilov & Hutter 2019), LAMB (You et al. 2020), Lion (Chen et al. 2023) or Adafactor (Shazeer & Stern
@@ -240,25 +250,27 @@ class Optimizer(_Section):
     no_decay: Patterns = (r".*\bbias", r".*norm\.weight")
     """Parameters without weight decay."""
     beta1: Fraction | None = None
-    """Decay per step of the running mean of the gradients; null for optax's default, 0.9. Adafactor has none."""
+    """Decay per step of the running mean of the gradients; null for optax's default, 0.9. Adafactor has no beta1."""
     beta2: Fraction | None = None
-    """Decay per step of the second running mean; null for optax's default: 0.999, or 0.99 for Lion. Adafactor has
-    none."""
+    """Decay per step of the second running mean; null for optax's default, which is 0.99 for Lion and otherwise 0.999.
+    Adafactor has no beta2."""
     epsilon: PositiveFloat | None = None
-    """Added by AdamW and LAMB to the root of the running mean of the squared gradients; null for optax's default: 1e-8,
-    or 1e-6 for LAMB. The original BERT has 1e-6."""
+    """Added by AdamW and LAMB to the root of the running mean of the squared gradients; null for 1e-8 with AdamW
+    and for 1e-6 with LAMB. The original BERT uses 1e-6."""
     bias_correction: bool | None = None
-    """Whether AdamW corrects its running means for their start at zero; null for true. The original BERT does not, but
-    training on small data sets needs it (Zhang et al. 2020, Mosbach et al. 2020). Other optimizers have no choice."""
+    """Whether AdamW corrects its running means for their start at zero; null for true. The original BERT omits the
+    correction, but training on small data sets needs it (Zhang et al. 2020, Mosbach et al. 2020). Optimizers other than
+    AdamW do not have this setting."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Maximum global norm of the gradients, which are scaled down to it; null for no limit."""
     frozen: Patterns = ()
     """Parameters that are not trained; they get neither gradient nor optimizer state."""
     lr_multipliers: dict[Pattern, NonNegativeFloat] = {}
-    """Pattern -> learning-rate multiplier; takes precedence over layer_decay."""
+    """Maps a pattern to the learning-rate multiplier of the parameters that it matches. For these parameters,
+    layer_decay has no effect."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Factor of the learning rate from each layer to the one below it; the embeddings are below the lowest layer
-    (Howard & Ruder 2018)."""
+    """Each layer learns at the rate of the layer above it times this factor. The head is above the top layer, and the
+    embeddings are below the lowest layer (Howard & Ruder 2018)."""
 
 
 class Schedule(_Section):
@@ -271,13 +283,14 @@ class Schedule(_Section):
     warmup_steps: NonNegativeInt | None = None
     """Number of steps of linear warm-up."""
     warmup_ratio: Fraction = 0.0
-    """Share of all steps that are warm-up, if warmup_steps is not set."""
+    """Share of all steps that are warm-up; used only if warmup_steps is not set."""
     cycles: PositiveFloat | None = None
-    """Number of waves for cosine (0.5 by default), or of restarts for cosine_with_restarts (1 by default)."""
+    """For cosine, the number of cosine waves (0.5 by default). For cosine_with_restarts, how often the rate falls from
+    its peak to 0 (1 by default)."""
     power: PositiveFloat = 1.0
-    """Exponent for polynomial."""
+    """Exponent of the schedule polynomial."""
     final_learning_rate: NonNegativeFloat = 1e-7
-    """Learning rate at the end of polynomial."""
+    """Learning rate at the end of the schedule polynomial."""
 
 
 class Training(_Section):
@@ -290,7 +303,7 @@ class Training(_Section):
     batch_size: PositiveInt = 32
     """Examples per step, over all devices."""
     accumulation: PositiveInt = 1
-    """Gradient accumulation: number of parts in which a step is computed, one after another, to save memory."""
+    """Gradient accumulation: the number of parts of a batch that are computed one after another, to save memory."""
     evaluation_batch_size: PositiveInt = 64
     """Examples per batch of an evaluation."""
     evaluate_every: PositiveInt | None = None
@@ -328,7 +341,8 @@ class Mesh(_Section):
     data: Annotated[int, Field(ge=-1)] = -1
     """Number of device groups that a batch is divided among; -1 for as many groups as the devices allow."""
     fsdp: PositiveInt = 1
-    """Number of devices that shard the rows of a group, and also the parameters, gradients and optimizer state."""
+    """Number of devices among which the rows of a group are divided. The parameters, gradients and optimizer state are
+    divided among the same devices."""
     tensor: PositiveInt = 1
     """Number of devices that shard the attention heads and the inner features of feed-forward layers. The links between
     these devices should be fast."""
@@ -340,7 +354,7 @@ class Output(_Section):
     folder: str
     """Folder for the model in Hugging Face's format, and for settings, metrics, predictions, curve and checkpoints."""
     tensorboard: bool = True
-    """Also writes event files for TensorBoard."""
+    """Whether to write event files for TensorBoard."""
 
 
 class _Root(_Section):
@@ -350,22 +364,30 @@ class _Root(_Section):
     def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
         """Reads a YAML file.
 
-        A file may hold variants under `task_names`. With `task_name: mrpc`, the settings under `task_names: {mrpc: …}`
-        replace those of the same names in the rest of the file.
+        A file may hold variants under `task_names`. If `task_name` is mrpc, for example, the settings of the variant
+        `task_names: {mrpc: …}` replace the settings of the same names in the rest of the file.
 
         Args:
             path: The file.
             overrides: Texts of the form `section.key=value`, with the value in YAML.
 
         Raises:
-            InputError: If the file cannot be read, a key is unknown, or a value is missing or invalid. The message
-                lists these problems (at most `PROBLEMS`) and suggests known keys.
+            InputError: If the file cannot be read, if a key is unknown, or if a value is missing or invalid. The
+                message lists at most `PROBLEMS` problems, and suggests known keys.
         """
         return cls.from_dict(read_tree(path, overrides), source=f"{path} and overrides" if overrides else str(path))
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any], source: str = "settings") -> Self:
-        """Validates a tree of settings; `from_file` says what is refused. `source` names the tree in the message."""
+        """Validates a tree of settings.
+
+        Args:
+            tree: The settings by section and key.
+            source: How the error message refers to the tree.
+
+        Raises:
+            InputError: If a key is unknown, or if a value is missing or invalid; see `from_file`.
+        """
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
@@ -379,7 +401,7 @@ class _Root(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def differences(self, other: "_Root") -> list[str]:
-        """The settings that differ, each as `key: value here, value in other`."""
+        """The settings in which `self` and `other` differ, each as `key: value in self, value in other`."""
         mine, theirs = (flatten(settings.model_dump(mode="json")) for settings in (self, other))
         return [
             f"{key}: {quoted(mine.get(key))}, {quoted(theirs.get(key))}"
@@ -446,14 +468,15 @@ class Serving(_Root):
     """A server of one model."""
 
     model: str | None = None
-    """A folder, an id on the Hub, or bert-mini-cased; by default the model that `bert-jax fill-mask` uses."""
+    """The model: a folder, an id on the Hub, or bert-mini-cased. By default, it is the one that `bert-jax fill-mask`
+    uses."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     ignore: Patterns = ()
-    """Regular expressions of the whole names of tensors in the checkpoint that are not loaded."""
+    """Tensors in the checkpoint that are not loaded: regular expressions that match their whole names."""
     tasks: tuple[str, ...] = ()
-    """Tasks to serve; the first one also answers at /score. By default these are the tasks that the model has heads
-    for."""
+    """Tasks to serve; by default, the tasks that the model has heads for. The first task answers at /score in addition
+    to /v1/{task}."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all addresses of the machine."""
     port: Annotated[int, Field(ge=0, lt=2**16)] = 8000
@@ -465,7 +488,7 @@ class Serving(_Root):
     wait: NonNegativeFloat = 0.0005
     """Seconds that the first input of a batch waits for more inputs to fill the batch."""
     queue: PositiveInt = 512
-    """Maximum number of unanswered inputs. A request that would exceed it is refused with status 429."""
+    """Maximum number of unanswered inputs. A request that would exceed this number is refused with status 429."""
     timeout: PositiveFloat = 30.0
     """Seconds after which a request that has no answer yet ends with status 504."""
     max_body: PositiveInt = 2**20
@@ -477,7 +500,7 @@ class Serving(_Root):
 
 
 def read(path: str | Path, overrides: Iterable[str] = ()) -> Settings | HeldOut:
-    """Reads a file as `HeldOut` or `Settings`, depending on its task; see `Settings.from_file`."""
+    """Reads a file as `HeldOut` or `Settings`, depending on the task that it sets; see `Settings.from_file`."""
     tree = read_tree(path, overrides)
     kind = HeldOut if nearest(tree.get("task"), [*TRAINABLE, *HELD_OUT_TASKS]) in HELD_OUT_TASKS else Settings
     return kind.from_dict(tree, source=str(path))

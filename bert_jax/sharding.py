@@ -21,9 +21,9 @@ from bert_jax.errors import InputError
 BATCH_AXES = ("data", "fsdp")
 """The mesh axes that shard the rows of a batch."""
 
-# Pattern of parameter paths -> the mesh axis that shards each array axis. The first match counts. A parameter without
-# a match is replicated on every device. An array axis whose size is not a multiple of the mesh axis is not sharded.
-# The weights of linear layers are [out, in].
+# Pairs of a pattern of parameter paths and the mesh axes that shard the axes of these parameters, in order. The first
+# pattern that matches counts. A parameter that no pattern matches is replicated on every device. An array axis is not
+# sharded if its size is not a multiple of the mesh axis's size. Weights of linear layers have the shape [out, in].
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*\.(query|key|value|intermediate)\.weight", PartitionSpec("tensor", "fsdp")),
     (r".*\.(query|key|value|intermediate)\.bias", PartitionSpec("tensor")),
@@ -63,12 +63,13 @@ def mesh(
 
 
 def part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
-    """Which part of the rows of a batch the devices of this process hold: its index, and the number of parts.
+    """The part of a batch's rows that the devices of this process hold: the part's index, and the number of parts.
 
     Processes that differ only in their place along the axis `tensor` hold the same part.
 
     Raises:
-        InputError: If the mesh leaves this process without devices, or the parts would differ in size.
+        InputError: If the mesh has no devices of this process, or if the processes would not hold equal, contiguous
+            parts.
     """
     owners = mesh.devices.reshape(share(mesh), -1)
     groups = [n for n, row in enumerate(owners) if jax.process_index() in {device.process_index for device in row}]
@@ -108,9 +109,10 @@ def placement(mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...]) -> Nam
 
 
 def placements(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """The sharding of each array of a pytree, chosen by the last key on the way to it, which is a parameter path.
+    """The sharding of each array of a pytree. The last key that leads to an array is taken as the array's path.
 
-    The state of training is such a pytree: its parameters and the optimizer state are dicts by path.
+    For example, the parameters and the optimizer state of a training run are dicts by path. Arrays under other keys,
+    such as the number of steps, match no rule and are replicated.
     """
 
     def of(path: Any, leaf: Any) -> NamedSharding:
@@ -120,7 +122,7 @@ def placements(mesh: jax.sharding.Mesh, tree: Any) -> Any:
 
 
 def put(arrays: Any, layout: Any) -> Any:
-    """Puts a pytree of arrays on devices; `layout` has their shardings. Every process passes the whole arrays."""
+    """Puts a pytree of arrays on devices. `layout` has each array's sharding. Every process passes the whole arrays."""
     if jax.process_count() == 1:
         return jax.device_put(arrays, layout)
 
@@ -131,7 +133,12 @@ def put(arrays: Any, layout: Any) -> Any:
 
 
 def abstract(tree: Any, places: Any) -> Any:
-    """The shapes, dtypes and shardings of a pytree of arrays. `places` is one sharding for all, or a pytree of them."""
+    """The shapes, dtypes and shardings of a pytree of arrays.
+
+    Args:
+        tree: The pytree.
+        places: One sharding for all arrays, or a pytree with one sharding for each array.
+    """
     places = jax.tree.broadcast(places, tree)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
@@ -142,18 +149,21 @@ def put_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
 
 
 def share(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
-    """The number of shards that a mesh divides a batch into. The number of rows must be a multiple of it."""
+    """The number of shards that a mesh divides a batch into. The batch must have a multiple of this number of rows."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def by_rows(x: jax.Array) -> jax.Array:
-    """Constrains activations between layers to be sharded by rows only. Otherwise compilers may choose another layout.
+    """Constrains activations between layers to be sharded by rows only.
+
+    Without this constraint, the compiler may choose another layout.
 
     Args:
-        x: [B, …].
+        x: The activations, [B, …].
 
     Returns:
-        x, unconstrained if the current mesh (`jax.set_mesh`) lacks `BATCH_AXES` or does not shard rows.
+        The constrained x. If the current mesh (`jax.set_mesh`) lacks the axes `BATCH_AXES` or does not shard rows, x is
+        returned as it is.
     """
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)) if shares() > 1 else x
 

@@ -1,4 +1,4 @@
-"""Converts texts to token ids, with WordPiece from the `tokenizers` library, and to numpy arrays for a model.
+"""Converts texts to token ids, and token ids to numpy arrays for a model. The `tokenizers` library does the WordPiece.
 
 Truncation and padding are arguments of each call, not settings of a tokenizer, so that threads can share a tokenizer.
 """
@@ -26,7 +26,7 @@ Text = str | Sequence[str]
 
 
 class ModelInputs(TypedDict):
-    """The arguments of a model for B texts, each int32 [B, T]."""
+    """The arguments of a model for B texts, padded to T tokens. Each argument is int32 [B, T]."""
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
@@ -40,10 +40,10 @@ class Tokenizer:
         backend: The underlying `tokenizers.Tokenizer`.
         vocab_size: The highest id plus one.
         model_max_length: The maximum number of tokens per row, including [CLS] and [SEP].
-        special_tokens: "mask_token", "pad_token", … -> the token itself, such as "[MASK]".
+        special_tokens: Maps "mask_token", "pad_token", … to the tokens themselves, such as "[MASK]".
         mask_token: The token that stands for a missing word.
-        mask_token_id: The id of `mask_token`, or None if it is not in the vocabulary. There are also `pad_token_id`,
-            `unk_token_id`, `cls_token_id` and `sep_token_id`.
+        mask_token_id: The id of `mask_token`, or None if that token is not in the vocabulary. `pad_token_id`,
+            `unk_token_id`, `cls_token_id` and `sep_token_id` are the ids of the other special tokens.
     """
 
     def __init__(
@@ -68,15 +68,16 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, model_id: str | os.PathLike[str], *, revision: str | None = None) -> Self:
-        """The tokenizer of a checkpoint, from its `tokenizer.json` or, without one, its `vocab.txt`.
+        """Reads the tokenizer of a checkpoint from its `tokenizer.json` or, if it has none, from its `vocab.txt`.
 
         The files are read as transformers 5 reads them. `tokenizer_config.json` determines `do_lower_case`,
-        `strip_accents`, `tokenize_chinese_chars` and the special tokens. Added tokens are read from that file alone if
-        it has `added_tokens_decoder`, and otherwise from every file that may declare them.
+        `strip_accents`, `tokenize_chinese_chars` and the special tokens. If `tokenizer_config.json` has
+        `added_tokens_decoder`, added tokens are read from it alone, and otherwise from every file that may declare
+        them.
 
-        There is one difference: without `do_lower_case`, the BERT classes of transformers lower-case all text. Here,
-        text keeps its case, and a warning is logged, if `tokenizer.json` does not lower-case or, without that file, if
-        the vocabulary has capital letters.
+        There is one difference. If `do_lower_case` is not set, the BERT classes of transformers lower-case all text. In
+        two cases, this class keeps the case instead and logs a warning: if `tokenizer.json` does not lower-case text,
+        and if there is no `tokenizer.json` and the vocabulary has capital letters.
 
         Args:
             model_id: A folder, an id on the Hugging Face Hub, or `bert-mini-cased`.
@@ -123,7 +124,7 @@ class Tokenizer:
         backend.add_tokens([token for _, token in tokens])
         files.check_vocab(
             folder, backend.get_vocab(), []
-        )  # if lines of vocab.txt are equal, an added token may get an id that another token has
+        )  # equal lines of vocab.txt leave ids unused, so that an added token may get the id of another token
         if absent := [token for token in named.values() if backend.token_to_id(token) is None]:
             logger.warning("%s: the vocabulary has no %s, so texts cannot contain it.", folder, " and no ".join(absent))
         for id, token in tokens:
@@ -154,8 +155,8 @@ class Tokenizer:
         }
         pieces = {id: piece for piece, id in self.backend.get_vocab(with_added_tokens=False).items()}
         for id in range(max(pieces), 0, -1):
-            # Ids without a piece come from equal lines, of which only the last counts. A line for such an id repeats
-            # the next piece, so that again only the last counts.
+            # Of equal lines in vocab.txt, only the last counts, so the ids of the earlier ones have no piece. For such
+            # an id, the next piece is repeated: its last line counts when the file is read, so that all ids are kept.
             pieces.setdefault(id - 1, pieces[id])
         with hub.replacing(Path(folder)) as staging:
             self.backend.save(str(staging / "tokenizer.json"))
@@ -163,7 +164,7 @@ class Tokenizer:
             (staging / "vocab.txt").write_text("".join(f"{pieces[id]}\n" for id in sorted(pieces)), encoding="utf-8")
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token; None if it is not in the vocabulary."""
+        """The id of a token; None if the token is not in the vocabulary."""
         return self.backend.token_to_id(token)
 
     def encode(
@@ -177,7 +178,10 @@ class Tokenizer:
         stride: int | None = None,
         truncate: str = "longest_first",
     ) -> list[list[tokenizers.Encoding]]:
-        """Tokenizes each text into one row or, with a stride, a text longer than `max_length` into overlapping windows.
+        """Tokenizes each text into one row or several.
+
+        A text that is longer than `max_length` is truncated to one row or, if `stride` is given, cut into overlapping
+        rows, called windows.
 
         Args:
             text: Texts, or lists of words.
@@ -191,12 +195,13 @@ class Tokenizer:
                 ("only_second").
 
         Returns:
-            The `tokenizers.Encoding`s of each text: ids, type_ids, tokens, offsets (characters), word_ids,
-            sequence_ids, special_tokens_mask.
+            The rows of each text. A row is a `tokenizers.Encoding`, with ids, type_ids, tokens, offsets (in
+            characters), word_ids, sequence_ids and special_tokens_mask.
 
         Raises:
-            InputError: If an entry is not a text (the message gives its index) or has lone surrogates, if the numbers
-                of texts and of second texts differ, or if max_length leaves no room for a text.
+            InputError: If an entry of `text` or `text_pair` is not a text (the message gives its index), if a text has
+                lone surrogates, if the numbers of texts and of second texts differ, or if `max_length` leaves no room
+                for a text.
         """
         if truncate not in ("longest_first", "only_second"):
             raise InputError(f"truncate is {quoted(truncate)}; expected 'longest_first' or 'only_second'.")
@@ -254,7 +259,7 @@ class Tokenizer:
             text: One text or several.
             text_pair: The second text of each pair.
             is_split_into_words: Whether the texts are lists of words.
-            truncation: Whether to cut rows that are too long. Otherwise they are refused.
+            truncation: Whether to cut rows that are too long. If false, such rows are refused.
             max_length: The maximum number of tokens per row; `model_max_length` by default.
             length: The number of tokens to pad to; that of the longest row by default.
 
@@ -262,7 +267,7 @@ class Tokenizer:
             `input_ids`, `attention_mask` and `token_type_ids`, each int32 [B, T].
 
         Raises:
-            InputError: If there is no text, a row is too long, or `encode` raises it.
+            InputError: If there is no text, if a row is too long, or if `encode` raises it.
         """
         single = isinstance(text, str) or (is_split_into_words and _are_words(text) and len(text) > 0)
         texts: Any = [text] if single else text

@@ -23,9 +23,9 @@ SPECIAL_TOKENS = {
 }
 
 BERT_CLASSES = ("Bert", "DistilBert", "Electra", "MobileBert", "ConvBert")
-"""Tokenizer classes that split text as `BertTokenizer` does, without the endings `Tokenizer` and `Fast`."""
+"""Names, without the endings `Tokenizer` and `Fast`, of tokenizer classes that split text as `BertTokenizer` does."""
 GENERIC_CLASSES = ("PreTrained", "TokenizersBackend")
-"""Tokenizer classes that use `tokenizer.json` as it is, without the endings `Tokenizer` and `Fast`."""
+"""Names, without the endings `Tokenizer` and `Fast`, of tokenizer classes that use `tokenizer.json` as it is."""
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that `tokenizer_config.json` can set, in the order in which transformers adds them."""
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -44,16 +44,16 @@ def max_length_of(given: Any) -> int:
     """The maximum number of tokens per row, from the value of `model_max_length`; 512 for None.
 
     Raises:
-        ValueError: If there is no room for a token of text between [CLS] and [SEP].
+        ValueError: If the value is not a number, or leaves no room for a token of text between [CLS] and [SEP].
     """
     given = 512 if given is None else given
     if not (isinstance(given, int | float) and given >= 3):
         raise ValueError(f"model_max_length is {quoted(given)}; expected at least 3")
-    return int(min(given, 10**6))  # transformers writes 10^30 if there is no limit
+    return int(min(given, 10**6))  # a cap, because transformers writes 10^30 if there is no limit
 
 
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Name of a special token -> the token itself, from `tokenizer_config.json` or else from `SPECIAL_TOKENS`.
+    """The special tokens by name, from `tokenizer_config.json`; those that it does not set, from `SPECIAL_TOKENS`.
 
     Raises:
         ValueError: If a token is None or empty, if another token is the same as the mask token, or if
@@ -71,7 +71,7 @@ def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def added_token(given: Any, *, special: bool = True) -> AddedToken:
-    """Makes an added token from its text, or from an object with its text and flags, as files declare it."""
+    """Makes an added token from its declaration in a file: its text, or an object with its text and flags."""
     if isinstance(given, str):
         return AddedToken(given, special=special, normalized=not special)
     return AddedToken(given["content"], **{"special": special} | {flag: given[flag] for flag in FLAGS if flag in given})
@@ -80,11 +80,14 @@ def added_token(given: Any, *, special: bool = True) -> AddedToken:
 def declared_tokens(
     settings: Mapping[str, Any], added: Mapping[str, int], of_file: Sequence[Mapping[str, Any]]
 ) -> list[tuple[int | None, AddedToken]]:
-    """The added tokens that files declare, each with its declared id or None, in the order in which to add them.
+    """The added tokens that files declare, in the order in which to add them.
+
+    Each token comes with its declared id, or with None if no id is declared.
 
     Args:
-        settings: `tokenizer_config.json`. Without `added_tokens_decoder`, `special_tokens_map.json` overrides it.
-        added: `added_tokens.json`: token -> id.
+        settings: The content of `tokenizer_config.json`. If it has no `added_tokens_decoder`, the content of
+            `special_tokens_map.json` is merged over it.
+        added: The content of `added_tokens.json`, which maps tokens to ids.
         of_file: The added tokens of `tokenizer.json`.
     """
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
@@ -110,9 +113,10 @@ def declared_tokens(
 
 
 def read_vocab(vocab_file: Path) -> dict[str, int]:
-    """Reads piece -> id from a file with one piece per line.
+    """Reads the id of each piece from a file with one piece per line.
 
-    Trailing white space is removed. If lines are equal, the last one counts.
+    The id is the index of the line. If several lines are equal, the last of them counts. Trailing white space is
+    removed.
     """
     try:
         pieces = vocab_file.read_bytes().decode().removesuffix("\n").split("\n")
@@ -124,23 +128,25 @@ def read_vocab(vocab_file: Path) -> dict[str, int]:
 def from_json(
     path: Path, file: Mapping[str, Any], settings: Mapping[str, Any] | None, named: dict[str, str]
 ) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`, without its added tokens.
+    """The tokenizer that a `tokenizer.json` describes, without the added tokens that the file declares.
 
     Args:
         path: The path of the file.
         file: The content of the file.
-        settings: `tokenizer_config.json`, which takes precedence for BERT's classes; None to use the file as it is.
-        named: Name of a special token -> the token, from `named_tokens`.
+        settings: The content of `tokenizer_config.json`, which takes precedence over the file. For classes that are
+            not in `BERT_CLASSES`, pass None to use the file as it is.
+        named: The special tokens by name, from `named_tokens`.
 
     Raises:
-        CheckpointError: If the file is damaged or is not a WordPiece tokenizer or, with `settings`, differs from a
-            BERT tokenizer.
+        CheckpointError: If the file is damaged, if it does not describe a WordPiece tokenizer, or if `settings` is
+            given and the tokenizer differs from BERT's.
     """
     try:
         model = file["model"]
         kind, vocab = model.get("type", "WordPiece"), dict(model["vocab"])
         if kind == "WordPiece":
-            # With settings, `wordpiece` adds the vocabulary. It is left out here, because the library parses it slowly.
+            # If `settings` is given, the vocabulary is left out here, because the library parses it slowly; `wordpiece`
+            # adds it later.
             content = {**file, "added_tokens": [], "model": {**model, "vocab": {}} if settings is not None else model}
             backend = Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises no narrower exception
@@ -165,11 +171,11 @@ def wordpiece(
 
     Args:
         path: The file of the vocabulary, for messages.
-        vocab: Piece -> id.
-        settings: `tokenizer_config.json`.
-        named: Name of a special token -> the token, from `named_tokens`.
-        cased: Whether text keeps its case if `settings` has no `do_lower_case`; by default, whether the vocabulary has
-            capital letters.
+        vocab: Maps pieces to ids.
+        settings: The content of `tokenizer_config.json`.
+        named: The special tokens by name, from `named_tokens`.
+        cased: Whether text keeps its case; used only if `settings` has no `do_lower_case`. If None, text keeps
+            its case if the vocabulary has capital letters.
 
     Raises:
         CheckpointError: If the vocabulary or a setting is invalid.
@@ -215,7 +221,7 @@ def unlike_bert(backend: Tokenizer) -> list[str]:
 
 
 def check_vocab(path: Path, vocab: Mapping[str, int], needed: Sequence[str]) -> None:
-    """Raises `CheckpointError` if a vocabulary lacks a needed token, has an invalid id, or has an id for two tokens."""
+    """Raises `CheckpointError` if a vocabulary lacks a needed token, has an invalid id, or repeats an id."""
     if missing := [token for token in needed if token not in vocab]:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; expected a vocabulary that contains them.")
     if not all(type(id) is int and 0 <= id < 2**24 for id in vocab.values()):

@@ -23,7 +23,7 @@ class Skeleton:
 
     graphdef: nnx.GraphDef
     specs: Mapping[str, jax.ShapeDtypeStruct]
-    """Dotted path -> shape and dtype, in the order of the module's parameters."""
+    """Shape and dtype by dotted path, in the order of the module's parameters."""
 
 
 def split(model: nnx.Module) -> tuple[Params, Skeleton]:
@@ -40,16 +40,17 @@ def split(model: nnx.Module) -> tuple[Params, Skeleton]:
 def merge(skeleton: Skeleton, params: Params) -> Any:
     """Builds a model from a skeleton and parameters: the inverse of `split`.
 
-    Call this instead of `nnx.merge`, which checks only the number of leaves: it accepts other names and shapes, and
-    puts layers with string keys in the order 0, 1, 10, 11, 2, … This function first compares every path, shape and
-    dtype.
+    Call this function instead of `nnx.merge`, which checks only the number of leaves. `nnx.merge` accepts wrong names
+    and shapes, and puts layers with string keys in the order 0, 1, 10, 11, 2, … This function first compares every
+    path, shape and dtype with the skeleton.
 
     Args:
         skeleton: The skeleton that `split` returns.
         params: Nested dict of arrays. Layers may have the string keys "0", "1", …, as in some checkpoints.
 
     Raises:
-        ValueError: If a path is missing or unexpected, or has another shape or dtype; lists every such path.
+        ValueError: If a path is missing or unexpected, or if its parameter has the wrong shape or dtype. The message
+            lists every such path.
     """
     flat = flatten(params)
     wrong = [f"missing: {path}" for path in skeleton.specs if path not in flat]
@@ -64,7 +65,7 @@ def merge(skeleton: Skeleton, params: Params) -> Any:
 
 
 def flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
-    """Converts a nested dict to a flat one by dotted path, in the same order: `{"a": {0: x}}` becomes `{"a.0": x}`."""
+    """Converts a nested dict to one keyed by dotted paths, in the same order: `{"a": {0: x}}` becomes `{"a.0": x}`."""
     return {".".join(map(str, keys)): leaf for keys, leaf in nnx.traversals.flatten_mapping(tree).items()}
 
 

@@ -12,15 +12,16 @@ SAME, LOWER, PIECES, NONE = "copied", "copied from lower case", "averaged over o
 def carry(before: Tokenizer, after: Tokenizer) -> tuple[list[list[int]], dict[str, int]]:
     """Finds the old pieces that the embedding of each new piece is computed from.
 
-    These are the same piece, or else its lower-case form, or else the old pieces that the new piece is split into.
+    If the old vocabulary has the new piece, that piece is used alone. If it has only the lower-case form of the new
+    piece, that form is used alone. Otherwise, the pieces that the old tokenizer splits the new piece into are used.
 
     Args:
         before: The tokenizer with the old vocabulary.
         after: The tokenizer with the new vocabulary.
 
     Returns:
-        For each new id, a list of old ids, empty if none was found; and how many new pieces were found in each way
-        (`SAME`, `LOWER`, `PIECES`, `NONE`).
+        For each new id, a list of old ids, which is empty if no old piece was found. Also the number of new pieces for
+        each way in which their embeddings are computed: `SAME`, `LOWER`, `PIECES` or `NONE`.
     """
     old = before.backend.get_vocab()
     sources: list[list[int]] = [[] for _ in range(after.vocab_size)]
@@ -44,7 +45,8 @@ def carry(before: Tokenizer, after: Tokenizer) -> tuple[list[list[int]], dict[st
 def rows(table: np.ndarray, sources: Sequence[Sequence[int]]) -> np.ndarray:
     """Computes the new table [new, …] from the old table [old, …].
 
-    Each new row is the mean of the old rows with its `sources` (from `carry`), or of all old rows if it has none.
+    Entry i of `sources` (from `carry`) lists the old rows whose mean is the new row i. If the entry is empty, the new
+    row is the mean of all old rows.
     """
     everything = table.mean(axis=0)
     return np.stack([table[list(ids)].mean(axis=0) if ids else everything for ids in sources])

@@ -1,6 +1,7 @@
-"""Loads and saves weights. The same table maps published tensor names to parameter paths in both directions.
+"""Loads and saves weights. Both use the same table of published tensor names and parameter paths.
 
-This module maps a folder and a model's shapes to a dict of arrays, and back. It does not depend on any model class.
+Loading reads a dict of arrays from a folder, given a model's shapes. Saving writes such a dict to a folder. This module
+does not depend on any model class.
 """
 
 import contextlib
@@ -22,8 +23,9 @@ from bert_jax import tree
 from bert_jax.errors import CheckpointError, listed
 from bert_jax.hub import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_index, replacing
 
-# Name of a tensor in published checkpoints (google-bert/bert-base-cased) -> path of a parameter. Both have the same
-# shape; the weight of a linear layer is [out, in].
+# Maps the name of a tensor in published checkpoints (such as google-bert/bert-base-cased) to the path of a parameter.
+# `{i}` stands for the number of a layer. The tensor and the parameter have the same shape. The weight of a linear layer
+# is [out, in].
 TABLE = {
     "bert.embeddings.word_embeddings.weight": "bert.embeddings.word_embeddings.weight",
     "bert.embeddings.position_embeddings.weight": "bert.embeddings.position_embeddings.weight",
@@ -61,7 +63,7 @@ TABLE = {
     "qa_outputs.bias": "qa_outputs.bias",
 }
 
-# Name of a tensor that some files store a second time, because it is tied -> the name of the tensor that it equals.
+# Some files store tied tensors twice. This maps the name of the second copy to the name of the tensor that it equals.
 TIED = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -80,15 +82,18 @@ BUFFERS = {"bert.embeddings.position_ids", "bert.embeddings.token_type_ids"}
 
 @dataclass
 class Report:
-    """What was done with each tensor of a checkpoint (named as in its file) and each parameter of the model."""
+    """What was done with each tensor of a checkpoint and with each parameter of the model.
+
+    Tensors are named as in their files.
+    """
 
     prefix: str = ""
     """The prefix that was removed from every name in the file, such as `module.`; empty if there was none."""
     loaded: list[str] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
-    """Tensors that the file stores a second time, each as `copy = original`; both are equal."""
+    """Second copies of tied tensors, each as `copy = original`. A copy that differs from its original is an error."""
     ignored: dict[str, str] = field(default_factory=dict)
-    """Name of a tensor that was not loaded -> reason."""
+    """Maps the name of a tensor that was not loaded to the reason."""
     new: list[str] = field(default_factory=list)
     """Paths of the parameters that are reinitialised instead of loaded, as requested."""
 
@@ -102,13 +107,13 @@ class Report:
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor in a file, from which a parameter is read."""
+    """A tensor in a file. A parameter is read from one such tensor."""
 
     name: str
     file: Path
     shape: list[int]
     dtype: str
-    """The dtype as safetensors writes it: F32, F16, BF16."""
+    """The dtype as safetensors names it, such as F32, F16 or BF16."""
 
     def read(self) -> np.ndarray:
         """The tensor as it is stored."""
@@ -120,24 +125,25 @@ class Source:
 def plan(
     folder: Path, specs: Mapping[str, jax.ShapeDtypeStruct], *, new: Iterable[str] = (), ignore: Iterable[str] = ()
 ) -> tuple[dict[str, Source], Report]:
-    """Finds the tensor in a folder from which each parameter of a model is read.
+    """Finds, for each parameter of a model, the tensor in a folder that it is read from.
 
-    This reads only the headers of the files, and those tensors that are stored twice, to compare them.
+    Only the headers of the files are read, except for tied tensors that are stored twice: both copies are read, to
+    compare them.
 
     Args:
         folder: Contains `model.safetensors`, or shards and their index.
         specs: The model's parameters by path (`tree.Skeleton.specs`).
-        new: Regular expressions of the parameter paths to reinitialise, whatever the file holds.
+        new: Regular expressions of the paths of parameters to reinitialise, even if the folder has tensors for them.
         ignore: Regular expressions of the tensors to leave out, matched against their whole names in the file.
 
     Returns:
-        Parameter path -> source, and the report.
+        The sources by parameter path, and the report.
 
     Raises:
-        CheckpointError: If tensors are missing, unknown, of another shape or not floats (lists them, at most 40), if a
-            pattern matches nothing, or if a file is missing or damaged.
+        CheckpointError: If tensors are missing, unknown, of another shape or not floats; the message lists at most 40
+            of them. Also if a pattern matches nothing, or if a file is missing or damaged.
     """
-    # In a bare BertModel, neither the parameters nor the tensors in its files have the prefix `bert.`.
+    # The parameters of a bare BertModel lack the prefix `bert.`; the paths of `TABLE` are shortened to match.
     bare = "" if any(path.startswith("bert.") for path in specs) else "bert."
     stored = _stored(folder)
     fresh, left_out = tree.select(new, specs), tree.select(ignore, stored)
@@ -158,7 +164,7 @@ def plan(
     published = {name: _published_name(name.removeprefix(prefix)) for name in stored if name not in left_out}
     sources: dict[str, Source] = {}
     wrong, unknown = [], []
-    for name in sorted(published, key=lambda name: published[name] in TIED):  # tied tensors last
+    for name in sorted(published, key=lambda name: published[name] in TIED):  # copies after originals
         source, tied = stored[name], TIED.get(published[name])
         line, layer = _line(tied or published[name])
         path = TABLE.get(line, "").replace("{i}", layer).removeprefix(bare)
@@ -207,10 +213,11 @@ def load(
     The arguments are those of `plan`.
 
     Returns:
-        Parameter path -> array in the spec's dtype, without the new parameters; and the report.
+        The arrays by parameter path, in the dtypes of `specs`, and the report. Reinitialised parameters have no array.
 
     Raises:
-        CheckpointError: If `plan` raises it, or if tensors have values that are not finite (names these tensors).
+        CheckpointError: If `plan` raises it, or if a tensor has values that are not finite. The message names all such
+            tensors.
     """
     sources, report = plan(folder, specs, new=new, ignore=ignore)
     arrays, infinite = {}, []
@@ -231,16 +238,16 @@ def load(
 def save(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Writes `model.safetensors` and `config.json` as PyTorch transformers reads them.
 
-    Both files are written and flushed next to the folder and then moved into it. If the process is killed or the disk
-    is full, each file in the folder is either the old or the new one, never incomplete.
+    Both files are written to disk next to the folder, and only then moved into it. Even if the process is killed or the
+    disk is full, each file in the folder is either the old or the new one, never incomplete.
 
     Args:
         folder: Created if necessary; other files in it stay.
-        params: Parameter path -> array.
+        params: The arrays by parameter path.
         config: The content of `config.json`.
 
     Raises:
-        CheckpointError: If the folder cannot be written; names the earlier files that were replaced, if any.
+        CheckpointError: If the folder cannot be written. The message names the old files that were already replaced.
     """
     tensors = {name: np.ascontiguousarray(params[path]) for name, path in _table(params).items()}
     with replacing(folder) as staging:
@@ -272,9 +279,9 @@ def _opened(file: Path) -> Iterator[Any]:
 def _tensors(sources: Mapping[str, Source]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields each path with its tensor as it is stored.
 
-    An open memory map keeps the pages that were read, so in the end the whole file would be in memory a second time.
-    Therefore a file is reopened after every 32 MB. Reopening it for each tensor would cost 0.3 ms per tensor, 55 ms for
-    BERT-base.
+    An open memory map keeps the pages that were read. In the end, the whole file would thus be in memory in addition to
+    the arrays. Therefore, a file is reopened after every 32 MB. Reopening it for each tensor would cost 0.3 ms per
+    tensor, which is 55 ms for BERT-base.
     """
     rest = sorted(sources.items(), key=lambda item: item[1].file)[::-1]
     while rest:
@@ -318,10 +325,10 @@ def _stored(folder: Path) -> dict[str, Source]:
 
 
 def _shard(folder: Path, name: str) -> Path:
-    """The path of a shard. It may be a link, but only to a file in this folder or of the same model in the Hub's cache.
+    """The path of a shard. A link must lead to a file in this folder or, in the Hub's cache, to one of the same model.
 
     Raises:
-        CheckpointError: If the shard is missing or is not such a file.
+        CheckpointError: If the shard is missing, or is a link to another place.
     """
     path, home = folder / name, folder.resolve()
     if home.parent.name == "snapshots":  # the Hub's cache, in which files are links to blobs
@@ -337,8 +344,9 @@ def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
     """Copies an array to memory that JAX's CPU backend can use without copying it again.
 
     Such memory is aligned to 64 bytes. Arrays of at least 4 MB are aligned to 2 MB, so that Linux can give them huge
-    pages. Inference on one sentence reads all weights, which is a tenth faster from huge pages. These arrays do not
-    come from malloc, whose bookkeeping between two arrays would fill further huge pages: 140 MB for BERT-large.
+    pages. Inference on one sentence reads all weights, and reading them from huge pages is a tenth faster. The memory
+    of these arrays comes from mmap, not from malloc: malloc's bookkeeping between two arrays would occupy additional
+    huge pages, 140 MB in total for BERT-large.
 
     Returns:
         The copy in `dtype`, or None if a value is not finite.
@@ -364,21 +372,31 @@ def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
 
 
 def _published_name(name: str) -> str:
-    """The current name of a tensor: with the prefix `bert.`, and LayerNorm's `gamma` and `beta` as `weight`, `bias`."""
+    """The name that a tensor has in current checkpoints.
+
+    The tensors of a bare model get the prefix `bert.`. LayerNorm's `gamma` becomes `weight`, and its `beta` becomes
+    `bias`.
+    """
     name = re.sub(r"\bLayerNorm\.gamma$", "LayerNorm.weight", name)
     name = re.sub(r"\bLayerNorm\.beta$", "LayerNorm.bias", name)
     return f"bert.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
 
 
 def _line(name: str) -> tuple[str, str]:
-    """A name or path as `TABLE` writes it, with `{i}` for the layer number; and that number, or `{i}` without one."""
+    """Returns a name or path with `{i}` in place of the layer number, as in `TABLE`, and the layer number as a text.
+
+    If there is no layer number, `{i}` is returned in its place.
+    """
     layer = re.search(r"\.(\d+)\.", name)
     number = layer[1] if layer else "{i}"
     return name.replace(f".{number}.", ".{i}.", 1), number
 
 
 def _table(paths: Iterable[str]) -> dict[str, str]:
-    """Published name -> path, for those paths that `TABLE` has. In a bare `BertModel`, name and path lack `bert.`."""
+    """Maps published names to those of the given paths that `TABLE` has.
+
+    If the paths are those of a bare `BertModel`, which lack the prefix `bert.`, the names lack it, too.
+    """
     names = {path: name for name, path in TABLE.items()}
     names |= {path.removeprefix("bert."): name.removeprefix("bert.") for path, name in names.items()}
     lines = {path: _line(path) for path in paths}

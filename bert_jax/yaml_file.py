@@ -29,7 +29,7 @@ def _parsed(text: str) -> Any:
     """Parses a YAML text.
 
     Raises:
-        ValueError: If the text is invalid, nested too deeply, or holds more than `VALUES` values.
+        ValueError: If the text is not valid YAML, is nested too deeply, or holds more than `VALUES` values.
     """
     try:
         found = yaml.load(text, _Loader)
@@ -38,7 +38,7 @@ def _parsed(text: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(error) from None
     values = [found]
-    for value in values:  # also visits the values that are appended here
+    for value in values:  # the loop also reaches the values that its body appends
         values += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
         if len(values) > VALUES:
             raise ValueError(f"it contains more than {VALUES:,} values, including those of aliases.")
@@ -46,7 +46,10 @@ def _parsed(text: str) -> Any:
 
 
 def read_tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
-    """Reads a file, merges the variant that `task_name` chooses from its `task_names`, and then merges the overrides.
+    """Reads a file of settings, and merges one of its variants and the overrides into it.
+
+    If `task_name` is set, it chooses a variant from the file's `task_names`. The settings of the variant replace those
+    of the same names in the rest of the file. The overrides replace both.
 
     Raises:
         InputError: If the file, the variant or an override cannot be used.
@@ -72,7 +75,7 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
     """Converts texts of the form `section.key=value`, with the value in YAML, to a tree.
 
     Raises:
-        InputError: If a value is missing or is not valid YAML, or if part of it would be lost as a YAML comment.
+        InputError: If a value is missing or is not valid YAML, or if part of a value would be lost as a YAML comment.
     """
     changes: dict[str, Any] = {}
     for text in texts:
@@ -85,14 +88,15 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
             for part in reversed(key.split(".")):
                 given = {part: given}
             changes = _laid_over(changes, given)
-        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: also for an invalid date
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: invalid YAML or an invalid date
             raise InputError(f"{quoted(text)}: the value is not valid YAML; put text in single quotes.") from None
         if lost := value[end:].strip():
             raise InputError(f"{quoted(text)}: {quoted(lost)} is a YAML comment; quote it: {listed([key])}='…'.")
     return changes
 
 
-_ENDS = (yaml.BlockEndToken, yaml.StreamEndToken)  # these tokens come after a trailing comment
+# These tokens come after a trailing comment, so their positions do not tell where the value ends.
+_ENDS = (yaml.BlockEndToken, yaml.StreamEndToken)
 
 
 def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,6 +108,6 @@ def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
 
 
 def nearest(given: Any, names: Iterable[str]) -> str | None:
-    """The name that is closest to a mistyped one; None if no name is close."""
+    """The name that is closest to `given`, which may be mistyped; None if no name is close."""
     close = difflib.get_close_matches(given[:100], names, n=1, cutoff=0.5) if isinstance(given, str) else []
     return close[0] if close else None

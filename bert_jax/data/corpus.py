@@ -1,9 +1,9 @@
 """Prepares texts for pretraining: splits documents into sentences, tokenizes them, and writes rows to shards on disk.
 
 A shard is a numpy file of rows. A row has the three numbers that `HEADER` names, then the token ids of an example.
-In the same folder, `corpus.json` records the files, the tokenizer and the settings that the shards are made from, and
-`manifest.json`, which is written last, records the contents of each shard. A shard gets its name only when it is
-complete, so that `tokenize` can be interrupted and resumes where it stopped.
+In the folder of the shards, `corpus.json` records the files, the tokenizer and the settings that the shards are made
+from. `manifest.json`, which is written last, records the contents of each shard. A shard gets its name only when the
+shard is complete, so that an interrupted `tokenize` can be called again and resumes where it stopped.
 """
 
 import collections
@@ -33,9 +33,12 @@ from bert_jax.tokenizer import Tokenizer
 
 HEADER = ("tokens", "tokens of the first segment", "whether the second is of another document")
 SHARD = 2**24
-"""A shard is full when its documents have this number of characters."""
+"""A shard is full when its documents together have at least this number of characters."""
 PIECE = 100_000
-"""Maximum number of characters of a sentence; a longer one is cut at a space, or anywhere if it has none."""
+"""Maximum number of characters of a sentence.
+
+A longer sentence is cut after the last space within this length, or exactly at this length if there is no such space.
+"""
 WHOLE, PARTS = "manifest.json", "corpus.json"
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'’”)\]]*(?=\s+[\"'‘“(\[]*[A-Z0-9])")
 
@@ -43,7 +46,7 @@ Document = list[list[int]]
 """Sentences, each a list of token ids."""
 
 
-# ── Texts -> documents ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── From texts to documents ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Reader:
@@ -57,7 +60,10 @@ class Reader:
         self.paths, self.format, self.column, self.replaced = paths, format, column, 0
 
     def __iter__(self) -> Iterator[list[str]]:
-        """Yields each document as its lines. In JSON lines, a row is a document; in text, empty lines separate them."""
+        """Yields each document as a list of lines.
+
+        In JSON lines, each row is a document. In text files, empty lines separate the documents.
+        """
         for path in self.paths:
             lines = self._lines(path)
             if (self.format or ("jsonl" if ".jsonl" in path.suffixes else "text")) == "jsonl":
@@ -95,7 +101,7 @@ def sentences(line: str) -> Iterator[str]:
             yield sentence
 
 
-# ── Documents -> rows ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── From documents to rows ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def pairs(
@@ -106,12 +112,14 @@ def pairs(
     Args:
         documents: Two or more documents, none of them empty.
         room: Maximum number of tokens of both segments together.
-        short: Share of the pairs whose target length is random, from 2 tokens to `room`; that of other pairs is `room`.
+        short: Share of the pairs whose target length is random, from 2 tokens to `room`. The target length of the other
+            pairs is `room`.
         random: The random generator.
 
     Yields:
-        The first segment, the second segment, and whether the second is from another document: in half of the pairs,
-        and always if the pair takes only one sentence from its own document.
+        The first segment, the second segment, and whether the second is from another document. The second is always
+        from another document if only one sentence is left, or if one sentence is enough for the target length.
+        Otherwise, it is from another document with a probability of 1/2.
     """
     for number, document in enumerate(documents):
         start = 0
@@ -135,11 +143,23 @@ def pairs(
                 second = [token for sentence in document[first_end:end] for token in sentence]
             first_cut, second_cut = _trimmed(len(first), len(second), room, random)
             yield first[first_cut], second[second_cut], other
-            start = first_end if other else end  # sentences that this pair did not use go into the next
+            start = first_end if other else end  # the next pair starts at the first unused sentence
 
 
 def _trimmed(first: int, second: int, room: int, random: np.random.Generator) -> tuple[slice, slice]:
-    """Drops tokens of the longer segment, each at a random end, until both fit `room`; returns the remaining slices."""
+    """Shortens two segments until both together have at most `room` tokens.
+
+    The segment that is longer at the moment loses one token after another, each from a random end.
+
+    Args:
+        first: The length of the first segment.
+        second: The length of the second segment.
+        room: Maximum number of tokens of both segments together.
+        random: The random generator.
+
+    Returns:
+        The slice of each segment that remains.
+    """
     lengths, fronts = [first, second], [0, 0]
     while sum(lengths) > room:
         longer = 0 if lengths[0] > lengths[1] else 1
@@ -171,7 +191,8 @@ class Layout:
     Attributes:
         max_length: Maximum number of tokens of an example, special tokens included.
         next_sentence: Whether to make pairs of segments for next-sentence prediction instead of single texts.
-        short: Share of the pairs whose target length is random, from 2 tokens to the maximum, without special tokens.
+        short: Share of the pairs whose target length is random: from 2 to `max_length` - 3 tokens, not counting the
+            three special tokens.
     """
 
     max_length: int = 128
@@ -182,7 +203,10 @@ class Layout:
 def rows(
     documents: Sequence[Document], layout: Layout, special: tuple[int, ...], dtype: Any, random: np.random.Generator
 ) -> np.ndarray:
-    """Lays out documents as the rows of a shard, [rows, len(HEADER) + max_length]; `special` is [CLS], [SEP], [PAD]."""
+    """Makes the rows of a shard from documents: [rows, len(HEADER) + max_length].
+
+    `special` has the ids of [CLS], [SEP] and [PAD].
+    """
     cls, sep, pad = special
     if layout.next_sentence:
         found = [
@@ -227,9 +251,9 @@ def tokenize(
         console: Shows the progress; None shows nothing.
 
     Raises:
-        InputError: If the tokenizer lacks a special token, a file cannot be read, the files hold no text, pairs are to
-            be made from only one document, or the folder cannot be written, holds other files, or holds shards made
-            with other arguments. Finished shards are kept.
+        InputError: If the tokenizer lacks a special token, if a file cannot be read, if the files hold no text, if
+            pairs are to be made from only one document, if the folder cannot be written, if it holds files that are not
+            shards, or if it holds shards that were made with other arguments. Finished shards are kept.
         CheckpointError: If a shard is damaged or missing.
     """
     special: Any = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
@@ -272,10 +296,10 @@ def tokenize(
 def _units(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
     """Groups documents into one group for each shard.
 
-    If possible, a group has at least `SHARD` characters and, because pairs need them, two documents.
+    If possible, a group has at least `SHARD` characters, and at least two documents, because pairs need two.
     """
     unit: list[list[str]] = []
-    ready: list[list[str]] = []  # held back: a last document that would be alone is added to it
+    ready: list[list[str]] = []  # a full group, held back because a single last document may join it
     size = 0
     for document in documents:
         if size >= SHARD and len(unit) > 1:
@@ -292,11 +316,11 @@ def _units(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
 def _make_shards(
     make: Any, units: Iterator[list[list[str]]], layout: Layout, processes: int | None, console: Console | None
 ) -> list[Any]:
-    """Makes a shard of each group of documents, in several processes; returns what the manifest records of each."""
+    """Makes a shard of each group of documents, in several processes; returns the manifest's record of each shard."""
     workers = processes or os.cpu_count() or 1
     records: list[Any] = []
     pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
-    # Not forked: the threads of JAX and of the tokenizers do not survive a fork.
+    # The processes are not forked, because the threads of JAX and of the tokenizers do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with (
         concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool,
@@ -318,15 +342,15 @@ def _make_shards(
 def _make_shard(
     folder: Path, backend: str, layout: Layout, special: tuple[int, ...], seed: int, number: int, unit: list[list[str]]
 ) -> Any:
-    """Tokenizes documents and writes their shard, unless it exists; returns what the manifest records of it.
+    """Tokenizes documents and writes their shard, unless the shard exists; returns the manifest's record of the shard.
 
-    This runs in a worker process.
+    This function runs in a worker process.
     """
     path = folder / f"{number:05d}.npy"
     record = path.with_suffix(".json")
     if record.exists():
         return json.loads(record.read_text(encoding="utf-8"))
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the shards are already divided among processes
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads: the processes already run in parallel
     tokenizer = tokenizers.Tokenizer.from_str(backend)
     documents = []
     for lines in unit:

@@ -12,22 +12,22 @@ from bert_jax.data.rows import Spot, best_fit, lay_out, model_inputs
 from bert_jax.losses import IGNORE
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Row lengths that batches without packing are padded to, with one program for each.
+"""The row lengths that batches without packing are padded to. Each length needs its own compiled program.
 
-To limit padding, a length is at most 1.5 times the one before it.
+To limit padding, a length is at most 1.5 times the previous length.
 """
 SORTED_TOGETHER = 50
 """Shuffled examples are sorted by length in groups of this many batches, as with transformers' `group_by_length`."""
 
 
 class Batch(TypedDict):
-    """B rows of T tokens. A row has one example, or up to K if rows are packed, and then padding.
+    """B rows of T tokens. A row has one example, or up to K examples if rows are packed, followed by padding.
 
     Attributes:
         inputs: The keyword arguments of the model, int32 [B, T]: `input_ids`, `token_type_ids` and `attention_mask`.
             Packed rows have `document_ids` (0 for padding) and `position_ids` instead of `attention_mask`.
-        targets: The targets that the task's loss expects: [B, K, …] if they belong to examples, [B, T] if to tokens.
-            `MaskedExamples` adds others.
+        targets: The targets that the task's loss expects: [B, K, …] for targets of examples, [B, T] for targets of
+            tokens. `MaskedExamples` adds targets of masked positions, [B, P].
         starts: int32 [B, K], the index of each example's first token in its row.
         weights: float32 [B, K], 1 for an example, 0 for an unused entry.
     """
@@ -53,7 +53,7 @@ class Place(NamedTuple):
         indices: Indices of the examples, int64 [n].
         rows: The row of each example, int64 [n]. Examples in the same row follow one another in the order of `indices`.
         shape: The shape of the batch.
-        epoch: The epoch of the batch; `MaskedExamples` chooses other tokens in each epoch.
+        epoch: The epoch of the batch; `MaskedExamples` chooses different tokens in each epoch.
     """
 
     indices: np.ndarray
@@ -74,10 +74,12 @@ class Examples:
     Attributes:
         input_ids: One array of token ids per example, special tokens included.
         token_type_ids: One array of token types per example.
-        targets: Name -> an array with a number or a vector for each example, [N] or [N, …].
-        token_targets: Name -> one array per example, with one entry per token; padding gets `losses.IGNORE`.
-        origins: One tuple per example that tells the task what the example is made from; it begins with the index of
-            the row of data. Origins are not part of batches. If there are none, example i is made from row i.
+        targets: Arrays by name, with one number ([N]) or one vector ([N, …]) per example.
+        token_targets: For each name, one array per example with one entry per token. In a batch, the entries of padding
+            are `losses.IGNORE`.
+        origins: One tuple per example, which tells the task what the example is made from. The tuple begins with the
+            index of the row of data. Origins are not part of batches. If `origins` is empty, example i is made from
+            row i.
         pad_token_id: The id that rows are padded with.
     """
 
@@ -105,11 +107,11 @@ class Examples:
         return found.hexdigest()
 
     def rows(self, indices: np.ndarray) -> list[int]:
-        """The numbers of the rows of data, counted from 1, that the examples with these indices are made from."""
+        """The numbers, counted from 1, of the rows of data that the given examples are made from."""
         return sorted({1 + (self.origins[i][0] if self.origins else int(i)) for i in indices})
 
     def spots(self, place: Place, part: tuple[int, int] = (0, 1)) -> list[Spot]:
-        """Where the examples of a batch lie in one part of its rows; `Spot.row` counts from the first row of that part.
+        """Where examples lie in one part of the rows of a batch. `Spot.row` counts from the first row of that part.
 
         Args:
             place: The examples of the batch.
@@ -150,7 +152,7 @@ def bucketed(
 ) -> list[Place]:
     """Groups examples of similar length into batches, one example per row, and returns the batches in random order.
 
-    If the examples do not divide evenly, one batch has fewer.
+    If the examples do not divide evenly, one batch has fewer examples than the others.
     """
     order = random.permutation(len(lengths))
     window = np.arange(len(order)) // (SORTED_TOGETHER * batch_size)
@@ -161,9 +163,10 @@ def bucketed(
 
 
 def padded_length(tokens: int, multiple: int = 1) -> int:
-    """The row length for this number of tokens, a multiple of `multiple`.
+    """The row length for a number of tokens.
 
-    It is the smallest of `LENGTHS` that suffices, or the number itself if none does, rounded up to the multiple.
+    This is the smallest of `LENGTHS` that is at least `tokens`, or `tokens` itself if it exceeds all `LENGTHS`. The
+    result is rounded up to a multiple of `multiple`.
     """
     return -(-next((length for length in LENGTHS if length >= tokens), tokens) // multiple) * multiple
 
@@ -206,7 +209,7 @@ def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.nd
 def packed_shape(
     lengths: np.ndarray, batches: Sequence[np.ndarray], share: int, limit: int, multiple: int = 1
 ) -> Shape:
-    """The shape with the least work into which each of the batches fits when packed.
+    """Finds the shape with the least work among those that every batch fits into when packed.
 
     Args:
         lengths: Number of tokens of each example.
@@ -218,7 +221,7 @@ def packed_shape(
     most, longest = max(int(lengths[batch].sum()) for batch in batches), int(lengths.max())
 
     def least(length: int) -> int:
-        """A lower bound of the work with rows of this length: that of rows without padding."""
+        """A lower bound of the work with rows of this length: the work if rows had no padding."""
         return _work(Shape(-(-most // length // share) * share, length, 1))
 
     step = max(8, multiple)
@@ -230,7 +233,7 @@ def packed_shape(
         rows, _, examples = np.max([packed(lengths, batch, length)[1] for batch in batches], axis=0).tolist()
         found.append(Shape(-(-rows // share) * share, length, examples))
     best = min(found, key=_work)
-    # Two more examples per row, because a batch of a later epoch that does not fit needs its own program.
+    # Allow two more examples per row, because a batch of a later epoch needs its own program if it does not fit.
     return best if best.examples == 1 else best._replace(examples=best.examples + 2)
 
 
@@ -240,9 +243,9 @@ def _work(shape: Shape) -> int:
 
 
 class Loader:
-    """Makes the batch of each step; if there are several processes, each makes one part of its rows.
+    """Makes the batch of each step. If there are several processes, each makes one part of the rows of the batch.
 
-    Which examples form a batch, and in which rows, depends only on the arguments (except `part`) and the step.
+    The examples of a batch and their rows depend only on the step and on the arguments other than `part`.
 
     Args:
         examples: The examples to learn from or to evaluate.
@@ -290,7 +293,7 @@ class Loader:
         return Place(indices, rows, self._shape._replace(rows=self._shape.rows + more, examples=examples))
 
     def place(self, step: int) -> Place:
-        """The examples and rows of the batch of a step, counted from 0; the same in all processes."""
+        """The examples and rows of the batch of a step, the same in all processes. Steps are counted from 0."""
         epoch, n = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[n]._replace(epoch=epoch)
 

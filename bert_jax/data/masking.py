@@ -19,9 +19,9 @@ class Masking:
     """How the tokens to predict are chosen in an example.
 
     Attributes:
-        share: Share of the tokens to choose; at least one is chosen.
-        most: Maximum number of tokens to choose. BERT's own (max_predictions_per_seq) is 20 for examples of 128 tokens
-            and 76 for 512.
+        share: Share of the tokens to choose; at least one token is chosen.
+        most: Maximum number of tokens to choose. BERT's own maximum (max_predictions_per_seq) is 20 for examples of 128
+            tokens and 76 for examples of 512 tokens.
         whole_words: Whether to choose all pieces of a word together.
     """
 
@@ -44,9 +44,9 @@ def choose(
         candidates: Positions to choose from, int [m], ascending.
         n: Number of tokens to choose.
         random: The random generator.
-        continuing: bool [m], true for a piece that continues the word of the candidate before it. If given, whole words
-            are tried in random order, and those that still fit into n are chosen. If no word fits, the first n pieces
-            of the first word are chosen.
+        continuing: bool [m], true for a candidate that continues the word of the previous candidate. If given, whole
+            words are tried in random order, and a word is skipped if it would bring the number of tokens above n. If
+            every word has more than n tokens, the first n tokens of the first word are chosen.
 
     Returns:
         The chosen positions, int64 [at most n], ascending.
@@ -80,19 +80,20 @@ class _Lazy(Sequence[np.ndarray]):
         return self.size
 
     def __getitem__(self, i: Any) -> Any:
-        return self.read(range(self.size)[i])  # raises IndexError at the end
+        return self.read(range(self.size)[i])  # past the end, `range` raises IndexError, which ends loops
 
 
 @dataclass(frozen=True)
 class MaskedExamples(Examples):
     """Examples in which some tokens are chosen for prediction.
 
-    The choice depends only on the seed, the epoch and the example. Up to P tokens are chosen per row. For each of them,
-    the `targets` of a batch have three entries, int32 [B, P]: `masked_positions`, its index in the row; `labels`, its
-    original id; and `guessed_in`, the number of its example in the row. Unused entries are 0; in `labels`, `IGNORE`.
+    The choice depends only on the seed, the epoch and the example. Up to P tokens are chosen per row. The `targets` of
+    a batch have three arrays, int32 [B, P], with one entry per chosen token. `masked_positions` has the index of the
+    token in the row, `labels` has its original id, and `guessed_in` has the number of its example in the row. Unused
+    entries are `IGNORE` in `labels` and 0 in the other two arrays.
 
     Attributes:
-        masking: How many tokens are chosen, and whether as whole words.
+        masking: How many tokens are chosen, and whether whole words are chosen.
         seed: The seed of the choice.
         mask_id: The id of [MASK].
         vocab_size: The size of the vocabulary, from which random replacements are drawn.
@@ -132,7 +133,7 @@ class MaskedExamples(Examples):
             special=tuple(id for id in special if id is not None),
             continuing=continuing,
         )
-        vars(examples)["lengths"] = lengths.astype(np.int64)  # computing them would read every example
+        vars(examples)["lengths"] = lengths.astype(np.int64)  # set, because computing lengths would read every example
         return examples
 
     def digest(self) -> str:
@@ -143,7 +144,7 @@ class MaskedExamples(Examples):
         """See `Examples.batch`."""
         batch = super().batch(place, part)
         rows, (_, length, examples) = len(batch["starts"]), place.shape
-        # An upper bound of the number of chosen tokens per row: rounding adds at most 1 for each of its examples.
+        # An upper bound of the number of chosen tokens per row: rounding adds at most 1 for each example in the row.
         most = min(examples * self.masking.most, int(self.masking.share * length) + examples)
         positions, guessed_in = (np.zeros((rows, most), np.int32) for _ in range(2))
         labels = np.full((rows, most), IGNORE, np.int32)

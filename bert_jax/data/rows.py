@@ -1,4 +1,4 @@
-"""Lays out texts one after another in rows of equal length, and records where each text lies, to find its results.
+"""Lays out texts one after another in rows of equal length, and records where to find each text and its results.
 
 Training, evaluation, inference and the tokenizer all use this module.
 """
@@ -35,7 +35,7 @@ class Spot(NamedTuple):
 
 def lay_out(items: Iterable[int], rows: Iterable[int], lengths: Iterable[int]) -> list[Spot]:
     """Lays out items, each in the given row; items in the same row follow one another in the order of `items`."""
-    used: dict[int, tuple[int, int]] = {}  # row -> number of its items and of its tokens so far
+    used: dict[int, tuple[int, int]] = {}  # by row, the number of items and of tokens so far
     spots = []
     for item, row, length in zip(items, rows, lengths, strict=True):
         number, start = used.get(row, (0, 0))
@@ -85,13 +85,13 @@ def best_fit(tokens: Sequence[int], length: int, *, rows: int | None = None, ite
     Args:
         tokens: Number of tokens of each item, in descending order (best fit decreasing).
         length: Tokens per row.
-        rows: Number of rows; None for as many as are needed.
+        rows: Maximum number of rows; None for no limit.
         items: Maximum number of items per row; None for no limit.
 
     Returns:
         The row of each item; -1 if no row has room for it.
     """
-    room: list[tuple[int, int, int]] = []  # (tokens left, row, items in it), fullest row first
+    room: list[tuple[int, int, int]] = []  # (tokens left in the row, row, items in the row), fullest row first
     chosen: list[int] = []
     used = 0
     for size in tokens:

@@ -1,4 +1,4 @@
-"""Reads the rows of files and of data sets on the Hub as dicts: column -> value."""
+"""Reads the rows of files and of data sets on the Hub, each as a dict from column to value."""
 
 import ast
 import bisect
@@ -27,10 +27,13 @@ FORMATS = {
     ".conll": "conll",
     ".txt": "text;label",
 }
-"""Extension of a file's name, without a final `.gz` -> the format of the file; see `format_of` for the exceptions."""
+"""Maps the extension of a file's name to the format of the file.
+
+A final `.gz` of the name is ignored. For `.json` and `.txt`, `format_of` may choose another format.
+"""
 
 TEXT = ("text", "sentence", "sentence1", "question1", "premise", "question", "review", "content", "input_string")
-"""Usual names of the text column; the first that a data set has is used."""
+"""Usual names of the text column. If a data set has several of them, the first in this list is used."""
 TEXTS: tuple[tuple[str, ...], ...] = tuple((name,) for name in TEXT)
 PAIRS: tuple[tuple[str, ...], ...] = (
     ("text", "text_pair"), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"),
@@ -40,16 +43,16 @@ PAIRS: tuple[tuple[str, ...], ...] = (
 
 Row = dict[str, Any]
 ClassLabels = dict[str, tuple[str, ...]]
-"""Column of class ids -> the names of the classes, in the order of the ids."""
+"""Maps each column of class ids to the names of the classes, in the order of the ids."""
 
 
 class Entry(NamedTuple):
-    """A row of a file, or the error in its place.
+    """A row of a file, or an error in place of a row that cannot be read.
 
     Attributes:
-        line: The line of the row in the file, counted from 1; for CoNLL, the line after the row. For Parquet and SQuAD,
-            it is the number of the row, and for a folder, the number of the file.
-        row: The row by column, or an error that says why it cannot be read.
+        line: The place of the row, counted from 1. For most formats, it is the line on which the row begins; for CoNLL,
+            the line after the row; for Parquet and SQuAD, the number of the row; for a folder, the number of the file.
+        row: The row as a dict from column to value, or an error that says why the row cannot be read.
         position: Number of bytes of the file that have been read so far, to show progress; 0 if unknown.
     """
 
@@ -88,7 +91,9 @@ def read(path: str | Path, format: str | None = None, *, labelled: bool = True) 
 
 
 def class_labels(path: str | Path, format: str | None = None) -> ClassLabels:
-    """The columns of class ids of a Parquet file that `datasets` wrote, with their class names; empty for other files.
+    """Finds the columns of class ids, and their class names, in a Parquet file that `datasets` wrote.
+
+    For other files, the result is empty.
 
     Raises:
         InputError: If a Parquet file cannot be read.
@@ -107,7 +112,8 @@ def _class_labels(features: Mapping[str, Any]) -> ClassLabels:
     """Finds the columns of class ids, or of lists of class ids, in the result of `datasets.Features.to_dict`."""
     found = {}
     for column, kind in features.items():
-        kind = kind[0] if isinstance(kind, list) and kind else kind  # lists, in earlier versions of `datasets`
+        # For a column of lists, earlier versions of `datasets` have a list with the kind of the items.
+        kind = kind[0] if isinstance(kind, list) and kind else kind
         kind = kind.get("feature", kind) if isinstance(kind, Mapping) else {}
         if isinstance(kind, Mapping) and kind.get("_type") == "ClassLabel" and kind.get("names"):
             found[column] = tuple(map(str, kind["names"]))
@@ -115,7 +121,7 @@ def _class_labels(features: Mapping[str, Any]) -> ClassLabels:
 
 
 def _named(row: Row, labels: ClassLabels) -> Row:
-    """Replaces class ids by class names, and -1, which unlabelled test sets have, by None."""
+    """Replaces class ids by class names. The id -1, which unlabelled test sets have, becomes None."""
     named: Row = dict.fromkeys(labels)
     for column, names in labels.items():
         ids: Any = row.get(column)
@@ -131,24 +137,25 @@ def entries(path: str | Path, format: str | None = None, *, labelled: bool = Tru
     """Streams the rows of a file, with an error in place of each row that cannot be read.
 
     Args:
-        path: A file, which may be gzipped unless it is Parquet; or a folder, of which each .txt file, also in
-            subfolders, is the `text` of a row.
-        format: The format of the file. None infers it from the file's name; a .json file is "squad" if it begins like
-            SQuAD's JSON, else "jsonl".
+        path: A file or a folder. A file may be gzipped, unless it is Parquet. In a folder and its subfolders, each .txt
+            file is the `text` of a row.
+        format: The format of the file. None infers the format from the file's name; a .json file is then "squad" if it
+            begins like SQuAD's JSON, else "jsonl".
 
             - "jsonl": A line is a row, as a JSON object.
             - "csv", "tsv": A table; its first line names the columns.
             - "parquet": A Parquet file.
             - "text": A line is the `text` of a row.
-            - "text;label": A line is the `text` of a row and, after the last semicolon, its `label`. A first line is
-              skipped as a header if the part before that semicolon is one of `TEXT`.
-            - "conll": A line has a word in its first column and the word's tag in its last. A blank line ends a row,
-              which has `tokens` and `tags`.
+            - "text;label": A line has the `text` of a row, a semicolon, and the `label` of the row. If a line has
+              several semicolons, the last one counts. The first line is skipped as a header if its text is one of
+              `TEXT`.
+            - "conll": A line has a word in its first column and the word's tag in its last. A row has the columns
+              `tokens` and `tags`, and ends at a blank line.
             - "squad": SQuAD's JSON, which is read whole. A question is a row.
         labelled: Whether a .txt file is "text;label" instead of "text" if `format` is None.
 
     Raises:
-        InputError: If the file cannot be read, or its format is unknown.
+        InputError: If the file cannot be read, or if its format is unknown.
     """
     path = Path(path)
     if path.is_dir() and format in (None, "text"):
@@ -174,7 +181,9 @@ def entries(path: str | Path, format: str | None = None, *, labelled: bool = Tru
 
 
 def format_of(path: Path, labelled: bool) -> str:
-    """The format of a file according to its name or, for a .json file, to how it begins; see `entries`.
+    """Infers the format of a file from its name and, for a .json file, from the beginning of its content.
+
+    The formats are those of `entries`.
 
     Raises:
         InputError: If the name does not tell the format.
@@ -228,7 +237,7 @@ def _jsonl(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
 
 
 def _csv(lines: Iterator[str], delimiter: str = ",", quotes: bool = True) -> Iterator[tuple[int, Row | InputError]]:
-    csv.field_size_limit(2**24)  # characters; the default of 131,072 is too few for a book
+    csv.field_size_limit(2**24)  # a field may hold a book, which the default limit of 131,072 characters forbids
     record: list[str] = []  # the lines that the reader has read for the current row
 
     def noted() -> Iterator[str]:
@@ -258,7 +267,7 @@ def _csv(lines: Iterator[str], delimiter: str = ",", quotes: bool = True) -> Ite
         if names is None:
             names = fields
             wrong = [name for n, name in enumerate(names) if name in names[:n] or re.search("[\ud800-\udfff]", name)]
-            if wrong:  # if the header is not UTF-8 text, `entries` replaces this error
+            if wrong:  # for a name that is not UTF-8 text, `entries` replaces this error by its own
                 yield 1, InputError(f"the header has {quoted(wrong[0])} twice.")
                 return
         elif fields and len(fields) != len(names):
@@ -268,7 +277,7 @@ def _csv(lines: Iterator[str], delimiter: str = ",", quotes: bool = True) -> Ite
 
 
 def _last_quote(record: list[str]) -> int:
-    """The index of the line of a record in which the last quote opens."""
+    """Finds the line in which the last quote opens, as an index of `record`, the lines of a row."""
     # A quote opens after a comma, a line break or another quote.
     openings = [match.start() for match in re.finditer(r'(?<![^,\n"])"[^"]*"?', "".join(record))]
     return bisect.bisect(list(itertools.accumulate(map(len, record))), max(openings, default=0))
@@ -340,10 +349,10 @@ def read_hub(id: str, name: str | None, split: str, revision: str | None) -> tup
     """Reads a split of a data set on the Hub.
 
     Returns:
-        The columns of class ids with the names of the classes, and the rows, in which these names replace the ids.
+        The columns of class ids, with the names of the classes; and the rows, with class names in place of class ids.
 
     Raises:
-        InputError: If the split cannot be loaded, or the extra `data` is not installed.
+        InputError: If the split cannot be loaded, or if the extra `data` is not installed.
     """
     check_extra("data", "datasets")
     import datasets
@@ -357,17 +366,17 @@ def read_hub(id: str, name: str | None, split: str, revision: str | None) -> tup
 
 
 def literal(text: str) -> Any:
-    """Parses a list or object in a cell of a table, written as in JSON or Python, or as numpy prints arrays.
+    """Parses a cell of a table that holds a list or object in the notation of JSON, of Python or of numpy.
 
     An empty cell is an empty list.
 
     Raises:
-        InputError: If the cell is written in none of these ways.
+        InputError: If the cell is in none of these notations.
     """
     if not text.strip():
         return []
     with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text, parse_constant=ast.literal_eval)  # raises ValueError for NaN and Infinity
+        return json.loads(text, parse_constant=ast.literal_eval)  # `literal_eval` rejects NaN and Infinity
     try:
         return ast.literal_eval(_with_commas(text))
     except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -387,12 +396,12 @@ _CONSTANTS = {"true": "True", "false": "False", "null": "None"}
 
 
 def _with_commas(text: str) -> str:
-    """Converts a list or object as numpy prints it to a Python literal, with the commas that numpy leaves out.
+    """Makes a Python literal of a list or object in the notation of numpy: adds the commas that numpy leaves out.
 
-    Without commas, Python would join the strings in `['a' 'b']`.
+    Without the added commas, Python would join the strings in `['a' 'b']`.
 
     Raises:
-        ValueError: If the text is not a literal, or only some items of a list are separated by commas.
+        ValueError: If the text is not a literal, or if only some items of a list are separated by commas.
     """
     written, separators, place, ended = "", [{","}], 0, False
     while text[place:].strip():
@@ -405,7 +414,9 @@ def _with_commas(text: str) -> str:
         if part == ",":
             separators[-1].add(part)
         if kind == "opening":
-            separators.append(set() if part == "[" else {","})  # only the items of lists may lack commas
+            # A bracket that gets both separators, comma and space, raises the error below. All brackets except those of
+            # lists have the comma from the start, so that a missing comma is always an error in them.
+            separators.append(set() if part == "[" else {","})
         if kind == "closing" and (len(separators) == 1 or len(separators.pop()) > 1):
             raise ValueError("commas or brackets are missing")
         written += {"opening": part[-1], "dtype": ""}.get(kind or "", _CONSTANTS.get(part, part))
@@ -416,10 +427,12 @@ def _with_commas(text: str) -> str:
 
 
 def column(there: Collection[str], name: str | None, usual: Iterable[str]) -> str | None:
-    """The column to use: the named one or, if `name` is None, the first usual one that exists; None if none exists.
+    """Chooses a column: `name` or, if `name` is None, the first of the `usual` columns that exists.
+
+    If none of the usual columns exists, the result is None.
 
     Raises:
-        InputError: If the named column does not exist.
+        InputError: If the column `name` does not exist.
     """
     if name is None:
         return next((candidate for candidate in usual if candidate in there), None)

@@ -1,7 +1,7 @@
 """Evaluates pretrained models on held-out texts, by the tasks of pretraining: fill-mask and next-sentence-prediction.
 
-A measure is a mean over all masked tokens or all pairs. Its 95 % interval is found by resampling the texts (bootstrap,
-Efron 1979).
+A measure is a mean: over all masked tokens for fill-mask, over all pairs for next-sentence-prediction. The 95 %
+interval of a measure is found by the bootstrap (Efron 1979), which resamples the texts or the pairs.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
 from bert_jax.tools import report
 
 FREQUENCIES = (1, 2, 10, 100, 1000)
-"""Lower bounds of the frequency classes: how often a token occurs in the evaluated texts."""
+"""Lower bounds of the frequency classes. The frequency of a token is how often it occurs in the evaluated texts."""
 POSITIONS = (1, 16, 32, 64, 128, 256)
-"""Lower bounds of the position classes: the position of a token in its row."""
+"""Lower bounds of the position classes. The position of a token is its index in its row."""
 KS = (1, 5, 10)
 Words = Literal["random", "each"]
 
@@ -42,8 +42,8 @@ class Hidden(NamedTuple):
 
     Attributes:
         token: The id of the true token.
-        position: The position in the row; [CLS] is 0.
-        nll: Negative log-likelihood, in nats.
+        position: The index of the token in its row; that of [CLS] is 0.
+        nll: Negative log-likelihood of the true token, in nats.
         rank: The rank of the true token in the vocabulary, 1 for the likeliest.
     """
 
@@ -62,14 +62,14 @@ class HiddenTokens(FillMask):
         logits = model(**{name: array for name, array in inputs.items() if name != "labels"}).logits  # [B, P, V]
         label = jnp.take_along_axis(logits, labels, axis=-1)
         nll = jax.nn.logsumexp(logits, axis=-1) - label[..., 0]
-        # The rank is the number of logits that are not below the label's; the label itself and NaN count.
+        # The rank is the number of logits that are not below the label's. It counts the label's own logit and each NaN.
         return {"nll": nll, "rank": jnp.sum(~(logits < label), axis=-1)}
 
     def hide(self, text: str, words: Words, share: float, seed: int) -> Request[list[Hidden]]:
-        """Makes a request for `Pipeline.run` that masks tokens of a text; its result is a list of `Hidden`.
+        """Makes a request for `Pipeline.run` that masks tokens of a text. The request's result is a list of `Hidden`.
 
-        The text is truncated to `max_length`. Which tokens are masked depends only on the text and the arguments, which
-        are those of `evaluate`.
+        The text is truncated to `max_length`. The other arguments are those of `evaluate`. Which tokens are masked
+        depends on nothing but the text and the arguments.
         """
         encoding = self.tokenizer.encode([text], max_length=self.max_length)[0][0]
         inside = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
@@ -107,8 +107,8 @@ class Following(NextSentencePrediction):
     def judge(self, first: str, second: str) -> Request[np.ndarray]:
         """Makes a request for the log-probabilities of the two labels for a pair, float32 [2].
 
-        If the pair is too long, the end of the first text and the beginning of the second are kept. If both texts are
-        long, each gets half of the tokens.
+        If the pair is too long, the end of the first text and the beginning of the second are kept. If each text is
+        longer than half of the available tokens, each gets half of them.
         """
         a, b = (row[0].ids for row in self.tokenizer.encode([first, second], add_special_tokens=False))
         room = self.max_length - 3
@@ -147,20 +147,24 @@ def evaluate(
         seed: Seed for the choice of masked tokens, for cutting and pairing texts, and for resampling.
         resamples: Number of resamples of the texts for the 95 % intervals.
         compute_dtype: The dtype of the activations, "float32" or "bfloat16".
-        ignore: Regular expressions of tensors in the first model's checkpoint that are left out.
+        ignore: Regular expressions of the tensors to leave out of the first model's checkpoint.
         console: Shows progress; None shows nothing.
 
     Returns:
-        Model -> results. A measure is `{value, low, high}`.
-        fill-mask: the measures `nll` (nats), `pseudo_perplexity` (exponential of `nll`), `accuracy@k` and `mrr` (mean
-        reciprocal rank), the numbers of `texts` and `tokens`, and `by_frequency` and `by_position`, lists with tokens,
-        nll and accuracy@1 of each class. If `words` is "each" and all words have one piece, `pseudo_perplexity` is the
-        measure of Salazar et al. 2020, arXiv:1910.14659.
-        next-sentence-prediction: the measures `accuracy` and `nll`, and the number of `pairs`.
+        The results of each model, by its name in `models`. A measure is `{value, low, high}`; `low` and `high` bound
+        its 95 % interval.
+
+        fill-mask: The measures are `nll` (in nats), `pseudo_perplexity` (exponential of `nll`), `accuracy@k` and `mrr`
+        (mean reciprocal rank). `texts` is the number of texts, and `tokens` that of masked tokens. `by_frequency` and
+        `by_position` are lists with the number of tokens, the nll and the accuracy@1 of each class. If `words` is
+        "each" and every word has one piece, `pseudo_perplexity` is the measure of Salazar et al. 2020,
+        arXiv:1910.14659.
+
+        next-sentence-prediction: The measures are `accuracy` and `nll`. `pairs` is the number of pairs.
 
     Raises:
-        InputError: If a text is empty, the texts are too few or too short, or a model does not support the task or
-            `max_length`.
+        InputError: If a text is empty, if the texts are too few or too short, or if a model does not support the task
+            or `max_length`.
     """
     for i, text in enumerate(texts, 1):
         if not isinstance(text, str) or not text.strip():
@@ -183,7 +187,9 @@ def evaluate(
 
 
 def leave(folder: Path, settings: str, results: dict[str, dict[str, Any]]) -> None:
-    """Writes results to a folder: `evaluation.json`, `.md` and `.png`, and the settings as `settings.yaml`.
+    """Writes a folder with the results and the settings.
+
+    The files are `evaluation.json`, `evaluation.md`, `evaluation.png` and `settings.yaml`.
 
     Raises:
         CheckpointError: If the folder cannot be written.
@@ -234,7 +240,7 @@ def _next_sentence(follows: np.ndarray, found: list[np.ndarray], seed: int, resa
 def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.ndarray]:
     """Cuts each text in two at the end of a sentence, and pairs first parts with second parts.
 
-    Half of the first parts are paired with the second part of another text, the rest with their own second part. Texts
+    Half of the first parts are paired with the second part of another text, the rest with that of the same text. Texts
     of one sentence are left out.
 
     Returns:
@@ -256,12 +262,15 @@ def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.nd
 
 
 def _means(values: dict[str, np.ndarray], owner: np.ndarray, seed: int, resamples: int) -> dict[str, dict[str, float]]:
-    """The mean of each array, and its 95 % interval from resampled texts; `owner` is the text of each entry."""
+    """The mean of each array, and the 95 % interval of the mean. `owner` has the index of each entry's text.
+
+    The interval is found by resampling the texts.
+    """
     texts = int(owner.max()) + 1
     sums = np.stack([np.bincount(owner, v, minlength=texts) for v in (np.ones(len(owner)), *values.values())], axis=1)
     random = np.random.default_rng(seed)
     drawn = np.array([random.multinomial(texts, np.full(texts, 1 / texts)) @ sums for _ in range(resamples)])
-    # If there are few texts, a resample may have no token; its mean is NaN and does not count.
+    # If there are few texts, a resample may have no token. Its mean is then NaN, and `nanpercentile` leaves it out.
     low, high = np.nanpercentile(drawn[:, 1:] / np.where(drawn[:, :1] > 0, drawn[:, :1], np.nan), [2.5, 97.5], axis=0)
     return {
         name: {"value": float(np.mean(v)), "low": float(low[i]), "high": float(high[i])}

@@ -24,10 +24,11 @@ class Evaluation:
     """The results of an evaluation.
 
     Attributes:
-        metrics: `loss` (the mean over the entries that count, in nats or in the target's unit squared) and the metrics
-            of the task; empty if no entry counts.
-        outputs: What `Objective.outputs` returned, in the order of the examples: arrays with one entry per example or,
-            if the task has one entry per token, lists of arrays, each as long as its example.
+        metrics: The metrics of the task and `loss`, the mean over the entries that count. The loss is in nats or, for
+            regression, in the squared unit of the target. If no entry counts, `metrics` is empty.
+        outputs: What `Objective.outputs` returned, in the order of the examples. Each output is an array with one entry
+            per example. If the task has one entry per token, each output is a list with one array per example instead,
+            and an array is as long as its example.
     """
 
     metrics: dict[str, Any]
@@ -68,11 +69,11 @@ def evaluate(
         examples: All examples to evaluate.
         batch_size: Examples per batch, over all devices.
         packing: Maximum number of tokens of a packed row, which holds several examples; None for one example per row.
-        multiple: The number of tokens per row is a multiple of this.
+        multiple: The number of tokens per row is a multiple of this number.
         mesh: The devices.
 
     Raises:
-        TrainingError: If a batch does not fit into memory, or the outputs or the loss are not finite.
+        TrainingError: If a batch does not fit into memory, or if the outputs or the loss are not finite.
     """
     loader = Loader(
         examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing, multiple=multiple,
@@ -87,7 +88,7 @@ def evaluate(
         with jax.set_mesh(mesh), out_of_memory(place.shape, remedy):
             return place, evaluate_batch(params, sharding.put_batch(loader.batch_at(step), mesh))
 
-    # Each batch is read after the next one is dispatched: the device computes while the host reads.
+    # The results of a batch are read after the next batch is dispatched: the device computes while the host reads.
     batches: Iterator[Any] = itertools.chain(map(dispatch, range(loader.steps_per_epoch)), [None])
     for (place, results), _ in itertools.pairwise(batches):
         with out_of_memory(place.shape, remedy):
@@ -117,13 +118,17 @@ def largest(
     multiple: int = 1,
     mesh: jax.sharding.Mesh,
 ) -> tuple[Shape, jax.stages.Compiled]:
-    """Returns the shape of the largest batch of an `evaluate` call, and its program, which is compiled but not run."""
+    """Finds the largest batch of an `evaluate` call.
+
+    Returns:
+        The shape of the batch, and the program that evaluates such a batch, which is compiled but not run.
+    """
     loader = Loader(examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing, multiple=multiple)
     shape = max({loader.place(step).shape for step in range(loader.steps_per_epoch)}, key=lambda s: s.rows * s.length)
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
     abstract = tree.unflatten(sharding.abstract(flat, sharding.placements(mesh, flat)))
-    nowhere = np.zeros(0, int)  # a batch of padding: only its shapes matter
+    nowhere = np.zeros(0, int)  # no examples: the batch is all padding, because only its shapes matter
     batch = sharding.abstract(examples.batch(Place(nowhere, nowhere, shape)), sharding.by_row(mesh))
     with jax.set_mesh(mesh):
         return shape, program(task, skeleton).lower(abstract, batch).compile()

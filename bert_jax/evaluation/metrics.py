@@ -20,9 +20,9 @@ def classification(labels: np.ndarray, predictions: np.ndarray, names: tuple[str
         names: The names of the labels.
 
     Returns:
-        `accuracy`, `f1_macro`, `f1_micro`, `f1_weighted` and `matthews`. If there are two labels, `f1` of the second
-        label, and its name as `f1_label`. `per_class` with precision, recall, f1 and support of each label, and
-        `confusion` with one row per label and one column per predicted label.
+        `accuracy`, `f1_macro`, `f1_micro`, `f1_weighted`, `matthews`, `per_class` (precision, recall, f1 and support of
+        each label) and `confusion` (one row per true label, one column per predicted label). If there are two labels,
+        there are two more keys: `f1`, the f1 of the second label, and `f1_label`, the name of that label.
     """
     scores, per_class = _scores(labels, predictions, names)
     if len(names) == 2:
@@ -67,7 +67,7 @@ def _scores(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -
 
 
 def regression(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
-    """Metrics of regression: pearson, spearman, and the mean squared error (`mse`, in the unit of the labels squared).
+    """Metrics of regression: pearson, spearman, and the mean squared error (`mse`, in the squared unit of the labels).
 
     Args:
         labels: float [N].
@@ -85,11 +85,13 @@ def regression(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Finds the entities of a sentence like conlleval and seqeval, from IOB1, IOB2 or BIOES tags, even ill-formed ones.
+    """Finds the entities of a sentence as conlleval and seqeval do.
+
+    The tags are IOB1, IOB2 or BIOES, and may be ill-formed.
 
     Args:
-        tags: The tag of each word: "O", or B-, I-, E- or S- and a type, such as "B-PER". A letter without a type gets
-            the type "_", as in seqeval.
+        tags: The tag of each word: "O", or one of the prefixes B-, I-, E- and S- followed by a type, such as "B-PER". A
+            letter without a type gets the type "_", as in seqeval.
 
     Returns:
         (type, index of the first word, index of the last word) of each entity, in order.
@@ -111,8 +113,8 @@ def tagging(labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]
     """Metrics of token classification, from the tags of each sentence.
 
     Returns:
-        `precision`, `recall` and `f1` over all entities (an entity is right if its type, first word and last word are),
-        `accuracy` of the tags, and `per_class` with precision, recall, f1 and support of each type.
+        `precision`, `recall` and `f1` over all entities, `accuracy` of the tags, and `per_class` with precision,
+        recall, f1 and support of each type. An entity is right if its type, its first word and its last word are right.
     """
     truth, found = ({(n, *span) for n, tags in enumerate(side) for span in entities(tags)}
                     for side in (labels, predictions))  # fmt: skip
@@ -132,7 +134,7 @@ def _span_scores(truth: set[Any], found: set[Any]) -> dict[str, Any]:
 
 
 def normalized(answer: str) -> str:
-    """Normalises an answer like SQuAD's official script: lower case, no punctuation, no articles, single spaces."""
+    """Normalises an answer as SQuAD's official script does: lower case, no punctuation, no articles, single spaces."""
     kept = "".join(character for character in answer.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
@@ -140,20 +142,22 @@ def normalized(answer: str) -> str:
 def answering(
     golds: Sequence[Sequence[str]], answers: Sequence[str], null_over_best: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """Metrics of answers to questions, as in SQuAD 2.0's evaluate-v2.0.py; as in SQuAD 1.1 if all have an answer.
+    """Metrics of answers to questions, as in evaluate-v2.0.py of SQuAD 2.0.
+
+    If all questions have an answer, the metrics are those of SQuAD 1.1.
 
     Args:
         golds: The accepted answers of each question; empty if the question has no answer.
         answers: The answer given to each question, "" for no answer.
-        null_over_best: For each question, the score of "no answer" minus the score of the best answer. If this is
-            given, `answers` must be the best answers. "No answer" is then chosen above a threshold, and the best
-            threshold is found.
+        null_over_best: For each question, the score of "no answer" minus the score of the best answer. If
+            `null_over_best` is given, `answers` must be the best answers. "No answer" is then chosen if this difference
+            is above a threshold, and the best threshold is found.
 
     Returns:
-        `exact_match` and `f1`, means over questions from 0 to 100. If some questions have no answer, also
-        `has_answer_…` and `no_answer_…`, the means over the questions with and without an answer. With
-        `null_over_best`, also `best_f1` and `best_exact_match`, each with its best threshold, and `null_threshold`, the
-        threshold of `best_f1`.
+        `exact_match` and `f1`, which are means over the questions; all means are from 0 to 100. If some questions have
+        no answer, `has_answer_…` are the means over the questions with an answer, and `no_answer_…` those over the
+        questions without one. If `null_over_best` is given, `best_f1` and `best_exact_match` are the means at the
+        threshold that is best for each, and `null_threshold` is the threshold of `best_f1`.
     """
     has_answer = np.array([bool(gold) for gold in golds])
     golds = [[answer for answer in gold if normalized(answer)] or [""] for gold in golds]
@@ -170,10 +174,10 @@ def answering(
                 result[f"{group}_{name}"] = float(values[which].mean()) if which.any() else 0.0
     if null_over_best is None:
         return result
-    # Starts with no question answered, then answers one more at a time, by increasing `null_over_best`.
+    # totals[n] below is the sum of the scores if only the n questions with the lowest `null_over_best` are answered.
     order = np.argsort(null_over_best, kind="stable")
     thresholds = np.asarray(null_over_best)[order]
-    for name, values in scores.items():  # f1 comes last: `best` below belongs to f1
+    for name, values in scores.items():  # f1 comes last, so that `best` is that of f1 after the loop
         gains = np.where(has_answer, values, np.where(np.array(answers) == "", 0.0, -100.0))[order]
         totals = np.concatenate([[0.0], np.cumsum(gains)]) + 100.0 * (~has_answer).sum()
         best = int(np.argmax(totals))

@@ -26,7 +26,7 @@ ATTENTION_TOKENS = 128
 
 
 class Refused(Exception):
-    """Raised to refuse a request. It holds the HTTP status of the response, and the code and message of its error."""
+    """Raised to refuse a request. It holds the HTTP status, the error code and the message of the response."""
 
     def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None):
         super().__init__(message)
@@ -53,10 +53,11 @@ class Limits:
 
     Attributes:
         batch: The maximum number of inputs in a batch, unless a single request has more.
-        wait: Seconds that the model waits after the first input of a batch for more inputs.
-        queue: The maximum number of unanswered inputs. A request that would exceed it is refused with status 429,
-            unless it is the only one.
-        timeout: Seconds in which a request must arrive (otherwise status 408) and then be answered (otherwise 504).
+        wait: Seconds to wait for more inputs after the first input of a batch.
+        queue: The maximum number of unanswered inputs. A request that would exceed this maximum is refused with status
+            429, unless no other request is waiting.
+        timeout: Seconds within which a request must arrive; otherwise, the status is 408. The answer then has as many
+            seconds again; if it takes longer, the status is 504.
         max_body: The maximum size of the body of a request, in bytes.
         max_inputs: The maximum number of inputs of a request.
         max_characters: The maximum number of characters of an input.
@@ -93,7 +94,7 @@ class Batcher:
         """Queues a job and returns its answer.
 
         Raises:
-            Refused: If too many inputs are waiting already, or the answer takes too long.
+            Refused: If too many inputs are waiting already, or if the answer takes too long.
         """
         size = max(1, len(job.requests))
         if self.waiting + size > max(self.limits.queue, size):
@@ -138,7 +139,7 @@ class Batcher:
         try:
             answers = batch[0].work(batch)
         except Exception as error:
-            logger.error("A batch failed: %s", type(error).__name__)  # the message could quote a client's text
+            logger.error("A batch failed: %s", type(error).__name__)  # not the message, which could quote a text
             for job in batch:
                 job.answer.set_exception(error)
         else:

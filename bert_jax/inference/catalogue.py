@@ -1,4 +1,4 @@
-"""Requests and responses in the JSON of Azure's model catalogue, in each form that its endpoints accept."""
+"""Answers requests in the JSON of Azure's model catalogue, in each form that the catalogue's endpoints accept."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,11 +31,12 @@ def score(pipe: Pipeline[Task], request: Any) -> Any:
         request: The request, as `json.loads` returns it.
 
     Returns:
-        A value for `json.dumps`: one result per input, in order; if the input is not in a list, its result.
+        A value for `json.dumps`: a list with one result per input, in order. If one input was given without a list,
+        the value is its result.
 
     Raises:
         InputError: If the request is invalid. The message names the problem and, if inputs are in a list, the index of
-            the invalid one.
+            the invalid input.
     """
     inputs, parameters = read(request)
     return jsonable(pipe(inputs, **parameters))
@@ -49,7 +50,7 @@ def jsonable(result: Any) -> Any:
 
 
 def read(request: Any) -> tuple[Any, dict[str, Any]]:
-    """The inputs and parameters of a request, as `Pipeline` accepts them; raises `InputError` for any other form."""
+    """The inputs and parameters of a request, as `Pipeline` accepts them; raises `InputError` if they are invalid."""
     if not isinstance(request, Mapping):
         raise InputError(f'expected an object like {{"inputs": {{"{TEXTS}": ["…"]}}}}, got {_kind(request)}.')
     if unknown := [key for key in request if key not in INPUTS + PARAMETERS]:
@@ -83,9 +84,10 @@ def _columns(split: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _rows(columns: Mapping[str, Any]) -> Any:
-    """Converts columns to a list of dicts or, if the column of texts is the only one, to its values.
+    """Converts columns to a list with one dict per row.
 
-    If some columns are not lists, they are one input, which is returned as a dict.
+    If the column of texts is the only column, its values are returned instead. If a column is not a list, the columns
+    are the fields of a single input, which is returned as a dict.
     """
     if list(columns) == [TEXTS]:
         return columns[TEXTS]

@@ -1,4 +1,4 @@
-"""Makes predictions for texts. The rows of many requests share batches, and each bucket has one compiled program.
+"""Makes predictions for texts. The rows of many requests share batches, and each batch shape has one compiled program.
 
 Example:
     fill_mask = bert_jax.pipeline("fill-mask", "google-bert/bert-base-cased")
@@ -71,7 +71,7 @@ class Queued(NamedTuple):
     Attributes:
         features: The tokens.
         request: The index of the request.
-        place: The index of the row among those of the request.
+        place: The index of the row among the rows of the request.
     """
 
     features: Features
@@ -85,8 +85,8 @@ class Batch:
 
     Attributes:
         queued: The texts.
-        rows: The index of the row that holds each text.
-        bucket: The bucket whose program computes them.
+        rows: For each text, the index of the row that holds it.
+        bucket: The bucket whose program computes the texts.
     """
 
     queued: list[Queued]
@@ -95,7 +95,7 @@ class Batch:
 
     @functools.cached_property
     def spots(self) -> list[Spot]:
-        """Where the tokens of each text lie."""
+        """Where the tokens of each text lie in an array [rows, tokens, …]."""
         return lay_out(range(len(self.rows)), self.rows, [len(q.features.input_ids) for q in self.queued])
 
     @functools.cached_property
@@ -190,14 +190,14 @@ def pipeline(
         task: "fill-mask", "next-sentence-prediction", "feature-extraction", "text-classification",
             "token-classification" or "question-answering".
         model: A folder, an id on the Hugging Face Hub, `bert-mini-cased`, or a loaded model.
-        tokenizer: Required for a loaded model; by default the checkpoint's tokenizer.
+        tokenizer: The tokenizer. It is required with a loaded model; otherwise, None means that of the checkpoint.
         revision: Branch, tag or commit on the Hub.
         ignore: Regular expressions of the names of tensors that are not loaded; see `BertModel.from_pretrained`.
         compute_dtype: Dtype of the activations, "float32" or "bfloat16". A loaded model keeps its own.
 
     Raises:
-        InputError: If the task is unknown, or a loaded model does not fit the task or comes without a tokenizer.
-        ModelNotFoundError: If there is no such model, or the Hub does not answer.
+        InputError: If the task is unknown, or if a loaded model does not fit the task or is given without a tokenizer.
+        ModelNotFoundError: If there is no such model, or if the Hub does not answer.
         CheckpointError: If the checkpoint lacks the task's head, is damaged, or does not fit the tokenizer.
     """
     model_class = TASKS[task_name(task)].model_class
@@ -210,7 +210,7 @@ def pipeline(
     else:
         folder = hub.download(model, revision=revision)
         tokenizer = tokenizer or Tokenizer.from_pretrained(folder)
-        options = {"add_pooling_layer": False} if model_class is BertModel else {}  # not used by feature extraction
+        options = {"add_pooling_layer": False} if model_class is BertModel else {}  # feature extraction uses no pooler
         fitting = tasks_of(hub.architectures(folder))
         other = bool(fitting) and task not in fitting
         misfit = CheckpointError(f"{model} is for {' and '.join(fitting)}; {task} expects a {model_class.__name__}.")
@@ -234,7 +234,7 @@ def tasks_of(architectures: Sequence[str]) -> list[str]:
 
 
 class Pipeline(Generic[Task_co]):
-    """A task, a model and its programs. Call it with one input, a list, or any iterable."""
+    """A task, a model and its programs. Call it with one input, a list of inputs, or any other iterable of inputs."""
 
     def __init__(self, task: Task_co, model: BertPreTrainedModel, tokenizer: Tokenizer, max_length: int):
         self.task: Any = task
@@ -280,15 +280,15 @@ class Pipeline(Generic[Task_co]):
 
         Args:
             inputs: One input of the task (a text, a pair as a tuple, a dict with question and context), a list of
-                them, or another iterable.
+                inputs, or any other iterable of inputs.
 
         Returns:
-            The task's result for one input; a list of results, in order, for a list of inputs; an iterator of results
-            for any other iterable. The iterator reads at most `READ_AHEAD` inputs ahead.
+            For one input, the task's result. For a list, a list of results in the same order. For any other iterable,
+            an iterator of results, which reads at most `READ_AHEAD` inputs ahead.
 
         Raises:
-            InputError: If an input or a parameter cannot be used. The message names it and, if there are several
-                inputs, the index.
+            InputError: If an input or a parameter cannot be used. The message names the problem and, if there
+                are several inputs, the index of the input.
             CheckpointError: If the model's results are not finite.
         """
         predict: Predicts[Input, Parameters, Result] = self._predict
@@ -306,7 +306,7 @@ class Pipeline(Generic[Task_co]):
         """Makes the request of one input, for `run`.
 
         Raises:
-            InputError: If the input cannot be used, or the task has no such parameter.
+            InputError: If the input cannot be used, or if the task does not have one of the parameters.
         """
         if unknown := [name for name in parameters if name not in self._parameters]:
             known = ", ".join(self._parameters) or "no parameters"
@@ -327,7 +327,7 @@ class Pipeline(Generic[Task_co]):
     def run(self, requests: Sequence[Request[Any]]) -> list[Any]:
         """Returns the results of requests, in order. The rows of all requests are batched together."""
         results: list[Any] = [None] * len(requests)
-        waiting: dict[int, list[Outputs | None]] = {}  # index of a request -> outputs of its rows, None until computed
+        waiting: dict[int, list[Outputs | None]] = {}  # by request: the outputs of its rows, None until computed
         queued: list[Queued] = []
 
         def advance(i: int, outputs: Any) -> None:
@@ -372,8 +372,8 @@ class Pipeline(Generic[Task_co]):
                 rows, texts = _most(length), length // 8
                 placed = best_fit(lengths, length, rows=rows, items=texts)
             else:
-                # Take the largest batch in which more than half of the rows need this length. Shorter rows that it does
-                # not hold go into later batches with a shorter length.
+                # Takes the largest number of rows of which more than half need `length`. Rows that are left over go
+                # into later batches, where a shorter length may do.
                 shorter, length = next((a, b) for a, b in itertools.pairwise([0, *self._lengths]) if b >= lengths[0])
                 filling = sum(tokens > shorter for tokens in lengths)
                 rows, texts = max(n for n in BUCKET_ROWS if n <= _most(length) and filling > n // 2), 1
@@ -412,7 +412,7 @@ class Pipeline(Generic[Task_co]):
         return self._programs[bucket]
 
     def trace(self, bucket: Bucket, device: Any = None) -> jax.stages.Traced:
-        """Traces the program of a bucket for `device`, which need not be present; None means the default device."""
+        """Traces the program of a bucket for `device`, which this machine need not have; None means the default."""
         inputs = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in self._shapes(bucket).items()}
         arguments = self.params, inputs
         if device is not None:
@@ -445,7 +445,7 @@ class Pipeline(Generic[Task_co]):
 
 
 def _most(length: int) -> int:
-    """Number of rows in a full batch of rows of this length."""
+    """Number of rows of this length in a full batch."""
     return max(1, BUCKET_TOKENS // length)
 
 

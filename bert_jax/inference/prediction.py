@@ -31,7 +31,7 @@ from bert_jax.inference.pipelines import READ_AHEAD, Pipeline
 from bert_jax.tasks.base import Request, Task
 
 WHOLE = 2**28
-"""Bytes up to which a file is hashed completely (0.6 s). Of a larger file, `SAMPLES` blocks are hashed (0.2 s)."""
+"""Files of up to this many bytes are hashed whole (0.6 s). Of larger files, `SAMPLES` blocks are hashed (0.2 s)."""
 SAMPLES, BLOCK = 64, 2**20
 PREDICTION = "prediction"
 """Name of the column that is added to each row."""
@@ -70,14 +70,14 @@ def predict_files(
         model: Name of the model, which is recorded; a run can only be resumed with the same name.
         columns: The columns that make up an input: one, or two for a pair. By default, the first of the task's
             `columns_of_input` that a row has.
-        format: Format of the inputs; None infers it from their names, and a .txt file then has one text per line.
+        format: Format of the inputs. If None, each file's name gives its format, and a .txt file has one text per line.
         shard: (i, n) selects every n-th row, starting with the i-th, counted from 1.
         parameters: The parameters of the task.
         console: Where a progress bar is shown; None for no progress bar.
 
     Raises:
-        InputError: If a file cannot be read or written, an argument is invalid, none of the first 100 rows of a file
-            can be used, or the output belongs to another run.
+        InputError: If a file cannot be read or written, if an argument is invalid, if none of the first 100 rows of a
+            file can be used, or if the output belongs to another run.
     """
     output, paths = Path(output), [Path(path) for path in inputs]
     if not output.name.endswith(OUTPUTS):
@@ -90,7 +90,7 @@ def predict_files(
     except OSError as error:
         raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from None
     try:
-        # Converted to what the journal holds when it is read back, in which tuples are lists.
+        # Converted to JSON and back, because it is compared with a journal, in which JSON has made tuples lists.
         run = json.loads(json.dumps({
             "task": pipe.task.name, "model": model, "inputs": files, "columns": columns, "format": format,
             "shard": shard, "parameters": parameters,
@@ -212,7 +212,7 @@ def _predict(
         ThreadPoolExecutor(1) as ahead,  # while one window is computed, the next is read and tokenized
     ):
         try:
-            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)  # must precede truncation
+            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before truncation, which could damage another run
         except OSError:
             raise InputError(f"{journal.output} is being written by another process.") from None
         for file, size in ((partial, journal.partial_bytes), (rejected, journal.rejected_bytes)):
@@ -227,7 +227,7 @@ def _predict(
             results = pipe.run(window.requests)
             predicted = zip(window.rows, results, strict=True)
             partial.writelines(_line(row | {PREDICTION: jsonable(result)}) for row, result in predicted)
-            rejected.writelines(_line(row, ascii=True) for row in window.rejected)  # escapes even lone surrogates
+            rejected.writelines(_line(row, ascii=True) for row in window.rejected)  # ASCII can escape lone surrogates
             for file in (partial, rejected):
                 file.flush()
                 os.fsync(file.fileno())
@@ -296,7 +296,7 @@ def _input(row: sources.Row, candidates: Sequence[tuple[str, ...]]) -> Any:
     for names in candidates:
         if all(name in row for name in names):
             cells = [row[name] for name in names]
-            if names == ("tokens",) and isinstance(cells[0], str):  # CSV and TSV files have lists as text
+            if names == ("tokens",) and isinstance(cells[0], str):  # in CSV and TSV files, lists are texts
                 cells[0] = sources.literal(cells[0])
             values = tuple(tuple(cell) if isinstance(cell, list) else cell for cell in cells)
             return values if len(names) > 1 else values[0]
@@ -340,7 +340,7 @@ def _convert(partial: Path, output: Path) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Yields the path of a file to write. That file then replaces `path`, which is never incomplete."""
+    """Yields the path of a file to write. That file then replaces `path`, so that `path` is never incomplete."""
     staged = Path(f"{path}.new")
     yield staged
     with open(staged, "rb") as file:
@@ -349,7 +349,10 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _flat(line: bytes) -> dict[str, Any]:
-    """Parses a row of a table. A prediction `{label, score}` becomes two columns; other objects and lists are JSON."""
+    """Parses a row of a table. A prediction that is an object, such as `{label, score}`, becomes one column per field.
+
+    Lists, and all objects that are not predictions, become JSON texts.
+    """
     row = json.loads(line)
     if isinstance(row[PREDICTION], dict):
         row |= {f"{PREDICTION}_{name}": value for name, value in row.pop(PREDICTION).items()}

@@ -49,7 +49,7 @@ STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 
 
 def body_model(pipe: Pipeline[Task]) -> type[pydantic.BaseModel]:
-    """The model of the body of /v1/{task}: the inputs, and the parameters of the task's `request` with their types."""
+    """The pydantic model of the body of /v1/{task}: the inputs, and the typed parameters of the task's `request`."""
     entry = pipe.task.json_input
     fields: dict[str, Any] = {"inputs": (entry | list[entry], ...)}  # type: ignore[valid-type]
     hints = get_type_hints(pipe.task.request)
@@ -71,7 +71,7 @@ class Server:
 
     Args:
         name: The name of the model, as clients see it.
-        pipes: Task -> pipeline; the first answers at /score.
+        pipes: The pipelines by task. The first one answers at /score.
         limits: What the server accepts.
     """
 
@@ -215,7 +215,7 @@ class Server:
             raise InputError(f"the input has {size} characters; at most {self.limits.max_characters} are allowed.")
 
     async def _answer(self, request: Request, job: Job) -> Any:
-        """Returns the answer to a job. If the client disconnects first, a job that has not started is dropped."""
+        """Returns the answer to a job. If the client disconnects before that, a job that has not started is dropped."""
         answer = asyncio.ensure_future(self.batcher.submit(job))
         left = asyncio.ensure_future(_left(request))
         try:
@@ -278,7 +278,7 @@ def _refusing(content: Any) -> Any:
 
 
 def without_quotes(message: str, texts: Sequence[str]) -> str:
-    """The message, with '…' in place of each quotation that is a part, or the whole, of one of the texts."""
+    """The message, with '…' in place of each quotation that occurs in one of the texts or cannot be parsed."""
 
     def replaced(match: re.Match[str]) -> str:
         try:
@@ -304,7 +304,7 @@ def _documented(schema: dict[str, Any]) -> dict[str, Any]:
 
 async def _failed(request: Request, error: Exception) -> Response:
     """The response to a request that raised an exception."""
-    if isinstance(error, HTTPException):  # such as an unknown route
+    if isinstance(error, HTTPException):  # for example, for an unknown route
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
         error = Refused(error.status_code, code, str(error.detail), dict(error.headers or {}))
     if not isinstance(error, Refused):
@@ -324,7 +324,7 @@ def serve(
 
     Args:
         name: The name of the model, as clients see it.
-        pipes: Task -> pipeline; the first answers at /score.
+        pipes: The pipelines by task. The first one answers at /score.
         host: The address to listen at.
         port: The port to listen at; 0 for a free one.
         limits: What the server accepts; the defaults of `Limits` if None.

@@ -1,6 +1,8 @@
-"""The functions behind the command line: they take settings, and return the folder of a run, a description or metrics.
+"""The functions behind the command line, which take settings.
 
-Only this package and the modules `settings`, `yaml_file` and `cli` use YAML.
+`finetune` and `pretrain` return the folder of a run, `dry_run` returns a description, and `evaluate` and
+`evaluate_held_out` return metrics. In `bert_jax`, only `recipes` and the modules `settings`, `yaml_file` and `cli` use
+YAML.
 """
 
 from bert_jax.recipes.finetuning import dry_run, evaluate, finetune

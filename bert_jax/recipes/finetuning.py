@@ -25,22 +25,26 @@ from bert_jax.tools import aot
 from bert_jax.training import loop, lora, memory, optim
 
 LOADED_LATER = ("grain", "sklearn.metrics")
-"""Modules that a run imports only when it needs them. `peak_memory` imports them first, because they occupy 60 MB."""
+"""Modules that a run imports only when it needs them.
+
+They occupy 60 MB, so `peak_memory` imports them before it measures the memory of the process.
+"""
 
 
 def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     """Fine-tunes a model and writes it, with its metrics and predictions, to `settings.output.folder`.
 
-    If the run was stopped, the same call resumes from the last checkpoint. If the run is finished, it does nothing.
+    If the run was stopped, the same call resumes it from its last checkpoint. If the run is finished, the call does
+    nothing.
 
     Returns:
         The folder.
 
     Raises:
         InputError: If the settings, the data or the folder cannot be used.
-        ModelNotFoundError: If the model does not exist, or the Hub does not answer.
-        CheckpointError: If the weights do not fit the model, or a file cannot be written.
-        TrainingError: If the loss or an output is not finite, or a batch does not fit into memory.
+        ModelNotFoundError: If the model does not exist, or if the Hub does not answer.
+        CheckpointError: If the weights do not fit the model, or if a file cannot be written.
+        TrainingError: If the loss or an output is not finite, or if a batch does not fit into memory.
         Interrupted: After Ctrl-C or SIGTERM; the state is saved.
     """
     console, began = console or Console(quiet=True), time.perf_counter()
@@ -74,7 +78,8 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     if evaluated:
         predictions = task.predictions(evaluated.outputs, examples[split])
         lines = [row | {"prediction": p} for row, p in zip(prepared.rows[split], predictions, strict=True)]
-        texts = [json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines]  # Parquet also has dates
+        # `default=str`, because rows from Parquet may contain dates, which JSON cannot encode.
+        texts = [json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines]
         runs.write(folder / runs.PREDICTIONS, "".join(texts))
         for name, value in task.files(lines).items():
             runs.write(folder / name, json.dumps(value, ensure_ascii=False) + "\n")
@@ -91,12 +96,13 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
 
     Args:
         settings: The settings of the run.
-        target: Chips to compile the step for, such as `v5e:2x4`, which need not be present; the devices of this machine
-            by default.
-        console: With a target, shows each program that was compiled; None shows nothing.
+        target: Chips to compile the training step for, such as `v5e:2x4`. This machine need not have them. None
+            compiles the step for the devices of this machine.
+        console: If a target is given, shows each program that was compiled; None shows nothing.
 
     Raises:
-        InputError: See `finetune`; also if the target is unknown or its compiler is not installed.
+        InputError: If the settings or the data cannot be used, if the target is unknown, or if the compiler for the
+            target is not installed.
     """
     chips = aot.get(target) if target else None
     prepared = preparation.prepare(settings)
@@ -114,7 +120,7 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
     counts: Counter[str] = Counter()
     for path, rule in optim.rules(planned.trained, **runs.rule_options(settings)).items():
         counts[str(rule)] += planned.trained[path].size
-    counts += Counter({"frozen": sum(leaf.size for leaf in planned.frozen.values())})  # += drops a count of 0
+    counts += Counter({"frozen": sum(leaf.size for leaf in planned.frozen.values())})  # `+=` drops "frozen" if it is 0
     parts.append("parameters:\n" + "\n".join(f"  {n:,}: {rule}" for rule, n in counts.most_common()))
     places = [loader.place(step) for step in range(min(steps, loader.steps_per_epoch))]
     shapes = sorted(Counter(place.shape for place in places).items())
@@ -136,10 +142,10 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
 def peak_memory(settings: Settings, prepared: preparation.Prepared, run: loop.Run, shape: Shape) -> str | None:
     """Describes the peak memory of a run; None if the compiler does not report memory.
 
-    On CPU, this is the memory of the whole process, a sum of three parts: what the process occupies now (libraries,
-    data, model and programs), the training state with a batch, and what the largest phase of the run needs in addition.
-    On other devices, it is the memory of one device, the sum of the last two parts. The merged weights that an
-    evaluation needs with LoRA are not included.
+    On CPU, this is the memory of the whole process. It is the sum of three parts: what the process occupies now
+    (libraries, data, model and programs), the training state with a batch, and what the largest phase of the run needs
+    in addition. On other devices, it is the memory of one device, and the sum of only the last two parts. If the run
+    uses LoRA, an evaluation needs merged weights, which are not included.
 
     Args:
         settings: The settings of the run.
@@ -178,7 +184,7 @@ def peak_memory(settings: Settings, prepared: preparation.Prepared, run: loop.Ru
 
 
 def compile_for(chips: aot.Target, run: loop.Run, shape: Shape, config: BertConfig, console: Console) -> str:
-    """Describes what a target's compiler reports for a step on a batch of this shape, and the largest that fits."""
+    """Describes what a target's compiler reports for a step on a batch of `shape`, and the largest batch that fits."""
     share = run.loader.share
 
     def check(n: int) -> aot.Check:
@@ -201,21 +207,22 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a fine-tuned model on a split of the settings' data.
 
-    If the model's folder has the results of its run, values that the run found on the validation split, such as a
-    threshold, are applied.
+    A run may find values, such as a threshold, on its validation split. These values are applied if the model's folder
+    has the results of its run.
 
     Args:
         model_id: A folder or an id on the Hub.
         settings: Settings with the task, the data, the maximum length and the batch size.
         split: "validation" or "test".
-        ignore: Regular expressions of tensors in the checkpoint to leave out, matched against their whole names.
+        ignore: Regular expressions of the tensors to leave out of the checkpoint. An expression has
+            to match the whole name of a tensor.
         console: Shows notes on the data; None shows nothing.
 
     Returns:
         The metrics.
 
     Raises:
-        InputError: If the split is not set, has no labels, or has labels that the model does not have.
+        InputError: If the split is not set, if it has no labels, or if it has labels that the model does not have.
         CheckpointError: If the model has no head for the task.
     """
     check_extra("train", "sklearn")

@@ -21,7 +21,7 @@ from bert_jax.tasks.registry import TASKS
 from bert_jax.tokenizer import Tokenizer
 
 DROPOUT = {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"}
-"""The dropout rates in the settings of `model`; if set, they replace those in the checkpoint's config."""
+"""Names of the dropout rates in the settings of `model`. If set, a rate replaces that of the checkpoint's config."""
 
 
 class Prepared(NamedTuple):
@@ -31,8 +31,8 @@ class Prepared(NamedTuple):
         task: The task, made for this model.
         model: The model, with its new head.
         tokenizer: The tokenizer of the model.
-        rows: Split -> its rows, with columns named as the task names them.
-        examples: Split -> the examples made from these rows.
+        rows: The rows of each split. Their columns have the names that the task uses.
+        examples: The examples of each split, made from its rows.
         found: Notes on the data for the user.
     """
 
@@ -48,8 +48,8 @@ class Split(NamedTuple):
     """One split of the data.
 
     Attributes:
-        rows: The rows, with columns named as the task names them.
-        labels: Names of the classes in the order of their ids, if the data set stores labels as class ids, else None.
+        rows: The rows. Their columns have the names that the task uses.
+        labels: If the data set stores labels as class ids, the names of the classes in the order of the ids, else None.
     """
 
     rows: list[sources.Row]
@@ -62,7 +62,7 @@ def prepare(settings: Settings) -> Prepared:
     Raises:
         InputError: If a file, column, row or label cannot be used; the message names it.
         ModelNotFoundError: If there is no such model.
-        CheckpointError: If the weights do not fit the model, or the vocabulary does not fit the weights.
+        CheckpointError: If the weights do not fit the model, or if the vocabulary does not fit the weights.
     """
     if settings.data.train is None:
         raise InputError("data.train is not set; expected a file or, if data.id is set, the name of a split.")
@@ -140,8 +140,8 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
     """Reads a split; the result is empty if the split is not set.
 
     Raises:
-        InputError: If it cannot be read, has no rows or lacks a column, or if a class id means different labels in two
-            of its files.
+        InputError: If the split cannot be read, if it has no rows, if it lacks a column, or if a class id means
+            different labels in two files of the split.
     """
     data = settings.data
     places = getattr(data, split)
@@ -169,13 +169,15 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
     where = f"data.{split} ({places})"
     if not rows:
         raise InputError(f"{where} has no examples.")
-    there = dict.fromkeys(name for row in rows for name in row)  # JSON rows may differ in columns
+    # The columns of all rows are collected, because JSON rows may differ in their columns.
+    there = dict.fromkeys(name for row in rows for name in row)
     usual, required, target = {"text": sources.TEXT}, ("text",), "text"
     if isinstance(settings, Settings):
         task = TASKS[settings.task]
         usual, required, target = task.columns, task.required, task.target
     try:
-        wanted = {  # no setting names the columns id and is_impossible; data.id is the data set
+        # No setting names the columns "id" and "is_impossible": the setting `data.id` is the id of the data set.
+        wanted = {
             name: sources.column(there, None if name in ("id", "is_impossible") else getattr(data, name), names)
             for name, names in usual.items()
         }
@@ -197,11 +199,11 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
 
 
 def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None) -> BertConfig:
-    """A model's config, with LABEL_0, LABEL_1, … replaced by `data.labels` if it is set.
+    """Returns a model's config. If `data.labels` is set, its names replace LABEL_0, LABEL_1, …
 
     Raises:
-        InputError: If `data.labels` has another number of names than the model, or if a metric depends on the order of
-            the two labels and the data has them in another order than the model.
+        InputError: If `data.labels` has more or fewer names than the model has labels, or if a metric depends on the
+            order of the two labels and the order in the data differs from that in the model.
     """
     given, names = settings.data.labels, config.labels
     if given and all(re.fullmatch(r"LABEL_\d+", name) for name in names):
@@ -214,7 +216,7 @@ def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None
 
 
 def check_order(model: tuple[str, ...], data: tuple[str, ...]) -> None:
-    """Raises `InputError` if the data has the labels of the model in another order."""
+    """Raises `InputError` if the data has the same labels as the model, but in another order."""
     if model != data and sorted(model) == sorted(data):
         order = yaml.safe_dump(list(model), default_flow_style=True, width=10**6, allow_unicode=True).strip()
         raise InputError(

@@ -31,7 +31,8 @@ WORDS, BIAS, TRANSFORM = (
 def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
     """Pretrains a model and writes it, with its metrics, to `settings.output.folder`.
 
-    If the run was stopped, the same call resumes tokenization or training. If the run is finished, it does nothing.
+    If the run was stopped, the same call resumes tokenization or training. If the run is finished, the call does
+    nothing.
 
     Returns:
         The folder.
@@ -40,8 +41,9 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
         InputError: If the settings, the texts or the folder cannot be used.
         ConfigError: See `starting_model`.
         ModelNotFoundError: See `starting_model`.
-        CheckpointError: If the checkpoint does not fit, a shard is damaged, or a file cannot be written.
-        TrainingError: If the loss or an output is not finite, or a batch does not fit into memory.
+        CheckpointError: If the weights of the checkpoint do not fit the model, if a shard is damaged, or if a file
+            cannot be written.
+        TrainingError: If the loss or an output is not finite, or if a batch does not fit into memory.
         Interrupted: After Ctrl-C or SIGTERM; the state is saved.
     """
     console, began = console or Console(quiet=True), time.perf_counter()
@@ -103,12 +105,13 @@ def read_corpus(settings: Pretraining, split: str, tokenizer: Tokenizer, console
 
 
 def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any) -> tuple[BertPreTrainedModel, str]:
-    """The model that training begins with, and notes on it for the user.
+    """Returns the model that training begins with, and notes on the model for the user.
 
     Raises:
-        ConfigError: If model.config names an unknown field, or its values do not make a valid network.
-        ModelNotFoundError: If there is no such checkpoint.
-        CheckpointError: If the weights do not fit. To initialise parameters that they lack, set `model.new`.
+        ConfigError: If `model.config` names an unknown field, or if its values do not make a valid network.
+        ModelNotFoundError: If the checkpoint `model.id` does not exist.
+        CheckpointError: If the weights of the checkpoint do not fit the model. To initialise parameters that the
+            checkpoint lacks, set `model.new`.
     """
     options = preparation.network_options(settings)
     changes = settings.model.config | settings.model.model_dump(include=preparation.DROPOUT, exclude_none=True)
@@ -143,7 +146,7 @@ def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any
 def evaluate_held_out(
     models: Sequence[str], settings: HeldOut, split: str, *, ignore: Sequence[str] = (), console: Console | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Evaluates pretrained models on the texts of a split and returns model -> measures; see `held_out.evaluate`."""
+    """Evaluates pretrained models on the texts of a split; returns the results of `held_out.evaluate`."""
     texts = [row["text"] for row in preparation.read_split(settings, split).rows]
     if not texts:
         raise InputError(f"data.{split} is not set; expected texts.")

@@ -46,8 +46,8 @@ def set_up(
     """Makes a run on the given devices; None uses the devices of all processes.
 
     Raises:
-        InputError: If the settings do not fit the model or the devices, a pattern of the settings matches no parameter,
-            or nothing is left to train.
+        InputError: If the settings do not fit the model or the devices, if a pattern of the settings matches no
+            parameter, or if nothing is left to train.
     """
     options = settings.model.lora
     chosen = paths = list(tree.split(model)[1].specs)
@@ -78,9 +78,9 @@ def fit(settings: Settings | Pretraining, run: loop.Run, validation: Examples | 
     """Creates the run's folder, writes the settings to it, and trains.
 
     Raises:
-        InputError: If training.patience is set without data.validation, the folder cannot be written, or it has
+        InputError: If training.patience is set without data.validation, if the folder cannot be written, or if it has
             checkpoints of a run with other training examples.
-        TrainingError: If the loss or an output is not finite, or a batch does not fit into memory.
+        TrainingError: If the loss or an output is not finite, or if a batch does not fit into memory.
         Interrupted: After Ctrl-C or SIGTERM; the state is saved.
         CheckpointError: If a checkpoint cannot be written or read.
     """
@@ -127,9 +127,9 @@ TRANSFORMS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "lion": optax.scale_by_lion,
     "adafactor": _adafactor,
 }
-"""`optimizer.name` -> how the optimizer transforms gradients, without the learning rate."""
+"""Maps each `optimizer.name` to the function that makes its transformation of gradients, without the learning rate."""
 KEYWORDS = {"beta1": "b1", "beta2": "b2", "epsilon": "eps", "bias_correction": "bias_correction"}
-"""Setting of `optimizer` -> the keyword of `TRANSFORMS`."""
+"""Maps a setting of `optimizer` to the keyword argument of the functions in `TRANSFORMS`."""
 
 
 def make_optimizer(settings: Settings | Pretraining, steps: int) -> optax.GradientTransformation:
@@ -163,14 +163,15 @@ def rule_options(settings: Settings | Pretraining) -> dict[str, Any]:
 
 
 def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
-    """Whether the run's folder already has its results; if so, prints that the run is finished.
+    """Whether the run's folder already has the results of the run; if so, prints that the run is finished.
 
     Raises:
-        InputError: If the settings differ between processes, the folder holds other files or a run with other settings,
-            or a package that the run needs is not installed.
+        InputError: If the settings differ between processes, if the folder holds other files or a run with other
+            settings, or if a package that the run needs is not installed.
     """
     distributed.agree("The settings", settings.to_yaml)
-    check_extra("train", "grain", "sklearn", "matplotlib", "tensorboardX")  # fails now, not after hours of training
+    # A missing package is reported now, not after hours of training.
+    check_extra("train", "grain", "sklearn", "matplotlib", "tensorboardX")
     folder = Path(settings.output.folder)
     if not (folder / SETTINGS).exists():
         if folder.is_dir() and any(folder.iterdir()):
@@ -204,17 +205,18 @@ def end(
     began: float,
     console: Console,
 ) -> None:
-    """Writes the model, tokenizer, learning curve, model card and, last, results of a run, and prints a summary.
+    """Writes the files that a finished run leaves, and prints a summary.
 
-    The file of the results marks the run as finished.
+    The files are the model, the tokenizer, the learning curve, the model card and the results. The results are written
+    last, because they mark the run as finished.
 
     Args:
         settings: The settings of the run.
         run: The run.
         trained: The result of the training.
         tokenizer: The tokenizer of the model.
-        found: Further results: metrics under "validation" or "test", and under "predictions" the name of the split that
-            was predicted; empty if there are none.
+        found: Further results, if there are any. The key "validation" or "test" has the metrics of that split, and the
+            key "predictions" has the name of the split that was predicted.
         began: The value of `time.perf_counter` when the run began.
         console: Shows the summary.
     """

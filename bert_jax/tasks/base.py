@@ -3,8 +3,8 @@
 For inference, a task has `Task.forward`, a pure function that runs on the device, and `Task.request`, which makes a
 request from an input. A request is a generator: it yields the rows that it needs computed, receives their outputs, may
 yield more rows that depend on those outputs, and returns its result. A request does not handle batches. The pipeline
-(`bert_jax.inference.pipelines`) collects the rows of many requests in a batch and pads it to a bucket. The result of a
-request does not depend on the other requests in the batch.
+(`bert_jax.inference.pipelines`) collects the rows of many requests in a batch and pads the batch to the shape of a
+bucket. The result of a request does not depend on the other requests in the batch.
 
 Shapes are written with B rows, T tokens per row, K texts or examples per row, P masked positions per row, C labels and
 V tokens in the vocabulary.
@@ -41,7 +41,12 @@ def check_vocabulary(tokenizer: Tokenizer, config: BertConfig) -> None:
 
 
 def check_text(text: Any, name: str = "text") -> None:
-    """Raises `InputError` if `text` is not a string or is blank. The message about a blank text calls it `name`."""
+    """Raises `InputError` if `text` is not a string or is blank.
+
+    Args:
+        text: The text to check.
+        name: How the error message refers to a blank text.
+    """
     if not isinstance(text, str):
         raise InputError(f"expected a text, got {quoted(text)} ({type(text).__name__}).")
     if not text.strip():
@@ -55,8 +60,8 @@ class ReadOptions:
     Attributes:
         labels: The names of the labels in the order of their ids; None to take them from the data set.
         problem_type: The problem type of text classification; None to infer it from the labels.
-        wrong_answers: What to do with an invalid row of question answering, such as one whose answer is not in the
-            context at the given start: skip the row, or stop.
+        wrong_answers: Whether to skip an invalid row of question answering or to stop. A row is invalid if, for
+            example, the context does not have the answer at the given start.
     """
 
     labels: tuple[str, ...] | None = None
@@ -72,7 +77,7 @@ class Features:
         input_ids: Token ids, special tokens included.
         token_type_ids: 0 or 1 for each token.
         masked_positions: Indices of the tokens at which to score the vocabulary; empty if `Task.masked` is false.
-        labels: Ids of the true tokens at the masked positions, for evaluation; otherwise empty.
+        labels: Ids of the true tokens at the masked positions. Set only for evaluation, otherwise empty.
     """
 
     input_ids: list[int]
@@ -92,7 +97,7 @@ Request = Generator[list[Features], list[Outputs], Result]
 
 
 class LabelScore(TypedDict):
-    """A predicted label and its probability, or the predicted number if the model is a regression."""
+    """A predicted label and its score: a probability or, if the model is a regression, the predicted number."""
 
     label: str
     score: float
@@ -106,9 +111,9 @@ class Task(Protocol):
     model_class: Any
     """The class of the task's models."""
     per_token: bool
-    """Whether outputs have one entry per token. If this and `masked` are both false, they have one per text."""
+    """Whether outputs have one entry per token. If `per_token` and `masked` are false, they have one per text."""
     masked: bool
-    """Whether rows have masked positions. Outputs then have one entry per masked position."""
+    """Whether rows have masked positions. If so, outputs have one entry per masked position."""
     columns_of_input: tuple[tuple[str, ...], ...]
     """Usual names of the columns that make up an input. The first tuple whose columns all exist in the file is used."""
     json_input: Any
@@ -120,15 +125,18 @@ class Task(Protocol):
         Args:
             model: An instance of `model_class`.
             inputs: The keyword arguments of the model.
-            starts: int [B, K], the index in its row of the first token of each text; [1, K] if all rows have the same.
+            starts: int [B, K], the index of each text's first token in its row; [1, K] if all rows have equal indices.
 
         Returns:
-            Name -> array: [B, P, …] if `masked`, [B, T, …] if `per_token`, else [B, K, …].
+            The arrays of outputs by name: [B, P, …] if `masked`, [B, T, …] if `per_token`, else [B, K, …].
         """
 
     @property
     def request(self) -> Callable[..., Request[Any]]:
-        """The function that makes a request from an input and parameters; it raises `InputError` if any is invalid."""
+        """The function that makes a request from an input and parameters.
+
+        The function raises `InputError` if the input or a parameter is invalid.
+        """
 
 
 class Objective(Protocol):
@@ -137,10 +145,10 @@ class Objective(Protocol):
     metrics: tuple[str, ...]
     """Names of the metrics; the first one selects the best checkpoint unless the settings name another."""
     per_token: bool
-    """Whether outputs have one entry per token (otherwise one per example)."""
+    """Whether outputs have one entry per token. If not, they have one entry per example."""
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The mean loss of a batch, padding excluded, and the number of entries that it averages: both float32 []."""
+        """The mean loss of a batch and the number of entries in this mean, both float32 []. Padding does not count."""
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The arrays that `evaluate` needs from a batch, by name: [B, T, …] if `per_token`, else [B, K, …]."""
@@ -153,19 +161,19 @@ class TrainableTask(Task, Objective, Protocol):
     """A task that pretrained models are fine-tuned for."""
 
     columns: Mapping[str, tuple[str, ...]]
-    """Field of a row -> usual names of the column that holds it; the `data` settings may name another column."""
+    """Maps each field of a row to the usual names of its column. The `data` settings may name another column."""
     required: tuple[str, ...]
     """The fields of `columns` that every split must have. The training split must also have `target`."""
     target: str
     """The field of `columns` that the model learns to predict."""
     head: str
-    """Regular expression of the paths of the head's parameters, which a pretrained checkpoint lacks."""
+    """Regular expression for the paths of the head's parameters. Pretrained checkpoints lack these parameters."""
     peft_type: str
     """The `task_type` that the library `peft` uses for models of this task."""
     options: Mapping[str, type] = {}
-    """Further arguments of the constructor: name -> class. The settings have a section of the same name for each."""
+    """Maps each further argument of the constructor to its class. The settings have a section of the same name."""
     order_matters: bool = False
-    """Whether a metric depends on the order of the labels if there are two."""
+    """Whether a metric of a model with two labels depends on their order."""
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
@@ -180,18 +188,18 @@ class TrainableTask(Task, Objective, Protocol):
         Args:
             rows: The training rows after `clean`.
             options: The options that were passed to `clean`.
-            labels: The names of the labels in the order that the data set defines; None if it defines none.
+            labels: The names of the labels in the order that the data set defines; None if it defines no order.
         """
 
     def labelled(self, examples: Examples) -> bool:
         """Whether any example has true values for `evaluate` to compare the outputs with."""
 
     def tuned(self, metrics: Mapping[str, Any]) -> Self:
-        """The task with values, such as a threshold, that an evaluation found for it; by default, there are none."""
+        """The task with the values, such as a threshold, that an evaluation found. By default, the unchanged task."""
         return self
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
-        """Converts rows to examples. Raises `InputError` with the number of the row if one cannot be used."""
+        """Converts rows to examples. If a row cannot be used, raises `InputError` with the number of the row."""
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The outputs of `forward`."""
@@ -202,7 +210,7 @@ class TrainableTask(Task, Objective, Protocol):
 
     @staticmethod
     def files(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Files to write in addition to the predictions: name -> JSON value. By default, there are none.
+        """The JSON values of the files to write in addition to the predictions, by file name. By default, no files.
 
         Args:
             lines: The rows of the data, each with its `prediction`.

@@ -41,15 +41,15 @@ class FeatureExtraction:
 
         Args:
             text: A text; it is truncated to the model's maximum length.
-            pooling: None returns the vector of each token, "cls" that of [CLS], and "mean" the mean over all tokens,
-                [CLS] and [SEP] included (Reimers & Gurevych 2019, arXiv:1908.10084, section 3).
+            pooling: None returns the vector of each token, "cls" returns the vector of [CLS], and "mean" returns the
+                mean over all tokens, [CLS] and [SEP] included (Reimers & Gurevych 2019, arXiv:1908.10084, section 3).
             normalize: Whether to scale each vector to length 1.
 
         Returns:
-            float32 [T, D], or [D] with pooling.
+            float32 [T, D] if `pooling` is None, else [D].
 
         Raises:
-            InputError: If the input is not a text or is empty, or the pooling is unknown.
+            InputError: If `text` is not a string or is blank, or if `pooling` is unknown.
         """
         check_text(text)
         if pooling not in POOLING:

@@ -1,4 +1,4 @@
-"""fill-mask: proposes tokens for each [MASK], from the vocabulary or from given words, or fills all masks jointly."""
+"""fill-mask: proposes tokens for each [MASK], scores given words in its place, or fills all masks jointly."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NotRequired, TypedDict
@@ -14,11 +14,11 @@ from bert_jax.tasks.base import Features, Request, check_text
 from bert_jax.tokenizer import Tokenizer
 
 BEAMS = 16
-"""Number of partial fillings that are kept after each mask if masks are filled jointly; `top_k` if that is larger."""
+"""Number of partial fillings to keep after each mask if masks are filled jointly. A larger `top_k` raises it."""
 
 
 class TargetPiece(TypedDict):
-    """A piece of a target that has several, with its probability and its rank in the vocabulary."""
+    """One piece of a target of several pieces, with its probability and its rank among the tokens of the vocabulary."""
 
     score: float
     token: int
@@ -41,7 +41,10 @@ Fillings = list[Filling] | list[list[Filling]]
 
 
 class FillMask:
-    """Fills masks like Hugging Face's pipeline, and can also score targets of several pieces and fill masks jointly."""
+    """Fills masks like Hugging Face's pipeline.
+
+    Unlike that pipeline, it can score targets of several pieces and fill masks jointly.
+    """
 
     name = "fill-mask"
     model_class = BertForMaskedLM
@@ -77,10 +80,14 @@ class FillMask:
 
         Returns:
             A list of `{score, token, token_str, sequence}`, best first. If there are several masks, a list of such
-            lists, one per mask, and each `sequence` keeps the special tokens and the other masks. With `targets`, each
-            entry also has `rank`: 1 plus the number of tokens of the vocabulary that are likelier. For a target of
-            several pieces, `token` is a list of ids, and `pieces` describes each piece. With `joint`, a single list in
-            which `token` and `token_str` have one item per mask.
+            lists, one per mask; each `sequence` then keeps the special tokens and the other masks.
+
+            If `targets` is given, each entry has a fifth field, `rank`: 1 plus the number of tokens of the vocabulary
+            that are likelier than the target. For a target of several pieces, `token` is a list of ids, and `pieces`
+            describes each piece.
+
+            If `joint` is set, a single list for all masks, in which `token` and `token_str` are lists with one item per
+            mask.
 
         Raises:
             InputError: If an argument cannot be used; the message says what was expected.
@@ -119,8 +126,9 @@ class FillMask:
     def _score_targets(
         self, ids: list[int], masks: list[int], targets: list[list[int]], top_k: int
     ) -> Request[Fillings]:
-        # All rows are yielded at once: first the rows with the masks as they are; then, for each mask and each target
-        # of n > 1 pieces, n rows in which the first 0, 1, …, n - 1 pieces are filled in.
+        # All rows are yielded at once. The first rows are the text with its masks. For each mask and each target of
+        # k > 1 pieces, k rows follow, in which k masks replace the mask. In the first of these rows, all k masks are
+        # empty. In each further row, one more of them is filled with its piece of the target, from left to right.
         groups = list(self._groups(masks))
         rows = [self._row(ids, group) for group in groups]
         rows += [
@@ -202,12 +210,12 @@ class FillMask:
         yield group
 
     def _row(self, ids: list[int], positions: list[int], around: Sequence[int] = ()) -> Features:
-        """A row in which the vocabulary is scored at `positions`; if the text is too long, a window of the text.
+        """A row in which the vocabulary is scored at `positions`: the text or, if it is too long, a window of it.
 
         Args:
             ids: Token ids of the whole text, [CLS] first and [SEP] last.
-            positions: Indices in `ids`.
-            around: Indices in `ids` to centre the window on; if empty, `positions`.
+            positions: Indices of masks in `ids`.
+            around: Indices in `ids` that the window is centred on. If this is empty, `positions` are used.
         """
         if len(ids) <= self.max_length:
             return Features(ids, [0] * len(ids), positions)
@@ -222,15 +230,15 @@ class FillMask:
             "score": float(score),
             "token": pieces[0] if len(pieces) == 1 else pieces,
             "token_str": self.tokenizer.decode(pieces),
-            # As in Hugging Face's pipeline, special tokens stay if there are several masks. Otherwise, the masks that
-            # are not filled would be removed too.
+            # As in Hugging Face's pipeline, special tokens stay if there are several masks: removing them would also
+            # remove the masks that are not filled.
             "sequence": self.tokenizer.decode([*ids[:mask], *pieces, *ids[mask + 1 :]], skip_special_tokens=alone),
         }
 
 
 def _best(p: np.ndarray, k: int) -> list[int]:
     """The ids of the k highest entries, best first; ties go to the lower id."""
-    candidates = np.flatnonzero(p >= np.partition(p, -k)[-k])  # this takes half the time of np.argpartition
+    candidates = np.flatnonzero(p >= np.partition(p, -k)[-k])  # takes half the time of np.argpartition
     best: list[int] = candidates[np.lexsort((candidates, -p[candidates]))][:k].tolist()
     return best
 

@@ -46,7 +46,8 @@ class NextSentencePrediction:
             `{label, score}`: the likelier label, "IsNext" or "NotNext", and its probability.
 
         Raises:
-            InputError: If the input is not a pair of texts, a text is empty, or the pair is too long for the model.
+            InputError: If the input is not a pair of texts, if a text is empty, or if the pair is too long for the
+                model.
         """
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise InputError(f"expected a pair of texts, got {quoted(pair)}.")

@@ -22,14 +22,14 @@ class MaskedLanguageModeling(Objective):
     per_token = False
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The mean loss over the masked tokens, in nats, and their number."""
+        """The mean loss of the masked tokens, in nats, and the number of masked tokens."""
         return self._mlm_loss(self._logits(model, batch, dropout_key)[0], batch)
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Sums over the masked tokens of each example, float32 [B, K].
 
-        `masked` is the number of tokens, `mlm_nll` is their negative log-likelihood in nats, and `mlm_correct` is the
-        number of tokens that are predicted correctly.
+        `masked` is the number of masked tokens, `mlm_nll` is their negative log-likelihood in nats, and `mlm_correct`
+        is the number of masked tokens that are predicted correctly.
         """
         return self._mlm_outputs(self._logits(model, batch, None)[0], batch)
 
@@ -69,22 +69,26 @@ class MaskedLanguageModeling(Objective):
 class PreTraining(MaskedLanguageModeling):
     """Masked-language modeling and next-sentence prediction, for a `BertForPreTraining`.
 
-    The loss is the sum of both losses, as in the paper. With gradient accumulation (`training.accumulation`), the loss
-    of next-sentence prediction is averaged over the parts of a step, each weighted by its number of masked tokens.
+    The loss is the sum of the two losses, as in the paper. If gradients are accumulated (`training.accumulation`), the
+    loss of next-sentence prediction is averaged over the parts of a step. The weight of a part is its number of masked
+    tokens.
     """
 
     model_class: Any = BertForPreTraining
     metrics = (*MaskedLanguageModeling.metrics, "nsp_accuracy")
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The sum of both mean losses, in nats, and the number of masked tokens."""
+        """The sum of the two mean losses, in nats, and the number of masked tokens."""
         logits, following = self._logits(model, batch, dropout_key)
         loss, count = self._mlm_loss(logits, batch)
         labels = jnp.where(batch["weights"] > 0, batch["targets"]["next_sentence_label"], IGNORE)
         return loss + cross_entropy(following, labels), count
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """The outputs of `MaskedLanguageModeling`, `nsp_nll` (in nats) and `nsp_correct` (0 or 1), float32 [B, K]."""
+        """Adds `nsp_nll` and `nsp_correct`, float32 [B, K], to the outputs of `MaskedLanguageModeling`.
+
+        `nsp_nll` is in nats, and `nsp_correct` is 0 or 1.
+        """
         logits, following = self._logits(model, batch, None)
         label = batch["targets"]["next_sentence_label"]
         return self._mlm_outputs(logits, batch) | {
@@ -93,7 +97,7 @@ class PreTraining(MaskedLanguageModeling):
         }
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """The metrics of `MaskedLanguageModeling`, `nsp_loss` in nats, and `nsp_accuracy`."""
+        """Adds `nsp_loss`, in nats, and `nsp_accuracy` to the metrics of `MaskedLanguageModeling`."""
         return super().evaluate(outputs, examples) | {
             "nsp_loss": float(np.mean(outputs["nsp_nll"])),
             "nsp_accuracy": float(np.mean(outputs["nsp_correct"])),

@@ -30,11 +30,11 @@ class AnswerOptions:
         stride: Tokens by which neighbouring windows of a context overlap; a third of the maximum row length if None.
         max_question_length: The maximum number of tokens of a question; longer questions are truncated.
         max_answer_length: The maximum number of tokens of an answer.
-        n_best: How many of the likeliest first tokens are combined with as many of the likeliest last tokens, and how
-            many of the resulting answers are kept.
-        unanswerable: Whether a question may have no answer, as in SQuAD 2.0. The empty answer, "", stands for that.
-        null_threshold: If `unanswerable` is set, the empty answer is predicted when the sum of its logits exceeds that
-            of the best other answer by more than this.
+        n_best: The `n_best` likeliest first tokens are combined with the `n_best` likeliest last tokens, and the
+            `n_best` best of the resulting answers are kept.
+        unanswerable: Whether a question may have no answer, as in SQuAD 2.0. The empty answer, "", means "no answer".
+        null_threshold: Has an effect only if `unanswerable` is set. The empty answer is then predicted if the sum of
+            its start and end logits exceeds the sum for the best other answer by more than this threshold.
     """
 
     stride: int | None = None
@@ -85,7 +85,7 @@ class QuestionAnswering(TrainableTask):
     def forward(
         self, model: BertForQuestionAnswering, inputs: dict[str, jax.Array], starts: jax.Array
     ) -> dict[str, jax.Array]:
-        """For each token, the logits that an answer starts (`start`) or ends (`end`) with it: float32 [B, T] each."""
+        """Each token's logits for being the first (`start`) and the last (`end`) of an answer: float32 [B, T] each."""
         out = model(**inputs)
         return {"start": out.start_logits, "end": out.end_logits}
 
@@ -113,17 +113,17 @@ class QuestionAnswering(TrainableTask):
             max_question_len: Maximum number of tokens of the question; a longer question is truncated.
             handle_impossible_answer: Whether the empty answer, "", is a candidate. It means that the question has no
                 answer, and its score is the lowest of its probabilities in the windows.
-            null_threshold: If set, the empty answer is a candidate in any case. It comes first if the sum of its logits
-                exceeds that of the best other answer by more than this, else last. BERT's run_squad.py calls this
-                `null_score_diff_threshold`.
+            null_threshold: If set, the empty answer is a candidate even without `handle_impossible_answer`. It comes
+                first if the sum of its start and end logits exceeds the sum for the best other answer by more than this
+                threshold, and last otherwise. BERT's run_squad.py calls the threshold `null_score_diff_threshold`.
 
         Returns:
             `{score, start, end, answer}` if top_k is 1, else a list of such answers, best first. An answer is
-            `context[start:end]` and consists of whole words. Answers that differ only in case are merged, also across
-            windows. Their scores are added, so a score can exceed 1.
+            `context[start:end]` and consists of whole words. Answers that differ only in case are merged, even if they
+            come from different windows. Their scores are added, so a score can exceed 1.
 
         Raises:
-            InputError: If the question or the context is missing or empty, or a number is invalid.
+            InputError: If the question or the context is missing or empty, or if a number is invalid.
         """
         pair: Any = [inputs.get("question"), inputs.get("context")] if isinstance(inputs, Mapping) else inputs
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
@@ -191,8 +191,8 @@ class QuestionAnswering(TrainableTask):
         """See `TrainableTask.clean`. Answers become lists of texts and starts. Invalid rows are dropped.
 
         Raises:
-            InputError: If a row is invalid and `options.wrong_answers` is "stop", a split has no valid rows left, two
-                rows of a split have the same id, or `options.labels` is set.
+            InputError: If `options.labels` is set, if two rows of a split have the same id, if there are invalid rows
+                and `options.wrong_answers` is "stop", or if dropping the invalid rows leaves a split empty.
         """
         if options.labels:
             raise InputError(
@@ -228,21 +228,24 @@ class QuestionAnswering(TrainableTask):
     def config(
         rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
-        """See `TrainableTask.config`. There are two labels: in transformers, the head has one output per label."""
+        """See `TrainableTask.config`. There are two labels.
+
+        The head has two outputs, start and end, and transformers gives a head as many outputs as there are labels.
+        """
         return {"id2label": ("LABEL_0", "LABEL_1"), "num_labels": 2}
 
     def tuned(self, metrics: Mapping[str, Any]) -> Self:
-        """See `TrainableTask.tuned`. The value that is set is `null_threshold`."""
+        """See `TrainableTask.tuned`. The only such value is `AnswerOptions.null_threshold`."""
         tuned = copy.copy(self)
         if "null_threshold" in metrics:
             tuned.answers = replace(self.answers, null_threshold=metrics["null_threshold"])
         return tuned
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
-        """Converts rows with `question`, `context` and `answers`, which may be None, to windows.
+        """Converts rows to windows. A row has `question`, `context` and `answers`; `answers` may be None.
 
-        The targets `start` and `end` are the first and the last token of the first answer. Both are [CLS] if the window
-        does not hold the whole answer.
+        The targets `start` and `end` are the indices of the first and the last token of the row's first answer. Both
+        are 0, the index of [CLS], if the window does not hold the whole answer.
 
         Raises:
             InputError: If a question leaves no room for the context.
@@ -262,7 +265,7 @@ class QuestionAnswering(TrainableTask):
         )  # fmt: skip
         places, origins = [], []
         for i, (row, parts) in enumerate(zip(rows, encoded, strict=True)):
-            n = row.get("row", i + 1) - 1  # the index before `clean` dropped rows
+            n = row.get("row", i + 1) - 1  # the index that the row had before `clean` dropped rows
             for part in parts:
                 context = np.array([k for k, side in enumerate(part.sequence_ids) if side == 1], np.int32)
                 offsets = np.array(part.offsets, np.int32)[context].reshape(-1, 2)
@@ -285,7 +288,7 @@ class QuestionAnswering(TrainableTask):
         """
         inputs, starts = batch["inputs"], batch["starts"]
         out = model(**inputs, dropout_key=dropout_key)
-        windows = inputs.get("document_ids", inputs.get("attention_mask"))[:, None]  # 0 is padding
+        windows = inputs.get("document_ids", inputs.get("attention_mask"))[:, None]  # 1, 2, … in windows; 0 is padding
         own = windows == 1 + jnp.arange(starts.shape[1])[None, :, None]  # [B, K, T]
         start, end = (jnp.where(own, x[:, None], np.finfo(np.float32).min) for x in (out.start_logits, out.end_logits))
         counts = batch["weights"] > 0
@@ -360,11 +363,13 @@ class QuestionAnswering(TrainableTask):
 
 
 def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | None:
-    """The answers of a row as lists of texts and starts, empty if the question has no answer; None if they are missing.
+    """The answers of a row as lists of texts and starts; None if the row does not give answers.
+
+    The lists are empty if the question has no answer.
 
     Raises:
-        InputError: If the question, the context, the answers or `is_impossible` are invalid. With `check`, also if the
-            answers are missing or an answer is not in the context at its given start.
+        InputError: If the question, the context, the answers or `is_impossible` are invalid. If `check` is set, missing
+            answers are invalid too, and so is an answer that is not in the context at its given start.
     """
     for name in ("question", "context"):
         if not isinstance(row.get(name), str) or not row[name].strip():
@@ -372,14 +377,14 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
     impossible = row.get("is_impossible")
     if impossible is not None and str(impossible).lower() not in ("", "false", "0", "true", "1"):
         raise InputError(f"is_impossible is {quoted(impossible)}; expected true or false.")
-    if str(impossible).lower() in ("true", "1"):  # such questions have plausible answers, which do not count
+    if str(impossible).lower() in ("true", "1"):  # any answers of such a question are only plausible: ignore them
         return {"text": [], "answer_start": []}
     given = row.get("answers")
     if given is None and not check:
         return None
-    answers = literal(given) if isinstance(given, str) else given  # a cell of a CSV file is a text
+    answers = literal(given) if isinstance(given, str) else given  # a CSV file holds the answers as a text
     if isinstance(answers, list | tuple) and all(isinstance(answer, Mapping) for answer in answers):
-        # SQuAD's own form: one object per answer.
+        # SQuAD's own form has one object per answer. Convert it to one list per field.
         answers = {name: [answer.get(name) for answer in answers] for name in ("text", "answer_start")}
     texts, starts = (answers.get(name) if isinstance(answers, Mapping) else None for name in ("text", "answer_start"))
     texts, starts = ([values] if isinstance(values, str | int) else values for values in (texts, starts))
@@ -400,7 +405,7 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
 
 
 def _place(answers: Mapping[str, Any] | None, context: np.ndarray, offsets: np.ndarray) -> tuple[int, int]:
-    """The indices in a window of the first answer's first and last token, found as in run_qa.py of transformers.
+    """The indices of the first answer's first and last token in a window, found as in run_qa.py of transformers.
 
     Both are 0, the index of [CLS], if the window does not hold the whole answer.
     """
@@ -419,14 +424,14 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _spans(window: Encoding, output: Outputs, longest: int, count: int) -> tuple[list[tuple[int, int, float]], float]:
-    """The likeliest spans of a window's context, and the probability that it holds no answer.
+    """The likeliest spans of a window's context, and the probability that the window holds no answer.
 
-    Each softmax is over the tokens of the context and [CLS], which stands for no answer. The probability of a span is
-    the product of the probabilities of its first and its last token.
+    The start and the end probabilities each add up to 1 over the tokens of the context and [CLS]. [CLS] stands for no
+    answer. The probability of a span is the product of the probabilities of its first and its last token.
 
     Returns:
-        At most `count` spans of at most `longest` tokens, (first token, last token, probability), best first; and the
-        probability of no answer.
+        A list of spans, best first, and the probability of no answer. A span is the index of its first token, the index
+        of its last token, and its probability. There are at most `count` spans, each of at most `longest` tokens.
     """
     length = len(window)
     context = np.array([n == 1 for n in window.sequence_ids])

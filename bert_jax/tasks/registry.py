@@ -22,7 +22,7 @@ TASKS: dict[str, Any] = {
         QuestionAnswering,
     )
 }
-"""Name -> class of all tasks that `pipeline` supports."""
+"""The classes of all tasks that `pipeline` supports, by name."""
 TRAINABLE = tuple(name for name, task in TASKS.items() if TrainableTask in task.__mro__)
 """The names of the tasks that `finetune` supports."""
 TaskName = NewType("TaskName", str)

@@ -58,7 +58,7 @@ class SequenceClassification(TrainableTask):
     required, target = ("text",), "label"
     head, peft_type = r"classifier\..*", "SEQ_CLS"
     per_token, masked = False, False
-    order_matters = True  # if there are two labels, f1 is that of the second
+    order_matters = True  # if there are two labels, the metric `f1` is computed for the second one
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         self.tokenizer = tokenizer
@@ -67,7 +67,7 @@ class SequenceClassification(TrainableTask):
         self.labels = config.labels
         self.problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
         # As in transformers, a model with one label and no problem_type is trained as a regression, but the pipeline
-        # applies a sigmoid to its output.
+        # applies a sigmoid to the model's output.
         self.scores = SCORES[config.problem_type or (MULTI if config.num_labels == 1 else SINGLE)]
         self.metrics = METRICS[self.problem_type]
         if self.problem_type == SINGLE and config.num_labels == 2:
@@ -78,15 +78,19 @@ class SequenceClassification(TrainableTask):
     def forward(
         self, model: BertForSequenceClassification, inputs: dict[str, jax.Array], starts: jax.Array
     ) -> dict[str, jax.Array]:
-        """`scores`, float32 [B, K, C]: probabilities that add up to 1, independent ones per label, or numbers."""
+        """Computes `scores`, float32 [B, K, C], with the function of `SCORES` that the constructor chooses.
+
+        `SINGLE` gives probabilities that add up to 1, `MULTI` gives an independent probability for each label, and
+        `REGRESSION` gives the predicted numbers.
+        """
         return {"scores": self.scores(model(**inputs, positions=starts).logits)}
 
     def request(self, text: str | tuple[str, str], *, top_k: int | None = 1) -> Request[LabelScore | list[LabelScore]]:
         """Classifies one text.
 
         Args:
-            text: A text, or a pair of texts as a tuple. It is truncated to the model's maximum length; in a pair, the
-                longer text loses tokens.
+            text: A text, or a pair of texts as a tuple. Inputs are truncated to the model's maximum length; in a pair,
+                the longer text loses tokens.
             top_k: How many labels to return; None for all.
 
         Returns:
@@ -94,7 +98,7 @@ class SequenceClassification(TrainableTask):
             scores need not add up to 1. In regression, the score is the predicted number.
 
         Raises:
-            InputError: If the input is not a text or a pair of texts, or a text is empty.
+            InputError: If the input is not a text or a pair of texts, or if a text is empty.
         """
         texts = list(text) if isinstance(text, list | tuple) else [text]
         if len(texts) not in (1, 2):
@@ -120,7 +124,8 @@ class SequenceClassification(TrainableTask):
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
         """See `TrainableTask.clean`. A label becomes a name, a number, a list of names, or a 0/1 vector.
 
-        If labels are lists, all splits together decide whether the lists hold names, class ids, or 0 and 1.
+        If labels are lists, the labels of all splits together decide whether the lists hold names, class ids, or 0
+        and 1.
         """
         cleaned = {split: [dict(row) for row in found] for split, found in rows.items()}
         labelled = {
@@ -163,7 +168,7 @@ class SequenceClassification(TrainableTask):
         return {"problem_type": problem_type, "id2label": names, "num_labels": len(names)}
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
-        """Converts rows with `text` and optional `text_pair` and `label` to examples with the target `labels`.
+        """Converts rows to examples with the target `labels`. A row has `text`, and may have `text_pair` and `label`.
 
         `labels` is int32 [N] for one label per text, float32 [N, C] of 0 and 1 for multi-label classification, and
         float32 [N, 1] for regression. A row without a label gets `UNKNOWN` (int32) or NaN (float32).
@@ -198,7 +203,7 @@ class SequenceClassification(TrainableTask):
             return np.int32(UNKNOWN) if width is None else np.full(width, np.nan, np.float32)
         if self.problem_type == REGRESSION:
             number = _number(label)
-            if number is not None and abs(number) <= float(np.finfo(np.float32).max):  # false for NaN
+            if number is not None and abs(number) <= float(np.finfo(np.float32).max):  # NaN fails the comparison
                 return np.array([number], np.float32)
             raise InputError(f"the label is {quoted(label)}; regression expects a number.")
         if self.problem_type == MULTI and _is_vector(label):
@@ -216,12 +221,15 @@ class SequenceClassification(TrainableTask):
 
     def _known(self, labels: Any) -> Any:
         """Which examples have a label: bool [N], or [B, K] for a batch."""
-        return labels != UNKNOWN if self.problem_type == SINGLE else ~(labels != labels).any(-1)  # NaN != NaN
+        return labels != UNKNOWN if self.problem_type == SINGLE else ~(labels != labels).any(-1)  # finds NaN
 
     def loss(
         self, model: BertForSequenceClassification, batch: Mapping[str, Any], dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """See `Objective.loss`. The mean cross entropy, binary cross entropy or squared error of labelled examples."""
+        """See `Objective.loss`. The loss is the mean over the labelled examples.
+
+        `SINGLE` uses the cross entropy, `MULTI` the binary cross entropy, and `REGRESSION` the squared error.
+        """
         logits = model(**batch["inputs"], positions=batch["starts"], dropout_key=dropout_key).logits  # [B, K, C]
         labels = batch["targets"]["labels"]
         counts = (batch["weights"] > 0) & self._known(labels)
@@ -232,7 +240,7 @@ class SequenceClassification(TrainableTask):
         return loss(logits, jnp.where(counts[..., None], labels, 0.0), counts.astype(jnp.float32)), count
 
     def outputs(self, model: BertForSequenceClassification, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """See `Objective.outputs`. The `scores` of `forward`, but always those of the problem type that is trained."""
+        """See `Objective.outputs`. Computes `scores` like `forward`, but always for the trained problem type."""
         logits = model(**batch["inputs"], positions=batch["starts"]).logits
         return {"scores": SCORES[self.problem_type](logits)}
 
@@ -241,7 +249,7 @@ class SequenceClassification(TrainableTask):
         return bool(self._known(examples.targets["labels"]).any())
 
     def evaluate(self, outputs: Outputs, examples: Examples) -> dict[str, Any]:
-        """The metrics (`bert_jax.evaluation.metrics`) of the examples that have labels; empty if none has."""
+        """The metrics (`bert_jax.evaluation.metrics`) of the labelled examples; empty if no example is labelled."""
         from bert_jax.evaluation import metrics
 
         if not self.labelled(examples):
@@ -257,8 +265,8 @@ class SequenceClassification(TrainableTask):
     def predictions(self, outputs: Outputs, examples: Examples) -> list[dict[str, Any]]:
         """One `{label, score}` per example.
 
-        In multi-label classification, one `{labels, scores}`: the labels that score over 0.5, and label -> score of all
-        labels.
+        In multi-label classification, one `{labels, scores}` per example instead: `labels` lists the labels with a
+        score over 0.5, and `scores` has the scores of all labels by name.
         """
         if self.problem_type == MULTI:
             scores = [dict(zip(self.labels, row.tolist(), strict=True)) for row in outputs["scores"]]
@@ -273,13 +281,13 @@ def _read_lists(labels: dict[str, Any], problem_type: str | None) -> None:
     all texts in brackets have to be lists.
 
     Args:
-        labels: Split and number of a row, as messages name it -> the label of the row. Changed in place.
+        labels: The label of each row, by the row's name in messages (its split and number). Changed in place.
         problem_type: None or `MULTI`.
 
     Raises:
-        InputError: If a text is not a list; the message names the row.
+        InputError: If a text that has to be a list is not one; the message names the row.
     """
-    found = False  # whether any text is a list; if none is and `problem_type` is None, brackets are part of names
+    found = False  # whether any text is a list; if not, and if `problem_type` is None, brackets are part of names
     for where, label in labels.items():
         if isinstance(label, str) and re.fullmatch(r"\s*\[.*\]\s*", label, re.S):
             try:
@@ -307,7 +315,7 @@ def _check(where: str, label: Any, names: Collection[str]) -> None:
 
 
 def _read_ids(labels: dict[str, Any], names: tuple[str, ...]) -> str:
-    """Replaces class ids by names if all labels are integers and none is in `names`; returns a note for the user."""
+    """Replaces class ids by names if all labels are integers and no label is a name; returns a note for the user."""
     whole = [re.fullmatch("-1|[0-9]{1,9}", str(label)) for label in labels.values() if label != ""]
     if not names or not whole or not all(whole) or any(str(label) in names for label in labels.values()):
         return ""
@@ -323,7 +331,8 @@ def _read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
     """Converts labels in place to lists of names or to 0/1 vectors; returns a note for the user.
 
     Raises:
-        InputError: If a label is not a list, or the lists differ in form or are ambiguous; the message names a row.
+        InputError: If a label is neither a list nor a text, if the lists differ in form, or if their form is ambiguous.
+            The message names a row.
     """
     blank = {where for where, label in labels.items() if isinstance(label, str) and not label.strip()}
     for where, label in labels.items():
@@ -334,7 +343,7 @@ def _read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
             raise InputError(f"{where}: the label is {quoted(label)}; expected a list of labels.")
     lists = {where: label for where, label in labels.items() if where not in blank}
     parts = [part for label in lists.values() for part in label]
-    digits = {"0", "1"}.issuperset(parts) and not set(names).issuperset(parts)  # numbers written as texts
+    digits = {"0", "1"}.issuperset(parts) and not set(names).issuperset(parts)  # 0 and 1 written as texts
     if not digits and all(isinstance(part, str) for part in parts):
         return ""
     binary = digits or {0, 1}.issuperset(parts)
@@ -342,7 +351,7 @@ def _read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
     if binary and len(lengths) == 1 and (lengths == {len(names)} if names else lengths != {1}):
         for where, label in lists.items():
             vector = [int(part) for part in label]
-            # Unlike vectors, names also suit a model that has the labels in another order.
+            # Names are better than vectors, which would be wrong for a model with the labels in another order.
             labels[where] = list(itertools.compress(names, vector)) if names else vector
         labels.update(dict.fromkeys(blank))
         return f"labels: 0/1 vectors over {listed(names or _numbered(*lengths))}"
@@ -382,7 +391,7 @@ def _number(label: Any) -> float | None:
 
 
 def names_of(label: Any) -> list[str]:
-    """The labels of a row that may have several labels, given as a list or as a text with commas."""
+    """The label names of a multi-label row, given as a list or as a text in which commas separate the names."""
     parts = label.split(",") if isinstance(label, str) else label or []
     return [str(part).strip() for part in parts if str(part).strip()]
 
@@ -395,7 +404,7 @@ def label_set(labels: Sequence[Any], problem_type: str | None) -> tuple[str, tup
     """
     if problem_type is None:
         several = any(isinstance(label, list | tuple) for label in labels)
-        numbers = [_number(label) for label in labels]  # also of numbers that are written as texts
+        numbers = [_number(label) for label in labels]  # numbers may be written as texts
         fractions = None not in numbers and any(number % 1 for number in numbers if number and math.isfinite(number))
         problem_type = MULTI if several else REGRESSION if fractions else SINGLE
     if problem_type == REGRESSION:
@@ -403,6 +412,6 @@ def label_set(labels: Sequence[Any], problem_type: str | None) -> tuple[str, tup
     if problem_type == MULTI and (vectors := [label for label in labels if _is_vector(label)]):
         return MULTI, _numbered(len(vectors[0]))
     found = {name for label in labels for name in (names_of(label) if problem_type == MULTI else [str(label)])}
-    numeric = all(name.isascii() and name.isdigit() for name in found)  # then sorted by value
+    numeric = all(name.isascii() and name.isdigit() for name in found)  # numeric names are sorted by value
     width = max(map(len, found), default=0) if numeric else 0
     return problem_type, tuple(sorted(found, key=lambda name: (name.zfill(width), name)))

@@ -27,7 +27,7 @@ AGGREGATES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "average": lambda scores: scores.mean(0),
     "max": lambda scores: scores[scores.max(1).argmax()],
 }
-"""Strategy -> function that maps the probabilities of a word's tokens, [tokens, C], to those of the word, [C]."""
+"""For each strategy, a function that computes a word's probabilities, [C], from those of its tokens, [tokens, C]."""
 Item = TypeVar("Item")
 
 
@@ -57,9 +57,9 @@ class Piece:
     """A token of the text.
 
     Attributes:
-        token: The token, or the characters of the text if the token is [UNK].
-        start: The index of its first character in the text.
-        end: The index of the character after its last.
+        token: The token or, if it is [UNK], the characters of the text that it stands for.
+        start: The index in the text of the token's first character.
+        end: The index in the text after the token's last character.
         index: The position of the token, with [CLS] at 0.
         scores: The probabilities of the labels, float32 [C].
         continues: Whether the token continues a word.
@@ -91,7 +91,7 @@ class TokenClassification(TrainableTask):
         self.max_length = max_length
         self.stride = max_length // 4
         self.labels = config.labels
-        if not _marked(self.labels):  # there are no entities: parts of speech, for example
+        if not _marked(self.labels):  # the labels, such as parts of speech, mark no entities
             self.metrics = ("accuracy",)
 
     def forward(
@@ -114,18 +114,19 @@ class TokenClassification(TrainableTask):
                 the joined text. A text longer than the model's maximum length is cut into windows that overlap, and
                 each token gets its label from the window in which it is farthest from a cut.
             aggregation_strategy: "none" returns tokens. "simple" groups neighbouring tokens whose labels have the same
-                type; a label with B- begins a new group. "first", "average" and "max" first give all tokens of a word
-                one label, and then group them like "simple". The label is that of the first token, that of the averaged
-                probabilities, or that of the token with the highest probability.
+                type; a label with B- begins a new group. The other strategies give each word one label and then group
+                words as "simple" groups tokens. The label of a word is that of its first token ("first"), the likeliest
+                by the average of its tokens' probabilities ("average"), or that of its token with the highest
+                probability ("max").
             ignore_labels: Labels to leave out; if tokens are grouped, types to leave out, such as "PER".
 
         Returns:
             A list of `{entity, score, index, word, start, end}` with the strategy "none", else a list of
-            `{entity_group, score, word, start, end}`. `start` and `end` are characters of the text, and `index` is the
-            position of the token, with [CLS] at 0.
+            `{entity_group, score, word, start, end}`. The characters of an entry are `text[start:end]`, and `index` is
+            the position of the token, with [CLS] at 0.
 
         Raises:
-            InputError: If the input is not a text or is empty, or a parameter is invalid.
+            InputError: If the input is neither a text nor words, if it is empty, or if a parameter is invalid.
         """
         words: list[str] | None = None
         if not isinstance(text, str):
@@ -175,16 +176,19 @@ class TokenClassification(TrainableTask):
             start, end = (shift + offset for offset in window.offsets[i])
             token, shown = window.tokens[i], text[start:end]
             unknown = window.ids[i] == self.tokenizer.unk_token_id
-            continues = not unknown and len(token) != len(shown)  # a token that continues a word has ## in front
+            continues = not unknown and len(token) != len(shown)  # a token that continues a word is longer by ##
             pieces.append(Piece(shown if unknown else token, start, end, index, outputs[n]["scores"][i], continues))
         return pieces
 
     def _places(self, windows: list[Encoding]) -> Iterator[tuple[int, int]]:
-        """For each token of a text, the window in which it is farthest from a cut, and its index in that window."""
+        """For each token of a text, two indices: of the best window, and of the token in that window.
+
+        The best window is the one in which the token is farthest from a cut.
+        """
         for n, window in enumerate(windows):
             inside = [i for i, special in enumerate(window.special_tokens_mask) if not special]
-            # Neighbouring windows share `stride` tokens. The first half of these is taken from the earlier window, and
-            # the rest from the later one.
+            # Neighbouring windows share `stride` tokens. The first half of the shared tokens is taken from the earlier
+            # window, and the rest from the later one.
             start = (self.stride + 1) // 2 if n else 0
             stop = len(inside) - (self.stride // 2 if n < len(windows) - 1 else 0)
             yield from ((n, i) for i in inside[start:stop])
@@ -220,7 +224,7 @@ class TokenClassification(TrainableTask):
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
-        """See `TrainableTask.clean`. Tags become names; those of the schemes IOB1 and BIOES are converted to IOB2."""
+        """See `TrainableTask.clean`. Tags given as numbers become names, and IOB1 and BIOES become IOB2."""
         cleaned = {split: [dict(row) for row in found] for split, found in rows.items()}
         for split, found in cleaned.items():
             for i, row in enumerate(found, 1):
@@ -249,9 +253,11 @@ class TokenClassification(TrainableTask):
     ) -> dict[str, Any]:
         """See `TrainableTask.config`. The fields are the names of the labels and their number.
 
-        By default, the names are O, then B- and I- of each type in sorted order, then all other tags in sorted order.
-        If `labels` is given, it is used instead, unless it lacks a tag of the rows or has tags with E- or S-.
-        `options.labels` overrides both.
+        The names are the first of these that can be used:
+        1. `options.labels`, if given.
+        2. `labels`, if given, unless it lacks a tag of the rows or has tags with E- or S-.
+        3. O, then B- and I- of each type in sorted order, then all other tags in sorted order. If no tag marks an
+           entity, all tags in sorted order.
         """
         tags = {tag for row in rows for tag in row["tags"] or ()}
         if not tags:
@@ -268,7 +274,7 @@ class TokenClassification(TrainableTask):
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         """Converts rows with `tokens` and optional `tags` to windows.
 
-        Only the first piece of a word gets the label of the word, and only in one of the windows that contain it.
+        Only the first piece of a word gets the label of the word, and only in one of the windows with that piece.
 
         Raises:
             InputError: If a tag is unknown; the message names the row.
@@ -283,7 +289,7 @@ class TokenClassification(TrainableTask):
             if unknown := [tag for tag in tags or () if tag not in ids]:
                 raise InputError(f"row {n + 1}: the tag {quoted(unknown[0])} is unknown; {known_labels(self.labels)}")
             columns = [np.full(len(part), losses.IGNORE, np.int32) for part in parts]
-            firsts: list[list[tuple[int, int]]] = [[] for _ in parts]  # per window: (index of the first piece, word)
+            firsts: list[list[tuple[int, int]]] = [[] for _ in parts]  # per window: (first piece, word) as indices
             last = None
             for window, i in self._places(parts):
                 word = parts[window].token_to_word(i)
@@ -323,13 +329,16 @@ class TokenClassification(TrainableTask):
         truth = {n: row["tags"] for n, row, _ in examples.origins}
         found = self.predictions(outputs, examples)
         known = [n for n, tags in truth.items() if tags]
-        bioes = any(label[0] in "ES" for label in _marked(self.labels))  # but the true tags are IOB2
+        bioes = any(label[0] in "ES" for label in _marked(self.labels))  # if so, convert to IOB2, like the true tags
         tags = [iob2(found[n]["tags"]) if bioes else found[n]["tags"] for n in known]
         result = metrics.tagging([truth[n] for n in known], tags)
         return result if "f1" in self.metrics else {"accuracy": result["accuracy"]}
 
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
-        """One `{tags}` per row, with one tag per word: O, or else the first label, for a word that has no tokens."""
+        """One `{tags}` per row, with one tag per word.
+
+        A word that has no tokens gets the tag O or, if the model has no label O, the first label.
+        """
         found: dict[int, list[str]] = {}
         nothing = "O" if "O" in self.labels else self.labels[0]
         for scores, (n, row, places) in zip(outputs["scores"], examples.origins, strict=True):
@@ -342,7 +351,7 @@ class TokenClassification(TrainableTask):
 def iob2(tags: Sequence[str]) -> list[str]:
     """Converts tags of any scheme to IOB2: B- for the first word of an entity, and I- for its other words.
 
-    If the tags have no types, they become B and I.
+    Tags without types become B and I.
     """
     from bert_jax.evaluation import metrics
 
@@ -354,7 +363,10 @@ def iob2(tags: Sequence[str]) -> list[str]:
 
 
 def _marked(tags: Iterable[str]) -> set[str]:
-    """The tags that mark words of entities: those like B-PER, or B, I, E and S if there are no other tags but O."""
+    """The tags that mark words of entities: tags with a type, such as B-PER, or the letters B, I, E and S alone.
+
+    Letters alone count only if no other tag but O occurs, and only if B or I is among them.
+    """
     tags = set(tags)
     bare = tags - {"O"}
     if bare <= set("BIES") and bare & set("BI"):
@@ -363,8 +375,9 @@ def _marked(tags: Iterable[str]) -> set[str]:
 
 
 def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """The words of a row and its tags, or None if it has no tags. A tag that is a number is an index into `names`."""
-    tokens, tags = (literal(cell) if isinstance(cell, str) else cell for cell in (tokens, tags))  # a CSV cell is a text
+    """The words of a row, and its tags or None if it has no tags. Tags that are numbers are indices into `names`."""
+    # A CSV file holds a list as a text.
+    tokens, tags = (literal(cell) if isinstance(cell, str) else cell for cell in (tokens, tags))
     if not isinstance(tokens, list | tuple) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise InputError(f"tokens is {quoted(tokens)}; expected a list of one or more words.")
     if tags is None:
@@ -383,7 +396,7 @@ def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str]) -> tuple[list[
 
 
 def _read_scheme(sentences: list[list[str]]) -> tuple[str, list[list[str]]]:
-    """Finds the scheme that the tags of all sentences follow, IOB1, IOB2, BIOES or none, and converts them to IOB2.
+    """Finds the scheme of the tags of all sentences (IOB1, IOB2, BIOES or none), and converts the tags to IOB2.
 
     Tags of the form PER-B are read as B-PER.
 
@@ -391,7 +404,7 @@ def _read_scheme(sentences: list[list[str]]) -> tuple[str, list[list[str]]]:
         The scheme, as a note for the user, and the tags, converted to IOB2 if they have a scheme.
 
     Raises:
-        InputError: If only some tags follow the scheme, or tags follow an unknown scheme.
+        InputError: If only some tags follow the scheme, or if tags seem to follow an unknown scheme.
     """
     tags = {tag for sentence in sentences for tag in sentence}
     marked = _marked(tags)
@@ -410,7 +423,7 @@ def _read_scheme(sentences: list[list[str]]) -> tuple[str, list[list[str]]]:
         return "BIOES, read as IOB2", converted
     pairs = zip(itertools.chain(*sentences), itertools.chain(*converted), strict=True)
     begins = [tag[0] for tag, new in pairs if new[0] == "B"]
-    if begins.count("B") > len(begins) / 2:  # IOB1 has B- only where two entities of a type meet
+    if begins.count("B") > len(begins) / 2:  # B- is rare in IOB1: it only separates adjacent entities of a type
         return "IOB2", sentences
     return "IOB1, read as IOB2", converted
 

@@ -1,1 +1,1 @@
-"""Tools: checks of checkpoints, compilation for other chips, figures and reports."""
+"""Tools: checks of checkpoints, compilation for chips that the machine lacks, figures and reports."""

@@ -1,10 +1,10 @@
-"""Compiles programs for chips that are not present, and reports their memory, products and collectives.
+"""Compiles programs for chips that the machine lacks, and reports the programs' memory, products and collectives.
 
-    target = aot.get("v5e:2x4")     # `target.devices` can form a mesh like any other devices
+    target = aot.get("v5e:2x4")     # `target.devices` can form a mesh, like the machine's own devices
     check = aot.check(step.trace(...), target)
     check.fits, check.memory, check.collectives
 
-TPU and GPU compilers run on any machine (extra `aot`). They show whether a program compiles and fits into memory. The
+TPU and GPU compilers (extra `aot`) run on any machine. They show whether a program compiles and fits into memory. The
 program is not run, so its speed and its results are not tested.
 """
 
@@ -64,8 +64,8 @@ TPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-# An H100 SXM as XLA's `GpuTargetConfigProto`: the limits of compute capability 9.0 from the CUDA programming guide, and
-# what the driver reports about the device.
+# An H100 SXM as XLA's `GpuTargetConfigProto`. The limits are those of compute capability 9.0 in the CUDA programming
+# guide. The other values are what the driver reports about the device.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -84,7 +84,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclass(frozen=True)
 class Target:
-    """Devices that programs are compiled for. They need not be present."""
+    """Devices that programs are compiled for. The machine need not have them."""
 
     name: str
     chip: Chip
@@ -92,10 +92,12 @@ class Target:
 
 
 def get(name: str) -> Target:
-    """Returns the target with a name such as `v5e:2x4` or `h100:8`; without a topology (`v5e`), it has eight chips.
+    """Returns the target with a name such as `v5e:2x4` or `h100:8`.
+
+    If the name has no topology, as in `v5e`, the target has eight chips.
 
     Raises:
-        InputError: If there is no such chip or topology, or its compiler is not installed.
+        InputError: If there is no such chip or topology, or if the compiler for the chip is not installed.
     """
     kind, _, topology = name.partition(":")
     chip = CHIPS.get(kind)
@@ -130,17 +132,18 @@ class Check:
     Attributes:
         target: The devices that the program was compiled for.
         fits: Whether the program fits into the memory of a device.
-        memory: Peak bytes per device. If the program does not fit, this is the number in the compiler's error, or 0 if
-            the error has none.
+        memory: Peak bytes per device. If the compiler fails because the program does not fit, this is the number in the
+            error message, or 0 if the message has none.
         resident: Bytes per device of arguments and results, which stay in memory throughout. A donated argument and the
-            result that overwrites it count once. 0 if the program does not fit.
-        aliased: Bytes per device of the donated arguments that results overwrite; 0 if the program does not fit.
+            result that overwrites it count once. If the compiler fails, this is 0.
+        aliased: Bytes per device of the donated arguments that results overwrite. If the compiler fails, this is 0.
         seconds: Time that compilation took.
-        products: Types, such as "bfloat16 × bfloat16 → float32" -> number of matrix products, and number of their
-            operations on all devices. A multiplication and an addition are two operations. Custom kernels are not
-            included.
-        collectives: Name, such as "all-reduce" -> number of collectives, and bytes of their results on each device.
-        kernels: Name of a custom kernel -> number of its calls in the text of the compiled program.
+        products: Maps the types of a matrix product, such as "bfloat16 × bfloat16 → float32", to the number of such
+            products and the number of their operations on all devices. A multiplication and an addition are two
+            operations. Products in custom kernels are not included.
+        collectives: Maps the name of a collective, such as "all-reduce", to the number of such collectives and the
+            bytes of their results on each device.
+        kernels: Maps the name of a custom kernel to the number of its calls in the text of the compiled program.
     """
 
     target: Target
@@ -179,7 +182,7 @@ def _listed(entries: Mapping[str, tuple[int, Any]], words: Callable[[int, Any], 
 
 
 def check(traced: jax.stages.Traced, target: Target) -> Check:
-    """Compiles a traced program for a target. Its arguments must be placed on the target's devices.
+    """Compiles a traced program for a target. The program's arguments must be placed on the target's devices.
 
     TPU compilers run with low effort (`exec_time_optimization_effort`), because the question is whether the program
     fits, not how fast it is.
@@ -203,7 +206,7 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
     kernels = Counter(re.findall(r'custom_call_target="([^"]+)"', text))
     return Check(
         target=target,
-        fits=memory <= target.chip.memory,  # the GPU compiler does not report whether it fits
+        fits=memory <= target.chip.memory,  # the GPU compiler does not report whether a program fits
         memory=memory,
         resident=resident,
         aliased=sizes.alias_size_in_bytes,
@@ -215,7 +218,10 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
 
 
 def _products(jaxpr: Any) -> dict[str, tuple[int, float]]:
-    """The matrix products by the types of operands and result. A product in a scan counts once per iteration."""
+    """The numbers of matrix products and of their operations, by the types of the operands and of the result.
+
+    A product in a scan counts once per iteration.
+    """
     counts, flops = Counter[str](), Counter[str]()
 
     def walk(jaxpr: Any, times: int) -> None:
@@ -254,7 +260,7 @@ def _collectives(text: str) -> dict[str, tuple[int, int]]:
                 count, size = found.get(match[2], (0, 0))
                 found[match[2]] = count + times, size + times * _bytes(match[1])
             repeats = times
-            if loop := re.search(r"condition=%?([\w.\-]+)", line):  # taken for a counted loop, such as a scan
+            if loop := re.search(r"condition=%?([\w.\-]+)", line):  # assumed to be a counted loop, such as a scan
                 limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", computations.get(loop[1], ""))
                 repeats *= max(map(int, limits), default=1)
             for inside in re.findall(r"(?:body|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
@@ -272,12 +278,14 @@ def _bytes(shapes: str) -> int:
 
 
 def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
-    """Finds the largest size that fits, such as a number of rows; returns 0 if none fits.
+    """Finds the largest size, such as a number of rows, at which a program fits into memory; returns 0 if none fits.
 
-    The result may be too low by up to an eighth, or by 1 if that is more. Apart from the state, memory grows almost
-    linearly with the size. A line through the memory of two programs therefore predicts which size to try next. Near
-    the limit, compilers save memory and the prediction is too low. Each try therefore exceeds the largest size known to
-    fit by a minimum step, which is larger until a size does not fit.
+    The result may be too low by up to an eighth, or by 1 if an eighth is less than that.
+
+    Apart from the state, memory grows almost linearly with the size. A line through the memory of two programs
+    therefore predicts which size to try next. Near the limit, compilers save memory, so the prediction is too low. Each
+    try therefore exceeds the largest size known to fit by a minimum step. As long as every size has fit, this step is
+    four times as large.
 
     Args:
         try_out: Compiles the program for a size.
@@ -294,7 +302,7 @@ def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
             return low[0]
         (n1, memory1), (n2, memory2) = (low, high) if high else ((0, first.resident), low)
         pointed = min(n1 + (limit - memory1) * (n2 - n1) / max(memory2 - memory1, 1), 64 * n2)
-        if high:  # halfway to the midpoint of low and high, because memory may be far from linear
+        if high:  # move halfway towards the midpoint of low and high, because memory may be far from linear
             pointed = min((2 * pointed + low[0] + high[0]) / 4, high[0] - 1)
         n = int(max(pointed, low[0] + (step if high else 4 * step)))
         check = try_out(n)
@@ -317,10 +325,11 @@ def bound(check: Check) -> dict[str, float]:
     """The least seconds that a program takes at each published rate of its chip. The largest is the roofline bound.
 
     Returns:
-        `products`: all matrix products at the peak rate of bfloat16, without those of custom kernels.
+        The seconds for each kind of work:
+        `products`: all matrix products, except those of custom kernels, at the peak rate of bfloat16.
         `memory`: reading the arguments and writing the results once.
-        `links`: sending the result of an all-reduce twice, as in a ring, and the result of any other collective once,
-        each time without the device's own share.
+        `links`: sending the results of collectives, without the device's own share. The result of an all-reduce is
+        sent twice, as in a ring, and the result of any other collective once.
     """
     n, chip = len(check.target.devices), check.target.chip
     sent = sum(

@@ -6,10 +6,10 @@ from matplotlib import figure
 
 
 class Figure(figure.Figure):
-    """A matplotlib figure that notebooks show although pyplot did not make it.
+    """A matplotlib figure that is made without pyplot and that notebooks show.
 
-    IPython shows other figures that pyplot did not make only as text. A figure that pyplot made stays in memory until
-    it is closed.
+    Figures made with pyplot are not used, because they stay in memory until they are closed. IPython shows matplotlib's
+    own figures only as text if they are made without pyplot.
     """
 
     def _repr_png_(self) -> bytes:

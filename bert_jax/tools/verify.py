@@ -19,7 +19,7 @@ from bert_jax.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4
 
-# Model -> text -> the first tokens on the model card: token, id and score.
+# For each model and text, the first tokens on the model card, each with its id and score.
 FILL_MASK: dict[str, dict[str, list[tuple[str, int, float]]]] = {
     "google-bert/bert-base-cased": {
         "Hello I'm a [MASK] model.": [
@@ -102,11 +102,11 @@ def verify(model: str) -> Iterator[Check]:
     """Compares our outputs with the published outputs of a model, one by one.
 
     Args:
-        model: One of `MODELS`, or a folder with the name of one (`./bert-base-cased`).
+        model: One of `MODELS`, or a folder that is named like one of them (`./bert-base-cased`).
 
     Raises:
         InputError: If nothing is published for the model.
-        ModelNotFoundError: If the model does not exist, or the Hub does not answer.
+        ModelNotFoundError: If the model does not exist, or if the Hub does not answer.
     """
     names = [name for name in MODELS if model == name or Path(model).resolve().name == name.partition("/")[2]]
     if not names:

@@ -40,7 +40,7 @@ def attention(
         head: Index of the head; a negative index counts from the last head. None plots the mean of all heads.
 
     Raises:
-        InputError: If there is no such layer or head, or the attention kernel is fused.
+        InputError: If there is no such layer or head, or if the attention kernel is fused.
     """
     tokens, weights = _weights(model, tokenizer, text)  # [L, N, T, T]
     for name, index, size in (("layer", layer, weights.shape[0]), ("head", head, weights.shape[1])):

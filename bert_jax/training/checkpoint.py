@@ -36,7 +36,7 @@ class Checkpoints:
         for file in folder.glob("*/metrics/metrics"):
             try:
                 json.loads(file.read_text())
-            except ValueError:  # otherwise, orbax could not open the other checkpoints
+            except ValueError:  # the damaged file would keep orbax from opening the other checkpoints
                 logger.warning("The checkpoint of step %s is damaged (its score).", file.parts[-3])
                 shutil.rmtree(file.parents[1])
         # A checkpoint without a score is stored with -inf. Of checkpoints with equal scores, the latest is the best.
@@ -53,12 +53,12 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any, progress: Mapping[str, Any], score: float | None) -> None:
-        """Writes a checkpoint, completely or not at all. Does nothing if the step already has one.
+        """Writes a checkpoint, completely or not at all. Does nothing if the step already has a checkpoint.
 
         Args:
             step: Number of steps done.
             state: A pytree of arrays.
-            progress: The other values that the loop keeps, stored as JSON.
+            progress: What the loop needs to resume besides the arrays, stored as JSON.
             score: Higher is better; None if the step was not evaluated, or if an earlier evaluation was at least as
                 good.
 

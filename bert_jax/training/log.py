@@ -41,7 +41,7 @@ class Journal:
             self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1 if start else None)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the values of a step, which may be nested dicts; TensorBoard gets only the floats."""
+        """Writes the values of a step. `values` may contain nested dicts. TensorBoard gets only the floats."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._events:
             for name, value in tree.flatten(values).items():
@@ -67,7 +67,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def progress_bar(console: Console, start: int, steps: int) -> Iterator[Callable[[int, str | None], None]]:
-    """Shows a progress bar. Yields a function that sets the number of steps done and the text (None keeps it)."""
+    """Shows a progress bar. Yields a function that sets the number of steps done and the text; None keeps the text."""
     with Progress(
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(), console=console,

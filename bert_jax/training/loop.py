@@ -35,14 +35,14 @@ LOWER_IS_BETTER = ("loss", "mse", "mlm_loss", "nsp_loss", "pseudo_perplexity")
 
 
 class Run(NamedTuple):
-    """Everything that the steps of a run need. To compile them ahead of time, the devices need not be present.
+    """Everything that the steps of a run need. The step can be compiled for devices that this machine does not have.
 
     Attributes:
         mesh: The devices.
         task: Gives the loss and the metrics.
         loader: Makes the batches.
         plan: The parameters and the optimizer.
-        layout: A `TrainState` that holds the sharding of each array of the state.
+        layout: A `TrainState` that holds the sharding of each array in place of the array.
         step: The step as a jitted function; see `make_step`.
         metric: The metric that chooses the best parameters.
     """
@@ -56,7 +56,7 @@ class Run(NamedTuple):
     metric: str
 
     def trace(self, shape: Shape) -> jax.stages.Traced:
-        """Traces the step on a batch of the given shape, to compile it. The devices need not be present."""
+        """Traces the step for batches of a shape, to compile it. This machine need not have the devices."""
         padding = self.loader.examples.batch(Place(np.zeros(0, int), np.zeros(0, int), shape))
         arguments = (
             sharding.abstract(state_shapes(self.plan), self.layout),
@@ -83,7 +83,7 @@ def set_up(
     seed: int = 0,
     metric: str | None = None,
 ) -> Run:
-    """Prepares the run that `train` carries out; see `train` for the arguments.
+    """Prepares a run for `fit`. See `train` for the arguments.
 
     Raises:
         InputError: If the arguments do not fit the model, the task or the devices.
@@ -111,14 +111,14 @@ class Trained:
     """The result of training.
 
     Attributes:
-        model: The model with the parameters of the best evaluation, or with the last ones if there is no validation or
-            the best checkpoint is damaged.
-        trained: The trained parameters by path; adapters are not merged.
+        model: The model with the parameters of the best evaluation. If there was no evaluation, or if the best
+            checkpoint is damaged, it has the parameters of the last step.
+        trained: The trained parameters by path. Adapters are not merged into the weights.
         step: Number of steps after which training reached the parameters of `model`.
         steps: Number of steps done in total.
         metrics: The metrics of the evaluation after `step` steps; empty if there was none.
-        outputs: The model's outputs in that evaluation (`Evaluation.outputs`); None if there was none, or if it ran
-            before the run was resumed.
+        outputs: The model's outputs in that evaluation (`Evaluation.outputs`). None if there was no evaluation, or if
+            the run was resumed after it.
     """
 
     model: BertPreTrainedModel
@@ -176,8 +176,8 @@ def train(
             accumulation).
         packing: Puts several examples into a row. A token attends only to the tokens of its own example.
         trainable: One or several regular expressions that match the paths of the parameters to train. None trains all
-            parameters or, with `lora`, only the adapters.
-        lora: Trains low-rank adapters in addition to `trainable`.
+            parameters or, if `lora` is given, only the adapters.
+        lora: Trains low-rank adapters in addition to the parameters that `trainable` matches.
         mesh: The devices, from `sharding.mesh`; all devices by default.
         seed: Seed for the order of the examples, the initial adapters and dropout.
         validation: Examples to evaluate on during the run, to find the best parameters; None for no evaluations.
@@ -187,17 +187,19 @@ def train(
             except for the metrics in `LOWER_IS_BETTER`.
         patience: Stops after this number of evaluations in a row without a better metric; None never stops early.
         folder: Where checkpoints and the journal are written; None trains without writing files.
-        save_every: Steps between additional checkpoints. In any case, one is written every `evaluate_every` steps.
+        save_every: Steps between additional checkpoints. Regardless of these, a checkpoint is written every
+            `evaluate_every` steps and after the last step.
         keep: Number of the latest checkpoints to keep, in addition to the best.
         log_every: Steps between lines of the journal.
-        schedule: The learning rate by step, only to report it; it does not change the optimizer.
-        tensorboard: Also writes TensorBoard events.
+        schedule: The learning rate by step. It is only reported and does not change the optimizer.
+        tensorboard: Writes TensorBoard events in addition to the journal.
         console: Shows the progress; None shows nothing.
 
     Raises:
         InputError: If the arguments do not fit the model, the task, the devices or the folder.
-        TrainingError: If the loss or the results of an evaluation are not finite, or a batch does not fit into memory.
-        Interrupted: After Ctrl-C or SIGTERM, if there is a folder. The state is saved, and the same call resumes.
+        TrainingError: If the loss or the results of an evaluation are not finite, or if a batch does not fit into
+            memory.
+        Interrupted: After Ctrl-C or SIGTERM, if `folder` is given. The state is saved; the same call resumes the run.
         CheckpointError: If a checkpoint cannot be written or read.
     """
     run = set_up(
@@ -237,7 +239,7 @@ def fit(
     frozen = sharding.put(planned.frozen, sharding.placements(mesh, planned.frozen))
     evaluate_batch = measure.program(task, planned.skeleton)
     combine: Any = planned.params
-    if planned.lora:  # without adapters, a jitted function would only copy all parameters
+    if planned.lora:  # to merge the adapters; without adapters, jit would only copy all parameters
         places = sharding.placements(mesh, dict(planned.skeleton.specs))
         combine = jax.jit(planned.params, out_shardings=tree.unflatten(places))
 
@@ -266,7 +268,7 @@ def fit(
     in_flight: list[tuple[int, Arrays]] = []
     lines: list[dict[str, float]] = progress["lines"]
     outputs: Mapping[str, Any] | None = None  # outputs of the best evaluation
-    best_params: Arrays | None = None  # None if there is a folder: a checkpoint holds them
+    best_params: Arrays | None = None  # remains None if there is a folder, because a checkpoint holds them
     seen, since = 0, time.perf_counter()
 
     def take_in(n: int, metrics: Arrays) -> str | None:
@@ -284,7 +286,8 @@ def fit(
         seen += len(place.indices)
         if n % log_every and n != steps:
             return None
-        # The clock is read once, so that no time is lost between intervals: `schedule` below waits for a step.
+        # The clock is read once, so that the next interval begins where this one ends. A second reading below
+        # would come later, because `schedule` waits for the step that is in progress.
         now = time.perf_counter()
         rate, seen, since = seen / (now - since), 0, now
         means = {name: float(np.mean([line[name] for line in lines])) for name in values}
@@ -311,7 +314,8 @@ def fit(
             stopping = bool(received) or distributed.asked_to_stop(step)
             evaluate_now = step % every == 0 or step == steps
             save_now = evaluate_now or stopping or bool(save_every and step % save_every == 0)
-            # Reads the metrics of the previous step. Waiting for the current step would leave the device idle.
+            # Reads the metrics of the previous step, because waiting for the current step would leave the device idle.
+            # Before an evaluation or a checkpoint, reads those of the current step, too.
             while in_flight and (len(in_flight) > 1 or save_now):
                 show(step, take_in(*in_flight.pop(0)))
             score = None
@@ -358,7 +362,7 @@ def fit(
 
 
 def _note_best(progress: dict[str, Any], step: int, metrics: dict[str, Any], metric: str) -> float | None:
-    """Records the evaluation if it is the best so far, and returns its score (higher is better); else returns None."""
+    """Records an evaluation. Returns the score (higher is better) if the evaluation is the best so far, else None."""
     if metric not in metrics:
         raise InputError(f"The validation examples have no labels; {metric} requires labels. Label them or omit them.")
     score: float = -metrics[metric] if metric in LOWER_IS_BETTER else metrics[metric]
@@ -373,8 +377,8 @@ def _note_best(progress: dict[str, Any], step: int, metrics: dict[str, Any], met
 def _signals(console: Console, folder: Path | None) -> Iterator[list[int]]:
     """Yields a list to which the first Ctrl-C or SIGTERM is added. A third signal ends the process as usual.
 
-    With several processes, JAX handles SIGTERM (`distributed.asked_to_stop`), and Ctrl-C becomes a SIGTERM. Without a
-    folder there is nothing to save, so signals are not handled.
+    If there are several processes, JAX handles SIGTERM (see `distributed.asked_to_stop`), and Ctrl-C sends a SIGTERM.
+    If there is no folder, nothing can be saved, so signals are not handled.
     """
     received: list[int] = []
     if folder is None or threading.current_thread() is not threading.main_thread():  # handlers need the main thread

@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685): low-rank adapters for frozen weights, as plain arrays by path.
 
-The model itself has no adapters. Before parameters are put into it, each weight W that has an adapter becomes
+The model itself has no adapters. Before parameters are put into the model, each weight W that has an adapter becomes
 W + alpha / rank · B A, and gradients flow through this sum to A and B. Adapters are saved separately, in the format of
 Hugging Face's `peft`.
 """
@@ -23,8 +23,9 @@ from bert_jax.errors import CheckpointError, InputError, quoted
 from bert_jax.hub import read_json, replacing
 from bert_jax.model import BertPreTrainedModel
 
-# Fields of peft's LoraConfig (0.19) that say where adapters are, how they were trained, or where they come from, but do
-# not change the meaning of stored adapters. Any other field that is set is refused, including fields of later versions.
+# The fields of peft's LoraConfig (0.19) that may be set: those that this module reads, and those that do not change the
+# meaning of stored adapters, such as how the adapters were trained. If any other field is set, loading fails, because
+# the field might change that meaning. This includes the fields of later versions.
 _INERT = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -69,7 +70,7 @@ def init(lora: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) 
         `….lora_A` float32 [rank, in] and `….lora_B` float32 [out, rank] for each `….weight` [out, in].
 
     Raises:
-        InputError: If no parameter matches, or a match is not the weight of a linear layer.
+        InputError: If no parameter matches, or if a match is not the weight of a linear layer.
     """
     targets = tree.select([lora.targets], specs)
     if not targets:
@@ -88,7 +89,7 @@ def init(lora: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) 
 
 
 def merge(params: Mapping[str, jax.Array], scale: float) -> dict[str, jax.Array]:
-    """Returns the parameters by path, where each weight W that has an adapter is replaced by W + scale · B A."""
+    """Returns the parameters by path, without adapters. Each weight W that has an adapter becomes W + scale · B A."""
     merged = {path: leaf for path, leaf in params.items() if not path.endswith((".lora_A", ".lora_B"))}
     for path in params:
         if path.endswith(".lora_A"):
@@ -99,7 +100,7 @@ def merge(params: Mapping[str, jax.Array], scale: float) -> dict[str, jax.Array]
 
 
 def save_adapters(folder: Path, params: Mapping[str, Any], lora: LoRA, base: str, task_type: str) -> None:
-    """Writes adapters, and parameters that were trained without one, in peft's format.
+    """Writes adapters, and the parameters that were trained in full, in peft's format.
 
     Args:
         folder: Created if it does not exist.
@@ -121,7 +122,7 @@ def save_adapters(folder: Path, params: Mapping[str, Any], lora: LoRA, base: str
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        # Full names, because peft matches a shorter name with every module name that ends with it.
+        # Full names, because peft would apply a shorter name to all modules whose names end with it.
         "target_modules": sorted({name.partition(".lora_")[0] for name in names.values() if ".lora_" in name}),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in names.values() if ".lora_" not in name}),
     }
@@ -131,14 +132,16 @@ def save_adapters(folder: Path, params: Mapping[str, Any], lora: LoRA, base: str
 
 
 def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedModel:
-    """Returns the model with a folder's adapters merged into its weights, and with the folder's other parameters.
+    """Returns a model with the adapters in a folder merged into its weights.
+
+    Parameters in the folder that were trained in full replace those of the model.
 
     Args:
         folder: Written by `save_adapters` or by `peft`.
         model: The base model of the adapters.
 
     Raises:
-        CheckpointError: If the files are missing, damaged or not supported, or do not fit the model.
+        CheckpointError: If the files are missing, damaged or not supported, or if they do not fit the model.
     """
     try:
         config = read_json(folder / ADAPTER_CONFIG)
@@ -178,7 +181,10 @@ def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedMod
 
 
 def _published(paths: Iterable[str]) -> dict[str, str]:
-    """Path -> name in peft's files, without `base_model.model.`; A of a module `m` is named `m.lora_A.weight`."""
+    """Maps each path to the name in peft's files, without the prefix `base_model.model.`.
+
+    For example, the matrix A of a module `m` is named `m.lora_A.weight`.
+    """
     owners = {path: re.sub(r"\.lora_[AB]$", ".weight", path) for path in paths}
     names = dict(zip(owners, weights.published_names(owners.values()), strict=True))
     return {

@@ -1,4 +1,4 @@
-"""Memory of the process: each computation reuses the pages that the previous one freed, instead of new ones."""
+"""Memory of the process: each computation reuses the pages that the previous one freed, instead of new pages."""
 
 import ctypes
 import functools
@@ -18,20 +18,20 @@ def keep_freed(*, asynchronous: bool = False) -> None:
 
     On CPU, a program allocates all its temporaries as one block, up to gigabytes for a training step, and frees the
     block after each call. By default malloc maps and unmaps that block each time, and the kernel clears every page
-    again, which takes a third of the time of a training step. So malloc must neither map blocks nor trim its heap, and
-    the heap asks for huge pages.
+    again, which takes a third of the time of a training step. So this function keeps malloc from mapping blocks and
+    from trimming its heap, and asks the system for huge pages for the heap.
 
     A heap that only grows must not fragment. If a small allocation lands above the block, or inside the hole that the
     block leaves, the next block does not fit the hole and the heap grows by another block. Fine-tuning MiniLM on SQuAD
     (a block of 2.1 GB) took 9 to 10 GB for this reason. Two measures prevent fragmentation:
 
     - Small allocations have their own place: free chunks of 64 MB at the start of the heap, separated by small blocks
-      that are never freed (fences). malloc uses the smallest free chunk that fits, so these chunks serve all smaller
-      requests. They use address space, not memory. Larger blocks go to the end of the heap, where a freed block merges
-      with the free space behind it.
+      that are never freed (fences). malloc uses the smallest free chunk that fits, so these chunks serve all requests
+      of less than 64 MB. An unused chunk takes address space, not memory. Larger blocks go to the end of the heap,
+      where a freed block merges with the free space behind it.
     - JAX runs one program at a time. With asynchronous dispatch, the next step would allocate its block before the
-      thread of the previous step has freed its block: batches of 4 took 3.4 GB with asynchronous dispatch and 1.7 GB
-      without. A training step on CPU keeps all cores busy, so it gains nothing from asynchronous dispatch.
+      thread of the previous step has freed the previous block: batches of 4 took 3.4 GB with asynchronous dispatch and
+      1.7 GB without. A training step on CPU keeps all cores busy, so it gains nothing from asynchronous dispatch.
 
     The call does nothing if malloc is not glibc's, and uses no huge pages if the system has none. A second call with
     the same argument does nothing.
@@ -53,7 +53,7 @@ def keep_freed(*, asynchronous: bool = False) -> None:
     chunks = list(filter(None, blocks[::2]))  # the fences stay allocated; otherwise, freed chunks would merge
     for chunk in chunks:
         _advise(libc, chunk, _CHUNK, _MADV_HUGEPAGE)
-    release()  # asks for huge pages at the end of the heap, while the chunks are still allocated
+    release()  # asks for huge pages at the end of the heap, too, where larger blocks go
     for chunk in chunks:
         libc.free(chunk)
 
@@ -61,13 +61,13 @@ def keep_freed(*, asynchronous: bool = False) -> None:
 def release() -> None:
     """Returns all free memory to the system.
 
-    Call this between phases of a run. The peak of the run is then that of the largest phase, not the sum of all phases:
-    the system gets back the temporaries of a training step before an evaluation or a checkpoint allocates its own, and
-    also the memory that a compilation leaves behind, up to 0.3 GB. Does nothing if malloc is not glibc's.
+    Call this between phases of a run. The peak of the run is then that of the largest phase, not the sum of all phases.
+    For example, the temporaries of a training step are returned before an evaluation or a checkpoint allocates its own.
+    The memory that a compilation leaves behind, up to 0.3 GB, is returned, too. Does nothing if malloc is not glibc's.
     """
     if (libc := _glibc()) is None:
         return
-    libc.malloc_trim(1 << 62)  # only the free chunks: a heap that shrinks would lose its huge pages
+    libc.malloc_trim(1 << 62)  # returns free chunks, but does not shrink the heap, which would lose its huge pages
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     if end := libc.malloc(size):
         _advise(libc, end, size, _MADV_HUGEPAGE)

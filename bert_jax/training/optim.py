@@ -1,9 +1,9 @@
-"""Optimizers with rules for parameters by path, such as BERT's AdamW, and the learning-rate schedules of transformers.
+"""Optimizers with a rule for each parameter, such as BERT's AdamW, and the learning-rate schedules of transformers.
 
     optimizer = optim.adamw(optim.schedule("linear", 2e-5, steps=500, warmup_ratio=0.1), weight_decay=0.01)
 
-`bert_jax.train` accepts any `optax.GradientTransformation`. The optimizers of this module also choose the weight decay
-and the learning-rate multiplier of each parameter by its path.
+`bert_jax.train` accepts any `optax.GradientTransformation`. The optimizers of this module choose the weight decay and
+the learning-rate multiplier of each parameter by its path.
 """
 
 import math
@@ -51,16 +51,16 @@ def rules(
     lr_multipliers: Mapping[str, float] | None = None,
     layer_decay: float = 1.0,
 ) -> dict[str, Rule]:
-    """Returns the rule of each parameter. Patterns are regular expressions of whole paths; the first match counts.
+    """Returns the rule of each parameter. Patterns are regular expressions of whole paths; the first to match counts.
 
     Args:
         paths: The paths of the parameters, such as `bert.layers.0.attention.query.weight`.
         weight_decay: Weight decay of the parameters that `no_decay` does not match.
         no_decay: Patterns of the parameters without weight decay.
-        lr_multipliers: Pattern -> learning-rate multiplier.
-        layer_decay: Each layer learns at the rate of the layer above it times this factor; the head is above the top
-            layer, and the embeddings are below layer 0 (Howard & Ruder 2018, section 3.2). `lr_multipliers` takes
-            precedence.
+        lr_multipliers: The learning-rate multiplier of the parameters that a pattern matches, by pattern.
+        layer_decay: The learning rate of a layer is that of the layer above, times this factor. The head counts as the
+            layer above the top layer, and the embeddings count as the layer below layer 0 (Howard & Ruder 2018,
+            section 3.2). A match in `lr_multipliers` takes precedence.
 
     Raises:
         InputError: If a pattern matches no parameter; the default patterns of `no_decay` need not match.
@@ -158,7 +158,7 @@ def by_path(
     max_grad_norm: float | None = 1.0,
     trust_ratio: bool = False,
 ) -> optax.GradientTransformation:
-    """Adds clipping before a transformation of gradients, and weight decay and the learning rate after it.
+    """An optimizer that clips the gradients, transforms them, and then applies weight decay and the learning rate.
 
     Args:
         transform: A transformation without a learning rate, such as `optax.scale_by_lion()`.
@@ -194,8 +194,8 @@ def by_path(
         return jax.tree_util.tree_map_with_path(lambda keys, u: found[_path(keys)].lr_multiplier * u, updates), state
 
     def clip(updates: optax.Updates, params: optax.Params) -> optax.Updates:
-        # XLA fuses this multiplication into each read of the gradients. optax.clip_by_global_norm divides instead; XLA
-        # stores the quotients, because they are read twice, and that costs a pass over memory.
+        # XLA fuses this multiplication into each read of the gradients. optax.clip_by_global_norm divides instead. XLA
+        # stores the quotients, which are read twice, and storing them costs a pass over memory.
         factor = jnp.minimum(1.0, max_grad_norm / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda g: g * factor, updates)
 
@@ -214,7 +214,7 @@ def _path(keys: Any) -> str:
 def scale_by_adam(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, bias_correction: bool = True
 ) -> optax.GradientTransformation:
-    """`optax.scale_by_adam`; without bias correction, for which optax has no option, it is m / (√v + eps)."""
+    """Like `optax.scale_by_adam`, but can omit the bias correction. The update is then m / (√v + eps)."""
     corrected = optax.scale_by_adam(b1, b2, eps)
 
     def update(
@@ -239,7 +239,7 @@ def schedule(
     power: float = 1.0,
     final_learning_rate: float = 1e-7,
 ) -> optax.Schedule:
-    """Returns a function from the step, counted from 0, to the learning rate (float32), as in transformers.
+    """Returns a schedule of transformers: a function that maps the step (from 0) to the learning rate (float32).
 
     Args:
         name: The schedule after warm-up, as transformers names it.

@@ -38,7 +38,7 @@ class TrainState:
         step: int32 [], number of steps done.
         params: The trained parameters by path, float32; LoRA adapters are among them.
         opt_state: The state of the optimizer.
-        key: The data of a PRNG key, uint32. The dropout key of a step is derived from it and the step number.
+        key: The data of a PRNG key, uint32. The dropout key of a step is derived from this key and the step number.
     """
 
     step: jax.Array
@@ -56,7 +56,7 @@ class Plan:
         trained: The trained parameters by path, LoRA adapters included.
         frozen: The model's other parameters by path.
         optimizer: Updates the trained parameters.
-        lora: The settings of the adapters; None without adapters.
+        lora: The settings of the adapters; None if there are no adapters.
     """
 
     skeleton: tree.Skeleton
@@ -84,14 +84,14 @@ def plan(
         model: The model.
         optimizer: An optax transformation over a flat dict of parameters by path.
         trainable: One or several regular expressions that match the paths of the parameters to train. All other
-            parameters are frozen: they get neither gradient nor optimizer state. None trains all parameters or, with
-            `lora`, only the adapters.
-        lora: Adapters to train in addition to `trainable`.
+            parameters are frozen: they get neither gradient nor optimizer state. None trains all parameters or, if
+            `lora` is given, only the adapters.
+        lora: Adapters to train in addition to the parameters that `trainable` matches.
         seed: Seed for the initial adapters.
 
     Raises:
-        InputError: If a pattern matches no parameter, no parameter is to be trained, or the optimizer's updates do not
-            have the paths and shapes of the parameters.
+        InputError: If a pattern matches no parameter, if there is nothing to train, or if the optimizer's updates do
+            not have the paths and shapes of the parameters.
     """
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
@@ -122,7 +122,7 @@ def plan(
 
 
 def init_state(plan: Plan, seed: int) -> TrainState:
-    """Returns the state before the first step. Its arrays are copies, because steps overwrite them."""
+    """Returns the state before the first step. Its arrays are copies, because a step overwrites those of its state."""
     trained = {path: jnp.array(leaf, copy=True) for path, leaf in plan.trained.items()}
     return TrainState(jnp.int32(0), trained, plan.optimizer.init(trained), jax.random.key_data(jax.random.key(seed)))
 
@@ -132,7 +132,7 @@ def make_step(
 ) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, Arrays]]:
     """Returns the jitted step: (state, frozen parameters, batch) -> (next state, metrics `loss` and `grad_norm`).
 
-    The loss is the mean over all entries of the batch that count, also with gradient accumulation. The state is
+    Even if gradients are accumulated, the loss is the mean over all entries of the batch that count. The state is
     donated: its arrays are overwritten.
 
     Args:
@@ -151,7 +151,7 @@ def make_step(
 
     def train_step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Arrays]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        if accumulation == 1:  # avoids a pass over memory that divides the gradients by the count
+        if accumulation == 1:  # saves dividing the gradients by the count, which costs a pass over memory
             (loss, _), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params, frozen, batch, key)
         else:
             gradient = jax.value_and_grad(total_loss, has_aux=True)

@@ -1,8 +1,8 @@
-"""Attention kernels: plain attention, and fused kernels for TPUs and GPUs that never store the probabilities.
+"""Attention kernels: plain attention and, for TPUs and GPUs, fused kernels, which never store the probabilities.
 
 The arguments of a kernel are the query [B, T, N, H], the key and value [B, S, N, H], an `Attended` or None, the dropout
 rate and the dropout key. Query, key and value are in the compute dtype. A kernel returns the context [B, T, N, H] and
-the attention probabilities, float32 [B, N, T, S], in place of which a fused kernel returns None.
+the attention probabilities, float32 [B, N, T, S]. A fused kernel returns None in place of the probabilities.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ from bert_jax.errors import InputError
 from bert_jax.nn import Linear, dropout, product
 
 FUSED = {"splash": ("TPUs", "tpu"), "cudnn": ("NVIDIA GPUs", "gpu")}
-"""For each fused kernel, the hardware that it runs on: its name in messages, and JAX's name for the platform."""
+"""Maps each fused kernel to two names of the hardware that it runs on: the name in messages, and JAX's name."""
 UNPACKED = ("cudnn",)
-"""Fused kernels that support only rows of one text each, not packed rows."""
+"""The fused kernels that do not support packed rows, which hold several texts."""
 SPLASH_BLOCK = 128
-"""The smallest block of splash attention, in tokens. Row lengths must be a multiple of it."""
+"""The smallest block of splash attention, in tokens. Row lengths must be multiples of it."""
 
 
 class Attended(NamedTuple):
@@ -44,14 +44,14 @@ class Attended(NamedTuple):
 
 
 def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length: int | None = None) -> None:
-    """Raises `InputError` if a kernel would give wrong results or cannot run.
+    """Raises `InputError` if the kernel `name` cannot run, or would give wrong results.
 
     Args:
         name: The name of the kernel.
         platform: JAX's name for the platform of the devices, such as "gpu".
         compute_dtype: The dtype of the activations.
         packed: Whether rows hold several texts.
-        length: Tokens per row; None if not known yet.
+        length: The number of tokens per row; None if it is not known yet.
     """
     if name not in FUSED:
         return
@@ -69,12 +69,12 @@ def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length:
 
 
 def multiple(name: str) -> int:
-    """If the kernel `name` is used, every row length must be a multiple of this number of tokens."""
+    """The number of tokens of which each row length must be a multiple if the kernel `name` is used."""
     return SPLASH_BLOCK if name == "splash" else 1
 
 
 def check_dropout(name: str, rate: float) -> None:
-    """Raises `InputError` if `rate` > 0 and the kernel is fused, because fused kernels store no probabilities."""
+    """Raises `InputError` if `rate` > 0 and the kernel is fused: fused kernels store no probabilities to drop."""
     if name != "plain" and rate > 0:
         raise InputError(
             f"attention is {name!r}, which does not support attention dropout; the config has "
@@ -83,7 +83,7 @@ def check_dropout(name: str, rate: float) -> None:
 
 
 def platform() -> str:
-    """JAX's name for the platform to compile for: that of the current mesh, or the default if there is no mesh."""
+    """JAX's name for the platform to compile for: the current mesh's platform, or the default one without a mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else str(device.platform)
 
@@ -100,16 +100,16 @@ def splash(
 ) -> tuple[jax.Array, None]:
     """Splash attention: JAX's Pallas kernel for TPUs, which computes in blocks (Dao et al. 2022, "FlashAttention").
 
-    On a mesh, each device computes its own rows and heads, because compilers do not shard custom kernels.
+    On a mesh, `jax.shard_map` gives each device its own rows and heads, because compilers do not shard custom kernels.
 
     Args:
         query: [B, T, N, H], with T a multiple of `SPLASH_BLOCK`.
         key: [B, S, N, H], with S a multiple of `SPLASH_BLOCK`.
         value: [B, S, N, H].
         attended: Which tokens attend to which; None if all attend to all.
-        dropout_rate: Not used, because callers refuse attention dropout.
+        dropout_rate: Not used, because `check_dropout` refuses attention dropout with fused kernels.
         dropout_key: Not used.
-        interpret: Runs the kernel without a TPU, slowly, for tests.
+        interpret: Whether to interpret the kernel. This is slow, but tests can do it without a TPU.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -156,12 +156,12 @@ def cudnn(
         key: bfloat16 [B, S, N, H].
         value: bfloat16 [B, S, N, H].
         attended: Which tokens attend to which; None if all attend to all. Its `keys` must be 1 for tokens and 0
-            for padding, because only the sum of each row is used.
-        dropout_rate: Not used, because callers refuse attention dropout.
+            for padding, because only their sum in each row, the number of tokens, is used.
+        dropout_rate: Not used, because `check_dropout` refuses attention dropout with fused kernels.
         dropout_key: Not used.
 
     Raises:
-        InputError: If padding comes before tokens, which is checked only outside jit, or if cuDNN is not installed.
+        InputError: If cuDNN is not installed, or if padding comes before tokens. The padding is not checked under jit.
     """
     lengths = None
     if attended is not None:
@@ -196,16 +196,16 @@ def plain_attention(
         query: [B, T, N, H].
         key: [B, S, N, H].
         value: [B, S, N, H].
-        attended: Which tokens attend to which; None if all attend to all. A query that may attend to no key attends
-            to all keys equally.
-        dropout_rate: The fraction of the probabilities that is dropped if there is a `dropout_key`.
-        dropout_key: PRNG key, or None.
+        attended: Which tokens attend to which; None if all attend to all. A query whose number no key has attends to
+            all keys equally.
+        dropout_rate: The fraction of the probabilities that is dropped.
+        dropout_key: PRNG key; without one, nothing is dropped.
 
     Returns:
         The context [B, T, N, H] in the dtype of value, and the probabilities, float32 [B, N, T, S], before dropout.
     """
-    # Moves the heads before the tokens here, once. If the einsums did this instead, CPUs would repeat the transposes in
-    # the backward pass.
+    # The axis of the heads is moved before that of the tokens here, once. If the einsums moved it instead, CPUs would
+    # repeat the transposes in the backward pass.
     query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))  # [B, N, T, H]
     scores = product("bnth,bnsh->bnts", query, key) * query.shape[-1] ** -0.5
     if attended is not None:
@@ -216,7 +216,7 @@ def plain_attention(
     return jnp.moveaxis(context, 1, 2), probabilities
 
 
-# The kernels by name. A fused kernel returns None for the probabilities, because it never stores them.
+# The kernels by name. A fused kernel returns None in place of the probabilities, because it never stores them.
 ATTENTION: dict[str, Callable[..., tuple[jax.Array, jax.Array | None]]] = {
     "plain": plain_attention,
     "splash": splash,
@@ -237,10 +237,11 @@ class SelfAttention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Computes the attention of the tokens x [B, T, D] to all tokens, `states` [B, S, D].
 
-        If x is not `states` itself but a part of it, plain attention is used, because a fused kernel would gain little.
+        If x is not `states` itself but only some of its tokens, plain attention is used, because a fused kernel would
+        gain little.
 
         Returns:
-            The output [B, T, D], and the probabilities [B, N, T, S], which are None if the kernel is fused.
+            The output [B, T, D], and the probabilities [B, N, T, S], or None in their place if a fused kernel was used.
         """
         rate = self.config.attention_probs_dropout_prob
         if dropout_key is not None:

@@ -65,13 +65,15 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point. An error that the user can fix is printed to stderr without a traceback; the exit status is 2.
+    """Runs the command line.
 
-    A run that a signal stopped ends with exit status 128 plus the number of the signal.
+    An error that the user can fix is printed to stderr without a traceback, and the exit status is 2. If a signal
+    stopped a run, the exit status is 128 plus the number of the signal.
     """
     try:
         app()
-    except (BertJaxError, OSError, MemoryError) as error:  # such as a path too long, or a batch too large
+    except (BertJaxError, OSError, MemoryError) as error:
+        # A path that is too long raises an OSError; a batch that is too large raises a MemoryError.
         print(f"bert-jax: {error}", file=sys.stderr)
         sys.exit(128 + error.signal if isinstance(error, Interrupted) else 2)
 
@@ -304,7 +306,8 @@ def serve(
     from bert_jax.tasks import registry
 
     name, folder = _model(settings.model, settings.revision)
-    # The architectures of published models do not list their next-sentence head, so its task is tried in any case.
+    # Published configs do not list the next-sentence head among the architectures, even if the model has this head. So
+    # if no tasks are set, next-sentence prediction is tried, too.
     tasks = settings.tasks or [
         *(pipelines.tasks_of(hub.architectures(folder)) or ["fill-mask"]),
         "next-sentence-prediction",
@@ -316,7 +319,7 @@ def serve(
                 registry.task_name(task_name), folder, ignore=settings.ignore, compute_dtype=settings.compute_dtype
             )
         except BertJaxError:
-            if settings.tasks or not pipes:  # the user asked for the task, or no task has loaded yet
+            if settings.tasks or not pipes:  # raise if the user asked for the task, or if no task has loaded yet
                 raise
     limits = Limits(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Limits)})
     server.serve(name, pipes, host=settings.host, port=settings.port, limits=limits)
@@ -423,12 +426,13 @@ def _print_fillings(title: str, fillings: list[dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def _training(processes: str | None) -> Iterator[Console]:
-    """Prepares memory and the cache of programs, and joins the other processes.
-
-    Yields a console, which prints only in the first process.
+    """Prepares training: keeps freed memory for reuse, caches compiled programs, and joins the other processes.
 
     Args:
         processes: The value of --processes; None for a single process.
+
+    Yields:
+        A console, which prints only in the first process.
     """
     memory.keep_freed()
     _use_compilation_cache()
@@ -460,7 +464,7 @@ def _use_compilation_cache() -> None:
     import jax
 
     jax.config.update("jax_compilation_cache_dir", place)
-    # By default, JAX caches only programs that take a second or more to compile. Most of ours take less.
+    # By default, JAX caches only programs that take a second or more to compile. Most of BERT's programs take less.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 

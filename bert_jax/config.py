@@ -1,4 +1,4 @@
-"""`BertConfig`: the hyperparameters that the network supports, named as in `config.json`."""
+"""`BertConfig`: the hyperparameters of a network, named as in `config.json`."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from bert_jax.errors import ConfigError, quoted
 
 logger = logging.getLogger(__name__)
 
-# Keys of config.json that change what a network computes, each with the only value that this network supports.
+# Keys of config.json that change what a network computes, each with the only value that this package supports.
 # `BertConfig` has no fields for these keys.
 _FIXED = {
     "model_type": "bert",
@@ -28,7 +28,7 @@ _FIXED = {
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 HIDDEN_ACTS = ("gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh", "relu")
 
-# The largest accepted sizes, well above any published BERT. Larger sizes are refused before anything is built.
+# The largest accepted sizes, well above those of any published BERT. A config with a larger size is refused.
 _LIMITS = {
     "vocab_size": 2**24,
     "hidden_size": 2**16,
@@ -40,12 +40,12 @@ _LIMITS = {
     "num_labels": 2**20,
 }
 
-# (field, value): accepted although the value is outside the range of the field, because it means "not set".
+# Pairs of a field and a value that is accepted although it is outside the field's range, because it means "not set".
 _UNSET = [("num_labels", -1), ("pad_token_id", None), ("classifier_dropout", None), ("problem_type", None)]
 
 
 class ConfigChanges(TypedDict, total=False):
-    """Fields of `BertConfig` to change."""
+    """The keyword arguments of `BertConfig.replace`: the fields to change, with their new values."""
 
     vocab_size: int
     hidden_size: int
@@ -81,22 +81,25 @@ class BertConfig:
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     hidden_act: str = "gelu"
-    """`gelu` is exact and uses erf; `gelu_new` is the tanh approximation."""
+    """The activation function. `gelu` is exact and uses erf; `gelu_new` is its tanh approximation."""
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     initializer_range: float = 0.02
-    """New weights are drawn from a normal with this standard deviation, truncated at two standard deviations."""
+    """New weights are drawn from a normal distribution with this standard deviation, truncated at twice this value."""
     layer_norm_eps: float = 1e-12
     """Added to the variance in LayerNorm."""
     pad_token_id: int | None = 0
     classifier_dropout: float | None = None
-    """Dropout before a classifier; None uses `hidden_dropout_prob`."""
+    """The dropout rate before a classifier; None means that `hidden_dropout_prob` is used."""
     num_labels: int = -1
     """The number of labels. -1 means one per name in `id2label` or `label2id`, or 2 if there are no names."""
     id2label: Mapping[int | str, str] | Sequence[str] | None = None
-    """The label names: a dict by id, or a sequence in id order. Stored as a tuple. None means LABEL_0, LABEL_1, …"""
+    """The label names: a dict from ids to names, or a sequence in the order of the ids; stored as a tuple.
+
+    None means LABEL_0, LABEL_1, …
+    """
     label2id: Mapping[str, int] | None = dataclasses.field(default=None, compare=False, repr=False)
     """The inverse of `id2label`; may be given instead of it."""
     problem_type: str | None = None
@@ -119,7 +122,7 @@ class BertConfig:
             object.__setattr__(self, "num_labels", len(names) if names else 2)
         elif names and self.num_labels != len(names):
             raise ConfigError(f"num_labels is {self.num_labels}; expected {len(names)}, the number of label names.")
-        object.__setattr__(self, "id2label", names)  # a tuple, because jit hashes the config
+        object.__setattr__(self, "id2label", names)  # `names` is a tuple, because jit hashes the config
         object.__setattr__(self, "label2id", {label: i for i, label in enumerate(self.labels)})
 
     def _checks(self) -> Iterator[tuple[str, bool, str]]:
@@ -155,13 +158,14 @@ class BertConfig:
     @property
     def labels(self) -> tuple[str, ...]:
         """The label names in the order of their ids."""
-        assert isinstance(self.id2label, tuple | None)  # set by __post_init__
+        assert isinstance(self.id2label, tuple | None)  # __post_init__ has converted other types
         return self.id2label or tuple(f"LABEL_{i}" for i in range(self.num_labels))
 
     def replace(self, **changes: Unpack[ConfigChanges]) -> "BertConfig":
         """A copy with some fields changed.
 
-        New label names also change `num_labels`. A new `num_labels` alone resets the names to LABEL_0, LABEL_1, …
+        New label names also change `num_labels`. If `num_labels` changes and no names are given, the names become
+        LABEL_0, LABEL_1, …
 
         Raises:
             ConfigError: If a field does not exist or a value is invalid.
@@ -182,10 +186,12 @@ class BertConfig:
         Keys that are not BERT's hyperparameters (`pooler_type`, `transformers_version`, …) are ignored.
 
         Args:
-            config: A parsed `config.json`. The key `model_type` may be absent; the sizes of the network may not.
+            config: A parsed `config.json`. It must have `vocab_size`, `hidden_size`, `num_hidden_layers`,
+                `num_attention_heads` and `intermediate_size`. All other keys may be absent.
 
         Raises:
-            ConfigError: If the config is of another kind of model, lacks a size, or has a value that is not supported.
+            ConfigError: If the config is of another kind of model, lacks a required key, or has a value that is not
+                supported.
         """
         for key, value in _FIXED.items():
             if config.get(key, value) != value:
@@ -200,7 +206,8 @@ class BertConfig:
         if names is not None:
             if not isinstance(names, Mapping):
                 raise ConfigError(f"id2label is {quoted(names)}; expected a JSON object of ids and names.")
-            known.pop("label2id", None)  # as in transformers: id2label takes precedence over label2id
+            # If the file has both, id2label takes precedence over label2id, as in transformers.
+            known.pop("label2id", None)
             if known.pop("num_labels", len(names)) != len(names):
                 logger.warning("The %d label names override num_labels %s.", len(names), quoted(config["num_labels"]))
         return cls(**known)
@@ -219,7 +226,7 @@ class BertConfig:
             raise ConfigError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a `config.json` that this class and PyTorch transformers read."""
+        """The content of a `config.json` that both this class and PyTorch transformers can read."""
         config = {"model_type": "bert", "position_embedding_type": "absolute", **dataclasses.asdict(self)}
         del config["num_labels"]
         return config | {"id2label": {str(i): label for i, label in enumerate(self.labels)}}

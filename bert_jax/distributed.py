@@ -1,4 +1,4 @@
-"""Runs with several processes, such as one on each host of a TPU pod or on each node of a cluster.
+"""Training runs with several processes, such as one on each host of a TPU pod or on each node of a cluster.
 
 Each process has its own devices. All processes run the same command, and each prepares its own rows of a batch. Only
 the first process writes files, except for checkpoints: each process writes the shards that its devices hold.
@@ -56,7 +56,10 @@ def start(given: str) -> None:
 def _reach(address: str) -> None:
     """Waits until an address answers.
 
-    If nothing has answered after `JOIN` seconds, raises an `OSError`. JAX itself would abort the process instead.
+    Without this check, JAX would abort the process if the address did not answer.
+
+    Raises:
+        OSError: If nothing has answered after `JOIN` seconds.
     """
     host, _, port = address.rpartition(":")
     until = time.monotonic() + JOIN
@@ -93,7 +96,7 @@ def agree(what: str, text: Callable[[], str]) -> None:
         return
     content = text().encode()
     longest = max(multihost_utils.process_allgather(np.int32(len(content))))
-    padded = np.frombuffer(content.ljust(longest, b"\0"), np.uint8)  # all processes must pass the same shape
+    padded = np.frombuffer(content.ljust(longest, b"\0"), np.uint8)  # the shape must be the same in all processes
     texts = [bytes(row).rstrip(b"\0").decode() for row in multihost_utils.process_allgather(padded)]
     for i, other in enumerate(texts):
         if other != texts[0]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 QUOTED = 200
-"""The maximum number of characters of a value that a message shows."""
+"""A message shows at most this number of characters of a value."""
 
 
 class BertJaxError(Exception):
@@ -28,7 +28,7 @@ class CheckpointError(BertJaxError, ValueError):
 
 
 class ModelNotFoundError(BertJaxError, OSError):
-    """A model id, folder or revision that does not exist or cannot be downloaded."""
+    """A folder, model id or revision that does not exist, or a model that cannot be downloaded."""
 
 
 class HubUnreachableError(ModelNotFoundError):
@@ -40,11 +40,11 @@ class TrainingError(BertJaxError, ArithmeticError):
 
 
 class Interrupted(BertJaxError):
-    """A run that was asked to stop and has saved its state.
+    """A run that was asked to stop. If it has a folder, it has saved its state there.
 
     Args:
         step: The number of steps done.
-        folder: The folder of the run.
+        folder: The folder of the run; None if it has none.
         signal: The number of the signal that stopped the run.
     """
 
@@ -82,7 +82,11 @@ def _cut(parts: Iterable[str]) -> str:
 
 
 def _written(value: Any) -> Iterator[str]:
-    """`repr(value)` in parts. Each nested value yields a character, so `_cut` stops in time if many are nested."""
+    """Yields `repr(value)` in parts.
+
+    Each opening bracket comes before the items in the bracket. `_cut` therefore stops before deep nesting can exceed
+    the recursion limit.
+    """
     if isinstance(value, Mapping) or type(value) in (list, tuple):
         opening, closing = "{}" if isinstance(value, Mapping) else "[]" if type(value) is list else "()"
         yield opening

@@ -1,4 +1,4 @@
-"""Models with heads: an encoder, and the layers that compute the outputs of a task."""
+"""Models that consist of an encoder and a head. The head computes the logits of a task from the encoder's output."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
@@ -24,7 +24,7 @@ FIRST = np.zeros((1, 1), np.int32)
 class HeadOutput:
     """The output of a model with one head: float32 logits, and the encoder's hidden states and attentions.
 
-    Each model documents the shape of its logits.
+    The docstring of each model states the shape of its logits.
     """
 
     logits: jax.Array
@@ -38,9 +38,9 @@ class PreTrainingOutput:
     """The output of `BertForPreTraining`.
 
     Attributes:
-        prediction_logits: float32 [B, T, V], or [B, P, V] at P `masked_positions` per row.
-        seq_relationship_logits: float32 [B, 2], or [B, K, 2] at `first_positions`. Index 0 means that the second text
-            follows the first.
+        prediction_logits: float32 [B, T, V]; [B, P, V] if `masked_positions` [B, P] are given.
+        seq_relationship_logits: float32 [B, 2]; [B, K, 2] if `first_positions` [B, K] are given. Index 0 stands for the
+            second text following the first, and index 1 for a random second text.
         hidden_states: As in `BertModelOutput`.
         attentions: As in `BertModelOutput`.
     """
@@ -54,7 +54,11 @@ class PreTrainingOutput:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuestionAnsweringOutput:
-    """The output of `BertForQuestionAnswering`: float32 [B, T] logits of an answer's first and last tokens."""
+    """The output of `BertForQuestionAnswering`.
+
+    The logits, float32 [B, T], score each token as the first (`start_logits`) and as the last (`end_logits`) of the
+    answer.
+    """
 
     start_logits: jax.Array
     end_logits: jax.Array
@@ -63,7 +67,7 @@ class QuestionAnsweringOutput:
 
 
 class MaskedLMHead(nnx.Module):
-    """Scores the vocabulary: dense layer, activation, LayerNorm, and a decoder tied to the word embeddings."""
+    """Scores the vocabulary: a dense layer, an activation, LayerNorm, then products with the word embeddings."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs | None):
         self.config = config
@@ -72,7 +76,7 @@ class MaskedLMHead(nnx.Module):
         self.bias = new_param(rngs, (config.vocab_size,), jax.nn.initializers.zeros)
 
     def __call__(self, hidden: jax.Array, word_embeddings: Embedding) -> jax.Array:
-        """[B, T, D] -> float32 [B, T, V]."""
+        """Computes logits, float32 [B, T, V], from hidden states [B, T, D]."""
         with jax.named_scope("predictions"):
             x = self.layer_norm(ACTIVATIONS[self.config.hidden_act](self.transform(hidden)))
             logits = word_embeddings.attend(x)
@@ -80,7 +84,10 @@ class MaskedLMHead(nnx.Module):
 
 
 class BertWithHead(BertPreTrainedModel):
-    """An encoder, `bert`, with a head. Subclasses set `pooled`, create the head in `_add_head` and apply it."""
+    """An encoder, `bert`, with a head.
+
+    Subclasses set `pooled`, create the head in `_add_head`, and apply it to the encoder's output.
+    """
 
     pooled: ClassVar[bool] = False
     """Whether the head reads the pooler's output. If it does not, the encoder has no pooler."""
@@ -107,12 +114,12 @@ class BertWithHead(BertPreTrainedModel):
         raise NotImplementedError
 
     def _linear(self, features: int, rngs: nnx.Rngs | None) -> Linear:
-        """A linear layer from the hidden size to `features`."""
+        """Makes a linear layer with `hidden_size` inputs and `features` outputs."""
         return Linear(self.config.hidden_size, features, self.config.initializer_range, rngs)
 
 
 class BertForPreTraining(BertWithHead):
-    """The encoder with both pretraining heads (Devlin et al. 2018, section 3.1)."""
+    """The encoder with the heads of both pretraining tasks (Devlin et al. 2018, section 3.1)."""
 
     pooled = True
 
@@ -140,9 +147,11 @@ class BertForPreTraining(BertWithHead):
             token_type_ids: See `BertModel`.
             position_ids: See `BertModel`.
             document_ids: See `BertModel`.
-            masked_positions: int [B, P], the tokens at which to score the vocabulary; None for all tokens.
-            first_positions: int [B, K], the first token of each example in a row; the next-sentence logits are then
-                [B, K, 2]. If None, the first token of the row is used, and the logits are [B, 2].
+            masked_positions: int [B, P], the indices of the tokens at which to score the vocabulary; None for all
+                tokens.
+            first_positions: int [B, K], the index of the first token of each example, if a row holds several. The
+                next-sentence logits are then [B, K, 2]. If None, the first token of the row is used, and these logits
+                are [B, 2].
             dropout_key: See `BertModel`.
         """
         positions = None
@@ -185,9 +194,10 @@ class BertForMaskedLM(BertWithHead):
         masked_positions: ArrayLike | None = None,
         dropout_key: jax.Array | None = None,
     ) -> HeadOutput:
-        """Scores the vocabulary at `masked_positions`, int [B, K], or, if None, at all tokens.
+        """Scores the vocabulary at the tokens whose indices are `masked_positions`, int [B, K].
 
-        The other arguments are those of `BertModel`.
+        If `masked_positions` is None, scores the vocabulary at all tokens. The other arguments are those of
+        `BertModel`.
 
         Returns:
             A `HeadOutput` with logits [B, K, V], or [B, T, V] if `masked_positions` is None.
@@ -234,17 +244,17 @@ class BertWithLinearHead(BertWithHead, Generic[Output]):
         """Applies the head.
 
         Args:
-            hidden: float32 hidden states [B, T, D], or the pooler's output [B, D] if the class is `pooled`. If
-                `positions` are given, the shape is [B, K, D].
-            out: The output of the encoder.
+            hidden: float32. The pooler's output [B, D] if `pooled` is true, and the last hidden state [B, T, D]
+                otherwise. If `positions` are given, both are [B, K, D].
+            out: The whole output of the encoder.
         """
         raise NotImplementedError
 
 
 class BertForNextSentencePrediction(BertWithLinearHead[HeadOutput]):
-    """The encoder with the next-sentence head: logits float32 [B, 2], or [B, K, 2] at `positions`.
+    """The encoder with the next-sentence head. The logits are [B, 2], or [B, K, 2] if `positions` are given.
 
-    Index 0 means that the second text follows the first.
+    Index 0 stands for the second text following the first, and index 1 for a random second text.
     """
 
     pooled = True
@@ -258,7 +268,7 @@ class BertForNextSentencePrediction(BertWithLinearHead[HeadOutput]):
 
 
 class BertWithClassifier(BertWithLinearHead[HeadOutput]):
-    """An encoder with dropout and a linear classifier of `num_labels` labels."""
+    """An encoder with a linear classifier of `num_labels` labels. Dropout is applied to the classifier's input."""
 
     head_dropout = True
 
@@ -271,17 +281,20 @@ class BertWithClassifier(BertWithLinearHead[HeadOutput]):
 
 
 class BertForSequenceClassification(BertWithClassifier):
-    """The encoder with a classifier of the pooler's output: logits float32 [B, C], or [B, K, C] at `positions`."""
+    """The encoder with a classifier of the pooler's output.
+
+    The logits are [B, C], or [B, K, C] if `positions` are given.
+    """
 
     pooled = True
 
 
 class BertForTokenClassification(BertWithClassifier):
-    """The encoder with a classifier of each token: logits float32 [B, T, C]."""
+    """The encoder with a classifier of each token. The logits are [B, T, C], or [B, K, C] if `positions` are given."""
 
 
 class BertForQuestionAnswering(BertWithLinearHead[QuestionAnsweringOutput]):
-    """The encoder with two scores per token, for an answer's start and end (Devlin et al. 2018, section 4.2)."""
+    """The encoder with a head that scores each token as an answer's start and as its end (Devlin et al. 2018, 4.2)."""
 
     def _add_head(self, rngs: nnx.Rngs | None) -> None:
         self.qa_outputs = self._linear(2, rngs)

@@ -1,6 +1,6 @@
 """Finds, downloads and writes the files of a model.
 
-A model id is a local folder, a model in this package, or an id on the Hugging Face Hub.
+A model id is the path of a local folder, the name of a model in this package, or an id on the Hugging Face Hub.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ DEFAULT_MODEL = "google-bert/bert-base-cased"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-"""The index of a checkpoint with several weight files."""
+"""The name of the index file of a checkpoint with several weight files."""
 EMBEDDED = Path(__file__).parent / "embedded"
 """The folder of the models that ship in the package, with one subfolder per model."""
 
@@ -34,9 +34,9 @@ TOKENIZER_FILES = (
 
 
 def download(model_id: str | os.PathLike[str], *, revision: str | None = None, timeout: float = 10.0) -> Path:
-    """The folder with a model's files. Files on the Hub are first downloaded into the local cache of Hub files.
+    """Finds the folder with a model's files. If the model is on the Hub, its files are downloaded into the local cache.
 
-    If `HF_HUB_OFFLINE=1` is set or the Hub does not answer, only the cache is used.
+    If `HF_HUB_OFFLINE=1` is set or the Hub does not answer, nothing is downloaded, and the cache is used as it is.
 
     Args:
         model_id: A folder, the name of an embedded model (`bert-mini-cased`), or an id on the Hub. An existing
@@ -49,8 +49,8 @@ def download(model_id: str | os.PathLike[str], *, revision: str | None = None, t
 
     Raises:
         ModelNotFoundError: If the folder, model or revision does not exist, or if a download fails.
-        HubUnreachableError: If only the cache is used and it lacks files of the model.
-        CheckpointError: If the model has no safetensors weights.
+        HubUnreachableError: If nothing can be downloaded and the cache lacks files of the model.
+        CheckpointError: If a model on the Hub has no safetensors weights, or if the index of its weights is damaged.
     """
     folder = Path(model_id)
     if folder.is_dir():
@@ -70,7 +70,8 @@ def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[s
         error: The exception class to raise.
 
     Raises:
-        BertJaxError: If the file cannot be read, or does not hold an object. The exception is of the class `error`.
+        BertJaxError: If the file cannot be read, or if its content is not a JSON object. The exception is of the class
+            `error`.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -78,7 +79,8 @@ def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[s
             raise ValueError(f"a {type(content).__name__}, not a JSON object")
     except OSError as reason:
         raise error(f"Cannot read {path}: {reason.strerror}.") from None
-    except (ValueError, RecursionError) as reason:  # json.loads raises ValueError for huge integers
+    # json.loads raises ValueError for invalid JSON and for huge integers, and RecursionError for deep nesting.
+    except (ValueError, RecursionError) as reason:
         raise error(f"{path} is damaged ({reason}); download it again.") from None
     return content
 
@@ -87,7 +89,7 @@ def architectures(folder: Path) -> list[str]:
     """The names of the classes that a model was saved from, as listed in its config.json; empty if none are listed."""
     try:
         names = read_json(folder / CONFIG_FILE).get("architectures")
-    except CheckpointError:  # not reported here, because `BertConfig.from_file` reports it
+    except CheckpointError:  # ignored here, because `BertConfig.from_file` reports a damaged file
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
@@ -99,7 +101,7 @@ def embedded() -> list[str]:
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Yields a staging folder for new files. They move into `folder` only after all of them are written.
+    """Yields a temporary folder, into which the caller writes files. Once all are written, they move into `folder`.
 
     Raises:
         CheckpointError: If the files cannot be written. The message names the files that were already replaced.
@@ -111,7 +113,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         staging.mkdir(parents=True)
         yield staging
         for path in staging.iterdir():
-            path.chmod(0o666 & staging.stat().st_mode)  # as the umask allows; safetensors makes files private
+            # safetensors makes its files private. Here, each file gets the permissions that the umask allows.
+            path.chmod(0o666 & staging.stat().st_mode)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         if folder.exists():
@@ -119,7 +122,8 @@ def replacing(folder: Path) -> Iterator[Path]:
                 os.replace(path, folder / path.name)
                 replaced.append(path.name)
             if (folder / INDEX_FILE).exists() and (folder / WEIGHTS_FILE).exists():
-                (folder / INDEX_FILE).unlink()  # left by an earlier checkpoint with several weight files
+                # The folder held an earlier checkpoint with several weight files. Its index no longer applies.
+                (folder / INDEX_FILE).unlink()
         else:
             os.rename(staging, folder)
     except OSError as error:
@@ -153,17 +157,19 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
     def fetch(name: str, revision: str) -> Path:
         if not cache_only:
             return Path(hf_hub_download(repo, name, revision=revision))
-        # Not hf_hub_download(local_files_only=True), which contacts the Hub to build headers and so takes 3 s longer.
+        # hf_hub_download(local_files_only=True) would find the same file, but it takes 3 s longer, because it contacts
+        # the Hub to build headers.
         path = try_to_load_from_cache(repo, name, revision=revision)
         if not isinstance(path, str):
             raise errors.LocalEntryNotFoundError(name)
         return Path(path)
 
     try:
-        config = fetch(CONFIG_FILE, revision)  # by name, so that the cache records its commit for offline use
+        # The revision is passed as the caller named it, so that the cache records its commit, for use without the Hub.
+        config = fetch(CONFIG_FILE, revision)
         found = revision if cache_only else commit
         for name in TOKENIZER_FILES:
-            with contextlib.suppress(errors.EntryNotFoundError):  # each model has only some of these files
+            with contextlib.suppress(errors.EntryNotFoundError):  # most models lack some of these files
                 fetch(name, found)
         try:
             fetch(WEIGHTS_FILE, found)
@@ -190,7 +196,8 @@ def _commit(repo: str, revision: str, timeout: float) -> str:
 
     Raises:
         TimeoutError: If the Hub cannot be reached or does not answer in time.
-        ModelNotFoundError: If the Hub reports that the model or revision does not exist.
+        ModelNotFoundError: If the Hub reports that the model, the revision or its `config.json` does not exist, or that
+            the model is gated.
     """
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 

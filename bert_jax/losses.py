@@ -1,10 +1,13 @@
-"""Losses: float32 means over the entries that count. Cross entropies are in nats."""
+"""Losses. Each is a float32 mean that leaves out the entries whose label is `IGNORE` or whose weight is 0.
+
+Cross entropies are in nats.
+"""
 
 import jax
 import jax.numpy as jnp
 
 IGNORE = -100
-"""The label of entries that do not count, as in PyTorch and Hugging Face's data sets."""
+"""The label of entries that a loss leaves out. PyTorch and Hugging Face's data sets use the same number."""
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -18,7 +21,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
         labels: int [...]; `IGNORE` where nothing is to be predicted.
 
     Returns:
-        float32 [], nats per label that counts; 0 if no label counts.
+        float32 [], nats per label that is not `IGNORE`; 0 if all labels are `IGNORE`.
     """
     logits = logits.astype(jnp.float32)
     counts = labels != IGNORE
@@ -33,7 +36,7 @@ def binary_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Arra
     Args:
         logits: float [B, C].
         labels: [B, C], 0 or 1.
-        weights: float [B], 0 for rows that do not count; all count by default.
+        weights: float [B], 1 for each row to include and 0 for each row to leave out. All rows are included by default.
 
     Returns:
         float32 [], nats per label.
@@ -48,7 +51,7 @@ def squared_error(logits: jax.Array, labels: jax.Array, weights: jax.Array | Non
     Args:
         logits: float [B, C].
         labels: float [B, C].
-        weights: float [B], 0 for rows that do not count; all count by default.
+        weights: float [B], 1 for each row to include and 0 for each row to leave out. All rows are included by default.
 
     Returns:
         float32 [], in the labels' unit squared.
@@ -70,8 +73,8 @@ def span_cross_entropy(
     Args:
         start_logits: float [B, T].
         end_logits: float [B, T].
-        start_positions: int [B], the index of the answer's first token, or `IGNORE`.
-        end_positions: int [B], the index of the answer's last token, or `IGNORE`.
+        start_positions: int [B], the index of the answer's first token; `IGNORE` leaves out the row.
+        end_positions: int [B], the index of the answer's last token; `IGNORE` leaves out the row.
 
     Returns:
         float32 [], nats.

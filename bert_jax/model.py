@@ -1,8 +1,9 @@
-"""BERT's encoder (Devlin et al. 2018, arXiv:1810.04805) in Flax NNX: embeddings, layers, pooler, and checkpoints.
+"""BERT's encoder (Devlin et al. 2018, arXiv:1810.04805) in Flax NNX, and the base class that loads and saves models.
 
-The modules hold only `nnx.Param`s, in float32. Dropout is applied if and only if a `dropout_key` is passed.
-The activations are converted to `compute_dtype` once, after the embeddings. Products use operands of that dtype and
-accumulate in float32. Softmax, LayerNorm and logits are always float32. `nn` explains the letters in shapes.
+The variables of the modules are all `nnx.Param`s, in float32. A call applies dropout if and only if it is given a
+`dropout_key`. The activations are converted to `compute_dtype` once, after the embeddings. The matrix products of the
+layers take operands of that dtype and accumulate in float32. Softmax, LayerNorm and the pooler compute in float32, and
+logits are float32. The docstring of `nn` explains the letters in shapes.
 
 Reference: google-research/bert modeling.py, and transformers' modeling_bert.py, whose class names are used here.
 """
@@ -32,23 +33,24 @@ ComputeDtype = Literal["float32", "bfloat16"]
 Attention = Literal["plain", "splash", "cudnn"]
 COMPUTE_DTYPES = ("float32", "bfloat16")
 POSITIONS = ("positions", "masked_positions", "first_positions")
-"""The arguments of models that hold indices of tokens in a row."""
+"""The names of the model arguments that hold indices of tokens within a row."""
 
 
-# Under jit, outputs that the jitted function neither uses nor returns are not computed.
+# The encoder always returns every field. Under jit, a field that the jitted function neither uses nor returns costs
+# nothing, because the compiler removes its computation.
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BertModelOutput:
-    """The output of the encoder.
+    """The output of `BertModel`. `positions` is the argument of its call.
 
     Attributes:
         last_hidden_state: [B, T, D] in the compute dtype; [B, K, D] if `positions` are given.
         pooler_output: float32 [B, D], for the first token; [B, K, D] if `positions` are given; None if the model has no
             pooler.
         hidden_states: The output of the embeddings, then that of each layer, [B, T, D] each. The last one is
-            `last_hidden_state`.
+            `last_hidden_state`, which is [B, K, D] if `positions` are given.
         attentions: For each layer, the attention probabilities, float32 [B, N, T, S], or None if the kernel is fused.
-            If `positions` are given, the last layer has probabilities [B, N, K, S] with every kernel.
+            If `positions` are given, the last layer uses plain attention, and its probabilities are [B, N, K, S].
     """
 
     last_hidden_state: jax.Array
@@ -58,7 +60,7 @@ class BertModelOutput:
 
 
 class BertLayer(nnx.Module):
-    """One block of the encoder: attention and feed-forward, each followed by dropout, residual and LayerNorm."""
+    """One block of the encoder: attention and feed-forward, each followed by dropout, a residual sum and LayerNorm."""
 
     def __init__(self, config: BertConfig, attention: str, rngs: nnx.Rngs | None):
         self.config = config
@@ -82,18 +84,20 @@ class BertLayer(nnx.Module):
             x: [B, S, D].
             attended: Which tokens attend to which; None if all attend to all.
             dropout_key: PRNG key; without one, nothing is dropped.
-            positions: int [B, T] or [1, T], the tokens to compute; None for all. Each of them attends to all S tokens.
+            positions: int [B, T] or [1, T], the indices in x of the tokens to compute; None for all S tokens. These
+                tokens can also attend to tokens that are not computed.
 
         Returns:
-            The output [B, T, D] in the dtype of x, and the attention probabilities [B, N, T, S], which are None if the
-            kernel is fused.
+            The output [B, T, D] in the dtype of x, and the attention probabilities [B, N, T, S], or None in their place
+            if a fused kernel was used.
         """
         rate = self.config.hidden_dropout_prob
         attention_key, context_key, output_key = split_key(dropout_key, 3)
         states = x
         if positions is not None:
             x = jnp.take_along_axis(states, positions[..., None], axis=1)
-            if attended is not None and attended.queries.shape[1] > 1:  # one number per token, from document_ids
+            # With document_ids, each query has its own number. Otherwise, all queries of a row share one number.
+            if attended is not None and attended.queries.shape[1] > 1:
                 attended = attended._replace(queries=jnp.take_along_axis(attended.queries, positions, axis=1))
         with jax.named_scope("attention"):
             context, probabilities = self.attention(x, states, attended, attention_key)
@@ -122,10 +126,10 @@ class BertEmbeddings(nnx.Module):
         position_ids: jax.Array,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns float32 [B, T, D]. Each of the three arrays of ids is int [B, T], or [1, T] for all rows."""
+        """Returns float32 [B, T, D]. Each array of ids is int [B, T], or [1, T] if all rows have the same ids."""
         words = self.word_embeddings(input_ids)
         if self.config.pad_token_id is not None:
-            # Lookups give the padding vector no gradient, as with torch.nn.Embedding(padding_idx=…).
+            # This lookup passes no gradient to the vector of [PAD], as with torch.nn.Embedding(padding_idx=…).
             words = jnp.where((input_ids == self.config.pad_token_id)[..., None], jax.lax.stop_gradient(words), words)
         x = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)  # [B, T, D]
         return dropout(self.layer_norm(x), self.config.hidden_dropout_prob, dropout_key)
@@ -136,11 +140,11 @@ class BertPreTrainedModel(nnx.Module):
 
     Args of every model:
         config: The hyperparameters.
-        rngs: Draws the initial parameters. Without it, the model holds only shapes until a checkpoint is loaded.
+        rngs: The random numbers for the initial parameters. If None, the parameters have shapes but no values.
         compute_dtype: The dtype of the activations, "float32" or "bfloat16". The parameters are float32.
         attention: The name of a kernel in `ATTENTION`.
-        remat: Stores only the input of each layer for the backward pass and recomputes the rest.
-        scan_layers: Compiles the layers as one loop. Each layer keeps its own parameters.
+        remat: Whether the forward pass stores only the input of each layer. The backward pass then recomputes the rest.
+        scan_layers: Whether to compile the layers as one loop. Each layer still has its own parameters.
     """
 
     config: BertConfig
@@ -170,28 +174,34 @@ class BertPreTrainedModel(nnx.Module):
         add_pooling_layer: bool | None = None,
         **config_changes: Unpack[ConfigChanges],
     ) -> Self:
-        """Loads a model from a checkpoint. The log (INFO) and `bert-jax info` report how each tensor is used.
+        """Loads a model from a checkpoint.
+
+        The log (level INFO) and the command `bert-jax info` report which tensors of the checkpoint are left out, and
+        why.
 
         Args:
             model_id: A folder, an id on the Hugging Face Hub, or `bert-mini-cased`.
             revision: Branch, tag or commit on the Hub.
-            new: Regular expressions of the paths of parameters to initialise instead of loading, for example
-                `[r"classifier\\..*"]` to train a new head. Any other parameter that the file lacks is an error.
-            ignore: Regular expressions for tensors of the file to leave out, for example `[r"loss_fct\\..*"]`. Each
-                must match a whole name. Any other tensor in the file that no BERT model has is an error.
-            rngs: Draws the new parameters; `nnx.Rngs(0)` by default.
-            compute_dtype: See the class.
-            attention: See the class.
-            remat: See the class.
-            scan_layers: See the class.
-            add_pooling_layer: Applies only to `BertModel`: False leaves out the pooler, which some checkpoints lack.
-            **config_changes: Fields of the config to change, for example `hidden_dropout_prob=0.0`, or `num_labels=6`,
-                either for a new head or to correct a config that contradicts the weights.
+            new: Regular expressions of whole parameter paths, for example `[r"classifier\\..*"]` to train a new head.
+                These parameters are initialised instead of loaded. Loading fails if the checkpoint lacks any other
+                parameter.
+            ignore: Regular expressions of whole tensor names, for example `[r"loss_fct\\..*"]`. These tensors of the
+                checkpoint are left out. Loading fails if the checkpoint has any other tensor that no BERT model has.
+            rngs: The random numbers for the `new` parameters; `nnx.Rngs(0)` by default.
+            compute_dtype: See `BertPreTrainedModel`.
+            attention: See `BertPreTrainedModel`.
+            remat: See `BertPreTrainedModel`.
+            scan_layers: See `BertPreTrainedModel`.
+            add_pooling_layer: For `BertModel` only: whether the model has a pooler, True by default. Some checkpoints
+                lack a pooler.
+            **config_changes: New values for fields of the config, for example `hidden_dropout_prob=0.0`. `num_labels=6`
+                sets the size of a new head, or corrects a config that contradicts the weights.
 
         Raises:
-            ModelNotFoundError: If the model does not exist, or the Hub does not answer.
+            ModelNotFoundError: If the model does not exist, or if the Hub does not answer and the model is not cached.
             ConfigError: If the config does not describe a BERT, or if a change is invalid.
-            CheckpointError: If the weights are damaged or do not fit the model. The message lists every problem.
+            CheckpointError: If the weights are missing, are damaged or do not fit the model. The message lists the
+                first 40 tensors and parameters that do not fit.
         """
         folder = hub.download(model_id, revision=revision)
         config = BertConfig.from_file(folder / hub.CONFIG_FILE).replace(**config_changes)
@@ -203,10 +213,10 @@ class BertPreTrainedModel(nnx.Module):
         arrays, report = weights.load(folder, skeleton.specs, new=new, ignore=ignore)
         logger.info("%s: %s", model_id, report)
         if report.new:
-
-            @jax.jit  # so that only the new parameters are computed
+            # Under jit, the parameters that this function does not return are not computed.
+            @jax.jit
             def drawn(key: jax.Array) -> dict[str, jax.Array]:
-                model_class: Any = cls  # Any, because only constructors of subclasses accept rngs
+                model_class: Any = cls  # typed as Any, because the constructor of the base class accepts no rngs
                 flat = tree.flatten(tree.split(model_class(config, rngs=Keys(key), **options))[0])
                 return {path: flat[path] for path in report.new}
 
@@ -216,7 +226,7 @@ class BertPreTrainedModel(nnx.Module):
 
     @property
     def encoder(self) -> "BertModel":
-        """The encoder: the model itself, or the `BertModel` under its head."""
+        """The `BertModel` that the head reads; the model itself if it has no head."""
         return self if isinstance(self, BertModel) else self.bert
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -268,24 +278,25 @@ class BertModel(BertPreTrainedModel):
     ) -> BertModelOutput:
         """Encodes tokens.
 
-        Models with heads accept these arguments too. `BertForMaskedLM` and `BertForPreTraining` have `masked_positions`
-        instead of `positions`.
+        Models with heads accept the same arguments. Two of them replace `positions`: `BertForMaskedLM` has
+        `masked_positions` instead, and `BertForPreTraining` has `masked_positions` and `first_positions`.
 
         Args:
             input_ids: int [B, T], with T at most `max_position_embeddings`.
             attention_mask: [B, T], 1 for tokens and 0 for padding; None if there is no padding.
             token_type_ids: int [B, T], 0 for the first text and 1 for the second; None for zeros.
             position_ids: int [B, T], or [1, T] for all rows; None for 0, 1, 2, …
-            document_ids: int [B, T], for packed rows, which hold several texts: the number of each token's text. Tokens
-                attend only to tokens of their own text.
-            positions: int [B, K], or [1, K] for all rows: the tokens that the caller reads; None for all tokens. The
-                last layer is computed only for these tokens. The last hidden state is then [B, K, D], the pooler's
-                output [B, K, D] and the last attention [B, N, K, S].
+            document_ids: int [B, T], the number of the text that each token belongs to, for packed rows, which hold
+                several texts. Tokens then attend only to tokens of their own text.
+            positions: int [B, K], or [1, K] for all rows: the indices of the tokens whose outputs the caller reads;
+                None for all tokens. The last layer is computed only for these tokens, so that `last_hidden_state` and
+                `pooler_output` are [B, K, D], and the last of the `attentions` is [B, N, K, S].
             dropout_key: PRNG key; without one, nothing is dropped.
 
         Raises:
-            InputError: If T is too large, if shapes do not match, or if an id or position is out of range. Under jit,
-                ids and positions are not checked.
+            InputError: If T is too large, if shapes do not match, if an id or position is out of range, or if the
+                attention kernel does not support the devices, the dtype or the rows. Under jit, ids and positions are
+                not checked.
         """
         input_ids = jnp.asarray(input_ids)
         check_inputs(
@@ -330,7 +341,8 @@ class BertModel(BertPreTrainedModel):
         if self.remat:
             run = jax.checkpoint(run)
         n = len(self.layers)
-        # The number of layers that compute all tokens. If positions are given, the last layer computes only them.
+        # The number of layers that compute all tokens. If positions are given, the last layer computes only the tokens
+        # at these positions.
         full = n if positions is None else n - 1
         hidden_states, probabilities = [x], []
         if self.scan_layers and full:
@@ -354,9 +366,9 @@ class BertModel(BertPreTrainedModel):
 
 
 def check_inputs(config: BertConfig, input_ids: jax.Array, **others: ArrayLike | None) -> None:
-    """Raises `InputError` if T is too large, if shapes do not match, or if an id or position is out of range.
+    """Raises `InputError` if rows are too long, if shapes do not match, or if an id or position is out of range.
 
-    Under jit, ids and positions are not checked.
+    Under jit, ids and positions are not checked, because their values are not known.
     """
     if input_ids.ndim != 2:
         raise InputError(f"input_ids has the shape {input_ids.shape}; expected [batch, tokens].")

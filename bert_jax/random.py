@@ -43,14 +43,15 @@ def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
     This is the algorithm of jax.random. It computes a block of 64 bits from the key and a counter. Here, the counter is
     the index in the batch and the position in a quarter of the row, and a block serves four elements, one in each
-    quarter. In contrast, jax.random uses a whole block for one element and, on CPU, makes many passes over memory. Its
-    implementation is five times slower and would take a tenth of a training step.
+    quarter. In contrast, jax.random uses a whole block for one element and, on CPU, makes many passes over memory. It
+    is therefore five times slower and would take a tenth of a training step.
     """
     first, second = key
     keys = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
     batch, *middle, last = shape
     rows = math.prod(middle)
-    # The middle axis is divided into quarters: each is contiguous in memory, and the batch axis can still be sharded.
+    # The axes between the first and the last are flattened and divided into quarters. Each quarter of a row is
+    # contiguous in memory, and the batch axis can still be sharded.
     i, j, k = (jax.lax.broadcasted_iota(jnp.uint32, (batch, -(-rows // 4), last), axis) for axis in range(3))
     x, y = i + keys[0], j * np.uint32(last) + k + keys[1]
     for n in range(5):

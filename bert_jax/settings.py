@@ -3,7 +3,7 @@
     settings = Settings.from_file("configs/finetune/emotion.yaml", ["training.epochs=1"])
 
 The docstring of a field gives its meaning and unit, and its annotation gives its valid values. A file may leave out
-every field that has a default. Unknown settings are refused.
+any field that has a default. Unknown settings are refused.
 """
 
 import re
@@ -56,7 +56,10 @@ class _Section(BaseModel):
 
 
 class LoRA(_Section):
-    """Low-rank adapters added to frozen weights (Hu et al. 2021, arXiv:2106.09685): W + alpha / rank · B A."""
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685).
+
+    A frozen weight W that has an adapter is replaced by W + alpha / rank · B A. A and B are trained.
+    """
 
     rank: PositiveInt = 8
     """Number of rows of A, and of columns of B."""
@@ -78,7 +81,7 @@ class _Start(_Section):
     """Parameters to reinitialise, such as top layers or the pooler. Fine-tuning reinitialises the head in any case."""
     ignore: Patterns = ()
     """Tensors in the checkpoint that are not loaded: regular expressions that match their whole names. A tensor that
-    belongs to no BERT is an error unless one of these expressions matches it."""
+    no BERT model has is an error unless one of these expressions matches its name."""
     hidden_dropout_prob: Fraction | None = None
     """Dropout rate of embeddings, attention outputs and feed-forward layers; the checkpoint's by default."""
     attention_probs_dropout_prob: Fraction | None = None
@@ -109,17 +112,18 @@ class PretrainingModel(_Start):
     BERT-base."""
     tokenizer: str | None = None
     """Folder or id of the tokenizer; by default that of the checkpoint. It is required for a new network. If the
-    tokenizer and the checkpoint have different vocabularies, the embedding of each piece is computed from those of the
-    same or similar pieces in the checkpoint."""
+    tokenizer and the checkpoint have different vocabularies, the embedding of each piece of the tokenizer is
+    initialised from those of the checkpoint's pieces that spell it or, if none do, from all embeddings."""
     lora: ClassVar[None] = None
 
 
 class Data(_Section):
     """Where examples come from. `train`, `validation` and `test` each name one or more files or, if `id` is set, one or
-    more splits of that data set."""
+    more splits of the data set `id`."""
 
     id: str | None = None
-    """A data set on the Hugging Face Hub, which requires the extra `data`. If it is not set, the splits are files."""
+    """The id of a data set on the Hugging Face Hub. Reading it requires the package extra `data`. If `id` is not set,
+    `train`, `validation` and `test` name files."""
     name: str | None = None
     """Configuration of the data set on the Hub, such as mrpc of nyu-mll/glue."""
     revision: str | None = None
@@ -131,8 +135,8 @@ class Data(_Section):
     test: str | tuple[str, ...] | None = None
     """Examples to evaluate once, at the end of the run."""
     format: Literal["jsonl", "csv", "tsv", "parquet", "conll", "squad", "text", "text;label"] | None = None
-    """Format of the files; by default it follows from their names. The ending .txt means text;label, except in an
-    evaluation on held-out texts, where it means text."""
+    """Format of the files; by default, the name of each file gives its format. A name that ends in .txt means
+    `text;label` or, in an evaluation on held-out texts, `text`."""
     text: str | None = None
     """Column of the text; by default the first of text, sentence, sentence1, … that exists."""
     text_pair: str | None = None
@@ -155,17 +159,17 @@ class Data(_Section):
     the row, or stop."""
     labels: Labels | None = None
     """Names of the labels in the order of their ids. By default, they are the class names that the data set defines
-    (ClassLabel), in its order. If it defines none, they are the names in the training examples, sorted. If there are
-    two labels, the metric f1 is that of the second. If `labels` is set, whole numbers in the label column, alone or in
-    lists, are read as class ids, unless they are themselves names in `labels`. A 0/1 vector then needs one number per
-    name. If the labels of a model are LABEL_0, LABEL_1, …, `bert-jax evaluate` replaces them by the names given
-    here."""
+    (ClassLabel), in its order. If it defines none, they are the names in the training examples, sorted; among tags of
+    entities, O comes first. If there are two labels, the metric f1 is that of the second. If `labels` is set, whole
+    numbers in the label column, alone or in lists, are read as class ids, unless they are themselves names in `labels`.
+    If `labels` is set and the label column holds 0/1 vectors, each needs one number per name in `labels`. If the labels
+    of a model are LABEL_0, LABEL_1, …, `bert-jax evaluate` replaces them by the names in `labels`."""
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
-    """What the labels mean. By default, lists mean multi-label classification. Numbers mean regression if at least one
-    has a fraction. Anything else means one label per example. A list holds names, or it is a 0/1 vector with one number
-    per label. If `labels` is not set, the labels of 0/1 vectors are named LABEL_0, LABEL_1, … In the cells of a table,
-    lists are written as in JSON, Python or numpy. If multi_label_classification is set, a cell may instead hold names
-    separated by commas."""
+    """What the labels mean. If this is not set, the labels decide: lists mean multi-label classification, numbers of
+    which at least one has a fraction mean regression, and anything else means one label per example. A list holds names
+    or class ids, or it is a 0/1 vector with one number per label. If `labels` is not set, the labels of 0/1 vectors are
+    named LABEL_0, LABEL_1, … In the cells of a table, lists are written as in JSON, Python or numpy. If
+    multi_label_classification is set, a cell may instead hold names separated by commas."""
     max_length: PositiveInt = 128
     """Maximum number of tokens per example, special tokens included; longer texts are truncated."""
     packing: bool = True
@@ -184,7 +188,7 @@ class Masked(_Section):
     """Maximum number of chosen tokens per example. The original BERT (max_predictions_per_seq) chooses up to 20 in an
     example of 128 tokens, and up to 76 in one of 512 tokens."""
     whole_words: bool = False
-    """Chooses whole words, with all their pieces, instead of single tokens."""
+    """Whether to choose whole words, with all their pieces, instead of single tokens."""
 
 
 class Corpus(_Section):
@@ -200,7 +204,8 @@ class Corpus(_Section):
     text: str = "text"
     """Key of the text in JSON lines."""
     shards: str | None = None
-    """Folder for the tokenized texts, which several runs may share; by default output.folder with .shards appended."""
+    """Folder for the tokenized texts; several runs may share it. By default, it is output.folder with .shards
+    appended."""
     processes: PositiveInt | None = None
     """Number of processes that tokenize; by default the number of processors."""
     next_sentence: bool = True
@@ -209,8 +214,8 @@ class Corpus(_Section):
     max_length: Annotated[int, Field(ge=8)] = 128
     """Maximum number of tokens per example, special tokens included."""
     short: Fraction = 0.1
-    """Share of the pairs that get a random target length, from 2 tokens up to max_length. The target length of all
-    other pairs is max_length."""
+    """Share of the pairs of segments whose target length is random: from 2 to max_length - 3 tokens, not counting the
+    three special tokens. The target length of the other pairs is max_length - 3."""
     masked: Masked = Masked()
     packing: bool = True
     """Packs several examples into a row; each example attends only to itself."""
@@ -226,14 +231,14 @@ class Answers(_Section):
     max_answer_length: PositiveInt = 30
     """Maximum number of tokens of an answer."""
     n_best: PositiveInt = 20
-    """Answers are made from this number of the likeliest first tokens and the same number of the likeliest last tokens.
-    At most this number of answers is kept."""
+    """The `n_best` likeliest first tokens are combined with the `n_best` likeliest last tokens, and the `n_best` best
+    of the resulting answers are kept."""
     unanswerable: bool = False
     """Whether a question may have no answer, as in SQuAD 2.0."""
     null_threshold: float = 0.0
-    """Used if `unanswerable` is set: "no answer" is predicted if its score exceeds that of the best answer by more than
-    this threshold. The score of "no answer" is the sum of the start and end logits of [CLS]. If data.validation has
-    questions without an answer, the best threshold for that split replaces this one after training."""
+    """Has an effect only if `unanswerable` is set. "No answer" is then predicted if the sum of the start and end logits
+    of [CLS] exceeds the sum for the best answer by more than this threshold. If data.validation has questions without
+    an answer, the threshold that gives the best f1 on that split replaces this one after training."""
 
 
 class Optimizer(_Section):
@@ -250,27 +255,28 @@ class Optimizer(_Section):
     no_decay: Patterns = (r".*\bbias", r".*norm\.weight")
     """Parameters without weight decay."""
     beta1: Fraction | None = None
-    """Decay per step of the running mean of the gradients; null for optax's default, 0.9. Adafactor has no beta1."""
+    """Decay rate of the running mean of the gradients or, for Lion, the weight of this mean in an update. null means
+    optax's default, 0.9. Adafactor has no beta1."""
     beta2: Fraction | None = None
-    """Decay per step of the second running mean; null for optax's default, which is 0.99 for Lion and otherwise 0.999.
-    Adafactor has no beta2."""
+    """Decay rate of the running mean of the squared gradients or, for Lion, of the gradients. null means optax's
+    default, which is 0.99 for Lion and 0.999 for AdamW and LAMB. Adafactor has no beta2."""
     epsilon: PositiveFloat | None = None
-    """Added by AdamW and LAMB to the root of the running mean of the squared gradients; null for 1e-8 with AdamW
-    and for 1e-6 with LAMB. The original BERT uses 1e-6."""
+    """AdamW and LAMB add this number to the square root of the running mean of the squared gradients. null means 1e-8
+    for AdamW and 1e-6 for LAMB; the original BERT uses 1e-6. Lion and Adafactor do not have this setting."""
     bias_correction: bool | None = None
     """Whether AdamW corrects its running means for their start at zero; null for true. The original BERT omits the
     correction, but training on small data sets needs it (Zhang et al. 2020, Mosbach et al. 2020). Optimizers other than
     AdamW do not have this setting."""
     max_grad_norm: PositiveFloat | None = 1.0
-    """Maximum global norm of the gradients, which are scaled down to it; null for no limit."""
+    """Gradients with a larger global norm are scaled down to this norm; null for no limit."""
     frozen: Patterns = ()
-    """Parameters that are not trained; they get neither gradient nor optimizer state."""
+    """Parameters that are not trained; they have no gradients and no optimizer state."""
     lr_multipliers: dict[Pattern, NonNegativeFloat] = {}
     """Maps a pattern to the learning-rate multiplier of the parameters that it matches. For these parameters,
     layer_decay has no effect."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Each layer learns at the rate of the layer above it times this factor. The head is above the top layer, and the
-    embeddings are below the lowest layer (Howard & Ruder 2018)."""
+    """The learning rate of a layer is that of the layer above it, times this factor. The head counts as the layer above
+    the top layer, and the embeddings count as the layer below layer 0 (Howard & Ruder 2018)."""
 
 
 class Schedule(_Section):
@@ -288,9 +294,9 @@ class Schedule(_Section):
     """For cosine, the number of cosine waves (0.5 by default). For cosine_with_restarts, how often the rate falls from
     its peak to 0 (1 by default)."""
     power: PositiveFloat = 1.0
-    """Exponent of the schedule polynomial."""
+    """Exponent of the schedule `polynomial`."""
     final_learning_rate: NonNegativeFloat = 1e-7
-    """Learning rate at the end of the schedule polynomial."""
+    """Learning rate at the end of the schedule `polynomial`."""
 
 
 class Training(_Section):
@@ -320,29 +326,31 @@ class Training(_Section):
     keep: PositiveInt = 1
     """Number of the latest checkpoints to keep, in addition to the best."""
     seed: NonNegativeInt = 42
-    """Seed of new parameters, the order of examples, and dropout."""
+    """Seed for initialising new parameters, for the order of examples and for dropout; in pretraining, also for making
+    pairs and for choosing and replacing tokens."""
     remat: bool = False
     """Recomputes the inner activations of each layer in the backward pass. This saves memory and takes a third more
     time."""
     scan_layers: bool = False
-    """Compiles one layer and runs it for all layers. Compilation is faster, and steps are slightly slower."""
+    """Compiles the program of one layer and runs it for all layers. This makes compilation faster and steps slightly
+    slower."""
 
 
 class Precision(_Section):
     """Numerical precision. Parameters, gradients and optimizer state are always float32."""
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations and of the operands of products. bfloat16 is meant for TPUs and recent GPUs."""
+    """Dtype of activations and of the operands of matrix products. bfloat16 is meant for TPUs and recent GPUs."""
 
 
 class Mesh(_Section):
-    """The axes of the device mesh."""
+    """The size of each axis of the device mesh."""
 
     data: Annotated[int, Field(ge=-1)] = -1
     """Number of device groups that a batch is divided among; -1 for as many groups as the devices allow."""
     fsdp: PositiveInt = 1
-    """Number of devices among which the rows of a group are divided. The parameters, gradients and optimizer state are
-    divided among the same devices."""
+    """Number of devices among which the rows that a group gets of a batch are divided. The parameters, gradients and
+    optimizer state are divided among the same devices."""
     tensor: PositiveInt = 1
     """Number of devices that shard the attention heads and the inner features of feed-forward layers. The links between
     these devices should be fast."""
@@ -352,7 +360,8 @@ class Output(_Section):
     """What a run writes."""
 
     folder: str
-    """Folder for the model in Hugging Face's format, and for settings, metrics, predictions, curve and checkpoints."""
+    """Folder for the model, in Hugging Face's format, and for the settings, metrics, predictions, learning curve and
+    checkpoints of the run."""
     tensorboard: bool = True
     """Whether to write event files for TensorBoard."""
 
@@ -397,7 +406,7 @@ class _Root(_Section):
             raise InputError("\n  ".join([f"{source}:", *problems])) from None
 
     def to_yaml(self) -> str:
-        """Writes all settings, defaults included, as YAML that `from_file` can read."""
+        """Returns all settings, defaults included, as YAML that `from_file` can read."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def differences(self, other: "_Root") -> list[str]:
@@ -445,9 +454,9 @@ class Masking(_Section):
     """Which tokens are replaced by [MASK] for a model to predict."""
 
     words: Literal["random", "each"] = "random"
-    """`random` hides a share of a text's tokens at once; `each` hides every word in turn, with all its pieces."""
+    """`random` masks a share of a text's tokens at once; `each` masks one word at a time, with all its pieces."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of a text's tokens that `random` hides; at least one is hidden."""
+    """Share of a text's tokens that `random` masks; at least one token is masked."""
 
 
 class HeldOut(_Root):
@@ -458,9 +467,9 @@ class HeldOut(_Root):
     data: Data = Data()
     masking: Masking = Masking()
     seed: NonNegativeInt = 42
-    """Seed for choosing hidden tokens, for cutting and pairing texts, and for resampling."""
+    """Seed for choosing masked tokens, for cutting and pairing texts, and for resampling."""
     resamples: PositiveInt = 1000
-    """Number of bootstrap resamples of the texts, from which the 95 % intervals are computed."""
+    """Number of bootstrap resamples of the texts or pairs, from which the 95 % intervals are computed."""
     precision: Precision = Precision()
 
 
@@ -468,15 +477,15 @@ class Serving(_Root):
     """A server of one model."""
 
     model: str | None = None
-    """The model: a folder, an id on the Hub, or bert-mini-cased. By default, it is the one that `bert-jax fill-mask`
-    uses."""
+    """The model: a folder, an id on the Hub, or bert-mini-cased. By default, it is google-bert/bert-base-cased or, if
+    that is not cached and the Hub does not answer, bert-mini-cased."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     ignore: Patterns = ()
     """Tensors in the checkpoint that are not loaded: regular expressions that match their whole names."""
     tasks: tuple[str, ...] = ()
-    """Tasks to serve; by default, the tasks that the model has heads for. The first task answers at /score in addition
-    to /v1/{task}."""
+    """Tasks to serve; by default, the tasks that the model has heads for. The first task is served at /score in
+    addition to /v1/{task}."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all addresses of the machine."""
     port: Annotated[int, Field(ge=0, lt=2**16)] = 8000
@@ -484,13 +493,14 @@ class Serving(_Root):
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the activations."""
     batch: PositiveInt = 64
-    """Maximum number of inputs that are computed together."""
+    """Maximum number of inputs in a batch, unless a single request has more."""
     wait: NonNegativeFloat = 0.0005
     """Seconds that the first input of a batch waits for more inputs to fill the batch."""
     queue: PositiveInt = 512
     """Maximum number of unanswered inputs. A request that would exceed this number is refused with status 429."""
     timeout: PositiveFloat = 30.0
-    """Seconds after which a request that has no answer yet ends with status 504."""
+    """Seconds within which the body of a request must arrive; otherwise, the status is 408. The answer then has as many
+    seconds again; if it takes longer, the status is 504."""
     max_body: PositiveInt = 2**20
     """Maximum size of the body of a request, in bytes."""
     max_inputs: PositiveInt = 128

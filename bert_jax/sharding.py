@@ -21,9 +21,10 @@ from bert_jax.errors import InputError
 BATCH_AXES = ("data", "fsdp")
 """The mesh axes that shard the rows of a batch."""
 
-# Pairs of a pattern of parameter paths and the mesh axes that shard the axes of these parameters, in order. The first
-# pattern that matches counts. A parameter that no pattern matches is replicated on every device. An array axis is not
-# sharded if its size is not a multiple of the mesh axis's size. Weights of linear layers have the shape [out, in].
+# Each rule pairs a pattern of parameter paths with the mesh axes that shard the first, second, … axis of a parameter.
+# The first pattern that matches a path counts. A parameter that no pattern matches is replicated on every device. An
+# array axis is not sharded if its size is not a multiple of the mesh axis's size. Weights of linear layers have the
+# shape [out, in].
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*\.(query|key|value|intermediate)\.weight", PartitionSpec("tensor", "fsdp")),
     (r".*\.(query|key|value|intermediate)\.bias", PartitionSpec("tensor")),
@@ -109,10 +110,11 @@ def placement(mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...]) -> Nam
 
 
 def placements(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """The sharding of each array of a pytree. The last key that leads to an array is taken as the array's path.
+    """The sharding of each array of a pytree, according to `RULES`.
 
-    For example, the parameters and the optimizer state of a training run are dicts by path. Arrays under other keys,
-    such as the number of steps, match no rule and are replicated.
+    The last key that leads to an array serves as its parameter path. The parameters and the optimizer state of a
+    training run are in dicts by parameter path. Arrays under other keys, such as the number of steps, match no rule and
+    are replicated.
     """
 
     def of(path: Any, leaf: Any) -> NamedSharding:
@@ -154,7 +156,7 @@ def share(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
 
 
 def by_rows(x: jax.Array) -> jax.Array:
-    """Constrains activations between layers to be sharded by rows only.
+    """Constrains activations between layers to be sharded only by rows.
 
     Without this constraint, the compiler may choose another layout.
 

@@ -1,6 +1,7 @@
-"""Converts texts to token ids, and token ids to numpy arrays for a model. The `tokenizers` library does the WordPiece.
+"""Converts texts to token ids, and token ids to numpy arrays for a model.
 
-Truncation and padding are arguments of each call, not settings of a tokenizer, so that threads can share a tokenizer.
+The `tokenizers` library splits the texts into WordPiece tokens. Truncation and padding are arguments of each call, not
+settings of a tokenizer, so that threads can share a tokenizer.
 """
 
 import json
@@ -22,7 +23,7 @@ from bert_jax.errors import CheckpointError, InputError, quoted
 logger = logging.getLogger(__name__)
 
 Text = str | Sequence[str]
-"""A text, or a list of words if `is_split_into_words` is set."""
+"""A text; a list of words if the argument `is_split_into_words` is true."""
 
 
 class ModelInputs(TypedDict):
@@ -41,7 +42,7 @@ class Tokenizer:
         vocab_size: The highest id plus one.
         model_max_length: The maximum number of tokens per row, including [CLS] and [SEP].
         special_tokens: Maps "mask_token", "pad_token", … to the tokens themselves, such as "[MASK]".
-        mask_token: The token that stands for a missing word.
+        mask_token: The token that stands for a word to predict.
         mask_token_id: The id of `mask_token`, or None if that token is not in the vocabulary. `pad_token_id`,
             `unk_token_id`, `cls_token_id` and `sep_token_id` are the ids of the other special tokens.
     """
@@ -70,14 +71,14 @@ class Tokenizer:
     def from_pretrained(cls, model_id: str | os.PathLike[str], *, revision: str | None = None) -> Self:
         """Reads the tokenizer of a checkpoint from its `tokenizer.json` or, if it has none, from its `vocab.txt`.
 
-        The files are read as transformers 5 reads them. `tokenizer_config.json` determines `do_lower_case`,
-        `strip_accents`, `tokenize_chinese_chars` and the special tokens. If `tokenizer_config.json` has
-        `added_tokens_decoder`, added tokens are read from it alone, and otherwise from every file that may declare
-        them.
+        The files are read as transformers 5 reads them. `tokenizer_config.json` determines the special tokens and, for
+        BERT's tokenizer classes, `do_lower_case`, `strip_accents` and `tokenize_chinese_chars`. If that file has
+        `added_tokens_decoder`, no other file is read for added tokens. Otherwise, `added_tokens.json`, `tokenizer.json`
+        and `special_tokens_map.json` are read, too, and the last of these overrides `tokenizer_config.json`.
 
-        There is one difference. If `do_lower_case` is not set, the BERT classes of transformers lower-case all text. In
-        two cases, this class keeps the case instead and logs a warning: if `tokenizer.json` does not lower-case text,
-        and if there is no `tokenizer.json` and the vocabulary has capital letters.
+        There is one difference from transformers, whose BERT classes lower-case all text if `do_lower_case` is not set.
+        In two such cases, this class keeps the case and logs a warning: if there is a `tokenizer.json` that does not
+        lower-case text, or if there is no `tokenizer.json` but the vocabulary has capital letters.
 
         Args:
             model_id: A folder, an id on the Hugging Face Hub, or `bert-mini-cased`.
@@ -90,7 +91,8 @@ class Tokenizer:
         folder = hub.download(model_id, revision=revision)
         settings, file = files.read_json(folder, "tokenizer_config.json"), files.read_json(folder, "tokenizer.json")
         added = {}
-        if settings.get("added_tokens_decoder") is None:  # older versions of transformers wrote these two files instead
+        # Older versions of transformers wrote the following two files instead of `added_tokens_decoder`.
+        if settings.get("added_tokens_decoder") is None:
             settings |= files.read_json(folder, "special_tokens_map.json")
             added = files.read_json(folder, "added_tokens.json")
         try:
@@ -122,9 +124,9 @@ class Tokenizer:
                 (None, files.added_token(token)) for token in named.values() if backend.token_to_id(token) is not None
             ]
         backend.add_tokens([token for _, token in tokens])
-        files.check_vocab(
-            folder, backend.get_vocab(), []
-        )  # equal lines of vocab.txt leave ids unused, so that an added token may get the id of another token
+        # Equal lines of a vocab.txt leave ids unused. An added token may then get the id of another token, which is
+        # refused here.
+        files.check_vocab(folder, backend.get_vocab(), [])
         if absent := [token for token in named.values() if backend.token_to_id(token) is None]:
             logger.warning("%s: the vocabulary has no %s, so texts cannot contain it.", folder, " and no ".join(absent))
         for id, token in tokens:
@@ -136,7 +138,7 @@ class Tokenizer:
         return cls(backend, model_max_length=limit, special_tokens=named)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer.json`, `tokenizer_config.json` and `vocab.txt`, as this class and transformers read them.
+        """Writes `tokenizer.json`, `tokenizer_config.json` and `vocab.txt`, for this class and for transformers.
 
         Raises:
             CheckpointError: If the folder cannot be written.
@@ -155,8 +157,9 @@ class Tokenizer:
         }
         pieces = {id: piece for piece, id in self.backend.get_vocab(with_added_tokens=False).items()}
         for id in range(max(pieces), 0, -1):
-            # Of equal lines in vocab.txt, only the last counts, so the ids of the earlier ones have no piece. For such
-            # an id, the next piece is repeated: its last line counts when the file is read, so that all ids are kept.
+            # Some ids have no piece if the tokenizer was read from a vocab.txt with equal lines, of which only the last
+            # counts. The line of such an id repeats the piece of the next id. All pieces then keep their ids, because
+            # again only the last of the equal lines counts.
             pieces.setdefault(id - 1, pieces[id])
         with hub.replacing(Path(folder)) as staging:
             self.backend.save(str(staging / "tokenizer.json"))
@@ -178,15 +181,15 @@ class Tokenizer:
         stride: int | None = None,
         truncate: str = "longest_first",
     ) -> list[list[tokenizers.Encoding]]:
-        """Tokenizes each text into one row or several.
+        """Tokenizes each text into one or more rows.
 
         A text that is longer than `max_length` is truncated to one row or, if `stride` is given, cut into overlapping
         rows, called windows.
 
         Args:
             text: Texts, or lists of words.
-            text_pair: The second text of each pair.
-            is_split_into_words: Whether the texts are lists of words. If so, `Encoding.word_ids` are indices into the
+            text_pair: The second text of each pair; None if the texts are not paired.
+            is_split_into_words: Whether the texts are lists of words. If so, `Encoding.word_ids` are indices into these
                 lists.
             add_special_tokens: Whether to add [CLS] and [SEP].
             max_length: The maximum number of tokens per row, including special tokens; None for no limit.
@@ -199,9 +202,9 @@ class Tokenizer:
             characters), word_ids, sequence_ids and special_tokens_mask.
 
         Raises:
-            InputError: If an entry of `text` or `text_pair` is not a text (the message gives its index), if a text has
-                lone surrogates, if the numbers of texts and of second texts differ, or if `max_length` leaves no room
-                for a text.
+            InputError: If an entry of `text` or `text_pair` is neither a text nor, if `is_split_into_words` is true, a
+                list of words (the message gives its index), if a text has lone surrogates, if `text` and `text_pair`
+                differ in length, or if `max_length` leaves no room for a text.
         """
         if truncate not in ("longest_first", "only_second"):
             raise InputError(f"truncate is {quoted(truncate)}; expected 'longest_first' or 'only_second'.")
@@ -225,7 +228,8 @@ class Tokenizer:
             if len(encoding) > max_length:
                 first, second = (encoding.sequence_ids.count(n) for n in (0, 1))
                 kept = room - first if truncate == "only_second" else max(room - min(first, second), room // 2)
-                if kept <= (stride or 0):  # the library would panic
+                # The library would panic in this case.
+                if kept <= (stride or 0):
                     raise InputError(
                         f"max_length={max_length} with stride={stride} leaves no room for text[{i}], which has "
                         f"{first + second} tokens. Raise max_length or lower stride."
@@ -235,7 +239,7 @@ class Tokenizer:
         return rows
 
     def _truncating(self, max_length: int, stride: int, strategy: str) -> tokenizers.Tokenizer:
-        """A copy of the backend that truncates. Threads share the backend itself, so its settings must not change."""
+        """Makes a copy of the backend that truncates. Threads share the backend, so it must keep its own settings."""
         key = (max_length, stride, strategy)
         if key not in self._copies:
             copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
@@ -297,7 +301,7 @@ class Tokenizer:
             ids: The token ids of each row.
             type_ids: The token types of each row.
             length: The number of tokens to pad to; that of the longest row by default.
-            rows: The number of rows to pad to, if `ids` has fewer. Added rows are fully masked.
+            rows: The number of rows to pad to, if `ids` has fewer. The added rows consist of padding.
 
         Returns:
             `input_ids`, `attention_mask` and `token_type_ids`, each int32 [B, T].

@@ -1,4 +1,4 @@
-"""Reads the files of a tokenizer: the special and added tokens that they declare, and the backend they describe."""
+"""Reads the files of a tokenizer, which declare special and added tokens and describe a `tokenizers.Tokenizer`."""
 
 import json
 import logging
@@ -53,7 +53,10 @@ def max_length_of(given: Any) -> int:
 
 
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens by name, from `tokenizer_config.json`; those that it does not set, from `SPECIAL_TOKENS`.
+    """Maps the names of special tokens, such as "mask_token", to the tokens.
+
+    Args:
+        settings: As in `declared_tokens`. Tokens that it does not set are those of `SPECIAL_TOKENS`.
 
     Raises:
         ValueError: If a token is None or empty, if another token is the same as the mask token, or if
@@ -71,7 +74,12 @@ def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def added_token(given: Any, *, special: bool = True) -> AddedToken:
-    """Makes an added token from its declaration in a file: its text, or an object with its text and flags."""
+    """Makes an added token from its declaration in a file.
+
+    Args:
+        given: The declaration: the token's text, or an object with the text, as `content`, and flags.
+        special: The value of the flag `special` if the declaration does not set it.
+    """
     if isinstance(given, str):
         return AddedToken(given, special=special, normalized=not special)
     return AddedToken(given["content"], **{"special": special} | {flag: given[flag] for flag in FLAGS if flag in given})
@@ -80,15 +88,15 @@ def added_token(given: Any, *, special: bool = True) -> AddedToken:
 def declared_tokens(
     settings: Mapping[str, Any], added: Mapping[str, int], of_file: Sequence[Mapping[str, Any]]
 ) -> list[tuple[int | None, AddedToken]]:
-    """The added tokens that files declare, in the order in which to add them.
+    """The added tokens that files declare, in the order in which to add them to the tokenizer.
 
     Each token comes with its declared id, or with None if no id is declared.
 
     Args:
-        settings: The content of `tokenizer_config.json`. If it has no `added_tokens_decoder`, the content of
-            `special_tokens_map.json` is merged over it.
+        settings: The content of `tokenizer_config.json`. If that file has no `added_tokens_decoder`, the content of
+            `special_tokens_map.json` must be merged into it and takes precedence.
         added: The content of `added_tokens.json`, which maps tokens to ids.
-        of_file: The added tokens of `tokenizer.json`.
+        of_file: The `added_tokens` in `tokenizer.json`.
     """
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     if not isinstance(extra, list | dict):
@@ -115,8 +123,8 @@ def declared_tokens(
 def read_vocab(vocab_file: Path) -> dict[str, int]:
     """Reads the id of each piece from a file with one piece per line.
 
-    The id is the index of the line. If several lines are equal, the last of them counts. Trailing white space is
-    removed.
+    The id is the index of the line. If several lines are equal, the last of them counts. White space at the end of a
+    line is removed.
     """
     try:
         pieces = vocab_file.read_bytes().decode().removesuffix("\n").split("\n")
@@ -174,8 +182,8 @@ def wordpiece(
         vocab: Maps pieces to ids.
         settings: The content of `tokenizer_config.json`.
         named: The special tokens by name, from `named_tokens`.
-        cased: Whether text keeps its case; used only if `settings` has no `do_lower_case`. If None, text keeps
-            its case if the vocabulary has capital letters.
+        cased: Whether text keeps its case if `settings` has no `do_lower_case`. With None, it keeps its case if the
+            vocabulary has capital letters.
 
     Raises:
         CheckpointError: If the vocabulary or a setting is invalid.
@@ -209,7 +217,7 @@ def wordpiece(
 
 
 def unlike_bert(backend: Tokenizer) -> list[str]:
-    """The names of the parts of a tokenizer that differ from BERT's tokenizer; empty if none does."""
+    """The names of the parts of a tokenizer that differ from those of BERT's tokenizer; empty if none does."""
     model, normalizer = backend.model, backend.normalizer
     parts = {
         "normalizer": isinstance(normalizer, normalizers.BertNormalizer) and normalizer.clean_text,
@@ -221,7 +229,7 @@ def unlike_bert(backend: Tokenizer) -> list[str]:
 
 
 def check_vocab(path: Path, vocab: Mapping[str, int], needed: Sequence[str]) -> None:
-    """Raises `CheckpointError` if a vocabulary lacks a needed token, has an invalid id, or repeats an id."""
+    """Raises `CheckpointError` if a vocabulary lacks a `needed` token or has an id that is invalid or used twice."""
     if missing := [token for token in needed if token not in vocab]:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; expected a vocabulary that contains them.")
     if not all(type(id) is int and 0 <= id < 2**24 for id in vocab.values()):

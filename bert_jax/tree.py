@@ -23,7 +23,7 @@ class Skeleton:
 
     graphdef: nnx.GraphDef
     specs: Mapping[str, jax.ShapeDtypeStruct]
-    """Shape and dtype by dotted path, in the order of the module's parameters."""
+    """Maps the dotted path of each parameter to its shape and dtype, in the order of the module's parameters."""
 
 
 def split(model: nnx.Module) -> tuple[Params, Skeleton]:
@@ -77,6 +77,6 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
 
 
 def select(patterns: Iterable[str], paths: Iterable[str]) -> list[str]:
-    """The paths that match at least one of the regular expressions in full, in the order of `paths`."""
+    """The paths that at least one of the regular expressions `patterns` matches in full, in the order of `paths`."""
     compiled = [re.compile(pattern) for pattern in patterns]
     return [path for path in paths if any(pattern.fullmatch(path) for pattern in compiled)]

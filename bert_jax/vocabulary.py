@@ -1,4 +1,8 @@
-"""Computes word embeddings for a new vocabulary: each new piece starts from old pieces with the same letters."""
+"""Computes word embeddings for a new vocabulary from those of the old one.
+
+The embedding of a new piece is the mean of the embeddings of the old pieces that spell it. If there are
+none, it is the mean of all old embeddings.
+"""
 
 from collections.abc import Sequence
 

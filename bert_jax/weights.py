@@ -1,7 +1,7 @@
-"""Loads and saves weights. Both use the same table of published tensor names and parameter paths.
+"""Loads and saves weights. `load` and `save` use the same table, from published tensor names to parameter paths.
 
-Loading reads a dict of arrays from a folder, given a model's shapes. Saving writes such a dict to a folder. This module
-does not depend on any model class.
+`load` reads a dict of arrays from a folder, given the shapes that a model expects. `save` writes such a dict to a
+folder. This module does not depend on any model class.
 """
 
 import contextlib
@@ -69,8 +69,8 @@ TIED = {
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
 
-# The prefixes that wrappers put before every name: `_orig_mod.` (torch.compile), `module.` (DistributedDataParallel),
-# `model.` (a module that holds the network).
+# Matches the prefixes that wrappers of a network put before the name of every tensor: `_orig_mod.` (torch.compile),
+# `module.` (DistributedDataParallel) and `model.` (a module that holds the network).
 WRAPPERS = re.compile(r"^((_orig_mod|module|model)\.)*")
 
 _LISTED = 40
@@ -91,11 +91,11 @@ class Report:
     """The prefix that was removed from every name in the file, such as `module.`; empty if there was none."""
     loaded: list[str] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
-    """Second copies of tied tensors, each as `copy = original`. A copy that differs from its original is an error."""
+    """Second copies of tied tensors, each as the text "copy = original". Loading fails if the two differ."""
     ignored: dict[str, str] = field(default_factory=dict)
     """Maps the name of a tensor that was not loaded to the reason."""
     new: list[str] = field(default_factory=list)
-    """Paths of the parameters that are reinitialised instead of loaded, as requested."""
+    """Paths of the parameters that the caller asked to reinitialise instead of loading them."""
 
     def __str__(self) -> str:
         lines = [f"loaded {len(self.loaded)} tensors" + (f", all named {self.prefix}…" if self.prefix else "")]
@@ -107,7 +107,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor in a file. A parameter is read from one such tensor."""
+    """Where a tensor is stored, and its shape and dtype. Each loaded parameter is read from one such tensor."""
 
     name: str
     file: Path
@@ -116,7 +116,7 @@ class Source:
     """The dtype as safetensors names it, such as F32, F16 or BF16."""
 
     def read(self) -> np.ndarray:
-        """The tensor as it is stored."""
+        """Reads the tensor, in the dtype in which it is stored."""
         with _opened(self.file) as file:
             tensor: np.ndarray = file.get_tensor(self.name)
             return tensor
@@ -125,25 +125,26 @@ class Source:
 def plan(
     folder: Path, specs: Mapping[str, jax.ShapeDtypeStruct], *, new: Iterable[str] = (), ignore: Iterable[str] = ()
 ) -> tuple[dict[str, Source], Report]:
-    """Finds, for each parameter of a model, the tensor in a folder that it is read from.
+    """Finds the tensor in a folder from which each parameter of a model is to be read.
 
-    Only the headers of the files are read, except for tied tensors that are stored twice: both copies are read, to
-    compare them.
+    Reads only the headers of the files. If a tied tensor is stored twice, however, both copies are read and compared.
 
     Args:
         folder: Contains `model.safetensors`, or shards and their index.
-        specs: The model's parameters by path (`tree.Skeleton.specs`).
-        new: Regular expressions of the paths of parameters to reinitialise, even if the folder has tensors for them.
-        ignore: Regular expressions of the tensors to leave out, matched against their whole names in the file.
+        specs: The shape and dtype of each parameter of the model, by path (`tree.Skeleton.specs`).
+        new: Regular expressions of whole parameter paths. These parameters are reinitialised, even if the folder has
+            tensors for them.
+        ignore: Regular expressions of whole tensor names, as in the files. These tensors are left out.
 
     Returns:
         The sources by parameter path, and the report.
 
     Raises:
-        CheckpointError: If tensors are missing, unknown, of another shape or not floats; the message lists at most 40
-            of them. Also if a pattern matches nothing, or if a file is missing or damaged.
+        CheckpointError: If tensors do not fit the model, for example because they are missing, unknown or of another
+            shape; the message lists at most 40 of them. Also if a regular expression matches nothing, or if a file is
+            missing or damaged.
     """
-    # The parameters of a bare BertModel lack the prefix `bert.`; the paths of `TABLE` are shortened to match.
+    # The parameter paths of a bare BertModel lack the prefix `bert.`, so it is removed from the paths of `TABLE`, too.
     bare = "" if any(path.startswith("bert.") for path in specs) else "bert."
     stored = _stored(folder)
     fresh, left_out = tree.select(new, specs), tree.select(ignore, stored)
@@ -164,7 +165,8 @@ def plan(
     published = {name: _published_name(name.removeprefix(prefix)) for name in stored if name not in left_out}
     sources: dict[str, Source] = {}
     wrong, unknown = [], []
-    for name in sorted(published, key=lambda name: published[name] in TIED):  # copies after originals
+    # Second copies of tied tensors come last, so that each can be compared with its original.
+    for name in sorted(published, key=lambda name: published[name] in TIED):
         source, tied = stored[name], TIED.get(published[name])
         line, layer = _line(tied or published[name])
         path = TABLE.get(line, "").replace("{i}", layer).removeprefix(bare)
@@ -216,7 +218,7 @@ def load(
         The arrays by parameter path, in the dtypes of `specs`, and the report. Reinitialised parameters have no array.
 
     Raises:
-        CheckpointError: If `plan` raises it, or if a tensor has values that are not finite. The message names all such
+        CheckpointError: If `plan` raises it, or if tensors have values that are not finite. The message names these
             tensors.
     """
     sources, report = plan(folder, specs, new=new, ignore=ignore)
@@ -236,7 +238,7 @@ def load(
 
 
 def save(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Writes `model.safetensors` and `config.json` as PyTorch transformers reads them.
+    """Writes `model.safetensors` and `config.json` in the form that PyTorch transformers reads.
 
     Both files are written to disk next to the folder, and only then moved into it. Even if the process is killed or the
     disk is full, each file in the folder is either the old or the new one, never incomplete.
@@ -253,7 +255,8 @@ def save(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> 
     with replacing(folder) as staging:
         try:
             save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        except SafetensorError as error:  # safetensors raises it if the disk is full
+        # safetensors raises its own error if the disk is full. `replacing` expects an OSError.
+        except SafetensorError as error:
             raise OSError(str(error)) from None
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -277,11 +280,11 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _tensors(sources: Mapping[str, Source]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields each path with its tensor as it is stored.
+    """Yields the path of each parameter, with its tensor in the dtype in which it is stored.
 
-    An open memory map keeps the pages that were read. In the end, the whole file would thus be in memory in addition to
-    the arrays. Therefore, a file is reopened after every 32 MB. Reopening it for each tensor would cost 0.3 ms per
-    tensor, which is 55 ms for BERT-base.
+    Files are read through memory maps. While a map is open, the pages that were read stay in memory. At the end, the
+    whole file would be in memory, in addition to the arrays. Therefore, a file is reopened after every 32 MB. Reopening
+    it for each tensor would cost 0.3 ms per tensor, which is 55 ms for BERT-base.
     """
     rest = sorted(sources.items(), key=lambda item: item[1].file)[::-1]
     while rest:
@@ -312,7 +315,7 @@ def _stored(folder: Path) -> dict[str, Source]:
     found = []
     for path in files:
         with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118  not a dict
+            for name in file.keys():  # noqa: SIM118  `file` is not a dict
                 tensor = file.get_slice(name)
                 found.append(Source(name, path, tensor.get_shape(), tensor.get_dtype()))
     places = {(source.name, source.file.name) for source in found}
@@ -325,13 +328,16 @@ def _stored(folder: Path) -> dict[str, Source]:
 
 
 def _shard(folder: Path, name: str) -> Path:
-    """The path of a shard. A link must lead to a file in this folder or, in the Hub's cache, to one of the same model.
+    """The path of a shard in a folder.
+
+    If the shard is a link, it must lead to a file in the same folder or, in the Hub's cache, to a file of the same
+    model.
 
     Raises:
         CheckpointError: If the shard is missing, or is a link to another place.
     """
     path, home = folder / name, folder.resolve()
-    if home.parent.name == "snapshots":  # the Hub's cache, in which files are links to blobs
+    if home.parent.name == "snapshots":  # in the Hub's cache, where shards are links to files in the model's folder
         home = home.parent.parent
     if not path.is_file() or not path.resolve().is_relative_to(home):
         raise CheckpointError(
@@ -344,8 +350,8 @@ def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
     """Copies an array to memory that JAX's CPU backend can use without copying it again.
 
     Such memory is aligned to 64 bytes. Arrays of at least 4 MB are aligned to 2 MB, so that Linux can give them huge
-    pages. Inference on one sentence reads all weights, and reading them from huge pages is a tenth faster. The memory
-    of these arrays comes from mmap, not from malloc: malloc's bookkeeping between two arrays would occupy additional
+    pages. Inference on one sentence reads all weights, and reading them from huge pages is 10% faster. The memory of
+    these large arrays comes from mmap, not from malloc: malloc's bookkeeping between two arrays would occupy additional
     huge pages, 140 MB in total for BERT-large.
 
     Returns:
@@ -362,9 +368,11 @@ def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
     start = -memory.ctypes.data % page
     aligned: np.ndarray = memory[start : start + size].view(dtype)
     source = tensor.reshape(-1)
-    for start in range(0, aligned.size, 2**18):  # in parts, which are checked while they are in the CPU's cache
+    # The tensor is copied in parts, so that each part is checked while it is still in the CPU's cache.
+    for start in range(0, aligned.size, 2**18):
         part = aligned[start : start + 2**18]
-        with np.errstate(over="ignore"):  # float64 values may become infinite, which is checked below
+        # The conversion may turn large float64 values into infinities. The check below finds them.
+        with np.errstate(over="ignore"):
             part[...] = source[start : start + 2**18]
         if not np.isfinite(part).all():
             return None
@@ -372,7 +380,7 @@ def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
 
 
 def _published_name(name: str) -> str:
-    """The name that a tensor has in current checkpoints.
+    """Converts the name of a tensor to the one that it has in current published checkpoints.
 
     The tensors of a bare model get the prefix `bert.`. LayerNorm's `gamma` becomes `weight`, and its `beta` becomes
     `bias`.
@@ -383,9 +391,11 @@ def _published_name(name: str) -> str:
 
 
 def _line(name: str) -> tuple[str, str]:
-    """Returns a name or path with `{i}` in place of the layer number, as in `TABLE`, and the layer number as a text.
+    """Replaces the layer number in a name or path by `{i}`, as in `TABLE`.
 
-    If there is no layer number, `{i}` is returned in its place.
+    Returns:
+        The name or path with `{i}`, and the layer number as a text. Without a layer number, the name or path is
+        unchanged, and the text is `{i}`.
     """
     layer = re.search(r"\.(\d+)\.", name)
     number = layer[1] if layer else "{i}"
@@ -393,9 +403,9 @@ def _line(name: str) -> tuple[str, str]:
 
 
 def _table(paths: Iterable[str]) -> dict[str, str]:
-    """Maps published names to those of the given paths that `TABLE` has.
+    """Maps the published name of each parameter to its path. Paths that `TABLE` lacks are left out.
 
-    If the paths are those of a bare `BertModel`, which lack the prefix `bert.`, the names lack it, too.
+    The paths of a bare `BertModel` lack the prefix `bert.`. Their published names then lack it, too.
     """
     names = {path: name for name, path in TABLE.items()}
     names |= {path.removeprefix("bert."): name.removeprefix("bert.") for path, name in names.items()}
@@ -414,6 +424,6 @@ def _misfit(source: Source, expected: list[int]) -> list[str]:
 
 
 def _pattern(name: str) -> str:
-    """The Python source of a regular expression that matches a name and all names that differ only in the last part."""
+    """Python source of a regular expression that matches a name, and all names that differ only after the last dot."""
     pattern = re.escape(name.rpartition(".")[0]) + r"\..*" if "." in name else re.escape(name)
     return f"r'{listed([pattern])}'"

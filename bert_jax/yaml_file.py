@@ -48,8 +48,8 @@ def _parsed(text: str) -> Any:
 def read_tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
     """Reads a file of settings, and merges one of its variants and the overrides into it.
 
-    If `task_name` is set, it chooses a variant from the file's `task_names`. The settings of the variant replace those
-    of the same names in the rest of the file. The overrides replace both.
+    If the file or an override sets `task_name`, this is the name of a variant in the file's `task_names`. The settings
+    of the variant replace settings of the same names in the rest of the file. The overrides replace settings of both.
 
     Raises:
         InputError: If the file, the variant or an override cannot be used.

@@ -2,8 +2,8 @@
 
 A shard is a numpy file of rows. A row has the three numbers that `HEADER` names, then the token ids of an example.
 In the folder of the shards, `corpus.json` records the files, the tokenizer and the settings that the shards are made
-from. `manifest.json`, which is written last, records the contents of each shard. A shard gets its name only when the
-shard is complete, so that an interrupted `tokenize` can be called again and resumes where it stopped.
+from. `manifest.json`, which is written last, records the contents of each shard. A shard gets its name only when it is
+complete. If `tokenize` is interrupted, the next call therefore keeps the complete shards and makes the others.
 """
 
 import collections
@@ -117,9 +117,9 @@ def pairs(
         random: The random generator.
 
     Yields:
-        The first segment, the second segment, and whether the second is from another document. The second is always
-        from another document if only one sentence is left, or if one sentence is enough for the target length.
-        Otherwise, it is from another document with a probability of 1/2.
+        The first segment, the second segment, and whether the second is from another document. The second segment is
+        always from another document if only one sentence of the document is left, or if the next sentence has at least
+        the target length. Otherwise, it is from another document with a probability of 1/2.
     """
     for number, document in enumerate(documents):
         start = 0
@@ -143,13 +143,13 @@ def pairs(
                 second = [token for sentence in document[first_end:end] for token in sentence]
             first_cut, second_cut = _trimmed(len(first), len(second), room, random)
             yield first[first_cut], second[second_cut], other
-            start = first_end if other else end  # the next pair starts at the first unused sentence
+            start = first_end if other else end  # the next pair starts at the document's first unused sentence
 
 
 def _trimmed(first: int, second: int, room: int, random: np.random.Generator) -> tuple[slice, slice]:
     """Shortens two segments until both together have at most `room` tokens.
 
-    The segment that is longer at the moment loses one token after another, each from a random end.
+    In each step, the longer segment loses its first or its last token, at random.
 
     Args:
         first: The length of the first segment.
@@ -169,7 +169,7 @@ def _trimmed(first: int, second: int, room: int, random: np.random.Generator) ->
 
 
 def runs(documents: Iterable[Document], room: int) -> Iterator[list[int]]:
-    """Joins the sentences of each document into texts of at most `room` tokens; a longer sentence is cut."""
+    """Joins the sentences of each document into texts of at most `room` tokens. Sentences longer than that are cut."""
     for document in documents:
         tokens: list[int] = []
         for sentence in document:
@@ -203,9 +203,17 @@ class Layout:
 def rows(
     documents: Sequence[Document], layout: Layout, special: tuple[int, ...], dtype: Any, random: np.random.Generator
 ) -> np.ndarray:
-    """Makes the rows of a shard from documents: [rows, len(HEADER) + max_length].
+    """Makes the rows of a shard from documents.
 
-    `special` has the ids of [CLS], [SEP] and [PAD].
+    Args:
+        documents: The documents.
+        layout: How documents become examples.
+        special: The ids of [CLS], [SEP] and [PAD].
+        dtype: The dtype of the rows.
+        random: The random generator.
+
+    Returns:
+        The rows, [rows, len(HEADER) + max_length].
     """
     cls, sep, pad = special
     if layout.next_sentence:
@@ -299,7 +307,8 @@ def _units(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
     If possible, a group has at least `SHARD` characters, and at least two documents, because pairs need two.
     """
     unit: list[list[str]] = []
-    ready: list[list[str]] = []  # a full group, held back because a single last document may join it
+    # A full group. It is held back because, if only one document remains at the end, that document joins this group.
+    ready: list[list[str]] = []
     size = 0
     for document in documents:
         if size >= SHARD and len(unit) > 1:
@@ -316,7 +325,7 @@ def _units(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
 def _make_shards(
     make: Any, units: Iterator[list[list[str]]], layout: Layout, processes: int | None, console: Console | None
 ) -> list[Any]:
-    """Makes a shard of each group of documents, in several processes; returns the manifest's record of each shard."""
+    """Makes a shard of each group of documents, in several processes. Returns the record of each shard."""
     workers = processes or os.cpu_count() or 1
     records: list[Any] = []
     pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
@@ -342,15 +351,15 @@ def _make_shards(
 def _make_shard(
     folder: Path, backend: str, layout: Layout, special: tuple[int, ...], seed: int, number: int, unit: list[list[str]]
 ) -> Any:
-    """Tokenizes documents and writes their shard, unless the shard exists; returns the manifest's record of the shard.
+    """Tokenizes documents and writes them to a shard, unless the shard exists. Returns the record of the shard.
 
-    This function runs in a worker process.
+    The record becomes an entry of `manifest.json`. This function runs in a worker process.
     """
     path = folder / f"{number:05d}.npy"
     record = path.with_suffix(".json")
     if record.exists():
         return json.loads(record.read_text(encoding="utf-8"))
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads: the processes already run in parallel
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads, because several worker processes run in parallel
     tokenizer = tokenizers.Tokenizer.from_str(backend)
     documents = []
     for lines in unit:
@@ -408,7 +417,7 @@ class Shards:
         return np.cumsum([0, *map(len, self.tables)])
 
     def column(self, name: str) -> np.ndarray:
-        """The number that `HEADER` calls `name`, for each row: int32 [rows]."""
+        """For each row, the number that has this name in `HEADER`: int32 [rows]."""
         return np.concatenate([table[:, HEADER.index(name)].astype(np.int32) for table in self.tables])
 
     def ids(self, row: int) -> np.ndarray:
@@ -423,7 +432,7 @@ def _digest(path: Path) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file under another name, and renames it when it is complete."""
+    """Writes a file under a temporary name, and renames it when it is complete."""
     staged = _staged(path)
     with open(staged, "wb") as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""Makes batches of examples. The batch of any step can be made directly, without those of earlier steps."""
+"""Makes batches of examples. The batch of any step can be made directly, without the batches of earlier steps."""
 
 import functools
 import hashlib
@@ -27,7 +27,7 @@ class Batch(TypedDict):
         inputs: The keyword arguments of the model, int32 [B, T]: `input_ids`, `token_type_ids` and `attention_mask`.
             Packed rows have `document_ids` (0 for padding) and `position_ids` instead of `attention_mask`.
         targets: The targets that the task's loss expects: [B, K, …] for targets of examples, [B, T] for targets of
-            tokens. `MaskedExamples` adds targets of masked positions, [B, P].
+            tokens. `MaskedExamples` adds targets of up to P masked tokens per row, [B, P].
         starts: int32 [B, K], the index of each example's first token in its row.
         weights: float32 [B, K], 1 for an example, 0 for an unused entry.
     """
@@ -39,7 +39,10 @@ class Batch(TypedDict):
 
 
 class Shape(NamedTuple):
-    """The shape of a batch and of its program: rows, tokens per row, and maximum number of examples per row."""
+    """The shape of a batch: rows, tokens per row, and maximum number of examples per row.
+
+    Each shape needs its own compiled program.
+    """
 
     rows: int
     length: int
@@ -63,7 +66,7 @@ class Place(NamedTuple):
 
 
 def one_a_row(indices: np.ndarray, rows: int, length: int) -> Place:
-    """Gives each example a row of its own."""
+    """Gives each example its own row, in a batch of `rows` rows of `length` tokens."""
     return Place(indices, np.arange(len(indices)), Shape(rows, length, 1))
 
 
@@ -152,7 +155,7 @@ def bucketed(
 ) -> list[Place]:
     """Groups examples of similar length into batches, one example per row, and returns the batches in random order.
 
-    If the examples do not divide evenly, one batch has fewer examples than the others.
+    If the number of examples is not a multiple of `batch_size`, one batch has fewer examples than the others.
     """
     order = random.permutation(len(lengths))
     window = np.arange(len(order)) // (SORTED_TOGETHER * batch_size)
@@ -233,7 +236,8 @@ def packed_shape(
         rows, _, examples = np.max([packed(lengths, batch, length)[1] for batch in batches], axis=0).tolist()
         found.append(Shape(-(-rows // share) * share, length, examples))
     best = min(found, key=_work)
-    # Allow two more examples per row, because a batch of a later epoch needs its own program if it does not fit.
+    # Allow two more examples per row. If a row of a later epoch had more examples than the shape allows, its batch
+    # would need its own program.
     return best if best.examples == 1 else best._replace(examples=best.examples + 2)
 
 
@@ -302,7 +306,7 @@ class Loader:
         return self.examples.batch(self.place(step), self.part)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yields the batches of the steps `start` to `stop` - 1, which a thread prepares in advance."""
+        """Yields the batches of the steps `start` to `stop` - 1. A thread prepares the batches in advance."""
         import grain
 
         steps = grain.MapDataset.range(start, stop).map(self.batch_at)

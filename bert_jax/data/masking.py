@@ -19,7 +19,7 @@ class Masking:
     """How the tokens to predict are chosen in an example.
 
     Attributes:
-        share: Share of the tokens to choose; at least one token is chosen.
+        share: Share of the example's tokens to choose; at least one token is chosen.
         most: Maximum number of tokens to choose. BERT's own maximum (max_predictions_per_seq) is 20 for examples of 128
             tokens and 76 for examples of 512 tokens.
         whole_words: Whether to choose all pieces of a word together.
@@ -31,7 +31,7 @@ class Masking:
 
 
 def count(tokens: int, share: float, most: int) -> int:
-    """How many tokens to choose in a text of `tokens` tokens, special tokens included."""
+    """How many tokens to choose in an example. `tokens` is its number of tokens, special tokens included."""
     return min(most, max(1, round(share * tokens)))
 
 
@@ -46,7 +46,7 @@ def choose(
         random: The random generator.
         continuing: bool [m], true for a candidate that continues the word of the previous candidate. If given, whole
             words are tried in random order, and a word is skipped if it would bring the number of tokens above n. If
-            every word has more than n tokens, the first n tokens of the first word are chosen.
+            every word has more than n tokens, the first n candidates are chosen.
 
     Returns:
         The chosen positions, int64 [at most n], ascending.
@@ -71,7 +71,7 @@ def hide(ids: np.ndarray, random: np.random.Generator, mask_id: int, vocab_size:
 
 @dataclass(frozen=True)
 class _Lazy(Sequence[np.ndarray]):
-    """A sequence whose item i is `read(i)`, called on each access."""
+    """A sequence that calls `read(i)` whenever its item i is accessed."""
 
     read: Callable[[int], np.ndarray]
     size: int
@@ -80,17 +80,17 @@ class _Lazy(Sequence[np.ndarray]):
         return self.size
 
     def __getitem__(self, i: Any) -> Any:
-        return self.read(range(self.size)[i])  # past the end, `range` raises IndexError, which ends loops
+        return self.read(range(self.size)[i])  # `range` raises an IndexError past the end, as a sequence must
 
 
 @dataclass(frozen=True)
 class MaskedExamples(Examples):
     """Examples in which some tokens are chosen for prediction.
 
-    The choice depends only on the seed, the epoch and the example. Up to P tokens are chosen per row. The `targets` of
-    a batch have three arrays, int32 [B, P], with one entry per chosen token. `masked_positions` has the index of the
-    token in the row, `labels` has its original id, and `guessed_in` has the number of its example in the row. Unused
-    entries are `IGNORE` in `labels` and 0 in the other two arrays.
+    The choice depends only on the seed, the epoch and the example. Up to P tokens are chosen per row. Three arrays,
+    int32 [B, P], are added to the `targets` of a batch. They have an entry per chosen token: `masked_positions` has the
+    index of the token in the row, `labels` has the token's original id, and `guessed_in` has the number of the token's
+    example in the row. Unused entries are `IGNORE` in `labels` and 0 in the other two arrays.
 
     Attributes:
         masking: How many tokens are chosen, and whether whole words are chosen.
@@ -133,11 +133,11 @@ class MaskedExamples(Examples):
             special=tuple(id for id in special if id is not None),
             continuing=continuing,
         )
-        vars(examples)["lengths"] = lengths.astype(np.int64)  # set, because computing lengths would read every example
+        vars(examples)["lengths"] = lengths.astype(np.int64)  # otherwise, `lengths` would read every example
         return examples
 
     def digest(self) -> str:
-        """SHA-256 of the lengths only, because the tokens are already checked by the hashes of the shards."""
+        """SHA-256 of the lengths. The tokens are left out, because the hashes of the shards already protect them."""
         return hashlib.sha256(self.lengths.tobytes()).hexdigest()
 
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:

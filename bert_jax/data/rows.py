@@ -1,4 +1,4 @@
-"""Lays out texts one after another in rows of equal length, and records where to find each text and its results.
+"""Lays out texts one after another in rows of equal length, and records where in the rows each text lies.
 
 Training, evaluation, inference and the tokenizer all use this module.
 """
@@ -35,7 +35,7 @@ class Spot(NamedTuple):
 
 def lay_out(items: Iterable[int], rows: Iterable[int], lengths: Iterable[int]) -> list[Spot]:
     """Lays out items, each in the given row; items in the same row follow one another in the order of `items`."""
-    used: dict[int, tuple[int, int]] = {}  # by row, the number of items and of tokens so far
+    used: dict[int, tuple[int, int]] = {}  # for each row, the number of items and the number of tokens so far
     spots = []
     for item, row, length in zip(items, rows, lengths, strict=True):
         number, start = used.get(row, (0, 0))

@@ -1,4 +1,4 @@
-"""Reads the rows of files and of data sets on the Hub, each as a dict from column to value."""
+"""Reads the rows of files and of data sets on the Hub. Each row is a dict from column to value."""
 
 import ast
 import bisect
@@ -39,7 +39,7 @@ PAIRS: tuple[tuple[str, ...], ...] = (
     ("text", "text_pair"), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"),
     ("question", "sentence"),
 )  # fmt: skip
-"""Usual names of the two columns of pairs of texts."""
+"""Usual names of the two columns in which a data set has pairs of texts."""
 
 Row = dict[str, Any]
 ClassLabels = dict[str, tuple[str, ...]]
@@ -75,7 +75,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def read(path: str | Path, format: str | None = None, *, labelled: bool = True) -> Iterator[Row]:
-    """Streams the rows of a file; see `entries`. In Parquet files that `datasets` wrote, class ids become names.
+    """Streams the rows of a file; see `entries`. In Parquet files that `datasets` wrote, class names replace class ids.
 
     Raises:
         InputError: If the file or a line of it cannot be read; the message names the line.
@@ -112,7 +112,7 @@ def _class_labels(features: Mapping[str, Any]) -> ClassLabels:
     """Finds the columns of class ids, or of lists of class ids, in the result of `datasets.Features.to_dict`."""
     found = {}
     for column, kind in features.items():
-        # For a column of lists, earlier versions of `datasets` have a list with the kind of the items.
+        # Earlier versions of `datasets` describe a column of lists by a list that contains the kind of the items.
         kind = kind[0] if isinstance(kind, list) and kind else kind
         kind = kind.get("feature", kind) if isinstance(kind, Mapping) else {}
         if isinstance(kind, Mapping) and kind.get("_type") == "ClassLabel" and kind.get("names"):
@@ -151,8 +151,8 @@ def entries(path: str | Path, format: str | None = None, *, labelled: bool = Tru
               `TEXT`.
             - "conll": A line has a word in its first column and the word's tag in its last. A row has the columns
               `tokens` and `tags`, and ends at a blank line.
-            - "squad": SQuAD's JSON, which is read whole. A question is a row.
-        labelled: Whether a .txt file is "text;label" instead of "text" if `format` is None.
+            - "squad": SQuAD's JSON, which is read as a whole before the first row. A question is a row.
+        labelled: If `format` is None, whether the format of a .txt file is "text;label" instead of "text".
 
     Raises:
         InputError: If the file cannot be read, or if its format is unknown.
@@ -237,7 +237,7 @@ def _jsonl(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
 
 
 def _csv(lines: Iterator[str], delimiter: str = ",", quotes: bool = True) -> Iterator[tuple[int, Row | InputError]]:
-    csv.field_size_limit(2**24)  # a field may hold a book, which the default limit of 131,072 characters forbids
+    csv.field_size_limit(2**24)  # a field may hold a book; the default limit is 131,072 characters
     record: list[str] = []  # the lines that the reader has read for the current row
 
     def noted() -> Iterator[str]:
@@ -267,7 +267,7 @@ def _csv(lines: Iterator[str], delimiter: str = ",", quotes: bool = True) -> Ite
         if names is None:
             names = fields
             wrong = [name for n, name in enumerate(names) if name in names[:n] or re.search("[\ud800-\udfff]", name)]
-            if wrong:  # for a name that is not UTF-8 text, `entries` replaces this error by its own
+            if wrong:  # if a name is not UTF-8 text, `entries` yields its own error instead of this one
                 yield 1, InputError(f"the header has {quoted(wrong[0])} twice.")
                 return
         elif fields and len(fields) != len(names):
@@ -277,8 +277,8 @@ def _csv(lines: Iterator[str], delimiter: str = ",", quotes: bool = True) -> Ite
 
 
 def _last_quote(record: list[str]) -> int:
-    """Finds the line in which the last quote opens, as an index of `record`, the lines of a row."""
-    # A quote opens after a comma, a line break or another quote.
+    """Finds the line in which the last quote opens. `record` has the lines of a row; the result is an index of it."""
+    # A quote opens at the beginning of the row, or after a comma, a line break or another quote.
     openings = [match.start() for match in re.finditer(r'(?<![^,\n"])"[^"]*"?', "".join(record))]
     return bisect.bisect(list(itertools.accumulate(map(len, record))), max(openings, default=0))
 
@@ -368,7 +368,7 @@ def read_hub(id: str, name: str | None, split: str, revision: str | None) -> tup
 def literal(text: str) -> Any:
     """Parses a cell of a table that holds a list or object in the notation of JSON, of Python or of numpy.
 
-    An empty cell is an empty list.
+    The result for an empty cell is an empty list.
 
     Raises:
         InputError: If the cell is in none of these notations.
@@ -414,8 +414,9 @@ def _with_commas(text: str) -> str:
         if part == ",":
             separators[-1].add(part)
         if kind == "opening":
-            # A bracket that gets both separators, comma and space, raises the error below. All brackets except those of
-            # lists have the comma from the start, so that a missing comma is always an error in them.
+            # `separators` has a set for each open bracket. If the items in a bracket are separated both by commas and
+            # by spaces, its set has both, and the error below is raised. The set of a bracket that is not a list's
+            # has the comma from the start, so that a single missing comma raises the error.
             separators.append(set() if part == "[" else {","})
         if kind == "closing" and (len(separators) == 1 or len(separators.pop()) > 1):
             raise ValueError("commas or brackets are missing")

@@ -1,7 +1,8 @@
 """Evaluates pretrained models on held-out texts, by the tasks of pretraining: fill-mask and next-sentence-prediction.
 
-A measure is a mean: over all masked tokens for fill-mask, over all pairs for next-sentence-prediction. The 95 %
-interval of a measure is found by the bootstrap (Efron 1979), which resamples the texts or the pairs.
+A measure of fill-mask is a mean over all masked tokens, or the exponential of one; a measure of
+next-sentence-prediction is a mean over all pairs. The 95 % interval of a measure is found by the bootstrap (Efron
+1979), which resamples the texts for fill-mask, and the pairs for next-sentence-prediction.
 """
 
 import hashlib
@@ -68,8 +69,8 @@ class HiddenTokens(FillMask):
     def hide(self, text: str, words: Words, share: float, seed: int) -> Request[list[Hidden]]:
         """Makes a request for `Pipeline.run` that masks tokens of a text. The request's result is a list of `Hidden`.
 
-        The text is truncated to `max_length`. The other arguments are those of `evaluate`. Which tokens are masked
-        depends on nothing but the text and the arguments.
+        The text is truncated to `max_length`. The other arguments are those of `evaluate`. For a given tokenizer and
+        `max_length`, which tokens are masked depends only on the arguments.
         """
         encoding = self.tokenizer.encode([text], max_length=self.max_length)[0][0]
         inside = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
@@ -145,9 +146,9 @@ def evaluate(
             pieces.
         share: The share of the tokens that "random" masks; at least one token is masked.
         seed: Seed for the choice of masked tokens, for cutting and pairing texts, and for resampling.
-        resamples: Number of resamples of the texts for the 95 % intervals.
+        resamples: How often to resample the texts, or the pairs, to find the 95 % intervals.
         compute_dtype: The dtype of the activations, "float32" or "bfloat16".
-        ignore: Regular expressions of the tensors to leave out of the first model's checkpoint.
+        ignore: Regular expressions for the names of tensors in the first model's checkpoint that are not loaded.
         console: Shows progress; None shows nothing.
 
     Returns:
@@ -262,9 +263,9 @@ def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.nd
 
 
 def _means(values: dict[str, np.ndarray], owner: np.ndarray, seed: int, resamples: int) -> dict[str, dict[str, float]]:
-    """The mean of each array, and the 95 % interval of the mean. `owner` has the index of each entry's text.
+    """The mean of each array, and the 95 % interval of the mean, which is found by resampling the texts.
 
-    The interval is found by resampling the texts.
+    `owner` has the index of each entry's text. For next-sentence-prediction, the pairs take the place of the texts.
     """
     texts = int(owner.max()) + 1
     sums = np.stack([np.bincount(owner, v, minlength=texts) for v in (np.ones(len(owner)), *values.values())], axis=1)

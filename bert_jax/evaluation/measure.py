@@ -24,11 +24,11 @@ class Evaluation:
     """The results of an evaluation.
 
     Attributes:
-        metrics: The metrics of the task and `loss`, the mean over the entries that count. The loss is in nats or, for
-            regression, in the squared unit of the target. If no entry counts, `metrics` is empty.
-        outputs: What `Objective.outputs` returned, in the order of the examples. Each output is an array with one entry
-            per example. If the task has one entry per token, each output is a list with one array per example instead,
-            and an array is as long as its example.
+        metrics: The metrics of the task, and `loss`, the mean loss of the entries that count. The loss is in nats or,
+            for regression, in the squared unit of the target. If no entry counts, `metrics` is empty.
+        outputs: The outputs that `Objective.outputs` computes, by name and in the order of the examples. An output is
+            an array with one entry per example. If the task's `per_token` is true, an output is a list instead, in
+            which the array of each example has one entry per token.
     """
 
     metrics: dict[str, Any]
@@ -36,9 +36,10 @@ class Evaluation:
 
 
 def program(task: Objective, skeleton: tree.Skeleton) -> jax.stages.Wrapped:
-    """Returns a jitted function: (parameters, batch) -> (outputs, mean loss, number of entries that the mean is over).
+    """Returns a jitted function of the parameters and a batch.
 
-    Every device gets the full results.
+    The function returns the outputs, the mean loss, and the number of entries in this mean. Every device gets the full
+    results.
     """
 
     def evaluate_batch(params: tree.Params, batch: Any) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
@@ -88,7 +89,8 @@ def evaluate(
         with jax.set_mesh(mesh), out_of_memory(place.shape, remedy):
             return place, evaluate_batch(params, sharding.put_batch(loader.batch_at(step), mesh))
 
-    # The results of a batch are read after the next batch is dispatched: the device computes while the host reads.
+    # The results of a batch are read after the next batch is dispatched, so that the device computes the next batch
+    # while the host reads.
     batches: Iterator[Any] = itertools.chain(map(dispatch, range(loader.steps_per_epoch)), [None])
     for (place, results), _ in itertools.pairwise(batches):
         with out_of_memory(place.shape, remedy):
@@ -118,17 +120,18 @@ def largest(
     multiple: int = 1,
     mesh: jax.sharding.Mesh,
 ) -> tuple[Shape, jax.stages.Compiled]:
-    """Finds the largest batch of an `evaluate` call.
+    """Finds the largest batch that `evaluate` makes if it gets the same arguments.
 
     Returns:
-        The shape of the batch, and the program that evaluates such a batch, which is compiled but not run.
+        The shape of the batch, and the compiled program that evaluates a batch of this shape. The program is not run.
     """
     loader = Loader(examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing, multiple=multiple)
     shape = max({loader.place(step).shape for step in range(loader.steps_per_epoch)}, key=lambda s: s.rows * s.length)
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
     abstract = tree.unflatten(sharding.abstract(flat, sharding.placements(mesh, flat)))
-    nowhere = np.zeros(0, int)  # no examples: the batch is all padding, because only its shapes matter
+    # Only the shapes of the batch are needed, so it has no examples and consists of padding.
+    nowhere = np.zeros(0, int)
     batch = sharding.abstract(examples.batch(Place(nowhere, nowhere, shape)), sharding.by_row(mesh))
     with jax.set_mesh(mesh):
         return shape, program(task, skeleton).lower(abstract, batch).compile()

@@ -149,12 +149,12 @@ def answering(
     Args:
         golds: The accepted answers of each question; empty if the question has no answer.
         answers: The answer given to each question, "" for no answer.
-        null_over_best: For each question, the score of "no answer" minus the score of the best answer. If
-            `null_over_best` is given, `answers` must be the best answers. "No answer" is then chosen if this difference
-            is above a threshold, and the best threshold is found.
+        null_over_best: For each question, the score of "no answer" minus the score of the best other answer. If
+            `null_over_best` is given, `answers` must be these best other answers. The best threshold is then found: if
+            the difference of a question is above the threshold, "no answer" replaces the question's answer.
 
     Returns:
-        `exact_match` and `f1`, which are means over the questions; all means are from 0 to 100. If some questions have
+        `exact_match` and `f1`, which are means over the questions. All means are from 0 to 100. If some questions have
         no answer, `has_answer_…` are the means over the questions with an answer, and `no_answer_…` those over the
         questions without one. If `null_over_best` is given, `best_f1` and `best_exact_match` are the means at the
         threshold that is best for each, and `null_threshold` is the threshold of `best_f1`.
@@ -177,7 +177,7 @@ def answering(
     # totals[n] below is the sum of the scores if only the n questions with the lowest `null_over_best` are answered.
     order = np.argsort(null_over_best, kind="stable")
     thresholds = np.asarray(null_over_best)[order]
-    for name, values in scores.items():  # f1 comes last, so that `best` is that of f1 after the loop
+    for name, values in scores.items():  # f1 comes last, so that after the loop, `best` is that of f1
         gains = np.where(has_answer, values, np.where(np.array(answers) == "", 0.0, -100.0))[order]
         totals = np.concatenate([[0.0], np.cumsum(gains)]) + 100.0 * (~has_answer).sum()
         best = int(np.argmax(totals))

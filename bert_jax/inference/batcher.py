@@ -39,7 +39,8 @@ class Job:
     Args:
         work: Returns the answers to a list of jobs, in order.
         kind: Only jobs of equal kind are computed together.
-        requests: One per input, in the form that `work` expects, such as a request that `Pipeline.request` makes.
+        requests: One request per input, in the form that `work` expects. For `run_together`, `Pipeline.request` makes
+            the requests.
     """
 
     def __init__(self, work: Callable[[list["Job"]], list[Any]], kind: Any, requests: Sequence[Any]):
@@ -56,8 +57,8 @@ class Limits:
         wait: Seconds to wait for more inputs after the first input of a batch.
         queue: The maximum number of unanswered inputs. A request that would exceed this maximum is refused with status
             429, unless no other request is waiting.
-        timeout: Seconds within which a request must arrive; otherwise, the status is 408. The answer then has as many
-            seconds again; if it takes longer, the status is 504.
+        timeout: Seconds within which the body of a request must arrive; otherwise, the status is 408. The answer then
+            has as many seconds again; if it takes longer, the status is 504.
         max_body: The maximum size of the body of a request, in bytes.
         max_inputs: The maximum number of inputs of a request.
         max_characters: The maximum number of characters of an input.
@@ -85,7 +86,7 @@ class Batcher:
 
     def __init__(self, limits: Limits, seen: Callable[[int], None]):
         self.limits, self.seen = limits, seen
-        self.waiting = 0  # unanswered inputs; accessed only by the event loop's thread
+        self.waiting = 0  # the number of unanswered inputs; accessed only by the event loop's thread
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
@@ -123,7 +124,7 @@ class Batcher:
                 except queue.Empty:
                     break
                 if job is None:
-                    self._jobs.put(None)  # put back, to end the thread after this batch
+                    self._jobs.put(None)  # put back, so that the loop gets it again after this batch and ends
                     break
                 if job.kind != first.kind or size + len(job.requests) > self.limits.batch:
                     held = job
@@ -139,7 +140,7 @@ class Batcher:
         try:
             answers = batch[0].work(batch)
         except Exception as error:
-            logger.error("A batch failed: %s", type(error).__name__)  # not the message, which could quote a text
+            logger.error("A batch failed: %s", type(error).__name__)  # without the message, which could quote a text
             for job in batch:
                 job.answer.set_exception(error)
         else:

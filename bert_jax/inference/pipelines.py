@@ -40,9 +40,13 @@ BUCKET_LENGTHS = (16, 32, 64, 128, 256, 512)
 BUCKET_ROWS = (1, 4, 16, 64)
 """Numbers of rows that a batch with one text per row is padded to."""
 BUCKET_TOKENS = 2048
-"""Maximum number of tokens in a batch, padding included. If more tokens than this are waiting, rows are packed."""
+"""Maximum number of tokens in a batch, padding included.
+
+If the queued texts have more tokens than this, several texts are packed into each row, unless the attention kernel
+does not support packed rows.
+"""
 PACKED_LENGTHS = (128, 256, 384, 512)
-"""Lengths that packed rows are padded to, in tokens. A packed row holds at most one text per 8 tokens."""
+"""Lengths that packed rows are padded to, in tokens. A packed row of n tokens holds at most n // 8 texts."""
 READ_AHEAD = 1024
 """Number of inputs of a stream that are read ahead, sorted by length and batched together."""
 
@@ -66,12 +70,12 @@ class Bucket(NamedTuple):
 
 
 class Queued(NamedTuple):
-    """A row of tokens whose outputs a request waits for.
+    """A text, pair or window whose outputs a request waits for.
 
     Attributes:
-        features: The tokens.
+        features: The tokens of the text.
         request: The index of the request.
-        place: The index of the row among the rows of the request.
+        place: The index of the text among those that the request waits for.
     """
 
     features: Features
@@ -81,12 +85,12 @@ class Queued(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The texts that are computed together.
+    """The texts whose outputs are computed together.
 
     Attributes:
-        queued: The texts.
+        queued: The texts, pairs or windows.
         rows: For each text, the index of the row that holds it.
-        bucket: The bucket whose program computes the texts.
+        bucket: The bucket whose program computes the outputs.
     """
 
     queued: list[Queued]
@@ -327,7 +331,8 @@ class Pipeline(Generic[Task_co]):
     def run(self, requests: Sequence[Request[Any]]) -> list[Any]:
         """Returns the results of requests, in order. The rows of all requests are batched together."""
         results: list[Any] = [None] * len(requests)
-        waiting: dict[int, list[Outputs | None]] = {}  # by request: the outputs of its rows, None until computed
+        # Maps the index of a request to the outputs that it waits for. An output is None until it is computed.
+        waiting: dict[int, list[Outputs | None]] = {}
         queued: list[Queued] = []
 
         def advance(i: int, outputs: Any) -> None:
@@ -363,7 +368,7 @@ class Pipeline(Generic[Task_co]):
         return results
 
     def _batches(self, queued: list[Queued]) -> Iterator[Batch]:
-        """Divides rows of tokens into batches, each with the bucket that holds it."""
+        """Divides the queued texts into batches, and chooses a bucket that holds each batch."""
         queued = sorted(queued, key=lambda q: (-len(q.features.input_ids), -len(q.features.masked_positions)))
         while queued:
             lengths = [len(q.features.input_ids) for q in queued]
@@ -372,8 +377,8 @@ class Pipeline(Generic[Task_co]):
                 rows, texts = _most(length), length // 8
                 placed = best_fit(lengths, length, rows=rows, items=texts)
             else:
-                # Takes the largest number of rows of which more than half need `length`. Rows that are left over go
-                # into later batches, where a shorter length may do.
+                # The batch gets the largest number of rows of which more than half need `length`. The remaining texts
+                # go into later batches, for which a shorter length may be enough.
                 shorter, length = next((a, b) for a, b in itertools.pairwise([0, *self._lengths]) if b >= lengths[0])
                 filling = sum(tokens > shorter for tokens in lengths)
                 rows, texts = max(n for n in BUCKET_ROWS if n <= _most(length) and filling > n // 2), 1
@@ -412,7 +417,10 @@ class Pipeline(Generic[Task_co]):
         return self._programs[bucket]
 
     def trace(self, bucket: Bucket, device: Any = None) -> jax.stages.Traced:
-        """Traces the program of a bucket for `device`, which this machine need not have; None means the default."""
+        """Traces the program of a bucket for `device`, or for the default device if it is None.
+
+        This machine need not have `device`.
+        """
         inputs = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in self._shapes(bucket).items()}
         arguments = self.params, inputs
         if device is not None:
@@ -431,7 +439,7 @@ class Pipeline(Generic[Task_co]):
             "starts": bucket.texts if packed else 0,
             "masked_positions": bucket.masks,
             "labels": bucket.masks if bucket.labelled else 0,
-        }  # 0 if the program has no such input
+        }  # a length of 0 means that the program has no such input
         return {name: (bucket.rows, length) for name, length in lengths.items() if length}
 
     def _step(self, params: tree.Params, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -453,6 +461,7 @@ def _masks(length: int, texts: int) -> tuple[int, int, int]:
     """Numbers of masked positions that rows are padded to.
 
     The smallest is at least 2: with 1 position, the head would compute matrix-vector products, which are slow on CPU.
-    The second is a quarter of the tokens, enough for the 15 % that pretraining masks. The largest is all tokens.
+    The second is a quarter of the row's tokens, enough for the 15 % that pretraining masks. The largest is the
+    number of all tokens of the row.
     """
     return 2 if texts == 1 else max(2, length // 16), length // 4, length

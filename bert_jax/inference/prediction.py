@@ -1,8 +1,8 @@
 """Makes predictions for the rows of files, in order and in constant memory. A run that was killed can be resumed.
 
-Next to the output, here called OUT, a run writes up to three more files. `OUT.partial` holds the rows so far and is
-removed at the end. `OUT.run.json` identifies the run and records its progress. `OUT.rejected.jsonl` holds the rows that
-could not be used, if there are any.
+Next to the output, here called OUT, a run writes up to three more files. `OUT.partial` holds the rows predicted so
+far and is removed at the end. `OUT.run.json` identifies the run and records its progress. `OUT.rejected.jsonl`
+holds the rows that could not be used, if there are any.
 """
 
 import contextlib
@@ -31,7 +31,10 @@ from bert_jax.inference.pipelines import READ_AHEAD, Pipeline
 from bert_jax.tasks.base import Request, Task
 
 WHOLE = 2**28
-"""Files of up to this many bytes are hashed whole (0.6 s). Of larger files, `SAMPLES` blocks are hashed (0.2 s)."""
+"""Files of up to this many bytes are hashed whole, which takes at most 0.6 s.
+
+Of a larger file, only `SAMPLES` blocks of `BLOCK` bytes are hashed, which takes 0.2 s.
+"""
 SAMPLES, BLOCK = 64, 2**20
 PREDICTION = "prediction"
 """Name of the column that is added to each row."""
@@ -58,7 +61,7 @@ def predict_files(
     parameters: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> Counts:
-    """Predicts each row of the input files and writes the row, with its prediction, to the output.
+    """Makes a prediction for each row of the input files, and writes each row with its prediction to the output.
 
     If the run is killed, the same call resumes it. A row whose input cannot be used is written to
     `{output}.rejected.jsonl` with the reason, and the run continues.
@@ -67,9 +70,9 @@ def predict_files(
         pipe: The pipeline that predicts.
         inputs: Files or folders in the formats that `sources.entries` reads.
         output: The output file. Its name gives the format: JSONL or CSV, both optionally gzipped, or Parquet.
-        model: Name of the model, which is recorded; a run can only be resumed with the same name.
-        columns: The columns that make up an input: one, or two for a pair. By default, the first of the task's
-            `columns_of_input` that a row has.
+        model: Name of the model. The name is recorded, and a run can be resumed only with the same name.
+        columns: The columns that make up an input: one, or two for a pair. By default, the first tuple in the task's
+            `columns_of_input` whose columns a row has.
         format: Format of the inputs. If None, each file's name gives its format, and a .txt file has one text per line.
         shard: (i, n) selects every n-th row, starting with the i-th, counted from 1.
         parameters: The parameters of the task.
@@ -90,7 +93,7 @@ def predict_files(
     except OSError as error:
         raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from None
     try:
-        # Converted to JSON and back, because it is compared with a journal, in which JSON has made tuples lists.
+        # Conversion to JSON and back turns tuples into lists, as in the journal that `run` is compared with.
         run = json.loads(json.dumps({
             "task": pipe.task.name, "model": model, "inputs": files, "columns": columns, "format": format,
             "shard": shard, "parameters": parameters,
@@ -135,7 +138,7 @@ def predict_files(
 
 @dataclass
 class _Journal:
-    """The journal of a run, with its progress.
+    """The content of `OUT.run.json`: what identifies a run, and the progress of the run.
 
     A resumed run truncates `OUT.partial` and `OUT.rejected.jsonl` to the recorded sizes, so no row is lost or repeated.
     """
@@ -212,7 +215,8 @@ def _predict(
         ThreadPoolExecutor(1) as ahead,  # while one window is computed, the next is read and tokenized
     ):
         try:
-            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before truncation, which could damage another run
+            # The lock is taken before the files are truncated, which could damage another run.
+            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"{journal.output} is being written by another process.") from None
         for file, size in ((partial, journal.partial_bytes), (rejected, journal.rejected_bytes)):
@@ -227,7 +231,8 @@ def _predict(
             results = pipe.run(window.requests)
             predicted = zip(window.rows, results, strict=True)
             partial.writelines(_line(row | {PREDICTION: jsonable(result)}) for row, result in predicted)
-            rejected.writelines(_line(row, ascii=True) for row in window.rejected)  # ASCII can escape lone surrogates
+            # A rejected row may hold lone surrogates, which UTF-8 cannot encode. JSON in ASCII escapes them.
+            rejected.writelines(_line(row, ascii=True) for row in window.rejected)
             for file in (partial, rejected):
                 file.flush()
                 os.fsync(file.fileno())
@@ -322,7 +327,7 @@ def _convert(partial: Path, output: Path) -> None:
             with opened(staged, "wb") as file:
                 shutil.copyfileobj(rows, file)
         else:
-            # Two passes over the rows: the columns and their types are known only after the last row.
+            # The rows are read twice, because the columns and their types are known only after the last row.
             kinds: dict[str, set[type]] = {}
             for row in map(_flat, rows):
                 for name, value in row.items():
@@ -349,9 +354,10 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _flat(line: bytes) -> dict[str, Any]:
-    """Parses a row of a table. A prediction that is an object, such as `{label, score}`, becomes one column per field.
+    """Converts a line of `OUT.partial` to a row of a table, in which no value is a list or an object.
 
-    Lists, and all objects that are not predictions, become JSON texts.
+    A prediction that is an object, such as `{label, score}`, becomes one column per field. Lists and all other objects
+    become JSON texts.
     """
     row = json.loads(line)
     if isinstance(row[PREDICTION], dict):

@@ -3,8 +3,8 @@
     bert-jax serve bert-mini-cased
     curl -H 'Content-Type: application/json' localhost:8000/score -d '{"inputs": {"input_string": ["A [MASK] day."]}}'
 
-The answers are those of `pipeline(…)`, with the same tokenization, padded batches and programs. All programs are
-compiled before the server reports that it is ready.
+The answers are those of `pipeline(…)`, because the server uses its tokenization, its batches and its programs. All
+programs are compiled before the server reports that it is ready.
 """
 
 import ast
@@ -71,7 +71,7 @@ class Server:
 
     Args:
         name: The name of the model, as clients see it.
-        pipes: The pipelines by task. The first one answers at /score.
+        pipes: The pipelines by task. The first one answers requests to /score.
         limits: What the server accepts.
     """
 
@@ -79,7 +79,7 @@ class Server:
         self.name, self.pipes, self.limits = name, pipes, limits
         self.first = next(iter(pipes.values()))
         self.ready = False
-        self.attention: Attention  # compiled by `_warm_up`
+        self.attention: Attention  # set by `_warm_up`, which compiles its programs
         registry = self.registry = CollectorRegistry()
         self.requests = Counter("bert_jax_requests", "Number of requests.", ["route", "status"], registry=registry)
         self.seconds = Histogram("bert_jax_request_seconds", "Seconds per request.", ["route"], registry=registry)
@@ -215,7 +215,12 @@ class Server:
             raise InputError(f"the input has {size} characters; at most {self.limits.max_characters} are allowed.")
 
     async def _answer(self, request: Request, job: Job) -> Any:
-        """Returns the answer to a job. If the client disconnects before that, a job that has not started is dropped."""
+        """Returns the answer to a job.
+
+        Raises:
+            Refused: If the client disconnects before the answer; the job is then dropped unless it has started. See
+                also `Batcher.submit`.
+        """
         answer = asyncio.ensure_future(self.batcher.submit(job))
         left = asyncio.ensure_future(_left(request))
         try:
@@ -270,7 +275,7 @@ def _validated(body: type[pydantic.BaseModel], content: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _refusing(content: Any) -> Any:
-    """Replaces an `InputError` by `Refused`, with a message that does not quote the client's texts."""
+    """Replaces an `InputError` by `Refused`, with a message that quotes none of the client's texts in `content`."""
     try:
         yield
     except InputError as error:
@@ -303,8 +308,8 @@ def _documented(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """The response to a request that raised an exception."""
-    if isinstance(error, HTTPException):  # for example, for an unknown route
+    """The response to a request whose handling raised an exception."""
+    if isinstance(error, HTTPException):  # raised by Starlette, for example for an unknown route
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
         error = Refused(error.status_code, code, str(error.detail), dict(error.headers or {}))
     if not isinstance(error, Refused):
@@ -324,7 +329,7 @@ def serve(
 
     Args:
         name: The name of the model, as clients see it.
-        pipes: The pipelines by task. The first one answers at /score.
+        pipes: The pipelines by task. The first one answers requests to /score.
         host: The address to listen at.
         port: The port to listen at; 0 for a free one.
         limits: What the server accepts; the defaults of `Limits` if None.

@@ -1,4 +1,4 @@
-"""The functions behind the command line, which take settings.
+"""The functions behind the commands `finetune`, `pretrain` and `evaluate`. Each function takes settings.
 
 `finetune` and `pretrain` return the folder of a run, `dry_run` returns a description, and `evaluate` and
 `evaluate_held_out` return metrics. In `bert_jax`, only `recipes` and the modules `settings`, `yaml_file` and `cli` use

@@ -89,7 +89,7 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
 
 
 def dry_run(settings: Settings, target: str | None = None, *, console: Console | None = None) -> str:
-    """Describes what a run would do, without a training step.
+    """Describes what a run would do, without running a training step.
 
     The text has the settings, the number of examples, the tokens of the first examples, how the parameters are trained,
     the number of steps, the shapes of batches, and the memory that the run needs.
@@ -145,7 +145,7 @@ def peak_memory(settings: Settings, prepared: preparation.Prepared, run: loop.Ru
     On CPU, this is the memory of the whole process. It is the sum of three parts: what the process occupies now
     (libraries, data, model and programs), the training state with a batch, and what the largest phase of the run needs
     in addition. On other devices, it is the memory of one device, and the sum of only the last two parts. If the run
-    uses LoRA, an evaluation needs merged weights, which are not included.
+    uses LoRA, the sum does not include the merged weights that an evaluation needs.
 
     Args:
         settings: The settings of the run.
@@ -184,7 +184,10 @@ def peak_memory(settings: Settings, prepared: preparation.Prepared, run: loop.Ru
 
 
 def compile_for(chips: aot.Target, run: loop.Run, shape: Shape, config: BertConfig, console: Console) -> str:
-    """Describes what a target's compiler reports for a step on a batch of `shape`, and the largest batch that fits."""
+    """Describes what a target's compiler reports for a step on a batch of `shape`, and the largest batch that fits.
+
+    A batch fits if a chip's memory suffices for the step. Only the number of rows is varied.
+    """
     share = run.loader.share
 
     def check(n: int) -> aot.Check:
@@ -214,8 +217,8 @@ def evaluate(
         model_id: A folder or an id on the Hub.
         settings: Settings with the task, the data, the maximum length and the batch size.
         split: "validation" or "test".
-        ignore: Regular expressions of the tensors to leave out of the checkpoint. An expression has
-            to match the whole name of a tensor.
+        ignore: Regular expressions of the checkpoint's tensors that are not to be loaded. An expression has to match
+            the whole name of a tensor.
         console: Shows notes on the data; None shows nothing.
 
     Returns:

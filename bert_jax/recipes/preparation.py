@@ -21,7 +21,7 @@ from bert_jax.tasks.registry import TASKS
 from bert_jax.tokenizer import Tokenizer
 
 DROPOUT = {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"}
-"""Names of the dropout rates in the settings of `model`. If set, a rate replaces that of the checkpoint's config."""
+"""The settings of `model` that are dropout rates. A rate that is set replaces the one in the model's config."""
 
 
 class Prepared(NamedTuple):
@@ -117,7 +117,7 @@ def max_length(settings: Settings | Pretraining, config: BertConfig) -> int:
     """Returns `data.max_length` after checking that the model has enough positions.
 
     Raises:
-        InputError: If the model has fewer positions.
+        InputError: If the model has fewer positions than `data.max_length`.
     """
     length, positions = settings.data.max_length, config.max_position_embeddings
     if length > positions:
@@ -140,8 +140,8 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
     """Reads a split; the result is empty if the split is not set.
 
     Raises:
-        InputError: If the split cannot be read, if it has no rows, if it lacks a column, or if a class id means
-            different labels in two files of the split.
+        InputError: If the split cannot be read, if it has no rows, if it lacks a column, or if `data.labels` is not set
+            and a class id means different labels in two files of the split.
     """
     data = settings.data
     places = getattr(data, split)
@@ -176,7 +176,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
         task = TASKS[settings.task]
         usual, required, target = task.columns, task.required, task.target
     try:
-        # No setting names the columns "id" and "is_impossible": the setting `data.id` is the id of the data set.
+        # The columns "id" and "is_impossible" cannot be renamed by a setting: `data.id` is the id of the data set.
         wanted = {
             name: sources.column(there, None if name in ("id", "is_impossible") else getattr(data, name), names)
             for name, names in usual.items()
@@ -201,9 +201,15 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
 def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None) -> BertConfig:
     """Returns a model's config. If `data.labels` is set, its names replace LABEL_0, LABEL_1, …
 
+    Args:
+        config: The config of the model.
+        settings: Settings with the task and `data.labels`.
+        labels: The names of the data's classes in the order of their ids; None if the data has no class ids.
+
     Raises:
-        InputError: If `data.labels` has more or fewer names than the model has labels, or if a metric depends on the
-            order of the two labels and the order in the data differs from that in the model.
+        InputError: If `data.labels` is to replace LABEL_0, LABEL_1, …, but has more or fewer names than the model has
+            labels. Also if the model has two labels, a metric depends on their order, and `data.labels` (if it is not
+            set, `labels`) has them in the other order.
     """
     given, names = settings.data.labels, config.labels
     if given and all(re.fullmatch(r"LABEL_\d+", name) for name in names):

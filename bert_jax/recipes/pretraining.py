@@ -131,7 +131,7 @@ def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any
     params, skeleton = tree.split(model)
     flat, notes = tree.flatten(params), ""
     if TRANSFORM in tree.select(settings.model.new, flat):
-        # With a pretrained encoder, an identity transform is a better start than a random one.
+        # For a pretrained encoder, the identity is a better initial transform than random weights.
         flat[TRANSFORM] = jnp.eye(model.config.hidden_size)
     before = Tokenizer.from_pretrained(settings.model.id, revision=settings.model.revision)
     if before.backend.get_vocab() != tokenizer.backend.get_vocab():

@@ -129,14 +129,14 @@ TRANSFORMS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 """Maps each `optimizer.name` to the function that makes its transformation of gradients, without the learning rate."""
 KEYWORDS = {"beta1": "b1", "beta2": "b2", "epsilon": "eps", "bias_correction": "bias_correction"}
-"""Maps a setting of `optimizer` to the keyword argument of the functions in `TRANSFORMS`."""
+"""Maps the settings of `optimizer` to the keyword arguments of the functions in `TRANSFORMS`."""
 
 
 def make_optimizer(settings: Settings | Pretraining, steps: int) -> optax.GradientTransformation:
     """The optimizer of a run with this number of steps.
 
     Raises:
-        InputError: If a setting is given that the optimizer does not have.
+        InputError: If a setting is given that the chosen optimizer does not have.
     """
     options = settings.optimizer
     make = TRANSFORMS[options.name]

@@ -2,9 +2,9 @@
 
 For inference, a task has `Task.forward`, a pure function that runs on the device, and `Task.request`, which makes a
 request from an input. A request is a generator: it yields the rows that it needs computed, receives their outputs, may
-yield more rows that depend on those outputs, and returns its result. A request does not handle batches. The pipeline
-(`bert_jax.inference.pipelines`) collects the rows of many requests in a batch and pads the batch to the shape of a
-bucket. The result of a request does not depend on the other requests in the batch.
+yield more rows that depend on those outputs, and returns its result. A request does not handle batches: the pipeline
+(`bert_jax.inference.pipelines`) collects the rows of many requests in batches, and pads each batch to one of a few
+shapes, the buckets. The result of a request does not depend on the other requests in the batch.
 
 Shapes are written with B rows, T tokens per row, K texts or examples per row, P masked positions per row, C labels and
 V tokens in the vocabulary.
@@ -45,7 +45,7 @@ def check_text(text: Any, name: str = "text") -> None:
 
     Args:
         text: The text to check.
-        name: How the error message refers to a blank text.
+        name: What the error message calls the text if it is blank.
     """
     if not isinstance(text, str):
         raise InputError(f"expected a text, got {quoted(text)} ({type(text).__name__}).")
@@ -60,8 +60,8 @@ class ReadOptions:
     Attributes:
         labels: The names of the labels in the order of their ids; None to take them from the data set.
         problem_type: The problem type of text classification; None to infer it from the labels.
-        wrong_answers: Whether to skip an invalid row of question answering or to stop. A row is invalid if, for
-            example, the context does not have the answer at the given start.
+        wrong_answers: What to do with an invalid row in question answering: skip the row, or stop with an error. A row
+            is invalid if, for example, its context does not have the answer at the given start.
     """
 
     labels: tuple[str, ...] | None = None
@@ -76,7 +76,8 @@ class Features:
     Attributes:
         input_ids: Token ids, special tokens included.
         token_type_ids: 0 or 1 for each token.
-        masked_positions: Indices of the tokens at which to score the vocabulary; empty if `Task.masked` is false.
+        masked_positions: Indices of the tokens at which the model scores every token of the vocabulary; empty if
+            `Task.masked` is false.
         labels: Ids of the true tokens at the masked positions. Set only for evaluation, otherwise empty.
     """
 
@@ -97,7 +98,7 @@ Request = Generator[list[Features], list[Outputs], Result]
 
 
 class LabelScore(TypedDict):
-    """A predicted label and its score: a probability or, if the model is a regression, the predicted number."""
+    """A predicted label and its score. The score is a probability or, in regression, the predicted number."""
 
     label: str
     score: float
@@ -111,16 +112,16 @@ class Task(Protocol):
     model_class: Any
     """The class of the task's models."""
     per_token: bool
-    """Whether outputs have one entry per token. If `per_token` and `masked` are false, they have one per text."""
+    """Whether outputs have one entry per token. If neither `per_token` nor `masked` is true, they have one per text."""
     masked: bool
     """Whether rows have masked positions. If so, outputs have one entry per masked position."""
     columns_of_input: tuple[tuple[str, ...], ...]
-    """Usual names of the columns that make up an input. The first tuple whose columns all exist in the file is used."""
+    """The columns that usually make up an input. Of these tuples, the first whose columns are all in a row is used."""
     json_input: Any
     """The type of one input in the JSON body that the server receives."""
 
     def forward(self, model: Any, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
-        """Computes the outputs of a batch. This function is pure, and is compiled once per bucket.
+        """Computes the outputs of a batch. This function is pure, and is compiled once for each shape of a batch.
 
         Args:
             model: An instance of `model_class`.
@@ -171,9 +172,12 @@ class TrainableTask(Task, Objective, Protocol):
     peft_type: str
     """The `task_type` that the library `peft` uses for models of this task."""
     options: Mapping[str, type] = {}
-    """Maps each further argument of the constructor to its class. The settings have a section of the same name."""
+    """Maps the names of further arguments of the constructor to their classes.
+
+    The settings have a section with the name of each of these arguments.
+    """
     order_matters: bool = False
-    """Whether a metric of a model with two labels depends on their order."""
+    """Whether, if a model has two labels, a metric depends on the order of the labels."""
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
@@ -195,7 +199,10 @@ class TrainableTask(Task, Objective, Protocol):
         """Whether any example has true values for `evaluate` to compare the outputs with."""
 
     def tuned(self, metrics: Mapping[str, Any]) -> Self:
-        """The task with the values, such as a threshold, that an evaluation found. By default, the unchanged task."""
+        """Returns a task that uses the values, such as a threshold, that an evaluation found and stored in `metrics`.
+
+        A task without such values returns itself.
+        """
         return self
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:

@@ -62,4 +62,4 @@ class FeatureExtraction:
         vectors: np.ndarray = {None: states, "cls": states[0], "mean": states.mean(axis=0)}[pooling]
         if normalize:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-        return np.array(vectors)  # a copy: a view would keep the whole batch in memory
+        return np.array(vectors)  # copied, because a view would keep the outputs of the whole batch in memory

@@ -14,7 +14,7 @@ from bert_jax.tasks.base import Features, Request, check_text
 from bert_jax.tokenizer import Tokenizer
 
 BEAMS = 16
-"""Number of partial fillings to keep after each mask if masks are filled jointly. A larger `top_k` raises it."""
+"""Number of partial fillings to keep after each mask if masks are filled jointly; `top_k` if that is larger."""
 
 
 class TargetPiece(TypedDict):
@@ -86,8 +86,8 @@ class FillMask:
             that are likelier than the target. For a target of several pieces, `token` is a list of ids, and `pieces`
             describes each piece.
 
-            If `joint` is set, a single list for all masks, in which `token` and `token_str` are lists with one item per
-            mask.
+            If `joint` is set, the result is a single list for all masks, and the `token` and `token_str` of an entry
+            are lists with one item per mask.
 
         Raises:
             InputError: If an argument cannot be used; the message says what was expected.
@@ -126,9 +126,9 @@ class FillMask:
     def _score_targets(
         self, ids: list[int], masks: list[int], targets: list[list[int]], top_k: int
     ) -> Request[Fillings]:
-        # All rows are yielded at once. The first rows are the text with its masks. For each mask and each target of
-        # k > 1 pieces, k rows follow, in which k masks replace the mask. In the first of these rows, all k masks are
-        # empty. In each further row, one more of them is filled with its piece of the target, from left to right.
+        # All rows are yielded at once. The first rows hold the text with its masks. For each mask and each target of
+        # k > 1 pieces, k rows follow, one per piece. In the row of piece n, counted from 0, the mask is replaced by the
+        # first n pieces and k - n masks, and piece n is scored at the first of these masks.
         groups = list(self._groups(masks))
         rows = [self._row(ids, group) for group in groups]
         rows += [
@@ -210,11 +210,11 @@ class FillMask:
         yield group
 
     def _row(self, ids: list[int], positions: list[int], around: Sequence[int] = ()) -> Features:
-        """A row in which the vocabulary is scored at `positions`: the text or, if it is too long, a window of it.
+        """Makes a row with masked positions: the text or, if the text is too long, a window of it.
 
         Args:
             ids: Token ids of the whole text, [CLS] first and [SEP] last.
-            positions: Indices of masks in `ids`.
+            positions: The masked positions, as indices in `ids`.
             around: Indices in `ids` that the window is centred on. If this is empty, `positions` are used.
         """
         if len(ids) <= self.max_length:
@@ -238,7 +238,7 @@ class FillMask:
 
 def _best(p: np.ndarray, k: int) -> list[int]:
     """The ids of the k highest entries, best first; ties go to the lower id."""
-    candidates = np.flatnonzero(p >= np.partition(p, -k)[-k])  # takes half the time of np.argpartition
+    candidates = np.flatnonzero(p >= np.partition(p, -k)[-k])  # np.partition takes half the time of np.argpartition
     best: list[int] = candidates[np.lexsort((candidates, -p[candidates]))][:k].tolist()
     return best
 

@@ -44,7 +44,10 @@ class MaskedLanguageModeling(Objective):
         }
 
     def _logits(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, ...]:
-        """The logits of the masked tokens, float32 [B, P, V]. `PreTraining` adds next-sentence logits, [B, K, 2]."""
+        """Returns the logits of the masked tokens, float32 [B, P, V], as a tuple.
+
+        `PreTraining` adds the logits of next-sentence prediction, float32 [B, K, 2], to the tuple.
+        """
         positions = batch["targets"]["masked_positions"]
         return (model(**batch["inputs"], masked_positions=positions, dropout_key=dropout_key).logits,)
 
@@ -69,16 +72,16 @@ class MaskedLanguageModeling(Objective):
 class PreTraining(MaskedLanguageModeling):
     """Masked-language modeling and next-sentence prediction, for a `BertForPreTraining`.
 
-    The loss is the sum of the two losses, as in the paper. If gradients are accumulated (`training.accumulation`), the
-    loss of next-sentence prediction is averaged over the parts of a step. The weight of a part is its number of masked
-    tokens.
+    The loss is the sum of the losses of both objectives, as in Devlin et al. 2018. If gradients are accumulated
+    (`training.accumulation`), both losses of a step are means over the parts of its batch, and the weight of a part is
+    its number of masked tokens, even for next-sentence prediction.
     """
 
     model_class: Any = BertForPreTraining
     metrics = (*MaskedLanguageModeling.metrics, "nsp_accuracy")
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The sum of the two mean losses, in nats, and the number of masked tokens."""
+        """The sum of the mean losses of both objectives, in nats, and the number of masked tokens."""
         logits, following = self._logits(model, batch, dropout_key)
         loss, count = self._mlm_loss(logits, batch)
         labels = jnp.where(batch["weights"] > 0, batch["targets"]["next_sentence_label"], IGNORE)

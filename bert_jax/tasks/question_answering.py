@@ -27,7 +27,8 @@ class AnswerOptions:
     """How contexts are cut into windows, and how answers are read from them.
 
     Attributes:
-        stride: Tokens by which neighbouring windows of a context overlap; a third of the maximum row length if None.
+        stride: Number of tokens that neighbouring windows of a context share; None for a third of the maximum row
+            length.
         max_question_length: The maximum number of tokens of a question; longer questions are truncated.
         max_answer_length: The maximum number of tokens of an answer.
         n_best: The `n_best` likeliest first tokens are combined with the `n_best` likeliest last tokens, and the
@@ -111,8 +112,8 @@ class QuestionAnswering(TrainableTask):
                 of the context; by default 384, or the model's maximum length if that is less.
             doc_stride: Tokens by which neighbouring windows overlap; by default 128, or half a window if that is less.
             max_question_len: Maximum number of tokens of the question; a longer question is truncated.
-            handle_impossible_answer: Whether the empty answer, "", is a candidate. It means that the question has no
-                answer, and its score is the lowest of its probabilities in the windows.
+            handle_impossible_answer: Whether the empty answer, "", is a candidate. The empty answer means that the
+                question has no answer. Its score is the lowest of the probabilities that the windows give it.
             null_threshold: If set, the empty answer is a candidate even without `handle_impossible_answer`. It comes
                 first if the sum of its start and end logits exceeds the sum for the best other answer by more than this
                 threshold, and last otherwise. BERT's run_squad.py calls the threshold `null_score_diff_threshold`.
@@ -188,7 +189,9 @@ class QuestionAnswering(TrainableTask):
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
-        """See `TrainableTask.clean`. Answers become lists of texts and starts. Invalid rows are dropped.
+        """See `TrainableTask.clean`. The answers of a row become a list of texts and a list of starts.
+
+        Invalid rows are dropped.
 
         Raises:
             InputError: If `options.labels` is set, if two rows of a split have the same id, if there are invalid rows
@@ -228,14 +231,15 @@ class QuestionAnswering(TrainableTask):
     def config(
         rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
-        """See `TrainableTask.config`. There are two labels.
+        """See `TrainableTask.config`. The fields define two labels.
 
-        The head has two outputs, start and end, and transformers gives a head as many outputs as there are labels.
+        They are needed because transformers gives a head as many outputs as there are labels, and this head has two
+        outputs, start and end.
         """
         return {"id2label": ("LABEL_0", "LABEL_1"), "num_labels": 2}
 
     def tuned(self, metrics: Mapping[str, Any]) -> Self:
-        """See `TrainableTask.tuned`. The only such value is `AnswerOptions.null_threshold`."""
+        """See `TrainableTask.tuned`. The only value that an evaluation finds is `AnswerOptions.null_threshold`."""
         tuned = copy.copy(self)
         if "null_threshold" in metrics:
             tuned.answers = replace(self.answers, null_threshold=metrics["null_threshold"])
@@ -245,7 +249,7 @@ class QuestionAnswering(TrainableTask):
         """Converts rows to windows. A row has `question`, `context` and `answers`; `answers` may be None.
 
         The targets `start` and `end` are the indices of the first and the last token of the row's first answer. Both
-        are 0, the index of [CLS], if the window does not hold the whole answer.
+        are 0, the index of [CLS], if the row has no answer, or if the window does not hold the whole answer.
 
         Raises:
             InputError: If a question leaves no room for the context.
@@ -282,13 +286,15 @@ class QuestionAnswering(TrainableTask):
     def loss(
         self, model: BertForQuestionAnswering, batch: Mapping[str, Any], dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """See `Objective.loss`. The mean over windows of the cross entropy of the answer's first and last token.
+        """See `Objective.loss`. The loss of a batch is the mean over its windows.
 
-        The softmax is over the tokens of one window, so the loss of a window does not depend on the rest of the batch.
+        The loss of a window is the mean of the cross entropies of the answer's first and last token. The softmax is
+        over the tokens of one window, so the loss of a window does not depend on the rest of the batch.
         """
         inputs, starts = batch["inputs"], batch["starts"]
         out = model(**inputs, dropout_key=dropout_key)
-        windows = inputs.get("document_ids", inputs.get("attention_mask"))[:, None]  # 1, 2, … in windows; 0 is padding
+        # For each token, the number of its window in the row, counted from 1, or 0 for padding.
+        windows = inputs.get("document_ids", inputs.get("attention_mask"))[:, None]
         own = windows == 1 + jnp.arange(starts.shape[1])[None, :, None]  # [B, K, T]
         start, end = (jnp.where(own, x[:, None], np.finfo(np.float32).min) for x in (out.start_logits, out.end_logits))
         counts = batch["weights"] > 0
@@ -300,7 +306,7 @@ class QuestionAnswering(TrainableTask):
         return any(row["answers"] is not None for _, row, *_ in examples.origins)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """The metrics (`bert_jax.evaluation.metrics.answering`) of the rows that give answers; empty if none does."""
+        """The metrics (`bert_jax.evaluation.metrics.answering`) of the rows that give answers; empty if no row does."""
         from bert_jax.evaluation import metrics
 
         if not self.labelled(examples):
@@ -321,7 +327,8 @@ class QuestionAnswering(TrainableTask):
 
         `best_answer` is the best answer that is not empty, and `null_over_best` says by how much the logits of the
         empty answer exceed those of `best_answer`. `answer` is the empty answer if `AnswerOptions.unanswerable` is set
-        and `null_over_best` is more than `AnswerOptions.null_threshold`; otherwise, it is `best_answer`.
+        and `null_over_best` is more than `AnswerOptions.null_threshold`; otherwise, it is `best_answer`. `n_best` lists
+        the best answers with their logits and probabilities.
         """
         count, longest = self.answers.n_best, self.answers.max_answer_length
         best: dict[int, list[tuple[float, int, int]]] = {}
@@ -377,14 +384,15 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
     impossible = row.get("is_impossible")
     if impossible is not None and str(impossible).lower() not in ("", "false", "0", "true", "1"):
         raise InputError(f"is_impossible is {quoted(impossible)}; expected true or false.")
-    if str(impossible).lower() in ("true", "1"):  # any answers of such a question are only plausible: ignore them
+    # If a question that is marked as impossible comes with answers, these are plausible but wrong, and are ignored.
+    if str(impossible).lower() in ("true", "1"):
         return {"text": [], "answer_start": []}
     given = row.get("answers")
     if given is None and not check:
         return None
     answers = literal(given) if isinstance(given, str) else given  # a CSV file holds the answers as a text
     if isinstance(answers, list | tuple) and all(isinstance(answer, Mapping) for answer in answers):
-        # SQuAD's own form has one object per answer. Convert it to one list per field.
+        # SQuAD's own files have one object per answer. Convert these objects to one list per field.
         answers = {name: [answer.get(name) for answer in answers] for name in ("text", "answer_start")}
     texts, starts = (answers.get(name) if isinstance(answers, Mapping) else None for name in ("text", "answer_start"))
     texts, starts = ([values] if isinstance(values, str | int) else values for values in (texts, starts))
@@ -407,7 +415,7 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
 def _place(answers: Mapping[str, Any] | None, context: np.ndarray, offsets: np.ndarray) -> tuple[int, int]:
     """The indices of the first answer's first and last token in a window, found as in run_qa.py of transformers.
 
-    Both are 0, the index of [CLS], if the window does not hold the whole answer.
+    Both are 0, the index of [CLS], if there is no answer, or if the window does not hold the whole answer.
     """
     if answers and answers["text"] and len(context):
         begin = answers["answer_start"][0]
@@ -438,7 +446,8 @@ def _spans(window: Encoding, output: Outputs, longest: int, count: int) -> tuple
     allowed = context | (np.arange(length) == 0)
     start, end = (_softmax(np.where(allowed, output[name][:length], -np.inf)) for name in ("start", "end"))
     null = float(start[0] * end[0])
-    # Spans are indexed by (last - first, first), because that takes an array [longest, T] instead of [T, T].
+    # The score of a span is at [last - first, first]. The array is thus [longest, T]; with [first, last] as the index,
+    # it would be [T, T].
     scores = np.full((min(longest, length), length), -1.0)
     for k in range(len(scores)):
         scores[k, : length - k] = np.where(context[: length - k] & context[k:], start[: length - k] * end[k:], -1.0)

@@ -221,7 +221,8 @@ class SequenceClassification(TrainableTask):
 
     def _known(self, labels: Any) -> Any:
         """Which examples have a label: bool [N], or [B, K] for a batch."""
-        return labels != UNKNOWN if self.problem_type == SINGLE else ~(labels != labels).any(-1)  # finds NaN
+        # NaN, which marks unlabelled examples, is the only number that differs from itself.
+        return labels != UNKNOWN if self.problem_type == SINGLE else ~(labels != labels).any(-1)
 
     def loss(
         self, model: BertForSequenceClassification, batch: Mapping[str, Any], dropout_key: jax.Array | None
@@ -240,7 +241,7 @@ class SequenceClassification(TrainableTask):
         return loss(logits, jnp.where(counts[..., None], labels, 0.0), counts.astype(jnp.float32)), count
 
     def outputs(self, model: BertForSequenceClassification, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """See `Objective.outputs`. Computes `scores` like `forward`, but always for the trained problem type."""
+        """See `Objective.outputs`. Computes `scores` like `forward`, but always as `self.problem_type` requires."""
         logits = model(**batch["inputs"], positions=batch["starts"]).logits
         return {"scores": SCORES[self.problem_type](logits)}
 
@@ -281,7 +282,7 @@ def _read_lists(labels: dict[str, Any], problem_type: str | None) -> None:
     all texts in brackets have to be lists.
 
     Args:
-        labels: The label of each row, by the row's name in messages (its split and number). Changed in place.
+        labels: The label of each row, changed in place. The keys name the rows in messages, by split and number.
         problem_type: None or `MULTI`.
 
     Raises:
@@ -315,7 +316,11 @@ def _check(where: str, label: Any, names: Collection[str]) -> None:
 
 
 def _read_ids(labels: dict[str, Any], names: tuple[str, ...]) -> str:
-    """Replaces class ids by names if all labels are integers and no label is a name; returns a note for the user."""
+    """If the labels are class ids, replaces them in place by class names; returns a note for the user.
+
+    Labels are class ids if all are integers or "", and if none of them is in `names`. The id -1 and "" become None. If
+    `names` is empty, nothing is replaced.
+    """
     whole = [re.fullmatch("-1|[0-9]{1,9}", str(label)) for label in labels.values() if label != ""]
     if not names or not whole or not all(whole) or any(str(label) in names for label in labels.values()):
         return ""
@@ -343,7 +348,8 @@ def _read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
             raise InputError(f"{where}: the label is {quoted(label)}; expected a list of labels.")
     lists = {where: label for where, label in labels.items() if where not in blank}
     parts = [part for label in lists.values() for part in label]
-    digits = {"0", "1"}.issuperset(parts) and not set(names).issuperset(parts)  # 0 and 1 written as texts
+    # Whether the lists hold 0 and 1 as texts that are not the names of labels.
+    digits = {"0", "1"}.issuperset(parts) and not set(names).issuperset(parts)
     if not digits and all(isinstance(part, str) for part in parts):
         return ""
     binary = digits or {0, 1}.issuperset(parts)
@@ -351,7 +357,7 @@ def _read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
     if binary and len(lengths) == 1 and (lengths == {len(names)} if names else lengths != {1}):
         for where, label in lists.items():
             vector = [int(part) for part in label]
-            # Names are better than vectors, which would be wrong for a model with the labels in another order.
+            # Names, if given, replace the vector, which would be wrong for a model with the labels in another order.
             labels[where] = list(itertools.compress(names, vector)) if names else vector
         labels.update(dict.fromkeys(blank))
         return f"labels: 0/1 vectors over {listed(names or _numbered(*lengths))}"
@@ -412,6 +418,6 @@ def label_set(labels: Sequence[Any], problem_type: str | None) -> tuple[str, tup
     if problem_type == MULTI and (vectors := [label for label in labels if _is_vector(label)]):
         return MULTI, _numbered(len(vectors[0]))
     found = {name for label in labels for name in (names_of(label) if problem_type == MULTI else [str(label)])}
-    numeric = all(name.isascii() and name.isdigit() for name in found)  # numeric names are sorted by value
+    numeric = all(name.isascii() and name.isdigit() for name in found)  # if so, names are sorted by value
     width = max(map(len, found), default=0) if numeric else 0
     return problem_type, tuple(sorted(found, key=lambda name: (name.zfill(width), name)))

@@ -176,7 +176,8 @@ class TokenClassification(TrainableTask):
             start, end = (shift + offset for offset in window.offsets[i])
             token, shown = window.tokens[i], text[start:end]
             unknown = window.ids[i] == self.tokenizer.unk_token_id
-            continues = not unknown and len(token) != len(shown)  # a token that continues a word is longer by ##
+            # A token that continues a word begins with ##, so it is longer than the characters that it stands for.
+            continues = not unknown and len(token) != len(shown)
             pieces.append(Piece(shown if unknown else token, start, end, index, outputs[n]["scores"][i], continues))
         return pieces
 
@@ -274,7 +275,8 @@ class TokenClassification(TrainableTask):
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         """Converts rows with `tokens` and optional `tags` to windows.
 
-        Only the first piece of a word gets the label of the word, and only in one of the windows with that piece.
+        The label of a word is given to its first piece, in one of the windows with that piece. All other tokens get
+        `losses.IGNORE`.
 
         Raises:
             InputError: If a tag is unknown; the message names the row.
@@ -289,7 +291,8 @@ class TokenClassification(TrainableTask):
             if unknown := [tag for tag in tags or () if tag not in ids]:
                 raise InputError(f"row {n + 1}: the tag {quoted(unknown[0])} is unknown; {known_labels(self.labels)}")
             columns = [np.full(len(part), losses.IGNORE, np.int32) for part in parts]
-            firsts: list[list[tuple[int, int]]] = [[] for _ in parts]  # per window: (first piece, word) as indices
+            # For each window, the words whose tags are read from it: indices of the word's first piece and of the word.
+            firsts: list[list[tuple[int, int]]] = [[] for _ in parts]
             last = None
             for window, i in self._places(parts):
                 word = parts[window].token_to_word(i)
@@ -311,7 +314,7 @@ class TokenClassification(TrainableTask):
     def loss(
         self, model: BertForTokenClassification, batch: Mapping[str, Any], dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """See `Objective.loss`. The mean cross entropy over words."""
+        """See `Objective.loss`. The loss is the mean cross entropy over words."""
         labels = batch["targets"]["labels"]
         logits = model(**batch["inputs"], dropout_key=dropout_key).logits
         return losses.cross_entropy(logits, labels), jnp.sum(labels != losses.IGNORE, dtype=jnp.float32)
@@ -321,7 +324,7 @@ class TokenClassification(TrainableTask):
         return any(row["tags"] for _, row, _ in examples.origins)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """The metrics (`bert_jax.evaluation.metrics.tagging`) of the rows that have tags; empty if none has."""
+        """The metrics (`bert_jax.evaluation.metrics.tagging`) of the rows that have tags; empty if no row has."""
         from bert_jax.evaluation import metrics
 
         if not self.labelled(examples):
@@ -329,7 +332,8 @@ class TokenClassification(TrainableTask):
         truth = {n: row["tags"] for n, row, _ in examples.origins}
         found = self.predictions(outputs, examples)
         known = [n for n, tags in truth.items() if tags]
-        bioes = any(label[0] in "ES" for label in _marked(self.labels))  # if so, convert to IOB2, like the true tags
+        # If the model predicts BIOES, its tags are converted to IOB2, because `clean` converts the true tags.
+        bioes = any(label[0] in "ES" for label in _marked(self.labels))
         tags = [iob2(found[n]["tags"]) if bioes else found[n]["tags"] for n in known]
         result = metrics.tagging([truth[n] for n in known], tags)
         return result if "f1" in self.metrics else {"accuracy": result["accuracy"]}
@@ -365,7 +369,7 @@ def iob2(tags: Sequence[str]) -> list[str]:
 def _marked(tags: Iterable[str]) -> set[str]:
     """The tags that mark words of entities: tags with a type, such as B-PER, or the letters B, I, E and S alone.
 
-    Letters alone count only if no other tag but O occurs, and only if B or I is among them.
+    Letters alone count only if B or I is among them, and if no tags but these letters and O occur.
     """
     tags = set(tags)
     bare = tags - {"O"}
@@ -423,7 +427,8 @@ def _read_scheme(sentences: list[list[str]]) -> tuple[str, list[list[str]]]:
         return "BIOES, read as IOB2", converted
     pairs = zip(itertools.chain(*sentences), itertools.chain(*converted), strict=True)
     begins = [tag[0] for tag, new in pairs if new[0] == "B"]
-    if begins.count("B") > len(begins) / 2:  # B- is rare in IOB1: it only separates adjacent entities of a type
+    # In IOB1, B- is rare: an entity begins with B- only if it directly follows an entity of the same type.
+    if begins.count("B") > len(begins) / 2:
         return "IOB2", sentences
     return "IOB1, read as IOB2", converted
 

@@ -1,4 +1,4 @@
-"""Compiles programs for chips that the machine lacks, and reports the programs' memory, products and collectives.
+"""Compiles programs for chips that the machine lacks; reports their memory use, matrix products and collectives.
 
     target = aot.get("v5e:2x4")     # `target.devices` can form a mesh, like the machine's own devices
     check = aot.check(step.trace(...), target)
@@ -33,7 +33,7 @@ class Chip:
     Attributes:
         platform: The platform as JAX names it, "tpu" or "cuda".
         topology: The default number and arrangement of chips, such as "2x4".
-        memory: Bytes of one chip that a program may use, as reported by the TPU compiler or the GPU driver.
+        memory: Bytes of memory that a program may use on one chip, as reported by the TPU compiler or the GPU driver.
         flops: Operations per second in dense products of bfloat16 matrices.
         memory_rate: Bytes per second to and from the memory of the chip.
         link_rate: Bytes per second to other chips; the rate from other chips is the same.
@@ -139,7 +139,7 @@ class Check:
         aliased: Bytes per device of the donated arguments that results overwrite. If the compiler fails, this is 0.
         seconds: Time that compilation took.
         products: Maps the types of a matrix product, such as "bfloat16 × bfloat16 → float32", to the number of such
-            products and the number of their operations on all devices. A multiplication and an addition are two
+            products and the total number of their operations on all devices. A multiplication and an addition are two
             operations. Products in custom kernels are not included.
         collectives: Maps the name of a collective, such as "all-reduce", to the number of such collectives and the
             bytes of their results on each device.
@@ -206,7 +206,8 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
     kernels = Counter(re.findall(r'custom_call_target="([^"]+)"', text))
     return Check(
         target=target,
-        fits=memory <= target.chip.memory,  # the GPU compiler does not report whether a program fits
+        # The sizes are compared here, because the GPU compiler does not report whether a program fits.
+        fits=memory <= target.chip.memory,
         memory=memory,
         resident=resident,
         aliased=sizes.alias_size_in_bytes,
@@ -218,7 +219,7 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
 
 
 def _products(jaxpr: Any) -> dict[str, tuple[int, float]]:
-    """The numbers of matrix products and of their operations, by the types of the operands and of the result.
+    """Counts the matrix products of a program and their operations; see `Check.products`.
 
     A product in a scan counts once per iteration.
     """
@@ -248,7 +249,11 @@ _OWN = {"AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndicesBit
 
 
 def _collectives(text: str) -> dict[str, tuple[int, int]]:
-    """The collectives in the text of a compiled program. A collective in a counted loop counts once per iteration."""
+    """Finds the collectives in the text of a compiled program; see `Check.collectives`.
+
+    A collective in a loop counts once per iteration. The number of iterations is taken to be the largest constant in
+    the loop's condition, as is true of a scan.
+    """
     _, *parts = re.split(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", text, flags=re.MULTILINE)
     names, bodies = parts[1::3], parts[2::3]
     computations = dict(zip(names, bodies, strict=True))
@@ -260,7 +265,7 @@ def _collectives(text: str) -> dict[str, tuple[int, int]]:
                 count, size = found.get(match[2], (0, 0))
                 found[match[2]] = count + times, size + times * _bytes(match[1])
             repeats = times
-            if loop := re.search(r"condition=%?([\w.\-]+)", line):  # assumed to be a counted loop, such as a scan
+            if loop := re.search(r"condition=%?([\w.\-]+)", line):
                 limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", computations.get(loop[1], ""))
                 repeats *= max(map(int, limits), default=1)
             for inside in re.findall(r"(?:body|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
@@ -280,12 +285,12 @@ def _bytes(shapes: str) -> int:
 def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
     """Finds the largest size, such as a number of rows, at which a program fits into memory; returns 0 if none fits.
 
-    The result may be too low by up to an eighth, or by 1 if an eighth is less than that.
+    A result of 16 or more may be too low, by less than an eighth of it.
 
     Apart from the state, memory grows almost linearly with the size. A line through the memory of two programs
-    therefore predicts which size to try next. Near the limit, compilers save memory, so the prediction is too low. Each
-    try therefore exceeds the largest size known to fit by a minimum step. As long as every size has fit, this step is
-    four times as large.
+    therefore predicts which size to try next. Near the limit, compilers save memory, so the prediction is too low. For
+    this reason, each size to try exceeds the largest size known to fit by at least an eighth of that size (rounded
+    down, but not below 1). As long as every size has fit, it exceeds that size by at least four times as much.
 
     Args:
         try_out: Compiles the program for a size.
@@ -302,7 +307,8 @@ def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
             return low[0]
         (n1, memory1), (n2, memory2) = (low, high) if high else ((0, first.resident), low)
         pointed = min(n1 + (limit - memory1) * (n2 - n1) / max(memory2 - memory1, 1), 64 * n2)
-        if high:  # move halfway towards the midpoint of low and high, because memory may be far from linear
+        if high:
+            # The prediction is moved halfway to the midpoint of low and high, because memory may be far from linear.
             pointed = min((2 * pointed + low[0] + high[0]) / 4, high[0] - 1)
         n = int(max(pointed, low[0] + (step if high else 4 * step)))
         check = try_out(n)
@@ -322,14 +328,17 @@ def train_flops(config: BertConfig, rows: int, length: int) -> float:
 
 
 def bound(check: Check) -> dict[str, float]:
-    """The least seconds that a program takes at each published rate of its chip. The largest is the roofline bound.
+    """The least time that each kind of work of a program takes at the published rates of its chip.
+
+    The largest of these times is the roofline bound of the program.
 
     Returns:
         The seconds for each kind of work:
-        `products`: all matrix products, except those of custom kernels, at the peak rate of bfloat16.
-        `memory`: reading the arguments and writing the results once.
-        `links`: sending the results of collectives, without the device's own share. The result of an all-reduce is
-        sent twice, as in a ring, and the result of any other collective once.
+
+        - `products`: computing all matrix products, except those of custom kernels, at the peak rate of bfloat16.
+        - `memory`: reading the arguments once and writing the results once.
+        - `links`: sending the results of collectives to other devices. On n devices, each device sends (n - 1) / n of
+          the bytes of a result or, for an all-reduce, twice as many, as in a ring.
     """
     n, chip = len(check.target.devices), check.target.chip
     sent = sum(

@@ -6,10 +6,10 @@ from matplotlib import figure
 
 
 class Figure(figure.Figure):
-    """A matplotlib figure that is made without pyplot and that notebooks show.
+    """A matplotlib figure that is made without pyplot and that notebooks show as an image.
 
-    Figures made with pyplot are not used, because they stay in memory until they are closed. IPython shows matplotlib's
-    own figures only as text if they are made without pyplot.
+    Figures made with pyplot stay in memory until they are closed. If a figure is made without pyplot, IPython shows
+    matplotlib's own class as text; this class adds the method that IPython needs to show an image.
     """
 
     def _repr_png_(self) -> bytes:

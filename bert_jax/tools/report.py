@@ -35,7 +35,10 @@ def learning_curve(journal: Sequence[Mapping[str, Any]], metric: str) -> "Figure
 
 
 def markdown(metrics: Mapping[str, Any]) -> str:
-    """Formats metrics as Markdown: a table of numbers and, if present, scores by class and the confusion matrix."""
+    """Formats metrics as Markdown.
+
+    The first table has the numbers. If `metrics` has scores by class or a confusion matrix, each gets its own table.
+    """
     names = {"f1": f"f1 of {metrics['f1_label']}"} if "f1_label" in metrics else {}
     numbers = {names.get(name, name): value for name, value in metrics.items() if isinstance(value, int | float)}
     parts = [_table(["metric", ""], [[name, f"{value:.4f}"] for name, value in numbers.items()])]
@@ -53,7 +56,7 @@ def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Formats the results of `held_out.evaluate` as Markdown.
 
     The first table has the measures and their intervals, one column per model. For fill-mask, two more tables follow:
-    by frequency and by position.
+    one has the results by the frequency of the tokens, the other by their position.
     """
     first = next(iter(results.values()))
     rows = []
@@ -77,8 +80,8 @@ def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
 def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Plots the results of `held_out.evaluate`.
 
-    For fill-mask: accuracy by frequency and by position, one line per model. For next-sentence-prediction: the accuracy
-    of each model with its interval.
+    For fill-mask, the figure shows the accuracy by the frequency and by the position of the tokens, one line per model.
+    For next-sentence-prediction, it shows the accuracy of each model with its interval.
     """
     from bert_jax.tools.figure import Figure
 
@@ -87,7 +90,8 @@ def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
     for n, name in enumerate(names, 1):
         axes = figure.add_subplot(1, len(names), n, xlabel=CLASSES[name], ylabel="accuracy@1")
         every = {part["from"]: _class(part) for result in results.values() for part in result[name]}
-        axes.plot([every[low] for low in sorted(every)], [0.0] * len(every), alpha=0)  # fixes the order of the classes
+        # An invisible line through all classes puts them on the horizontal axis in ascending order.
+        axes.plot([every[low] for low in sorted(every)], [0.0] * len(every), alpha=0)
         for model, result in results.items():
             parts = result[name]
             axes.plot([_class(part) for part in parts], [part["accuracy@1"] for part in parts], "o-", label=model)

@@ -1,7 +1,7 @@
-"""Compares our outputs for published checkpoints with their published outputs.
+"""Compares the outputs that we compute from published checkpoints with outputs that others have published for them.
 
 The published scores are from model cards and were computed in float32 by an older PyTorch; the published hidden states
-are from a test of transformers. Ids and their order must be equal; numbers may differ by up to 1e-4.
+are from a test of transformers. Token ids and their order must be equal; numbers may differ by up to 1e-4.
 """
 
 from collections.abc import Iterator
@@ -119,7 +119,7 @@ def verify(model: str) -> Iterator[Check]:
 def _fill_mask(model: str, published: dict[str, list[tuple[str, int, float]]]) -> Iterator[Check]:
     fill_mask = pipeline("fill-mask", model)
     for text, card in published.items():
-        ours: Any = fill_mask(text, top_k=len(card))  # a flat list: each text has one mask
+        ours: Any = fill_mask(text, top_k=len(card))  # a flat list of fillings, because each text has one mask
         difference = max(abs(entry["score"] - score) for entry, (_, _, score) in zip(ours, card, strict=True))
         yield Check(
             text,
@@ -131,7 +131,7 @@ def _fill_mask(model: str, published: dict[str, list[tuple[str, int, float]]]) -
 
 
 def _uncased(model: str) -> Iterator[Check]:
-    # Inputs and numbers of test_inference_no_head_absolute_embedding in transformers' test_modeling_bert.py.
+    # Inputs and `expected` are from test_inference_no_head_absolute_embedding in transformers' test_modeling_bert.py.
     bert = BertModel.from_pretrained(model)
     out = bert(
         np.array([[0, 345, 232, 328, 740, 140, 1695, 69, 6078, 1588, 2]]),
@@ -158,6 +158,6 @@ def _ner(model: str) -> Iterator[Check]:
 
 
 def _numbers(what: str, expected: Any, got: Any) -> Check:
-    """Compares numbers that are published to four decimals; `TOLERANCE` covers the rounding."""
+    """Compares numbers that are published with four decimals. `TOLERANCE` allows for the rounding of those numbers."""
     difference = float(np.max(np.abs(expected - got)))
     return Check(what, str(expected.tolist()), str(np.round(got, 4).tolist()), difference, difference <= TOLERANCE)

@@ -33,7 +33,7 @@ def attention(
     """Plots lines from each token to the tokens that it attends to; darker lines mean more attention.
 
     Args:
-        model: Any model with plain attention; a fused attention kernel does not store the probabilities.
+        model: Any model with plain attention; a fused attention kernel does not store the attention probabilities.
         tokenizer: The tokenizer of the model.
         text: A text; the figure is legible up to a few dozen tokens.
         layer: Index of the layer; a negative index counts from the last layer.

@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints in a folder, by step.
+    """Writes and reads the checkpoints in a folder. Each belongs to one step.
 
     Args:
-        folder: Created if it does not exist.
+        folder: The folder; it is created if it does not exist.
         keep: Number of the latest checkpoints to keep, in addition to the best.
 
     Raises:
-        CheckpointError: If the folder cannot be made.
+        CheckpointError: If the folder cannot be created.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -36,10 +36,12 @@ class Checkpoints:
         for file in folder.glob("*/metrics/metrics"):
             try:
                 json.loads(file.read_text())
-            except ValueError:  # the damaged file would keep orbax from opening the other checkpoints
+            except ValueError:
+                # If the damaged file stayed, orbax could not open the other checkpoints, either.
                 logger.warning("The checkpoint of step %s is damaged (its score).", file.parts[-3])
                 shutil.rmtree(file.parents[1])
-        # A checkpoint without a score is stored with -inf. Of checkpoints with equal scores, the latest is the best.
+        # A checkpoint without a score is stored with the score -inf. Of checkpoints with equal scores, the latest
+        # counts as the best.
         policy = [LatestN(keep), BestN(get_metric_fn=_score, n=1)]
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
@@ -48,7 +50,7 @@ class Checkpoints:
                 best_fn=_score,  # without it, orbax does not store the scores
                 # A background write would read arrays that are donated to the next step, which overwrites them.
                 enable_async_checkpointing=False,
-                cleanup_tmp_directories=True,  # left by a run that was killed during a write
+                cleanup_tmp_directories=True,  # removes what is left of a write during which the run was killed
             ),
         )
 
@@ -58,9 +60,9 @@ class Checkpoints:
         Args:
             step: Number of steps done.
             state: A pytree of arrays.
-            progress: What the loop needs to resume besides the arrays, stored as JSON.
-            score: Higher is better; None if the step was not evaluated, or if an earlier evaluation was at least as
-                good.
+            progress: What the training loop needs, besides the arrays, to resume; stored as JSON.
+            score: The score of the model after this step; higher is better. None if the model was not evaluated, or if
+                the score of an earlier step was at least as high.
 
         Raises:
             CheckpointError: If the folder cannot be written.
@@ -82,7 +84,7 @@ class Checkpoints:
 
         Args:
             like: A pytree of arrays, or of `jax.ShapeDtypeStruct`, with the shapes and shardings to restore.
-            step: The step; None for the newest.
+            step: The step whose checkpoint to read; None reads the newest readable checkpoint.
 
         Returns:
             The number of steps done, the state and the progress; None if there is no checkpoint, or if the checkpoint
@@ -110,7 +112,7 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Closes orbax's manager after its last write."""
+        """Waits for orbax's manager to finish its last write, and closes the manager."""
         self._manager.close()
 
 

@@ -15,17 +15,18 @@ METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 def in_words(metrics: Mapping[str, Any]) -> str:
-    """Formats the float metrics on one line. If there is an `f1_label`, `f1` is shown as "f1 of" that label."""
+    """Formats the float metrics on one line. If `metrics` has an `f1_label`, such as "yes", calls `f1` "f1 of yes"."""
     names = {"f1": f"f1 of {metrics['f1_label']}"} if "f1_label" in metrics else {}
     return "  ".join(f"{names.get(name, name)} {x:.4f}" for name, x in metrics.items() if isinstance(x, float))
 
 
 class Journal:
-    """Writes the metrics of a run by step, as lines of JSON and as TensorBoard events.
+    """Writes the metrics of the steps of a run, as lines of JSON and as TensorBoard events.
 
     Args:
         folder: The folder of the run.
-        start: Number of steps done. Lines of later steps are dropped, because those steps are computed again.
+        start: Number of steps already done. If `metrics.jsonl` has lines of later steps, these lines are dropped,
+            because the steps are computed again.
         tensorboard: Whether to write TensorBoard events.
     """
 
@@ -57,7 +58,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a `metrics.jsonl`; drops invalid lines, such as one that a killed process cut off."""
+    """Reads the lines of a `metrics.jsonl`. Drops invalid lines, such as one that a killed process did not finish."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -67,7 +68,11 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def progress_bar(console: Console, start: int, steps: int) -> Iterator[Callable[[int, str | None], None]]:
-    """Shows a progress bar. Yields a function that sets the number of steps done and the text; None keeps the text."""
+    """Shows a progress bar.
+
+    Yields a function that sets the number of steps done and the text beside the bar; if the text is None, the previous
+    text stays.
+    """
     with Progress(
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(), console=console,

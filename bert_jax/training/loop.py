@@ -44,7 +44,7 @@ class Run(NamedTuple):
         plan: The parameters and the optimizer.
         layout: A `TrainState` that holds the sharding of each array in place of the array.
         step: The step as a jitted function; see `make_step`.
-        metric: The metric that chooses the best parameters.
+        metric: The name of the metric by which the best parameters are chosen.
     """
 
     mesh: jax.sharding.Mesh
@@ -56,7 +56,7 @@ class Run(NamedTuple):
     metric: str
 
     def trace(self, shape: Shape) -> jax.stages.Traced:
-        """Traces the step for batches of a shape, to compile it. This machine need not have the devices."""
+        """Traces the step for batches of a shape. The result can be compiled even without the devices of `mesh`."""
         padding = self.loader.examples.batch(Place(np.zeros(0, int), np.zeros(0, int), shape))
         arguments = (
             sharding.abstract(state_shapes(self.plan), self.layout),
@@ -117,8 +117,8 @@ class Trained:
         step: Number of steps after which training reached the parameters of `model`.
         steps: Number of steps done in total.
         metrics: The metrics of the evaluation after `step` steps; empty if there was none.
-        outputs: The model's outputs in that evaluation (`Evaluation.outputs`). None if there was no evaluation, or if
-            the run was resumed after it.
+        outputs: The model's outputs in that evaluation (`Evaluation.outputs`). None if there was none, or if it took
+            place before the run was resumed.
     """
 
     model: BertPreTrainedModel
@@ -172,8 +172,8 @@ def train(
         optimizer: An optax transformation over a flat dict of parameters by path.
         steps: Number of steps of the whole run.
         batch_size: Examples per step, over all devices.
-        accumulation: Number of parts of a batch that are computed one after another, to save memory (gradient
-            accumulation).
+        accumulation: Number of parts that each batch is divided into. To save memory, the parts are computed one after
+            another (gradient accumulation).
         packing: Puts several examples into a row. A token attends only to the tokens of its own example.
         trainable: One or several regular expressions that match the paths of the parameters to train. None trains all
             parameters or, if `lora` is given, only the adapters.
@@ -183,8 +183,8 @@ def train(
         validation: Examples to evaluate on during the run, to find the best parameters; None for no evaluations.
         evaluate_every: Steps between evaluations; one epoch by default.
         evaluation_batch_size: Examples per batch of an evaluation.
-        metric: The metric that chooses the best parameters; the task's first metric by default. Higher is better,
-            except for the metrics in `LOWER_IS_BETTER`.
+        metric: The name of the metric by which the best parameters are chosen; the task's first metric by default.
+            Higher is better, except for the metrics in `LOWER_IS_BETTER`.
         patience: Stops after this number of evaluations in a row without a better metric; None never stops early.
         folder: Where checkpoints and the journal are written; None trains without writing files.
         save_every: Steps between additional checkpoints. Regardless of these, a checkpoint is written every
@@ -196,7 +196,8 @@ def train(
         console: Shows the progress; None shows nothing.
 
     Raises:
-        InputError: If the arguments do not fit the model, the task, the devices or the folder.
+        InputError: If the arguments do not fit the model, the task or the devices, if `folder` has checkpoints of a run
+            with other training examples, or if `validation` lacks the labels that `metric` requires.
         TrainingError: If the loss or the results of an evaluation are not finite, or if a batch does not fit into
             memory.
         Interrupted: After Ctrl-C or SIGTERM, if `folder` is given. The state is saved; the same call resumes the run.
@@ -239,7 +240,8 @@ def fit(
     frozen = sharding.put(planned.frozen, sharding.placements(mesh, planned.frozen))
     evaluate_batch = measure.program(task, planned.skeleton)
     combine: Any = planned.params
-    if planned.lora:  # to merge the adapters; without adapters, jit would only copy all parameters
+    # A compiled program is needed only to merge adapters; without adapters, it would only copy every parameter.
+    if planned.lora:
         places = sharding.placements(mesh, dict(planned.skeleton.specs))
         combine = jax.jit(planned.params, out_shardings=tree.unflatten(places))
 
@@ -268,7 +270,7 @@ def fit(
     in_flight: list[tuple[int, Arrays]] = []
     lines: list[dict[str, float]] = progress["lines"]
     outputs: Mapping[str, Any] | None = None  # outputs of the best evaluation
-    best_params: Arrays | None = None  # remains None if there is a folder, because a checkpoint holds them
+    best_params: Arrays | None = None  # stays None if there is a folder, because the best checkpoint holds them
     seen, since = 0, time.perf_counter()
 
     def take_in(n: int, metrics: Arrays) -> str | None:
@@ -286,7 +288,7 @@ def fit(
         seen += len(place.indices)
         if n % log_every and n != steps:
             return None
-        # The clock is read once, so that the next interval begins where this one ends. A second reading below
+        # The clock is read once, so that no time is lost between the intervals of two rates. A second reading below
         # would come later, because `schedule` waits for the step that is in progress.
         now = time.perf_counter()
         rate, seen, since = seen / (now - since), 0, now
@@ -314,8 +316,8 @@ def fit(
             stopping = bool(received) or distributed.asked_to_stop(step)
             evaluate_now = step % every == 0 or step == steps
             save_now = evaluate_now or stopping or bool(save_every and step % save_every == 0)
-            # Reads the metrics of the previous step, because waiting for the current step would leave the device idle.
-            # Before an evaluation or a checkpoint, reads those of the current step, too.
+            # Here, the metrics of the previous step are read, because the device would be idle after a wait for the
+            # current step. Before an evaluation or a checkpoint, those of the current step are read, too.
             while in_flight and (len(in_flight) > 1 or save_now):
                 show(step, take_in(*in_flight.pop(0)))
             score = None
@@ -375,13 +377,16 @@ def _note_best(progress: dict[str, Any], step: int, metrics: dict[str, Any], met
 
 @contextlib.contextmanager
 def _signals(console: Console, folder: Path | None) -> Iterator[list[int]]:
-    """Yields a list to which the first Ctrl-C or SIGTERM is added. A third signal ends the process as usual.
+    """Handles Ctrl-C and SIGTERM. Yields a list to which the number of the first such signal is added.
 
-    If there are several processes, JAX handles SIGTERM (see `distributed.asked_to_stop`), and Ctrl-C sends a SIGTERM.
-    If there is no folder, nothing can be saved, so signals are not handled.
+    The second signal restores the previous handlers, so a third one ends the process as usual. If there are several
+    processes, the list stays empty: JAX handles SIGTERM (see `distributed.asked_to_stop`), and the first Ctrl-C
+    restores the previous handler and sends the process a SIGTERM. If there is no folder, nothing can be saved, so
+    signals are not handled.
     """
     received: list[int] = []
-    if folder is None or threading.current_thread() is not threading.main_thread():  # handlers need the main thread
+    # Python can set signal handlers only in the main thread.
+    if folder is None or threading.current_thread() is not threading.main_thread():
         yield received
         return
     before: dict[int, Any] = {}

@@ -23,9 +23,9 @@ from bert_jax.errors import CheckpointError, InputError, quoted
 from bert_jax.hub import read_json, replacing
 from bert_jax.model import BertPreTrainedModel
 
-# The fields of peft's LoraConfig (0.19) that may be set: those that this module reads, and those that do not change the
-# meaning of stored adapters, such as how the adapters were trained. If any other field is set, loading fails, because
-# the field might change that meaning. This includes the fields of later versions.
+# The fields of peft's LoraConfig (0.19) that may be set. This module reads some of them. The others, such as those that
+# tell how the adapters were trained, do not change the meaning of stored adapters. If any other field is set, such as a
+# field of a later version, loading fails, because the field might change that meaning.
 _INERT = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -59,7 +59,10 @@ class LoRA:
 
 
 def init(lora: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) -> dict[str, jax.Array]:
-    """Creates adapters. A is uniform in ±1/√in, as in `peft`; B is zero, so that the model is unchanged at first.
+    """Creates adapters.
+
+    The entries of A are uniformly distributed between -1/√in and 1/√in, as in `peft`. B is zero, so that the adapters
+    do not change the model at first.
 
     Args:
         lora: The rank, and the weights that get adapters.
@@ -70,7 +73,7 @@ def init(lora: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) 
         `….lora_A` float32 [rank, in] and `….lora_B` float32 [out, rank] for each `….weight` [out, in].
 
     Raises:
-        InputError: If no parameter matches, or if a match is not the weight of a linear layer.
+        InputError: If `lora.targets` matches no parameter, or one that is not the weight of a linear layer.
     """
     targets = tree.select([lora.targets], specs)
     if not targets:
@@ -103,7 +106,7 @@ def save_adapters(folder: Path, params: Mapping[str, Any], lora: LoRA, base: str
     """Writes adapters, and the parameters that were trained in full, in peft's format.
 
     Args:
-        folder: Created if it does not exist.
+        folder: The folder; it is created if it does not exist.
         params: All trained parameters by path, adapters included.
         lora: Rank and alpha of the adapters.
         base: Name or path of the base model.
@@ -122,7 +125,7 @@ def save_adapters(folder: Path, params: Mapping[str, Any], lora: LoRA, base: str
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        # Full names, because peft would apply a shorter name to all modules whose names end with it.
+        # The names are full, because peft would apply a shorter name to all modules whose names end with it.
         "target_modules": sorted({name.partition(".lora_")[0] for name in names.values() if ".lora_" in name}),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in names.values() if ".lora_" not in name}),
     }
@@ -137,7 +140,7 @@ def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedMod
     Parameters in the folder that were trained in full replace those of the model.
 
     Args:
-        folder: Written by `save_adapters` or by `peft`.
+        folder: A folder that `save_adapters` or `peft` has written.
         model: The base model of the adapters.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Memory of the process: each computation reuses the pages that the previous one freed, instead of new pages."""
+"""Makes each computation reuse the memory that the previous one freed, instead of getting new pages from the system."""
 
 import ctypes
 import functools
@@ -30,8 +30,9 @@ def keep_freed(*, asynchronous: bool = False) -> None:
       of less than 64 MB. An unused chunk takes address space, not memory. Larger blocks go to the end of the heap,
       where a freed block merges with the free space behind it.
     - JAX runs one program at a time. With asynchronous dispatch, the next step would allocate its block before the
-      thread of the previous step has freed the previous block: batches of 4 took 3.4 GB with asynchronous dispatch and
-      1.7 GB without. A training step on CPU keeps all cores busy, so it gains nothing from asynchronous dispatch.
+      thread of the previous step has freed the previous block: training with batches of 4 took 3.4 GB with asynchronous
+      dispatch and 1.7 GB without it. A training step on CPU keeps all cores busy, so it gains nothing from asynchronous
+      dispatch.
 
     The call does nothing if malloc is not glibc's, and uses no huge pages if the system has none. A second call with
     the same argument does nothing.
@@ -46,7 +47,8 @@ def keep_freed(*, asynchronous: bool = False) -> None:
         import jax
 
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-    libc.mallopt(_M_ARENA_MAX, 1)  # one arena: the arenas of other threads have no room for a large block
+    # All threads use one arena, because the arenas of threads other than the first have no room for a large block.
+    libc.mallopt(_M_ARENA_MAX, 1)
     libc.mallopt(_M_MMAP_MAX, 0)
     libc.mallopt(_M_TRIM_THRESHOLD, -1)
     blocks = [libc.malloc(size) for size in (_CHUNK, _FENCE) * _CHUNKS]
@@ -61,13 +63,15 @@ def keep_freed(*, asynchronous: bool = False) -> None:
 def release() -> None:
     """Returns all free memory to the system.
 
-    Call this between phases of a run. The peak of the run is then that of the largest phase, not the sum of all phases.
-    For example, the temporaries of a training step are returned before an evaluation or a checkpoint allocates its own.
-    The memory that a compilation leaves behind, up to 0.3 GB, is returned, too. Does nothing if malloc is not glibc's.
+    Call this between phases of a run. The run then needs as much memory as its largest phase, not as much as all phases
+    together. For example, the temporaries of a training step are returned before an evaluation or a checkpoint
+    allocates its own. The memory that a compilation leaves behind, up to 0.3 GB, is returned, too. Does nothing if
+    malloc is not glibc's.
     """
     if (libc := _glibc()) is None:
         return
-    libc.malloc_trim(1 << 62)  # returns free chunks, but does not shrink the heap, which would lose its huge pages
+    # This call returns free chunks. It does not shrink the heap, because the heap would then lose its huge pages.
+    libc.malloc_trim(1 << 62)
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     if end := libc.malloc(size):
         _advise(libc, end, size, _MADV_HUGEPAGE)

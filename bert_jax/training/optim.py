@@ -1,4 +1,4 @@
-"""Optimizers with a rule for each parameter, such as BERT's AdamW, and the learning-rate schedules of transformers.
+"""Optimizers, such as BERT's AdamW, with a rule for each parameter, and transformers' learning-rate schedules.
 
     optimizer = optim.adamw(optim.schedule("linear", 2e-5, steps=500, warmup_ratio=0.1), weight_decay=0.01)
 
@@ -30,7 +30,7 @@ class Rule:
     Attributes:
         weight_decay: Decoupled weight decay; it is multiplied by the learning rate.
         lr_multiplier: Multiplies the learning rate.
-        reasons: The patterns and settings that decided the rule.
+        reasons: The patterns and settings that the two numbers come from.
     """
 
     weight_decay: float
@@ -51,16 +51,18 @@ def rules(
     lr_multipliers: Mapping[str, float] | None = None,
     layer_decay: float = 1.0,
 ) -> dict[str, Rule]:
-    """Returns the rule of each parameter. Patterns are regular expressions of whole paths; the first to match counts.
+    """Returns the rule of each parameter, by path.
+
+    Patterns are regular expressions that match whole paths. If several patterns match a path, the first one counts.
 
     Args:
         paths: The paths of the parameters, such as `bert.layers.0.attention.query.weight`.
         weight_decay: Weight decay of the parameters that `no_decay` does not match.
         no_decay: Patterns of the parameters without weight decay.
-        lr_multipliers: The learning-rate multiplier of the parameters that a pattern matches, by pattern.
+        lr_multipliers: Maps each pattern to the learning-rate multiplier of the parameters that the pattern matches.
         layer_decay: The learning rate of a layer is that of the layer above, times this factor. The head counts as the
             layer above the top layer, and the embeddings count as the layer below layer 0 (Howard & Ruder 2018,
-            section 3.2). A match in `lr_multipliers` takes precedence.
+            section 3.2). This does not apply to parameters that `lr_multipliers` matches.
 
     Raises:
         InputError: If a pattern matches no parameter; the default patterns of `no_decay` need not match.
@@ -158,7 +160,7 @@ def by_path(
     max_grad_norm: float | None = 1.0,
     trust_ratio: bool = False,
 ) -> optax.GradientTransformation:
-    """An optimizer that clips the gradients, transforms them, and then applies weight decay and the learning rate.
+    """Returns an optimizer that clips and transforms the gradients, then applies weight decay and the learning rate.
 
     Args:
         transform: A transformation without a learning rate, such as `optax.scale_by_lion()`.
@@ -179,7 +181,7 @@ def by_path(
         )  # fmt: skip
 
     def init(params: optax.Params) -> optax.EmptyState:
-        by_parameter(params)  # a pattern without a match raises here, before the first step
+        by_parameter(params)  # raises here, before the first step, if a pattern matches no parameter
         return optax.EmptyState()
 
     def update(
@@ -194,8 +196,8 @@ def by_path(
         return jax.tree_util.tree_map_with_path(lambda keys, u: found[_path(keys)].lr_multiplier * u, updates), state
 
     def clip(updates: optax.Updates, params: optax.Params) -> optax.Updates:
-        # XLA fuses this multiplication into each read of the gradients. optax.clip_by_global_norm divides instead. XLA
-        # stores the quotients, which are read twice, and storing them costs a pass over memory.
+        # XLA fuses this multiplication into each read of the gradients. optax.clip_by_global_norm divides instead. The
+        # quotients are read twice, so XLA stores them, which costs a pass over memory.
         factor = jnp.minimum(1.0, max_grad_norm / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda g: g * factor, updates)
 
@@ -239,7 +241,7 @@ def schedule(
     power: float = 1.0,
     final_learning_rate: float = 1e-7,
 ) -> optax.Schedule:
-    """Returns a schedule of transformers: a function that maps the step (from 0) to the learning rate (float32).
+    """Returns one of transformers' schedules: a function that maps the step (from 0) to the learning rate (float32).
 
     Args:
         name: The schedule after warm-up, as transformers names it.

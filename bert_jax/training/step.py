@@ -122,7 +122,7 @@ def plan(
 
 
 def init_state(plan: Plan, seed: int) -> TrainState:
-    """Returns the state before the first step. Its arrays are copies, because a step overwrites those of its state."""
+    """Returns the state before the first step. Its arrays are copies, because the first step overwrites them."""
     trained = {path: jnp.array(leaf, copy=True) for path, leaf in plan.trained.items()}
     return TrainState(jnp.int32(0), trained, plan.optimizer.init(trained), jax.random.key_data(jax.random.key(seed)))
 
@@ -132,13 +132,14 @@ def make_step(
 ) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, Arrays]]:
     """Returns the jitted step: (state, frozen parameters, batch) -> (next state, metrics `loss` and `grad_norm`).
 
-    Even if gradients are accumulated, the loss is the mean over all entries of the batch that count. The state is
-    donated: its arrays are overwritten.
+    The loss is the mean over all entries of the batch that count, even if gradients are accumulated. The step
+    overwrites the arrays of the state that it gets (donation).
 
     Args:
         task: Gives the loss.
         plan: The parameters and the optimizer.
-        accumulation: Number of parts of the batch that are computed one after another (gradient accumulation).
+        accumulation: Number of parts that a batch is divided into. The parts are computed one after another (gradient
+            accumulation).
         out_shardings: The shardings of the next state and of the metrics.
     """
 
@@ -151,7 +152,9 @@ def make_step(
 
     def train_step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Arrays]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        if accumulation == 1:  # saves dividing the gradients by the count, which costs a pass over memory
+        # If there is one part, the gradients of the mean loss are computed directly. Those of the total loss would have
+        # to be divided by the count, which costs a pass over memory.
+        if accumulation == 1:
             (loss, _), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params, frozen, batch, key)
         else:
             gradient = jax.value_and_grad(total_loss, has_aux=True)
@@ -174,7 +177,7 @@ def make_step(
 
 
 def state_shapes(plan: Plan) -> TrainState:
-    """The shapes and dtypes of the arrays in a plan's state."""
+    """The shapes and dtypes of the arrays in the state that `init_state` returns for a plan."""
 
     shapes: TrainState = jax.eval_shape(lambda trained: init_state(replace(plan, trained=trained), 0), plan.trained)
     return shapes

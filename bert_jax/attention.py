@@ -69,7 +69,7 @@ def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length:
 
 
 def multiple(name: str) -> int:
-    """The number of tokens of which each row length must be a multiple if the kernel `name` is used."""
+    """The kernel `name` requires row lengths that are multiples of this number of tokens."""
     return SPLASH_BLOCK if name == "splash" else 1
 
 
@@ -83,7 +83,7 @@ def check_dropout(name: str, rate: float) -> None:
 
 
 def platform() -> str:
-    """JAX's name for the platform to compile for: the current mesh's platform, or the default one without a mesh."""
+    """JAX's name for the platform to compile for: that of the current mesh, or JAX's default if there is no mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else str(device.platform)
 
@@ -196,8 +196,8 @@ def plain_attention(
         query: [B, T, N, H].
         key: [B, S, N, H].
         value: [B, S, N, H].
-        attended: Which tokens attend to which; None if all attend to all. A query whose number no key has attends to
-            all keys equally.
+        attended: Which tokens attend to which; None if all attend to all. If no key has the number of a query, the
+            query attends to all keys equally.
         dropout_rate: The fraction of the probabilities that is dropped.
         dropout_key: PRNG key; without one, nothing is dropped.
 

@@ -117,7 +117,7 @@ def score(
     revision: Revision = None,
     ignore: Ignore = None,
 ) -> None:
-    """Answer a request of Azure's model catalogue: {"inputs": {"input_string": ["…"]}, "parameters": {"top_k": 2}}."""
+    """Answer a request in the format of Azure's model catalogue: {"inputs": {"input_string": ["…"]}, "parameters": {"top_k": 2}}."""
     try:
         request = json.loads(file.read_bytes() if file else sys.stdin.buffer.read())
     except (ValueError, RecursionError) as error:
@@ -394,9 +394,9 @@ def _pipeline(task: str, model: ModelOption, revision: Revision, ignore: Ignore)
 
 
 def _model(model: str | None, revision: str | None) -> tuple[str, Path]:
-    """The name and folder of a model, by default of `DEFAULT_MODEL`.
+    """The name and folder of `model`, or of `DEFAULT_MODEL` if `model` is not given.
 
-    If the default model is not cached and the Hub does not answer, `FALLBACK_MODEL` takes its place.
+    If `DEFAULT_MODEL` is neither cached nor reachable, `FALLBACK_MODEL` takes its place, unless a revision is given.
     """
     from bert_jax import hub
 

@@ -84,8 +84,8 @@ def _cut(parts: Iterable[str]) -> str:
 def _written(value: Any) -> Iterator[str]:
     """Yields `repr(value)` in parts.
 
-    Each opening bracket comes before the items in the bracket. `_cut` therefore stops before deep nesting can exceed
-    the recursion limit.
+    An opening bracket is yielded before the first item is read, so `_cut` stops before deep nesting can exceed the
+    recursion limit.
     """
     if isinstance(value, Mapping) or type(value) in (list, tuple):
         opening, closing = "{}" if isinstance(value, Mapping) else "[]" if type(value) is list else "()"

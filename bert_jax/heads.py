@@ -39,8 +39,8 @@ class PreTrainingOutput:
 
     Attributes:
         prediction_logits: float32 [B, T, V]; [B, P, V] if `masked_positions` [B, P] are given.
-        seq_relationship_logits: float32 [B, 2]; [B, K, 2] if `first_positions` [B, K] are given. Index 0 stands for the
-            second text following the first, and index 1 for a random second text.
+        seq_relationship_logits: float32 [B, 2]; [B, K, 2] if `first_positions` [B, K] are given. Index 0 means that
+            the second text follows the first, and index 1 that it is random.
         hidden_states: As in `BertModelOutput`.
         attentions: As in `BertModelOutput`.
     """
@@ -254,7 +254,7 @@ class BertWithLinearHead(BertWithHead, Generic[Output]):
 class BertForNextSentencePrediction(BertWithLinearHead[HeadOutput]):
     """The encoder with the next-sentence head. The logits are [B, 2], or [B, K, 2] if `positions` are given.
 
-    Index 0 stands for the second text following the first, and index 1 for a random second text.
+    Index 0 means that the second text follows the first, and index 1 that it is random.
     """
 
     pooled = True
@@ -294,7 +294,7 @@ class BertForTokenClassification(BertWithClassifier):
 
 
 class BertForQuestionAnswering(BertWithLinearHead[QuestionAnsweringOutput]):
-    """The encoder with a head that scores each token as an answer's start and as its end (Devlin et al. 2018, 4.2)."""
+    """The encoder with a head that scores tokens as start and end of an answer (Devlin et al. 2018, section 4.2)."""
 
     def _add_head(self, rngs: nnx.Rngs | None) -> None:
         self.qa_outputs = self._linear(2, rngs)

@@ -165,7 +165,8 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
         return Path(path)
 
     try:
-        # The revision is passed as the caller named it, so that the cache records its commit, for use without the Hub.
+        # Fetched by the revision, not by its commit: the cache then records which commit the revision names, so that
+        # later calls find the files without the Hub.
         config = fetch(CONFIG_FILE, revision)
         found = revision if cache_only else commit
         for name in TOKENIZER_FILES:

@@ -96,7 +96,7 @@ class BertLayer(nnx.Module):
         states = x
         if positions is not None:
             x = jnp.take_along_axis(states, positions[..., None], axis=1)
-            # With document_ids, each query has its own number. Otherwise, all queries of a row share one number.
+            # With document_ids, `queries` is [B, S]. Otherwise, it is [B, 1] and applies to all positions.
             if attended is not None and attended.queries.shape[1] > 1:
                 attended = attended._replace(queries=jnp.take_along_axis(attended.queries, positions, axis=1))
         with jax.named_scope("attention"):
@@ -182,11 +182,11 @@ class BertPreTrainedModel(nnx.Module):
         Args:
             model_id: A folder, an id on the Hugging Face Hub, or `bert-mini-cased`.
             revision: Branch, tag or commit on the Hub.
-            new: Regular expressions of whole parameter paths, for example `[r"classifier\\..*"]` to train a new head.
-                These parameters are initialised instead of loaded. Loading fails if the checkpoint lacks any other
-                parameter.
-            ignore: Regular expressions of whole tensor names, for example `[r"loss_fct\\..*"]`. These tensors of the
-                checkpoint are left out. Loading fails if the checkpoint has any other tensor that no BERT model has.
+            new: Regular expressions that match whole parameter paths, for example `[r"classifier\\..*"]` to train a new
+                head. These parameters are initialised instead of loaded. Loading fails if the checkpoint lacks any
+                other parameter.
+            ignore: Regular expressions that match whole tensor names, for example `[r"loss_fct\\..*"]`. These tensors
+                of the checkpoint are left out. Loading fails if it has other tensors that no BERT model has.
             rngs: The random numbers for the `new` parameters; `nnx.Rngs(0)` by default.
             compute_dtype: See `BertPreTrainedModel`.
             attention: See `BertPreTrainedModel`.
@@ -226,7 +226,7 @@ class BertPreTrainedModel(nnx.Module):
 
     @property
     def encoder(self) -> "BertModel":
-        """The `BertModel` that the head reads; the model itself if it has no head."""
+        """The `BertModel` below the head; the model itself if it has no head."""
         return self if isinstance(self, BertModel) else self.bert
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

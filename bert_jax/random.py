@@ -50,8 +50,8 @@ def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     keys = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
     batch, *middle, last = shape
     rows = math.prod(middle)
-    # The axes between the first and the last are flattened and divided into quarters. Each quarter of a row is
-    # contiguous in memory, and the batch axis can still be sharded.
+    # The axes between the first and the last are flattened into one, which is divided into quarters. So each quarter
+    # of a row is contiguous in memory, and the batch axis can still be sharded.
     i, j, k = (jax.lax.broadcasted_iota(jnp.uint32, (batch, -(-rows // 4), last), axis) for axis in range(3))
     x, y = i + keys[0], j * np.uint32(last) + k + keys[1]
     for n in range(5):

@@ -7,18 +7,16 @@ any field that has a default. Unknown settings are refused.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from bert_jax.errors import InputError, listed, quoted
+from bert_jax.errors import quoted
 from bert_jax.tasks.registry import TRAINABLE
-from bert_jax.tree import flatten
-from bert_jax.yaml_file import nearest, read_tree
+from bert_jax.yaml_file import Section, SettingsFile, nearest, read_tree
 
 
 def _compiles(pattern: str) -> str:
@@ -45,20 +43,12 @@ Labels = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinc
 """Distinct names of labels."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction")
-RENAMED = {"optimizer.rates": "optimizer.lr_multipliers"}
-"""Maps the name of a setting in earlier versions to its current name."""
-PROBLEMS = 20
-"""Maximum number of problems that one error message lists."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class LoRA(_Section):
+class LoRA(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685).
 
-    A frozen weight W that has an adapter is replaced by W + alpha / rank · B A. A and B are trained.
+    A weight W that has an adapter is replaced by W + alpha / rank · B A, of which only A and B are trained.
     """
 
     rank: PositiveInt = 8
@@ -72,7 +62,7 @@ class LoRA(_Section):
     match model.new are also trained in full."""
 
 
-class _Start(_Section):
+class _Start(Section):
     id: str = "google-bert/bert-base-cased"
     """The checkpoint: a folder, an id on the Hugging Face Hub, or bert-mini-cased."""
     revision: str | None = None
@@ -98,7 +88,7 @@ class Model(_Start):
     """Dropout rate before the classifier. By default it is that of the checkpoint or, if the checkpoint sets none,
     hidden_dropout_prob."""
     lora: LoRA | None = None
-    """If set, only low-rank adapters and the parameters that `lora.trained` or `new` matches are trained."""
+    """If set, only low-rank adapters and the parameters that match lora.trained or model.new are trained."""
 
 
 class PretrainingModel(_Start):
@@ -107,17 +97,17 @@ class PretrainingModel(_Start):
     id: str | None = None  # type: ignore[assignment]
     """The checkpoint: a folder, an id on the Hugging Face Hub, or bert-mini-cased. If it is not set, all parameters are
     newly initialised."""
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = Field(default_factory=dict)
     """Fields of config.json and their new values, which replace those of the checkpoint or, for a new network, those of
     BERT-base."""
     tokenizer: str | None = None
-    """Folder or id of the tokenizer; by default that of the checkpoint. It is required for a new network. If the
-    tokenizer and the checkpoint have different vocabularies, the embedding of each piece of the tokenizer is
-    initialised from those of the checkpoint's pieces that spell it or, if none do, from all embeddings."""
+    """Folder or id of the tokenizer; by default that of the checkpoint. It is required for a new network. If its
+    vocabulary differs from the checkpoint's, each of its pieces starts with the mean embedding of the checkpoint's
+    pieces that spell it or, if there are none, of all the checkpoint's pieces."""
     lora: ClassVar[None] = None
 
 
-class Data(_Section):
+class Data(Section):
     """Where examples come from. `train`, `validation` and `test` each name one or more files or, if `id` is set, one or
     more splits of the data set `id`."""
 
@@ -138,22 +128,22 @@ class Data(_Section):
     """Format of the files; by default, the name of each file gives its format. A name that ends in .txt means
     `text;label` or, in an evaluation on held-out texts, `text`."""
     text: str | None = None
-    """Column of the text; by default the first of text, sentence, sentence1, … that exists."""
+    """Column of the text; by default the first of `text`, `sentence`, `sentence1`, … that exists."""
     text_pair: str | None = None
     """Column of the second text of a pair; none by default."""
     label: str | None = None
-    """Column of the label; by default the first of label, label_string, … that exists."""
+    """Column of the label; by default the first of `label`, `label_string`, … that exists."""
     tokens: str | None = None
-    """Column of the words of a sentence; tokens or words by default."""
+    """Column of the words of a sentence; `tokens` or `words` by default."""
     tags: str | None = None
-    """Column of the tags of the words; ner_tags_str, ner_tags or tags by default."""
+    """Column of the tags of the words; `ner_tags_str`, `ner_tags` or `tags` by default."""
     question: str | None = None
-    """Column of the question; question by default."""
+    """Column of the question; `question` by default."""
     context: str | None = None
-    """Column of the text that holds the answer; context by default."""
+    """Column of the text that holds the answer; `context` by default."""
     answers: str | None = None
-    """Column of the answers; answers by default. It gives the `text` and the `answer_start` of each answer. If both are
-    empty, the question has no answer."""
+    """Column of the answers; `answers` by default. It gives the `text` and the `answer_start` of each answer. If there
+    are none, the question has no answer."""
     wrong_answers: Literal["skip", "stop"] = "skip"
     """What to do with an invalid row of question answering, such as one whose answer is not at its `answer_start`: skip
     the row, or stop."""
@@ -165,21 +155,21 @@ class Data(_Section):
     If `labels` is set and the label column holds 0/1 vectors, each needs one number per name in `labels`. If the labels
     of a model are LABEL_0, LABEL_1, …, `bert-jax evaluate` replaces them by the names in `labels`."""
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
-    """What the labels mean. If this is not set, the labels decide: lists mean multi-label classification, numbers of
-    which at least one has a fraction mean regression, and anything else means one label per example. A list holds names
-    or class ids, or it is a 0/1 vector with one number per label. If `labels` is not set, the labels of 0/1 vectors are
-    named LABEL_0, LABEL_1, … In the cells of a table, lists are written as in JSON, Python or numpy. If
+    """What the labels mean. If this is not set, the labels decide: lists mean multi-label classification, numbers mean
+    regression if at least one is not whole, and anything else means one label per example. A list holds names or class
+    ids, or it is a 0/1 vector with one number per label. If `labels` is not set, the labels of 0/1 vectors are named
+    LABEL_0, LABEL_1, … In the cells of a table, lists are written as in JSON, Python or numpy. If
     multi_label_classification is set, a cell may instead hold names separated by commas."""
     max_length: PositiveInt = 128
     """Maximum number of tokens per example, special tokens included; longer texts are truncated."""
     packing: bool = True
-    """Packs several examples into a row; each example attends only to itself. All rows then have the same length and
-    little padding, so that one compiled program is enough."""
+    """Packs several examples into a row; each example attends only to itself. Rows then have little padding and all
+    the same length, so one compiled program is enough."""
     limit: PositiveInt | None = None
     """Maximum number of examples per split; only the first ones are used."""
 
 
-class Masked(_Section):
+class Masked(Section):
     """Which tokens of an example the model predicts."""
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
@@ -191,7 +181,7 @@ class Masked(_Section):
     """Whether to choose whole words, with all their pieces, instead of single tokens."""
 
 
-class Corpus(_Section):
+class Corpus(Section):
     """Texts to pretrain on: documents separated by empty lines, or JSON lines with one document each. Files may be
     gzipped."""
 
@@ -221,7 +211,7 @@ class Corpus(_Section):
     """Packs several examples into a row; each example attends only to itself."""
 
 
-class Answers(_Section):
+class Answers(Section):
     """Settings for question-answering: how contexts are cut into windows, and how answers are read from them."""
 
     stride: NonNegativeInt | None = None
@@ -241,9 +231,8 @@ class Answers(_Section):
     an answer, the threshold that gives the best f1 on that split replaces this one after training."""
 
 
-class Optimizer(_Section):
-    """The optimizer, and how it updates each parameter. If several patterns of a setting match a parameter, the
-    first one counts."""
+class Optimizer(Section):
+    """The optimizer, and how it updates each parameter."""
 
     name: Literal["adamw", "lamb", "lion", "adafactor"] = "adamw"
     """AdamW (Loshchilov & Hutter 2019), LAMB (You et al. 2020), Lion (Chen et al. 2023) or Adafactor (Shazeer & Stern
@@ -264,22 +253,22 @@ class Optimizer(_Section):
     """AdamW and LAMB add this number to the square root of the running mean of the squared gradients. null means 1e-8
     for AdamW and 1e-6 for LAMB; the original BERT uses 1e-6. Lion and Adafactor do not have this setting."""
     bias_correction: bool | None = None
-    """Whether AdamW corrects its running means for their start at zero; null for true. The original BERT omits the
+    """Whether AdamW corrects its running means for their start at zero; null means true. The original BERT omits the
     correction, but training on small data sets needs it (Zhang et al. 2020, Mosbach et al. 2020). Optimizers other than
     AdamW do not have this setting."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients with a larger global norm are scaled down to this norm; null for no limit."""
     frozen: Patterns = ()
     """Parameters that are not trained; they have no gradients and no optimizer state."""
-    lr_multipliers: dict[Pattern, NonNegativeFloat] = {}
-    """Maps a pattern to the learning-rate multiplier of the parameters that it matches. For these parameters,
-    layer_decay has no effect."""
+    lr_multipliers: dict[Pattern, NonNegativeFloat] = Field(default_factory=dict)
+    """Maps a pattern to the learning-rate multiplier of the parameters that it matches. layer_decay has no effect on
+    these parameters. If several patterns match a parameter, the first one counts."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The learning rate of a layer is that of the layer above it, times this factor. The head counts as the layer above
     the top layer, and the embeddings count as the layer below layer 0 (Howard & Ruder 2018)."""
 
 
-class Schedule(_Section):
+class Schedule(Section):
     """The learning rate at each step. Schedules have the same names as in transformers."""
 
     name: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = (
@@ -291,15 +280,15 @@ class Schedule(_Section):
     warmup_ratio: Fraction = 0.0
     """Share of all steps that are warm-up; used only if warmup_steps is not set."""
     cycles: PositiveFloat | None = None
-    """For cosine, the number of cosine waves (0.5 by default). For cosine_with_restarts, how often the rate falls from
-    its peak to 0 (1 by default)."""
+    """For cosine, the number of cosine waves (0.5 by default). For cosine_with_restarts, the number of times that the
+    rate falls from its peak to 0 (1 by default)."""
     power: PositiveFloat = 1.0
     """Exponent of the schedule `polynomial`."""
     final_learning_rate: NonNegativeFloat = 1e-7
     """Learning rate at the end of the schedule `polynomial`."""
 
 
-class Training(_Section):
+class Training(Section):
     """The training loop."""
 
     epochs: PositiveFloat = 3.0
@@ -336,27 +325,27 @@ class Training(_Section):
     slower."""
 
 
-class Precision(_Section):
+class Precision(Section):
     """Numerical precision. Parameters, gradients and optimizer state are always float32."""
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of activations and of the operands of matrix products. bfloat16 is meant for TPUs and recent GPUs."""
 
 
-class Mesh(_Section):
+class Mesh(Section):
     """The size of each axis of the device mesh."""
 
     data: Annotated[int, Field(ge=-1)] = -1
     """Number of device groups that a batch is divided among; -1 for as many groups as the devices allow."""
     fsdp: PositiveInt = 1
-    """Number of devices among which the rows that a group gets of a batch are divided. The parameters, gradients and
-    optimizer state are divided among the same devices."""
+    """Number of devices among which a group's rows of the batch are divided, and also the parameters, gradients and
+    optimizer state."""
     tensor: PositiveInt = 1
-    """Number of devices that shard the attention heads and the inner features of feed-forward layers. The links between
-    these devices should be fast."""
+    """Number of devices among which the attention heads and the inner features of feed-forward layers are divided. The
+    links between these devices should be fast."""
 
 
-class Output(_Section):
+class Output(Section):
     """What a run writes."""
 
     folder: str
@@ -366,60 +355,7 @@ class Output(_Section):
     """Whether to write event files for TensorBoard."""
 
 
-class _Root(_Section):
-    """Base class of the settings that make up a whole file."""
-
-    @classmethod
-    def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
-        """Reads a YAML file.
-
-        A file may hold variants under `task_names`. If `task_name` is mrpc, for example, the settings of the variant
-        `task_names: {mrpc: …}` replace the settings of the same names in the rest of the file.
-
-        Args:
-            path: The file.
-            overrides: Texts of the form `section.key=value`, with the value in YAML.
-
-        Raises:
-            InputError: If the file cannot be read, if a key is unknown, or if a value is missing or invalid. The
-                message lists at most `PROBLEMS` problems, and suggests known keys.
-        """
-        return cls.from_dict(read_tree(path, overrides), source=f"{path} and overrides" if overrides else str(path))
-
-    @classmethod
-    def from_dict(cls, tree: Mapping[str, Any], source: str = "settings") -> Self:
-        """Validates a tree of settings.
-
-        Args:
-            tree: The settings by section and key.
-            source: How the error message refers to the tree.
-
-        Raises:
-            InputError: If a key is unknown, or if a value is missing or invalid; see `from_file`.
-        """
-        try:
-            return cls.model_validate(tree)
-        except ValidationError as error:
-            problems = [_problem(cls, entry) for entry in error.errors()[:PROBLEMS]]
-            if error.error_count() > PROBLEMS:
-                problems.append(f"… and {error.error_count() - PROBLEMS:,} more.")
-            raise InputError("\n  ".join([f"{source}:", *problems])) from None
-
-    def to_yaml(self) -> str:
-        """Returns all settings, defaults included, as YAML that `from_file` can read."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-    def differences(self, other: "_Root") -> list[str]:
-        """The settings in which `self` and `other` differ, each as `key: value in self, value in other`."""
-        mine, theirs = (flatten(settings.model_dump(mode="json")) for settings in (self, other))
-        return [
-            f"{key}: {quoted(mine.get(key))}, {quoted(theirs.get(key))}"
-            for key in mine | theirs
-            if mine.get(key) != theirs.get(key)
-        ]
-
-
-class Settings(_Root):
+class Settings(SettingsFile):
     """A fine-tuning run."""
 
     task: Literal[TRAINABLE]  # type: ignore[valid-type]
@@ -435,7 +371,7 @@ class Settings(_Root):
     output: Output
 
 
-class Pretraining(_Root):
+class Pretraining(SettingsFile):
     """A pretraining run."""
 
     task: Literal["pretraining"]
@@ -450,7 +386,7 @@ class Pretraining(_Root):
     output: Output
 
 
-class Masking(_Section):
+class Masking(Section):
     """Which tokens are replaced by [MASK] for a model to predict."""
 
     words: Literal["random", "each"] = "random"
@@ -459,7 +395,7 @@ class Masking(_Section):
     """Share of a text's tokens that `random` masks; at least one token is masked."""
 
 
-class HeldOut(_Root):
+class HeldOut(SettingsFile):
     """An evaluation of pretrained models on texts that they have not seen."""
 
     task: Literal["fill-mask", "next-sentence-prediction"]
@@ -473,7 +409,7 @@ class HeldOut(_Root):
     precision: Precision = Precision()
 
 
-class Serving(_Root):
+class Serving(SettingsFile):
     """A server of one model."""
 
     model: str | None = None
@@ -499,8 +435,8 @@ class Serving(_Root):
     queue: PositiveInt = 512
     """Maximum number of unanswered inputs. A request that would exceed this number is refused with status 429."""
     timeout: PositiveFloat = 30.0
-    """Seconds within which the body of a request must arrive; otherwise, the status is 408. The answer then has as many
-    seconds again; if it takes longer, the status is 504."""
+    """Seconds that the body of a request may take to arrive, and that the answer may take after that. If they take
+    longer, the status is 408 or 504, respectively."""
     max_body: PositiveInt = 2**20
     """Maximum size of the body of a request, in bytes."""
     max_inputs: PositiveInt = 128
@@ -514,23 +450,3 @@ def read(path: str | Path, overrides: Iterable[str] = ()) -> Settings | HeldOut:
     tree = read_tree(path, overrides)
     kind = HeldOut if nearest(tree.get("task"), [*TRAINABLE, *HELD_OUT_TASKS]) in HELD_OUT_TASKS else Settings
     return kind.from_dict(tree, source=str(path))
-
-
-def _problem(root: type[BaseModel], entry: Any) -> str:
-    """Describes one entry of pydantic's `ValidationError.errors()` in one line."""
-    path = [str(part) for part in entry["loc"]]
-    key = listed([".".join(path)])
-    if key in RENAMED:
-        return f"{key}: the setting is now {RENAMED[key]}."
-    if entry["type"] == "extra_forbidden":
-        section: Any = root
-        for part in path[:-1]:
-            kind = section.model_fields[part].annotation
-            section = next((arm for arm in get_args(kind) if hasattr(arm, "model_fields")), kind)
-        near = nearest(path[-1], section.model_fields)
-        hint = f"did you mean {near}?" if near else f"expected one of {', '.join(section.model_fields)}."
-        return f"{key}: there is no such setting; {hint}"
-    given = "" if entry["type"] == "missing" else f", got {quoted(entry['input'])}"
-    near = nearest(entry["input"], re.findall("'([^']+)'", entry.get("ctx", {}).get("expected", "")))
-    hint = f"; did you mean {near}?" if near else ""
-    return f"{key}: {entry['msg'].removeprefix('Value error, ')}{given}{hint}"

@@ -74,7 +74,7 @@ class Tokenizer:
         The files are read as transformers 5 reads them. `tokenizer_config.json` determines the special tokens and, for
         BERT's tokenizer classes, `do_lower_case`, `strip_accents` and `tokenize_chinese_chars`. If that file has
         `added_tokens_decoder`, no other file is read for added tokens. Otherwise, `added_tokens.json`, `tokenizer.json`
-        and `special_tokens_map.json` are read, too, and the last of these overrides `tokenizer_config.json`.
+        and `special_tokens_map.json` are read, too; `special_tokens_map.json` overrides `tokenizer_config.json`.
 
         There is one difference from transformers, whose BERT classes lower-case all text if `do_lower_case` is not set.
         In two such cases, this class keeps the case and logs a warning: if there is a `tokenizer.json` that does not
@@ -124,8 +124,8 @@ class Tokenizer:
                 (None, files.added_token(token)) for token in named.values() if backend.token_to_id(token) is not None
             ]
         backend.add_tokens([token for _, token in tokens])
-        # Equal lines of a vocab.txt leave ids unused. An added token may then get the id of another token, which is
-        # refused here.
+        # Equal lines of a vocab.txt leave ids unused, and an added token may then get the id of another token. This
+        # check refuses a tokenizer in which two tokens have the same id.
         files.check_vocab(folder, backend.get_vocab(), [])
         if absent := [token for token in named.values() if backend.token_to_id(token) is None]:
             logger.warning("%s: the vocabulary has no %s, so texts cannot contain it.", folder, " and no ".join(absent))
@@ -157,9 +157,8 @@ class Tokenizer:
         }
         pieces = {id: piece for piece, id in self.backend.get_vocab(with_added_tokens=False).items()}
         for id in range(max(pieces), 0, -1):
-            # Some ids have no piece if the tokenizer was read from a vocab.txt with equal lines, of which only the last
-            # counts. The line of such an id repeats the piece of the next id. All pieces then keep their ids, because
-            # again only the last of the equal lines counts.
+            # If a vocab.txt that was read has equal lines, only the last counts, and the ids of the others have no
+            # piece. Their lines get the next id's piece, which keeps its id because again only the last line counts.
             pieces.setdefault(id - 1, pieces[id])
         with hub.replacing(Path(folder)) as staging:
             self.backend.save(str(staging / "tokenizer.json"))
@@ -202,9 +201,9 @@ class Tokenizer:
             characters), word_ids, sequence_ids and special_tokens_mask.
 
         Raises:
-            InputError: If an entry of `text` or `text_pair` is neither a text nor, if `is_split_into_words` is true, a
-                list of words (the message gives its index), if a text has lone surrogates, if `text` and `text_pair`
-                differ in length, or if `max_length` leaves no room for a text.
+            InputError: If an entry of `text` or `text_pair` has the wrong type (the message gives the entry's index),
+                if a text has lone surrogates, if `text` and `text_pair` differ in length, or if `max_length` leaves no
+                room for a text.
         """
         if truncate not in ("longest_first", "only_second"):
             raise InputError(f"truncate is {quoted(truncate)}; expected 'longest_first' or 'only_second'.")
@@ -239,7 +238,7 @@ class Tokenizer:
         return rows
 
     def _truncating(self, max_length: int, stride: int, strategy: str) -> tokenizers.Tokenizer:
-        """Makes a copy of the backend that truncates. Threads share the backend, so it must keep its own settings."""
+        """A copy of the backend, set to truncate. Threads share the backend itself, so its settings must not change."""
         key = (max_length, stride, strategy)
         if key not in self._copies:
             copy = tokenizers.Tokenizer.from_str(self.backend.to_str())

@@ -77,7 +77,7 @@ def added_token(given: Any, *, special: bool = True) -> AddedToken:
     """Makes an added token from its declaration in a file.
 
     Args:
-        given: The declaration: the token's text, or an object with the text, as `content`, and flags.
+        given: The declaration: the token's text, or an object with flags and the text (`content`).
         special: The value of the flag `special` if the declaration does not set it.
     """
     if isinstance(given, str):
@@ -93,8 +93,8 @@ def declared_tokens(
     Each token comes with its declared id, or with None if no id is declared.
 
     Args:
-        settings: The content of `tokenizer_config.json`. If that file has no `added_tokens_decoder`, the content of
-            `special_tokens_map.json` must be merged into it and takes precedence.
+        settings: The content of `tokenizer_config.json`. If it has no `added_tokens_decoder`, the caller must
+            update it with the content of `special_tokens_map.json`.
         added: The content of `added_tokens.json`, which maps tokens to ids.
         of_file: The `added_tokens` in `tokenizer.json`.
     """

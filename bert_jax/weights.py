@@ -93,7 +93,7 @@ class Report:
     tied: list[str] = field(default_factory=list)
     """Second copies of tied tensors, each as the text "copy = original". Loading fails if the two differ."""
     ignored: dict[str, str] = field(default_factory=dict)
-    """Maps the name of a tensor that was not loaded to the reason."""
+    """The reasons why tensors were not loaded, by tensor name."""
     new: list[str] = field(default_factory=list)
     """Paths of the parameters that the caller asked to reinitialise instead of loading them."""
 
@@ -125,7 +125,7 @@ class Source:
 def plan(
     folder: Path, specs: Mapping[str, jax.ShapeDtypeStruct], *, new: Iterable[str] = (), ignore: Iterable[str] = ()
 ) -> tuple[dict[str, Source], Report]:
-    """Finds the tensor in a folder from which each parameter of a model is to be read.
+    """Finds where in a folder the tensor of each parameter of a model is stored.
 
     Reads only the headers of the files. If a tied tensor is stored twice, however, both copies are read and compared.
 
@@ -282,9 +282,9 @@ def _opened(file: Path) -> Iterator[Any]:
 def _tensors(sources: Mapping[str, Source]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the path of each parameter, with its tensor in the dtype in which it is stored.
 
-    Files are read through memory maps. While a map is open, the pages that were read stay in memory. At the end, the
-    whole file would be in memory, in addition to the arrays. Therefore, a file is reopened after every 32 MB. Reopening
-    it for each tensor would cost 0.3 ms per tensor, which is 55 ms for BERT-base.
+    Files are read through memory maps. While a map is open, the pages that were read stay in memory, in addition to
+    the arrays. Therefore, a file is reopened after every 32 MB. Reopening it for each tensor would cost 0.3 ms per
+    tensor, which is 55 ms for BERT-base.
     """
     rest = sorted(sources.items(), key=lambda item: item[1].file)[::-1]
     while rest:
@@ -394,8 +394,8 @@ def _line(name: str) -> tuple[str, str]:
     """Replaces the layer number in a name or path by `{i}`, as in `TABLE`.
 
     Returns:
-        The name or path with `{i}`, and the layer number as a text. Without a layer number, the name or path is
-        unchanged, and the text is `{i}`.
+        The name or path with `{i}`, and the layer number as a string. Without a layer number, the name or path is
+        unchanged, and the string is `{i}`.
     """
     layer = re.search(r"\.(\d+)\.", name)
     number = layer[1] if layer else "{i}"
@@ -405,7 +405,7 @@ def _line(name: str) -> tuple[str, str]:
 def _table(paths: Iterable[str]) -> dict[str, str]:
     """Maps the published name of each parameter to its path. Paths that `TABLE` lacks are left out.
 
-    The paths of a bare `BertModel` lack the prefix `bert.`. Their published names then lack it, too.
+    For a bare `BertModel`, neither the paths nor the published names have the prefix `bert.`.
     """
     names = {path: name for name, path in TABLE.items()}
     names |= {path.removeprefix("bert."): name.removeprefix("bert.") for path, name in names.items()}

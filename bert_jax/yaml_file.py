@@ -1,16 +1,82 @@
-"""Reads YAML files of settings. A file, one of its variants and overrides are merged into one tree."""
+"""Reads and validates YAML files of settings. A file, one of its variants and overrides are merged into one tree."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, get_args
 
 import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bert_jax.errors import InputError, listed, quoted
+from bert_jax.tree import flatten
 
 VALUES = 100_000
 """Maximum number of values in a settings file. Without a limit, a small file of nested aliases could fill memory."""
+RENAMED = {"optimizer.rates": "optimizer.lr_multipliers"}
+"""Maps the name of a setting in earlier versions to its current name."""
+PROBLEMS = 20
+"""Maximum number of problems that one error message lists."""
+
+
+class Section(BaseModel):
+    """A section of settings: unknown keys are refused, and the docstring of each field describes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class SettingsFile(Section):
+    """Base class of the settings that make up a whole file."""
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
+        """Reads a YAML file.
+
+        A file may hold variants under `task_names`. If `task_name` is mrpc, for example, the settings of the variant
+        `task_names: {mrpc: …}` replace the settings of the same names in the rest of the file.
+
+        Args:
+            path: The file.
+            overrides: Texts of the form `section.key=value`, with the value in YAML.
+
+        Raises:
+            InputError: If the file cannot be read, if a key is unknown, or if a value is missing or invalid. The
+                message lists at most `PROBLEMS` problems, and suggests known keys.
+        """
+        return cls.from_dict(read_tree(path, overrides), source=f"{path} and overrides" if overrides else str(path))
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any], source: str = "settings") -> Self:
+        """Validates a tree of settings.
+
+        Args:
+            tree: The settings by section and key.
+            source: How the error message refers to the tree.
+
+        Raises:
+            InputError: If a key is unknown, or if a value is missing or invalid; see `from_file`.
+        """
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            problems = [_problem(cls, entry) for entry in error.errors()[:PROBLEMS]]
+            if error.error_count() > PROBLEMS:
+                problems.append(f"… and {error.error_count() - PROBLEMS:,} more.")
+            raise InputError("\n  ".join([f"{source}:", *problems])) from None
+
+    def to_yaml(self) -> str:
+        """Returns all settings, defaults included, as YAML that `from_file` can read."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def differences(self, other: "SettingsFile") -> list[str]:
+        """The settings in which `self` and `other` differ, each as `key: value in self, value in other`."""
+        mine, theirs = (flatten(settings.model_dump(mode="json")) for settings in (self, other))
+        return [
+            f"{key}: {quoted(mine.get(key))}, {quoted(theirs.get(key))}"
+            for key in mine | theirs
+            if mine.get(key) != theirs.get(key)
+        ]
 
 
 class _Loader(yaml.SafeLoader):
@@ -111,3 +177,23 @@ def nearest(given: Any, names: Iterable[str]) -> str | None:
     """The name that is closest to `given`, which may be mistyped; None if no name is close."""
     close = difflib.get_close_matches(given[:100], names, n=1, cutoff=0.5) if isinstance(given, str) else []
     return close[0] if close else None
+
+
+def _problem(root: type[BaseModel], entry: Any) -> str:
+    """Describes one entry of pydantic's `ValidationError.errors()` in one line."""
+    path = [str(part) for part in entry["loc"]]
+    key = listed([".".join(path)])
+    if key in RENAMED:
+        return f"{key}: the setting is now {RENAMED[key]}."
+    if entry["type"] == "extra_forbidden":
+        section: Any = root
+        for part in path[:-1]:
+            kind = section.model_fields[part].annotation
+            section = next((arm for arm in get_args(kind) if hasattr(arm, "model_fields")), kind)
+        near = nearest(path[-1], section.model_fields)
+        hint = f"did you mean {near}?" if near else f"expected one of {', '.join(section.model_fields)}."
+        return f"{key}: there is no such setting; {hint}"
+    given = "" if entry["type"] == "missing" else f", got {quoted(entry['input'])}"
+    near = nearest(entry["input"], re.findall("'([^']+)'", entry.get("ctx", {}).get("expected", "")))
+    hint = f"; did you mean {near}?" if near else ""
+    return f"{key}: {entry['msg'].removeprefix('Value error, ')}{given}{hint}"

@@ -15,7 +15,7 @@ PACKAGE = Path(bert_jax.__file__).parent
 FLOORS = [
     ["errors", "tools.figure", "training.memory"],
     ["hub", "distributed"],
-    ["config", "tree", "yaml_file", "losses", "evaluation.metrics", "data.sources", "data.rows"],
+    ["config", "tree", "losses", "evaluation.metrics", "data.sources", "data.rows"],
     ["data.loader"],
     ["weights", "tokenizer_files", "sharding"],
     ["tokenizer"],
@@ -40,6 +40,7 @@ FLOORS = [
     ["training.loop", "tools.verify", "inference.catalogue"],
     ["inference.prediction", "inference.batcher", "tools.viz", "evaluation.held_out"],
     ["inference.server"],
+    ["yaml_file"],
     ["settings"],
     ["recipes.preparation", "recipes.runs"],
     ["recipes.pretraining", "recipes.finetuning"],

@@ -271,11 +271,11 @@ def test_settings_are_frozen():
 
 # ── Documentation ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-SECTIONS = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, module._Section)]
+SECTIONS = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, module.Section)]
 
 
 @pytest.mark.parametrize(
-    ("section", "name"), [(s, name) for s in SECTIONS if s is not module._Section for name in s.model_fields]
+    ("section", "name"), [(s, name) for s in SECTIONS if s is not module.Section for name in s.model_fields]
 )
 def test_each_field_is_described(section, name):
     field = section.model_fields[name]

@@ -2,8 +2,8 @@
 
 A shard is a numpy file of rows. A row has the three numbers that `HEADER` names, then the token ids of an example.
 In the folder of the shards, `corpus.json` records the files, the tokenizer and the settings that the shards are made
-from. `manifest.json`, which is written last, records the contents of each shard. A shard gets its name only when it is
-complete. If `tokenize` is interrupted, the next call therefore keeps the complete shards and makes the others.
+from. `manifest.json`, which is written last, records the size and the hash of each shard. A shard gets its final name
+only when it is complete. After an interruption, `tokenize` therefore makes only the missing shards.
 """
 
 import collections
@@ -112,14 +112,13 @@ def pairs(
     Args:
         documents: Two or more documents, none of them empty.
         room: Maximum number of tokens of both segments together.
-        short: Share of the pairs whose target length is random, from 2 tokens to `room`. The target length of the other
-            pairs is `room`.
+        short: Share of the pairs whose target length is drawn from 2 to `room` tokens; that of the others is `room`.
         random: The random generator.
 
     Yields:
-        The first segment, the second segment, and whether the second is from another document. The second segment is
-        always from another document if only one sentence of the document is left, or if the next sentence has at least
-        the target length. Otherwise, it is from another document with a probability of 1/2.
+        The first segment, the second segment, and whether the second is from another document than the first. This is
+        so with a probability of 1/2, and always if only one sentence of the first segment's document is left, or if the
+        next sentence has at least the target length.
     """
     for number, document in enumerate(documents):
         start = 0
@@ -191,8 +190,8 @@ class Layout:
     Attributes:
         max_length: Maximum number of tokens of an example, special tokens included.
         next_sentence: Whether to make pairs of segments for next-sentence prediction instead of single texts.
-        short: Share of the pairs whose target length is random: from 2 to `max_length` - 3 tokens, not counting the
-            three special tokens.
+        short: Share of the pairs whose target length is drawn from 2 to `max_length` - 3 tokens; that of the others is
+            `max_length` - 3. Special tokens are not counted.
     """
 
     max_length: int = 128
@@ -325,7 +324,7 @@ def _units(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
 def _make_shards(
     make: Any, units: Iterator[list[list[str]]], layout: Layout, processes: int | None, console: Console | None
 ) -> list[Any]:
-    """Makes a shard of each group of documents, in several processes. Returns the record of each shard."""
+    """Makes a shard from each group of documents, in several processes. Returns the record of each shard."""
     workers = processes or os.cpu_count() or 1
     records: list[Any] = []
     pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()

@@ -56,7 +56,7 @@ class Place(NamedTuple):
         indices: Indices of the examples, int64 [n].
         rows: The row of each example, int64 [n]. Examples in the same row follow one another in the order of `indices`.
         shape: The shape of the batch.
-        epoch: The epoch of the batch; `MaskedExamples` chooses different tokens in each epoch.
+        epoch: The epoch of the batch; `MaskedExamples` masks different tokens in each epoch.
     """
 
     indices: np.ndarray
@@ -110,7 +110,7 @@ class Examples:
         return found.hexdigest()
 
     def rows(self, indices: np.ndarray) -> list[int]:
-        """The numbers, counted from 1, of the rows of data that the given examples are made from."""
+        """The row numbers, counted from 1, of the data that the given examples are made from."""
         return sorted({1 + (self.origins[i][0] if self.origins else int(i)) for i in indices})
 
     def spots(self, place: Place, part: tuple[int, int] = (0, 1)) -> list[Spot]:
@@ -175,7 +175,7 @@ def padded_length(tokens: int, multiple: int = 1) -> int:
 
 
 def balanced(lengths: np.ndarray, batch_size: int, random: np.random.Generator) -> list[np.ndarray]:
-    """Groups examples into batches with nearly equal numbers of tokens, in random order.
+    """Randomly groups examples into batches with nearly equal numbers of tokens.
 
     The examples are sorted by length and divided into strata; each batch gets a random example of every stratum.
 
@@ -224,7 +224,7 @@ def packed_shape(
     most, longest = max(int(lengths[batch].sum()) for batch in batches), int(lengths.max())
 
     def least(length: int) -> int:
-        """A lower bound of the work with rows of this length: the work if rows had no padding."""
+        """A lower bound on the work with rows of this length: the work if rows had no padding."""
         return _work(Shape(-(-most // length // share) * share, length, 1))
 
     step = max(8, multiple)

@@ -89,8 +89,8 @@ class MaskedExamples(Examples):
 
     The choice depends only on the seed, the epoch and the example. Up to P tokens are chosen per row. Three arrays,
     int32 [B, P], are added to the `targets` of a batch. They have an entry per chosen token: `masked_positions` has the
-    index of the token in the row, `labels` has the token's original id, and `guessed_in` has the number of the token's
-    example in the row. Unused entries are `IGNORE` in `labels` and 0 in the other two arrays.
+    index of the token in the row, `labels` has the token's original id, and `guessed_in` has the index of the token's
+    example among the examples of the row. Unused entries are `IGNORE` in `labels` and 0 in the other two arrays.
 
     Attributes:
         masking: How many tokens are chosen, and whether whole words are chosen.
@@ -144,7 +144,7 @@ class MaskedExamples(Examples):
         """See `Examples.batch`."""
         batch = super().batch(place, part)
         rows, (_, length, examples) = len(batch["starts"]), place.shape
-        # An upper bound of the number of chosen tokens per row: rounding adds at most 1 for each example in the row.
+        # An upper bound on the number of chosen tokens per row: rounding adds at most 1 for each example in the row.
         most = min(examples * self.masking.most, int(self.masking.share * length) + examples)
         positions, guessed_in = (np.zeros((rows, most), np.int32) for _ in range(2))
         labels = np.full((rows, most), IGNORE, np.int32)

@@ -75,7 +75,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def read(path: str | Path, format: str | None = None, *, labelled: bool = True) -> Iterator[Row]:
-    """Streams the rows of a file; see `entries`. In Parquet files that `datasets` wrote, class names replace class ids.
+    """Streams the rows of a file (see `entries`), and replaces class ids (see `class_labels`) by class names.
 
     Raises:
         InputError: If the file or a line of it cannot be read; the message names the line.
@@ -277,7 +277,7 @@ def _csv(lines: Iterator[str], delimiter: str = ",", quotes: bool = True) -> Ite
 
 
 def _last_quote(record: list[str]) -> int:
-    """Finds the line in which the last quote opens. `record` has the lines of a row; the result is an index of it."""
+    """The index of the line in which the last quote opens. `record` has the lines of a row."""
     # A quote opens at the beginning of the row, or after a comma, a line break or another quote.
     openings = [match.start() for match in re.finditer(r'(?<![^,\n"])"[^"]*"?', "".join(record))]
     return bisect.bisect(list(itertools.accumulate(map(len, record))), max(openings, default=0))
@@ -396,7 +396,7 @@ _CONSTANTS = {"true": "True", "false": "False", "null": "None"}
 
 
 def _with_commas(text: str) -> str:
-    """Makes a Python literal of a list or object in the notation of numpy: adds the commas that numpy leaves out.
+    """Turns the notation of numpy into a Python literal: adds the commas that numpy leaves out.
 
     Without the added commas, Python would join the strings in `['a' 'b']`.
 
@@ -414,9 +414,8 @@ def _with_commas(text: str) -> str:
         if part == ",":
             separators[-1].add(part)
         if kind == "opening":
-            # `separators` has a set for each open bracket. If the items in a bracket are separated both by commas and
-            # by spaces, its set has both, and the error below is raised. The set of a bracket that is not a list's
-            # has the comma from the start, so that a single missing comma raises the error.
+            # `separators` has the separators in each open bracket. If there are both commas and spaces, the error below
+            # is raised. Spaces are allowed only in lists, so other brackets have the comma from the start.
             separators.append(set() if part == "[" else {","})
         if kind == "closing" and (len(separators) == 1 or len(separators.pop()) > 1):
             raise ValueError("commas or brackets are missing")

@@ -1,8 +1,8 @@
 """Evaluates pretrained models on held-out texts, by the tasks of pretraining: fill-mask and next-sentence-prediction.
 
-A measure of fill-mask is a mean over all masked tokens, or the exponential of one; a measure of
-next-sentence-prediction is a mean over all pairs. The 95 % interval of a measure is found by the bootstrap (Efron
-1979), which resamples the texts for fill-mask, and the pairs for next-sentence-prediction.
+The measures of fill-mask are means over all masked tokens, except the pseudo-perplexity, which is the exponential of
+such a mean. The measures of next-sentence-prediction are means over all pairs. The 95 % intervals are found by the
+bootstrap (Efron 1979), which resamples the texts for fill-mask, and the pairs for next-sentence-prediction.
 """
 
 import hashlib
@@ -69,8 +69,8 @@ class HiddenTokens(FillMask):
     def hide(self, text: str, words: Words, share: float, seed: int) -> Request[list[Hidden]]:
         """Makes a request for `Pipeline.run` that masks tokens of a text. The request's result is a list of `Hidden`.
 
-        The text is truncated to `max_length`. The other arguments are those of `evaluate`. For a given tokenizer and
-        `max_length`, which tokens are masked depends only on the arguments.
+        The text is truncated to `max_length`. The other arguments are those of `evaluate`. The choice of the masked
+        tokens depends only on the arguments, the tokenizer and `max_length`.
         """
         encoding = self.tokenizer.encode([text], max_length=self.max_length)[0][0]
         inside = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
@@ -108,8 +108,8 @@ class Following(NextSentencePrediction):
     def judge(self, first: str, second: str) -> Request[np.ndarray]:
         """Makes a request for the log-probabilities of the two labels for a pair, float32 [2].
 
-        If the pair is too long, the end of the first text and the beginning of the second are kept. If each text is
-        longer than half of the available tokens, each gets half of them.
+        If the pair is too long, the end of the first text and the beginning of the second are kept. A text that needs
+        at most half of the available tokens is kept whole; if both need more, each gets half.
         """
         a, b = (row[0].ids for row in self.tokenizer.encode([first, second], add_special_tokens=False))
         room = self.max_length - 3
@@ -155,10 +155,10 @@ def evaluate(
         The results of each model, by its name in `models`. A measure is `{value, low, high}`; `low` and `high` bound
         its 95 % interval.
 
-        fill-mask: The measures are `nll` (in nats), `pseudo_perplexity` (exponential of `nll`), `accuracy@k` and `mrr`
-        (mean reciprocal rank). `texts` is the number of texts, and `tokens` that of masked tokens. `by_frequency` and
-        `by_position` are lists with the number of tokens, the nll and the accuracy@1 of each class. If `words` is
-        "each" and every word has one piece, `pseudo_perplexity` is the measure of Salazar et al. 2020,
+        fill-mask: The measures are `nll` (in nats), `pseudo_perplexity` (exponential of `nll`), `accuracy@k` for k = 1,
+        5 and 10, and `mrr` (mean reciprocal rank). `texts` is the number of texts, and `tokens` that of masked tokens.
+        `by_frequency` and `by_position` are lists with the number of tokens, the nll and the accuracy@1 of each class.
+        If `words` is "each" and every word has one piece, `pseudo_perplexity` is the measure of Salazar et al. 2020,
         arXiv:1910.14659.
 
         next-sentence-prediction: The measures are `accuracy` and `nll`. `pairs` is the number of pairs.
@@ -241,7 +241,7 @@ def _next_sentence(follows: np.ndarray, found: list[np.ndarray], seed: int, resa
 def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.ndarray]:
     """Cuts each text in two at the end of a sentence, and pairs first parts with second parts.
 
-    Half of the first parts are paired with the second part of another text, the rest with that of the same text. Texts
+    Half of the first parts are paired with the second part of another text, the rest with that of their own text. Texts
     of one sentence are left out.
 
     Returns:
@@ -263,9 +263,9 @@ def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.nd
 
 
 def _means(values: dict[str, np.ndarray], owner: np.ndarray, seed: int, resamples: int) -> dict[str, dict[str, float]]:
-    """The mean of each array, and the 95 % interval of the mean, which is found by resampling the texts.
+    """The mean of each array, and the 95 % interval of the mean, which is found by resampling the texts or pairs.
 
-    `owner` has the index of each entry's text. For next-sentence-prediction, the pairs take the place of the texts.
+    `owner` has, for each entry of the arrays, the index of its text or, for next-sentence-prediction, of its pair.
     """
     texts = int(owner.max()) + 1
     sums = np.stack([np.bincount(owner, v, minlength=texts) for v in (np.ones(len(owner)), *values.values())], axis=1)

@@ -24,8 +24,9 @@ class Evaluation:
     """The results of an evaluation.
 
     Attributes:
-        metrics: The metrics of the task, and `loss`, the mean loss of the entries that count. The loss is in nats or,
-            for regression, in the squared unit of the target. If no entry counts, `metrics` is empty.
+        metrics: The metrics of the task, and `loss`, the mean loss over the examples or tokens that have a target.
+            The loss is in nats or, for regression, in the squared unit of the target. If nothing has a target,
+            `metrics` is empty.
         outputs: The outputs that `Objective.outputs` computes, by name and in the order of the examples. An output is
             an array with one entry per example. If the task's `per_token` is true, an output is a list instead, in
             which the array of each example has one entry per token.

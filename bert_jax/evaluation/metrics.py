@@ -90,8 +90,8 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     The tags are IOB1, IOB2 or BIOES, and may be ill-formed.
 
     Args:
-        tags: The tag of each word: "O", or one of the prefixes B-, I-, E- and S- followed by a type, such as "B-PER". A
-            letter without a type gets the type "_", as in seqeval.
+        tags: The tag of each word: "O", or one of the prefixes B-, I-, E- and S- followed by a type, such as "B-PER".
+            A tag without a type, such as "B", gets the type "_", as in seqeval.
 
     Returns:
         (type, index of the first word, index of the last word) of each entity, in order.
@@ -150,8 +150,8 @@ def answering(
         golds: The accepted answers of each question; empty if the question has no answer.
         answers: The answer given to each question, "" for no answer.
         null_over_best: For each question, the score of "no answer" minus the score of the best other answer. If
-            `null_over_best` is given, `answers` must be these best other answers. The best threshold is then found: if
-            the difference of a question is above the threshold, "no answer" replaces the question's answer.
+            `null_over_best` is given, `answers` must be these best other answers, and the best threshold is found: each
+            question whose difference is above the threshold gets "no answer".
 
     Returns:
         `exact_match` and `f1`, which are means over the questions. All means are from 0 to 100. If some questions have

@@ -57,8 +57,8 @@ class Limits:
         wait: Seconds to wait for more inputs after the first input of a batch.
         queue: The maximum number of unanswered inputs. A request that would exceed this maximum is refused with status
             429, unless no other request is waiting.
-        timeout: Seconds within which the body of a request must arrive; otherwise, the status is 408. The answer then
-            has as many seconds again; if it takes longer, the status is 504.
+        timeout: The body of a request must arrive within this many seconds; otherwise, the status is 408. The answer
+            must be ready within as many seconds after that; otherwise, the status is 504.
         max_body: The maximum size of the body of a request, in bytes.
         max_inputs: The maximum number of inputs of a request.
         max_characters: The maximum number of characters of an input.
@@ -159,7 +159,7 @@ def run_together(pipe: Pipeline[Task]) -> Callable[[list[Job]], list[list[Any]]]
 
 
 class Attention:
-    """Computes the attention weights of one layer for one text. Each row length has one compiled program."""
+    """Computes the attention weights of one layer for one text, with one compiled program per padded length."""
 
     def __init__(self, pipe: Pipeline[Task]):
         self.pipe = pipe

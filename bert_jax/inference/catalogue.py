@@ -1,4 +1,4 @@
-"""Answers requests in the JSON of Azure's model catalogue, in each form that the catalogue's endpoints accept."""
+"""Answers requests in the JSON formats that the endpoints of Azure's model catalogue accept."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,8 @@ def score(pipe: Pipeline[Task], request: Any) -> Any:
 
     The field `inputs` (or `input_data`) is one of:
 
-    - an input, or a list of inputs; an input that consists of two texts, or of words, is itself a list
+    - an input that is not a list, such as a text
+    - a list of inputs, in which an input that consists of two texts, or of words, is itself a list
     - columns: `{"input_string": […]}` or, for question answering, `{"question": […], "context": […]}`
     - pandas' split form: `{"columns": […], "index": […], "data": [[…]]}`
 

@@ -42,8 +42,8 @@ BUCKET_ROWS = (1, 4, 16, 64)
 BUCKET_TOKENS = 2048
 """Maximum number of tokens in a batch, padding included.
 
-If the queued texts have more tokens than this, several texts are packed into each row, unless the attention kernel
-does not support packed rows.
+If all queued texts together have more tokens than this, several texts are packed into each row, unless the attention
+kernel does not support packed rows.
 """
 PACKED_LENGTHS = (128, 256, 384, 512)
 """Lengths that packed rows are padded to, in tokens. A packed row of n tokens holds at most n // 8 texts."""
@@ -196,7 +196,7 @@ def pipeline(
         model: A folder, an id on the Hugging Face Hub, `bert-mini-cased`, or a loaded model.
         tokenizer: The tokenizer. It is required with a loaded model; otherwise, None means that of the checkpoint.
         revision: Branch, tag or commit on the Hub.
-        ignore: Regular expressions of the names of tensors that are not loaded; see `BertModel.from_pretrained`.
+        ignore: Regular expressions for the names of tensors that are not loaded; see `BertModel.from_pretrained`.
         compute_dtype: Dtype of the activations, "float32" or "bfloat16". A loaded model keeps its own.
 
     Raises:
@@ -307,7 +307,7 @@ class Pipeline(Generic[Task_co]):
         return list(results) if isinstance(inputs, list) else results
 
     def request(self, entry: Any, parameters: Mapping[str, Any]) -> Request[Any]:
-        """Makes the request of one input, for `run`.
+        """Makes a request from one input; `run` computes its result.
 
         Raises:
             InputError: If the input cannot be used, or if the task does not have one of the parameters.
@@ -368,7 +368,7 @@ class Pipeline(Generic[Task_co]):
         return results
 
     def _batches(self, queued: list[Queued]) -> Iterator[Batch]:
-        """Divides the queued texts into batches, and chooses a bucket that holds each batch."""
+        """Divides the queued texts into batches, and chooses a bucket for each batch."""
         queued = sorted(queued, key=lambda q: (-len(q.features.input_ids), -len(q.features.masked_positions)))
         while queued:
             lengths = [len(q.features.input_ids) for q in queued]
@@ -377,8 +377,8 @@ class Pipeline(Generic[Task_co]):
                 rows, texts = _most(length), length // 8
                 placed = best_fit(lengths, length, rows=rows, items=texts)
             else:
-                # The batch gets the largest number of rows of which more than half need `length`. The remaining texts
-                # go into later batches, for which a shorter length may be enough.
+                # The batch gets as many rows as possible, but more than half of them must hold a text longer than
+                # `shorter`. The remaining texts go into later batches, for which a shorter length may be enough.
                 shorter, length = next((a, b) for a, b in itertools.pairwise([0, *self._lengths]) if b >= lengths[0])
                 filling = sum(tokens > shorter for tokens in lengths)
                 rows, texts = max(n for n in BUCKET_ROWS if n <= _most(length) and filling > n // 2), 1

@@ -100,7 +100,7 @@ def predict_files(
         }))  # fmt: skip
     except TypeError as error:
         raise InputError(f"A parameter is not a number, text or list: {error}.") from None
-    # Errors that would reject all rows are raised before anything is written.
+    # Errors that concern all rows are raised before anything is written.
     sizes = sorted({len(names) for names in pipe.task.columns_of_input})
     if columns and len(columns) not in sizes:
         raise InputError(f"There are {len(columns)} columns; {pipe.task.name} expects {' or '.join(map(str, sizes))}.")
@@ -215,7 +215,7 @@ def _predict(
         ThreadPoolExecutor(1) as ahead,  # while one window is computed, the next is read and tokenized
     ):
         try:
-            # The lock is taken before the files are truncated, which could damage another run.
+            # The lock is taken before the files are truncated, because another process may be writing them.
             fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"{journal.output} is being written by another process.") from None

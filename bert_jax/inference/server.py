@@ -3,8 +3,8 @@
     bert-jax serve bert-mini-cased
     curl -H 'Content-Type: application/json' localhost:8000/score -d '{"inputs": {"input_string": ["A [MASK] day."]}}'
 
-The answers are those of `pipeline(…)`, because the server uses its tokenization, its batches and its programs. All
-programs are compiled before the server reports that it is ready.
+The answers are those of `pipeline(…)`: the server uses the same tokenization, batches and programs. All programs are
+compiled before the server reports that it is ready.
 """
 
 import ast
@@ -44,12 +44,12 @@ SAMPLE = {
     "inputs": {"input_string": ["Paris is the [MASK] of France.", "Today is a [MASK] day!"]},
     "parameters": {"top_k": 2},
 }
-"""The example request on the model's card in Azure's catalogue."""
+"""The example request on BERT's card in Azure's model catalogue."""
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 
 
 def body_model(pipe: Pipeline[Task]) -> type[pydantic.BaseModel]:
-    """The pydantic model of the body of /v1/{task}: the inputs, and the typed parameters of the task's `request`."""
+    """The pydantic model of the body of /v1/{task}: the inputs, and the parameters of the task's function `request`."""
     entry = pipe.task.json_input
     fields: dict[str, Any] = {"inputs": (entry | list[entry], ...)}  # type: ignore[valid-type]
     hints = get_type_hints(pipe.task.request)
@@ -142,7 +142,7 @@ class Server:
         return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4")
 
     async def _score(self, request: Request) -> Response:
-        """Answers a request in the JSON of Azure's model catalogue: `inputs` (or `input_data`) and `parameters`."""
+        """Answers a request in the format of Azure's model catalogue: `inputs` (or `input_data`) and `parameters`."""
         content = await self._content(request)
         with _refusing(content):
             inputs, parameters = catalogue.read(content)

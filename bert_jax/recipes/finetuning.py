@@ -98,7 +98,7 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
         settings: The settings of the run.
         target: Chips to compile the training step for, such as `v5e:2x4`. This machine need not have them. None
             compiles the step for the devices of this machine.
-        console: If a target is given, shows each program that was compiled; None shows nothing.
+        console: If a target is given, shows for each tried batch shape whether it fits; None shows nothing.
 
     Raises:
         InputError: If the settings or the data cannot be used, if the target is unknown, or if the compiler for the
@@ -186,7 +186,7 @@ def peak_memory(settings: Settings, prepared: preparation.Prepared, run: loop.Ru
 def compile_for(chips: aot.Target, run: loop.Run, shape: Shape, config: BertConfig, console: Console) -> str:
     """Describes what a target's compiler reports for a step on a batch of `shape`, and the largest batch that fits.
 
-    A batch fits if a chip's memory suffices for the step. Only the number of rows is varied.
+    A batch fits if each chip has enough memory for the step. To find the largest, only the number of rows is varied.
     """
     share = run.loader.share
 
@@ -217,8 +217,8 @@ def evaluate(
         model_id: A folder or an id on the Hub.
         settings: Settings with the task, the data, the maximum length and the batch size.
         split: "validation" or "test".
-        ignore: Regular expressions of the checkpoint's tensors that are not to be loaded. An expression has to match
-            the whole name of a tensor.
+        ignore: Regular expressions for the names of tensors in the checkpoint that are not loaded. An expression has to
+            match the whole name.
         console: Shows notes on the data; None shows nothing.
 
     Returns:

@@ -176,7 +176,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
         task = TASKS[settings.task]
         usual, required, target = task.columns, task.required, task.target
     try:
-        # The columns "id" and "is_impossible" cannot be renamed by a setting: `data.id` is the id of the data set.
+        # No setting names the columns "id" and "is_impossible"; `data.id` is the id of the data set.
         wanted = {
             name: sources.column(there, None if name in ("id", "is_impossible") else getattr(data, name), names)
             for name, names in usual.items()
@@ -199,7 +199,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
 
 
 def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None) -> BertConfig:
-    """Returns a model's config. If `data.labels` is set, its names replace LABEL_0, LABEL_1, …
+    """Returns a model's config, with the names in `data.labels` (if it is set) in place of LABEL_0, LABEL_1, …
 
     Args:
         config: The config of the model.
@@ -207,9 +207,9 @@ def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None
         labels: The names of the data's classes in the order of their ids; None if the data has no class ids.
 
     Raises:
-        InputError: If `data.labels` is to replace LABEL_0, LABEL_1, …, but has more or fewer names than the model has
-            labels. Also if the model has two labels, a metric depends on their order, and `data.labels` (if it is not
-            set, `labels`) has them in the other order.
+        InputError: If the names in `data.labels` are more or fewer than the labels that they replace. Also if a metric
+            depends on the order of the model's two labels, and `data.labels` (or `labels`, if `data.labels` is not set)
+            has them in the other order.
     """
     given, names = settings.data.labels, config.labels
     if given and all(re.fullmatch(r"LABEL_\d+", name) for name in names):

@@ -127,7 +127,7 @@ TRANSFORMS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "lion": optax.scale_by_lion,
     "adafactor": _adafactor,
 }
-"""Maps each `optimizer.name` to the function that makes its transformation of gradients, without the learning rate."""
+"""Maps each `optimizer.name` to a function that makes its gradient transformation, without the learning-rate factor."""
 KEYWORDS = {"beta1": "b1", "beta2": "b2", "epsilon": "eps", "bias_correction": "bias_correction"}
 """Maps the settings of `optimizer` to the keyword arguments of the functions in `TRANSFORMS`."""
 
@@ -158,7 +158,7 @@ def make_optimizer(settings: Settings | Pretraining, steps: int) -> optax.Gradie
 
 
 def rule_options(settings: Settings | Pretraining) -> dict[str, Any]:
-    """The settings of `optimizer` that decide how each parameter is updated; see `optim.rules`."""
+    """The settings of `optimizer` that are arguments of `optim.rules`."""
     return settings.optimizer.model_dump(include={"weight_decay", "no_decay", "lr_multipliers", "layer_decay"})
 
 

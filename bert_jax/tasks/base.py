@@ -116,7 +116,7 @@ class Task(Protocol):
     masked: bool
     """Whether rows have masked positions. If so, outputs have one entry per masked position."""
     columns_of_input: tuple[tuple[str, ...], ...]
-    """The columns that usually make up an input. Of these tuples, the first whose columns are all in a row is used."""
+    """The usual columns of an input, as alternatives. Each row uses the first tuple whose columns it has."""
     json_input: Any
     """The type of one input in the JSON body that the server receives."""
 
@@ -174,10 +174,10 @@ class TrainableTask(Task, Objective, Protocol):
     options: Mapping[str, type] = {}
     """Maps the names of further arguments of the constructor to their classes.
 
-    The settings have a section with the name of each of these arguments.
+    For each of these arguments, the settings have a section of the same name.
     """
     order_matters: bool = False
-    """Whether, if a model has two labels, a metric depends on the order of the labels."""
+    """Whether a metric depends on the order of the labels if the model has two."""
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
@@ -217,7 +217,7 @@ class TrainableTask(Task, Objective, Protocol):
 
     @staticmethod
     def files(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The JSON values of the files to write in addition to the predictions, by file name. By default, no files.
+        """Further files to write besides the predictions: their JSON values by file name. By default, there are none.
 
         Args:
             lines: The rows of the data, each with its `prediction`.

@@ -1,4 +1,4 @@
-"""fill-mask: proposes tokens for each [MASK], scores given words in its place, or fills all masks jointly."""
+"""fill-mask: proposes tokens for each [MASK], scores words that the caller names, or fills all masks jointly."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NotRequired, TypedDict
@@ -183,7 +183,7 @@ class FillMask:
         return entries
 
     def _pieces(self, targets: str | Sequence[str]) -> list[list[int]]:
-        """The token ids of each target; repeated targets are left out."""
+        """The token ids of each target, without duplicates."""
         targets = [targets] if isinstance(targets, str) else targets
         if not isinstance(targets, list | tuple) or not targets:
             raise InputError(f"targets is {quoted(targets)}; expected a list of words.")

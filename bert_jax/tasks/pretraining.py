@@ -26,7 +26,7 @@ class MaskedLanguageModeling(Objective):
         return self._mlm_loss(self._logits(model, batch, dropout_key)[0], batch)
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Sums over the masked tokens of each example, float32 [B, K].
+        """Three sums over the masked tokens of each example, float32 [B, K].
 
         `masked` is the number of masked tokens, `mlm_nll` is their negative log-likelihood in nats, and `mlm_correct`
         is the number of masked tokens that are predicted correctly.

@@ -231,15 +231,14 @@ class QuestionAnswering(TrainableTask):
     def config(
         rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
-        """See `TrainableTask.config`. The fields define two labels.
+        """See `TrainableTask.config`. Sets two labels, for the outputs `start` and `end`.
 
-        They are needed because transformers gives a head as many outputs as there are labels, and this head has two
-        outputs, start and end.
+        transformers gives a head as many outputs as there are labels.
         """
         return {"id2label": ("LABEL_0", "LABEL_1"), "num_labels": 2}
 
     def tuned(self, metrics: Mapping[str, Any]) -> Self:
-        """See `TrainableTask.tuned`. The only value that an evaluation finds is `AnswerOptions.null_threshold`."""
+        """See `TrainableTask.tuned`. Only `AnswerOptions.null_threshold` is tuned."""
         tuned = copy.copy(self)
         if "null_threshold" in metrics:
             tuned.answers = replace(self.answers, null_threshold=metrics["null_threshold"])
@@ -306,7 +305,7 @@ class QuestionAnswering(TrainableTask):
         return any(row["answers"] is not None for _, row, *_ in examples.origins)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """The metrics (`bert_jax.evaluation.metrics.answering`) of the rows that give answers; empty if no row does."""
+        """The metrics (`bert_jax.evaluation.metrics.answering`) of the rows with `answers`; empty if there are none."""
         from bert_jax.evaluation import metrics
 
         if not self.labelled(examples):

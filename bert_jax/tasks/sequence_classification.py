@@ -241,7 +241,7 @@ class SequenceClassification(TrainableTask):
         return loss(logits, jnp.where(counts[..., None], labels, 0.0), counts.astype(jnp.float32)), count
 
     def outputs(self, model: BertForSequenceClassification, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """See `Objective.outputs`. Computes `scores` like `forward`, but always as `self.problem_type` requires."""
+        """See `Objective.outputs`. Computes `scores` with the function of `SCORES` for `self.problem_type`."""
         logits = model(**batch["inputs"], positions=batch["starts"]).logits
         return {"scores": SCORES[self.problem_type](logits)}
 

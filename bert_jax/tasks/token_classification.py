@@ -59,7 +59,7 @@ class Piece:
     Attributes:
         token: The token or, if it is [UNK], the characters of the text that it stands for.
         start: The index in the text of the token's first character.
-        end: The index in the text after the token's last character.
+        end: The index in the text of the first character after the token.
         index: The position of the token, with [CLS] at 0.
         scores: The probabilities of the labels, float32 [C].
         continues: Whether the token continues a word.
@@ -275,8 +275,8 @@ class TokenClassification(TrainableTask):
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         """Converts rows with `tokens` and optional `tags` to windows.
 
-        The label of a word is given to its first piece, in one of the windows with that piece. All other tokens get
-        `losses.IGNORE`.
+        The label of a word is given to its first piece, in only one of the windows that contain this piece. All other
+        tokens get `losses.IGNORE`.
 
         Raises:
             InputError: If a tag is unknown; the message names the row.
@@ -291,7 +291,7 @@ class TokenClassification(TrainableTask):
             if unknown := [tag for tag in tags or () if tag not in ids]:
                 raise InputError(f"row {n + 1}: the tag {quoted(unknown[0])} is unknown; {known_labels(self.labels)}")
             columns = [np.full(len(part), losses.IGNORE, np.int32) for part in parts]
-            # For each window, the words whose tags are read from it: indices of the word's first piece and of the word.
+            # For each window, the words whose tags are read from it, each as (index of its first piece, its own index).
             firsts: list[list[tuple[int, int]]] = [[] for _ in parts]
             last = None
             for window, i in self._places(parts):
@@ -324,7 +324,7 @@ class TokenClassification(TrainableTask):
         return any(row["tags"] for _, row, _ in examples.origins)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """The metrics (`bert_jax.evaluation.metrics.tagging`) of the rows that have tags; empty if no row has."""
+        """The metrics (`bert_jax.evaluation.metrics.tagging`) of the rows that have tags; empty if there are none."""
         from bert_jax.evaluation import metrics
 
         if not self.labelled(examples):

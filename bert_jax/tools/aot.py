@@ -252,7 +252,7 @@ def _collectives(text: str) -> dict[str, tuple[int, int]]:
     """Finds the collectives in the text of a compiled program; see `Check.collectives`.
 
     A collective in a loop counts once per iteration. The number of iterations is taken to be the largest constant in
-    the loop's condition, as is true of a scan.
+    the loop's condition, which is correct for a scan.
     """
     _, *parts = re.split(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", text, flags=re.MULTILINE)
     names, bodies = parts[1::3], parts[2::3]
@@ -289,8 +289,8 @@ def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
 
     Apart from the state, memory grows almost linearly with the size. A line through the memory of two programs
     therefore predicts which size to try next. Near the limit, compilers save memory, so the prediction is too low. For
-    this reason, each size to try exceeds the largest size known to fit by at least an eighth of that size (rounded
-    down, but not below 1). As long as every size has fit, it exceeds that size by at least four times as much.
+    this reason, the next size exceeds the largest size known to fit by at least one step, which is an eighth of that
+    size (rounded down, but at least 1). Until some size does not fit, the difference is at least four steps.
 
     Args:
         try_out: Compiles the program for a size.

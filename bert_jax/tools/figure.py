@@ -8,8 +8,8 @@ from matplotlib import figure
 class Figure(figure.Figure):
     """A matplotlib figure that is made without pyplot and that notebooks show as an image.
 
-    Figures made with pyplot stay in memory until they are closed. If a figure is made without pyplot, IPython shows
-    matplotlib's own class as text; this class adds the method that IPython needs to show an image.
+    Figures made with pyplot stay in memory until they are closed. IPython would show a figure made without pyplot as
+    text. This class therefore adds `_repr_png_`, the method that IPython calls to show an image.
     """
 
     def _repr_png_(self) -> bytes:

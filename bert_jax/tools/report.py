@@ -37,7 +37,7 @@ def learning_curve(journal: Sequence[Mapping[str, Any]], metric: str) -> "Figure
 def markdown(metrics: Mapping[str, Any]) -> str:
     """Formats metrics as Markdown.
 
-    The first table has the numbers. If `metrics` has scores by class or a confusion matrix, each gets its own table.
+    The first table has the single-number metrics. Scores by class and a confusion matrix, if any, get their own tables.
     """
     names = {"f1": f"f1 of {metrics['f1_label']}"} if "f1_label" in metrics else {}
     numbers = {names.get(name, name): value for name, value in metrics.items() if isinstance(value, int | float)}

@@ -21,7 +21,7 @@ class Checkpoints:
 
     Args:
         folder: The folder; it is created if it does not exist.
-        keep: Number of the latest checkpoints to keep, in addition to the best.
+        keep: How many of the latest checkpoints to keep, in addition to the best.
 
     Raises:
         CheckpointError: If the folder cannot be created.

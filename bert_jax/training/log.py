@@ -15,7 +15,7 @@ METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 def in_words(metrics: Mapping[str, Any]) -> str:
-    """Formats the float metrics on one line. If `metrics` has an `f1_label`, such as "yes", calls `f1` "f1 of yes"."""
+    """Formats the float metrics on one line. If there is an `f1_label`, such as "yes", `f1` is named "f1 of yes"."""
     names = {"f1": f"f1 of {metrics['f1_label']}"} if "f1_label" in metrics else {}
     return "  ".join(f"{names.get(name, name)} {x:.4f}" for name, x in metrics.items() if isinstance(x, float))
 

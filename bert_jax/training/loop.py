@@ -288,8 +288,8 @@ def fit(
         seen += len(place.indices)
         if n % log_every and n != steps:
             return None
-        # The clock is read once, so that no time is lost between the intervals of two rates. A second reading below
-        # would come later, because `schedule` waits for the step that is in progress.
+        # The same reading of the clock ends this interval and starts the next. A second reading below would leave out
+        # the time for which `schedule` waits for the step in progress.
         now = time.perf_counter()
         rate, seen, since = seen / (now - since), 0, now
         means = {name: float(np.mean([line[name] for line in lines])) for name in values}
@@ -316,8 +316,8 @@ def fit(
             stopping = bool(received) or distributed.asked_to_stop(step)
             evaluate_now = step % every == 0 or step == steps
             save_now = evaluate_now or stopping or bool(save_every and step % save_every == 0)
-            # Here, the metrics of the previous step are read, because the device would be idle after a wait for the
-            # current step. Before an evaluation or a checkpoint, those of the current step are read, too.
+            # The metrics are read one step late, so that the device computes the current step while the host prepares
+            # the next one. Before an evaluation or a checkpoint, those of the current step are read, too.
             while in_flight and (len(in_flight) > 1 or save_now):
                 show(step, take_in(*in_flight.pop(0)))
             score = None

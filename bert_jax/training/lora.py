@@ -24,8 +24,8 @@ from bert_jax.hub import read_json, replacing
 from bert_jax.model import BertPreTrainedModel
 
 # The fields of peft's LoraConfig (0.19) that may be set. This module reads some of them. The others, such as those that
-# tell how the adapters were trained, do not change the meaning of stored adapters. If any other field is set, such as a
-# field of a later version, loading fails, because the field might change that meaning.
+# tell how the adapters were trained, do not change the meaning of stored adapters. If a field outside this list is set,
+# such as one of a later version, loading fails, because the field might change that meaning.
 _INERT = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",

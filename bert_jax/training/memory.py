@@ -21,18 +21,19 @@ def keep_freed(*, asynchronous: bool = False) -> None:
     again, which takes a third of the time of a training step. So this function keeps malloc from mapping blocks and
     from trimming its heap, and asks the system for huge pages for the heap.
 
-    A heap that only grows must not fragment. If a small allocation lands above the block, or inside the hole that the
-    block leaves, the next block does not fit the hole and the heap grows by another block. Fine-tuning MiniLM on SQuAD
-    (a block of 2.1 GB) took 9 to 10 GB for this reason. Two measures prevent fragmentation:
+    A heap that only grows must not fragment. A small allocation inside the hole that a block leaves makes the hole too
+    small for the next block. A small allocation directly above a block keeps its hole from growing for a larger block.
+    In both cases, the heap grows by another block. Fine-tuning MiniLM on SQuAD (a block of 2.1 GB) took 9 to 10 GB
+    for this reason. Two measures prevent fragmentation:
 
     - Small allocations have their own place: free chunks of 64 MB at the start of the heap, separated by small blocks
       that are never freed (fences). malloc uses the smallest free chunk that fits, so these chunks serve all requests
       of less than 64 MB. An unused chunk takes address space, not memory. Larger blocks go to the end of the heap,
       where a freed block merges with the free space behind it.
-    - JAX runs one program at a time. With asynchronous dispatch, the next step would allocate its block before the
-      thread of the previous step has freed the previous block: training with batches of 4 took 3.4 GB with asynchronous
-      dispatch and 1.7 GB without it. A training step on CPU keeps all cores busy, so it gains nothing from asynchronous
-      dispatch.
+    - Unless `asynchronous` is true, JAX's asynchronous dispatch is turned off. With it, the next step would allocate
+      its block before the thread of the previous step has freed the previous block: training with batches of 4 took
+      3.4 GB with asynchronous dispatch and 1.7 GB without it. A training step on CPU keeps all cores busy, so it gains
+      nothing from asynchronous dispatch.
 
     The call does nothing if malloc is not glibc's, and uses no huge pages if the system has none. A second call with
     the same argument does nothing.
@@ -70,7 +71,7 @@ def release() -> None:
     """
     if (libc := _glibc()) is None:
         return
-    # This call returns free chunks. It does not shrink the heap, because the heap would then lose its huge pages.
+    # Returns free chunks. The large argument keeps malloc from shrinking the heap, which would lose its huge pages.
     libc.malloc_trim(1 << 62)
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     if end := libc.malloc(size):

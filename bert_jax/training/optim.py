@@ -1,4 +1,4 @@
-"""Optimizers, such as BERT's AdamW, with a rule for each parameter, and transformers' learning-rate schedules.
+"""Optimizers, such as BERT's AdamW, and the learning-rate schedules of transformers.
 
     optimizer = optim.adamw(optim.schedule("linear", 2e-5, steps=500, warmup_ratio=0.1), weight_decay=0.01)
 
@@ -196,8 +196,8 @@ def by_path(
         return jax.tree_util.tree_map_with_path(lambda keys, u: found[_path(keys)].lr_multiplier * u, updates), state
 
     def clip(updates: optax.Updates, params: optax.Params) -> optax.Updates:
-        # XLA fuses this multiplication into each read of the gradients. optax.clip_by_global_norm divides instead. The
-        # quotients are read twice, so XLA stores them, which costs a pass over memory.
+        # XLA repeats this multiplication wherever the gradients are read. The division in
+        # optax.clip_by_global_norm is not repeated: XLA stores its quotients, which costs another pass over memory.
         factor = jnp.minimum(1.0, max_grad_norm / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda g: g * factor, updates)
 

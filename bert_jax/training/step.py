@@ -132,8 +132,8 @@ def make_step(
 ) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, Arrays]]:
     """Returns the jitted step: (state, frozen parameters, batch) -> (next state, metrics `loss` and `grad_norm`).
 
-    The loss is the mean over all entries of the batch that count, even if gradients are accumulated. The step
-    overwrites the arrays of the state that it gets (donation).
+    The loss is the mean over all entries of the batch that the task counts (padding is not counted), even if gradients
+    are accumulated. The step overwrites the arrays of the state that it gets (donation).
 
     Args:
         task: Gives the loss.
@@ -152,8 +152,8 @@ def make_step(
 
     def train_step(state: TrainState, frozen: Arrays, batch: Batch) -> tuple[TrainState, Arrays]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        # If there is one part, the gradients of the mean loss are computed directly. Those of the total loss would have
-        # to be divided by the count, which costs a pass over memory.
+        # With one part, the gradients of the mean loss are computed directly. Those of the total loss would have to be
+        # divided by `count`, which costs another pass over memory.
         if accumulation == 1:
             (loss, _), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params, frozen, batch, key)
         else:

@@ -117,7 +117,7 @@ def score(
     revision: Revision = None,
     ignore: Ignore = None,
 ) -> None:
-    """Answer a request in the format of Azure's catalogue: {"inputs": {"input_string": ["…"]}, "parameters": {"top_k": 2}}."""
+    """Answer a request in the catalogue's JSON: {"inputs": {"input_string": ["…"]}, "parameters": {"top_k": 2}}."""
     try:
         request = json.loads(file.read_bytes() if file else sys.stdin.buffer.read())
     except (ValueError, RecursionError) as error:

@@ -157,8 +157,9 @@ class Tokenizer:
         }
         pieces = {id: piece for piece, id in self.backend.get_vocab(with_added_tokens=False).items()}
         for id in range(max(pieces), 0, -1):
-            # If a vocab.txt that was read has equal lines, only the last counts, and the ids of the others have no
-            # piece. Their lines get the next id's piece, which keeps its id because again only the last line counts.
+            # A vocab.txt may repeat a piece. Only its last line counts, so the ids of the earlier lines have no piece.
+            # The file written here needs a line for every id. An id without a piece gets the piece of the next id,
+            # which does not change the id of that piece: only its last line will count.
             pieces.setdefault(id - 1, pieces[id])
         with hub.replacing(Path(folder)) as staging:
             self.backend.save(str(staging / "tokenizer.json"))

@@ -183,15 +183,17 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
     results = {name: results[name] for name in programs() if name in results}
     parts = [
         "# TPUs and GPUs",
-        "Programs of this package compile for TPU v5e, v6e and v5p and for H100 with those chips' own compilers, on a "
-        "machine that has none of them. **They have never been run on one**: what follows is what compilers say of "
-        "memory, communication and types, and bounds on paper; it says nothing of speed.",
+        "The programs of this package compile for TPU v5e, v6e and v5p and for H100 with the compilers of those "
+        "chips, on a\nmachine that has none of them. **They have never been run on one.** This page shows what the "
+        "compilers report about\nmemory, communication and types, and theoretical bounds. It says nothing about "
+        "the actual speed.",
         "```sh\npip install '.[aot]'\n"
         "bert-jax finetune configs/finetune/emotion.yaml precision.compute_dtype=bfloat16 --dry-run --target v5e:2x4\n"
         "python scripts/aot_check.py    # writes this page\n```",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + ". Activations are bfloat16, parameters and optimizer float32, state donated, rows hold several texts unless "
-        "said otherwise. TPU programs are compiled with `exec_time_optimization_effort` −1, H100's without autotuning.",
+        + ".\nActivations are bfloat16. Parameters and the optimizer state are float32. The state is donated. Rows are "
+        "packed unless\nstated otherwise. TPU programs are compiled with `exec_time_optimization_effort` −1, H100 "
+        "programs without autotuning.",
     ]  # fmt: skip
     table = ["| program | layout | " + " | ".join(CHIPS) + " |", "|---|---|" + "---|" * len(CHIPS)]
     kinds = list(
@@ -205,19 +207,25 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
             rows = f"{' '.join([task, *recipe])}, {size}, [{shape.replace('x', ', ')}]"
             table.append(f"| {rows} | {layout} | " + " | ".join(words) + " |")
     room = ", ".join(f"{chip} {aot.CHIPS[chip.split(':')[0]].memory / gib:.2f}" for chip in CHIPS)
-    parts += [f"## Memory of a device, GiB\n\nOf {room}. Shapes are rows and tokens on all devices.", "\n".join(table)]
+    parts += [
+        f"## Memory per device, GiB\n\nA device has: {room}.\nShapes are the rows and tokens on all devices.",
+        "\n".join(table),
+    ]
 
-    lines = ["| program | collectives (MB a device) | gradients, MB | products in bfloat16 |", "|---|---|---|---|"]
+    lines = ["| program | collectives (MB per device) | gradients, MB | products in bfloat16 |", "|---|---|---|---|"]
     for name, found in results.items():
         if " finetune " in name and found["fits"]:
             said = ", ".join(f"{n} {kind} ({size / 1e6:,.1f})" for kind, (n, size) in found["collectives"].items())
             flops = {kinds.split()[0]: flops for kinds, (_, flops) in found["products"].items()}
             share = flops["bfloat16"] / sum(flops.values())
             lines.append(f"| {name} | {said} | {found['gradient_bytes'] / 1e6:,.1f} | {share:.2%} |")
-    parts += ["## What devices tell each other\n\nData-parallel steps only add up gradients.", "\n".join(lines)]
+    parts += [
+        "## Communication between devices\n\nData-parallel steps communicate only to sum gradients.",
+        "\n".join(lines),
+    ]
 
     lines = [
-        "| target | change | GiB a device | TFLOP in products, all devices | custom kernels |",
+        "| target | change | GiB per device | TFLOP in products, all devices | custom kernels |",
         "|---|---|---|---|---|",
     ]
     for name, found in results.items():
@@ -228,26 +236,28 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
             fits = "" if found["fits"] else "**does not fit** "
             lines.append(f"| {chip} | {what} | {fits}{found['memory'] / gib:.2f} | {flops:.1f} | {kernels} |")
     parts += [
-        "## What fused attention, remat and packing change\n\nA step of base on [256, 512] over eight devices, without "
-        "attention dropout. Products inside custom kernels are not counted.",
+        "## What fused attention, remat and packing change\n\nA training step of base on [256, 512] over eight "
+        "devices, without attention dropout. Products inside custom kernels are\nnot counted.",
         "\n".join(lines),
     ]
     padded, packed = (results.get(f"v5e:2x4 packing {packed}") for packed in (False, True))
     if padded and packed:
         parts.append(
-            "Packing: a batch of 256 texts of 4 to 128 tokens, 22 on average, is "
-            f"{padded['shape'][:2]} padded and {packed['shape'][:2]} packed: "
-            f"{padded['memory'] / gib:.2f} and {packed['memory'] / gib:.2f} GiB a device of v5e:2x4, "
+            "Packing: a batch of 256 texts of 4 to 128 tokens, 22 on average, has the shape "
+            f"{padded['shape'][:2]} padded and {packed['shape'][:2]} packed. It\nneeds "
+            f"{padded['memory'] / gib:.2f} and {packed['memory'] / gib:.2f} GiB per device of v5e:2x4, and "
             f"{padded['flops'] / 1e12:.1f} and {packed['flops'] / 1e12:.1f} TFLOP by formula."
         )
     if found := results.get("v5e:2x4 largest large 512 remat"):
-        parts.append(f"The largest batch of large at 512 tokens with remat on v5e:2x4: {found['rows']} rows a chip.")
+        parts.append(
+            f"The largest batch of large at 512 tokens with remat on v5e:2x4 has {found['rows']} rows per chip."
+        )
     if found := results.get("v5e:2x4 too much"):
         parts.append(
-            f"Large on [512, 512] without remat {'fits' if found['fits'] else 'does not fit'} v5e:2x4: it wants "
-            f"{found['memory'] / gib:.1f} GiB a chip, as the compiler says."
+            f"Large on [512, 512] without remat {'fits' if found['fits'] else 'does not fit'} v5e:2x4. According to "
+            f"the compiler, it needs {found['memory'] / gib:.1f} GiB per chip."
         )
-    lines = ["| program | products | memory | links | no step is shorter than |", "|---|---|---|---|---|"]
+    lines = ["| program | products | memory | links | lower bound |", "|---|---|---|---|---|"]
     for name, found in results.items():
         if (
             found.get("bound")
@@ -259,10 +269,10 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
             cells = " | ".join(f"{1e3 * value:.2f}" for value in seconds.values())
             lines.append(f"| {name} | {cells} | {1e3 * max(seconds.values()):.2f} |")
     parts += [
-        "## A bound, on paper\n\nMilliseconds that a step cannot be shorter than, by published rates of each chip "
-        "alone (`bert_jax.tools.aot.CHIPS`): the program's products at the peak of bfloat16, its arguments and results "
-        "through memory once, its all-reduces through the links. A bound on what is possible; "
-        "no measurement, and no promise.",
+        "## Theoretical lower bounds\n\nThe least time of a step in milliseconds, from only the published rates of "
+        "each chip (`bert_jax.tools.aot.CHIPS`): the\nproducts of the program at the peak rate of bfloat16, its "
+        "arguments and results through memory once, and its all-reduces\nthrough the links. These are bounds on what "
+        "is possible, not measurements or promises.",
         "\n".join(lines),
     ]
     return "\n\n".join(parts) + "\n"

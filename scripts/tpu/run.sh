@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs one command on all hosts of a slice at once, training as the processes of one run; see create.sh. The same
-# command goes on after a stop.
+# command resumes after a stop.
 set -euo pipefail
 command="$(printf '%q ' "$@")"
 case "${1:?a command is missing: bert-jax finetune …} ${2-}" in

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="malloc is glibc's on Linux alone")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has glibc's malloc")
 
 START = """
 import resource

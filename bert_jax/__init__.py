@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _CONTENTS = {
     "BertConfig": "config",
     "BertModel": "model",
+    "SentenceEmbedding": "sentence_embedding",
     "Tokenizer": "tokenizer",
     "pipeline": "inference.pipelines",
     "train": "training.loop",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from bert_jax.heads import *  # noqa: F403
     from bert_jax.inference.pipelines import pipeline as pipeline
     from bert_jax.model import BertModel as BertModel
+    from bert_jax.sentence_embedding import SentenceEmbedding as SentenceEmbedding
     from bert_jax.tokenizer import Tokenizer as Tokenizer
     from bert_jax.training import lora as lora
     from bert_jax.training import optim as optim

@@ -1,4 +1,4 @@
-"""The command line: `bert-jax fill-mask | score | predict | serve | finetune | pretrain | evaluate | info | verify`.
+"""The command line, `bert-jax`: fill-mask, score, predict, serve, finetune, pretrain, evaluate, info, convert, verify.
 
 Each command imports only what it needs.
 """
@@ -352,6 +352,18 @@ def info(model: Model, revision: Revision = None, ignore: Ignore = None) -> None
     sources, report = weights.plan(folder, skeleton.specs, ignore=ignore or ())
     stored = ", ".join(sorted({source.dtype for source in sources.values()}))
     console.print(f"weights, stored as {stored}:\n{report}", highlight=False)
+
+
+@app.command()
+def convert(
+    model: Annotated[Path, typer.Argument(help="A folder with flax_model.msgpack or pytorch_model.bin.")],
+    output: Annotated[Path, typer.Option(help="A new folder; or the folder itself, to add model.safetensors to it.")],
+    ignore: Ignore = None,
+) -> None:
+    """Convert Flax's or PyTorch's weights to the safetensors that this package loads."""
+    from bert_jax.convert import convert as convert_folder
+
+    print(f"{output} contains the weights of {convert_folder(model, output, ignore=ignore or ())}.")
 
 
 @app.command()

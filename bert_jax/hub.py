@@ -4,6 +4,7 @@ A model id is the path of a local folder, the name of a model in this package, o
 """
 
 import contextlib
+import fnmatch
 import json
 import logging
 import os
@@ -11,10 +12,10 @@ import re
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bert_jax.errors import BertJaxError, CheckpointError, HubUnreachableError, ModelNotFoundError, listed, quoted
 
@@ -31,6 +32,31 @@ EMBEDDED = Path(__file__).parent / "embedded"
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
+MODULES_FILE = "modules.json"
+"""The file in which a sentence-transformers model lists its modules.
+
+Each module has a folder within that of the model. The first module is the network; its folder may be the model's own.
+"""
+
+SENTENCE_FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
+"""Further files of a sentence-transformers model. The first is in its own folder, the second in that of the network."""
+
+_CONVERT = "convert it once: bert-jax convert {folder} --output NEW_FOLDER"
+_SAVE_AGAIN = "load it with {tool} and call save_pretrained there; see docs/files_from_elsewhere.md"
+_EXPORTED = "use the checkpoint that it was exported from"
+OTHER_FORMATS = {
+    "flax_model.msgpack": _CONVERT,
+    "pytorch_model.bin": _CONVERT,
+    "pytorch_model.bin.index.json": _SAVE_AGAIN.format(tool="transformers"),
+    "flax_model.msgpack.index.json": _SAVE_AGAIN.format(tool="transformers 4"),
+    "tf_model.h5": _SAVE_AGAIN.format(tool="transformers 4"),
+    "*.ckpt*.index": _SAVE_AGAIN.format(tool="transformers 4"),
+    "adapter_config.json": "load the base model, then call bert_jax.lora.load_adapters",
+    "*.onnx": _EXPORTED,
+    "*.gguf": _EXPORTED,
+    "openvino_model.xml": _EXPORTED,
+}
+"""Maps the names of files with weights that are not safetensors (as for `fnmatch`) to what to do with such a file."""
 
 
 def download(model_id: str | os.PathLike[str], *, revision: str | None = None, timeout: float = 10.0) -> Path:
@@ -45,21 +71,100 @@ def download(model_id: str | os.PathLike[str], *, revision: str | None = None, t
         timeout: Seconds to wait for the Hub's first answer.
 
     Returns:
-        A folder that contains config.json.
+        A folder that contains config.json. For a sentence-transformers model, it may be a folder within that of the
+        model; `find_modules` finds the folder of the model from it.
 
     Raises:
         ModelNotFoundError: If the folder, model or revision does not exist, or if a download fails.
         HubUnreachableError: If nothing can be downloaded and the cache lacks files of the model.
-        CheckpointError: If a model on the Hub has no safetensors weights, or if the index of its weights is damaged.
+        CheckpointError: If a model on the Hub has no safetensors weights, or if the index of its weights or its
+            `modules.json` is damaged.
     """
     folder = Path(model_id)
     if folder.is_dir():
-        if not (folder / CONFIG_FILE).is_file():
-            raise ModelNotFoundError(f"{folder} is not a model folder; expected a folder that contains {CONFIG_FILE}.")
-        return folder
+        network = network_folder(folder)
+        if not (network / CONFIG_FILE).is_file():
+            raise ModelNotFoundError(
+                f"{folder} is not a model folder; expected a folder that contains {CONFIG_FILE}."
+                + advice((path.name for path in folder.iterdir()), folder)
+            )
+        return network
     if (EMBEDDED / folder).is_dir() and len(folder.parts) == 1:
         return EMBEDDED / folder
     return _from_hub(str(model_id), revision or "main", timeout)
+
+
+def advice(names: Iterable[str], folder: str | os.PathLike[str]) -> str:
+    """What to do with the files of a folder that has no safetensors weights.
+
+    Args:
+        names: The names of the files, or their paths within the folder.
+        folder: The folder, for the message.
+
+    Returns:
+        A sentence that begins with a space. If no file is of a known format, the result is empty.
+    """
+    paths = sorted(names)
+    for pattern, what in OTHER_FORMATS.items():
+        if found := next((path for path in paths if fnmatch.fnmatchcase(path.rpartition("/")[2], pattern)), None):
+            return f" It contains {found}; {what.format(folder=folder)}."
+    return ""
+
+
+class Module(NamedTuple):
+    """A module of a sentence-transformers model.
+
+    Attributes:
+        kind: The name of its class, such as Transformer, Pooling, Normalize or Dense.
+        path: Its folder within that of the model; empty if it is the same folder.
+    """
+
+    kind: str
+    path: str
+
+
+def read_modules(file: Path) -> list[Module]:
+    """Reads the `modules.json` of a sentence-transformers model.
+
+    Raises:
+        CheckpointError: If the file is damaged, or if it names a folder outside that of the model.
+    """
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        # A class of another library keeps its full name.
+        modules = [
+            Module(re.sub(r"^sentence_transformers\.(.*\.)?", "", entry["type"]), entry["path"].rstrip("/"))
+            for entry in entries
+        ]
+        if not modules or not all(re.fullmatch(r"\w[\w.-]*", module.path) for module in modules if module.path):
+            raise ValueError("it lists no modules, or one outside the folder of the model")
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged ({quoted(str(error))}); download it again.") from None
+    return modules
+
+
+def network_folder(folder: Path) -> Path:
+    """The folder of the network in that of a model. In a sentence-transformers model, it may be a subfolder."""
+    if (folder / CONFIG_FILE).is_file() or not (folder / MODULES_FILE).is_file():
+        return folder
+    return folder / read_modules(folder / MODULES_FILE)[0].path
+
+
+def find_modules(network: Path) -> tuple[Path, list[Module]] | None:
+    """The folder and the modules of the sentence-transformers model that a network belongs to.
+
+    Args:
+        network: The folder of the network, from `network_folder`.
+
+    Returns:
+        None if the network does not belong to a sentence-transformers model.
+    """
+    for folder in (network, network.parent):
+        if (folder / MODULES_FILE).is_file():
+            modules = read_modules(folder / MODULES_FILE)
+            if folder / modules[0].path == network:
+                return folder, modules
+    return None
 
 
 def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[str, Any]:
@@ -103,6 +208,8 @@ def embedded() -> list[str]:
 def replacing(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder, into which the caller writes files. Once all are written, they move into `folder`.
 
+    The files may be in subfolders.
+
     Raises:
         CheckpointError: If the files cannot be written. The message names the files that were already replaced.
     """
@@ -112,15 +219,18 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         staging.mkdir(parents=True)
         yield staging
-        for path in staging.iterdir():
+        files = sorted(path for path in staging.rglob("*") if path.is_file())
+        for path in files:
             # safetensors makes its files private. Here, each file gets the permissions that the umask allows.
             path.chmod(0o666 & staging.stat().st_mode)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         if folder.exists():
-            for path in sorted(staging.iterdir()):
-                os.replace(path, folder / path.name)
-                replaced.append(path.name)
+            for path in files:
+                place = path.relative_to(staging)
+                (folder / place).parent.mkdir(exist_ok=True)
+                os.replace(path, folder / place)
+                replaced.append(str(place))
             if (folder / INDEX_FILE).exists() and (folder / WEIGHTS_FILE).exists():
                 # The folder held an earlier checkpoint with several weight files. Its index no longer applies.
                 (folder / INDEX_FILE).unlink()
@@ -137,7 +247,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 def _from_hub(repo: str, revision: str, timeout: float) -> Path:
     # Imported here, because the import takes 0.2 s and a local folder does not need it.
-    from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, errors, hf_hub_download, list_repo_files, try_to_load_from_cache
     from huggingface_hub.utils import validate_repo_id
 
     try:
@@ -164,28 +274,41 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
             raise errors.LocalEntryNotFoundError(name)
         return Path(path)
 
+    def fetch_some(names: Iterable[str], revision: str) -> None:
+        for name in names:
+            with contextlib.suppress(errors.EntryNotFoundError):  # most models lack some of these files
+                fetch(name, revision)
+
     try:
         # Fetched by the revision, not by its commit: the cache then records which commit the revision names, so that
         # later calls find the files without the Hub.
-        config = fetch(CONFIG_FILE, revision)
-        found = revision if cache_only else commit
-        for name in TOKENIZER_FILES:
-            with contextlib.suppress(errors.EntryNotFoundError):  # most models lack some of these files
-                fetch(name, found)
         try:
-            fetch(WEIGHTS_FILE, found)
+            prefix, config = "", fetch(CONFIG_FILE, revision)
         except errors.EntryNotFoundError:
-            for name in sorted(set(read_index(fetch(INDEX_FILE, found)).values())):
-                fetch(name, found)
+            prefix = f"{read_modules(fetch(MODULES_FILE, revision))[0].path}/"
+            config = fetch(prefix + CONFIG_FILE, revision)
+        found = revision if cache_only else commit
+        fetch_some([MODULES_FILE, SENTENCE_FILES[0]], found)
+        fetch_some((prefix + name for name in (*TOKENIZER_FILES, SENTENCE_FILES[1])), found)
+        if sentence_model := find_modules(config.parent):
+            fetch_some((f"{path}/{CONFIG_FILE}" for _, path in sentence_model[1][1:]), found)
+        try:
+            fetch(prefix + WEIGHTS_FILE, found)
+        except errors.EntryNotFoundError:
+            for name in sorted(set(read_index(fetch(prefix + INDEX_FILE, found)).values())):
+                fetch(prefix + name, found)
     except errors.LocalEntryNotFoundError:
         raise HubUnreachableError(
             f"{repo} (revision {revision}) is not in the cache, and {cache_only or 'the Hub does not answer'}. "
             "Connect to the Hub, or give a folder that contains the model."
         ) from None
     except errors.EntryNotFoundError:
+        advised = ""
+        with contextlib.suppress(errors.HTTPError, OSError):
+            advised = advice(list_repo_files(repo, revision=found), "FOLDER")
         raise CheckpointError(
-            f"{repo} (revision {revision}) has no safetensors weights. If it has pytorch_model.bin, download and "
-            "convert it once: python scripts/convert_bin.py FOLDER OUTPUT_FOLDER"
+            f"{repo} (revision {revision}) has no safetensors weights; give another model.{advised}"
+            + (f" To download it: hf download {repo} --local-dir FOLDER" if advised else "")
         ) from None
     except (errors.HTTPError, OSError) as error:
         raise ModelNotFoundError(f"The download of {repo} failed: {error}. Run the same command again.") from None
@@ -205,10 +328,16 @@ def _commit(repo: str, revision: str, timeout: float) -> str:
     # Asks in a thread, because the HTTP client's own timeout covers neither a slow name server nor a retry.
     commit: Future[str] = Future()
 
+    def commit_of(name: str) -> str:
+        url = hf_hub_url(repo, name, revision=revision)
+        return get_hf_file_metadata(url, timeout=timeout).commit_hash or revision
+
     def ask() -> None:
         try:
-            url = hf_hub_url(repo, CONFIG_FILE, revision=revision)
-            commit.set_result(get_hf_file_metadata(url, timeout=timeout).commit_hash or revision)
+            try:
+                commit.set_result(commit_of(CONFIG_FILE))
+            except errors.EntryNotFoundError:
+                commit.set_result(commit_of(MODULES_FILE))
         except Exception as error:
             commit.set_exception(error)
 

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from bert_jax import tree
 from bert_jax.errors import CheckpointError, listed
-from bert_jax.hub import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_index, replacing
+from bert_jax.hub import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, advice, read_index, replacing
 
 # Maps the name of a tensor in published checkpoints (such as google-bert/bert-base-cased) to the path of a parameter.
 # `{i}` stands for the number of a layer. The tensor and the parameter have the same shape. The weight of a linear layer
@@ -253,12 +253,21 @@ def save(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> 
     """
     tensors = {name: np.ascontiguousarray(params[path]) for name, path in _table(params).items()}
     with replacing(folder) as staging:
-        try:
-            save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        # safetensors raises its own error if the disk is full. `replacing` expects an OSError.
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
+        write(tensors, staging / WEIGHTS_FILE)
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write(tensors: Mapping[str, np.ndarray], file: Path) -> None:
+    """Writes contiguous arrays to a safetensors file.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    try:
+        # PyTorch transformers refuses a file without `format`.
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:  # raised if, for example, the disk is full
+        raise OSError(str(error)) from None
 
 
 def published_names(paths: Iterable[str]) -> list[str]:
@@ -305,13 +314,11 @@ def _stored(folder: Path) -> dict[str, Source]:
     elif (folder / INDEX_FILE).is_file():
         index = read_index(folder / INDEX_FILE)
         files = [_shard(folder, name) for name in sorted(set(index.values()))]
-    elif (folder / "pytorch_model.bin").is_file():
-        raise CheckpointError(
-            f"{folder} contains pytorch_model.bin but no {WEIGHTS_FILE}. This package does not read pickles. "
-            f"Convert the file once: python scripts/convert_bin.py {folder} OUTPUT_FOLDER"
-        )
     else:
-        raise CheckpointError(f"{folder} contains no weights; expected {WEIGHTS_FILE}, or shards and {INDEX_FILE}.")
+        advised = advice((path.name for path in folder.iterdir()), folder)
+        raise CheckpointError(
+            f"{folder} contains no weights; expected {WEIGHTS_FILE}, or shards and {INDEX_FILE}.{advised}"
+        )
     found = []
     for path in files:
         with _opened(path) as file:

@@ -6,6 +6,7 @@ process of its own, because that client reads its environment once.
 
 import contextlib
 import http.server
+import json
 import os
 import subprocess
 import sys
@@ -42,6 +43,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.waited.append(time.monotonic() - start)
             return None
         self.requests.append(f"{self.command} {self.path}")
+        if self.path.startswith("/api/models/owner/name/tree/"):
+            listing = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in self.files]
+            return self.answer(json.dumps(listing).encode(), {"Content-Type": "application/json"})
         parts = self.path.strip("/").split("/")
         if parts[:3] != ["owner", "name", "resolve"]:
             return self.refuse(401, "RepoNotFound")
@@ -51,10 +55,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         content = self.files.get("/".join(parts[4:]))
         if content is None:
             return self.refuse(404, "EntryNotFound", commit)
+        return self.answer(content, {"X-Repo-Commit": commit, "ETag": f'"{hash(content) & 0xFFFFFFFF:x}"'})
+
+    def answer(self, content, headers):
         self.send_response(200)
-        self.send_header("X-Repo-Commit", commit)
-        self.send_header("ETag", f'"{hash(content) & 0xFFFFFFFF:x}"')
-        self.send_header("Content-Length", str(len(content)))
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content)
@@ -170,9 +176,42 @@ def test_what_the_hub_does_not_have(server, python):
     del server.files["model.safetensors"]
     run = python(download("owner/name"), server.url)
     assert "CheckpointError owner/name (revision main) has no safetensors weights" in run.stdout
+    server.files["flax_model.msgpack"] = server.files["onnx/model.onnx"] = b""
+    run = python(download("owner/name"), server.url)
+    assert (
+        "It contains flax_model.msgpack; convert it once: bert-jax convert FOLDER --output NEW_FOLDER. "
+        "To download it: hf download owner/name --local-dir FOLDER"
+    ) in run.stdout
+    del server.files["flax_model.msgpack"]
+    run = python(download("owner/name"), server.url)
+    assert "It contains onnx/model.onnx; use the checkpoint that it was exported from." in run.stdout
     del server.files["config.json"]
     run = python(download("owner/name"), server.url)
     assert "has no config.json" in run.stdout
+
+
+def test_a_sentence_transformers_model(server, python):
+    """All files of a model whose network is in a folder of its own, and then all of them from the cache."""
+    network = {f"0_Transformer/{name}": content for name, content in server.files.items()}
+    modules = [
+        {"path": path, "type": f"sentence_transformers.models.{kind}"}
+        for path, kind in [("0_Transformer", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    ]
+    server.files = network | {
+        "modules.json": json.dumps(modules).encode(),
+        "1_Pooling/config.json": b'{"word_embedding_dimension": 8, "pooling_mode_cls_token": true}',
+        "0_Transformer/sentence_bert_config.json": b'{"max_seq_length": 20}',
+    }
+    code = """
+import bert_jax
+print(bert_jax.SentenceEmbedding.from_pretrained("owner/name"))
+pipe = bert_jax.pipeline("feature-extraction", "owner/name")
+print(abs((pipe("w1 w2", pooling="auto") ** 2).sum() - 1) < 1e-6)
+"""
+    expected = "SentenceEmbedding(pooling='cls', size=8, normalize=True, max_length=20, lowercase=False)\nTrue\n"
+    run = python(code, server.url)
+    assert run.stdout == expected, run.stderr
+    assert python(code, CLOSED, HF_HUB_OFFLINE="1").stdout == expected
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])

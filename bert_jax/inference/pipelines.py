@@ -205,6 +205,7 @@ def pipeline(
         CheckpointError: If the checkpoint lacks the task's head, is damaged, or does not fit the tokenizer.
     """
     model_class = TASKS[task_name(task)].model_class
+    options: dict[str, Any] = {}
     if isinstance(model, BertPreTrainedModel):
         if not isinstance(model, model_class):
             raise InputError(f"{task} expects a {model_class.__name__}, got a {type(model).__name__}.")
@@ -214,7 +215,10 @@ def pipeline(
     else:
         folder = hub.download(model, revision=revision)
         tokenizer = tokenizer or Tokenizer.from_pretrained(folder)
-        options = {"add_pooling_layer": False} if model_class is BertModel else {}  # feature extraction uses no pooler
+        without_pooler = {}
+        if model_class is BertModel:  # feature extraction, which does not use the pooler
+            without_pooler["add_pooling_layer"] = False
+            options["folder"] = folder
         fitting = tasks_of(hub.architectures(folder))
         other = bool(fitting) and task not in fitting
         misfit = CheckpointError(f"{model} is for {' and '.join(fitting)}; {task} expects a {model_class.__name__}.")
@@ -222,12 +226,12 @@ def pipeline(
         if other and issubclass(model_class, BertWithClassifier):
             raise misfit
         try:
-            network = model_class.from_pretrained(folder, ignore=ignore, compute_dtype=compute_dtype, **options)
+            network = model_class.from_pretrained(folder, ignore=ignore, compute_dtype=compute_dtype, **without_pooler)
         except CheckpointError as error:
             raise misfit if other else error from None
     check_vocabulary(tokenizer, network.config)
     max_length = min(tokenizer.model_max_length, network.config.max_position_embeddings)
-    return Pipeline(TASKS[task](tokenizer, network.config, max_length), network, tokenizer, max_length)
+    return Pipeline(TASKS[task](tokenizer, network.config, max_length, **options), network, tokenizer, max_length)
 
 
 def tasks_of(architectures: Sequence[str]) -> list[str]:

@@ -1,5 +1,7 @@
 """feature-extraction: the encoder's output vectors, one per token or one for the whole text."""
 
+import functools
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -9,12 +11,13 @@ from tokenizers import Encoding
 
 from bert_jax.config import BertConfig
 from bert_jax.data.sources import TEXTS
-from bert_jax.errors import InputError, quoted
+from bert_jax.errors import CheckpointError, InputError, quoted
 from bert_jax.model import BertModel
+from bert_jax.sentence_embedding import SentenceEmbedding
 from bert_jax.tasks.base import Features, Request, check_text
 from bert_jax.tokenizer import Tokenizer
 
-POOLING = (None, "cls", "mean")
+POOLING = (None, "cls", "mean", "auto")
 
 
 class FeatureExtraction:
@@ -26,16 +29,39 @@ class FeatureExtraction:
     columns_of_input = TEXTS
     json_input: Any = str
 
-    def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
+    def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int, *, folder: Path | None = None):
         self.tokenizer = tokenizer
+        self.config = config
         self.max_length = max_length
+        self.folder = folder
+
+    @functools.cached_property
+    def embedding(self) -> SentenceEmbedding:
+        """How the sentence-transformers model in `folder` turns the vectors of the tokens into one."""
+        if self.folder is None:
+            raise InputError("pooling is 'auto', but a loaded model declares no pooling; expected 'cls' or 'mean'.")
+        try:
+            embedding = SentenceEmbedding.from_pretrained(self.folder)
+        except CheckpointError as error:
+            raise InputError(f"pooling is 'auto': {error}") from None
+        if embedding.size != self.config.hidden_size:
+            raise InputError(
+                f"pooling is 'auto', but {self.folder} declares vectors of {embedding.size} numbers and the model has "
+                f"{self.config.hidden_size}. Choose a pooling."
+            )
+        if embedding.lowercase and not getattr(self.tokenizer.backend.normalizer, "lowercase", False):
+            raise InputError(
+                f"pooling is 'auto', but {self.folder} declares do_lower_case and its tokenizer keeps the case. "
+                "Lower-case the texts, and choose a pooling."
+            )
+        return embedding
 
     def forward(self, model: BertModel, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
         """The last hidden states, float32 [B, T, D]."""
         return {"states": model(**inputs).last_hidden_state.astype(jnp.float32)}
 
     def request(
-        self, text: str, *, pooling: Literal["cls", "mean"] | None = None, normalize: bool = False
+        self, text: str, *, pooling: Literal["cls", "mean", "auto"] | None = None, normalize: bool = False
     ) -> Request[np.ndarray]:
         """Encodes one text.
 
@@ -43,18 +69,26 @@ class FeatureExtraction:
             text: A text; it is truncated to the model's maximum length.
             pooling: None returns the vector of each token, "cls" returns the vector of [CLS], and "mean" returns the
                 mean over all tokens, [CLS] and [SEP] included (Reimers & Gurevych 2019, arXiv:1908.10084, section 3).
-            normalize: Whether to scale each vector to length 1.
+                "auto" does what the folder of a sentence-transformers model declares: its pooling, its normalization
+                and its maximum length.
+            normalize: Whether to scale each vector to length 1. With "auto", vectors are also scaled if the folder
+                declares it.
 
         Returns:
             float32 [T, D] if `pooling` is None, else [D].
 
         Raises:
-            InputError: If `text` is not a string or is blank, or if `pooling` is unknown.
+            InputError: If `text` is not a string or is blank, if `pooling` is unknown, or if it is "auto" and the model
+                does not come from the folder of a sentence-transformers model, or one that this package supports.
         """
         check_text(text)
         if pooling not in POOLING:
             raise InputError(f"pooling is {quoted(pooling)}; expected one of {', '.join(map(repr, POOLING))}.")
-        return self._encode(self.tokenizer.encode([text], max_length=self.max_length)[0][0], pooling, normalize)
+        max_length = self.max_length
+        if pooling == "auto":
+            pooling, normalize = self.embedding.pooling, normalize or self.embedding.normalize
+            max_length = min(max_length, self.embedding.max_length or max_length)
+        return self._encode(self.tokenizer.encode([text], max_length=max_length)[0][0], pooling, normalize)
 
     def _encode(self, encoding: Encoding, pooling: str | None, normalize: bool) -> Request[np.ndarray]:
         (output,) = yield [Features(encoding.ids, encoding.type_ids)]

@@ -15,8 +15,6 @@ from conftest import wheel
 import bert_jax
 from bert_jax import hub
 
-SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
-
 
 @torch.no_grad()
 def test_minilm(close):
@@ -60,11 +58,11 @@ REACTIONS = ["CC(=O)O.OCC>>CC(=O)OCC.O", "Brc1ccccc1.OB(O)c1ccccc1>>c1ccc(cc1)-c
 
 @pytest.fixture
 def rxnfp(tmp_path):
-    """A model of rxnfp, converted from its pickle by our script."""
+    """A model of rxnfp, converted from its pickle."""
 
     def convert(name):
         source = wheel("rxnfp") / "models" / "transformers" / name
-        command = [sys.executable, SCRIPTS / "convert_bin.py", source, tmp_path / name]
+        command = [sys.executable, "-m", "bert_jax.cli", "convert", source, "--output", tmp_path / name]
         subprocess.run(command, check=True)
         return tmp_path / name
 

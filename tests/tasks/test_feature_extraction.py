@@ -48,7 +48,7 @@ def test_a_long_text_is_cut(pipe):
     [
         ("", {}, "the text is empty"),
         (("a", "b"), {}, "expected a text, got ('a', 'b') (tuple)"),
-        ("a", {"pooling": "max"}, "pooling is 'max'; expected one of None, 'cls', 'mean'"),
+        ("a", {"pooling": "max"}, "pooling is 'max'; expected one of None, 'cls', 'mean', 'auto'"),
     ],
 )
 def test_bad_input(pipe, text, options, message):

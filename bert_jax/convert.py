@@ -1,0 +1,158 @@
+"""Converts weights that are stored as `flax_model.msgpack` or `pytorch_model.bin` to `model.safetensors`.
+
+Sources: transformers 4.57, `modeling_flax_pytorch_utils.py`, for the names and layouts of FlaxBert's parameters;
+`flax/serialization.py` for the msgpack format.
+"""
+
+import mmap
+import os
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import ml_dtypes
+import msgpack
+import numpy as np
+
+from bert_jax import hub, tree, weights
+from bert_jax.config import BertConfig
+from bert_jax.errors import CheckpointError, InputError, check_extra, listed, quoted
+from bert_jax.model import BertModel
+
+MSGPACK, PICKLE = "flax_model.msgpack", "pytorch_model.bin"
+
+# The last part of the name of a parameter, in Flax and in PyTorch.
+_LAST = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+
+
+def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, ignore: Iterable[str] = ()) -> Path:
+    """Converts the weights of a model folder, and copies its config and tokenizer.
+
+    If the folder has both files, `flax_model.msgpack` is read. `pytorch_model.bin` is read with PyTorch, which must be
+    installed, and with `weights_only=True`, so that no code in the file is run.
+
+    Args:
+        source: A folder with `config.json`, or that of a sentence-transformers model.
+        target: A new or empty folder; or `source` itself, to which `model.safetensors` is then added.
+        ignore: Regular expressions of whole names of tensors that no BERT model has. They are converted, too; other
+            tensors of unknown names are refused.
+
+    Returns:
+        The file that was read.
+
+    Raises:
+        InputError: If `target` contains other files, or if PyTorch is required and not installed.
+        ModelNotFoundError: If `source` is not a model folder.
+        ConfigError: If the config does not describe a BERT.
+        CheckpointError: If `source` has neither of the two files or already has safetensors weights, if its file is
+            damaged or its encoder does not fit the config, or if `target` cannot be written.
+    """
+    source, target = Path(source), Path(target)
+    if not source.is_dir():
+        raise InputError(f"{source} is not a folder. To get a model from the Hub: hf download MODEL --local-dir FOLDER")
+    in_place = target.exists() and target.samefile(source)
+    if not in_place and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"{target} contains other files; expected a new or empty folder, or {source} itself.")
+    network = hub.download(source)
+    config = BertConfig.from_file(network / hub.CONFIG_FILE)
+    for name in (hub.WEIGHTS_FILE, hub.INDEX_FILE):
+        if (network / name).exists():
+            raise CheckpointError(f"{network} contains {name}, which this package loads; nothing is to be converted.")
+    file = next((network / name for name in (MSGPACK, PICKLE) if (network / name).is_file()), None)
+    if file is None:
+        advised = hub.advice((path.name for path in network.iterdir()), network)
+        raise CheckpointError(f"{network} contains neither {MSGPACK} nor {PICKLE}.{advised}")
+    tensors = _from_msgpack(file) if file.name == MSGPACK else _from_pickle(file)
+    place = network.relative_to(source)
+    with hub.replacing(target) as staging:
+        (staging / place).mkdir(exist_ok=True)
+        weights.write(tensors, staging / place / hub.WEIGHTS_FILE)
+        del tensors
+        # Heads are not checked: their sizes may differ from those in the config, as `from_pretrained` allows.
+        _, encoder = tree.split(BertModel(config, add_pooling_layer=False))
+        weights.plan(staging / place, encoder.specs, ignore=ignore)
+        if not in_place:
+            for path in _companions(source, network):
+                (staging / path).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source / path, staging / path)
+    return file
+
+
+def _companions(source: Path, network: Path) -> Iterator[Path]:
+    """The paths, within `source`, of the files other than weights that belong to a model."""
+    names = [network / name for name in (hub.CONFIG_FILE, *hub.TOKENIZER_FILES, hub.SENTENCE_FILES[1])]
+    if found := hub.find_modules(network):
+        folder, modules = found
+        names += [folder / hub.MODULES_FILE, folder / hub.SENTENCE_FILES[0]]
+        names += [folder / module.path / hub.CONFIG_FILE for module in modules[1:]]
+    return (path.relative_to(source) for path in names if path.is_file() and path.is_relative_to(source))
+
+
+def _from_msgpack(file: Path) -> dict[str, np.ndarray]:
+    """Reads the tensors of FlaxBert under the names that PyTorch gives to them."""
+    try:
+        with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+
+            def array(code: int, data: bytes) -> np.ndarray:
+                """Decodes an array from the msgpack extension type 1 of `flax.serialization`."""
+                if code != 1:
+                    raise ValueError(f"extension type {code}; expected arrays")
+                shape, dtype, content = msgpack.unpackb(data)
+                # Otherwise, the pages that were read would stay in memory, in addition to the arrays.
+                mapped.madvise(mmap.MADV_DONTNEED)
+                return np.frombuffer(content, np.dtype(dtype)).reshape(shape)
+
+            flat = tree.flatten(msgpack.unpackb(mapped, ext_hook=array, strict_map_key=False))
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {file}: {error.strerror or error}.") from None
+    # Damaged bytes can raise any of msgpack's and numpy's exceptions.
+    except Exception as error:
+        what = quoted(str(error) or type(error).__name__)
+        raise CheckpointError(f"{file} is damaged ({what}); download it again.") from None
+    prefix = "params." if all(path.startswith("params.") for path in flat) else ""
+    tensors: dict[str, np.ndarray] = {}
+    for path in list(flat):
+        head, _, last = path.removeprefix(prefix).rpartition(".")
+        array = flat.pop(path)
+        if last not in _LAST or not isinstance(array, np.ndarray):
+            raise CheckpointError(
+                f"{file} contains {quoted(path)}, which FlaxBert does not have; expected parameters that are named "
+                f"{listed(_LAST)}."
+            )
+        # Flax holds the kernel of a linear layer as [in, out], and PyTorch its weight as [out, in].
+        tensors[f"{head}.{_LAST[last]}".lstrip(".")] = np.ascontiguousarray(array.T if last == "kernel" else array)
+    return tensors
+
+
+def _from_pickle(file: Path) -> dict[str, np.ndarray]:
+    """Reads the tensors of a file that `torch.save` has written.
+
+    The arrays share the memory of the tensors, which is a map of the file. A tensor that is a second name for the
+    memory of another one, as the weight of a tied decoder is, is left out.
+    """
+    check_extra("parity", "torch")
+    import torch
+
+    try:
+        # PyTorch can map files of its versions since 1.6, which are zip archives.
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        arrays = {}
+        for name, tensor in tensors.items():
+            original = tensors.get(weights.TIED.get(name))
+            if original is not None and original.data_ptr() == tensor.data_ptr():
+                continue
+            if tensor.dtype == torch.bfloat16:  # which PyTorch does not convert to numpy
+                arrays[name] = tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+            else:
+                arrays[name] = tensor.contiguous().numpy()
+        return arrays
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {file}: {error.strerror or error}.") from None
+    # Damaged files, and files with anything but tensors by name, raise many kinds of exceptions.
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"PyTorch cannot load {file} as a dict of tensors with weights_only=True ({quoted(reason)}); download it "
+            "again, or use another checkpoint."
+        ) from None

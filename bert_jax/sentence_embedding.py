@@ -1,0 +1,152 @@
+"""How a sentence-transformers model (Reimers & Gurevych 2019, arXiv:1908.10084) turns token vectors into one vector.
+
+Source: the files that the library sentence-transformers reads and writes: `modules.json`, `1_Pooling/config.json`,
+`sentence_bert_config.json` and `config_sentence_transformers.json`.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+from bert_jax import hub
+from bert_jax.errors import CheckpointError, listed, quoted
+
+# The keys of 1_Pooling/config.json that choose a pooling, with the name that newer versions of the library give to it.
+_POOLINGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+# The settings that each file may have. ANY marks a setting that this module reads, or that does not change a vector. Of
+# each other setting, only the given value is supported. The value null always means the default.
+ANY = object()
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "config_sentence_transformers.json": {
+        "__version__": ANY, "prompts": ANY, "similarity_fn_name": ANY, "model_type": "SentenceTransformer",
+    },
+    "sentence_bert_config.json": {
+        "max_seq_length": ANY,
+        "do_lower_case": ANY,
+        "transformer_task": "feature-extraction",
+        "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        "module_output_name": "token_embeddings",
+        "processing_kwargs": {},
+        "unpad_inputs": False,
+    },
+    "Pooling": dict.fromkeys(
+        ["embedding_dimension", "word_embedding_dimension", "pooling_mode", "include_prompt", *_POOLINGS], ANY
+    ),
+    "Normalize": {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"},
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class SentenceEmbedding:
+    """What a sentence-transformers model declares besides its network and tokenizer.
+
+    Attributes:
+        pooling: "mean" takes the mean over all tokens, [CLS] and [SEP] included; "cls" takes the vector of [CLS].
+        size: The size of the vector.
+        normalize: Whether the vector is scaled to length 1.
+        max_length: The maximum number of tokens per text, special tokens included; None for that of the tokenizer.
+        lowercase: Whether texts are lower-cased, even if the tokenizer does not do it.
+    """
+
+    pooling: Literal["cls", "mean"]
+    size: int
+    normalize: bool = False
+    max_length: int | None = None
+    lowercase: bool = False
+
+    @classmethod
+    def from_pretrained(cls, model_id: str | os.PathLike[str], *, revision: str | None = None) -> Self:
+        """Reads what a model declares.
+
+        Args:
+            model_id: A folder, or an id on the Hugging Face Hub.
+            revision: Branch, tag or commit on the Hub.
+
+        Raises:
+            ModelNotFoundError: If the model does not exist.
+            CheckpointError: If it is not a sentence-transformers model, if a file is damaged, or if the model has a
+                module, a pooling or a setting that this package does not support. The message names it.
+        """
+        network = hub.download(model_id, revision=revision)
+        if (found := hub.find_modules(network)) is None:
+            raise CheckpointError(
+                f"{network} is not a sentence-transformers model; expected {hub.MODULES_FILE}. Choose a pooling."
+            )
+        folder, modules = found
+        kinds = [module.kind for module in modules]
+        if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+            raise CheckpointError(
+                f"The modules of {folder} are {listed(kinds)}; expected Transformer, Pooling and optionally "
+                "Normalize. Use sentence-transformers, or choose a pooling."
+            )
+        configs = {kind: _read(folder / path / hub.CONFIG_FILE, kind) for kind, path in modules[1:]}
+        for place, name in zip((folder, network), hub.SENTENCE_FILES, strict=True):
+            configs[name] = _read(place / name, name)
+        config = configs["Pooling"]
+        modes = config.get("pooling_mode") or [name for key, name in _POOLINGS.items() if config.get(key)] or "mean"
+        modes = [modes] if isinstance(modes, str) else modes
+        if modes not in (["cls"], ["mean"]):
+            raise CheckpointError(
+                f"{folder} has the pooling {quoted(modes)}; this package has cls and mean. Use sentence-transformers."
+            )
+        size = config.get("embedding_dimension", config.get("word_embedding_dimension"))
+        length = configs["sentence_bert_config.json"].get("max_seq_length")
+        lowercase = configs["sentence_bert_config.json"].get("do_lower_case") or False
+        if type(size) is not int or not isinstance(length, int | None) or not isinstance(lowercase, bool):
+            raise CheckpointError(
+                f"{folder} has an invalid word_embedding_dimension ({quoted(size)}), max_seq_length "
+                f"({quoted(length)}) or do_lower_case ({quoted(lowercase)}); download it again."
+            )
+        return cls(cast(Any, modes[0]), size, "Normalize" in kinds, length, lowercase)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Adds the files of a sentence-transformers model to the folder of a network and its tokenizer.
+
+        Raises:
+            CheckpointError: If the folder cannot be written.
+        """
+        kinds = {"": "Transformer", "1_Pooling": "Pooling"} | ({"2_Normalize": "Normalize"} if self.normalize else {})
+        modules = [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(kinds.items())
+        ]
+        pooling = {key: name == self.pooling for key, name in _POOLINGS.items()}
+        contents = {
+            hub.MODULES_FILE: modules,
+            "1_Pooling/config.json": {"word_embedding_dimension": self.size, **pooling},
+            "sentence_bert_config.json": {"max_seq_length": self.max_length, "do_lower_case": self.lowercase},
+        }
+        with hub.replacing(Path(folder)) as staging:
+            (staging / "1_Pooling").mkdir()
+            for name, content in contents.items():
+                (staging / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _read(path: Path, kind: str) -> Mapping[str, Any]:
+    """Reads a file of settings; empty if it does not exist.
+
+    Raises:
+        CheckpointError: If the file is damaged, or if a setting is unknown or has a value that is not supported.
+    """
+    if not path.is_file():
+        return {}
+    config = hub.read_json(path)
+    for key, value in config.items():
+        supported = _SETTINGS[kind].get(key)
+        if supported is not ANY and value not in (None, supported):
+            expected = "no such setting" if supported is None else f"only {supported!r}"
+            raise CheckpointError(
+                f"{path}: {key} is {quoted(value)}; this package supports {expected}. Choose a pooling."
+            )
+    return config

@@ -229,6 +229,57 @@ class BertPreTrainedModel(nnx.Module):
         """The `BertModel` below the head; the model itself if it has no head."""
         return self if isinstance(self, BertModel) else self.bert
 
+    def resize_embeddings(
+        self,
+        size: int,
+        *,
+        initialize: Literal["mean", "normal"] = "mean",
+        multiple_of: int = 1,
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        """Adds rows to the word embeddings, as needed after `Tokenizer.add_tokens`. The tied decoder grows with them.
+
+        The output of the encoder for the old tokens is bitwise the same. Their logits are so, too, if the compiler sums
+        the products in the same order for the new size. On CPUs, jaxlib 0.10 changes the order with the remainder of
+        the size by 16: if it is 1 to 8 before, as that of 28,996, it must be 1 to 8 afterwards. Otherwise, the logits
+        differ by rounding.
+
+        Args:
+            size: The new size of the vocabulary, such as `tokenizer.vocab_size`; at least the present one.
+            initialize: "mean" gives each new row, and its bias in the decoder, the mean of the old ones (Hewitt 2021,
+                nlp.stanford.edu/~johnhew/vocab-expansion.html). "normal" draws the rows as those of a new model, with
+                the standard deviation `config.initializer_range`, and sets their biases to zero.
+            multiple_of: The size is rounded up to a multiple of this number, such as 64 or 128.
+            rngs: The random numbers for "normal"; `nnx.Rngs(0)` by default.
+
+        Raises:
+            InputError: If the size is below the present one, or if an argument is invalid.
+        """
+        old = self.config
+        for name, value, least in [("size", size, old.vocab_size), ("multiple_of", multiple_of, 1)]:
+            if type(value) is not int or value < least:
+                raise InputError(f"{name} is {quoted(value)}; expected a whole number of at least {least}.")
+        if initialize not in ("mean", "normal"):
+            raise InputError(f"initialize is {quoted(initialize)}; expected 'mean' or 'normal'.")
+        new = old.replace(vocab_size=-(-size // multiple_of) * multiple_of)
+        added = new.vocab_size - old.vocab_size
+        grown = [self.encoder.embeddings.word_embeddings.weight]
+        if (predictions := getattr(self, "predictions", None)) is not None:
+            grown.append(predictions.bias)
+        for param in grown:
+            shape = (added, *param.shape[1:])
+            if initialize == "mean":
+                rows = jnp.broadcast_to(param[...].mean(axis=0), shape)
+            elif param.ndim == 1:
+                rows = jnp.zeros(shape)
+            else:
+                draw = jax.nn.initializers.truncated_normal(old.initializer_range)
+                rows = draw((rngs or nnx.Rngs(0)).params(), shape)
+            param.set_value(jnp.concatenate([param[...], rows]))
+        for _, module in nnx.iter_modules(self):
+            if getattr(module, "config", None) == old:
+                module.config = new
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `model.safetensors` and `config.json`, from which PyTorch transformers loads bit-identical weights.
 

@@ -72,6 +72,9 @@ class _Start(Section):
     ignore: Patterns = ()
     """Tensors in the checkpoint that are not loaded: regular expressions that match their whole names. A tensor that
     no BERT model has is an error unless one of these expressions matches its name."""
+    add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Tokens to add to the vocabulary, so that texts are not split within them. In fine-tuning, the embedding of each
+    starts with the mean of all embeddings, and in pretraining, with that of the pieces that spell it."""
     hidden_dropout_prob: Fraction | None = None
     """Dropout rate of embeddings, attention outputs and feed-forward layers; the checkpoint's by default."""
     attention_probs_dropout_prob: Fraction | None = None

@@ -166,6 +166,35 @@ class Tokenizer:
             (staging / "tokenizer_config.json").write_text(json.dumps(settings | self.special_tokens, indent=2) + "\n")
             (staging / "vocab.txt").write_text("".join(f"{pieces[id]}\n" for id in sorted(pieces)), encoding="utf-8")
 
+    def add_tokens(self, tokens: Sequence[str], *, special: bool = False) -> int:
+        """Adds tokens that texts are not split into pieces of, such as domain terms or markers of entities.
+
+        Afterwards, call `model.resize_embeddings(tokenizer.vocab_size)`.
+
+        Args:
+            tokens: The tokens. Those that the vocabulary has already keep their ids.
+            special: Whether the tokens are special, such as [MASK]: `decode` can then skip them, and they are found in
+                a text before it is normalized. Other tokens are found in the normalized text, so that a tokenizer that
+                lower-cases finds them in any case.
+
+        Returns:
+            The number of tokens that the vocabulary did not have.
+
+        Raises:
+            InputError: If a token is not a string, is blank or has lone surrogates.
+        """
+        for token in [tokens] if isinstance(tokens, str) else tokens:
+            if isinstance(tokens, str) or not isinstance(token, str) or not token.strip():
+                raise InputError(f"tokens is {quoted(tokens)}; expected a list of texts that are not blank.")
+        before = self.backend.get_vocab_size()
+        try:
+            self.backend.add_tokens([files.added_token(token, special=special) for token in tokens])
+        except (TypeError, UnicodeEncodeError):
+            raise InputError("a token contains lone surrogates such as \\udc80; remove them.") from None
+        self._copies.clear()
+        self.vocab_size = max(self.backend.get_vocab().values()) + 1
+        return self.backend.get_vocab_size() - before
+
     def token_to_id(self, token: str) -> int | None:
         """The id of a token; None if the token is not in the vocabulary."""
         return self.backend.token_to_id(token)

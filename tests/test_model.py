@@ -578,3 +578,81 @@ def test_unknown_options_are_refused(options):
 def test_base_class_is_no_network():
     with pytest.raises(TypeError, match="BertPreTrainedModel is not a network"):
         model.BertPreTrainedModel(SMALL)
+
+
+# ── More tokens ──
+
+
+def encoded(network, ids):
+    return {name: np.asarray(value) for name, value in vars(network(ids)).items() if isinstance(value, jax.Array)}
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+@pytest.mark.parametrize("initialize", ["mean", "normal"])
+def test_resized_embeddings(checkpoint, tmp_path, architecture, initialize):
+    network, before = load(checkpoint, architecture), load(checkpoint, architecture)
+    network.resize_embeddings(61, initialize=initialize)
+    assert network.config.vocab_size == 61
+    ids = reference.inputs()["input_ids"]
+    for name, expected in encoded(before, ids).items():
+        ours = encoded(network, ids)[name]
+        np.testing.assert_array_equal(ours[..., :60] if ours.shape[-1] == 61 else ours, expected)
+    table, old = (m.encoder.embeddings.word_embeddings.weight[...] for m in (network, before))
+    np.testing.assert_array_equal(table[:60], old)
+    if initialize == "mean":
+        np.testing.assert_allclose(table[60], np.asarray(old).mean(axis=0), atol=1e-6)
+    else:
+        assert 0 < np.abs(table[60]).max() < 2.3 * SMALL.initializer_range
+    if architecture in ("BertForMaskedLM", "BertForPreTraining"):
+        bias, old_bias = (np.asarray(m.predictions.bias[...]) for m in (network, before))
+        np.testing.assert_allclose(bias, [*old_bias, old_bias.mean() if initialize == "mean" else 0], atol=1e-6)
+    assert np.isfinite(np.asarray(network.encoder(np.full_like(ids, 60)).last_hidden_state)).all()
+    network.save_pretrained(tmp_path)
+    again = type(network).from_pretrained(tmp_path)
+    assert again.config == network.config
+    ours, theirs = (tree.flatten(tree.split(m)[0]) for m in (network, again))
+    for path in ours:
+        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+
+
+def test_resizing_to_a_multiple(checkpoint):
+    network = load(checkpoint, "BertForMaskedLM")
+    network.resize_embeddings(61, multiple_of=64)
+    assert network(**reference.inputs()).logits.shape[-1] == network.config.vocab_size == 64
+    network.resize_embeddings(64, multiple_of=64)
+    assert network.config.vocab_size == 64
+    one, other = (load(checkpoint, "BertModel") for _ in range(2))
+    one.resize_embeddings(70, initialize="normal", rngs=nnx.Rngs(1))
+    other.resize_embeddings(70, initialize="normal")
+    assert not np.array_equal(*(m.embeddings.word_embeddings.weight[60:] for m in (one, other)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 59}, "size is 59; expected a whole number of at least 60"),
+        ({"size": 61.0}, "size is 61.0"),
+        ({"size": True}, "size is True"),
+        ({"size": 61, "multiple_of": 0}, "multiple_of is 0; expected a whole number of at least 1"),
+        ({"size": 61, "initialize": "zeros"}, "initialize is 'zeros'; expected 'mean' or 'normal'"),
+    ],
+)
+def test_sizes_that_are_refused(checkpoint, arguments, message):
+    network = load(checkpoint, "BertModel")
+    with pytest.raises(InputError, match=message):
+        network.resize_embeddings(**arguments)
+    assert network.config.vocab_size == 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [28997, 29000, 29060, 29056])
+def test_old_logits_at_the_published_size(size):
+    """XLA's order of summation on CPUs depends on the remainder of the size by 16, which is 0 for 29,056 alone."""
+    ids = np.random.default_rng(0).integers(0, 28996, (2, 16))
+    config = BertConfig(num_hidden_layers=1)
+    before, network = (bert_jax.BertForMaskedLM(config, rngs=nnx.Rngs(0)) for _ in range(2))
+    network.resize_embeddings(size)
+    expected, ours = (jax.jit(lambda ids, m=m: m(ids).logits)(ids) for m in (before, network))
+    if size % 16:
+        np.testing.assert_array_equal(ours[..., :28996], expected)
+    np.testing.assert_allclose(ours[..., :28996], expected, rtol=0, atol=1e-5)

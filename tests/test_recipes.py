@@ -691,6 +691,48 @@ def test_pretraining_with_another_vocabulary(pretraining, base, tmp_path):
     assert bert_jax.BertConfig.from_file(pretrain(pretraining) / "config.json").vocab_size == len(pieces)
 
 
+def test_added_tokens(tree):
+    tree["model"]["add_tokens"] = ["[E1]", "[E2]"]
+    rows = [row | {"text": f"[E1] {row['text']}"} for row in sentiments.rows(40)]
+    Path(tree["data"]["train"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepared = preparation.prepare(Settings.from_dict(tree))
+    assert {int(ids[1]) for ids in prepared.examples["train"].input_ids} == {28996}
+    table = np.asarray(prepared.model.encoder.embeddings.word_embeddings.weight[...])
+    assert table.shape == (28998, 16)
+    np.testing.assert_array_equal(table[28996], table[28997])
+    folder = run(tree)
+    tokenizer, model = (c.from_pretrained(folder) for c in (bert_jax.Tokenizer, bert_jax.BertForSequenceClassification))
+    assert tokenizer.token_to_id("[E2]") == 28997
+    assert model.config.vocab_size == 28998
+    trained = np.asarray(model.encoder.embeddings.word_embeddings.weight[...])
+    assert not np.array_equal(trained[28996], trained[28997])  # only [E1] is in the texts
+    metrics = recipes.evaluate(str(folder), Settings.from_dict(tree), "validation")
+    assert metrics["loss"] == pytest.approx(validation(folder)["loss"])
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "message"),
+    [
+        ("model", {"add_tokens": ["[E1]"], "lora": {}}, "with model.lora, embeddings are neither trained nor saved"),
+        ("model", {"add_tokens": [" "]}, "expected a list of texts that are not blank"),
+        ("optimizer", {"frozen": [r"bert\.embeddings\..*"]}, "optimizer.frozen matches bert.embeddings.word_emb"),
+    ],
+)
+def test_added_tokens_that_would_not_be_trained(tree, section, settings, message):
+    tree["model"]["add_tokens"] = ["[E1]"]
+    tree[section] = tree.get(section, {}) | settings
+    with pytest.raises(InputError, match=message):
+        run(tree)
+
+
+def test_pretraining_with_added_tokens(pretraining, base):
+    pretraining["model"]["add_tokens"] = ["neurotransmitter"]
+    folder = pretrain(pretraining)
+    model, before = (bert_jax.BertForPreTraining.from_pretrained(place) for place in (folder, base))
+    assert model.config.vocab_size == before.config.vocab_size + 1
+    assert bert_jax.Tokenizer.from_pretrained(folder).token_to_id("neurotransmitter") == 28996
+
+
 def test_pretraining_refuses(pretraining, base, tmp_path):
     pretraining["data"]["max_length"] = 1000
     with pytest.raises(InputError, match=r"data.max_length is 1000; the model has 512 positions"):

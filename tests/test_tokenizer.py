@@ -635,3 +635,34 @@ def test_an_empty_vocab(folder):
 def test_a_folder_without_tokenizer(folder):
     with pytest.raises(CheckpointError, match=r"has no tokenizer .* expected tokenizer\.json, or vocab\.txt"):
         Tokenizer.from_pretrained(folder())
+
+
+# ── More tokens ──
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_tokens_added_later(tokenizer, tmp_path, special):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    ours = Tokenizer.from_pretrained(tmp_path)
+    ours.encode(["a text that is cut"], max_length=4)  # makes a copy of the backend, which must not be used any more
+    assert ours.add_tokens(["[E1]", "neurotransmitter", "[E1]"], special=special) == 2
+    assert ours.vocab_size == 28998
+    row = one(ours, "the[E1] neurotransmitters", max_length=9)
+    assert row.tokens == ["[CLS]", "the", "[E1]", "neurotransmitter", "s", "[SEP]"]
+    assert (row.ids[2], row.ids[3]) == (28996, 28997)
+    assert one(ours, "x [E1] " * 9, max_length=4).tokens == ["[CLS]", "x", "[E1]", "[SEP]"]
+    assert ours.add_tokens(["[E2]", "the"]) == 1
+    ours.save_pretrained(tmp_path)
+    again = Tokenizer.from_pretrained(tmp_path)
+    assert again.vocab_size == ours.vocab_size == 28999
+    assert facts(one(again, "the[E1] [E2]neurotransmitters")) == facts(one(ours, "the[E1] [E2]neurotransmitters"))
+    assert ("[E1]" in again.decode(row.ids, skip_special_tokens=True)) != special
+    assert tokenizer.vocab_size == 28996
+
+
+@pytest.mark.parametrize("tokens", ["[E1]", [""], [" "], [1], ["a", None], ["\udc80"]])
+def test_tokens_that_cannot_be_added(tokenizer, tokens):
+    with pytest.raises(InputError, match=r"expected a list of texts that are not blank|lone surrogates"):
+        tokenizer.add_tokens(tokens)
+    assert tokenizer.vocab_size == 28996

@@ -20,6 +20,7 @@ from bert_jax.tasks.base import ReadOptions, TrainableTask, check_vocabulary
 from bert_jax.tasks.registry import TASKS
 from bert_jax.tokenizer import Tokenizer
 
+WORDS = "bert.embeddings.word_embeddings.weight"
 DROPOUT = {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"}
 """The settings of `model` that are dropout rates. A rate that is set replaces the one in the model's config."""
 
@@ -85,8 +86,30 @@ def prepare(settings: Settings) -> Prepared:
         **network_options(settings),
         **config | settings.model.model_dump(include=DROPOUT, exclude_none=True),
     )
+    if add_tokens(tokenizer, settings):
+        model.resize_embeddings(max(tokenizer.vocab_size, model.config.vocab_size))
     task = make_task(settings, tokenizer, model.config)
     return Prepared(task, model, tokenizer, rows, featurize(task, rows), found)
+
+
+def add_tokens(tokenizer: Tokenizer, settings: Settings | Pretraining) -> int:
+    """Adds the tokens in `model.add_tokens` to a tokenizer, and returns how many of them are new.
+
+    Raises:
+        InputError: If a token is blank, or if the embeddings of the new tokens would not be trained.
+    """
+    added = tokenizer.add_tokens(settings.model.add_tokens)
+    if added and settings.model.lora:
+        raise InputError(
+            "model.add_tokens is set, but with model.lora, embeddings are neither trained nor saved. Remove one of the "
+            "two settings."
+        )
+    if added and tree.select(settings.optimizer.frozen, [WORDS]):
+        raise InputError(
+            f"model.add_tokens is set, but optimizer.frozen matches {WORDS}, so the embeddings of the new tokens would "
+            "not be trained. Change one of the two settings."
+        )
+    return added
 
 
 def read_options(settings: Settings) -> ReadOptions:

@@ -23,9 +23,7 @@ from bert_jax.tasks.base import check_pairs
 from bert_jax.tasks.pretraining import MaskedLanguageModeling, PreTraining
 from bert_jax.tokenizer import Tokenizer
 
-WORDS, BIAS, TRANSFORM = (
-    "bert.embeddings.word_embeddings.weight", "predictions.bias", "predictions.transform.weight",
-)  # fmt: skip
+BIAS, TRANSFORM = "predictions.bias", "predictions.transform.weight"
 
 
 def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
@@ -56,6 +54,7 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
             "model.tokenizer is not set; a new network needs one. To continue from a checkpoint, set model.id."
         )
     tokenizer = Tokenizer.from_pretrained(source)
+    preparation.add_tokens(tokenizer, settings)
     train = read_corpus(settings, "train", tokenizer, console)
     validation = read_corpus(settings, "validation", tokenizer, console) if settings.data.validation else None
     task = PreTraining() if settings.data.next_sentence else MaskedLanguageModeling()
@@ -136,7 +135,9 @@ def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any
     before = Tokenizer.from_pretrained(settings.model.id, revision=settings.model.revision)
     if before.backend.get_vocab() != tokenizer.backend.get_vocab():
         sources, counts = vocabulary.carry(before, tokenizer)
-        flat |= {path: jnp.asarray(vocabulary.rows(np.asarray(flat[path]), sources)) for path in (WORDS, BIAS)}
+        flat |= {
+            path: jnp.asarray(vocabulary.rows(np.asarray(flat[path]), sources)) for path in (preparation.WORDS, BIAS)
+        }
         config = model.config.replace(vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_token_id)
         _, skeleton = tree.split(model_class(config, **options))
         notes = "\nembeddings: " + ", ".join(f"{n:,} {how}" for how, n in counts.items())

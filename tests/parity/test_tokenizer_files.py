@@ -1,5 +1,6 @@
 """Tokens as transformers reads them from every file that declares some."""
 
+import numpy as np
 import pytest
 import reference
 import test_tokenizer
@@ -23,3 +24,31 @@ def test_added_tokens(folder, case):  # noqa: F811
         theirs = AutoTokenizer.from_pretrained(path)
         for text in TEXTS:
             assert ours(text)["input_ids"][0].tolist() == theirs(text)["input_ids"], text
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("lower", [False, True])
+def test_tokens_added_later(folder, special, lower):  # noqa: F811
+    """As `add_tokens` of transformers, and read back by it together with a resized model."""
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    path = folder(test_tokenizer.ADDED, config=reference.CONFIG, tokenizer_config={"do_lower_case": lower})
+    reference.write(path, reference.tensors("BertForMaskedLM"))
+    ours, theirs = bert_jax.Tokenizer.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    tokens = ["[E1]", "conCat", "cat"]
+    assert ours.add_tokens(tokens, special=special) == 2  # theirs counts "cat", too, which was in the vocabulary
+    theirs.add_tokens(tokens, special_tokens=special)
+    model = bert_jax.BertForMaskedLM.from_pretrained(path)
+    model.resize_embeddings(ours.vocab_size + 60, multiple_of=64)
+    for saved in [False, True]:
+        if saved:
+            ours.save_pretrained(path)
+            model.save_pretrained(path)
+            ours, theirs = bert_jax.Tokenizer.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        for text in [*TEXTS, "a CONCAT [e1]", "conCat[E1]", "conCats"]:
+            assert ours(text)["input_ids"][0].tolist() == theirs(text)["input_ids"], text
+    loaded = AutoModelForMaskedLM.from_pretrained(path)
+    assert loaded.config.vocab_size == model.config.vocab_size
+    given = ours(["conCat [MASK]"])
+    expected = loaded(**theirs(["conCat [MASK]"], return_tensors="pt")).logits.detach().numpy()
+    np.testing.assert_allclose(model(**given).logits, expected, atol=1e-5)

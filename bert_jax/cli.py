@@ -146,7 +146,16 @@ def predict(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="Input format: jsonl, csv, tsv, parquet, text or text;label. Default: by file name."),
+        typer.Option(help="Input format: jsonl, json, csv, tsv, parquet, text or text;label. Default: by file name."),
+    ] = None,
+    delimiter: Annotated[str | None, typer.Option(help="Character between the cells of csv or tsv files.")] = None,
+    quoting: Annotated[
+        Literal["minimal", "none"] | None,
+        typer.Option(help="Whether cells may be in double quotes. Default: minimal in csv files, none in tsv files."),
+    ] = None,
+    header: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of a column, if the first line does not have the names. Repeat it for each column."),
     ] = None,
     shard: Annotated[str, typer.Option(help="i/n: predict only every n-th row, starting with the i-th.")] = "1/1",
     parameter: Annotated[list[str] | None, typer.Option(help="Task parameter, such as top_k=2. Repeatable.")] = None,
@@ -162,6 +171,7 @@ def predict(
     if input:
         memory.keep_freed(asynchronous=True)
     _, pipe = _pipeline(task, model, revision, ignore)
+    from bert_jax.data import sources
     from bert_jax.inference import catalogue, prediction
 
     if not input or not output:
@@ -171,7 +181,8 @@ def predict(
     console = Console()
     counts = prediction.predict_files(
         pipe, input, output, model=f"{model}@{revision}" if revision else model, columns=tuple(column or ()),
-        format=format, shard=(int(match[1]), int(match[2])), parameters=parameters, console=console,
+        format=format, table=sources.Table(delimiter, quoting, tuple(header or ())),
+        shard=(int(match[1]), int(match[2])), parameters=parameters, console=console,
     )  # fmt: skip
     rejected = f"; {counts.rejected:,} rejected, see {output}.rejected.jsonl" if counts.rejected else ""
     line = f"{output}: {counts.predicted:,} rows{rejected} ({len(pipe.programs)} programs)"

@@ -127,9 +127,17 @@ class Data(Section):
     """Examples to choose the best checkpoint by."""
     test: str | tuple[str, ...] | None = None
     """Examples to evaluate once, at the end of the run."""
-    format: Literal["jsonl", "csv", "tsv", "parquet", "conll", "squad", "text", "text;label"] | None = None
+    format: Literal["jsonl", "json", "csv", "tsv", "parquet", "conll", "squad", "text", "text;label"] | None = None
     """Format of the files; by default, the name of each file gives its format. A name that ends in .txt means
-    `text;label` or, in an evaluation on held-out texts, `text`."""
+    `text;label` or, in an evaluation on held-out texts, `text`. For a name that ends in .json, the beginning of the
+    file decides between `json` (an array, or an object with an array as its `data`), `squad` and `jsonl`."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """Character between the cells of tables; by default a comma in csv and a tab in tsv."""
+    quoting: Literal["minimal", "none"] | None = None
+    """`minimal` if the cells of tables may be in double quotes, as pandas and spreadsheets write them; `none` if quotes
+    are text. By default `minimal` in csv and `none` in tsv."""
+    columns: Annotated[tuple[str, ...], AfterValidator(_distinct)] = ()
+    """Names of the columns of tables that do not begin with them. By default, the first line has the names."""
     text: str | None = None
     """Column of the text; by default the first of `text`, `sentence`, `sentence1`, … that exists."""
     text_pair: str | None = None

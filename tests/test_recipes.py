@@ -691,6 +691,21 @@ def test_pretraining_with_another_vocabulary(pretraining, base, tmp_path):
     assert bert_jax.BertConfig.from_file(pretrain(pretraining) / "config.json").vocab_size == len(pieces)
 
 
+def test_tables_of_other_kinds(tree, tmp_path):
+    (tmp_path / "rows.csv").write_text('"good; ""very"" good";yes\nbad;no\n')
+    tree["data"] |= {"train": str(tmp_path / "rows.csv"), "validation": None, "delimiter": ";"}
+    tree["data"]["columns"] = ["text", "label"]
+    split = preparation.read_split(Settings.from_dict(tree), "train")
+    assert [row["text"] for row in split.rows] == ['good; "very" good', "bad"]
+    tree["data"]["quoting"] = "none"
+    with pytest.raises(InputError, match="the number of fields is 3; the list of columns has 2"):
+        preparation.read_split(Settings.from_dict(tree), "train")
+    tree["data"]["id"] = "owner/name"
+    tree["data"]["train"] = "train"
+    with pytest.raises(InputError, match=r"data.columns are for files, but data.id is owner/name"):
+        preparation.read_split(Settings.from_dict(tree), "train")
+
+
 def test_added_tokens(tree):
     tree["model"]["add_tokens"] = ["[E1]", "[E2]"]
     rows = [row | {"text": f"[E1] {row['text']}"} for row in sentiments.rows(40)]

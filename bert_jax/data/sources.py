@@ -9,14 +9,17 @@ import gzip
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from bert_jax.errors import InputError, check_extra, listed, quoted
+
+logger = logging.getLogger(__name__)
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -32,6 +35,11 @@ FORMATS = {
 A final `.gz` of the name is ignored. For `.json` and `.txt`, `format_of` may choose another format.
 """
 
+DELIMITERS = (",", ";", "\t", "|")
+"""The usual characters between the cells of a table."""
+COMMENT = re.compile(r"#\s+([\w.:]+\s*=|(id|newdoc|newpar)\b)")
+"""The beginning of a comment in a CoNLL file. A line that begins with # in another way has a word."""
+
 TEXT = ("text", "sentence", "sentence1", "question1", "premise", "question", "review", "content", "input_string")
 """Usual names of the text column. If a data set has several of them, the first in this list is used."""
 TEXTS: tuple[tuple[str, ...], ...] = tuple((name,) for name in TEXT)
@@ -46,12 +54,28 @@ ClassLabels = dict[str, tuple[str, ...]]
 """Maps each column of class ids to the names of the classes, in the order of the ids."""
 
 
+class Table(NamedTuple):
+    """How the lines of a table (CSV or TSV) are read.
+
+    Attributes:
+        delimiter: The character between two cells; None for that of the format, a comma or a tab.
+        quoting: Whether a cell may be in double quotes, within which delimiters and line breaks are text, and two
+            quotes stand for one. None for the usage of the format: quotes in CSV, none in TSV.
+        columns: The names of the columns if the file does not begin with them.
+    """
+
+    delimiter: str | None = None
+    quoting: Literal["minimal", "none"] | None = None
+    columns: tuple[str, ...] = ()
+
+
 class Entry(NamedTuple):
     """A row of a file, or an error in place of a row that cannot be read.
 
     Attributes:
         line: The place of the row, counted from 1. For most formats, it is the line on which the row begins; for CoNLL,
-            the line after the row; for Parquet and SQuAD, the number of the row; for a folder, the number of the file.
+            the line after the row; for Parquet, JSON and SQuAD, the number of the row; for a folder, the number of the
+            file.
         row: The row as a dict from column to value, or an error that says why the row cannot be read.
         position: Number of bytes of the file that have been read so far, to show progress; 0 if unknown.
     """
@@ -74,14 +98,20 @@ def reading(path: str | Path) -> Iterator[None]:
         raise InputError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from None
 
 
-def read(path: str | Path, format: str | None = None, *, labelled: bool = True) -> Iterator[Row]:
+def read(
+    path: str | Path,
+    format: str | None = None,
+    *,
+    labelled: bool = True,
+    table: Table = Table(),  # noqa: B008
+) -> Iterator[Row]:
     """Streams the rows of a file (see `entries`), and replaces class ids (see `class_labels`) by class names.
 
     Raises:
         InputError: If the file or a line of it cannot be read; the message names the line.
     """
     names = class_labels(path, format)
-    for line, row, _ in entries(path, format, labelled=labelled):
+    for line, row, _ in entries(path, format, labelled=labelled, table=table):
         try:
             if isinstance(row, InputError):
                 raise row
@@ -133,40 +163,59 @@ def _named(row: Row, labels: ClassLabels) -> Row:
     return row | named
 
 
-def entries(path: str | Path, format: str | None = None, *, labelled: bool = True) -> Iterator[Entry]:
+def entries(
+    path: str | Path,
+    format: str | None = None,
+    *,
+    labelled: bool = True,
+    table: Table = Table(),  # noqa: B008
+) -> Iterator[Entry]:
     """Streams the rows of a file, with an error in place of each row that cannot be read.
 
     Args:
         path: A file or a folder. A file may be gzipped, unless it is Parquet. In a folder and its subfolders, each .txt
             file is the `text` of a row.
-        format: The format of the file. None infers the format from the file's name; a .json file is then "squad" if it
-            begins like SQuAD's JSON, else "jsonl".
+        format: The format of the file. None infers the format from the file's name; a .json file is then "squad" or
+            "json" if it begins like one, else "jsonl".
 
             - "jsonl": A line is a row, as a JSON object.
-            - "csv", "tsv": A table; its first line names the columns.
+            - "json": An array of objects, or an object whose value `data` is such an array. An object is a row. The
+              file is read as a whole before the first row.
+            - "csv", "tsv": A table; its first line names the columns, unless `table` does.
             - "parquet": A Parquet file.
             - "text": A line is the `text` of a row.
             - "text;label": A line has the `text` of a row, a semicolon, and the `label` of the row. If a line has
               several semicolons, the last one counts. The first line is skipped as a header if its text is one of
               `TEXT`.
             - "conll": A line has a word in its first column and the word's tag in its last. A row has the columns
-              `tokens` and `tags`, and ends at a blank line.
-            - "squad": SQuAD's JSON, which is read as a whole before the first row. A question is a row.
+              `tokens` and `tags`, and ends at a blank line. Before the first word of a row, there may be comments, such
+              as `# id 3b1c` or `# text = A sentence.`
+            - "squad": SQuAD's JSON, or the array of its articles, which is read as a whole before the first row. A
+              question is a row.
         labelled: If `format` is None, whether the format of a .txt file is "text;label" instead of "text".
+        table: How a table is read. For other formats, only the default is allowed.
 
     Raises:
-        InputError: If the file cannot be read, or if its format is unknown.
+        InputError: If the file cannot be read, or if its format is unknown or is not that of a table although `table`
+            is given.
     """
     path = Path(path)
     if path.is_dir() and format in (None, "text"):
         yield from _folder(path)
         return
-    tsv = functools.partial(_csv, delimiter="\t", quotes=False)
-    parse: Any = {"jsonl": _jsonl, "csv": _csv, "tsv": tsv, "text": _text, "text;label": _text_and_label,
-                  "conll": _conll, "squad": _squad, "parquet": _parquet}  # fmt: skip
+    tables = {"csv": Table(",", "minimal"), "tsv": Table("\t", "none")}
+    parse: Any = {"jsonl": _jsonl, "json": _json, "text": _text, "text;label": _text_and_label, "conll": _conll,
+                  "squad": _squad, "parquet": _parquet}  # fmt: skip
     format = format_of(path, labelled) if format is None else format
+    if format in tables:
+        usual = tables[format]
+        delimiter = usual.delimiter if table.delimiter is None else table.delimiter
+        table = Table(delimiter, table.quoting or usual.quoting, table.columns)
+        parse[format] = functools.partial(_table, table=table, path=path)
+    elif table != Table():
+        raise InputError(f"{path} has the format {format}; a delimiter, quoting or columns are for csv and tsv.")
     if format not in parse:
-        raise InputError(f"the format {quoted(format)} is unknown; expected one of {', '.join(parse)}.")
+        raise InputError(f"the format {quoted(format)} is unknown; expected one of {', '.join([*tables, *parse])}.")
     with reading(path), open(path, "rb") as file:
         if format == "parquet":
             yield from _parquet(file)
@@ -197,8 +246,8 @@ def format_of(path: Path, labelled: bool) -> str:
             (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file,
         ):
             start = file.read(2000)
-            if re.match(rb'(\xef\xbb\xbf)?\s*\{\s*"(version|data)"\s*:', start) and b'"paragraphs"' in start:
-                return "squad"
+            if re.match(rb'(\xef\xbb\xbf)?\s*(\[|\{\s*("version"\s*:[^,]*,\s*)?"data"\s*:\s*\[)\s*([{\[\]]|$)', start):
+                return "squad" if b'"paragraphs"' in start else "json"
     return "text" if suffix == ".txt" and not labelled else FORMATS[suffix]
 
 
@@ -236,7 +285,20 @@ def _jsonl(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
             yield number, row if isinstance(row, dict) else InputError(f"{type(row).__name__}; expected a JSON object.")
 
 
-def _csv(lines: Iterator[str], delimiter: str = ",", quotes: bool = True) -> Iterator[tuple[int, Row | InputError]]:
+def _json(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
+    try:
+        rows = json.loads("".join(lines))
+        rows = rows["data"] if isinstance(rows, dict) else rows
+        if not isinstance(rows, list):
+            raise TypeError(f"a {type(rows).__name__}")
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        yield 1, InputError(f"not an array of JSON objects, and no object with such an array as its data ({error}).")
+        return
+    for number, row in enumerate(rows, 1):
+        yield number, row if isinstance(row, dict) else InputError(f"{type(row).__name__}; expected a JSON object.")
+
+
+def _table(lines: Iterator[str], table: Table, path: Path) -> Iterator[tuple[int, Row | InputError]]:
     csv.field_size_limit(2**24)  # a field may hold a book; the default limit is 131,072 characters
     record: list[str] = []  # the lines that the reader has read for the current row
 
@@ -245,10 +307,19 @@ def _csv(lines: Iterator[str], delimiter: str = ",", quotes: bool = True) -> Ite
             record.append(line)
             yield line
 
-    reader = csv.reader(
-        noted(), strict=True, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
-    )
-    names: list[str] | None = None
+    delimiter: Any = table.delimiter
+    quotes = table.quoting == "minimal"
+    try:
+        reader = csv.reader(
+            noted(), strict=True, delimiter=delimiter,
+            quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+        )  # fmt: skip
+    except (TypeError, ValueError):
+        yield 1, InputError(f"the delimiter is {quoted(table.delimiter)}; expected one character, such as ';'.")
+        return
+    names = list(table.columns)
+    source = "the list of columns" if names else "the header"
+    first, quoted_cells = True, False
     while True:
         begin = reader.line_num + 1
         record.clear()
@@ -261,19 +332,51 @@ def _csv(lines: Iterator[str], delimiter: str = ",", quotes: bool = True) -> Ite
             where = f" in lines {begin} to {end}; the last quote opens in line {quote}" if end > begin else ""
             for line in range(begin, end + 1):
                 yield line, InputError(f"{error}{where}.")
-            if names is None:
+            if not names:
                 return
             continue
-        if names is None:
+        if not quotes and not quoted_cells and any(re.fullmatch('".+"', field) for field in fields):
+            quoted_cells = True
+            logger.warning(
+                "%s: in line %d, a cell begins and ends with a quote, which is read as part of the text. If the quotes "
+                "only enclose the cell, set quoting to minimal.",
+                path, begin,
+            )  # fmt: skip
+        if not fields:
+            continue
+        if first and (problem := _misfit(fields, names, table)):
+            yield begin, InputError(problem)
+            return
+        if first and not names:
             names = fields
-            wrong = [name for n, name in enumerate(names) if name in names[:n] or re.search("[\ud800-\udfff]", name)]
-            if wrong:  # if a name is not UTF-8 text, `entries` yields its own error instead of this one
-                yield 1, InputError(f"the header has {quoted(wrong[0])} twice.")
-                return
-        elif fields and len(fields) != len(names):
-            yield begin, InputError(f"the number of fields is {len(fields)}; the header has {len(names)}.")
-        elif fields:
+        elif len(fields) != len(names):
+            hint = " If cells are in quotes, set quoting to minimal." if not quotes and '"' in record[0] else ""
+            yield begin, InputError(f"the number of fields is {len(fields)}; {source} has {len(names)}.{hint}")
+        else:
             yield begin, dict(zip(names, fields, strict=True))
+        first = False
+
+
+def _misfit(fields: list[str], names: list[str], table: Table) -> str:
+    """What is wrong with the first line of a table; empty if nothing is.
+
+    Args:
+        fields: The cells of the first line.
+        names: The names of the columns, if `table` gives them.
+        table: How the table is read.
+    """
+    others = [character for character in DELIMITERS if character != table.delimiter and character in fields[0]]
+    if len(fields) == 1 and others and (not names or len(names) > 1):
+        return (
+            f"the first line, {quoted(fields[0])}, is one cell; the delimiter is {table.delimiter!r}. If it should be "
+            f"{others[0]!r}, set the delimiter."
+        )
+    if names and fields == names:
+        return "the first line has the names of the columns already. Do not set the columns."
+    wrong = [name for n, name in enumerate(fields) if name in fields[:n] or re.search("[\ud800-\udfff]", name)]
+    if wrong and not names:  # if a name is not UTF-8 text, `entries` yields its own error instead of this one
+        return f"the header has {quoted(wrong[0])} twice. If the file has no header, set the columns."
+    return ""
 
 
 def _last_quote(record: list[str]) -> int:
@@ -300,6 +403,8 @@ def _conll(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
     words: list[list[str]] = []  # the columns of each word of the row
     columns, wrong = 0, ""
     for number, line in enumerate(itertools.chain(lines, [""]), 1):
+        if not words and COMMENT.match(line):
+            continue
         fields = [field.strip() for field in line.split("\t" if "\t" in line.strip() else " ") if field.strip()]
         if fields and fields[0] != "-DOCSTART-":
             if len(fields) < 2 or len(fields) != (columns or len(fields)):
@@ -314,10 +419,11 @@ def _conll(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
 
 def _squad(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
     try:
+        content = json.loads("".join(lines))
         rows = [
             {"id": question["id"], "question": question["question"], "context": paragraph["context"],
              "answers": question.get("answers"), "is_impossible": question.get("is_impossible")}
-            for article in json.loads("".join(lines))["data"]
+            for article in (content["data"] if isinstance(content, dict) else content)
             for paragraph in article["paragraphs"] for question in paragraph["qas"]
         ]  # fmt: skip
     except (ValueError, RecursionError, KeyError, TypeError) as error:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from bert_jax import hub
-from bert_jax.errors import InputError
+from bert_jax.errors import InputError, quoted
 from bert_jax.heads import BertForMaskedLM, BertForNextSentencePrediction
 from bert_jax.inference.pipelines import READ_AHEAD, Pipeline, pipeline
 from bert_jax.model import ComputeDtype
@@ -163,13 +163,19 @@ def evaluate(
 
         next-sentence-prediction: The measures are `accuracy` and `nll`. `pairs` is the number of pairs.
 
+        `blank` is the number of texts that were left out because they are blank.
+
     Raises:
-        InputError: If a text is empty, if the texts are too few or too short, or if a model does not support the task
-            or `max_length`.
+        InputError: If an entry is not a text, if the texts are too few or too short, or if a model does not support the
+            task or `max_length`.
     """
     for i, text in enumerate(texts, 1):
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"Row {i} is not a text or is empty. Correct or remove it.")
+        if not isinstance(text, str):
+            raise InputError(f"Row {i} is {quoted(text)}; expected a text.")
+    blank = sum(not text.strip() for text in texts)
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise InputError(f"All of the {blank} texts are blank; expected some that are not.")
     found: dict[str, dict[str, Any]] = {}
     for model in models:
         pipe = pipeline(task, model, ignore=() if found else ignore, compute_dtype=compute_dtype)
@@ -178,12 +184,12 @@ def evaluate(
         if task == "fill-mask":
             hidden = pipe.task = HiddenTokens(pipe.tokenizer, pipe.config, max_length)
             results = _run(pipe, [hidden.hide(text, words, share, seed) for text in texts], model, console)
-            found[model] = _fill_mask(hidden, texts, results, seed, resamples)
+            found[model] = {"blank": blank, **_fill_mask(hidden, texts, results, seed, resamples)}
         else:
             following = pipe.task = Following(pipe.tokenizer, pipe.config, max_length)
             cut, follows = pairs(texts, seed)
             results = _run(pipe, [following.judge(*pair) for pair in cut], model, console)
-            found[model] = _next_sentence(follows, results, seed, resamples)
+            found[model] = {"blank": blank, **_next_sentence(follows, results, seed, resamples)}
     return found
 
 
@@ -217,7 +223,7 @@ def _fill_mask(
     token, position, nll, rank = np.array([hidden for text in found for hidden in text], np.float64).T
     owner = np.repeat(np.arange(len(found)), [len(text) for text in found])
     values = {"nll": nll, **{f"accuracy@{k}": rank <= k for k in KS}, "mrr": 1 / rank}
-    measures = _means(values, owner, seed, resamples)
+    measures = _means(values, owner, len(found), seed, resamples)
     perplexity = {name: math.exp(min(value, 700.0)) for name, value in measures["nll"].items()}
     encoded = task.tokenizer.encode(list(texts), max_length=task.max_length)
     counts = np.bincount(np.concatenate([encoding.ids for (encoding,) in encoded]))
@@ -235,7 +241,7 @@ def _fill_mask(
 def _next_sentence(follows: np.ndarray, found: list[np.ndarray], seed: int, resamples: int) -> dict[str, Any]:
     log_p = np.where(follows, *np.transpose(found))
     values = {"accuracy": log_p > np.log(0.5), "nll": -log_p}
-    return {"pairs": len(found), **_means(values, np.arange(len(found)), seed, resamples)}
+    return {"pairs": len(found), **_means(values, np.arange(len(found)), len(found), seed, resamples)}
 
 
 def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.ndarray]:
@@ -262,12 +268,14 @@ def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.nd
     return [(first, halves[other][1]) for (first, _), other in zip(halves, others, strict=True)], follows
 
 
-def _means(values: dict[str, np.ndarray], owner: np.ndarray, seed: int, resamples: int) -> dict[str, dict[str, float]]:
+def _means(
+    values: dict[str, np.ndarray], owner: np.ndarray, texts: int, seed: int, resamples: int
+) -> dict[str, dict[str, float]]:
     """The mean of each array, and the 95 % interval of the mean, which is found by resampling the texts or pairs.
 
     `owner` has, for each entry of the arrays, the index of its text or, for next-sentence-prediction, of its pair.
+    `texts` is the number of texts or pairs, those without an entry included.
     """
-    texts = int(owner.max()) + 1
     sums = np.stack([np.bincount(owner, v, minlength=texts) for v in (np.ones(len(owner)), *values.values())], axis=1)
     random = np.random.default_rng(seed)
     drawn = np.array([random.multinomial(texts, np.full(texts, 1 / texts)) @ sums for _ in range(resamples)])

@@ -57,6 +57,7 @@ def predict_files(
     model: str,
     columns: tuple[str, ...] = (),
     format: str | None = None,
+    table: sources.Table = sources.Table(),  # noqa: B008
     shard: tuple[int, int] = (1, 1),
     parameters: Mapping[str, Any] | None = None,
     console: Console | None = None,
@@ -74,6 +75,7 @@ def predict_files(
         columns: The columns that make up an input: one, or two for a pair. By default, the first tuple in the task's
             `columns_of_input` whose columns a row has.
         format: Format of the inputs. If None, each file's name gives its format, and a .txt file has one text per line.
+        table: How the inputs are read if they are tables.
         shard: (i, n) selects every n-th row, starting with the i-th, counted from 1.
         parameters: The parameters of the task.
         console: Where a progress bar is shown; None for no progress bar.
@@ -96,7 +98,7 @@ def predict_files(
         # Conversion to JSON and back turns tuples into lists, as in the journal that `run` is compared with.
         run = json.loads(json.dumps({
             "task": pipe.task.name, "model": model, "inputs": files, "columns": columns, "format": format,
-            "shard": shard, "parameters": parameters,
+            "table": table, "shard": shard, "parameters": parameters,
         }))  # fmt: skip
     except TypeError as error:
         raise InputError(f"A parameter is not a number, text or list: {error}.") from None
@@ -108,22 +110,22 @@ def predict_files(
     request = functools.partial(pipe.request, parameters=parameters)
     request((example, example) if sizes == [2] else example)
     candidates = [columns] if columns else pipe.task.columns_of_input
-    table = not output.name.endswith(OUTPUTS[:2])
+    flat = not output.name.endswith(OUTPUTS[:2])
     for path in paths:
-        first = ((path, 0, entry) for entry in islice(sources.entries(path, format, labelled=False), 100))
-        window = _window(lambda entry: entry, first, candidates, table)
+        first = ((path, 0, entry) for entry in islice(sources.entries(path, format, labelled=False, table=table), 100))
+        window = _window(lambda entry: entry, first, candidates, flat)
         if window and not window.requests:
             raise InputError(f"{path}: {window.rejected[0]['reason']}")
     entries = (
         (path, before, entry)
         for path, before in zip(paths, accumulate((size for _, size, _ in files), initial=0), strict=False)
-        for entry in sources.entries(path, format, labelled=False)
+        for entry in sources.entries(path, format, labelled=False, table=table)
     )
     try:
         journal = _Journal.opened(output, run)
         if not journal.complete:
             rest = islice(entries, shard[0] - 1 + shard[1] * journal.read, None, shard[1])
-            _predict(pipe, functools.partial(_window, request, rest, candidates, table), journal, console)
+            _predict(pipe, functools.partial(_window, request, rest, candidates, flat), journal, console)
             journal.complete = True
             journal.commit()
         if journal.partial.exists():
@@ -251,7 +253,7 @@ def _window(
     request: Callable[[Any], Any],
     entries: Iterator[tuple[Path, int, sources.Entry]],
     candidates: Sequence[tuple[str, ...]],
-    table: bool,
+    flat: bool,
 ) -> _Window | None:
     window = _Window(0, [], [], [])
     for path, before, (line, row, position) in islice(entries, READ_AHEAD):
@@ -259,7 +261,7 @@ def _window(
         try:
             if isinstance(row, InputError):
                 raise row
-            if taken := [name for name in row if name == PREDICTION or (table and name.startswith(f"{PREDICTION}_"))]:
+            if taken := [name for name in row if name == PREDICTION or (flat and name.startswith(f"{PREDICTION}_"))]:
                 raise InputError(f"there is already a column {quoted(taken[0])}; rename it.")
             _line(row)  # raises an error if the row cannot be written
             window.requests.append(request(_input(row, candidates)))

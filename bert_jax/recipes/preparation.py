@@ -15,7 +15,7 @@ from bert_jax.data import sources
 from bert_jax.data.loader import Examples
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.model import BertPreTrainedModel
-from bert_jax.settings import HeldOut, Pretraining, Settings
+from bert_jax.settings import Data, HeldOut, Pretraining, Settings
 from bert_jax.tasks.base import ReadOptions, TrainableTask, check_vocabulary
 from bert_jax.tasks.registry import TASKS
 from bert_jax.tokenizer import Tokenizer
@@ -179,6 +179,11 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
                 raise InputError(
                     f"data.{split} is the file {place}, but data.id is {data.id}; for files, set data.id=null."
                 )
+            if table(data) != sources.Table():
+                raise InputError(
+                    f"data.delimiter, data.quoting and data.columns are for files, but data.id is {data.id}. Remove "
+                    "them, or set data.id=null."
+                )
             class_labels[place], found = sources.read_hub(data.id, data.name, place, data.revision)
         else:
             if path.suffix not in sources.FORMATS and data.format is None and not path.exists():
@@ -187,7 +192,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
                     f"data.id; for none, data.{split}=null."
                 )
             class_labels[place] = sources.class_labels(place, data.format)
-            found = sources.read(place, data.format, labelled=isinstance(settings, Settings))
+            found = sources.read(place, data.format, labelled=isinstance(settings, Settings), table=table(data))
         rows += islice(found, None if data.limit is None else data.limit - len(rows))
     where = f"data.{split} ({places})"
     if not rows:
@@ -219,6 +224,11 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
         )
     rows = [{name: row.get(column) for name, column in wanted.items() if column} for row in rows]
     return Split(rows, next(iter(orders), None))
+
+
+def table(data: Data) -> sources.Table:
+    """How the settings read tables."""
+    return sources.Table(data.delimiter, data.quoting, data.columns)
 
 
 def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None) -> BertConfig:

@@ -1,3 +1,4 @@
+import csv
 import gzip
 import inspect
 import json
@@ -5,12 +6,14 @@ import os
 import re
 import threading
 
+import datasets
 import numpy as np
+import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bert_jax.data.sources import class_labels, column, entries, literal, read, read_hub
+from bert_jax.data.sources import Table, class_labels, column, entries, literal, read, read_hub
 from bert_jax.errors import InputError
 
 ROWS = [{"text": "grün, ja", "label": "a"}, {"text": "x", "label": "b"}]
@@ -30,9 +33,9 @@ def write(tmp_path, name, content):
     return path
 
 
-def refused(path, message, format=None):
+def refused(path, message, format=None, **options):
     with pytest.raises(InputError, match=re.escape(message)) as raised:
-        list(read(path, format))
+        list(read(path, format, **options))
     assert str(path) in str(raised.value)
 
 
@@ -406,3 +409,147 @@ def test_impossible_questions(tmp_path):
     data = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": "Anna sings.", "qas": asked}]}]}
     (row,) = read(write(tmp_path, "dev.json", json.dumps(data)))
     assert (row["is_impossible"], row["answers"]) == (True, plausible)
+
+
+# ── What pandas, spreadsheets and others write ───────────────────────────────────────────────────────────────────────
+
+FRAME = pd.DataFrame({
+    "text": ["plain", 'a "word" in quotes', "a\ttab", "two\nlines", "a, b; c | d", '"whole"', " padded ", "grün"],
+    "label": list("abcdefgh"),
+})  # fmt: skip
+
+
+def as_read(path, **options):
+    """What pandas reads, with every cell as text."""
+    return pd.read_csv(path, dtype=str, keep_default_na=False, **options).to_dict("records")
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+@pytest.mark.parametrize("separator", [",", "\t", ";", "|"])
+def test_tables_of_pandas(tmp_path, separator, quoting):
+    path = tmp_path / ("rows.tsv" if separator == "\t" else "rows.csv")
+    FRAME.to_csv(path, sep=separator, quoting=quoting, index=False)
+    rows = list(read(path, table=Table(separator, "minimal")))
+    assert rows == as_read(path, sep=separator) == FRAME.to_dict("records")
+
+
+def test_tables_without_a_header(tmp_path):
+    FRAME.to_csv(tmp_path / "rows.csv", header=False, index=False)
+    names = ("text", "label")
+    rows = list(read(tmp_path / "rows.csv", table=Table(columns=names)))
+    assert rows == as_read(tmp_path / "rows.csv", names=names) == FRAME.to_dict("records")
+    write(tmp_path, "rows.tsv", "\na\t1\n\nb\t2\n")
+    assert list(read(tmp_path / "rows.tsv", table=Table(columns=names))) == [
+        {"text": "a", "label": "1"}, {"text": "b", "label": "2"},
+    ]  # fmt: skip
+
+
+def test_quotes_that_are_read_as_text_are_said_once(tmp_path, caplog):
+    path = write(tmp_path, "rows.tsv", 'text\tlabel\nplain\ta\n"quoted"\tb\n"too"\tc\n')
+    assert [row["text"] for row in read(path)] == ["plain", '"quoted"', '"too"']
+    (record,) = caplog.records
+    assert "in line 3, a cell begins and ends with a quote" in record.message
+    assert "set quoting to minimal" in record.message
+    caplog.clear()
+    assert [row["text"] for row in read(path, table=Table(quoting="none"))] == ["plain", '"quoted"', '"too"']
+    assert [row["text"] for row in read(path, table=Table(quoting="minimal"))] == ["plain", "quoted", "too"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "table", "message"),
+    [
+        ("rows.csv", "text;label\na;b\n", Table(), "line 1: the first line, 'text;label', is one cell; the "
+         "delimiter is ','. If it should be ';', set the delimiter."),
+        ("rows.csv", "text\tlabel\na\tb\n", Table(), "If it should be '\\t', set the delimiter."),
+        ("rows.tsv", "text,label\na,b\n", Table(), "the delimiter is '\\t'. If it should be ',', set the delimiter."),
+        ("rows.csv", "a;b\n", Table(columns=("text", "label")), "If it should be ';', set the delimiter."),
+        ("rows.csv", "text,label\na,b\n", Table(columns=("text", "label")), "has the names of the columns already"),
+        ("rows.csv", "a,b,c\n", Table(columns=("text", "label")), "fields is 3; the list of columns has 2"),
+        ("rows.csv", "a,a\n", Table(), "the header has 'a' twice. If the file has no header, set the columns."),
+        ("rows.csv", "a,b\n", Table(delimiter=",,"), "the delimiter is ',,'; expected one character"),
+        ("rows.csv", "a,b\n", Table(delimiter=""), "the delimiter is ''; expected one character"),
+        ("rows.tsv", 'text\tlabel\n"two\nlines"\tb\n', Table(), "has 2. If cells are in quotes, set"),
+        ("rows.jsonl", "{}", Table(columns=("a",)), "has the format jsonl; a delimiter, quoting or"),
+    ],
+)  # fmt: skip
+def test_tables_that_do_not_fit(tmp_path, name, content, table, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        list(read(write(tmp_path, name, content), table=table))
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.json.gz"])
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("wrapped", [False, True, "version"])
+def test_json_files_that_are_an_array(tmp_path, name, indent, wrapped):
+    rows = [{"text": "a\nb", "label": [1.5, None]}, {"text": "grün", "label": []}]
+    content = {"data": rows} if wrapped else rows
+    content = {"version": "1.1", **content} if wrapped == "version" else content
+    path = write(tmp_path, name, json.dumps(content, indent=indent))
+    assert list(read(path)) == list(read(path, "json")) == rows
+    loaded = datasets.load_dataset("json", data_files=str(path), field="data" if wrapped else None, split="train",
+                                   cache_dir=str(tmp_path / "cache"))  # fmt: skip
+    assert list(loaded) == rows
+
+
+def test_empty_arrays(tmp_path):
+    assert list(read(write(tmp_path, "rows.json", "[]"))) == []
+    assert list(read(write(tmp_path, "rows.json", '{"data": []}'))) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"a": 1}', "line 1: not an array of JSON objects, and no object with such an array as its data ("),
+        ('[{"a": 1}]\n[{"a": 1}]', "not an array of JSON objects"),
+        ('[{"a": 1}, 3]', "line 2: int; expected a JSON object."),
+        ('{"data": [[1, 2]], "columns": ["a", "b"]}', "line 1: list; expected a JSON object."),
+        ("[" * 100_000, "not an array of JSON objects"),
+    ],
+)
+def test_bad_json(tmp_path, content, message):
+    refused(write(tmp_path, "rows.json", content), message)
+
+
+@pytest.mark.parametrize("content", ['{"rows": []}', "3", "null", '{"data": {"a": 1}}'])
+def test_json_of_other_forms(tmp_path, content):
+    refused(write(tmp_path, "rows.json", content), "not an array of JSON objects", "json")
+
+
+def test_lines_with_a_column_named_data_stay_lines(tmp_path):
+    rows = [{"data": "a", "label": 1}, {"data": [1, 2], "label": 2}]
+    assert list(read(write(tmp_path, "rows.json", "\n".join(map(json.dumps, rows))))) == rows
+    assert list(read(write(tmp_path, "rows.json", "\n".join(map(json.dumps, rows[::-1]))))) == rows[::-1]
+
+
+def test_squad_as_a_list_of_articles(tmp_path):
+    answer = {"text": "b", "answer_start": 2}
+    question = {"id": "1", "question": "What?", "answers": [answer]}
+    articles = [{"title": "t", "paragraphs": [{"context": "a b", "qas": [question]}]}]
+    expected = [{"id": "1", "question": "What?", "context": "a b", "answers": [answer], "is_impossible": None}]
+    for content in (articles, {"data": articles}, {"version": "2.0", "data": articles}):
+        assert list(read(write(tmp_path, "rows.json", json.dumps(content)))) == expected
+
+
+def test_comments_of_conll(tmp_path):
+    content = """# id 3b1c-77 domain=en
+# text = The # sign
+The\t_\tO
+#\t_\tO
+# id\t_\tO
+
+# sent_id = 2
+# newdoc
+
+# global.columns = ID FORM
+#win _ B-X
+"""
+    assert list(read(write(tmp_path, "rows.conll", content))) == [
+        {"tokens": ["The", "#", "# id"], "tags": ["O", "O", "O"]},
+        {"tokens": ["#win"], "tags": ["B-X"]},
+    ]
+
+
+@pytest.mark.parametrize("line", ["# O", "#win B-X", "# = O", "#id O", "#text O", "# # O", "# 1 O", "#=O O"])
+def test_lines_of_conll_that_are_no_comments(tmp_path, line):
+    words = line.split(" ")
+    assert list(read(write(tmp_path, "rows.conll", f"{line}\n"))) == [{"tokens": words[:1], "tags": words[-1:]}]

@@ -112,13 +112,13 @@ def test_frequencies_are_those_of_the_texts(tmp_path):
 def test_intervals_are_those_of_resampled_texts():
     random = np.random.default_rng(0)
     values = random.normal(3.0, 2.0, 2000)
-    alone = held_out._means({"x": values}, np.arange(2000), 0, 2000)["x"]
+    alone = held_out._means({"x": values}, np.arange(2000), 2000, 0, 2000)["x"]
     half = 1.96 * values.std() / np.sqrt(2000)
     assert alone["value"] == pytest.approx(values.mean())
     assert alone["high"] - alone["value"] == pytest.approx(half, rel=0.1)
     assert alone["value"] - alone["low"] == pytest.approx(half, rel=0.1)
     # The same values, ten alike in each text: as sure as of a tenth of them.
-    together = held_out._means({"x": np.repeat(values, 10)}, np.repeat(np.arange(2000), 10), 0, 2000)["x"]
+    together = held_out._means({"x": np.repeat(values, 10)}, np.repeat(np.arange(2000), 10), 2000, 0, 2000)["x"]
     assert together["high"] - together["value"] == pytest.approx(half, rel=0.1)
 
 
@@ -191,12 +191,30 @@ def test_the_command_with_two_models_and_a_folder_of_texts(tmp_path):
     assert "Cannot write" in wrong.stderr
 
 
+def test_blank_texts_are_left_out_and_counted(tmp_path):
+    def results(texts):
+        settings = HeldOut.from_dict({"task": "fill-mask", "data": {"test": str(write(tmp_path, texts))}})
+        return recipes.evaluate_held_out(["bert-mini-cased"], settings, "test")["bert-mini-cased"]
+
+    texts = ["The king is dead.", "Paris is a city in France.", "It was good."]
+    without, some = results(texts), results(["", texts[0], "  ", *texts[1:], "\t"])
+    assert (without.pop("blank"), some.pop("blank")) == (0, 3)
+    assert without == some
+
+
+def test_a_text_without_a_token_counts_as_one(tmp_path):
+    """The interval is the same wherever the text without a token is."""
+    values, owner = np.array([0.0, 1.0]), np.array([0, 1])
+    first, last = (held_out._means({"x": values}, owner + shift, 3, 0, 1000)["x"] for shift in (1, 0))
+    assert first == last
+    assert first["value"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("texts", "changes", "message"),
     [
-        (["", "a"], {}, "Row 1 is not a text or is empty"),
+        (["", " "], {}, "All of the 2 texts are blank"),
         (["a"], {"data": {"test": None}}, "data.test is not set"),
-        (["a", ""], {}, "Row 2 is not a text or is empty"),
         (["a"], {"data": {"max_length": 1000}}, "the model supports at most 512 tokens"),
         (["a"], {"data": {"max_length": 600}}, "the model supports at most 512 tokens"),
         (["a"], {"task": "next-sentence-prediction"}, "two texts of several sentences"),

@@ -109,6 +109,15 @@ def test_formats_of_outputs(pipe, tmp_path, name):
     assert list(rows[0]) == ["text", "n", "t", "prediction_label", "prediction_score", "late"]
 
 
+def test_a_table_without_a_header_in_quotes(pipe, tmp_path):
+    (tmp_path / "in.tsv").write_text('"a ""good"" day"\t"1"\n"a bad\nday"\t"2"\n')
+    table = sources.Table(quoting="minimal", columns=("text", "n"))
+    run(pipe, [tmp_path / "in.tsv"], tmp_path / "out.jsonl", table=table)
+    assert [line["text"] for line in lines(tmp_path / "out.jsonl")] == ['a "good" day', "a bad\nday"]
+    with pytest.raises(InputError, match=r"belongs to another run \(table: .*'minimal'"):
+        run(pipe, [tmp_path / "in.tsv"], tmp_path / "out.jsonl", table=sources.Table(columns=("text", "n")))
+
+
 def test_bad_rows_are_set_aside_with_reason_and_line(pipe, tmp_path):
     content = (
         b'{"text": "good"}\nno JSON\n{"body": "x"}\n{"text": ""}\n{"text": "\xff"}\n{"text": "a", "prediction": 1}\n'
@@ -347,9 +356,9 @@ def test_lines_that_a_quote_swallows_are_counted(pipe, tmp_path):
         ("in.parquet", "x", {}, "Cannot read .*in.parquet"),
         ("in.csv", "text,text\nx,y\n", {}, "in.csv: the header has 'text' twice"),
         ("in.csv", "text,prediction_label\nx,y\n", {"output": "out.csv"}, "already a column 'prediction_label'"),
-        ("in.json", '[{"text": "x"}]', {}, "in.json: list; expected a JSON object"),
+        ("in.json", '[["x"]]', {}, "in.json: list; expected a JSON object"),
         ("in.jsonl", '{"body": "x"}\n' * 3, {}, "in.jsonl: there is no column 'text'"),
-        ("in.txt", "x", {"format": "xml"}, "the format 'xml' is unknown; expected one of jsonl, csv"),
+        ("in.txt", "x", {"format": "xml"}, "the format 'xml' is unknown; expected one of csv, tsv"),
         ("in.txt", "x", {"parameters": {"topk": 2}}, "the parameter 'topk' is unknown; this task accepts top_k"),
         ("in.txt", "x", {"parameters": {"entry": 2}}, "the parameter 'entry' is unknown"),
         ("in.txt", "x", {"parameters": {"top_k": 0}}, "top_k is 0; expected a whole number"),

@@ -151,11 +151,14 @@ def predict(
     delimiter: Annotated[str | None, typer.Option(help="Character between the cells of csv or tsv files.")] = None,
     quoting: Annotated[
         Literal["minimal", "none"] | None,
-        typer.Option(help="Whether cells may be in double quotes. Default: minimal in csv files, none in tsv files."),
+        typer.Option(
+            help="minimal: cells may be enclosed in double quotes. none: quotes are text. Default: minimal for csv, "
+            "none for tsv."
+        ),
     ] = None,
     header: Annotated[
         list[str] | None,
-        typer.Option(help="Name of a column, if the first line does not have the names. Repeat it for each column."),
+        typer.Option(help="Column name, for files without a header line. Repeat the option for each column, in order."),
     ] = None,
     shard: Annotated[str, typer.Option(help="i/n: predict only every n-th row, starting with the i-th.")] = "1/1",
     parameter: Annotated[list[str] | None, typer.Option(help="Task parameter, such as top_k=2. Repeatable.")] = None,
@@ -368,10 +371,12 @@ def info(model: Model, revision: Revision = None, ignore: Ignore = None) -> None
 @app.command()
 def convert(
     model: Annotated[Path, typer.Argument(help="A folder with flax_model.msgpack or pytorch_model.bin.")],
-    output: Annotated[Path, typer.Option(help="A new folder; or the folder itself, to add model.safetensors to it.")],
+    output: Annotated[
+        Path, typer.Option(help="A new folder, or the model folder, to which model.safetensors is then added.")
+    ],
     ignore: Ignore = None,
 ) -> None:
-    """Convert Flax's or PyTorch's weights to the safetensors that this package loads."""
+    """Convert Flax or PyTorch weights to safetensors, which this package loads."""
     from bert_jax.convert import convert as convert_folder
 
     print(f"{output} contains the weights of {convert_folder(model, output, ignore=ignore or ())}.")

@@ -22,7 +22,7 @@ from bert_jax.model import BertModel
 
 MSGPACK, PICKLE = "flax_model.msgpack", "pytorch_model.bin"
 
-# The last part of the name of a parameter, in Flax and in PyTorch.
+# Maps the last part of a parameter's name in Flax to that in PyTorch.
 _LAST = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
@@ -35,8 +35,8 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, i
     Args:
         source: A folder with `config.json`, or that of a sentence-transformers model.
         target: A new or empty folder; or `source` itself, to which `model.safetensors` is then added.
-        ignore: Regular expressions of whole names of tensors that no BERT model has. They are converted, too; other
-            tensors of unknown names are refused.
+        ignore: Regular expressions that match the whole names of tensors that no BERT model has. These tensors are
+            converted, too. Any other tensor with an unknown name is an error.
 
     Returns:
         The file that was read.
@@ -58,10 +58,10 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, i
     config = BertConfig.from_file(network / hub.CONFIG_FILE)
     for name in (hub.WEIGHTS_FILE, hub.INDEX_FILE):
         if (network / name).exists():
-            raise CheckpointError(f"{network} contains {name}, which this package loads; nothing is to be converted.")
+            raise CheckpointError(f"{network} contains {name}, which this package loads; there is nothing to convert.")
     file = next((network / name for name in (MSGPACK, PICKLE) if (network / name).is_file()), None)
     if file is None:
-        advised = hub.advice((path.name for path in network.iterdir()), network)
+        advised = hub.advice(hub.names_in(network), network)
         raise CheckpointError(f"{network} contains neither {MSGPACK} nor {PICKLE}.{advised}")
     tensors = _from_msgpack(file) if file.name == MSGPACK else _from_pickle(file)
     place = network.relative_to(source)
@@ -71,10 +71,13 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, i
         del tensors
         # Heads are not checked: their sizes may differ from those in the config, as `from_pretrained` allows.
         _, encoder = tree.split(BertModel(config, add_pooling_layer=False))
-        weights.plan(staging / place, encoder.specs, ignore=ignore)
+        try:
+            weights.plan(staging / place, encoder.specs, ignore=ignore)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(staging / place), str(file))) from None
         if not in_place:
             for path in _companions(source, network):
-                (staging / path).parent.mkdir(exist_ok=True)
+                (staging / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / path, staging / path)
     return file
 
@@ -85,7 +88,7 @@ def _companions(source: Path, network: Path) -> Iterator[Path]:
     if found := hub.find_modules(network):
         folder, modules = found
         names += [folder / hub.MODULES_FILE, folder / hub.SENTENCE_FILES[0]]
-        names += [folder / module.path / hub.CONFIG_FILE for module in modules[1:]]
+        names += [path for module in modules[1:] for path in (folder / module.path).rglob("*")]
     return (path.relative_to(source) for path in names if path.is_file() and path.is_relative_to(source))
 
 
@@ -99,7 +102,9 @@ def _from_msgpack(file: Path) -> dict[str, np.ndarray]:
                 if code != 1:
                     raise ValueError(f"extension type {code}; expected arrays")
                 shape, dtype, content = msgpack.unpackb(data)
-                # Otherwise, the pages that were read would stay in memory, in addition to the arrays.
+                if dtype not in ("float16", "bfloat16", "float32", "float64"):
+                    raise ValueError(f"an array of {dtype}; expected floats")
+                # Releases the pages that were read. Otherwise, they would stay in memory alongside the arrays.
                 mapped.madvise(mmap.MADV_DONTNEED)
                 return np.frombuffer(content, np.dtype(dtype)).reshape(shape)
 
@@ -117,7 +122,7 @@ def _from_msgpack(file: Path) -> dict[str, np.ndarray]:
         array = flat.pop(path)
         if last not in _LAST or not isinstance(array, np.ndarray):
             raise CheckpointError(
-                f"{file} contains {quoted(path)}, which FlaxBert does not have; expected parameters that are named "
+                f"{file} contains {quoted(path)}, which FlaxBert does not have; expected parameter names that end in "
                 f"{listed(_LAST)}."
             )
         # Flax holds the kernel of a linear layer as [in, out], and PyTorch its weight as [out, in].
@@ -128,17 +133,18 @@ def _from_msgpack(file: Path) -> dict[str, np.ndarray]:
 def _from_pickle(file: Path) -> dict[str, np.ndarray]:
     """Reads the tensors of a file that `torch.save` has written.
 
-    The arrays share the memory of the tensors, which is a map of the file. A tensor that is a second name for the
-    memory of another one, as the weight of a tied decoder is, is left out.
+    The arrays share memory with the tensors, which are memory-mapped if the file allows it. A tied tensor, such as the
+    weight of the decoder, is left out if it shares memory with its original.
     """
     check_extra("parity", "torch")
     import torch
 
     try:
-        # PyTorch can map files of its versions since 1.6, which are zip archives.
+        # PyTorch can memory-map only zip archives, its format since version 1.6.
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         arrays = {}
         for name, tensor in tensors.items():
+            name.encode()  # raises an error if the name is not a string, or not valid text
             original = tensors.get(weights.TIED.get(name))
             if original is not None and original.data_ptr() == tensor.data_ptr():
                 continue
@@ -149,7 +155,7 @@ def _from_pickle(file: Path) -> dict[str, np.ndarray]:
         return arrays
     except OSError as error:
         raise CheckpointError(f"Cannot read {file}: {error.strerror or error}.") from None
-    # Damaged files, and files with anything but tensors by name, raise many kinds of exceptions.
+    # A damaged file, or one that is not a dict of named tensors, can raise many kinds of exceptions.
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(

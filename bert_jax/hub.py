@@ -35,11 +35,11 @@ TOKENIZER_FILES = (
 MODULES_FILE = "modules.json"
 """The file in which a sentence-transformers model lists its modules.
 
-Each module has a folder within that of the model. The first module is the network; its folder may be the model's own.
+Each module has a folder within that of the model. The first module is the network; it may be in the model's folder
+itself.
 """
-
 SENTENCE_FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
-"""Further files of a sentence-transformers model. The first is in its own folder, the second in that of the network."""
+"""Other files of a sentence-transformers model: the first is in the model's folder, the second in the network's."""
 
 _CONVERT = "convert it once: bert-jax convert {folder} --output NEW_FOLDER"
 _SAVE_AGAIN = "load it with {tool} and call save_pretrained there; see docs/files_from_elsewhere.md"
@@ -48,15 +48,15 @@ OTHER_FORMATS = {
     "flax_model.msgpack": _CONVERT,
     "pytorch_model.bin": _CONVERT,
     "pytorch_model.bin.index.json": _SAVE_AGAIN.format(tool="transformers"),
-    "flax_model.msgpack.index.json": _SAVE_AGAIN.format(tool="transformers 4"),
-    "tf_model.h5": _SAVE_AGAIN.format(tool="transformers 4"),
-    "*.ckpt*.index": _SAVE_AGAIN.format(tool="transformers 4"),
+    "flax_model.msgpack.index.json": _SAVE_AGAIN.format(tool="transformers 4.46.3"),
+    "tf_model.h5": _SAVE_AGAIN.format(tool="transformers 4.46.3"),
+    "*.ckpt*.index": _SAVE_AGAIN.format(tool="transformers 4.46.3"),
     "adapter_config.json": "load the base model, then call bert_jax.lora.load_adapters",
     "*.onnx": _EXPORTED,
     "*.gguf": _EXPORTED,
     "openvino_model.xml": _EXPORTED,
 }
-"""Maps the names of files with weights that are not safetensors (as for `fnmatch`) to what to do with such a file."""
+"""Maps `fnmatch` patterns for the names of weight files in other formats to advice on what to do with them."""
 
 
 def download(model_id: str | os.PathLike[str], *, revision: str | None = None, timeout: float = 10.0) -> Path:
@@ -71,8 +71,8 @@ def download(model_id: str | os.PathLike[str], *, revision: str | None = None, t
         timeout: Seconds to wait for the Hub's first answer.
 
     Returns:
-        A folder that contains config.json. For a sentence-transformers model, it may be a folder within that of the
-        model; `find_modules` finds the folder of the model from it.
+        A folder that contains config.json. For a sentence-transformers model, it may be a subfolder of the model's
+        folder, which `find_modules` returns.
 
     Raises:
         ModelNotFoundError: If the folder, model or revision does not exist, or if a download fails.
@@ -86,7 +86,7 @@ def download(model_id: str | os.PathLike[str], *, revision: str | None = None, t
         if not (network / CONFIG_FILE).is_file():
             raise ModelNotFoundError(
                 f"{folder} is not a model folder; expected a folder that contains {CONFIG_FILE}."
-                + advice((path.name for path in folder.iterdir()), folder)
+                + advice([name for name in names_in(folder) if OTHER_FORMATS.get(name) != _CONVERT], folder)
             )
         return network
     if (EMBEDDED / folder).is_dir() and len(folder.parts) == 1:
@@ -94,11 +94,16 @@ def download(model_id: str | os.PathLike[str], *, revision: str | None = None, t
     return _from_hub(str(model_id), revision or "main", timeout)
 
 
+def names_in(folder: Path) -> list[str]:
+    """The paths of the files in a folder and in its subfolders, relative to the folder."""
+    return [path.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(pattern)]
+
+
 def advice(names: Iterable[str], folder: str | os.PathLike[str]) -> str:
     """What to do with the files of a folder that has no safetensors weights.
 
     Args:
-        names: The names of the files, or their paths within the folder.
+        names: The paths of the files, relative to the folder.
         folder: The folder, for the message.
 
     Returns:
@@ -116,7 +121,7 @@ class Module(NamedTuple):
 
     Attributes:
         kind: The name of its class, such as Transformer, Pooling, Normalize or Dense.
-        path: Its folder within that of the model; empty if it is the same folder.
+        path: Its folder, relative to the model's folder; empty if both are the same.
     """
 
     kind: str
@@ -144,10 +149,9 @@ def read_modules(file: Path) -> list[Module]:
 
 
 def network_folder(folder: Path) -> Path:
-    """The folder of the network in that of a model. In a sentence-transformers model, it may be a subfolder."""
-    if (folder / CONFIG_FILE).is_file() or not (folder / MODULES_FILE).is_file():
-        return folder
-    return folder / read_modules(folder / MODULES_FILE)[0].path
+    """The folder that contains the network of a model. In a sentence-transformers model, it may be a subfolder."""
+    file = folder / MODULES_FILE
+    return folder / read_modules(file)[0].path if file.is_file() else folder
 
 
 def find_modules(network: Path) -> tuple[Path, list[Module]] | None:
@@ -160,10 +164,9 @@ def find_modules(network: Path) -> tuple[Path, list[Module]] | None:
         None if the network does not belong to a sentence-transformers model.
     """
     for folder in (network, network.parent):
-        if (folder / MODULES_FILE).is_file():
-            modules = read_modules(folder / MODULES_FILE)
-            if folder / modules[0].path == network:
-                return folder, modules
+        with contextlib.suppress(CheckpointError):
+            if network_folder(folder) == network and (folder / MODULES_FILE).is_file():
+                return folder, read_modules(folder / MODULES_FILE)
     return None
 
 
@@ -282,13 +285,12 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
     try:
         # Fetched by the revision, not by its commit: the cache then records which commit the revision names, so that
         # later calls find the files without the Hub.
-        try:
-            prefix, config = "", fetch(CONFIG_FILE, revision)
-        except errors.EntryNotFoundError:
-            prefix = f"{read_modules(fetch(MODULES_FILE, revision))[0].path}/"
-            config = fetch(prefix + CONFIG_FILE, revision)
+        prefix = ""
+        with contextlib.suppress(errors.EntryNotFoundError):
+            prefix = f"{read_modules(fetch(MODULES_FILE, revision))[0].path}/".lstrip("/")
+        config = fetch(prefix + CONFIG_FILE, revision)
         found = revision if cache_only else commit
-        fetch_some([MODULES_FILE, SENTENCE_FILES[0]], found)
+        fetch_some([SENTENCE_FILES[0]], found)
         fetch_some((prefix + name for name in (*TOKENIZER_FILES, SENTENCE_FILES[1])), found)
         if sentence_model := find_modules(config.parent):
             fetch_some((f"{path}/{CONFIG_FILE}" for _, path in sentence_model[1][1:]), found)
@@ -307,8 +309,8 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
         with contextlib.suppress(errors.HTTPError, OSError):
             advised = advice(list_repo_files(repo, revision=found), "FOLDER")
         raise CheckpointError(
-            f"{repo} (revision {revision}) has no safetensors weights; give another model.{advised}"
-            + (f" To download it: hf download {repo} --local-dir FOLDER" if advised else "")
+            f"{repo} (revision {revision}) has no safetensors weights."
+            + (f"{advised} To download it: hf download {repo} --local-dir FOLDER" if advised else " Use another model.")
         ) from None
     except (errors.HTTPError, OSError) as error:
         raise ModelNotFoundError(f"The download of {repo} failed: {error}. Run the same command again.") from None

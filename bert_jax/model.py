@@ -239,21 +239,20 @@ class BertPreTrainedModel(nnx.Module):
     ) -> None:
         """Adds rows to the word embeddings, as needed after `Tokenizer.add_tokens`. The tied decoder grows with them.
 
-        The output of the encoder for the old tokens is bitwise the same. Their logits are so, too, if the compiler sums
-        the products in the same order for the new size. On CPUs, jaxlib 0.10 changes the order with the remainder of
-        the size by 16: if it is 1 to 8 before, as that of 28,996, it must be 1 to 8 afterwards. Otherwise, the logits
-        differ by rounding.
+        For the old tokens, the output of the encoder is bitwise the same. Their logits are, too, if the compiler sums
+        in the same order for both sizes. On CPUs, the order in jaxlib 0.10 depends on the size modulo 16: 1 to 8, which
+        28,996 is with 4, have one order, and 9 to 15 and 0 the other. Between the two, logits differ by rounding.
 
         Args:
-            size: The new size of the vocabulary, such as `tokenizer.vocab_size`; at least the present one.
+            size: The new size of the vocabulary, such as `tokenizer.vocab_size`; at least the current size.
             initialize: "mean" gives each new row, and its bias in the decoder, the mean of the old ones (Hewitt 2021,
-                nlp.stanford.edu/~johnhew/vocab-expansion.html). "normal" draws the rows as those of a new model, with
-                the standard deviation `config.initializer_range`, and sets their biases to zero.
+                nlp.stanford.edu/~johnhew/vocab-expansion.html). "normal" initializes the rows and
+                biases as in a new model.
             multiple_of: The size is rounded up to a multiple of this number, such as 64 or 128.
             rngs: The random numbers for "normal"; `nnx.Rngs(0)` by default.
 
         Raises:
-            InputError: If the size is below the present one, or if an argument is invalid.
+            InputError: If `size` is below the current size, or if an argument is invalid.
         """
         old = self.config
         for name, value, least in [("size", size, old.vocab_size), ("multiple_of", multiple_of, 1)]:

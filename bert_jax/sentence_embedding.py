@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 from bert_jax import hub
-from bert_jax.errors import CheckpointError, listed, quoted
+from bert_jax.errors import CheckpointError, InputError, listed, quoted
 
-# The keys of 1_Pooling/config.json that choose a pooling, with the name that newer versions of the library give to it.
+# Maps each key of 1_Pooling/config.json that selects a pooling to the name of the pooling in newer versions.
 _POOLINGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -24,8 +24,8 @@ _POOLINGS = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 
-# The settings that each file may have. ANY marks a setting that this module reads, or that does not change a vector. Of
-# each other setting, only the given value is supported. The value null always means the default.
+# The settings that each file may have. ANY marks a setting that this module reads, or that does not affect the vectors.
+# For any other setting, only the given value is supported. null always means the default.
 ANY = object()
 _SETTINGS: dict[str, dict[str, Any]] = {
     "config_sentence_transformers.json": {
@@ -49,14 +49,17 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class SentenceEmbedding:
-    """What a sentence-transformers model declares besides its network and tokenizer.
+    """The pooling, normalization and input settings of a sentence-transformers model.
+
+    Raises:
+        InputError: If a value is invalid.
 
     Attributes:
         pooling: "mean" takes the mean over all tokens, [CLS] and [SEP] included; "cls" takes the vector of [CLS].
-        size: The size of the vector.
+        size: The number of dimensions of the vector.
         normalize: Whether the vector is scaled to length 1.
         max_length: The maximum number of tokens per text, special tokens included; None for that of the tokenizer.
-        lowercase: Whether texts are lower-cased, even if the tokenizer does not do it.
+        lowercase: Whether texts are lower-cased, even if the tokenizer itself keeps the case.
     """
 
     pooling: Literal["cls", "mean"]
@@ -64,6 +67,19 @@ class SentenceEmbedding:
     normalize: bool = False
     max_length: int | None = None
     lowercase: bool = False
+
+    def __post_init__(self) -> None:
+        whole = [self.size] if self.max_length is None else [self.size, self.max_length]
+        flags = [self.normalize, self.lowercase]
+        if (
+            self.pooling not in ("cls", "mean")
+            or not all(type(number) is int and number > 0 for number in whole)
+            or not all(type(flag) is bool for flag in flags)
+        ):
+            raise InputError(
+                f"{quoted(vars(self))} is not a sentence embedding; expected the pooling 'cls' or 'mean', whole "
+                "numbers above 0, and booleans."
+            )
 
     @classmethod
     def from_pretrained(cls, model_id: str | os.PathLike[str], *, revision: str | None = None) -> Self:
@@ -80,16 +96,16 @@ class SentenceEmbedding:
         """
         network = hub.download(model_id, revision=revision)
         if (found := hub.find_modules(network)) is None:
-            raise CheckpointError(
-                f"{network} is not a sentence-transformers model; expected {hub.MODULES_FILE}. Choose a pooling."
-            )
+            raise CheckpointError(f"{network} is not a sentence-transformers model; expected {hub.MODULES_FILE}.")
         folder, modules = found
         kinds = [module.kind for module in modules]
         if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
             raise CheckpointError(
                 f"The modules of {folder} are {listed(kinds)}; expected Transformer, Pooling and optionally "
-                "Normalize. Use sentence-transformers, or choose a pooling."
+                "Normalize. Use sentence-transformers."
             )
+        if not (network / hub.SENTENCE_FILES[1]).exists() and (others := [*network.glob("sentence_*_config.json")]):
+            raise CheckpointError(f"{others[0]} is not supported; rename it to {hub.SENTENCE_FILES[1]}.")
         configs = {kind: _read(folder / path / hub.CONFIG_FILE, kind) for kind, path in modules[1:]}
         for place, name in zip((folder, network), hub.SENTENCE_FILES, strict=True):
             configs[name] = _read(place / name, name)
@@ -98,20 +114,19 @@ class SentenceEmbedding:
         modes = [modes] if isinstance(modes, str) else modes
         if modes not in (["cls"], ["mean"]):
             raise CheckpointError(
-                f"{folder} has the pooling {quoted(modes)}; this package has cls and mean. Use sentence-transformers."
+                f"{folder} has the pooling {quoted(modes)}; this package supports cls and mean. Use "
+                "sentence-transformers."
             )
         size = config.get("embedding_dimension", config.get("word_embedding_dimension"))
         length = configs["sentence_bert_config.json"].get("max_seq_length")
         lowercase = configs["sentence_bert_config.json"].get("do_lower_case") or False
-        if type(size) is not int or not isinstance(length, int | None) or not isinstance(lowercase, bool):
-            raise CheckpointError(
-                f"{folder} has an invalid word_embedding_dimension ({quoted(size)}), max_seq_length "
-                f"({quoted(length)}) or do_lower_case ({quoted(lowercase)}); download it again."
-            )
-        return cls(cast(Any, modes[0]), size, "Normalize" in kinds, length, lowercase)
+        try:
+            return cls(cast(Any, modes[0]), cast(Any, size), "Normalize" in kinds, length, lowercase)
+        except InputError as error:
+            raise CheckpointError(f"{folder} is damaged: {error}") from None
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Adds the files of a sentence-transformers model to the folder of a network and its tokenizer.
+        """Adds the files of sentence-transformers to a folder that contains a saved model and its tokenizer.
 
         Raises:
             CheckpointError: If the folder cannot be written.
@@ -134,7 +149,7 @@ class SentenceEmbedding:
 
 
 def _read(path: Path, kind: str) -> Mapping[str, Any]:
-    """Reads a file of settings; empty if it does not exist.
+    """Reads a file of settings; the result is empty if there is no such file.
 
     Raises:
         CheckpointError: If the file is damaged, or if a setting is unknown or has a value that is not supported.
@@ -146,7 +161,5 @@ def _read(path: Path, kind: str) -> Mapping[str, Any]:
         supported = _SETTINGS[kind].get(key)
         if supported is not ANY and value not in (None, supported):
             expected = "no such setting" if supported is None else f"only {supported!r}"
-            raise CheckpointError(
-                f"{path}: {key} is {quoted(value)}; this package supports {expected}. Choose a pooling."
-            )
+            raise CheckpointError(f"{path}: {key} is {quoted(value)}; this package supports {expected}.")
     return config

@@ -73,8 +73,8 @@ class _Start(Section):
     """Tensors in the checkpoint that are not loaded: regular expressions that match their whole names. A tensor that
     no BERT model has is an error unless one of these expressions matches its name."""
     add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Tokens to add to the vocabulary, so that texts are not split within them. In fine-tuning, the embedding of each
-    starts with the mean of all embeddings, and in pretraining, with that of the pieces that spell it."""
+    """Tokens to add to the vocabulary; the tokenizer never splits them. The rows that are added to the embeddings are
+    initialized to the mean of all rows or, in pretraining, to the mean of the rows of the token's pieces."""
     hidden_dropout_prob: Fraction | None = None
     """Dropout rate of embeddings, attention outputs and feed-forward layers; the checkpoint's by default."""
     attention_probs_dropout_prob: Fraction | None = None
@@ -130,14 +130,14 @@ class Data(Section):
     format: Literal["jsonl", "json", "csv", "tsv", "parquet", "conll", "squad", "text", "text;label"] | None = None
     """Format of the files; by default, the name of each file gives its format. A name that ends in .txt means
     `text;label` or, in an evaluation on held-out texts, `text`. For a name that ends in .json, the beginning of the
-    file decides between `json` (an array, or an object with an array as its `data`), `squad` and `jsonl`."""
+    file decides between `json` (an array, or an object whose `data` is an array), `squad` and `jsonl`."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     """Character between the cells of tables; by default a comma in csv and a tab in tsv."""
     quoting: Literal["minimal", "none"] | None = None
-    """`minimal` if the cells of tables may be in double quotes, as pandas and spreadsheets write them; `none` if quotes
-    are text. By default `minimal` in csv and `none` in tsv."""
+    """`minimal`: the cells of tables may be enclosed in double quotes, as pandas and spreadsheets write them. `none`:
+    quotes are text. By default `minimal` for csv and `none` for tsv."""
     columns: Annotated[tuple[str, ...], AfterValidator(_distinct)] = ()
-    """Names of the columns of tables that do not begin with them. By default, the first line has the names."""
+    """Column names, for tables without a header line. By default, the first line is the header."""
     text: str | None = None
     """Column of the text; by default the first of `text`, `sentence`, `sentence1`, … that exists."""
     text_pair: str | None = None

@@ -167,15 +167,15 @@ class Tokenizer:
             (staging / "vocab.txt").write_text("".join(f"{pieces[id]}\n" for id in sorted(pieces)), encoding="utf-8")
 
     def add_tokens(self, tokens: Sequence[str], *, special: bool = False) -> int:
-        """Adds tokens that texts are not split into pieces of, such as domain terms or markers of entities.
+        """Adds tokens that the tokenizer never splits, such as domain terms or entity markers.
 
-        Afterwards, call `model.resize_embeddings(tokenizer.vocab_size)`.
+        Afterwards, call `model.resize_embeddings(tokenizer.vocab_size)`, and only then make pipelines.
 
         Args:
-            tokens: The tokens. Those that the vocabulary has already keep their ids.
-            special: Whether the tokens are special, such as [MASK]: `decode` can then skip them, and they are found in
-                a text before it is normalized. Other tokens are found in the normalized text, so that a tokenizer that
-                lower-cases finds them in any case.
+            tokens: The tokens. Tokens that the vocabulary already has keep their ids.
+            special: Whether the tokens are special, as [MASK] is. `decode` can skip special tokens, and they are
+                matched before normalization. Other tokens are matched after normalization, so that a tokenizer that
+                lower-cases matches them regardless of case.
 
         Returns:
             The number of tokens that the vocabulary did not have.
@@ -183,9 +183,8 @@ class Tokenizer:
         Raises:
             InputError: If a token is not a string, is blank or has lone surrogates.
         """
-        for token in [tokens] if isinstance(tokens, str) else tokens:
-            if isinstance(tokens, str) or not isinstance(token, str) or not token.strip():
-                raise InputError(f"tokens is {quoted(tokens)}; expected a list of texts that are not blank.")
+        if not _are_words(tokens) or not all(token.strip() for token in tokens):
+            raise InputError(f"tokens is {quoted(tokens)}; expected a list of strings that are not blank.")
         before = self.backend.get_vocab_size()
         try:
             self.backend.add_tokens([files.added_token(token, special=special) for token in tokens])

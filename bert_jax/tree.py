@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from bert_jax.errors import InputError, quoted
+
 Params = dict[Any, Any]
 """A nested dict of arrays. The layers of a list have the integer keys 0, 1, 2, …"""
 
@@ -77,6 +79,13 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
 
 
 def select(patterns: Iterable[str], paths: Iterable[str]) -> list[str]:
-    """The paths that at least one of the regular expressions `patterns` matches in full, in the order of `paths`."""
-    compiled = [re.compile(pattern) for pattern in patterns]
+    """The paths that at least one of the regular expressions `patterns` matches in full, in the order of `paths`.
+
+    Raises:
+        InputError: If a pattern is not a regular expression.
+    """
+    try:
+        compiled = [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise InputError(f"{quoted(error.pattern)} is not a regular expression: {error.msg}.") from None
     return [path for path in paths if any(pattern.fullmatch(path) for pattern in compiled)]

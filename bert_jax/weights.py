@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from bert_jax import tree
 from bert_jax.errors import CheckpointError, listed
-from bert_jax.hub import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, advice, read_index, replacing
+from bert_jax.hub import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, advice, names_in, read_index, replacing
 
 # Maps the name of a tensor in published checkpoints (such as google-bert/bert-base-cased) to the path of a parameter.
 # `{i}` stands for the number of a layer. The tensor and the parameter have the same shape. The weight of a linear layer
@@ -315,9 +315,9 @@ def _stored(folder: Path) -> dict[str, Source]:
         index = read_index(folder / INDEX_FILE)
         files = [_shard(folder, name) for name in sorted(set(index.values()))]
     else:
-        advised = advice((path.name for path in folder.iterdir()), folder)
         raise CheckpointError(
-            f"{folder} contains no weights; expected {WEIGHTS_FILE}, or shards and {INDEX_FILE}.{advised}"
+            f"{folder} contains no safetensors weights; expected {WEIGHTS_FILE}, or shards and {INDEX_FILE}."
+            + advice(names_in(folder), folder)
         )
     found = []
     for path in files:

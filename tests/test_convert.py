@@ -96,6 +96,9 @@ def test_a_sentence_transformers_model_keeps_its_layout(tmp_path):
         '{"word_embedding_dimension": 8, "pooling_mode_mean_tokens": true}'
     )
     kinds = {"0_Transformer": "Transformer", "1_Pooling": "Pooling"}
+    kinds["2_Dense"] = "Dense"  # of a module that this package does not have, the weights are copied, too
+    (tmp_path / "model" / "2_Dense").mkdir()
+    (tmp_path / "model" / "2_Dense" / "model.safetensors").write_bytes(b"weights")
     modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
     (tmp_path / "model" / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(CheckpointError, match=r"bert-jax convert .*/model/0_Transformer --output NEW_FOLDER"):
@@ -103,7 +106,8 @@ def test_a_sentence_transformers_model_keeps_its_layout(tmp_path):
     convert(tmp_path / "model", tmp_path / "out")
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     network = {f"0_Transformer/{name}" for name in ("config.json", "model.safetensors", "sentence_bert_config.json")}
-    assert files == {"modules.json", "1_Pooling/config.json", *network}
+    assert files == {"modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors", *network}
+    (tmp_path / "out" / "modules.json").write_text(json.dumps(modules[:2]))
     embedding = bert_jax.SentenceEmbedding.from_pretrained(tmp_path / "out")
     assert (embedding.pooling, embedding.max_length) == ("mean", 16)
     expected = bert_jax.BertModel.from_pretrained(tmp_path / "out")(**reference.inputs()).pooler_output
@@ -141,11 +145,17 @@ def objects(content):
     return msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb(((1,), "object", b"\0" * 8)))})
 
 
+def complex_numbers(content):
+    return msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb(((1,), "complex128", b"\0" * 16)))})
+
+
 def too_few_bytes(content):
     return msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb(((100,), "float32", b"\0" * 8)))})
 
 
-@pytest.mark.parametrize("damage", [cut, longer, pickled, a_list, other_extension, objects, too_few_bytes])
+@pytest.mark.parametrize(
+    "damage", [cut, longer, pickled, a_list, other_extension, objects, complex_numbers, too_few_bytes]
+)
 def test_damaged_msgpack(tmp_path, damage):
     folder = write(tmp_path / "flax")
     file = folder / "flax_model.msgpack"
@@ -198,7 +208,12 @@ def test_bad_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelNotFoundError, match=r"expected a folder that contains config.json"):
         convert(tmp_path / "empty", tmp_path / "out")
+    (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelNotFoundError, match=r"expected a folder that contains config.json\.$"):
+        convert(tmp_path / "empty", tmp_path / "out")
     folder = write(tmp_path / "flax")
+    with pytest.raises(InputError, match=r"'\(' is not a regular expression: missing \)"):
+        convert(folder, tmp_path / "out", ignore=["("])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")
     with pytest.raises(InputError, match="contains other files; expected a new or empty folder"):

@@ -729,7 +729,7 @@ def test_added_tokens(tree):
     ("section", "settings", "message"),
     [
         ("model", {"add_tokens": ["[E1]"], "lora": {}}, "with model.lora, embeddings are neither trained nor saved"),
-        ("model", {"add_tokens": [" "]}, "expected a list of texts that are not blank"),
+        ("model", {"add_tokens": [" "]}, "expected a list of strings that are not blank"),
         ("optimizer", {"frozen": [r"bert\.embeddings\..*"]}, "optimizer.frozen matches bert.embeddings.word_emb"),
     ],
 )

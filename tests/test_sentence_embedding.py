@@ -76,11 +76,12 @@ def test_what_is_read_is_saved(tmp_path, files, expected):
         ({"modules.json": modules("Transformer", "Pooling", "Dense")}, "are Transformer, Pooling, Dense; expected"),
         ({"modules.json": modules("custom_st.Transformer", "Pooling")}, "are custom_st.Transformer, Pooling; expected"),
         ({"1_Pooling/config.json": MEAN | {"pooling_mode_max_tokens": True}}, "has the pooling ['mean', 'max']"),
-        ({"1_Pooling/config.json": MEAN | {"pooling_mode": "max"}}, "has the pooling ['max']; this package has"),
+        ({"1_Pooling/config.json": MEAN | {"pooling_mode": "max"}}, "has the pooling ['max']; this package"),
         ({"1_Pooling/config.json": MEAN | {"pooling_mode_new": True}}, "pooling_mode_new is True; this package"),
-        ({"1_Pooling/config.json": MEAN | {"word_embedding_dimension": "8"}}, "invalid word_embedding_dimension ('8')"),
+        ({"1_Pooling/config.json": MEAN | {"word_embedding_dimension": "8"}}, "'size': '8'"),
         ({"1_Pooling/config.json": "{"}, "is damaged"),
-        ({"sentence_bert_config.json": {"max_seq_length": "x"}}, "max_seq_length ('x')"),
+        ({"sentence_bert_config.json": {"max_seq_length": "x"}}, "is damaged: {"),
+        ({"sentence_roberta_config.json": {}}, "sentence_roberta_config.json is not supported; rename it"),
         ({"sentence_bert_config.json": {"transformer_task": "fill-mask"}}, "supports only 'feature-extraction'"),
         ({"config_sentence_transformers.json": {"default_prompt_name": "q"}}, "default_prompt_name is 'q'; this"),
         ({"config_sentence_transformers.json": {"model_type": "SparseEncoder"}}, "only 'SentenceTransformer'"),
@@ -132,15 +133,45 @@ def test_auto_without_a_declaration(plain, tmp_path):
         plain("a", pooling="auto")
     model = bert_jax.BertModel.from_pretrained("bert-mini-cased", add_pooling_layer=False)
     loaded = bert_jax.pipeline("feature-extraction", model, tokenizer=plain.tokenizer)
-    with pytest.raises(InputError, match="a loaded model declares no pooling; expected 'cls' or 'mean'"):
+    with pytest.raises(InputError, match="was not loaded from a folder; expected 'cls' or 'mean'"):
         loaded("a", pooling="auto")
     pipe = bert_jax.pipeline(
         "feature-extraction", write(tmp_path / "size", {"1_Pooling/config.json": {"embedding_dimension": 8}})
     )
-    with pytest.raises(InputError, match="declares vectors of 8 numbers and the model has 384"):
+    with pytest.raises(InputError, match="declares vectors of 8 dimensions; the model has 384"):
         pipe("a", pooling="auto")
     pipe = bert_jax.pipeline(
         "feature-extraction", write(tmp_path / "lower", {"sentence_bert_config.json": {"do_lower_case": True}})
     )
-    with pytest.raises(InputError, match="declares do_lower_case and its tokenizer keeps the case"):
+    with pytest.raises(InputError, match="declares do_lower_case, but its tokenizer keeps the case"):
         pipe("a", pooling="auto")
+    settings = {"model_max_length": 64, "tokenizer_class": "BertTokenizer", "do_lower_case": False}
+    files = {"sentence_bert_config.json": {"max_seq_length": 128}, "tokenizer_config.json": settings}
+    pipe = bert_jax.pipeline("feature-extraction", write(tmp_path / "longer", files))
+    with pytest.raises(InputError, match="max_seq_length 128, but its tokenizer has the model_max_length 64"):
+        pipe("a", pooling="auto")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("CLS", 8), ("max", 8), ("mean", "8"), ("mean", 0), ("mean", 8, 1), ("mean", 8, True, "x")]
+)
+def test_values_that_are_refused(arguments):
+    with pytest.raises(InputError, match="is not a sentence embedding; expected the pooling 'cls' or 'mean'"):
+        bert_jax.SentenceEmbedding(*arguments)
+
+
+def test_a_network_beside_a_config_of_the_library(tmp_path):
+    """The first versions of sentence-transformers wrote a config.json of their own."""
+    folder = write(tmp_path / "model", {})
+    (folder / "0_Transformer").mkdir()
+    for path in [path for path in folder.iterdir() if path.is_file() and path.name != "modules.json"]:
+        path.rename(folder / "0_Transformer" / path.name)
+    (folder / "config.json").write_text('{"__version__": "0.2.0"}')
+    listed = modules("Transformer", "Pooling")
+    listed[0]["path"] = "0_Transformer"
+    (folder / "modules.json").write_text(json.dumps(listed))
+    assert bert_jax.pipeline("feature-extraction", folder)("a", pooling="auto").shape == (SIZE,)
+    # A folder that happens to be in one with another modules.json is a model of its own.
+    (tmp_path / "modules.json").write_text("[]")
+    assert hub.find_modules(folder / "1_Pooling") is None
+    assert hub.find_modules(tmp_path / "other") is None

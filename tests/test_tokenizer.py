@@ -661,8 +661,8 @@ def test_tokens_added_later(tokenizer, tmp_path, special):
     assert tokenizer.vocab_size == 28996
 
 
-@pytest.mark.parametrize("tokens", ["[E1]", [""], [" "], [1], ["a", None], ["\udc80"]])
+@pytest.mark.parametrize("tokens", ["[E1]", None, 5, iter(["a"]), [""], [" "], [1], ["a", None], ["\udc80"]])
 def test_tokens_that_cannot_be_added(tokenizer, tokens):
-    with pytest.raises(InputError, match=r"expected a list of texts that are not blank|lone surrogates"):
+    with pytest.raises(InputError, match=r"expected a list of strings that are not blank|lone surrogates"):
         tokenizer.add_tokens(tokens)
     assert tokenizer.vocab_size == 28996

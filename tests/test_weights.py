@@ -460,7 +460,7 @@ def test_an_index_that_its_shards_contradict(write):
 def test_no_weights_and_a_pickle(write):
     folder = write("BertModel")
     (folder / hub.WEIGHTS_FILE).unlink()
-    with pytest.raises(CheckpointError, match="contains no weights"):
+    with pytest.raises(CheckpointError, match="contains no safetensors weights"):
         bert_jax.BertModel.from_pretrained(folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"contains pytorch_model.bin; convert it once: bert-jax convert"):

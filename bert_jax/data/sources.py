@@ -37,8 +37,8 @@ A final `.gz` of the name is ignored. For `.json` and `.txt`, `format_of` may ch
 
 DELIMITERS = (",", ";", "\t", "|")
 """The usual characters between the cells of a table."""
-COMMENT = re.compile(r"#\s+([\w.:]+\s*=|(id|newdoc|newpar)\b)")
-"""The beginning of a comment in a CoNLL file. A line that begins with # in another way has a word."""
+COMMENT = re.compile(r"# +(?:[\w.:-]+ *=|newdoc\b|newpar\b|(?P<id>id) )")
+"""The beginning of a comment in a CoNLL file. Any other line that begins with # holds a word."""
 
 TEXT = ("text", "sentence", "sentence1", "question1", "premise", "question", "review", "content", "input_string")
 """Usual names of the text column. If a data set has several of them, the first in this list is used."""
@@ -58,10 +58,10 @@ class Table(NamedTuple):
     """How the lines of a table (CSV or TSV) are read.
 
     Attributes:
-        delimiter: The character between two cells; None for that of the format, a comma or a tab.
-        quoting: Whether a cell may be in double quotes, within which delimiters and line breaks are text, and two
-            quotes stand for one. None for the usage of the format: quotes in CSV, none in TSV.
-        columns: The names of the columns if the file does not begin with them.
+        delimiter: The character between two cells. None means a comma in CSV, and a tab in TSV.
+        quoting: "minimal": A cell may be enclosed in double quotes. Inside them, delimiters and line breaks are text,
+            and a doubled quote is one quote. "none": Quotes are text. None means "minimal" for CSV, and "none" for TSV.
+        columns: The names of the columns, if the file has no header line.
     """
 
     delimiter: str | None = None
@@ -175,8 +175,8 @@ def entries(
     Args:
         path: A file or a folder. A file may be gzipped, unless it is Parquet. In a folder and its subfolders, each .txt
             file is the `text` of a row.
-        format: The format of the file. None infers the format from the file's name; a .json file is then "squad" or
-            "json" if it begins like one, else "jsonl".
+        format: The format of the file. None infers the format from the file's name and, for a name that ends in .json,
+            from the beginning of the file: "json", "squad" or "jsonl".
 
             - "jsonl": A line is a row, as a JSON object.
             - "json": An array of objects, or an object whose value `data` is such an array. An object is a row. The
@@ -190,14 +190,14 @@ def entries(
             - "conll": A line has a word in its first column and the word's tag in its last. A row has the columns
               `tokens` and `tags`, and ends at a blank line. Before the first word of a row, there may be comments, such
               as `# id 3b1c` or `# text = A sentence.`
-            - "squad": SQuAD's JSON, or the array of its articles, which is read as a whole before the first row. A
-              question is a row.
+            - "squad": SQuAD's JSON, or the array of its articles. A question is a row. The file is read as a whole
+              before the first row.
         labelled: If `format` is None, whether the format of a .txt file is "text;label" instead of "text".
         table: How a table is read. For other formats, only the default is allowed.
 
     Raises:
-        InputError: If the file cannot be read, or if its format is unknown or is not that of a table although `table`
-            is given.
+        InputError: If the file cannot be read, if its format is unknown, or if `table` is invalid, or is given and the
+            format is neither "csv" nor "tsv".
     """
     path = Path(path)
     if path.is_dir() and format in (None, "text"):
@@ -210,10 +210,17 @@ def entries(
     if format in tables:
         usual = tables[format]
         delimiter = usual.delimiter if table.delimiter is None else table.delimiter
+        if len(delimiter or "") != 1:
+            raise InputError(f"the delimiter is {quoted(delimiter)}; expected one character, such as ';'.")
+        if table.quoting not in (None, "minimal", "none"):
+            raise InputError(f"quoting is {quoted(table.quoting)}; expected 'minimal' or 'none'.")
+        if repeated := [name for n, name in enumerate(table.columns) if name in table.columns[:n]]:
+            raise InputError(f"the list of columns has {quoted(repeated[0])} twice; expected distinct names.")
+        sure = table.delimiter is not None
         table = Table(delimiter, table.quoting or usual.quoting, table.columns)
-        parse[format] = functools.partial(_table, table=table, path=path)
+        parse[format] = functools.partial(_table, table=table, sure=sure, path=path)
     elif table != Table():
-        raise InputError(f"{path} has the format {format}; a delimiter, quoting or columns are for csv and tsv.")
+        raise InputError(f"{path} has the format {format}; delimiter, quoting and columns apply only to csv and tsv.")
     if format not in parse:
         raise InputError(f"the format {quoted(format)} is unknown; expected one of {', '.join([*tables, *parse])}.")
     with reading(path), open(path, "rb") as file:
@@ -224,6 +231,9 @@ def entries(
         undecodable: list[str] = []
         with io.TextIOWrapper(unpacked, "utf-8-sig", "surrogateescape", newline="") as text:
             for line, row in parse[format](_lines(text, undecodable)):
+                if undecodable and format in ("json", "squad"):  # which are read as a whole
+                    yield Entry(line, InputError("this is not UTF-8 text."), 0)
+                    return
                 row = InputError("this is not UTF-8 text.") if undecodable else row
                 undecodable.clear()
                 yield Entry(line, row, file.tell() if file.seekable() else 0)
@@ -242,12 +252,21 @@ def format_of(path: Path, labelled: bool) -> str:
         raise InputError(f"{path}: the format is unknown. Give it, or a name that ends in {', '.join(FORMATS)}.")
     if suffix == ".json":
         with (
-            contextlib.suppress(OSError, EOFError, zlib.error),
+            contextlib.suppress(OSError, EOFError, zlib.error, ValueError, RecursionError),
             (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file,
         ):
-            start = file.read(2000)
-            if re.match(rb'(\xef\xbb\xbf)?\s*(\[|\{\s*("version"\s*:[^,]*,\s*)?"data"\s*:\s*\[)\s*([{\[\]]|$)', start):
-                return "squad" if b'"paragraphs"' in start else "json"
+            start = file.read(2000).decode("utf-8-sig", "replace").lstrip()
+            if re.match(r'\[|\{\s*"(version|data)"\s*:', start) and '"paragraphs"' in start:
+                return "squad"
+            if start.startswith("["):
+                return "json"
+            if re.match(r'\{\s*"(version|data)"\s*:', start):
+                file.seek(0)
+                line, more = file.readline(), file.read(1000)
+                # If an object ends with the first line, and more lines follow, each line is a row.
+                if not (line.rstrip().endswith(b"}") and more.strip()):
+                    content = json.loads(line if line.rstrip().endswith(b"}") else line + more + file.read())
+                    return "json" if content.keys() <= {"version", "data"} else "jsonl"
     return "text" if suffix == ".txt" and not labelled else FORMATS[suffix]
 
 
@@ -292,13 +311,13 @@ def _json(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
         if not isinstance(rows, list):
             raise TypeError(f"a {type(rows).__name__}")
     except (ValueError, RecursionError, KeyError, TypeError) as error:
-        yield 1, InputError(f"not an array of JSON objects, and no object with such an array as its data ({error}).")
+        yield 1, InputError(f'expected an array of JSON objects, or an object whose "data" is one ({error}).')
         return
     for number, row in enumerate(rows, 1):
         yield number, row if isinstance(row, dict) else InputError(f"{type(row).__name__}; expected a JSON object.")
 
 
-def _table(lines: Iterator[str], table: Table, path: Path) -> Iterator[tuple[int, Row | InputError]]:
+def _table(lines: Iterator[str], *, table: Table, sure: bool, path: Path) -> Iterator[tuple[int, Row | InputError]]:
     csv.field_size_limit(2**24)  # a field may hold a book; the default limit is 131,072 characters
     record: list[str] = []  # the lines that the reader has read for the current row
 
@@ -309,14 +328,9 @@ def _table(lines: Iterator[str], table: Table, path: Path) -> Iterator[tuple[int
 
     delimiter: Any = table.delimiter
     quotes = table.quoting == "minimal"
-    try:
-        reader = csv.reader(
-            noted(), strict=True, delimiter=delimiter,
-            quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
-        )  # fmt: skip
-    except (TypeError, ValueError):
-        yield 1, InputError(f"the delimiter is {quoted(table.delimiter)}; expected one character, such as ';'.")
-        return
+    reader = csv.reader(
+        noted(), strict=True, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    )
     names = list(table.columns)
     source = "the list of columns" if names else "the header"
     first, quoted_cells = True, False
@@ -338,13 +352,13 @@ def _table(lines: Iterator[str], table: Table, path: Path) -> Iterator[tuple[int
         if not quotes and not quoted_cells and any(re.fullmatch('".+"', field) for field in fields):
             quoted_cells = True
             logger.warning(
-                "%s: in line %d, a cell begins and ends with a quote, which is read as part of the text. If the quotes "
-                "only enclose the cell, set quoting to minimal.",
+                "%s: in line %d, a cell begins and ends with a quote, and both quotes are read as text. If quotes "
+                "enclose cells in this file, set quoting to minimal.",
                 path, begin,
             )  # fmt: skip
         if not fields:
             continue
-        if first and (problem := _misfit(fields, names, table)):
+        if first and (problem := _misfit(fields, names, None if sure else delimiter)):
             yield begin, InputError(problem)
             return
         if first and not names:
@@ -357,22 +371,22 @@ def _table(lines: Iterator[str], table: Table, path: Path) -> Iterator[tuple[int
         first = False
 
 
-def _misfit(fields: list[str], names: list[str], table: Table) -> str:
+def _misfit(fields: list[str], names: list[str], delimiter: str | None) -> str:
     """What is wrong with the first line of a table; empty if nothing is.
 
     Args:
         fields: The cells of the first line.
-        names: The names of the columns, if `table` gives them.
-        table: How the table is read.
+        names: The names of the columns, if the caller gives them.
+        delimiter: The delimiter; None if the caller gives it.
     """
-    others = [character for character in DELIMITERS if character != table.delimiter and character in fields[0]]
-    if len(fields) == 1 and others and (not names or len(names) > 1):
+    others = [character for character in DELIMITERS if character != delimiter and character in fields[0]]
+    if delimiter and len(fields) == 1 and others and len(names) != 1:
         return (
-            f"the first line, {quoted(fields[0])}, is one cell; the delimiter is {table.delimiter!r}. If it should be "
-            f"{others[0]!r}, set the delimiter."
+            f"the delimiter {delimiter!r} does not split the first line, {quoted(fields[0])}. Set the delimiter, for "
+            f"example to {others[0]!r}; if there is only one column, set it to {delimiter!r}."
         )
     if names and fields == names:
-        return "the first line has the names of the columns already. Do not set the columns."
+        return "the first line already has the names of the columns; do not set the columns."
     wrong = [name for n, name in enumerate(fields) if name in fields[:n] or re.search("[\ud800-\udfff]", name)]
     if wrong and not names:  # if a name is not UTF-8 text, `entries` yields its own error instead of this one
         return f"the header has {quoted(wrong[0])} twice. If the file has no header, set the columns."
@@ -402,19 +416,24 @@ def _text_and_label(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputErro
 def _conll(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:
     words: list[list[str]] = []  # the columns of each word of the row
     columns, wrong = 0, ""
+    ambiguous: set[int] = set()  # numbers of columns of lines that may be comments
     for number, line in enumerate(itertools.chain(lines, [""]), 1):
-        if not words and COMMENT.match(line):
-            continue
         fields = [field.strip() for field in line.split("\t" if "\t" in line.strip() else " ") if field.strip()]
+        if not words and (comment := COMMENT.match(line)):
+            if comment["id"]:  # `# id O` may also be the word # with its columns
+                ambiguous.add(len(fields))
+            continue
         if fields and fields[0] != "-DOCSTART-":
             if len(fields) < 2 or len(fields) != (columns or len(fields)):
                 wrong = wrong or f"{len(fields)} columns in line {number}; expected {columns or 'a word and its tag'}."
             columns = columns or len(fields)
+            if columns in ambiguous:
+                wrong = f"a line before line {number} may be a comment, `# id …`, or a word; remove or change it."
             words.append(fields)
         elif words:
             row: Row = {"tokens": [word[0] for word in words], "tags": [word[-1] for word in words]}
             yield number, InputError(wrong) if wrong else row
-            words, wrong = [], ""
+            words, wrong, ambiguous = [], "", set()
 
 
 def _squad(lines: Iterator[str]) -> Iterator[tuple[int, Row | InputError]]:

@@ -163,19 +163,20 @@ def evaluate(
 
         next-sentence-prediction: The measures are `accuracy` and `nll`. `pairs` is the number of pairs.
 
-        `blank` is the number of texts that were left out because they are blank.
+        `blank` is the number of blank texts, which are skipped.
 
     Raises:
         InputError: If an entry is not a text, if the texts are too few or too short, or if a model does not support the
             task or `max_length`.
     """
+    texts = list(texts)
     for i, text in enumerate(texts, 1):
         if not isinstance(text, str):
-            raise InputError(f"Row {i} is {quoted(text)}; expected a text.")
+            raise InputError(f"Row {i} is {quoted(text)}; expected a string.")
     blank = sum(not text.strip() for text in texts)
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise InputError(f"All of the {blank} texts are blank; expected some that are not.")
+        raise InputError(f"There are no texts, apart from {blank} blank ones; expected at least one.")
     found: dict[str, dict[str, Any]] = {}
     for model in models:
         pipe = pipeline(task, model, ignore=() if found else ignore, compute_dtype=compute_dtype)
@@ -274,7 +275,7 @@ def _means(
     """The mean of each array, and the 95 % interval of the mean, which is found by resampling the texts or pairs.
 
     `owner` has, for each entry of the arrays, the index of its text or, for next-sentence-prediction, of its pair.
-    `texts` is the number of texts or pairs, those without an entry included.
+    `texts` is the number of texts or pairs, including those without an entry.
     """
     sums = np.stack([np.bincount(owner, v, minlength=texts) for v in (np.ones(len(owner)), *values.values())], axis=1)
     random = np.random.default_rng(seed)

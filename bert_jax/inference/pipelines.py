@@ -315,7 +315,9 @@ class Pipeline(Generic[Task_co]):
 
         Raises:
             InputError: If the input cannot be used, or if the task does not have one of the parameters.
+            CheckpointError: If tokens were added to the tokenizer after the pipeline was made.
         """
+        check_vocabulary(self.tokenizer, self.config)
         if unknown := [name for name in parameters if name not in self._parameters]:
             known = ", ".join(self._parameters) or "no parameters"
             raise InputError(f"the parameter {quoted(unknown[0])} is unknown; this task accepts {known}.")

@@ -227,7 +227,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
 
 
 def table(data: Data) -> sources.Table:
-    """How the settings read tables."""
+    """The table format that the settings describe."""
     return sources.Table(data.delimiter, data.quoting, data.columns)
 
 

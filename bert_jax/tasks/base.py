@@ -36,7 +36,7 @@ def check_vocabulary(tokenizer: Tokenizer, config: BertConfig) -> None:
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"The tokenizer has {tokenizer.vocab_size} tokens and the model has {config.vocab_size}. "
-            "Use the model's tokenizer."
+            "Use the model's tokenizer. If you added tokens to it, resize the model's embeddings, then make pipelines."
         )
 
 

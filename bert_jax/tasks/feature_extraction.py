@@ -37,23 +37,29 @@ class FeatureExtraction:
 
     @functools.cached_property
     def embedding(self) -> SentenceEmbedding:
-        """How the sentence-transformers model in `folder` turns the vectors of the tokens into one."""
+        """How the sentence-transformers model in `folder` turns token vectors into one vector.
+
+        Raises:
+            InputError: If there is no such model, or if this package does not support what it declares.
+        """
         if self.folder is None:
-            raise InputError("pooling is 'auto', but a loaded model declares no pooling; expected 'cls' or 'mean'.")
+            raise InputError("pooling is 'auto', but the model was not loaded from a folder; expected 'cls' or 'mean'.")
         try:
             embedding = SentenceEmbedding.from_pretrained(self.folder)
+            if embedding.size != self.config.hidden_size:
+                raise CheckpointError(
+                    f"{self.folder} declares vectors of {embedding.size} dimensions; the model has "
+                    f"{self.config.hidden_size}."
+                )
+            if embedding.lowercase and not getattr(self.tokenizer.backend.normalizer, "lowercase", False):
+                raise CheckpointError(f"{self.folder} declares do_lower_case, but its tokenizer keeps the case.")
+            if min(embedding.max_length or 0, self.config.max_position_embeddings) > self.max_length:
+                raise CheckpointError(
+                    f"{self.folder} declares max_seq_length {embedding.max_length}, but its tokenizer has the "
+                    f"model_max_length {self.max_length}."
+                )
         except CheckpointError as error:
-            raise InputError(f"pooling is 'auto': {error}") from None
-        if embedding.size != self.config.hidden_size:
-            raise InputError(
-                f"pooling is 'auto', but {self.folder} declares vectors of {embedding.size} numbers and the model has "
-                f"{self.config.hidden_size}. Choose a pooling."
-            )
-        if embedding.lowercase and not getattr(self.tokenizer.backend.normalizer, "lowercase", False):
-            raise InputError(
-                f"pooling is 'auto', but {self.folder} declares do_lower_case and its tokenizer keeps the case. "
-                "Lower-case the texts, and choose a pooling."
-            )
+            raise InputError(f"pooling is 'auto', but {error} To choose the pooling, pass 'cls' or 'mean'.") from None
         return embedding
 
     def forward(self, model: BertModel, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
@@ -69,8 +75,8 @@ class FeatureExtraction:
             text: A text; it is truncated to the model's maximum length.
             pooling: None returns the vector of each token, "cls" returns the vector of [CLS], and "mean" returns the
                 mean over all tokens, [CLS] and [SEP] included (Reimers & Gurevych 2019, arXiv:1908.10084, section 3).
-                "auto" does what the folder of a sentence-transformers model declares: its pooling, its normalization
-                and its maximum length.
+                "auto" applies the pooling, normalization and maximum length that the folder of a sentence-transformers
+                model declares.
             normalize: Whether to scale each vector to length 1. With "auto", vectors are also scaled if the folder
                 declares it.
 
@@ -78,8 +84,8 @@ class FeatureExtraction:
             float32 [T, D] if `pooling` is None, else [D].
 
         Raises:
-            InputError: If `text` is not a string or is blank, if `pooling` is unknown, or if it is "auto" and the model
-                does not come from the folder of a sentence-transformers model, or one that this package supports.
+            InputError: If `text` is not a string or is blank, if `pooling` is unknown, or if `pooling` is "auto" and
+                the model was not loaded from a sentence-transformers folder that this package supports.
         """
         check_text(text)
         if pooling not in POOLING:

@@ -458,18 +458,20 @@ def test_quotes_that_are_read_as_text_are_said_once(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("name", "content", "table", "message"),
     [
-        ("rows.csv", "text;label\na;b\n", Table(), "line 1: the first line, 'text;label', is one cell; the "
-         "delimiter is ','. If it should be ';', set the delimiter."),
-        ("rows.csv", "text\tlabel\na\tb\n", Table(), "If it should be '\\t', set the delimiter."),
-        ("rows.tsv", "text,label\na,b\n", Table(), "the delimiter is '\\t'. If it should be ',', set the delimiter."),
-        ("rows.csv", "a;b\n", Table(columns=("text", "label")), "If it should be ';', set the delimiter."),
-        ("rows.csv", "text,label\na,b\n", Table(columns=("text", "label")), "has the names of the columns already"),
+        ("rows.csv", "text;label\na;b\n", Table(), "line 1: the delimiter ',' does not split the first "
+         "line, 'text;label'. Set the delimiter, for example to ';'; if there is only one column, set it to ','."),
+        ("rows.csv", "text\tlabel\na\tb\n", Table(), "for example to '\\t'"),
+        ("rows.tsv", "text,label\na,b\n", Table(), "the delimiter '\\t' does not split"),
+        ("rows.csv", "a;b\n", Table(columns=("text", "label")), "for example to ';'"),
+        ("rows.csv", "text,label\na,b\n", Table(columns=("text", "label")), "already has the names of the"),
         ("rows.csv", "a,b,c\n", Table(columns=("text", "label")), "fields is 3; the list of columns has 2"),
         ("rows.csv", "a,a\n", Table(), "the header has 'a' twice. If the file has no header, set the columns."),
         ("rows.csv", "a,b\n", Table(delimiter=",,"), "the delimiter is ',,'; expected one character"),
         ("rows.csv", "a,b\n", Table(delimiter=""), "the delimiter is ''; expected one character"),
         ("rows.tsv", 'text\tlabel\n"two\nlines"\tb\n', Table(), "has 2. If cells are in quotes, set"),
-        ("rows.jsonl", "{}", Table(columns=("a",)), "has the format jsonl; a delimiter, quoting or"),
+        ("rows.csv", "a,b\n", Table(columns=("text", "text")), "the list of columns has 'text' twice"),
+        ("rows.csv", "a,b\n", Table(quoting="all"), "quoting is 'all'; expected 'minimal' or 'none'"),
+        ("rows.jsonl", "{}", Table(columns=("a",)), "has the format jsonl; delimiter, quoting and"),
     ],
 )  # fmt: skip
 def test_tables_that_do_not_fit(tmp_path, name, content, table, message):
@@ -499,20 +501,21 @@ def test_empty_arrays(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"a": 1}', "line 1: not an array of JSON objects, and no object with such an array as its data ("),
-        ('[{"a": 1}]\n[{"a": 1}]', "not an array of JSON objects"),
+        ('[{"a": 1}', 'line 1: expected an array of JSON objects, or an object whose "data" is one ('),
+        ('[{"a": 1}]\n[{"a": 1}]', "expected an array of JSON objects"),
         ('[{"a": 1}, 3]', "line 2: int; expected a JSON object."),
-        ('{"data": [[1, 2]], "columns": ["a", "b"]}', "line 1: list; expected a JSON object."),
-        ("[" * 100_000, "not an array of JSON objects"),
+        ("[" * 100_000, "expected an array of JSON objects"),
     ],
 )
 def test_bad_json(tmp_path, content, message):
     refused(write(tmp_path, "rows.json", content), message)
 
 
-@pytest.mark.parametrize("content", ['{"rows": []}', "3", "null", '{"data": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "content", ['{"rows": []}', "3", "null", '{"data": {"a": 1}}', '{"data": [[1]], "index": [0]}']
+)
 def test_json_of_other_forms(tmp_path, content):
-    refused(write(tmp_path, "rows.json", content), "not an array of JSON objects", "json")
+    refused(write(tmp_path, "rows.json", content), "expected a", "json")
 
 
 def test_lines_with_a_column_named_data_stay_lines(tmp_path):
@@ -521,12 +524,41 @@ def test_lines_with_a_column_named_data_stay_lines(tmp_path):
     assert list(read(write(tmp_path, "rows.json", "\n".join(map(json.dumps, rows[::-1]))))) == rows[::-1]
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"data": [[1, 2]], "text": "a"}, {"data": [[1]], "text": "b"}],
+        [{"data": [{"k": 1}], "text": "a"}],
+        [{"data": [{"k": 1}]}, {"data": [{"k": 2}]}],
+    ],
+)
+def test_lines_whose_data_are_lists_stay_lines(tmp_path, rows):
+    assert list(read(write(tmp_path, "rows.json", "\n".join(map(json.dumps, rows))))) == rows
+
+
+def test_one_column_whose_header_has_another_delimiter(tmp_path):
+    path = write(tmp_path, "rows.csv", "Sentence | original\na\n")
+    refused(path, "if there is only one column, set it to ','")
+    assert list(read(path, table=Table(delimiter=","))) == [{"Sentence | original": "a"}]
+
+
+SQUAD_LATIN = '[{"paragraphs": [{"context": "é", "qas": [{"id": "1", "question": "?"}]}]}]'
+
+
+@pytest.mark.parametrize("name", ["rows.json", "squad.json"])
+def test_json_that_is_not_utf8_is_refused_as_a_whole(tmp_path, name):
+    content = '[{"text": "good"},\n{"text": "café"}]' if name == "rows.json" else SQUAD_LATIN
+    (entry,) = entries(write(tmp_path, name, content.encode("latin-1")))
+    assert str(entry.row) == "this is not UTF-8 text."
+
+
 def test_squad_as_a_list_of_articles(tmp_path):
     answer = {"text": "b", "answer_start": 2}
     question = {"id": "1", "question": "What?", "answers": [answer]}
     articles = [{"title": "t", "paragraphs": [{"context": "a b", "qas": [question]}]}]
     expected = [{"id": "1", "question": "What?", "context": "a b", "answers": [answer], "is_impossible": None}]
-    for content in (articles, {"data": articles}, {"version": "2.0", "data": articles}):
+    licensed = {"version": "1,1", "license": "x", "data": articles}
+    for content in (articles, {"data": articles}, {"version": "2.0", "data": articles}, licensed):
         assert list(read(write(tmp_path, "rows.json", json.dumps(content)))) == expected
 
 
@@ -537,7 +569,7 @@ The\t_\tO
 #\t_\tO
 # id\t_\tO
 
-# sent_id = 2
+# sent-id = 2
 # newdoc
 
 # global.columns = ID FORM
@@ -549,7 +581,17 @@ The\t_\tO
     ]
 
 
-@pytest.mark.parametrize("line", ["# O", "#win B-X", "# = O", "#id O", "#text O", "# # O", "# 1 O", "#=O O"])
+@pytest.mark.parametrize(
+    "line", ["# O", "#win B-X", "# = O", "#id O", "#text O", "# # O", "# 1 O", "#=O O", "#\tid\tO"]
+)
 def test_lines_of_conll_that_are_no_comments(tmp_path, line):
-    words = line.split(" ")
+    words = line.split()
     assert list(read(write(tmp_path, "rows.conll", f"{line}\n"))) == [{"tokens": words[:1], "tags": words[-1:]}]
+
+
+def test_a_line_of_conll_that_may_be_a_comment_or_a_word(tmp_path):
+    path = write(tmp_path, "rows.conll", "# id O\nproof NN O\n\na DT O\n")
+    first, second = (entry.row for entry in entries(path))
+    assert str(first) == "a line before line 2 may be a comment, `# id …`, or a word; remove or change it."
+    assert second == {"tokens": ["a"], "tags": ["O"]}
+    assert len(list(read(write(tmp_path, "other.conll", "# id 3b1c\nproof O\n")))) == 1

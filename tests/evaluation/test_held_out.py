@@ -213,7 +213,7 @@ def test_a_text_without_a_token_counts_as_one(tmp_path):
 @pytest.mark.parametrize(
     ("texts", "changes", "message"),
     [
-        (["", " "], {}, "All of the 2 texts are blank"),
+        (["", " "], {}, "apart from 2 blank ones"),
         (["a"], {"data": {"test": None}}, "data.test is not set"),
         (["a"], {"data": {"max_length": 1000}}, "the model supports at most 512 tokens"),
         (["a"], {"data": {"max_length": 600}}, "the model supports at most 512 tokens"),

@@ -279,3 +279,14 @@ def test_every_task_has_an_overload_of_its_own():
     assert typing.get_type_hints(of_names)["task"] is registry.TaskName
     parameters = [list(inspect.signature(made).parameters) for made in (bert_jax.pipeline, *of_tasks, of_names)]
     assert all(names == parameters[0] for names in parameters)
+
+
+def test_tokens_added_after_the_pipeline_was_made(tmp_path):
+    tokenizer = bert_jax.Tokenizer.from_pretrained("bert-mini-cased")
+    model = bert_jax.BertForMaskedLM.from_pretrained("bert-mini-cased")
+    pipe = bert_jax.pipeline("fill-mask", model, tokenizer=tokenizer)
+    tokenizer.add_tokens(["[E1]"])
+    with pytest.raises(CheckpointError, match="resize the model's embeddings, then make pipelines"):
+        pipe("[E1] is a [MASK].")
+    model.resize_embeddings(tokenizer.vocab_size)
+    assert bert_jax.pipeline("fill-mask", model, tokenizer=tokenizer)("[E1] is a [MASK].", top_k=1)

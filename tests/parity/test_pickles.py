@@ -68,7 +68,19 @@ class Code:
         return (print, ("run",))
 
 
-@pytest.mark.parametrize("content", [Code(), {"state_dict": {"a": torch.zeros(1)}}, torch.zeros(2), {"a": 1}, [1], "x"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        Code(),
+        {"state_dict": {"a": torch.zeros(1)}},
+        torch.zeros(2),
+        {"a": 1},
+        [1],
+        "x",
+        {0: torch.zeros(1)},
+        {"\udc80": torch.zeros(1)},
+    ],
+)
 def test_other_content_is_refused(folder, tmp_path, content, capsys):
     with pytest.raises(CheckpointError, match=r"PyTorch cannot load .* as a dict of tensors with weights_only=True"):
         convert(folder(content), tmp_path / "out")
@@ -87,7 +99,9 @@ def test_damaged_files(folder, tmp_path):
 
 def test_tensors_of_another_model_are_refused_or_ignored(folder, tmp_path):
     source = folder(tensors() | {"crf.transitions": torch.zeros(3, 3)})
-    with pytest.raises(CheckpointError, match=r"unknown: crf.transitions \[3, 3\]"):
+    with pytest.raises(
+        CheckpointError, match=r"in .*/torch/pytorch_model.bin do not fit(.|\n)*unknown: crf.transitions"
+    ):
         convert(source, tmp_path / "out")
     convert(source, tmp_path / "out", ignore=[r"crf\..*"])
     bert_jax.BertForMaskedLM.from_pretrained(tmp_path / "out", ignore=[r"crf\..*"])

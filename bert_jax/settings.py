@@ -439,12 +439,8 @@ class Serving(SettingsFile):
     """Port to listen on; 0 for any free port."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the activations."""
-    batch: PositiveInt = 64
-    """Maximum number of inputs in a batch, unless a single request has more."""
     wait: NonNegativeFloat = 0.0005
-    """Seconds that the first input of a batch waits for more inputs to fill the batch."""
-    queue: PositiveInt = 512
-    """Maximum number of unanswered inputs. A request that would exceed this number is refused with status 429."""
+    """Seconds that a request waits for other requests to be computed with, if no request is being computed."""
     timeout: PositiveFloat = 30.0
     """Seconds that the body of a request may take to arrive, and that the answer may take after that. If they take
     longer, the status is 408 or 504, respectively."""
@@ -454,6 +450,15 @@ class Serving(SettingsFile):
     """Maximum number of inputs per request."""
     max_characters: PositiveInt = 20_000
     """Maximum number of characters per input."""
+    max_tokens: PositiveInt = 2**15
+    """Maximum number of tokens that a request may need computed. A request needs several rows of tokens if it has
+    several inputs, windows, targets or joint masks. One that needs more is refused with status 413."""
+    max_answer: PositiveInt = 2**24
+    """Maximum size of an answer, in bytes. The size is estimated before the computation, and a request that asks for
+    more is refused with status 413."""
+    max_queue_tokens: PositiveInt = 2**15
+    """Maximum number of tokens that all unanswered requests may need computed. A request that would exceed this number
+    is refused with status 429."""
 
 
 def read(path: str | Path, overrides: Iterable[str] = ()) -> Settings | HeldOut:

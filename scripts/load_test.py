@@ -4,11 +4,11 @@
     python scripts/load_test.py                     # about three minutes
     python scripts/load_test.py --seconds 600       # ten minutes of load, to see what memory does
 
-    clients    errors, throughput and latency of 64 clients that send single sentences, with and without batching
+    clients    errors, throughput and latency of 64 clients that send single sentences
     cost       the time that the server adds to a call: latency of a single client minus that of a pipeline's call
     overload   ten times as many clients as the queue has places: how many requests are refused, how long the others
                take, and how fast the server is afterwards
-    memory     memory of the server when it is ready, and after the load of 64 clients with batching
+    memory     memory of the server when it is ready, and after the load of 64 clients
 
 The model is bert-mini-cased by default. The exit status is 1 if an answer was wrong or missing, or had a status other
 than 200 and 429.
@@ -124,7 +124,7 @@ def summary(found: list[tuple[str, float]], seconds: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bert-mini-cased")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of load with batching; without, a minute at most")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of load")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     texts = [f"{name}: {sentence}" if n % 2 else sentence for n, sentence in enumerate(WORDS) for name in NAMES]
@@ -150,10 +150,7 @@ def main() -> None:
         report["batching"] = summary(load(port, CLIENTS, arguments.seconds, bodies, expected), arguments.seconds)
         report["memory"] = {"ready": before, "after": memory(pid)}
         report["programs"] = {"ready": programs, "after": programs_of(port)}
-    with served(arguments.model, batch=1) as (port, _):
-        seconds = min(arguments.seconds, 60.0)
-        report["one by one"] = summary(load(port, CLIENTS, seconds, bodies, expected), seconds)
-    with served(arguments.model, queue=QUEUE) as (port, _):
+    with served(arguments.model, max_queue_tokens=16 * QUEUE) as (port, _):
         report["overload"] = summary(load(port, 10 * QUEUE, 20.0, bodies, expected), 20.0)
         report["after overload"] = summary(load(port, 1, 2.0, bodies, expected), 2.0)
     show(report, Console())
@@ -170,16 +167,14 @@ def programs_of(port: int) -> float:
 
 def show(report: dict[str, Any], console: Console) -> None:
     table = Table("", "answered", "refused", "per second", "p50", "p99", "p99 / p50")
-    for name in ("batching", "one by one", "overload", "after overload"):
+    for name in ("batching", "overload", "after overload"):
         case = report[name]
         counts = [f"{case['statuses'].get(status, 0):,}" for status in ("200", "429")]
         times = [f"{case[key] * 1e3:.1f} ms" for key in ("p50", "p99")]
         table.add_row(name, *counts, f"{case['per second']:.0f}", *times, f"{case['p99 / p50']:.1f}")
     console.print(table)
-    gain = report["batching"]["per second"] / report["one by one"]["per second"]
     ready, after = report["memory"]["ready"], report["memory"]["after"]
     programs = report["programs"]
-    console.print(f"batching: {gain:.2f} × the throughput")
     console.print(f"the server's own cost of a request: {report['cost'] * 1e3:.1f} ms")
     console.print(f"memory: {ready / 1e6:.0f} MB when ready, {after / 1e6:.0f} MB after ({after / ready - 1:+.1%})")
     console.print(f"programs: {programs['ready']:.0f} when ready, {programs['after']:.0f} after")

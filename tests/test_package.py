@@ -35,7 +35,7 @@ FLOORS = [
         "tasks.question_answering",
         "tasks.pretraining",
     ],
-    ["tasks.registry"],
+    ["tasks.registry", "inference.batches"],
     ["evaluation.measure", "inference.pipelines", "tools.report", "training.step"],
     ["training.loop", "tools.verify", "inference.catalogue"],
     ["inference.prediction", "inference.batcher", "tools.viz", "evaluation.held_out"],

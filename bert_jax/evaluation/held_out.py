@@ -25,7 +25,7 @@ from bert_jax.errors import InputError, quoted
 from bert_jax.heads import BertForMaskedLM, BertForNextSentencePrediction
 from bert_jax.inference.pipelines import READ_AHEAD, Pipeline, pipeline
 from bert_jax.model import ComputeDtype
-from bert_jax.tasks.base import Features, Request, Task
+from bert_jax.tasks.base import Features, Request, Steps, Task
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
 from bert_jax.tools import report
@@ -66,8 +66,8 @@ class HiddenTokens(FillMask):
         # The rank is the number of logits that are not below the label's. It counts the label's own logit and each NaN.
         return {"nll": nll, "rank": jnp.sum(~(logits < label), axis=-1)}
 
-    def hide(self, text: str, words: Words, share: float, seed: int) -> Request[list[Hidden]]:
-        """Makes a request for `Pipeline.run` that masks tokens of a text. The request's result is a list of `Hidden`.
+    def hide(self, text: str, words: Words, share: float, seed: int) -> Steps[list[Hidden]]:
+        """The steps of a request that masks tokens of a text. The result of the request is a list of `Hidden`.
 
         The text is truncated to `max_length`. The other arguments are those of `evaluate`. The choice of the masked
         tokens depends only on the arguments, the tokenizer and `max_length`.
@@ -105,8 +105,8 @@ class Following(NextSentencePrediction):
         """Returns the log-probabilities of the two labels: `log_p` float32 [B, K, 2]."""
         return {"log_p": jax.nn.log_softmax(model(**inputs, positions=starts).logits)}
 
-    def judge(self, first: str, second: str) -> Request[np.ndarray]:
-        """Makes a request for the log-probabilities of the two labels for a pair, float32 [2].
+    def judge(self, first: str, second: str) -> Steps[np.ndarray]:
+        """The steps of a request for the log-probabilities of the two labels for a pair, float32 [2].
 
         If the pair is too long, the end of the first text and the beginning of the second are kept. A text that needs
         at most half of the available tokens is kept whole; if both need more, each gets half.
@@ -209,11 +209,11 @@ def leave(folder: Path, settings: str, results: dict[str, dict[str, Any]]) -> No
         report.held_out_figure(results).savefig(staging / "evaluation.png", dpi=120)
 
 
-def _run(pipe: Pipeline[Task], requests: list[Request[Any]], model: str, console: Console | None) -> list[Any]:
+def _run(pipe: Pipeline[Task], requests: list[Steps[Any]], model: str, console: Console | None) -> list[Any]:
     """Runs requests in groups of `READ_AHEAD`, and returns their results."""
     starts = range(0, len(requests), READ_AHEAD)
     shown = track(starts, description=model, console=console or Console(quiet=True), transient=True)
-    return [result for start in shown for result in pipe.run(requests[start : start + READ_AHEAD])]
+    return [result for start in shown for result in pipe.run([*map(Request, requests[start : start + READ_AHEAD])])]
 
 
 def _fill_mask(

@@ -5,27 +5,40 @@ Example:
     fill_mask("Paris is the [MASK] of France.", top_k=2)
 """
 
+import contextlib
 import functools
+import heapq
 import inspect
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, overload
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bert_jax import attention, hub, sharding, tree
-from bert_jax.data.rows import Spot, best_fit, lay_out, model_inputs
+from bert_jax.data.rows import model_inputs
 from bert_jax.errors import CheckpointError, InputError, quoted
 from bert_jax.heads import FIRST, BertWithClassifier
 from bert_jax.hub import DEFAULT_MODEL
+from bert_jax.inference.batches import (
+    BUCKET_LENGTHS,
+    BUCKET_ROWS,
+    PACKED_LENGTHS,
+    Batch,
+    Bucket,
+    Queued,
+    batches,
+    mask_counts,
+    most_rows,
+)
 from bert_jax.model import BertModel, BertPreTrainedModel, ComputeDtype
-from bert_jax.tasks.base import Features, Outputs, Request, Task, check_vocabulary
+from bert_jax.tasks.base import Outputs, Request, Task, check_vocabulary
 from bert_jax.tasks.feature_extraction import FeatureExtraction
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
@@ -35,77 +48,11 @@ from bert_jax.tasks.sequence_classification import SequenceClassification
 from bert_jax.tasks.token_classification import TokenClassification
 from bert_jax.tokenizer import Tokenizer
 
-BUCKET_LENGTHS = (16, 32, 64, 128, 256, 512)
-"""Lengths that rows with one text are padded to, in tokens."""
-BUCKET_ROWS = (1, 4, 16, 64)
-"""Numbers of rows that a batch with one text per row is padded to."""
-BUCKET_TOKENS = 2048
-"""Maximum number of tokens in a batch, padding included.
-
-If all queued texts together have more tokens than this, several texts are packed into each row, unless the attention
-kernel does not support packed rows.
-"""
-PACKED_LENGTHS = (128, 256, 384, 512)
-"""Lengths that packed rows are padded to, in tokens. A packed row of n tokens holds at most n // 8 texts."""
 READ_AHEAD = 1024
 """Number of inputs of a stream that are read ahead, sorted by length and batched together."""
-
-
-class Bucket(NamedTuple):
-    """The shape that a program is compiled for.
-
-    Attributes:
-        rows: Number of rows.
-        length: Tokens per row.
-        masks: Maximum number of masked positions per row; 0 if there are none.
-        texts: Maximum number of texts per row.
-        labelled: Whether the true tokens of the masked positions are given.
-    """
-
-    rows: int
-    length: int
-    masks: int
-    texts: int = 1
-    labelled: bool = False
-
-
-class Queued(NamedTuple):
-    """A text, pair or window whose outputs a request waits for.
-
-    Attributes:
-        features: The tokens of the text.
-        request: The index of the request.
-        place: The index of the text among those that the request waits for.
-    """
-
-    features: Features
-    request: int
-    place: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The texts whose outputs are computed together.
-
-    Attributes:
-        queued: The texts, pairs or windows.
-        rows: For each text, the index of the row that holds it.
-        bucket: The bucket whose program computes the outputs.
-    """
-
-    queued: list[Queued]
-    rows: list[int]
-    bucket: Bucket
-
-    @functools.cached_property
-    def spots(self) -> list[Spot]:
-        """Where the tokens of each text lie in an array [rows, tokens, …]."""
-        return lay_out(range(len(self.rows)), self.rows, [len(q.features.input_ids) for q in self.queued])
-
-    @functools.cached_property
-    def masked_spots(self) -> list[Spot]:
-        """Where the masked positions of each text lie in an array [rows, masked positions, …]."""
-        return lay_out(range(len(self.rows)), self.rows, [len(q.features.masked_positions) for q in self.queued])
+TOKENS_PER_MASK = 8
+"""The number of tokens that a masked position counts as when a slice is filled. Its probabilities of the vocabulary
+need as much memory as the activations of some tokens."""
 
 
 Model = str | os.PathLike[str] | BertPreTrainedModel
@@ -264,12 +211,12 @@ class Pipeline(Generic[Task_co]):
 
         After that, no input waits for a compiler, and memory use has reached its peak.
         """
-        shapes = [(rows, length, 1) for length in self._lengths for rows in BUCKET_ROWS if rows <= _most(length)]
-        shapes += [(_most(length), length, length // 8) for length in self._packed]
+        shapes = [(rows, length, 1) for length in self._lengths for rows in BUCKET_ROWS if rows <= most_rows(length)]
+        shapes += [(most_rows(length), length, length // 8) for length in self._packed]
         buckets = [
             Bucket(rows, length, masks, texts)
             for rows, length, texts in shapes
-            for masks in (sorted(set(_masks(length, texts))) if self.task.masked else [0])
+            for masks in (sorted(set(mask_counts(length, texts))) if self.task.masked else [0])
         ]
         with ThreadPoolExecutor(os.cpu_count()) as compilers:
             list(compilers.map(self._program, buckets))
@@ -336,67 +283,25 @@ class Pipeline(Generic[Task_co]):
 
     def run(self, requests: Sequence[Request[Any]]) -> list[Any]:
         """Returns the results of requests, in order. The rows of all requests are batched together."""
-        results: list[Any] = [None] * len(requests)
-        # Maps the index of a request to the outputs that it waits for. An output is None until it is computed.
-        waiting: dict[int, list[Outputs | None]] = {}
-        queued: list[Queued] = []
+        if not requests:
+            return []
+        run = Run(self)
+        run.add(self, requests)
+        finished: dict[Any, Any] = {}
+        while not finished:
+            finished = run.compute()
+        (results,) = finished.values()
+        if isinstance(results, Exception):
+            raise results
+        found: list[Any] = results
+        return found
 
-        def advance(i: int, outputs: Any) -> None:
-            try:
-                rows = requests[i].send(outputs)
-            except StopIteration as finished:
-                results[i] = finished.value
-            else:
-                waiting[i] = [None] * len(rows)
-                queued.extend(Queued(row, i, place) for place, row in enumerate(rows))
+    def batches(self, queued: Sequence[Queued]) -> Iterator[Batch]:
+        """Divides texts into batches, and chooses a bucket for each batch."""
+        return batches(queued, self._lengths, self._packed)
 
-        def deliver(batch: Batch, arrays: dict[str, jax.Array]) -> None:
-            on_host = {name: np.asarray(array) for name, array in arrays.items()}
-            if not all(np.isfinite(array).all() for array in on_host.values()):
-                raise CheckpointError("The results are not finite. Check the weights and config, or use float32.")
-            spots = batch.masked_spots if self.task.masked else batch.spots
-            for (_, i, place), spot in zip(batch.queued, spots, strict=True):
-                where: Any = spot.tokens if self.task.masked or self.task.per_token else (spot.row, spot.number)
-                waiting[i][place] = {name: array[where] for name, array in on_host.items()}
-                if None not in waiting[i]:
-                    advance(i, waiting.pop(i))
-
-        for i in range(len(requests)):
-            advance(i, None)
-        while queued:
-            batches, queued = self._batches(queued), []
-            in_flight: deque[tuple[Batch, dict[str, jax.Array]]] = deque()
-            for batch in batches:
-                in_flight.append((batch, self._forward(batch)))
-                if len(in_flight) > 1:  # while the device computes a batch, the host decodes the previous one
-                    deliver(*in_flight.popleft())
-            deliver(*in_flight.popleft())
-        return results
-
-    def _batches(self, queued: list[Queued]) -> Iterator[Batch]:
-        """Divides the queued texts into batches, and chooses a bucket for each batch."""
-        queued = sorted(queued, key=lambda q: (-len(q.features.input_ids), -len(q.features.masked_positions)))
-        while queued:
-            lengths = [len(q.features.input_ids) for q in queued]
-            if self._packed and sum(lengths) > BUCKET_TOKENS:
-                length = next(length for length in self._packed if length >= lengths[0])
-                rows, texts = _most(length), length // 8
-                placed = best_fit(lengths, length, rows=rows, items=texts)
-            else:
-                # The batch gets as many rows as possible, but more than half of them must hold a text longer than
-                # `shorter`. The remaining texts go into later batches, for which a shorter length may be enough.
-                shorter, length = next((a, b) for a, b in itertools.pairwise([0, *self._lengths]) if b >= lengths[0])
-                filling = sum(tokens > shorter for tokens in lengths)
-                rows, texts = max(n for n in BUCKET_ROWS if n <= _most(length) and filling > n // 2), 1
-                placed = [i if i < rows else -1 for i in range(len(queued))]
-            here = [q for q, row in zip(queued, placed, strict=True) if row >= 0]
-            queued = [q for q, row in zip(queued, placed, strict=True) if row < 0]
-            placed = [row for row in placed if row >= 0]
-            most = np.bincount(placed, [len(q.features.masked_positions) for q in here]).max()
-            masks = next(n for n in (0, *_masks(length, texts)) if n >= most)
-            yield Batch(here, placed, Bucket(rows, length, masks, texts, any(q.features.labels for q in here)))
-
-    def _forward(self, batch: Batch) -> dict[str, jax.Array]:
+    def forward(self, batch: Batch) -> dict[str, jax.Array]:
+        """Starts the computation of a batch. Returns the outputs of `Task.forward`."""
         bucket = batch.bucket
         inputs = {name: np.zeros(shape, np.int32) for name, shape in self._shapes(bucket).items()}
         inputs |= model_inputs(
@@ -458,16 +363,142 @@ class Pipeline(Generic[Task_co]):
         return tree.merge(self._skeleton, params)
 
 
-def _most(length: int) -> int:
-    """Number of rows of this length in a full batch."""
-    return max(1, BUCKET_TOKENS // length)
+@dataclass
+class _Work:
+    """The requests of one owner.
 
-
-def _masks(length: int, texts: int) -> tuple[int, int, int]:
-    """Numbers of masked positions that rows are padded to.
-
-    The smallest is at least 2: with 1 position, the head would compute matrix-vector products, which are slow on CPU.
-    The second is a quarter of the row's tokens, enough for the 15 % that pretraining masks. The largest is the
-    number of all tokens of the row.
+    Attributes:
+        pending: The requests that are not started, with their indices.
+        results: The results by index, as far as they are known.
+        left: The number of results that are not known yet.
+        queued: The rows to compute next.
+        tokens: The number of tokens that were computed for the owner.
     """
-    return 2 if texts == 1 else max(2, length // 16), length // 4, length
+
+    pending: deque[tuple[int, Request[Any]]]
+    results: list[Any]
+    left: int
+    queued: deque[Queued] = field(default_factory=deque)
+    tokens: int = 0
+
+
+@dataclass(eq=False)
+class _Started:
+    """A request that was started, and the outputs that it waits for. An output is None until it is computed."""
+
+    owner: Hashable
+    index: int
+    request: Request[Any]
+    outputs: list[Outputs | None] = field(default_factory=list)
+
+
+class Run:
+    """Requests of several owners, computed together, slice by slice.
+
+    In each slice, the owners for whom the fewest tokens were computed come first. So an owner with a few rows does not
+    wait for the many rows of another one.
+    """
+
+    def __init__(self, pipe: Pipeline[Any]):
+        self._pipe = pipe
+        self._work: dict[Hashable, _Work] = {}
+
+    @property
+    def owners(self) -> list[Hashable]:
+        """The owners whose requests are not finished."""
+        return list(self._work)
+
+    def add(self, owner: Hashable, requests: Sequence[Request[Any]]) -> None:
+        """Adds the requests of an owner; there must be at least one."""
+        self._work[owner] = _Work(deque(enumerate(requests)), [None] * len(requests), len(requests))
+
+    def remove(self, owner: Hashable) -> None:
+        """Drops the requests of an owner, if it has any."""
+        self._work.pop(owner, None)
+
+    def compute(self, tokens: int | None = None) -> dict[Hashable, list[Any] | Exception]:
+        """Computes a slice.
+
+        Args:
+            tokens: The size of the slice. None computes all rows that are known to be needed.
+
+        Returns:
+            For each owner whose requests are now finished, their results in order or, if one of them failed, its error.
+        """
+        finished: dict[Hashable, list[Any] | Exception] = {}
+        in_flight: deque[tuple[Batch, dict[str, jax.Array]]] = deque()
+        for batch in self._pipe.batches(self._next(tokens, finished)):
+            with self._failing(batch, finished):
+                in_flight.append((batch, self._pipe.forward(batch)))
+            if len(in_flight) > 1:  # while the device computes a batch, the host decodes the previous one
+                self._deliver(*in_flight.popleft(), finished)
+        while in_flight:
+            self._deliver(*in_flight.popleft(), finished)
+        return finished
+
+    def _next(self, tokens: int | None, finished: dict[Hashable, Any]) -> list[Queued]:
+        """Takes the rows of the next slice from the queues, and starts requests as they are needed for it."""
+        turns = [(work.tokens, i, owner) for i, (owner, work) in enumerate(self._work.items())]
+        heapq.heapify(turns)
+        taken: list[Queued] = []
+        while turns and (tokens is None or tokens > 0):
+            _, i, owner = heapq.heappop(turns)
+            while owner in self._work and self._work[owner].pending and not self._work[owner].queued:
+                index, request = self._work[owner].pending.popleft()
+                self._advance(_Started(owner, index, request), None, finished)
+            if owner not in self._work or not self._work[owner].queued:
+                continue
+            work = self._work[owner]
+            row = work.queued.popleft()
+            cost = max(
+                BUCKET_LENGTHS[0], len(row.features.input_ids), TOKENS_PER_MASK * len(row.features.masked_positions)
+            )
+            work.tokens += cost
+            tokens = None if tokens is None else tokens - cost
+            taken.append(row)
+            heapq.heappush(turns, (work.tokens, i, owner))
+        return taken
+
+    def _advance(self, started: _Started, outputs: Any, finished: dict[Hashable, Any]) -> None:
+        """Sends outputs to a request. Queues the rows that it yields, or keeps its result."""
+        work = self._work[started.owner]
+        try:
+            rows = started.request.steps.send(outputs)
+        except StopIteration as end:
+            work.results[started.index] = end.value
+            work.left -= 1
+            if not work.left:
+                finished[started.owner] = work.results
+                del self._work[started.owner]
+        except Exception as error:
+            finished[started.owner] = error
+            del self._work[started.owner]
+        else:
+            started.outputs = [None] * len(rows)
+            work.queued.extend(Queued(row, started, place) for place, row in enumerate(rows))
+
+    def _deliver(self, batch: Batch, arrays: dict[str, jax.Array], finished: dict[Hashable, Any]) -> None:
+        """Gives each text of a batch its outputs."""
+        task = self._pipe.task
+        with self._failing(batch, finished):
+            on_host = {name: np.asarray(array) for name, array in arrays.items()}
+            if not all(np.isfinite(array).all() for array in on_host.values()):
+                raise CheckpointError("The results are not finite. Check the weights and config, or use float32.")
+        for (_, started, place), spot in zip(
+            batch.queued, batch.masked_spots if task.masked else batch.spots, strict=True
+        ):
+            if started.owner in self._work:
+                where: Any = spot.tokens if task.masked or task.per_token else (spot.row, spot.number)
+                started.outputs[place] = {name: array[where] for name, array in on_host.items()}
+                if None not in started.outputs:
+                    self._advance(started, started.outputs, finished)
+
+    @contextlib.contextmanager
+    def _failing(self, batch: Batch, finished: dict[Hashable, Any]) -> Iterator[None]:
+        """If the computation of a batch raises an exception, it is the result of all owners with texts in the batch."""
+        try:
+            yield
+        except Exception as error:
+            for owner in {queued.request.owner for queued in batch.queued}:
+                if self._work.pop(owner, None):
+                    finished[owner] = error

@@ -1,10 +1,11 @@
-"""Serves a model over HTTP: requests of many clients share batches, and each is answered or refused in bounded time.
+"""Serves a model over HTTP: requests of many clients are computed together, and each is answered in bounded time.
 
     bert-jax serve bert-mini-cased
     curl -H 'Content-Type: application/json' localhost:8000/score -d '{"inputs": {"input_string": ["A [MASK] day."]}}'
 
 The answers are those of `pipeline(…)`: the server uses the same tokenization, batches and programs. All programs are
-compiled before the server reports that it is ready.
+compiled before the server reports that it is ready. The cost of a request is known before it is computed, and one that
+costs too much is refused. Threads prepare large requests, and write large answers, so that the event loop stays free.
 """
 
 import ast
@@ -13,15 +14,16 @@ import contextlib
 import inspect
 import json
 import logging
-import os
 import re
-import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import pydantic
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -33,8 +35,9 @@ from starlette.requests import ClientDisconnect
 from bert_jax import __version__
 from bert_jax.errors import InputError
 from bert_jax.inference import catalogue
-from bert_jax.inference.batcher import Attention, Batcher, Job, Limits, Refused, run_together
+from bert_jax.inference.batcher import Attention, Batcher, Job, Limits, Refused
 from bert_jax.inference.pipelines import Pipeline
+from bert_jax.tasks.base import Request as TaskRequest
 from bert_jax.tasks.base import Task
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,9 @@ SAMPLE = {
     "parameters": {"top_k": 2},
 }
 """The example request on BERT's card in Azure's model catalogue."""
+SMALL = 4096
+"""A request with at most this number of characters, or an answer of about as many bytes, is handled by the event loop
+itself, because handing it to a thread would take longer."""
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 
 
@@ -79,14 +85,21 @@ class Server:
         self.name, self.pipes, self.limits = name, pipes, limits
         self.first = next(iter(pipes.values()))
         self.ready = False
+        self.failure = ""
+        """Why the programs cannot be compiled, if they cannot."""
+        self.stop: Callable[[], None] = lambda: None
+        """Ends the HTTP server."""
         self.attention: Attention  # set by `_warm_up`, which compiles its programs
         registry = self.registry = CollectorRegistry()
         self.requests = Counter("bert_jax_requests", "Number of requests.", ["route", "status"], registry=registry)
         self.seconds = Histogram("bert_jax_request_seconds", "Seconds per request.", ["route"], registry=registry)
-        self.fill = Histogram("bert_jax_batch_inputs", "Inputs per batch.", registry=registry,
-                              buckets=[1, 2, 4, 8, 16, 32, 64, 128])  # fmt: skip
-        self.batcher = Batcher(limits, self.fill.observe)
-        Gauge("bert_jax_queue", "Unanswered inputs.", registry=registry).set_function(lambda: self.batcher.waiting)
+        self.shared = Histogram("bert_jax_slice_requests", "Requests that share a slice.", registry=registry,
+                                buckets=[1, 2, 4, 8, 16, 32, 64, 128])  # fmt: skip
+        self.batcher = Batcher(limits, self.shared.observe)
+        self.threads = ThreadPoolExecutor(2, "preparing")
+        Gauge("bert_jax_queue_tokens", "Tokens of unanswered requests.", registry=registry).set_function(
+            lambda: self.batcher.waiting
+        )
         Gauge("bert_jax_programs", "Compiled programs.", registry=registry).set_function(
             lambda: sum(len(pipe.programs) for pipe in pipes.values())
         )
@@ -115,6 +128,7 @@ class Server:
         yield
         await warming
         await asyncio.to_thread(self.batcher.close)
+        self.threads.shutdown()
 
     def _warm_up(self) -> None:
         began = time.perf_counter()
@@ -122,10 +136,10 @@ class Server:
             for pipe in self.pipes.values():
                 pipe.warm_up()
             self.attention = Attention(self.first)
-        except Exception:
-            logger.exception("Cannot compile the programs.")
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.stop()
+            return
         self.ready = True
         logger.info("Ready after %.0f s of compiling.", time.perf_counter() - began)
 
@@ -146,14 +160,15 @@ class Server:
         content = await self._content(request)
         with _refusing(content):
             inputs, parameters = catalogue.read(content)
-        return JSONResponse(await self._predict(request, self.first, inputs, parameters))
+        return await self._predict(request, self.first, inputs, parameters, lambda results: results)
 
     def _predicting(self, pipe: Pipeline[Task], body: type[pydantic.BaseModel]) -> Callable[[Request], Any]:
         async def predict(request: Request) -> Response:
             given = _validated(body, await self._content(request))
             inputs = given.pop("inputs")
-            results = await self._predict(request, pipe, inputs, given)
-            return JSONResponse({"model": self.name, "outputs": results})
+            return await self._predict(
+                request, pipe, inputs, given, lambda results: {"model": self.name, "outputs": results}
+            )
 
         predict.__doc__ = f"{pipe.task.name}: an input or a list of inputs, and the task's parameters."
         return predict
@@ -166,9 +181,8 @@ class Server:
             if not 0 <= given["layer"] <= last:
                 raise InputError(f"layer is {given['layer']}; expected 0 to {last}.")
             self._check_size(given["text"])
-            encoding = self.attention.encode(given["text"])
-        job = Job(self.attention.work, self.attention, [(encoding, given["layer"])])
-        return JSONResponse(await self._answer(request, job))
+            weights = await self._threaded(self.attention.weights, given["text"], given["layer"])
+        return JSONResponse(weights)
 
     # ── From a body to an answer ──
 
@@ -193,21 +207,63 @@ class Server:
         except (ValueError, RecursionError):
             raise Refused(400, "not_json", "The body is not JSON.") from None
 
-    async def _predict(self, request: Request, pipe: Pipeline[Task], inputs: Any, parameters: dict[str, Any]) -> Any:
+    async def _predict(
+        self,
+        request: Request,
+        pipe: Pipeline[Task],
+        inputs: Any,
+        parameters: dict[str, Any],
+        content: Callable[[Any], Any],
+    ) -> Response:
+        """Answers a request with the results of its inputs; `content` makes the answer from them.
+
+        Raises:
+            Refused: If an input or a parameter is invalid, or if the inputs cost too much. See also `_answer`.
+        """
         several = isinstance(inputs, list)
         entries = inputs if several else [inputs]
         with _refusing([inputs, parameters]):
             if len(entries) > self.limits.max_inputs:
                 raise InputError(f"there are {len(entries)} inputs; at most {self.limits.max_inputs} are allowed.")
-            requests = []
-            for i, entry in enumerate(entries):
-                try:
-                    self._check_size(entry)
-                    requests.append(pipe.request(entry, parameters))
-                except InputError as error:
-                    raise InputError(f"inputs[{i}]: {error}" if several else str(error)) from None
-        results = await self._answer(request, Job(run_together(pipe), pipe, requests)) if requests else []
-        return catalogue.jsonable(results if several else results[0])
+            if sum(map(len, _texts([inputs, parameters]))) > SMALL:
+                requests = await self._threaded(self._prepared, pipe, entries, parameters, several)
+            else:
+                requests = self._prepared(pipe, entries, parameters, several)
+        results = await self._answer(request, Job(pipe, requests)) if requests else []
+        answer = content(results if several else results[0])
+        large = sum(made.size for made in requests) > SMALL
+        body = await self._threaded(_json, answer) if large else _json(answer)
+        return Response(body, media_type="application/json")
+
+    def _prepared(
+        self, pipe: Pipeline[Task], entries: list[Any], parameters: dict[str, Any], several: bool
+    ) -> list[TaskRequest[Any]]:
+        """Makes the requests of a task from inputs.
+
+        Raises:
+            InputError: If an input or a parameter is invalid.
+            Refused: If the inputs cost too much.
+        """
+        limits, requests = self.limits, []
+        tokens = size = 0
+        for i, entry in enumerate(entries):
+            try:
+                self._check_size(entry)
+                requests.append(pipe.request(entry, parameters))
+            except InputError as error:
+                raise InputError(f"inputs[{i}]: {error}" if several else str(error)) from None
+            tokens, size = tokens + requests[-1].tokens, size + requests[-1].size
+            for what, number, most in [("tokens", tokens, limits.max_tokens), ("bytes", size, limits.max_answer)]:
+                if number > most:
+                    doing = "needs" if what == "tokens" else "asks for an answer of about"
+                    raise Refused(
+                        413, "too_costly", f"The request {doing} {number} {what}; at most {most} are allowed."
+                    )
+        return requests
+
+    async def _threaded(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function in one of the threads that keep work off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *arguments)
 
     def _check_size(self, entry: Any) -> None:
         size = sum(map(len, _texts(entry)))
@@ -255,6 +311,10 @@ class Counting:
                 route = getattr(scope.get("route"), "path", "other")
                 self.server.requests.labels(route, status).inc()
                 self.server.seconds.labels(route).observe(time.perf_counter() - began)
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=np.ndarray.tolist).encode()
 
 
 async def _left(request: Request) -> None:
@@ -336,6 +396,7 @@ def serve(
 
     Raises:
         InputError: If the server cannot listen at the address.
+        SystemExit: With status 1, if the programs cannot be compiled.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -347,5 +408,9 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     host, port = listener.getsockname()[:2]
     logger.info("http://%s:%s answers %s with %s", host, port, ", ".join(pipes), name)
-    config = uvicorn.Config(Server(name, pipes, limits or Limits()).app, log_level="warning", access_log=False)
-    uvicorn.Server(config).run(sockets=[listener])
+    server = Server(name, pipes, limits or Limits())
+    http = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", access_log=False))
+    server.stop = lambda: setattr(http, "should_exit", True)
+    http.run(sockets=[listener])
+    if server.failure:
+        sys.exit(f"bert-jax: cannot compile the programs: {server.failure}")

@@ -1,10 +1,10 @@
 """The interfaces through which inference and training use a task.
 
 For inference, a task has `Task.forward`, a pure function that runs on the device, and `Task.request`, which makes a
-request from an input. A request is a generator: it yields the rows that it needs computed, receives their outputs, may
-yield more rows that depend on those outputs, and returns its result. A request does not handle batches: the pipeline
-(`bert_jax.inference.pipelines`) collects the rows of many requests in batches, and pads each batch to one of a few
-shapes, the buckets. The result of a request does not depend on the other requests in the batch.
+request from an input. The steps of a request are a generator: it yields the rows that it needs computed, receives their
+outputs, may yield more rows that depend on those outputs, and returns its result. A request does not handle batches:
+the pipeline (`bert_jax.inference.pipelines`) collects the rows of many requests in batches, and pads each batch to one
+of a few shapes, the buckets. The result of a request does not depend on the other requests in the batch.
 
 Shapes are written with B rows, T tokens per row, K texts or examples per row, P masked positions per row, C labels and
 V tokens in the vocabulary.
@@ -13,7 +13,7 @@ V tokens in the vocabulary.
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Self, TypedDict, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, TypedDict, TypeVar
 
 import jax
 import numpy as np
@@ -94,7 +94,24 @@ Each array has one entry per masked position or per token, or is a single entry 
 """
 
 Result = TypeVar("Result")
-Request = Generator[list[Features], list[Outputs], Result]
+Result_co = TypeVar("Result_co", covariant=True)
+Steps = Generator[list[Features], list[Outputs], Result]
+"""Yields the rows to compute, receives their outputs, and returns the result."""
+
+
+@dataclass(frozen=True)
+class Request(Generic[Result_co]):
+    """The steps that compute one result, and what they cost. The cost is known before the first step.
+
+    Attributes:
+        steps: The steps.
+        tokens: Number of tokens in all rows of all steps.
+        size: Approximate size of the result as JSON, in bytes.
+    """
+
+    steps: Steps[Result_co]
+    tokens: int = 0
+    size: int = 0
 
 
 class LabelScore(TypedDict):

@@ -14,7 +14,7 @@ from bert_jax.data.sources import TEXTS
 from bert_jax.errors import CheckpointError, InputError, quoted
 from bert_jax.model import BertModel
 from bert_jax.sentence_embedding import SentenceEmbedding
-from bert_jax.tasks.base import Features, Request, check_text
+from bert_jax.tasks.base import Features, Request, Steps, check_text
 from bert_jax.tokenizer import Tokenizer
 
 POOLING = (None, "cls", "mean", "auto")
@@ -94,9 +94,12 @@ class FeatureExtraction:
         if pooling == "auto":
             pooling, normalize = self.embedding.pooling, normalize or self.embedding.normalize
             max_length = min(max_length, self.embedding.max_length or max_length)
-        return self._encode(self.tokenizer.encode([text], max_length=max_length)[0][0], pooling, normalize)
+        encoding = self.tokenizer.encode([text], max_length=max_length)[0][0]
+        vectors = len(encoding) if pooling is None else 1
+        size = 25 * self.config.hidden_size * vectors
+        return Request(self._encode(encoding, pooling, normalize), len(encoding), size)
 
-    def _encode(self, encoding: Encoding, pooling: str | None, normalize: bool) -> Request[np.ndarray]:
+    def _encode(self, encoding: Encoding, pooling: str | None, normalize: bool) -> Steps[np.ndarray]:
         (output,) = yield [Features(encoding.ids, encoding.type_ids)]
         states = output["states"]
         vectors: np.ndarray = {None: states, "cls": states[0], "mean": states.mean(axis=0)}[pooling]

@@ -1,7 +1,7 @@
 """fill-mask: proposes tokens for each [MASK], scores words that the caller names, or fills all masks jointly."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 import jax
 import numpy as np
@@ -10,11 +10,16 @@ from bert_jax.config import BertConfig
 from bert_jax.data.sources import TEXTS
 from bert_jax.errors import InputError, quoted
 from bert_jax.heads import BertForMaskedLM
-from bert_jax.tasks.base import Features, Request, check_text
+from bert_jax.tasks.base import Features, Outputs, Request, Steps, check_text
 from bert_jax.tokenizer import Tokenizer
 
 BEAMS = 16
 """Number of partial fillings to keep after each mask if masks are filled jointly; `top_k` if that is larger."""
+
+
+MASKS = 64
+"""Maximum number of masked positions whose probabilities of the whole vocabulary a request holds at the same time."""
+Item = TypeVar("Item")
 
 
 class TargetPiece(TypedDict):
@@ -103,74 +108,100 @@ class FillMask:
         masks = [i for i, token in enumerate(ids) if token == self.mask_id]
         if not masks:
             raise InputError(f"the text has no {self.tokenizer.mask_token} for the word to fill in: {quoted(text)}")
+        length = min(len(ids), self.max_length)
         if joint:
             if masks[-1] - masks[0] >= self.max_length - 2:
                 raise InputError(
                     f"the masks span {masks[-1] - masks[0] + 1} tokens; joint supports at most {self.max_length - 2}. "
                     "Set joint=False to read each mask in its own window."
                 )
-            return self._fill_jointly(ids, masks, top_k or 5)
-        if pieces is not None:
-            return self._score_targets(ids, masks, pieces, top_k or len(pieces))
-        return self._fill(ids, masks, top_k or 5)
+            top_k = top_k or 5
+            tokens, entries = len(masks) * max(BEAMS, top_k) * length, top_k
+            steps = self._fill_jointly(ids, masks, top_k)
+        else:
+            windows = [self._row(ids, part, around=group) for group in self._groups(masks) for part in _parts(group)]
+            tokens, entries = len(windows) * length, len(masks) * (top_k or 5)
+            if pieces is None:
+                steps = self._fill(ids, masks, windows, top_k or 5)
+            else:
+                tokens += len(masks) * sum(
+                    len(target) * min(len(ids) + len(target) - 1, self.max_length)
+                    for target in pieces
+                    if len(target) > 1
+                )
+                entries = len(masks) * sum(map(len, pieces))
+                steps = self._score_targets(ids, masks, windows, pieces, top_k or len(pieces))
+        return Request(steps, tokens, entries * (100 + len(text)))
 
-    def _fill(self, ids: list[int], masks: list[int], top_k: int) -> Request[Fillings]:
-        outputs = yield [self._row(ids, group) for group in self._groups(masks)]
-        probabilities = np.concatenate([output["probabilities"] for output in outputs])  # [masks, V]
-        results = [
-            [self._entry(ids, mask, [token], p[token], alone=len(masks) == 1) for token in _best(p, top_k)]
-            for mask, p in zip(masks, probabilities, strict=True)
-        ]
+    def _fill(self, ids: list[int], masks: list[int], windows: list[Features], top_k: int) -> Steps[Fillings]:
+        results: list[list[Filling]] = []
+        for rows in _chunks(windows):
+            outputs = yield rows
+            for mask, p in zip(masks[len(results) :], _each(outputs), strict=False):
+                results.append(
+                    [self._entry(ids, mask, [token], p[token], alone=len(masks) == 1) for token in _best(p, top_k)]
+                )
         return results[0] if len(masks) == 1 else results
 
     def _score_targets(
-        self, ids: list[int], masks: list[int], targets: list[list[int]], top_k: int
-    ) -> Request[Fillings]:
-        # All rows are yielded at once. The first rows hold the text with its masks. For each mask and each target of
-        # k > 1 pieces, k rows follow, one per piece. In the row of piece n, counted from 0, the mask is replaced by the
-        # first n pieces and k - n masks, and piece n is scored at the first of these masks.
-        groups = list(self._groups(masks))
-        rows = [self._row(ids, group) for group in groups]
-        rows += [
-            self._row([*ids[:mask], *target[:n], *[self.mask_id] * (len(target) - n), *ids[mask + 1 :]], [mask + n])
-            for mask in masks
-            for target in targets
-            if len(target) > 1
-            for n in range(len(target))
-        ]
-        outputs = iter((yield rows))
-        probabilities = np.concatenate([next(outputs)["probabilities"] for _ in groups])  # [masks, V]
-        results = []
-        for mask, p in zip(masks, probabilities, strict=True):
-            entries = []
-            for target in targets:
-                steps = [p] if len(target) == 1 else [next(outputs)["probabilities"][0] for _ in target]
-                score = np.prod([step[token] for step, token in zip(steps, target, strict=True)])
-                entry = self._entry(ids, mask, target, score, alone=len(masks) == 1)
-                entry["rank"] = _rank(p, score)
-                if len(target) > 1:
-                    entry["pieces"] = [
-                        {"score": float(step[token]), "token": token, "token_str": self.tokenizer.decode([token]),
-                         "rank": _rank(step, step[token])}
-                        for step, token in zip(steps, target, strict=True)
-                    ]  # fmt: skip
-                entries.append(entry)
-            results.append(sorted(entries, key=lambda entry: -entry["score"])[:top_k])
+        self, ids: list[int], masks: list[int], windows: list[Features], targets: list[list[int]], top_k: int
+    ) -> Steps[Fillings]:
+        results: list[list[Filling]] = []
+        for rows in _chunks(windows):
+            outputs = yield rows
+            for mask, p in zip(masks[len(results) :], _each(outputs), strict=False):
+                pieces = yield from self._score_pieces(ids, mask, targets)
+                entries = []
+                for target in targets:
+                    steps = pieces.get(tuple(target), [])
+                    scores = np.array([piece["score"] for piece in steps] or [p[target[0]]], np.float32)
+                    score = scores.prod()
+                    entry = self._entry(ids, mask, target, score, alone=len(masks) == 1)
+                    entry["rank"] = _rank(p, score)
+                    if steps:
+                        entry["pieces"] = steps
+                    entries.append(entry)
+                results.append(sorted(entries, key=lambda entry: -entry["score"])[:top_k])
         return results[0] if len(masks) == 1 else results
 
-    def _fill_jointly(self, ids: list[int], masks: list[int], top_k: int) -> Request[Fillings]:
+    def _score_pieces(
+        self, ids: list[int], mask: int, targets: list[list[int]]
+    ) -> Steps[dict[tuple[int, ...], list[TargetPiece]]]:
+        """Scores the pieces of each target of several pieces, at one mask.
+
+        To score piece n of a target of k pieces, counted from 0, the mask is replaced by the first n pieces and k - n
+        masks, and the piece is scored at the first of these masks.
+        """
+        found: dict[tuple[int, ...], list[TargetPiece]] = {}
+        wanted = [(target, n) for target in targets if len(target) > 1 for n in range(len(target))]
+        for some in _parts(wanted):
+            outputs = yield [
+                self._row([*ids[:mask], *target[:n], *[self.mask_id] * (len(target) - n), *ids[mask + 1 :]], [mask + n])
+                for target, n in some
+            ]
+            for (target, n), p in zip(some, _each(outputs), strict=True):
+                token = target[n]
+                shown, rank = self.tokenizer.decode([token]), _rank(p, p[token])
+                found.setdefault(tuple(target), []).append(
+                    {"score": float(p[token]), "token": token, "token_str": shown, "rank": rank}
+                )
+        return found
+
+    def _fill_jointly(self, ids: list[int], masks: list[int], top_k: int) -> Steps[Fillings]:
         width = max(BEAMS, top_k)
         beams = [(1.0, ids)]
         for mask in masks:
-            outputs = yield [self._row(row, [mask], around=masks) for _, row in beams]
-            candidates = [
-                (score * float(p[token]), row, token)
-                for (score, row), output in zip(beams, outputs, strict=True)
-                for p in output["probabilities"]
-                for token in _best(p, width)
-            ]
-            candidates.sort(key=lambda candidate: -candidate[0])
-            beams = [(score, [*row[:mask], token, *row[mask + 1 :]]) for score, row, token in candidates[:width]]
+            best: list[tuple[float, list[int], int]] = []
+            for some in _parts(beams):
+                outputs = yield [self._row(row, [mask], around=masks) for _, row in some]
+                for (score, row), p in zip(some, _each(outputs), strict=True):
+                    tokens = _best(p, width)
+                    # The scores fall along `tokens`, so those that follow one that is too low are too low as well.
+                    scores = score * p[tokens].astype(np.float64)
+                    kept = len(tokens) if len(best) < width else int(np.sum(scores > best[-1][0]))
+                    best += [(float(s), row, token) for s, token in zip(scores[:kept], tokens[:kept], strict=True)]
+                    best = sorted(best, key=lambda candidate: -candidate[0])[:width]
+            beams = [(score, [*row[:mask], token, *row[mask + 1 :]]) for score, row, token in best]
         entries: list[Filling] = [
             {
                 "score": score,
@@ -187,17 +218,16 @@ class FillMask:
         targets = [targets] if isinstance(targets, str) else targets
         if not isinstance(targets, list | tuple) or not targets:
             raise InputError(f"targets is {quoted(targets)}; expected a list of words.")
-        found = []
         for target in targets:
             if not isinstance(target, str) or not target.strip():
                 raise InputError(f"targets has {quoted(target)}; expected words that are not empty.")
+        found: dict[tuple[int, ...], None] = {}
+        for target, (row,) in zip(targets, self.tokenizer.encode(targets, add_special_tokens=False), strict=True):
             token = self.tokenizer.token_to_id(target)
-            ids = [token] if token is not None else self.tokenizer.encode([target], add_special_tokens=False)[0][0].ids
-            if token is None and self.tokenizer.unk_token_id in ids:
+            if token is None and self.tokenizer.unk_token_id in row.ids:
                 raise InputError(f"the target {quoted(target)} has characters outside the vocabulary; replace it.")
-            if ids not in found:
-                found.append(ids)
-        return found
+            found[tuple(row.ids) if token is None else (token,)] = None
+        return [list(ids) for ids in found]
 
     def _groups(self, masks: list[int]) -> Iterator[list[int]]:
         """Splits the masks, in order, into as few groups as possible that each fit into one window."""
@@ -234,6 +264,27 @@ class FillMask:
             # remove the masks that are not filled.
             "sequence": self.tokenizer.decode([*ids[:mask], *pieces, *ids[mask + 1 :]], skip_special_tokens=alone),
         }
+
+
+def _parts(items: list[Item]) -> Iterator[list[Item]]:
+    """Splits a list into parts of at most `MASKS` items."""
+    return (items[i : i + MASKS] for i in range(0, len(items), MASKS))
+
+
+def _chunks(rows: list[Features]) -> Iterator[list[Features]]:
+    """Splits rows, in order, into lists with at most `MASKS` masked positions together."""
+    chunk: list[Features] = []
+    for row in rows:
+        if chunk and sum(len(other.masked_positions) for other in chunk) + len(row.masked_positions) > MASKS:
+            yield chunk
+            chunk = []
+        chunk.append(row)
+    yield chunk
+
+
+def _each(outputs: list[Outputs]) -> Iterator[np.ndarray]:
+    """The probabilities of the vocabulary at each masked position of rows."""
+    return (p for output in outputs for p in output["probabilities"])
 
 
 def _best(p: np.ndarray, k: int) -> list[int]:

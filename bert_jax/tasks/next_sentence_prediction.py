@@ -9,7 +9,7 @@ from bert_jax.config import BertConfig
 from bert_jax.data.sources import PAIRS
 from bert_jax.errors import InputError, quoted
 from bert_jax.heads import BertForNextSentencePrediction
-from bert_jax.tasks.base import Features, LabelScore, Request, check_pairs, check_text
+from bert_jax.tasks.base import Features, LabelScore, Request, Steps, check_pairs, check_text
 from bert_jax.tokenizer import Tokenizer
 
 LABELS = ("IsNext", "NotNext")
@@ -59,9 +59,9 @@ class NextSentencePrediction:
                 f"the pair has {len(encoding)} tokens; the model reads at most {self.max_length}. "
                 "Shorten the beginning of the first text or the end of the second."
             )
-        return self._judge(encoding)
+        return Request(self._judge(encoding), len(encoding), 50)
 
-    def _judge(self, encoding: Encoding) -> Request[LabelScore]:
+    def _judge(self, encoding: Encoding) -> Steps[LabelScore]:
         (output,) = yield [Features(encoding.ids, encoding.type_ids)]
         best = int(output["probabilities"].argmax())
         return {"label": LABELS[best], "score": float(output["probabilities"][best])}

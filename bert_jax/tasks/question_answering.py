@@ -18,8 +18,11 @@ from bert_jax.data.loader import Examples
 from bert_jax.data.sources import Row, literal
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.heads import BertForQuestionAnswering
-from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, TrainableTask, check_pairs
+from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, Steps, TrainableTask, check_pairs
 from bert_jax.tokenizer import Tokenizer
+
+MOST_TOKENS = 2**20
+"""Maximum number of tokens in all windows of one context."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +147,18 @@ class QuestionAnswering(TrainableTask):
             raise InputError(f"null_threshold is {quoted(null_threshold)}; expected a number.")
         if window > self.max_length:
             raise InputError(f"max_seq_len is {window}; expected at most {self.max_length}, the model's length.")
-        [(cut, _)] = self._truncated([pair[0]], max_question_len)
+        [(cut, used)] = self._truncated([pair[0]], max_question_len)
+        tokens = len(self.tokenizer.encode([pair[1]], add_special_tokens=False)[0][0])
+        step = window - 3 - used - stride  # by which windows move; the tokenizer refuses it if it is not positive
+        if step > 0 and window * (tokens // step) > MOST_TOKENS:
+            raise InputError(
+                f"the context has {tokens} tokens; its windows of {window} tokens that overlap by {stride} would have "
+                f"more than {MOST_TOKENS} tokens together. Lower doc_stride."
+            )
         windows = self.tokenizer.encode([cut], [pair[1]], max_length=window, stride=stride, truncate="only_second")[0]
-        return self._answer(pair[1], windows, top_k, max_answer_len, handle_impossible_answer, null_threshold)
+        steps = self._answer(pair[1], windows, top_k, max_answer_len, handle_impossible_answer, null_threshold)
+        candidates = min(2 * top_k + 10, window * min(max_answer_len, window)) * len(windows)
+        return Request(steps, sum(map(len, windows)), 100 * candidates)
 
     def _truncated(self, questions: Sequence[str], longest: int) -> list[tuple[str, int]]:
         """Each question, truncated to `longest` tokens, and its number of tokens."""
@@ -158,7 +170,7 @@ class QuestionAnswering(TrainableTask):
 
     def _answer(
         self, context: str, windows: list[Encoding], top_k: int, longest: int, impossible: bool, threshold: float | None
-    ) -> Request[Answer | list[Answer]]:
+    ) -> Steps[Answer | list[Answer]]:
         outputs = yield [Features(window.ids, window.type_ids) for window in windows]
         answers: dict[str, Answer] = {}
         null_score, null_logits, best_logits = np.inf, np.inf, -np.inf

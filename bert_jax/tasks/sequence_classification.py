@@ -23,6 +23,7 @@ from bert_jax.tasks.base import (
     Outputs,
     ReadOptions,
     Request,
+    Steps,
     TrainableTask,
     check_pairs,
     check_text,
@@ -109,10 +110,10 @@ class SequenceClassification(TrainableTask):
             check_pairs(self.model_config)
         if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
             raise InputError(f"top_k is {quoted(top_k)}; expected a whole number of at least 1, or None.")
-        encoded = self.tokenizer.encode(texts[:1], texts[1:] or None, max_length=self.max_length)
-        return self._classify(encoded[0][0], top_k)
+        encoding = self.tokenizer.encode(texts[:1], texts[1:] or None, max_length=self.max_length)[0][0]
+        return Request(self._classify(encoding, top_k), len(encoding), sum(50 + len(label) for label in self.labels))
 
-    def _classify(self, encoding: Encoding, top_k: int | None) -> Request[LabelScore | list[LabelScore]]:
+    def _classify(self, encoding: Encoding, top_k: int | None) -> Steps[LabelScore | list[LabelScore]]:
         (output,) = yield [Features(encoding.ids, encoding.type_ids)]
         order = np.argsort(-output["scores"], kind="stable")[:top_k]
         entries: list[LabelScore] = [{"label": self.labels[i], "score": float(output["scores"][i])} for i in order]

@@ -17,7 +17,7 @@ from bert_jax.data.loader import Examples
 from bert_jax.data.sources import TEXTS, Row, literal
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.heads import BertForTokenClassification
-from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, TrainableTask, known_labels
+from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, Steps, TrainableTask, known_labels
 from bert_jax.tokenizer import Tokenizer
 
 Strategy = Literal["none", "simple", "first", "average", "max"]
@@ -147,11 +147,13 @@ class TokenClassification(TrainableTask):
             max_length=self.max_length,
             stride=self.stride,
         )[0]
-        return self._label(text, words, windows, aggregation_strategy, frozenset(ignore_labels))
+        steps = self._label(text, words, windows, aggregation_strategy, frozenset(ignore_labels))
+        tokens = sum(map(len, windows))
+        return Request(steps, tokens, 150 * tokens)
 
     def _label(
         self, text: str, words: list[str] | None, windows: list[Encoding], strategy: str, ignored: frozenset[str]
-    ) -> Request[list[TokenEntity] | list[Entity]]:
+    ) -> Steps[list[TokenEntity] | list[Entity]]:
         outputs = yield [Features(window.ids, window.type_ids) for window in windows]
         pieces = self._pieces(text, words, windows, outputs)
         if strategy in ("none", "simple"):

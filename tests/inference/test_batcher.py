@@ -1,57 +1,125 @@
-"""Jobs of many clients in one batch."""
+"""Jobs of many clients, computed slice by slice in turns."""
 
 import asyncio
-import threading
-import time
+import re
 
-from bert_jax.inference.batcher import Batcher, Job, Limits
+import numpy as np
+import pytest
+
+from bert_jax.errors import CheckpointError
+from bert_jax.inference.batcher import Batcher, Job, Limits, Refused
+from bert_jax.inference.batches import BUCKET_TOKENS
+from bert_jax.inference.pipelines import Run
+from bert_jax.tasks.base import Features, Request
+
+SHORT, LONG = "The [MASK] sat on the mat.", "The [MASK] and " + "the cat " * 200
 
 
-def jobs(limits, work, sizes):
-    """Answers of jobs that are submitted together."""
+def answers(pipe, jobs, *, limits=Limits(), seen=lambda n: None, late=()):  # noqa: B008
+    """The results of jobs, each a list of texts, that are submitted together; `late` ones a moment later."""
 
     async def run():
-        batcher = Batcher(limits, lambda n: None)
-        made = [Job(work, "kind", list(range(size))) for size in sizes]
+        batcher = Batcher(limits, seen)
+        made = [Job(pipe, [pipe.request(text, {"top_k": 1}) for text in texts]) for texts in [*jobs, *late]]
+        finished = []
+
+        async def submit(i, job):
+            await asyncio.sleep(0.05 * (i >= len(jobs)))
+            result = await batcher.submit(job)
+            finished.append(i)
+            return result
+
         try:
-            return await asyncio.gather(*(batcher.submit(job) for job in made), return_exceptions=True)
+            found = await asyncio.gather(*(submit(i, job) for i, job in enumerate(made)), return_exceptions=True)
+            return found, finished, batcher.waiting
         finally:
             await asyncio.get_running_loop().run_in_executor(None, batcher.close)
 
     return asyncio.run(run())
 
 
-def test_jobs_are_computed_together_up_to_the_limit():
-    seen = []
-
-    def work(batch):
-        seen.append([len(job.requests) for job in batch])
-        return [len(job.requests) for job in batch]
-
-    assert jobs(Limits(batch=4, wait=0.2), work, [1, 2, 3, 1, 5]) == [1, 2, 3, 1, 5]
-    assert seen == [[1, 2], [3, 1], [5]]
-
-
-def test_a_batch_that_fails_is_nobody_else_s():
-    def work(batch):
-        if len(batch[0].requests) == 3:
-            raise RuntimeError("broken")
-        return [True for _ in batch]
-
-    failed, fine = jobs(Limits(batch=3, wait=0.01), work, [3, 1])
-    assert isinstance(failed, RuntimeError)
-    assert fine is True
+def test_each_job_gets_its_own_results(fill_mask):
+    jobs = [[SHORT], [SHORT, LONG], ["A [MASK]."] * 3, [LONG] * 9]
+    found, _, waiting = answers(fill_mask, jobs)
+    for results, texts in zip(found, jobs, strict=True):
+        for result, text in zip(results, texts, strict=True):
+            expected = fill_mask(text, top_k=1)
+            assert result[0]["token"] == expected[0]["token"]
+            assert result[0]["score"] == pytest.approx(expected[0]["score"], abs=1e-5)
+    assert waiting == 0
 
 
-def test_who_waits_too_long_is_told_and_dropped():
-    begun, computed = threading.Event(), []
+def test_jobs_share_slices(fill_mask):
+    shared = []
+    answers(fill_mask, [[SHORT]] * 20, limits=Limits(wait=0.3), seen=shared.append)
+    assert shared == [20]
 
-    def work(batch):
-        begun.set()
-        time.sleep(0.3)
-        computed.extend(batch)
-        return [True for _ in batch]
 
-    found = jobs(Limits(batch=1, timeout=0.1), work, [1, 1, 1])
-    assert [error.status for error in found] == [504] * 3
-    assert len(computed) == 1
+def test_a_small_job_passes_a_large_one(fill_mask):
+    """It waits for no more than the slice that is being computed when it arrives."""
+    _, finished, _ = answers(fill_mask, [[LONG] * 40], late=[[SHORT], [SHORT]])
+    assert finished == [1, 2, 0]
+
+
+def test_who_waits_too_long_is_told_and_dropped(fill_mask):
+    slices = []
+    found, _, waiting = answers(fill_mask, [[LONG] * 60], limits=Limits(timeout=0.2), seen=slices.append)
+    assert (found[0].status, waiting) == (504, 0)
+    assert len(slices) < 60 * len(fill_mask.tokenizer(LONG)["input_ids"][0]) / BUCKET_TOKENS / 2
+
+
+def test_tokens_are_admitted_not_inputs(fill_mask):
+    tokens = len(fill_mask.tokenizer(LONG)["input_ids"][0])
+    limits = Limits(max_queue_tokens=tokens + 32, wait=0.3)
+    found, _, _ = answers(fill_mask, [[LONG], [SHORT], [SHORT], [SHORT]], limits=limits)
+    assert [isinstance(result, Refused) for result in found] == [False, False, False, True]
+    assert found[3].status == 429
+    found, _, _ = answers(fill_mask, [[LONG] * 3], limits=limits)  # more than may wait, but nobody does
+    assert len(found[0]) == 3
+
+
+def steps(*rows, result="done", fail=None):
+    if fail:
+        raise fail
+    for row in rows:
+        _ = yield row
+    return result
+
+
+def test_a_request_that_fails_is_nobody_else_s(fill_mask):
+    row = Features([101, 103, 102], [0, 0, 0], [1])
+    run = Run(fill_mask)
+    run.add("fails", [Request(steps([row])), Request(steps(fail=ValueError("broken")))])
+    run.add("fine", [Request(steps([row], [row, row], result=n)) for n in range(3)])
+    finished = {}
+    while run.owners:
+        finished |= run.compute(64)
+    assert finished["fine"] == [0, 1, 2]
+    assert str(finished["fails"]) == "broken"
+
+
+def test_results_that_are_not_finite_fail_who_needs_them(fill_mask, monkeypatch):
+    row = Features([101, 103, 102], [0, 0, 0], [1])
+    monkeypatch.setattr(fill_mask, "forward", lambda batch: {"probabilities": np.full((1, 2, 9), np.nan)})
+    run = Run(fill_mask)
+    run.add("a", [Request(steps([row]))])
+    error = run.compute()["a"]
+    assert isinstance(error, CheckpointError)
+    assert re.search("not finite", str(error))
+    assert run.owners == []
+
+
+def test_requests_start_as_they_are_needed(fill_mask):
+    """So a job of many inputs does not hold the outputs of all of them at once."""
+    begun = []
+
+    def counted(n):
+        begun.append(n)
+        yield [Features([101] * 500, [0] * 500, [1])]
+
+    run = Run(fill_mask)
+    run.add("a", [Request(counted(n)) for n in range(50)])
+    run.compute(BUCKET_TOKENS)
+    assert len(begun) == 5
+    run.remove("a")
+    assert run.compute(BUCKET_TOKENS) == {}

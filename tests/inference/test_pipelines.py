@@ -10,7 +10,7 @@ from flax import nnx
 
 import bert_jax
 from bert_jax.errors import CheckpointError, InputError
-from bert_jax.inference import pipelines
+from bert_jax.inference import batches, pipelines
 from bert_jax.tasks import registry
 from bert_jax.tasks.base import Features
 
@@ -106,15 +106,15 @@ def test_results_that_are_not_finite_are_an_error(tokenizer, task, text):
 def test_one_program_a_bucket():
     filler = bert_jax.pipeline("fill-mask", "bert-mini-cased")
     filler(TEXTS[0])
-    assert filler.programs == [pipelines.Bucket(1, 16, 2)]
+    assert filler.programs == [batches.Bucket(1, 16, 2)]
     filler(TEXTS[0], top_k=50)
     filler(TEXTS[0], targets=["king", "sea"])
     filler("The [MASK] and the [MASK].")
     assert len(filler.programs) == 1
     filler(TEXTS[1])
-    assert filler.programs == [pipelines.Bucket(1, 16, 2), pipelines.Bucket(1, 128, 2)]
+    assert filler.programs == [batches.Bucket(1, 16, 2), batches.Bucket(1, 128, 2)]
     filler(TEXTS[4])
-    assert pipelines.Bucket(1, 16, 4) in filler.programs
+    assert batches.Bucket(1, 16, 4) in filler.programs
 
 
 def test_batches_hold_each_row_once(fill_mask):
@@ -124,23 +124,23 @@ def test_batches_hold_each_row_once(fill_mask):
         for i in range(count):
             length = int(random.randint(5, longest + 1))
             features = Features([0] * length, [0] * length, list(range(random.randint(1, 4))))
-            rows.append(pipelines.Queued(features, i, 0))
+            rows.append(batches.Queued(features, i, 0))
         seen = []
-        for batch in fill_mask._batches(rows):
+        for batch in fill_mask.batches(rows):
             bucket = batch.bucket
             seen += [queued.request for queued in batch.queued]
             assert max(batch.rows) < bucket.rows
             assert max(spot.number for spot in batch.spots) < bucket.texts
             assert max(spot.stop for spot in batch.spots) <= bucket.length
             assert max(spot.stop for spot in batch.masked_spots) <= bucket.masks
-            assert bucket.rows * bucket.length <= pipelines.BUCKET_TOKENS
+            assert bucket.rows * bucket.length <= batches.BUCKET_TOKENS
         assert sorted(seen) == list(range(count))
 
 
 def test_many_texts_leave_little_padding(fill_mask):
     lengths = np.random.RandomState(0).gamma(3, 10, pipelines.READ_AHEAD).astype(int) + 3  # about those of sentences
-    queued = [pipelines.Queued(Features([0] * int(length), [], [1]), i, 0) for i, length in enumerate(lengths)]
-    buckets = [batch.bucket for batch in fill_mask._batches(queued)]
+    queued = [batches.Queued(Features([0] * int(length), [], [1]), i, 0) for i, length in enumerate(lengths)]
+    buckets = [batch.bucket for batch in fill_mask.batches(queued)]
     assert sum(bucket.rows * bucket.length for bucket in buckets) < 1.06 * lengths.sum()
 
 
@@ -208,16 +208,16 @@ def test_few_programs_for_texts_of_all_lengths(fill_mask):
     buckets = set()
     for _ in range(10):
         queued = [
-            pipelines.Queued(Features([0] * int(random.randint(3, 513)), [], [1]), i, 0)
+            batches.Queued(Features([0] * int(random.randint(3, 513)), [], [1]), i, 0)
             for i in range(pipelines.READ_AHEAD)
         ]
-        buckets |= {batch.bucket for batch in fill_mask._batches(queued)}
+        buckets |= {batch.bucket for batch in fill_mask.batches(queued)}
     assert len(buckets) <= 16
 
 
 def test_a_few_long_rows_do_not_lengthen_the_others(fill_mask):
-    queued = [pipelines.Queued(Features([0] * (30 if i < 5 else 9), [], [1]), i, 0) for i in range(64)]
-    buckets = [batch.bucket for batch in fill_mask._batches(queued)]
+    queued = [batches.Queued(Features([0] * (30 if i < 5 else 9), [], [1]), i, 0) for i in range(64)]
+    buckets = [batch.bucket for batch in fill_mask.batches(queued)]
     assert [(bucket.rows, bucket.length) for bucket in buckets] == [(4, 32), (1, 32), (64, 16)]
 
 
@@ -251,8 +251,8 @@ def test_a_kernel_that_cannot_pack_gets_one_text_a_row(tokenizer):
     config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     model = bert_jax.BertForMaskedLM(config, rngs=nnx.Rngs(0), attention="cudnn")
     pipe = bert_jax.pipeline("fill-mask", model, tokenizer=tokenizer)
-    queued = [pipelines.Queued(Features([0] * 30, [0] * 30, [1]), i, 0) for i in range(300)]
-    assert {batch.bucket.texts for batch in pipe._batches(queued)} == {1}
+    queued = [batches.Queued(Features([0] * 30, [0] * 30, [1]), i, 0) for i in range(300)]
+    assert {batch.bucket.texts for batch in pipe.batches(queued)} == {1}
 
 
 def test_warm_up_compiles_all_that_inputs_will_need(tmp_path, checkpoint, tokenizer):

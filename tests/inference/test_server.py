@@ -168,7 +168,7 @@ def test_many_clients_get_their_own_answers(port, pipes):
         assert all(clients.map(one, range(len(texts))))
     assert programs(port) == before  # what varies by request makes none
     metrics = ask(port, "GET", "/metrics")[2].decode()
-    assert float(re.search(r'bert_jax_batch_inputs_bucket{le="1.0"} (\S+)', metrics)[1]) < len(texts) / 2  # shared
+    assert float(re.search(r'bert_jax_slice_requests_bucket{le="1.0"} (\S+)', metrics)[1]) < len(texts) / 2  # shared
 
 
 def programs(port):
@@ -191,7 +191,7 @@ SECRET = "Walburga Zwiebelkuchen"
         ("/score", {"inputs": 3}, 422, "inputs is a number"),
         ("/score", {"inputs": [f"{SECRET} sleeps"]}, 422, r"inputs\[0\]: the text has no \[MASK\]"),
         ("/score", {"inputs": ["a [MASK]", 7]}, 422, r"inputs\[1\]: expected a text"),
-        ("/score", {"inputs": ["a [MASK]"], "parameters": {"targets": [SECRET, ""]}}, 422, "the target '…' has"),
+        ("/score", {"inputs": ["a [MASK]"], "parameters": {"targets": [SECRET, "ok"]}}, 422, "the target '…' has"),
         ("/score", {"inputs": ["a [MASK]"], "parameters": {"top_k": 0}}, 422, "top_k is 0"),
         ("/score", {"inputs": ["a [MASK]"] * 129}, 422, "there are 129 inputs; at most 128"),
         ("/score", {"inputs": ["[MASK] " * 4000]}, 422, "at most 20000"),
@@ -268,6 +268,49 @@ def test_malformed_bodies(port):
     assert ask(port, "GET", "/health")[0] == 200
 
 
+WORDS = [
+    "paris",
+    "is",
+    "the",
+    "of",
+    "france",
+    "today",
+    "a",
+    "day",
+    "city",
+    "capital",
+    "new",
+    "good",
+    "she",
+    "he",
+    "went",
+]
+SENTENCES = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS]
+KILLERS = [
+    ("/v1/fill-mask", {"inputs": ["a [MASK] " * 800] * 128}),
+    ("/v1/fill-mask", {"inputs": "[MASK] " * 2800, "top_k": 20}),
+    ("/v1/fill-mask", {"inputs": "a [MASK]", "top_k": 5, "targets": SENTENCES}),
+    ("/score", {"inputs": ["[MASK] " * 2800] * 2, "parameters": {"top_k": 10}}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), KILLERS)
+def test_what_costs_too_much_is_refused_before_it_is_computed(port, path, body):
+    began = time.monotonic()
+    status, answer = post(port, path, body)
+    assert status == 413, answer
+    assert re.search(r"The request (needs|asks for an answer of about) \d+ (tokens|bytes); at most \d+ are allowed",
+                     answer["error"]["message"])  # fmt: skip
+    assert time.monotonic() - began < 20
+    assert post(port, "/score", {"inputs": ["a [MASK] day"]})[0] == 200
+
+
+def test_a_lone_surrogate_is_refused(port):
+    body = '{"inputs": "a [MASK]", "targets": ["\\ud800"]}'
+    assert post(port, "/v1/fill-mask", body)[0] == 422
+    assert post(port, "/v1/fill-mask", '{"inputs": "\\ud800 [MASK]"}')[0] == 422
+
+
 # ── Limits ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -278,7 +321,7 @@ def config(tmp_path, **settings):
 
 @pytest.mark.slow
 def test_too_many_are_told_to_come_again(folder, tmp_path):
-    process, port = start(folder, *config(tmp_path, queue=4, wait=0.3, batch=4))
+    process, port = start(folder, *config(tmp_path, max_queue_tokens=64, wait=0.3))
     try:
         with ThreadPoolExecutor(24) as clients:
             answers = list(clients.map(lambda _: ask(port, "POST", "/score", {"inputs": ["a [MASK]"]}), range(24)))
@@ -307,15 +350,17 @@ def test_who_hangs_or_leaves_hurts_nobody(folder, tmp_path):
             assert post(port, "/score", {"inputs": ["a [MASK]"]})[0] == 200
             assert hanging.recv(4096).startswith(b"HTTP/1.1 408")
         metrics = ask(port, "GET", "/metrics")[2].decode()
-        assert float(re.search(r"\nbert_jax_batch_inputs_sum (\S+)", metrics)[1]) == 1  # what was left was not computed
-        assert float(re.search(r"\nbert_jax_queue (\S+)", metrics)[1]) == 0
+        assert (
+            float(re.search(r"\nbert_jax_slice_requests_sum (\S+)", metrics)[1]) == 1
+        )  # what was left was not computed
+        assert float(re.search(r"\nbert_jax_queue_tokens (\S+)", metrics)[1]) == 0
     finally:
         process.kill()
 
 
 @pytest.mark.slow
 def test_sigterm_answers_what_was_accepted(folder, tmp_path):
-    process, port = start(folder, *config(tmp_path, wait=1.0, batch=1000, queue=1000))
+    process, port = start(folder, *config(tmp_path, wait=1.0))
     with ThreadPoolExecutor(16) as clients:
         flying = [clients.submit(post, port, "/score", {"inputs": ["a [MASK] day"]}) for _ in range(16)]
         time.sleep(0.4)
@@ -346,6 +391,39 @@ def test_a_mistake_on_the_command_line(arguments, words):
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
     assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_without_a_head_is_served(folder, tmp_path):
+    model = bert_jax.BertModel.from_pretrained(folder)
+    model.save_pretrained(tmp_path)
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    process, port = start(tmp_path, "--task", "feature-extraction")
+    try:
+        pipe = bert_jax.pipeline("feature-extraction", tmp_path)
+        status, answer = post(port, "/v1/feature-extraction", {"inputs": ["she went", "home"], "pooling": "mean"})
+        assert status == 200
+        assert same(answer["outputs"], [vector.tolist() for vector in pipe(["she went", "home"], pooling="mean")])
+        status, answer = post(port, "/v1/feature-extraction", {"inputs": "she", "pooling": "auto"})
+        assert (status, "pooling is" in answer["error"]["message"]) == (422, True)
+        assert post(port, "/v1/attention", {"text": "She went home.", "layer": 1})[0] == 200
+    finally:
+        process.kill()
+
+
+def test_programs_that_cannot_be_compiled_end_the_process(folder):
+    code = f"""
+import bert_jax
+from bert_jax.inference import server
+
+pipe = bert_jax.pipeline("fill-mask", {str(folder)!r})
+pipe.task.forward = lambda *_: 1 / 0
+server.serve("x", {{"fill-mask": pipe}}, port=0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "bert-jax: cannot compile the programs: ZeroDivisionError: division by zero"
     assert "Traceback" not in done.stderr
 
 

@@ -1,5 +1,6 @@
 """fill-mask against PyTorch transformers' pipeline, and what it does beyond that against the model called by hand."""
 
+import json
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ import reference
 import bert_jax
 from bert_jax import Tokenizer
 from bert_jax.errors import InputError
+from bert_jax.tasks import masked_lm
 
 PARIS = "Paris is the [MASK] of France."
 TWO = "The [MASK] of the [MASK] is dead."
@@ -213,13 +215,13 @@ def test_a_text_that_just_fits_is_seen_whole(fill_mask, distributions, tokenizer
     assert len(ids) == 512
     (p,) = distributions(ids)
     close([entry["score"] for entry in fill_mask(text, top_k=2)], np.sort(p)[::-1][:2])
-    rows = next(fill_mask.task.request(text))
+    rows = next(fill_mask.task.request(text).steps)
     assert [row.input_ids for row in rows] == [ids]
 
 
 def test_masks_far_apart_get_windows_of_their_own(fill_mask, tokenizer):
     text = "Paris is the [MASK] of France. " + LONG + LONG + BERLIN
-    first, second = next(fill_mask.task.request(text))
+    first, second = next(fill_mask.task.request(text).steps)
     for row in (first, second):
         assert len(row.input_ids) == 512
         assert (row.input_ids[0], row.input_ids[-1]) == (101, 102)
@@ -234,11 +236,11 @@ def test_masks_far_apart_get_windows_of_their_own(fill_mask, tokenizer):
 
 
 def test_masks_near_each_other_share_a_window(fill_mask):
-    (row,) = next(fill_mask.task.request(LONG + BERLIN + " " + PARIS + LONG))
+    (row,) = next(fill_mask.task.request(LONG + BERLIN + " " + PARIS + LONG).steps)
     assert len(row.masked_positions) == 2
     far = "[MASK] " + "a " * 508 + "[MASK] " + LONG  # 510 tokens from mask to mask: one window holds both
-    assert len(next(fill_mask.task.request(far))) == 1
-    assert len(next(fill_mask.task.request(far.replace("a [MASK]", "a a [MASK]")))) == 2
+    assert len(next(fill_mask.task.request(far).steps)) == 1
+    assert len(next(fill_mask.task.request(far.replace("a [MASK]", "a a [MASK]")).steps)) == 2
 
 
 def test_joint_over_masks_far_apart_is_refused(fill_mask):
@@ -248,12 +250,57 @@ def test_joint_over_masks_far_apart_is_refused(fill_mask):
         fill_mask(far.replace("a [MASK]", "a a [MASK]"), joint=True)
 
 
+def rows_of(steps):
+    """All rows that the steps of a request yield."""
+    rows = next(steps)
+    while rows:
+        yield from rows
+        try:
+            rows = steps.send([{"probabilities": np.full((len(row.masked_positions), 28996), 0.5)} for row in rows])
+        except StopIteration:
+            return
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("a [MASK]", {}),
+        ("[MASK] " * 700, {"top_k": 3}),
+        ("[MASK] is [MASK]", {"targets": ["king", "unhappiness", "queen", "unhappily"]}),
+        ("[MASK] is [MASK]", {"joint": True, "top_k": 20}),
+    ],
+)
+def test_the_cost_is_known_before(fill_mask, text, options):
+    """The tokens of all rows, and about the size of the result; no row scores many masks at once."""
+    request = fill_mask.task.request(text, **options)
+    rows = list(rows_of(fill_mask.task.request(text, **options).steps))
+    tokens = sum(len(row.input_ids) for row in rows)
+    assert tokens <= request.tokens <= 2 * tokens + 100
+    size = len(json.dumps(fill_mask(text, **options)))
+    assert size / 3 < request.size < 4 * size
+    assert max(len(row.masked_positions) for row in rows) <= masked_lm.MASKS
+
+
+def test_many_targets(fill_mask):
+    """Duplicates are left out, and the others are in order of their scores, however many there are."""
+    words = [f"word{i}" for i in range(40)] + ["king", "queen"]
+    found = fill_mask("The [MASK] is dead.", targets=words * 2)
+    assert len(found) == 42
+    assert [entry["score"] for entry in found] == sorted((entry["score"] for entry in found), reverse=True)
+    alone = {entry["token_str"]: entry for word in words for entry in fill_mask("The [MASK] is dead.", targets=[word])}
+    for entry in found:
+        close([entry["score"]], [alone[entry["token_str"]]["score"]])
+
+
 def test_targets_of_several_pieces_in_long_texts(fill_mask, tokenizer):
     """Every row fits into the model, and wants a mask that it holds, wherever the mask and however long the target."""
     word = "un" * 30
     for place in [0, 1, 250, 253, 254, 400, 506]:
         text = "a " * place + "[MASK]" + " a" * (506 - place)
-        for row in next(fill_mask.task.request(text, targets=["king", word])):
+        request = fill_mask.task.request(text, targets=["king", word])
+        rows = list(rows_of(request.steps))
+        assert sum(len(row.input_ids) for row in rows) <= request.tokens
+        for row in rows:
             assert len(row.input_ids) <= 512
             assert [row.input_ids[i] for i in row.masked_positions] == [tokenizer.mask_token_id]
 

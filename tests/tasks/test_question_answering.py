@@ -65,7 +65,7 @@ def test_forms_of_input(pipe):
 
 def answer(task, logits, *, windows=1, **options):
     """The answers where a window's pieces have these logits, `piece: (start, end)`, and -9 elsewhere."""
-    request = task.request(("Where?", CONTEXT), **options)
+    request = task.request(("Where?", CONTEXT), **options).steps
     rows = next(request)
     assert len(rows) == windows
     outputs = []
@@ -154,7 +154,7 @@ def test_without_being_asked_there_is_an_answer(task):
 
 
 def test_a_long_question_is_cut(task):
-    (row,) = next(task.request(("Where " * 100, CONTEXT), max_question_len=10))
+    (row,) = next(task.request(("Where " * 100, CONTEXT), max_question_len=10).steps)
     assert len(row.input_ids) == 10 + len(PIECES) + 3
 
 

@@ -28,7 +28,7 @@ def task(tokenizer):
 
 def label(task, text, *labels, **options):
     """What becomes of a text of one window whose tokens have these labels, `NAME` or `NAME 0.8`."""
-    request = task.request(text, **options)
+    request = task.request(text, **options).steps
     (row,) = next(request)
     assert len(row.input_ids) == len(labels) + 2, row.input_ids
     scores = np.full((len(row.input_ids) + 3, len(LABELS)), np.nan, np.float32)  # padded: what is there is not read
@@ -113,7 +113,7 @@ def test_ignored_labels(task):
 
 def test_a_long_text_is_read_in_windows(task):
     text = " ".join(["Paris"] * 30)
-    request = task(max_length=14).request(text)  # 12 tokens of text a window, of which 3 are the one before's
+    request = task(max_length=14).request(text).steps  # 12 tokens of text a window, of which 3 are the one before's
     rows = next(request)
     assert [len(row.input_ids) for row in rows] == [14, 14, 14]
     outputs = []

@@ -587,15 +587,18 @@ def encoded(network, ids):
     return {name: np.asarray(value) for name, value in vars(network(ids)).items() if isinstance(value, jax.Array)}
 
 
-@pytest.mark.parametrize("architecture", HEADS)
-@pytest.mark.parametrize("initialize", ["mean", "normal"])
+@pytest.mark.parametrize(
+    ("architecture", "initialize"),
+    [("BertModel", "mean"), ("BertForMaskedLM", "mean"), ("BertForPreTraining", "normal")],
+)
 def test_resized_embeddings(checkpoint, tmp_path, architecture, initialize):
     network, before = load(checkpoint, architecture), load(checkpoint, architecture)
     network.resize_embeddings(61, initialize=initialize)
     assert network.config.vocab_size == 61
     ids = reference.inputs()["input_ids"]
+    found = encoded(network, ids)
     for name, expected in encoded(before, ids).items():
-        ours = encoded(network, ids)[name]
+        ours = found[name]
         np.testing.assert_array_equal(ours[..., :60] if ours.shape[-1] == 61 else ours, expected)
     table, old = (m.encoder.embeddings.word_embeddings.weight[...] for m in (network, before))
     np.testing.assert_array_equal(table[:60], old)

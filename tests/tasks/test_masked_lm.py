@@ -265,7 +265,7 @@ def rows_of(steps):
     ("text", "options"),
     [
         ("a [MASK]", {}),
-        ("[MASK] " * 700, {"top_k": 3}),
+        ("[MASK] " * 200, {"top_k": 3}),
         ("[MASK] is [MASK]", {"targets": ["king", "unhappiness", "queen", "unhappily"]}),
         ("[MASK] is [MASK]", {"joint": True, "top_k": 20}),
     ],

@@ -21,7 +21,8 @@ import numpy as np
 
 from bert_jax import BertConfig
 from bert_jax.data.loader import Examples, Loader, Shape
-from bert_jax.inference.pipelines import Bucket, Pipeline
+from bert_jax.inference.batches import Bucket
+from bert_jax.inference.pipelines import Pipeline
 from bert_jax.recipes import preparation, runs
 from bert_jax.settings import Settings
 from bert_jax.tasks import registry

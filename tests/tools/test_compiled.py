@@ -14,7 +14,7 @@ from rich.console import Console
 import bert_jax
 from bert_jax import recipes
 from bert_jax.data.loader import Shape
-from bert_jax.inference.pipelines import Bucket
+from bert_jax.inference.batches import Bucket
 from bert_jax.settings import Settings
 from bert_jax.tools import aot
 

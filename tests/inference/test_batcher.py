@@ -57,7 +57,7 @@ def test_jobs_share_slices(fill_mask):
 
 def test_a_small_job_passes_a_large_one(fill_mask):
     """It waits for no more than the slice that is being computed when it arrives."""
-    _, finished, _ = answers(fill_mask, [[LONG] * 12], late=[[SHORT], [SHORT]])
+    _, finished, _ = answers(fill_mask, [[LONG] * 30], late=[[SHORT], [SHORT]])
     assert finished == [1, 2, 0]
 
 

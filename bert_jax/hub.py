@@ -290,9 +290,9 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
             prefix = f"{read_modules(fetch(MODULES_FILE, revision))[0].path}/".lstrip("/")
         config = fetch(prefix + CONFIG_FILE, revision)
         found = revision if cache_only else commit
-        fetch_some([SENTENCE_FILES[0]], found)
-        fetch_some((prefix + name for name in (*TOKENIZER_FILES, SENTENCE_FILES[1])), found)
+        fetch_some((prefix + name for name in TOKENIZER_FILES), found)
         if sentence_model := find_modules(config.parent):
+            fetch_some([SENTENCE_FILES[0], prefix + SENTENCE_FILES[1]], found)
             fetch_some((f"{path}/{CONFIG_FILE}" for _, path in sentence_model[1][1:]), found)
         try:
             fetch(prefix + WEIGHTS_FILE, found)

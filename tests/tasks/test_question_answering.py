@@ -451,3 +451,11 @@ def test_a_question_longer_than_the_window(tokenizer):
         tokenizer, BertConfig.from_dict(reference.CONFIG), 32, AnswerOptions(stride=8, max_question_length=4)
     )
     assert short.featurize([row]).input_ids[0].tolist().count(tokenizer.sep_token_id) == 2
+
+
+def test_windows_that_hardly_move_are_refused(task):
+    options = {"max_seq_len": 400, "doc_stride": 393}
+    with pytest.raises(InputError, match=r"the context has 6000 tokens; its windows of 400 tokens .* Lower doc_stride"):
+        task.request(("Where?", "a " * 6000), **options)
+    words = "unquestionably " * 200  # more characters than its windows could have tokens
+    assert task.request(("Where?", words * 2), **options).tokens > 0

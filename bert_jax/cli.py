@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,10 +27,12 @@ from bert_jax.training import memory
 
 if TYPE_CHECKING:
     from bert_jax.inference.pipelines import Pipeline
+    from bert_jax.settings import Serving
     from bert_jax.tasks.base import Task
 
 FALLBACK_MODEL = "bert-mini-cased"
 CACHE_VARIABLE = "BERT_JAX_COMPILATION_CACHE"
+KEY_VARIABLE = "BERT_JAX_API_KEY"
 
 Model = Annotated[str, typer.Argument(help=f"A model folder, an id on the Hub, or {FALLBACK_MODEL}.")]
 ModelOption = Annotated[
@@ -295,48 +297,86 @@ def evaluate(
 
 @app.command()
 def serve(
-    model: Annotated[str | None, typer.Argument(help="A model folder or Hub id. Default: as for fill-mask.")] = None,
-    config: Annotated[Path | None, typer.Argument(help="A YAML file of settings, such as configs/serve.yaml.")] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Model folders or Hub ids, and optionally a YAML file of settings, such as configs/serve.yaml. "
+            "Default: as for fill-mask."
+        ),
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="NAME=MODEL: the name by which clients ask for a model. Repeatable.")
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help="Task to serve. Repeatable; the first is at /score.")] = None,
     ignore: Ignore = None,
     host: Annotated[str | None, typer.Option(help="Address to listen at. Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen at. Default: 8000.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="The key that clients must send. Better: BERT_JAX_API_KEY in the environment.")
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file that contains the key.")] = None,
+    truncate: Annotated[
+        bool | None, typer.Option("--truncate", help="Truncate texts to embed or rank that are too long.")
+    ] = None,
+    accept_token_ids: Annotated[
+        bool | None, typer.Option("--accept-token-ids", help="Accept token ids instead of texts to embed.")
+    ] = None,
 ) -> None:
-    """Serve a model over HTTP: the model catalogue's JSON at /score, typed requests at /v1/…, and a web page."""
+    """Serve models over HTTP, in the formats of Azure's model catalogue, OpenAI and text-embeddings-inference."""
     from bert_jax.settings import Serving
 
-    if model and not config and model.endswith((".yaml", ".yml")):
-        config, model = Path(model), None
-    given = {"model": model, "ignore": ignore, "tasks": task, "host": host, "port": port}
-    tree = Serving.from_file(config).model_dump() if config else {}
+    files = [given for given in models or () if given.endswith((".yaml", ".yml"))]
+    if len(files) > 1:
+        raise InputError(f"there are two files of settings, {files[0]} and {files[1]}; expected at most one.")
+    given = {
+        "models": [given for given in models or () if given not in files] or None, "names": _names(name or ()) or None,
+        "ignore": ignore, "tasks": task, "host": host, "port": port,
+        "api_key": os.environ.get(KEY_VARIABLE) if api_key is None and api_key_file is None else api_key,
+        "api_key_file": api_key_file, "truncate": truncate, "accept_token_ids": accept_token_ids,
+    }  # fmt: skip
+    tree = Serving.from_file(files[0]).model_dump(exclude_unset=True) if files else {}
     tree |= {name: value for name, value in given.items() if value is not None}
-    settings = Serving.from_dict(tree, source=str(config or "serve"))
-    check_extra("serve", "fastapi", "uvicorn", "prometheus_client")
+    settings = Serving.from_dict(tree, source=files[0] if files else "serve")
+    check_extra("serve", "fastapi", "uvicorn", "prometheus_client", "orjson", "fastapi_offline")
     memory.keep_freed(asynchronous=True)
     _use_compilation_cache()
-    from bert_jax import hub
-    from bert_jax.inference import pipelines, server
-    from bert_jax.inference.batcher import Limits
-    from bert_jax.tasks import registry
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the server tokenizes in threads of its own
+    from bert_jax.inference.server import app as server
+    from bert_jax.inference.server import models as served
+    from bert_jax.inference.server.limits import Limits
 
-    name, folder = _model(settings.model, settings.revision)
-    # Published configs do not list the next-sentence head among the architectures, even if the model has this head. So
-    # if no tasks are set, next-sentence prediction is tried, too.
-    tasks = settings.tasks or [
-        *(pipelines.tasks_of(hub.architectures(folder)) or ["fill-mask"]),
-        "next-sentence-prediction",
-    ]
-    pipes: dict[str, Pipeline[Task]] = {}
-    for task_name in dict.fromkeys(tasks):
-        try:
-            pipes[task_name] = pipelines.pipeline(
-                registry.task_name(task_name), folder, ignore=settings.ignore, compute_dtype=settings.compute_dtype
-            )
-        except BertJaxError:
-            if settings.tasks or not pipes:  # raise if the user asked for the task, or if no task has loaded yet
-                raise
+    loaded = [
+        served.load(
+            settings.names.get(name, name), folder, tasks=settings.tasks, ignore=settings.ignore,
+            compute_dtype=settings.compute_dtype,
+        )
+        for name, folder in (_model(model, settings.revision) for model in settings.models or [None])
+    ]  # fmt: skip
     limits = Limits(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Limits)})
-    server.serve(name, pipes, host=settings.host, port=settings.port, limits=limits)
+    access = server.Access(_key(settings), settings.allowed_hosts, settings.allow_origins)
+    server.serve(loaded, host=settings.host, port=settings.port, limits=limits, access=access)
+
+
+def _key(settings: "Serving") -> str:
+    """The key that clients of a server must send; empty if there is none."""
+    key, source = settings.api_key, "the API key"
+    if settings.api_key_file is not None:
+        try:
+            key, source = settings.api_key_file.read_text().strip(), f"the API key in {settings.api_key_file}"
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read {settings.api_key_file}: {error}.") from None
+    if key is not None and not re.fullmatch(r"[\x21-\x7e]+", key):
+        raise InputError(f"{source} is empty or has other characters than ASCII letters, digits and signs.")
+    return key or ""
+
+
+def _names(given: Sequence[str]) -> dict[str, str]:
+    """Maps models to their names, from arguments such as NAME=MODEL."""
+    pairs = [entry.partition("=") for entry in given]
+    for entry, (name, equals, model) in zip(given, pairs, strict=True):
+        if not (name and equals and model):
+            raise InputError(f"--name is {quoted(entry)}; expected NAME=MODEL.")
+    return {model: name for name, _, model in pairs}
 
 
 @app.command()

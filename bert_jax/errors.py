@@ -75,9 +75,10 @@ def listed(values: Iterable[Any]) -> str:
 def _cut(parts: Iterable[str]) -> str:
     text = ""
     for part in parts:
+        if len(text) + len(part) > QUOTED:
+            closing = part[-1] if part[-1] in "'\"" else ""  # a quotation ends with a quotation mark, even if it is cut
+            return text + part[: QUOTED - len(text)] + "…" + closing
         text += part
-        if len(text) > QUOTED:
-            return text[:QUOTED] + "…"
     return text
 
 

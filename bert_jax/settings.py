@@ -7,14 +7,14 @@ any field that has a default. Unknown settings are refused.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from bert_jax.errors import quoted
+from bert_jax.errors import listed, quoted
 from bert_jax.tasks.registry import TRAINABLE
 from bert_jax.yaml_file import Section, SettingsFile, nearest, read_tree
 
@@ -421,24 +421,36 @@ class HeldOut(SettingsFile):
 
 
 class Serving(SettingsFile):
-    """A server of one model."""
+    """A server of one or several models."""
 
-    model: str | None = None
-    """The model: a folder, an id on the Hub, or bert-mini-cased. By default, it is google-bert/bert-base-cased or, if
-    that is not cached and the Hub does not answer, bert-mini-cased."""
+    models: tuple[str, ...] = ()
+    """The models: folders, ids on the Hub, or bert-mini-cased. By default, google-bert/bert-base-cased or, if that is
+    not cached and the Hub does not answer, bert-mini-cased."""
+    names: Mapping[str, str] = {}
+    """Maps a model to the name by which clients ask for it; by default, that is the model as it is given."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub."""
+    """Branch, tag or commit on the Hub, if there is one model."""
     ignore: Patterns = ()
     """Tensors in the checkpoint that are not loaded: regular expressions that match their whole names."""
     tasks: tuple[str, ...] = ()
-    """Tasks to serve; by default, the tasks that the model has heads for. The first task is served at /score in
-    addition to /v1/{task}."""
+    """Tasks to serve; by default, each model serves the tasks that it has heads for. The first task of the first model
+    is served at /score, too."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all addresses of the machine."""
     port: Annotated[int, Field(ge=0, lt=2**16)] = 8000
     """Port to listen on; 0 for any free port."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the activations."""
+    api_key: str | None = None
+    """The key that clients must send as `Authorization: Bearer …`, for all paths but /health. By default, there is
+    none. The variable BERT_JAX_API_KEY takes precedence over the file of settings."""
+    api_key_file: Path | None = None
+    """A file that contains the key, instead of `api_key`."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that clients may call the server by (the header Host); `*.example.com` allows all subdomains. By default,
+    any name is allowed, unless the server listens at a loopback address: then only the names of this machine are."""
+    allow_origins: tuple[str, ...] = ()
+    """Origins of web pages that may read answers, such as https://example.com; `*` for all."""
     wait: NonNegativeFloat = 0.0005
     """Seconds that a request waits for other requests to be computed with, if no request is being computed."""
     timeout: PositiveFloat = 30.0
@@ -446,7 +458,7 @@ class Serving(SettingsFile):
     longer, the status is 408 or 504, respectively."""
     max_body: PositiveInt = 2**20
     """Maximum size of the body of a request, in bytes."""
-    max_inputs: PositiveInt = 128
+    max_inputs: PositiveInt = 2048
     """Maximum number of inputs per request."""
     max_characters: PositiveInt = 20_000
     """Maximum number of characters per input."""
@@ -459,6 +471,27 @@ class Serving(SettingsFile):
     max_queue_tokens: PositiveInt = 2**15
     """Maximum number of tokens that all unanswered requests may need computed. A request that would exceed this number
     is refused with status 429."""
+    max_connections: PositiveInt = 1024
+    """Maximum number of open connections. If there is one more, the connection that has been idle longest is closed."""
+    truncate: bool = False
+    """Whether the routes of OpenAI and text-embeddings-inference truncate texts that are too long, unless the request
+    says otherwise. If false, such texts are refused."""
+    accept_token_ids: bool = False
+    """Whether the routes for embeddings accept token ids instead of texts. They must be ids of the model's own
+    tokenizer; ids of another one give wrong results without an error."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.api_key is not None and self.api_key_file is not None:
+            raise ValueError("api_key and api_key_file are both set; expected one of them")
+        if self.revision and len(self.models) > 1:
+            raise ValueError("revision is set for several models; expected one model")
+        if unknown := [model for model in self.names if model not in self.models]:
+            raise ValueError(f"names has {quoted(unknown[0])}, which is not among the models: {listed(self.models)}")
+        names = [self.names.get(model, model) for model in self.models]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two models have the name {quoted(twice[0])}; give each its own name")
+        return self
 
 
 def read(path: str | Path, overrides: Iterable[str] = ()) -> Settings | HeldOut:

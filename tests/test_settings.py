@@ -295,7 +295,7 @@ def test_each_field_is_described(section, name):
         ("data.labels=[a, b] #c", "'#c' is a YAML comment"),
         ("data.text=", "'data.text=' has no value; expected key=value, or key=null to unset it."),
         ("data.text= ", "'data.text= ' has no value;"),
-        ("data.labels=" + "[" * 5000, f"'data.labels={'[' * 187}…: the value is not valid YAML; "),
+        ("data.labels=" + "[" * 5000, f"'data.labels={'[' * 187}…': the value is not valid YAML; "),
         ("a." * 5000 + "b=1", "there is no such setting; "),
         ("model={id: a, id: b}", "'model={id: a, id: b}': the value is not valid YAML; "),
     ],
@@ -366,7 +366,7 @@ def bomb(levels):
         ("task: a\ndata: {}\ntask: b\n", r"is not YAML: line 3 repeats 'task'; give each key once\.$"),
         ("data:\n  text: a\n  text: b\n", r"is not YAML: line 3 repeats 'text'; give each key once\.$"),
         (f"task: !{'x' * 5000}\n", r"is not YAML: could not determine a constructor for the tag .*…$"),
-        (f"task_name: {['x' * 500]}\n", r"task_name is \['x{198}…; .* has these variants: none\.$"),
+        (f"task_name: {['x' * 500]}\n", r"task_name is \['x{198}…'; .* has these variants: none\.$"),
     ],
 )
 def test_messages_quote_little_of_a_file(tmp_path, content, message):

@@ -1,7 +1,6 @@
 """Divides rows into batches, and chooses for each batch one of a few shapes, the buckets, to pad it to."""
 
 import functools
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -41,6 +40,11 @@ class Bucket(NamedTuple):
     masks: int
     texts: int = 1
     labelled: bool = False
+
+
+def is_usual(bucket: Bucket) -> bool:
+    """Whether texts of up to 128 tokens with up to 2 masked positions use a bucket, unless they are very many."""
+    return bucket.length <= 128 and bucket.masks <= 2 and bucket.texts == 1
 
 
 class Queued(NamedTuple):
@@ -90,18 +94,29 @@ def batches(queued: Iterable[Queued], lengths: Sequence[int], packed: Sequence[i
         lengths: The lengths that rows with one text are padded to, in ascending order.
         packed: The lengths that packed rows are padded to; empty if rows cannot be packed.
     """
-    rest = sorted(queued, key=lambda q: (-len(q.features.input_ids), -len(q.features.masked_positions)))
+
+    def padded(q: Queued) -> tuple[int, int]:
+        """The length and the number of masks that a row with this text alone is padded to."""
+        length = next(length for length in lengths if length >= len(q.features.input_ids))
+        return length, next(n for n in (0, *mask_counts(length, 1)) if n >= len(q.features.masked_positions))
+
+    rest = list(queued)
     while rest:
-        tokens = [len(q.features.input_ids) for q in rest]
-        if packed and sum(tokens) > BUCKET_TOKENS:
+        if packed and sum(len(q.features.input_ids) for q in rest) > BUCKET_TOKENS:
+            rest.sort(key=lambda q: (-len(q.features.input_ids), -len(q.features.masked_positions)))
+            tokens = [len(q.features.input_ids) for q in rest]
             length = next(length for length in packed if length >= tokens[0])
             rows, texts = most_rows(length), length // 8
             placed = best_fit(tokens, length, rows=rows, items=texts)
         else:
-            # The batch gets as many rows as possible, but more than half of them must hold a text longer than
-            # `shorter`. The remaining texts go into later batches, for which a shorter length may be enough.
-            shorter, length = next((a, b) for a, b in itertools.pairwise([0, *lengths]) if b >= tokens[0])
-            filling = sum(n > shorter for n in tokens)
+            # The batch gets as many rows as possible, but more than half of them must need its length, and more than
+            # half its number of masks. The other texts go into later batches, for which less may be enough.
+            rest.sort(key=padded, reverse=True)
+            length, masks = padded(rest[0])
+            alike = [padded(q) for q in rest if padded(q)[0] == length]
+            filling = alike.count((length, masks))
+            if 2 * filling > len(alike):
+                filling = len(alike)
             rows, texts = max(n for n in BUCKET_ROWS if n <= most_rows(length) and filling > n // 2), 1
             placed = [i if i < rows else -1 for i in range(len(rest))]
         here = [q for q, row in zip(rest, placed, strict=True) if row >= 0]

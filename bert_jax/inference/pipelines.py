@@ -5,16 +5,12 @@ Example:
     fill_mask("Paris is the [MASK] of France.", top_k=2)
 """
 
-import contextlib
 import functools
-import heapq
 import inspect
 import itertools
 import os
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 import jax
@@ -34,11 +30,13 @@ from bert_jax.inference.batches import (
     Bucket,
     Queued,
     batches,
+    is_usual,
     mask_counts,
     most_rows,
 )
+from bert_jax.inference.run import Run
 from bert_jax.model import BertModel, BertPreTrainedModel, ComputeDtype
-from bert_jax.tasks.base import Outputs, Request, Task, check_vocabulary
+from bert_jax.tasks.base import Request, Task, check_vocabulary
 from bert_jax.tasks.feature_extraction import FeatureExtraction
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
@@ -50,10 +48,6 @@ from bert_jax.tokenizer import Tokenizer
 
 READ_AHEAD = 1024
 """Number of inputs of a stream that are read ahead, sorted by length and batched together."""
-TOKENS_PER_MASK = 8
-"""The number of tokens that a masked position counts as when a slice is filled. Its probabilities of the vocabulary
-need as much memory as the activations of some tokens."""
-
 
 Model = str | os.PathLike[str] | BertPreTrainedModel
 Input = TypeVar("Input")
@@ -206,11 +200,9 @@ class Pipeline(Generic[Task_co]):
     def _parameters(self) -> list[str]:
         return list(inspect.signature(self.task.request).parameters)[1:]
 
-    def warm_up(self) -> None:
-        """Compiles the programs that predictions need, several at a time, and runs the one that uses the most memory.
-
-        After that, no input waits for a compiler, and memory use has reached its peak.
-        """
+    @functools.cached_property
+    def buckets(self) -> list[Bucket]:
+        """The buckets that inputs can need, the usual ones first; see `is_usual`."""
         shapes = [(rows, length, 1) for length in self._lengths for rows in BUCKET_ROWS if rows <= most_rows(length)]
         shapes += [(most_rows(length), length, length // 8) for length in self._packed]
         buckets = [
@@ -218,11 +210,22 @@ class Pipeline(Generic[Task_co]):
             for rows, length, texts in shapes
             for masks in (sorted(set(mask_counts(length, texts))) if self.task.masked else [0])
         ]
+        return sorted(buckets, key=is_usual, reverse=True)
+
+    def warm_up(self) -> None:
+        """Compiles the programs of all `buckets`, several at a time, and runs the one that uses the most memory.
+
+        After that, no input waits for a compiler, and memory use has reached its peak.
+        """
         with ThreadPoolExecutor(os.cpu_count()) as compilers:
-            list(compilers.map(self._program, buckets))
-        largest = max(buckets, key=lambda bucket: (bucket.masks * bucket.rows, bucket.length * bucket.rows))
+            list(compilers.map(self.compile, self.buckets))
+        self.run_largest()
+
+    def run_largest(self) -> None:
+        """Runs the program that uses the most memory."""
+        largest = max(self.buckets, key=lambda bucket: (bucket.masks * bucket.rows, bucket.length * bucket.rows))
         inputs = {name: np.zeros(shape, np.int32) for name, shape in self._shapes(largest).items()}
-        jax.block_until_ready(self._program(largest)(self.params, inputs))
+        jax.block_until_ready(self.compile(largest)(self.params, inputs))
 
     @property
     def programs(self) -> list[Bucket]:
@@ -289,7 +292,7 @@ class Pipeline(Generic[Task_co]):
         run.add(self, requests)
         finished: dict[Any, Any] = {}
         while not finished:
-            finished = run.compute()
+            finished = dict(run.compute())
         (results,) = finished.values()
         if isinstance(results, Exception):
             raise results
@@ -319,10 +322,15 @@ class Pipeline(Generic[Task_co]):
                 inputs["masked_positions"][mask.tokens] = spot.start + np.array(features.masked_positions)
             if features.labels:
                 inputs["labels"][mask.tokens] = features.labels
-        outputs: dict[str, jax.Array] = self._program(bucket)(self.params, inputs)
+        outputs: dict[str, jax.Array] = self.compile(bucket)(self.params, inputs)
         return outputs
 
-    def _program(self, bucket: Bucket) -> jax.stages.Compiled:
+    def has_program(self, bucket: Bucket) -> bool:
+        """Whether the program of a bucket is compiled."""
+        return bucket in self._programs
+
+    def compile(self, bucket: Bucket) -> jax.stages.Compiled:
+        """The program of a bucket, compiled at the first call."""
         if bucket not in self._programs:
             self._programs[bucket] = self.trace(bucket).lower().compile()
         return self._programs[bucket]
@@ -361,144 +369,3 @@ class Pipeline(Generic[Task_co]):
     def model(self, params: tree.Params) -> Any:
         """The model with `params`, which are `self.params` or, inside `jax.jit`, tracers of them."""
         return tree.merge(self._skeleton, params)
-
-
-@dataclass
-class _Work:
-    """The requests of one owner.
-
-    Attributes:
-        pending: The requests that are not started, with their indices.
-        results: The results by index, as far as they are known.
-        left: The number of results that are not known yet.
-        queued: The rows to compute next.
-        tokens: The number of tokens that were computed for the owner.
-    """
-
-    pending: deque[tuple[int, Request[Any]]]
-    results: list[Any]
-    left: int
-    queued: deque[Queued] = field(default_factory=deque)
-    tokens: int = 0
-
-
-@dataclass(eq=False)
-class _Started:
-    """A request that was started, and the outputs that it waits for. An output is None until it is computed."""
-
-    owner: Hashable
-    index: int
-    request: Request[Any]
-    outputs: list[Outputs | None] = field(default_factory=list)
-
-
-class Run:
-    """Requests of several owners, computed together, slice by slice.
-
-    In each slice, the owners for whom the fewest tokens were computed come first. So an owner with a few rows does not
-    wait for the many rows of another one.
-    """
-
-    def __init__(self, pipe: Pipeline[Any]):
-        self._pipe = pipe
-        self._work: dict[Hashable, _Work] = {}
-
-    @property
-    def owners(self) -> list[Hashable]:
-        """The owners whose requests are not finished."""
-        return list(self._work)
-
-    def add(self, owner: Hashable, requests: Sequence[Request[Any]]) -> None:
-        """Adds the requests of an owner; there must be at least one."""
-        self._work[owner] = _Work(deque(enumerate(requests)), [None] * len(requests), len(requests))
-
-    def remove(self, owner: Hashable) -> None:
-        """Drops the requests of an owner, if it has any."""
-        self._work.pop(owner, None)
-
-    def compute(self, tokens: int | None = None) -> dict[Hashable, list[Any] | Exception]:
-        """Computes a slice.
-
-        Args:
-            tokens: The size of the slice. None computes all rows that are known to be needed.
-
-        Returns:
-            For each owner whose requests are now finished, their results in order or, if one of them failed, its error.
-        """
-        finished: dict[Hashable, list[Any] | Exception] = {}
-        in_flight: deque[tuple[Batch, dict[str, jax.Array]]] = deque()
-        for batch in self._pipe.batches(self._next(tokens, finished)):
-            with self._failing(batch, finished):
-                in_flight.append((batch, self._pipe.forward(batch)))
-            if len(in_flight) > 1:  # while the device computes a batch, the host decodes the previous one
-                self._deliver(*in_flight.popleft(), finished)
-        while in_flight:
-            self._deliver(*in_flight.popleft(), finished)
-        return finished
-
-    def _next(self, tokens: int | None, finished: dict[Hashable, Any]) -> list[Queued]:
-        """Takes the rows of the next slice from the queues, and starts requests as they are needed for it."""
-        turns = [(work.tokens, i, owner) for i, (owner, work) in enumerate(self._work.items())]
-        heapq.heapify(turns)
-        taken: list[Queued] = []
-        while turns and (tokens is None or tokens > 0):
-            _, i, owner = heapq.heappop(turns)
-            while owner in self._work and self._work[owner].pending and not self._work[owner].queued:
-                index, request = self._work[owner].pending.popleft()
-                self._advance(_Started(owner, index, request), None, finished)
-            if owner not in self._work or not self._work[owner].queued:
-                continue
-            work = self._work[owner]
-            row = work.queued.popleft()
-            cost = max(
-                BUCKET_LENGTHS[0], len(row.features.input_ids), TOKENS_PER_MASK * len(row.features.masked_positions)
-            )
-            work.tokens += cost
-            tokens = None if tokens is None else tokens - cost
-            taken.append(row)
-            heapq.heappush(turns, (work.tokens, i, owner))
-        return taken
-
-    def _advance(self, started: _Started, outputs: Any, finished: dict[Hashable, Any]) -> None:
-        """Sends outputs to a request. Queues the rows that it yields, or keeps its result."""
-        work = self._work[started.owner]
-        try:
-            rows = started.request.steps.send(outputs)
-        except StopIteration as end:
-            work.results[started.index] = end.value
-            work.left -= 1
-            if not work.left:
-                finished[started.owner] = work.results
-                del self._work[started.owner]
-        except Exception as error:
-            finished[started.owner] = error
-            del self._work[started.owner]
-        else:
-            started.outputs = [None] * len(rows)
-            work.queued.extend(Queued(row, started, place) for place, row in enumerate(rows))
-
-    def _deliver(self, batch: Batch, arrays: dict[str, jax.Array], finished: dict[Hashable, Any]) -> None:
-        """Gives each text of a batch its outputs."""
-        task = self._pipe.task
-        with self._failing(batch, finished):
-            on_host = {name: np.asarray(array) for name, array in arrays.items()}
-            if not all(np.isfinite(array).all() for array in on_host.values()):
-                raise CheckpointError("The results are not finite. Check the weights and config, or use float32.")
-        for (_, started, place), spot in zip(
-            batch.queued, batch.masked_spots if task.masked else batch.spots, strict=True
-        ):
-            if started.owner in self._work:
-                where: Any = spot.tokens if task.masked or task.per_token else (spot.row, spot.number)
-                started.outputs[place] = {name: array[where] for name, array in on_host.items()}
-                if None not in started.outputs:
-                    self._advance(started, started.outputs, finished)
-
-    @contextlib.contextmanager
-    def _failing(self, batch: Batch, finished: dict[Hashable, Any]) -> Iterator[None]:
-        """If the computation of a batch raises an exception, it is the result of all owners with texts in the batch."""
-        try:
-            yield
-        except Exception as error:
-            for owner in {queued.request.owner for queued in batch.queued}:
-                if self._work.pop(owner, None):
-                    finished[owner] = error

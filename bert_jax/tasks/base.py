@@ -13,10 +13,11 @@ V tokens in the vocabulary.
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, Protocol, Self, TypedDict, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples

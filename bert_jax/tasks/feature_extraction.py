@@ -1,13 +1,13 @@
 """feature-extraction: the encoder's output vectors, one per token or one for the whole text."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import Encoding
 
 from bert_jax.config import BertConfig
 from bert_jax.data.sources import TEXTS
@@ -90,19 +90,61 @@ class FeatureExtraction:
         check_text(text)
         if pooling not in POOLING:
             raise InputError(f"pooling is {quoted(pooling)}; expected one of {', '.join(map(repr, POOLING))}.")
-        max_length = self.max_length
         if pooling == "auto":
-            pooling, normalize = self.embedding.pooling, normalize or self.embedding.normalize
-            max_length = min(max_length, self.embedding.max_length or max_length)
-        encoding = self.tokenizer.encode([text], max_length=max_length)[0][0]
-        vectors = len(encoding) if pooling is None else 1
-        size = 25 * self.config.hidden_size * vectors
-        return Request(self._encode(encoding, pooling, normalize), len(encoding), size)
+            return self.embed(text, normalize=normalize or self.embedding.normalize)
+        encoding = self.tokenizer.encode([text], max_length=self.max_length)[0][0]
+        return self._request(encoding.ids, pooling, normalize)
 
-    def _encode(self, encoding: Encoding, pooling: str | None, normalize: bool) -> Steps[np.ndarray]:
-        (output,) = yield [Features(encoding.ids, encoding.type_ids)]
+    def embed(
+        self, text: str | Sequence[int], *, normalize: bool | None = None, truncate: bool = True
+    ) -> Request[np.ndarray]:
+        """Embeds one text as the folder of a sentence-transformers model declares it.
+
+        Args:
+            text: A text, or the ids of its tokens. [CLS] and [SEP] are added to ids that do not have them.
+            normalize: Whether to scale the vector to length 1; None for what the folder declares.
+            truncate: Whether to truncate a text that is too long. If false, it is refused.
+
+        Returns:
+            float32 [D].
+
+        Raises:
+            InputError: If `text` is blank, too long or has an invalid id, or if `request` raises it for the pooling
+                "auto".
+        """
+        embedding = self.embedding
+        longest = min(self.max_length, embedding.max_length or self.max_length)
+        if isinstance(text, str):
+            check_text(text)
+            ids = self.tokenizer.encode([text])[0][0].ids
+            if len(ids) > longest and truncate:
+                ids = self.tokenizer.encode([text], max_length=longest)[0][0].ids
+        else:
+            ids = self._with_special_tokens(text)
+            if len(ids) > longest and truncate:
+                ids = [*ids[: longest - 1], ids[-1]]
+        if len(ids) > longest:
+            raise InputError(f"the text has {len(ids)} tokens; at most {longest} are allowed.")
+        return self._request(ids, embedding.pooling, embedding.normalize if normalize is None else normalize)
+
+    def _with_special_tokens(self, ids: Sequence[int]) -> list[int]:
+        size = self.tokenizer.vocab_size
+        if wrong := [id_ for id_ in ids if not 0 <= id_ < size]:
+            raise InputError(f"the token id {wrong[0]} is out of range; the model has ids from 0 to {size - 1}.")
+        if not ids:
+            raise InputError("there are no token ids.")
+        first, last = self.tokenizer.encode([""])[0][0].ids
+        return list(ids) if [ids[0], ids[-1]] == [first, last] else [first, *ids, last]
+
+    def _request(self, ids: list[int], pooling: str | None, normalize: bool) -> Request[np.ndarray]:
+        vectors = len(ids) if pooling is None else 1
+        size = 25 * self.config.hidden_size * vectors
+        return Request(self._encode(ids, pooling, normalize), len(ids), size)
+
+    def _encode(self, ids: list[int], pooling: str | None, normalize: bool) -> Steps[np.ndarray]:
+        (output,) = yield [Features(ids, [0] * len(ids))]
         states = output["states"]
         vectors: np.ndarray = {None: states, "cls": states[0], "mean": states.mean(axis=0)}[pooling]
         if normalize:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-        return np.array(vectors)  # copied, because a view would keep the outputs of the whole batch in memory
+        return vectors

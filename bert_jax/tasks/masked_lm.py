@@ -1,10 +1,11 @@
 """fill-mask: proposes tokens for each [MASK], scores words that the caller names, or fills all masks jointly."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NotRequired, TypedDict, TypeVar
+from typing import Any, NotRequired, TypeVar
 
 import jax
 import numpy as np
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from bert_jax.config import BertConfig
 from bert_jax.data.sources import TEXTS

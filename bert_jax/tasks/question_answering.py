@@ -5,12 +5,13 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self, TypedDict
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Encoding
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from bert_jax import losses
 from bert_jax.config import BertConfig

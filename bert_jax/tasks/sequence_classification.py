@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,11 @@ SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
     SINGLE: jax.nn.softmax,
     MULTI: jax.nn.sigmoid,
     REGRESSION: lambda logits: logits,
+}
+FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "softmax": lambda logits: np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum(),
+    "sigmoid": lambda logits: np.exp(-np.logaddexp(0, -logits)),
+    "none": lambda logits: logits,
 }
 LABEL = ("label", "label_string", "labels", "label_name", "class", "score")
 """Usual names of the label column."""
@@ -79,27 +84,36 @@ class SequenceClassification(TrainableTask):
     def forward(
         self, model: BertForSequenceClassification, inputs: dict[str, jax.Array], starts: jax.Array
     ) -> dict[str, jax.Array]:
-        """Computes `scores`, float32 [B, K, C], with the function of `SCORES` that the constructor chooses.
+        """Computes `logits` and `scores`, each float32 [B, K, C].
 
-        `SINGLE` gives probabilities that add up to 1, `MULTI` gives an independent probability for each label, and
-        `REGRESSION` gives the predicted numbers.
+        The scores are the logits after the function of `SCORES` that the constructor chooses: `SINGLE` gives
+        probabilities that add up to 1, `MULTI` gives an independent probability for each label, and `REGRESSION` gives
+        the predicted numbers.
         """
-        return {"scores": self.scores(model(**inputs, positions=starts).logits)}
+        logits = model(**inputs, positions=starts).logits
+        return {"logits": logits, "scores": self.scores(logits)}
 
-    def request(self, text: str | tuple[str, str], *, top_k: int | None = 1) -> Request[LabelScore | list[LabelScore]]:
+    def request(
+        self,
+        text: str | tuple[str, str],
+        *,
+        top_k: int | None = 1,
+        function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None,
+    ) -> Request[LabelScore | list[LabelScore]]:
         """Classifies one text.
 
         Args:
             text: A text, or a pair of texts as a tuple. Inputs are truncated to the model's maximum length; in a pair,
                 the longer text loses tokens.
             top_k: How many labels to return; None for all.
+            function_to_apply: The function that turns logits into scores; None for that of the model's problem type.
 
         Returns:
             `{label, score}` if top_k is 1, else a list of such entries, best first. In multi-label classification, the
             scores need not add up to 1. In regression, the score is the predicted number.
 
         Raises:
-            InputError: If the input is not a text or a pair of texts, or if a text is empty.
+            InputError: If the input is not a text or a pair of texts, if a text is empty, or if a parameter is invalid.
         """
         texts = list(text) if isinstance(text, list | tuple) else [text]
         if len(texts) not in (1, 2):
@@ -110,13 +124,23 @@ class SequenceClassification(TrainableTask):
             check_pairs(self.model_config)
         if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
             raise InputError(f"top_k is {quoted(top_k)}; expected a whole number of at least 1, or None.")
+        if function_to_apply not in (None, *FUNCTIONS):
+            expected = ", ".join(map(repr, FUNCTIONS))
+            raise InputError(f"function_to_apply is {quoted(function_to_apply)}; expected {expected} or None.")
         encoding = self.tokenizer.encode(texts[:1], texts[1:] or None, max_length=self.max_length)[0][0]
-        return Request(self._classify(encoding, top_k), len(encoding), sum(50 + len(label) for label in self.labels))
+        return Request(
+            self._classify(encoding, top_k, function_to_apply),
+            len(encoding),
+            sum(50 + len(label) for label in self.labels),
+        )
 
-    def _classify(self, encoding: Encoding, top_k: int | None) -> Steps[LabelScore | list[LabelScore]]:
+    def _classify(
+        self, encoding: Encoding, top_k: int | None, function_to_apply: str | None
+    ) -> Steps[LabelScore | list[LabelScore]]:
         (output,) = yield [Features(encoding.ids, encoding.type_ids)]
-        order = np.argsort(-output["scores"], kind="stable")[:top_k]
-        entries: list[LabelScore] = [{"label": self.labels[i], "score": float(output["scores"][i])} for i in order]
+        scores = output["scores"] if function_to_apply is None else FUNCTIONS[function_to_apply](output["logits"])
+        order = np.argsort(-scores, kind="stable")[:top_k]
+        entries: list[LabelScore] = [{"label": self.labels[i], "score": float(scores[i])} for i in order]
         return entries[0] if top_k == 1 else entries
 
     # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,12 +4,13 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Encoding
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from bert_jax import losses
 from bert_jax.config import BertConfig

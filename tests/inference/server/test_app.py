@@ -1,6 +1,5 @@
 """A real server in a process of its own, and clients that talk to it over a socket."""
 
-import http.client
 import importlib.util
 import json
 import os
@@ -15,93 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from flax import nnx
+from serving import ask, post, same, start
 
 import bert_jax
 from bert_jax.errors import InputError
-from bert_jax.inference import catalogue, server
+from bert_jax.inference import catalogue
+from bert_jax.inference.server import app, engine, models, tasks
 
-CARD = server.SAMPLE
-
-
-def start(*arguments, wait=True, **environment):
-    """A server at a free port: its process and port."""
-    command = [sys.executable, "-m", "bert_jax.cli", "serve", *map(str, arguments), "--port", "0"]
-    flags = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")}
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | flags | environment
-    )
-    line = process.stderr.readline()
-    match = re.search(r"http://127.0.0.1:(\d+) answers", line)
-    assert match, line + process.stderr.read()
-    port = int(match[1])
-    until = time.monotonic() + 240
-    while wait and ask(port, "GET", "/health")[0] != 200:
-        if time.monotonic() > until:
-            process.kill()
-            pytest.fail("the server is not ready after four minutes")
-        time.sleep(0.1)
-    return process, port
-
-
-def ask(port, method, path, body=None, headers=None, timeout=60):
-    """Status, headers and content of an answer; a body that is no text or bytes goes as JSON."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-    if body is not None and not isinstance(body, str | bytes):
-        body = json.dumps(body)
-    try:
-        connection.request(method, path, body, headers or {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        content = answer.read()
-        return answer.status, answer.headers, content
-    finally:
-        connection.close()
-
-
-def post(port, path, body, **options):
-    status, _, content = ask(port, "POST", path, body, **options)
-    return status, json.loads(content)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A small model with both pretraining heads and a tokenizer that knows a few words."""
-    path = tmp_path_factory.mktemp("model")
-    words = ["paris", "is", "the", "of", "france", "today", "a", "day", "city", "capital", "new", "good", "!", ".", "?"]
-    words += ["she", "he", "went", "home", "and", "then"]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    config = bert_jax.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=32, initializer_range=0.5,
-    )  # fmt: skip
-    bert_jax.BertForPreTraining(config, rngs=nnx.Rngs(0)).save_pretrained(path)
-    (path / "vocab.txt").write_text("\n".join(vocabulary))
-    (path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "model_max_length": 32}))
-    return path
-
-
-@pytest.fixture(scope="module")
-def pipes(folder):
-    return {task: bert_jax.pipeline(task, folder) for task in ("fill-mask", "next-sentence-prediction")}
-
-
-@pytest.fixture(scope="module")
-def port(folder):
-    process, port = start(folder)
-    yield port
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) in (0, -signal.SIGTERM)
-
-
-def same(answer, expected):
-    """JSON with scores to 1e-5."""
-    if isinstance(expected, float):
-        return answer == pytest.approx(expected, abs=1e-5)
-    if isinstance(expected, list):
-        return len(answer) == len(expected) and all(map(same, answer, expected))
-    if isinstance(expected, dict):
-        return answer.keys() == expected.keys() and all(same(answer[key], expected[key]) for key in expected)
-    return answer == expected
+CARD = tasks.SAMPLE
 
 
 # ── Answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -139,7 +59,7 @@ def test_typed_bodies(port, pipes):
     assert same(answer["outputs"], pipes["next-sentence-prediction"]([pair, pair[::-1]]))
     schema = json.loads(ask(port, "GET", "/openapi.json")[2])["paths"]
     documented = schema["/v1/fill-mask"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert documented["properties"].keys() == {"inputs", "top_k", "targets", "joint"}
+    assert documented["properties"].keys() == {"inputs", "model", "top_k", "targets", "joint"}
     assert schema["/score"]["post"]["requestBody"]["content"]["application/json"]["schema"]["example"] == CARD
 
 
@@ -172,6 +92,11 @@ def test_many_clients_get_their_own_answers(port, pipes):
 
 
 def programs(port):
+    """The number of compiled programs, when all are compiled."""
+    until = time.monotonic() + 240
+    while json.loads(ask(port, "GET", "/health")[2])["programs_left"]:
+        assert time.monotonic() < until
+        time.sleep(0.2)
     return float(re.search(r"\nbert_jax_programs (\S+)", ask(port, "GET", "/metrics")[2].decode())[1])
 
 
@@ -193,10 +118,10 @@ SECRET = "Walburga Zwiebelkuchen"
         ("/score", {"inputs": ["a [MASK]", 7]}, 422, r"inputs\[1\]: expected a text"),
         ("/score", {"inputs": ["a [MASK]"], "parameters": {"targets": [SECRET, "ok"]}}, 422, "the target '…' has"),
         ("/score", {"inputs": ["a [MASK]"], "parameters": {"top_k": 0}}, 422, "top_k is 0"),
-        ("/score", {"inputs": ["a [MASK]"] * 129}, 422, "there are 129 inputs; at most 128"),
+        ("/score", {"inputs": ["a [MASK]"] * 2049}, 422, "the list of inputs has 2049 entries; at most 2048"),
         ("/score", {"inputs": ["[MASK] " * 4000]}, 422, "at most 20000"),
         ("/score", b" " * (2**20 + 1), 413, "more than 1048576 bytes"),
-        ("/v1/fill-mask", {"inputs": "a [MASK]", "topk": SECRET}, 422, "unknown field; expected inputs, top_k"),
+        ("/v1/fill-mask", {"inputs": "a [MASK]", "topk": SECRET}, 422, "unknown field; expected inputs, model, top_k"),
         ("/v1/fill-mask", {"inputs": "a [MASK]", "top_k": "2"}, 422, "top_k: Input should be a valid integer"),
         ("/v1/fill-mask", {"text": SECRET}, 422, "inputs: Field required|unknown field"),
         ("/v1/next-sentence-prediction", {"inputs": [[SECRET, " "]]}, 422, r"inputs\[0\]: the second text is empty"),
@@ -217,15 +142,15 @@ def test_other_refusals(port):
     assert ask(port, "PUT", "/score", "{}")[0] == 405
     with socket.create_connection(("127.0.0.1", port)) as client:  # a body that is cut off
         client.sendall(
-            b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+            b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
         )
     assert ask(port, "GET", "/health")[0] == 200
 
 
 def test_quotations_are_left_out():
     texts = ["Some 'quoted' text", "b"]
-    assert server.without_quotes("got \"Some 'quoted' text\" and 'top_k'", texts) == "got '…' and 'top_k'"
-    assert server.without_quotes("expected 'a', got 'b'", texts) == "expected 'a', got '…'"
+    assert engine.without_quotes("got \"Some 'quoted' text\" and 'top_k'", texts) == "got '…' and 'top_k'"
+    assert engine.without_quotes("expected 'a', got 'b'", texts) == "expected 'a', got '…'"
 
 
 def shaped(schema, random):
@@ -263,7 +188,7 @@ def test_malformed_bodies(port):
         statuses.append(status)
         if status != 200:
             assert 400 <= status < 500, (path, body, content)
-            assert json.loads(content)["error"].keys() == {"code", "message"}
+            assert "error" in json.loads(content)
     assert len({*statuses}) > 2
     assert ask(port, "GET", "/health")[0] == 200
 
@@ -289,7 +214,7 @@ SENTENCES = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS]
 KILLERS = [
     ("/v1/fill-mask", {"inputs": ["a [MASK] " * 800] * 128}),
     ("/v1/fill-mask", {"inputs": "[MASK] " * 2800, "top_k": 20}),
-    ("/v1/fill-mask", {"inputs": "a [MASK]", "top_k": 5, "targets": SENTENCES}),
+    ("/v1/fill-mask", {"inputs": "a [MASK]", "top_k": 5, "targets": SENTENCES[:2000]}),
     ("/score", {"inputs": ["[MASK] " * 2800] * 2, "parameters": {"top_k": 10}}),
 ]
 
@@ -299,16 +224,24 @@ def test_what_costs_too_much_is_refused_before_it_is_computed(port, path, body):
     began = time.monotonic()
     status, answer = post(port, path, body)
     assert status == 413, answer
-    assert re.search(r"The request (needs|asks for an answer of about) \d+ (tokens|bytes); at most \d+ are allowed",
-                     answer["error"]["message"])  # fmt: skip
+    assert re.search(
+        r"The request (needs \d+ tokens or more|asks for an answer of about \d+ bytes); at most \d+ are allowed",
+        answer["error"]["message"],
+    )
     assert time.monotonic() - began < 20
     assert post(port, "/score", {"inputs": ["a [MASK] day"]})[0] == 200
 
 
+def test_too_many_targets(port):
+    status, answer = post(port, "/v1/fill-mask", {"inputs": "a [MASK]", "targets": SENTENCES})
+    assert status == 422
+    assert answer["error"]["message"] == "targets has 3375 entries; at most 2048 are allowed."
+
+
 def test_a_lone_surrogate_is_refused(port):
-    body = '{"inputs": "a [MASK]", "targets": ["\\ud800"]}'
-    assert post(port, "/v1/fill-mask", body)[0] == 422
-    assert post(port, "/v1/fill-mask", '{"inputs": "\\ud800 [MASK]"}')[0] == 422
+    for field in ('"inputs": "a [MASK]", "targets": ["\\ud800"]', '"inputs": "\\ud800 [MASK]"'):
+        assert post(port, "/v1/fill-mask", f"{{{field}}}")[0] == 400
+        assert post(port, "/score", f"{{{field}}}")[0] == 400
 
 
 # ── Limits ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -334,7 +267,7 @@ def test_too_many_are_told_to_come_again(folder, tmp_path):
         process.kill()
 
 
-REQUEST = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+REQUEST = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
 
 
 @pytest.mark.slow
@@ -366,7 +299,7 @@ def test_sigterm_answers_what_was_accepted(folder, tmp_path):
         time.sleep(0.4)
         process.send_signal(signal.SIGTERM)
         assert [future.result()[0] for future in flying] == [200] * 16
-    assert process.wait(30) in (0, -signal.SIGTERM)
+    assert process.wait(30) == 0
     log = process.stderr.read()
     assert "Traceback" not in log
     assert "a [MASK]" not in log
@@ -376,7 +309,7 @@ def test_not_ready_before_everything_is_compiled(folder, tmp_path):
     process, port = start(folder, wait=False, BERT_JAX_COMPILATION_CACHE=str(tmp_path / "empty"))
     try:
         status, _, content = ask(port, "GET", "/health")
-        assert (status, json.loads(content)["status"]) == (503, "warming up")
+        assert (status, json.loads(content)["status"]) == (503, "starting")
         assert post(port, "/score", CARD)[0] == 503
     finally:
         process.kill()
@@ -415,11 +348,11 @@ def test_a_model_without_a_head_is_served(folder, tmp_path):
 def test_programs_that_cannot_be_compiled_end_the_process(folder):
     code = f"""
 import bert_jax
-from bert_jax.inference import server
+from bert_jax.inference.server import app, models
 
 pipe = bert_jax.pipeline("fill-mask", {str(folder)!r})
 pipe.task.forward = lambda *_: 1 / 0
-server.serve("x", {{"fill-mask": pipe}}, port=0)
+app.serve([models.Served("x", {{"fill-mask": pipe}})], port=0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1
@@ -430,14 +363,14 @@ server.serve("x", {{"fill-mask": pipe}}, port=0)
 def test_a_port_that_is_taken(folder, pipes):
     message = r"Cannot listen at 127.0.0.1, port \d+: Address already in use"
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match=message):
-        server.serve("x", pipes, port=taken.getsockname()[1])
+        app.serve([models.Served("x", pipes)], port=taken.getsockname()[1])
 
 
 # ── Azure ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_scoring_script(folder, pipes, monkeypatch):
-    path = Path(__file__).parents[2] / "scripts" / "azure" / "score.py"
+    path = Path(__file__).parents[3] / "scripts" / "azure" / "score.py"
     spec = importlib.util.spec_from_file_location("score", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

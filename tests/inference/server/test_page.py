@@ -6,7 +6,7 @@ import shutil
 import signal
 
 import pytest
-import test_server
+import serving
 from flax import nnx
 
 import bert_jax
@@ -28,7 +28,7 @@ def page(tmp_path_factory):
                                  max_position_embeddings=32)  # fmt: skip
     bert_jax.BertForPreTraining(config, rngs=nnx.Rngs(0)).save_pretrained(folder)
     bert_jax.Tokenizer.from_pretrained("bert-mini-cased").save_pretrained(folder)
-    process, port = test_server.start(folder)
+    process, port = serving.start(folder)
     try:
         with sync_playwright() as started:
             browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])

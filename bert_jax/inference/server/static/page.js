@@ -189,18 +189,19 @@ $("layer").addEventListener("change", () => saying($("mask-message"), () => look
 $("head").addEventListener("change", draw);
 
 async function begin() {
-  const state = await (await fetch("health")).json();
-  $("model").textContent = state.model;
+  const { status, models } = await (await fetch("health")).json();
+  const { name, tasks, layers } = models[0];
+  $("model").textContent = name;
   $("layer").replaceChildren(
-    ...Array.from({ length: state.layers }, (_, n) => element("option", { value: n, textContent: n + 1 })),
+    ...Array.from({ length: layers }, (_, n) => element("option", { value: n, textContent: n + 1 })),
   );
-  $("layer").value = state.layers - 1;
-  $("tab-next").hidden = !state.tasks.includes("next-sentence-prediction");
-  $("tab-mask").hidden = $("panel-mask").hidden = !state.tasks.includes("fill-mask");
-  if (state.status !== "ready") {
+  $("layer").value = layers - 1;
+  $("tab-next").hidden = !tasks.includes("next-sentence-prediction");
+  $("tab-mask").hidden = $("panel-mask").hidden = !tasks.includes("fill-mask");
+  if (status !== "ready") {
     $("mask-message").textContent = "The model is being made ready …";
     setTimeout(begin, 1000);
-  } else if (state.tasks.includes("fill-mask")) fill();
+  } else if (tasks.includes("fill-mask")) fill();
   else if (!$("tab-next").hidden) open($("tab-next"));
 }
 begin();

@@ -1,0 +1,209 @@
+"""Computes requests of several owners together, slice by slice."""
+
+import contextlib
+import heapq
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from bert_jax.errors import CheckpointError
+from bert_jax.inference.batches import BUCKET_LENGTHS, Batch, Bucket, Queued
+from bert_jax.tasks.base import Outputs, Request, Task
+
+TOKENS_PER_MASK = 8
+"""The number of tokens that a masked position counts as when a slice is filled. Its probabilities of the vocabulary
+need as much memory as the activations of some tokens."""
+
+
+class Computes(Protocol):
+    """What a `Run` needs from a pipeline; see `bert_jax.inference.pipelines.Pipeline`."""
+
+    task: Task
+
+    def batches(self, queued: Sequence[Queued]) -> Iterator[Batch]:
+        """Divides texts into batches, and chooses a bucket for each batch."""
+
+    def forward(self, batch: Batch) -> dict[str, jax.Array]:
+        """Starts the computation of a batch."""
+
+
+@dataclass
+class _Work:
+    """The requests of one owner.
+
+    Attributes:
+        pending: The requests that are not started, with their indices.
+        results: The results by index, as far as they are known.
+        left: The number of results that are not known yet.
+        queued: The rows to compute next.
+        tokens: The number of tokens that were computed for the owner.
+    """
+
+    pending: deque[tuple[int, Request[Any]]]
+    results: list[Any]
+    left: int
+    queued: deque[Queued] = field(default_factory=deque)
+    tokens: int = 0
+
+
+@dataclass(eq=False)
+class _Started:
+    """A request that was started, and the outputs that it waits for. An output is None until it is computed."""
+
+    owner: Hashable
+    index: int
+    request: Request[Any]
+    outputs: list[Outputs | None] = field(default_factory=list)
+
+
+class Run:
+    """Requests of several owners, computed together, slice by slice.
+
+    In each slice, the owners for whom the fewest tokens were computed come first. So an owner with a few rows does not
+    wait for the many rows of another one.
+
+    Args:
+        pipe: The pipeline that computes.
+        has_program: Tells whether the program of a bucket is compiled. If it is not, the rows of a batch are put aside
+            until `resume` is called. By default, no rows are put aside, and `pipe` compiles what is missing.
+    """
+
+    def __init__(self, pipe: Computes, has_program: Callable[[Bucket], bool] = lambda bucket: True):
+        self._pipe, self._has_program = pipe, has_program
+        self._work: dict[Hashable, _Work] = {}
+        self._aside: dict[Bucket, list[Queued]] = {}
+
+    @property
+    def owners(self) -> list[Hashable]:
+        """The owners whose requests are not finished."""
+        return list(self._work)
+
+    @property
+    def missing(self) -> list[Bucket]:
+        """The buckets whose programs the rows that are put aside need."""
+        return list(self._aside)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether rows have been put aside and there is nothing else to compute."""
+        return bool(self._aside) and not any(work.pending or work.queued for work in self._work.values())
+
+    def resume(self) -> None:
+        """Queues again the rows that are put aside, if the program they need is compiled by now."""
+        for bucket in [bucket for bucket in self._aside if self._has_program(bucket)]:
+            for queued in self._aside.pop(bucket):
+                if work := self._work.get(queued.request.owner):
+                    work.queued.append(queued)
+
+    def add(self, owner: Hashable, requests: Sequence[Request[Any]]) -> None:
+        """Adds the requests of an owner; there must be at least one."""
+        self._work[owner] = _Work(deque(enumerate(requests)), [None] * len(requests), len(requests))
+
+    def remove(self, owner: Hashable) -> None:
+        """Drops the requests of an owner, if it has any."""
+        self._work.pop(owner, None)
+
+    def compute(self, tokens: int | None = None) -> Iterator[tuple[Hashable, list[Any] | Exception]]:
+        """Computes a slice.
+
+        Args:
+            tokens: The size of the slice. None computes all rows that are known to be needed.
+
+        Yields:
+            Each owner whose requests are now finished, and their results in order or, if one of them failed, its error.
+            Those that need the shortest rows come first.
+        """
+        finished: dict[Hashable, list[Any] | Exception] = {}
+        in_flight: deque[tuple[Batch, dict[str, jax.Array]]] = deque()
+        for batch in reversed(list(self._pipe.batches(self._next(tokens, finished)))):
+            if not self._has_program(batch.bucket):
+                self._aside.setdefault(batch.bucket, []).extend(batch.queued)
+                continue
+            with self._failing(batch, finished):
+                in_flight.append((batch, self._pipe.forward(batch)))
+            if len(in_flight) > 1:  # while the device computes a batch, the host decodes the previous one
+                self._deliver(*in_flight.popleft(), finished)
+                yield from _emptied(finished)
+        while in_flight:
+            self._deliver(*in_flight.popleft(), finished)
+            yield from _emptied(finished)
+        yield from _emptied(finished)
+
+    def _next(self, tokens: int | None, finished: dict[Hashable, Any]) -> list[Queued]:
+        """Takes the rows of the next slice from the queues, and starts requests as they are needed for it."""
+        turns = [(work.tokens, i, owner) for i, (owner, work) in enumerate(self._work.items())]
+        heapq.heapify(turns)
+        taken: list[Queued] = []
+        while turns and (tokens is None or tokens > 0):
+            _, i, owner = heapq.heappop(turns)
+            while owner in self._work and self._work[owner].pending and not self._work[owner].queued:
+                index, request = self._work[owner].pending.popleft()
+                self._advance(_Started(owner, index, request), None, finished)
+            if owner not in self._work or not self._work[owner].queued:
+                continue
+            work = self._work[owner]
+            row = work.queued.popleft()
+            cost = max(
+                BUCKET_LENGTHS[0], len(row.features.input_ids), TOKENS_PER_MASK * len(row.features.masked_positions)
+            )
+            work.tokens += cost
+            tokens = None if tokens is None else tokens - cost
+            taken.append(row)
+            heapq.heappush(turns, (work.tokens, i, owner))
+        return taken
+
+    def _advance(self, started: _Started, outputs: Any, finished: dict[Hashable, Any]) -> None:
+        """Sends outputs to a request. Queues the rows that it yields, or keeps its result."""
+        work = self._work[started.owner]
+        try:
+            rows = started.request.steps.send(outputs)
+        except StopIteration as end:
+            work.results[started.index] = end.value
+            work.left -= 1
+            if not work.left:
+                finished[started.owner] = work.results
+                del self._work[started.owner]
+        except Exception as error:
+            finished[started.owner] = error
+            del self._work[started.owner]
+        else:
+            started.outputs = [None] * len(rows)
+            work.queued.extend(Queued(row, started, place) for place, row in enumerate(rows))
+
+    def _deliver(self, batch: Batch, arrays: dict[str, jax.Array], finished: dict[Hashable, Any]) -> None:
+        """Gives each text of a batch its outputs."""
+        task = self._pipe.task
+        with self._failing(batch, finished):
+            on_host = {name: np.asarray(array) for name, array in arrays.items()}
+            if not all(np.isfinite(array).all() for array in on_host.values()):
+                raise CheckpointError("The results are not finite. Check the weights and config, or use float32.")
+        for (_, started, place), spot in zip(
+            batch.queued, batch.masked_spots if task.masked else batch.spots, strict=True
+        ):
+            if started.owner in self._work:
+                where: Any = spot.tokens if task.masked or task.per_token else (spot.row, spot.number)
+                # Copied, because a view would keep the outputs of the whole batch in memory.
+                started.outputs[place] = {name: np.array(array[where]) for name, array in on_host.items()}
+                if None not in started.outputs:
+                    self._advance(started, started.outputs, finished)
+
+    @contextlib.contextmanager
+    def _failing(self, batch: Batch, finished: dict[Hashable, Any]) -> Iterator[None]:
+        """If the computation of a batch raises an exception, it is the result of all owners with texts in the batch."""
+        try:
+            yield
+        except Exception as error:
+            for owner in {queued.request.owner for queued in batch.queued}:
+                if self._work.pop(owner, None):
+                    finished[owner] = error
+
+
+def _emptied(finished: dict[Hashable, list[Any] | Exception]) -> Iterator[tuple[Hashable, list[Any] | Exception]]:
+    """Yields the items of a dict, and removes them."""
+    while finished:
+        owner = next(iter(finished))
+        yield owner, finished.pop(owner)

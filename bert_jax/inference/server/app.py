@@ -1,0 +1,228 @@
+"""Serves models over HTTP: requests of many clients are computed together, and each is answered in bounded time.
+
+    bert-jax serve bert-mini-cased
+    curl -H 'Content-Type: application/json' localhost:8000/score -d '{"inputs": {"input_string": ["A [MASK] day."]}}'
+
+The answers are those of `pipeline(…)`: the server uses the same tokenization, batches and programs.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from bert_jax import __version__
+from bert_jax.errors import InputError
+from bert_jax.inference.server import openai, tasks, tei
+from bert_jax.inference.server.attention import Attention
+from bert_jax.inference.server.batcher import Batcher
+from bert_jax.inference.server.connections import protocol
+from bert_jax.inference.server.engine import Engine
+from bert_jax.inference.server.guard import Guard
+from bert_jax.inference.server.limits import Limits, Refused
+from bert_jax.inference.server.log import JsonLines
+from bert_jax.inference.server.models import Served
+from bert_jax.inference.server.programs import Programs
+
+logger = logging.getLogger(__name__)
+
+STATIC = Path(__file__).parent / "static"
+SWITCH_SECONDS = 0.0005
+"""Seconds after which a thread that runs Python gives way to another one. With Python's default, 5 ms, a request would
+wait several times for the threads that prepare large requests."""
+SPARE_FILES = 256
+"""The number of files that the process may open besides its connections."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may use the server.
+
+    Attributes:
+        api_key: The key that clients must send as `Authorization: Bearer …`; none if empty. /health needs no key.
+        allowed_hosts: The names that clients may call the server by, in the header Host; `*.example.com` allows all
+            subdomains. If empty, any name is allowed, unless the server listens at a loopback address: then only the
+            names of this machine are.
+        allow_origins: The origins of web pages that may read answers; `*` for all. By default there are none.
+    """
+
+    api_key: str = ""
+    allowed_hosts: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+
+
+class Server:
+    """The application and its metrics.
+
+    Args:
+        models: The models. The first one answers requests to /score.
+        limits: What the server accepts.
+        access: Who may use the server.
+    """
+
+    def __init__(self, models: Sequence[Served], limits: Limits, access: Access):
+        self.failure = ""
+        """Why the programs cannot be compiled, if they cannot."""
+        self.stop: Callable[[], None] = lambda: None
+        """Ends the HTTP server."""
+        self.registry = CollectorRegistry()
+        shared = Histogram("bert_jax_slice_requests", "Requests that share a slice.", registry=self.registry,
+                           buckets=[1, 2, 4, 8, 16, 32, 64, 128])  # fmt: skip
+        pipes = [pipe for model in models for pipe in model.pipes.values()]
+        attention = Attention(pipes[0])
+        self.programs = Programs(pipes, attention)
+        self.engine = Engine(models, limits, Batcher(limits, shared.observe, self.programs.want))
+        gauges = {
+            "bert_jax_queue_tokens": ("Tokens of unanswered requests.", lambda: self.engine.batcher.waiting),
+            "bert_jax_programs": ("Compiled programs.", lambda: sum(len(pipe.programs) for pipe in pipes)),
+        }
+        for name, (description, function) in gauges.items():
+            Gauge(name, description, registry=self.registry).set_function(function)
+        app = self.app = FastAPI(
+            title="bert_jax", version=__version__, lifespan=self._life, docs_url=None, redoc_url=None
+        )
+        for kind in (Refused, HTTPException):
+            app.add_exception_handler(kind, _refused)
+        app.add_middleware(Guard, api_key=access.api_key, allowed_hosts=access.allowed_hosts, registry=self.registry)
+        if access.allow_origins:
+            app.add_middleware(
+                CORSMiddleware, allow_origins=access.allow_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            )
+        app.get("/health")(self._health)
+        app.get("/metrics")(self._metrics)
+        for router in (tasks.routes(self.engine, attention), openai.routes(self.engine), tei.routes(self.engine)):
+            app.include_router(router)
+        for path, name in [
+            ("/", "index.html"),
+            ("/page.js", "page.js"),
+            ("/docs", "docs.html"),
+            ("/docs.js", "docs.js"),
+        ]:
+            app.get(path, include_in_schema=False)(_file(STATIC / name))
+        app.mount("/swagger", StaticFiles(packages=[("fastapi_offline", "static")]))
+
+    @contextlib.asynccontextmanager
+    async def _life(self, app: FastAPI) -> AsyncIterator[None]:
+        compiling = asyncio.create_task(asyncio.to_thread(self._compile))
+        yield
+        self.programs.close()
+        await compiling
+        await asyncio.to_thread(self.engine.close)
+
+    def _compile(self) -> None:
+        began = time.perf_counter()
+        try:
+            self.programs.compile_usual()
+            self.engine.ready = True
+            logger.info("Ready after %.1f s; %d programs are left.", time.perf_counter() - began, self.programs.left)
+            self.programs.compile_rest(self.engine.batcher.resume)
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.stop()
+
+    async def _health(self) -> Response:
+        """Reports whether the server is ready, how many programs are still to be compiled, and the models."""
+        models = [
+            {"name": model.name, "tasks": list(model.pipes), "layers": pipe.config.num_hidden_layers}
+            for model in self.engine.models.values()
+            for pipe in [next(iter(model.pipes.values()))]
+        ]
+        ready = self.engine.ready
+        state = {"status": "ready" if ready else "starting", "programs_left": self.programs.left, "models": models}
+        return JSONResponse(state, 200 if ready else 503)
+
+    async def _metrics(self) -> Response:
+        """The metrics, in Prometheus' text format."""
+        return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4")
+
+
+def _file(path: Path) -> Callable[[], FileResponse]:
+    return lambda: FileResponse(path)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):  # raised by Starlette, for example for an unknown route
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
+        error = Refused(error.status_code, code, str(error.detail), dict(error.headers or {}))
+    assert isinstance(error, Refused)
+    return error.response(request.url.path)
+
+
+def serve(
+    models: Sequence[Served],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    limits: Limits | None = None,
+    access: Access | None = None,
+) -> None:
+    """Serves until SIGTERM or Ctrl-C, then answers the requests it has accepted and returns.
+
+    Args:
+        models: The models. The first one answers requests to /score.
+        host: The address to listen at.
+        port: The port to listen at; 0 for a free one.
+        limits: What the server accepts; the defaults of `Limits` if None.
+        access: Who may use the server; the defaults of `Access` if None.
+
+    Raises:
+        InputError: If the server cannot listen at the address.
+        SystemExit: With status 1, if the programs cannot be compiled.
+    """
+    limits, access = limits or Limits(), access or Access()
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        raise InputError(f"Cannot listen at {host}, port {port}: {error.strerror}.") from None
+    log = JsonLines()
+    logging.basicConfig(level=logging.INFO, handlers=[log])
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of each malformed request
+    _allow_files(limits.max_connections + SPARE_FILES)
+    host, port = listener.getsockname()[:2]
+    for model in models:
+        logger.info("http://%s:%s answers %s with %s", host, port, ", ".join(model.pipes), model.name)
+    if ipaddress.ip_address(host).is_loopback:
+        if not access.allowed_hosts:
+            access = Access(access.api_key, ("localhost", "127.0.0.1", "[::1]"), access.allow_origins)
+    elif not access.api_key:
+        logger.warning("The server listens beyond this machine and asks for no key; see --api-key.")
+    server = Server(models, limits, access)
+    config = uvicorn.Config(server.app, http=protocol(limits), ws="none", log_config=None, access_log=False,
+                            server_header=False)  # fmt: skip
+    http = uvicorn.Server(config)
+    server.stop = lambda: setattr(http, "should_exit", True)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn stops at SIGTERM and raises it again at the end
+    http.run(sockets=[listener])
+    log.close()
+    if server.failure:
+        sys.exit(f"bert-jax: cannot compile the programs: {server.failure}")
+
+
+def _allow_files(number: int) -> None:
+    """Raises the number of files that the process may open, as far as the system allows."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft not in (-1, resource.RLIM_INFINITY) and soft < number:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (number if hard < 0 else min(number, hard), hard))

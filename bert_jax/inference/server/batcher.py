@@ -1,0 +1,132 @@
+"""Computes the requests of many clients together, slice by slice, so that small requests pass between large ones."""
+
+import asyncio
+import enum
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from bert_jax.inference.batches import BUCKET_LENGTHS, Bucket
+from bert_jax.inference.pipelines import Pipeline
+from bert_jax.inference.run import Run
+from bert_jax.inference.server.limits import Limits, Refused
+from bert_jax.tasks.base import Request, Task
+
+logger = logging.getLogger(__name__)
+
+SLICE_TOKENS = 1024
+"""The number of tokens that are computed before new requests get their turn. Twice as many make no difference to the
+throughput of clients that send sentences, and a sentence would wait twice as long."""
+
+
+class _Signal(enum.Enum):
+    RESUME = enum.auto()
+    CLOSE = enum.auto()
+
+
+class Job:
+    """The inputs of one HTTP request, and a future that receives the answer.
+
+    Args:
+        pipe: The pipeline that computes the requests.
+        requests: One request per input, made by `Pipeline.request`.
+    """
+
+    def __init__(self, pipe: Pipeline[Task], requests: Sequence[Request[Any]]):
+        self.pipe, self.requests = pipe, requests
+        self.tokens = sum(max(BUCKET_LENGTHS[0], request.tokens) for request in requests)
+        self.answer: Future[Any] = Future()  # cancelled if the client disconnects or has waited too long
+
+
+class Batcher:
+    """A thread that computes jobs in slices of `SLICE_TOKENS` tokens, in which all waiting jobs take turns.
+
+    Args:
+        limits: The limits of the server.
+        seen: Called with the number of jobs that wait when a slice is computed.
+        want: Called with a pipeline and a bucket whose program is needed and not compiled. Call `resume` when it is.
+    """
+
+    def __init__(self, limits: Limits, seen: Callable[[int], None], want: Callable[[Pipeline[Task], Bucket], None]):
+        self.limits, self.seen, self.want = limits, seen, want
+        self.waiting = 0  # the tokens of unanswered jobs; accessed only by the event loop's thread
+        self._arrivals: queue.SimpleQueue[Job | _Signal] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._compute, name="batcher", daemon=True)
+        self._thread.start()
+
+    async def submit(self, job: Job) -> Any:
+        """Queues a job and returns the results of its requests, in order.
+
+        Raises:
+            Refused: If too many tokens are waiting already, or if the answer takes too long.
+        """
+        if self.waiting + job.tokens > max(self.limits.max_queue_tokens, job.tokens):
+            raise Refused(429, "busy", "Too many requests are waiting; try again in a second.", {"Retry-After": "1"})
+        self.waiting += job.tokens
+        self._arrivals.put(job)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(job.answer), self.limits.timeout)
+        except TimeoutError:
+            raise Refused(504, "timeout", f"There was no answer within {self.limits.timeout:g} s.") from None
+        finally:
+            self.waiting -= job.tokens
+
+    def resume(self) -> None:
+        """Computes the rows that waited for a program, if the program is compiled by now."""
+        self._arrivals.put(_Signal.RESUME)
+
+    def close(self) -> None:
+        """Ends the thread after all waiting jobs are done."""
+        self._arrivals.put(_Signal.CLOSE)
+        self._thread.join()
+
+    def _compute(self) -> None:
+        runs: dict[Pipeline[Task], Run] = {}
+        open_ = True
+        while open_ or runs:
+            open_ = self._accept(runs, open_)
+            for pipe, run in list(runs.items()):
+                jobs: list[Any] = run.owners
+                for job in jobs:
+                    if job.answer.cancelled():
+                        run.remove(job)
+                run.resume()
+                if run.owners and not run.waiting:
+                    self.seen(len(run.owners))
+                    for job, results in run.compute(SLICE_TOKENS):
+                        _answer(job, results)
+                    for bucket in run.missing:
+                        self.want(pipe, bucket)
+                if not run.owners:
+                    del runs[pipe]
+
+    def _accept(self, runs: dict[Pipeline[Task], Run], open_: bool) -> bool:
+        """Adds the jobs that have arrived to the runs. If there is nothing to compute, waits for a job or a signal.
+
+        Returns:
+            Whether more jobs may come.
+        """
+        until = None if all(run.waiting for run in runs.values()) else 0.0
+        while True:
+            try:
+                arrival = self._arrivals.get(timeout=None if until is None else max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                return open_
+            if isinstance(arrival, _Signal):
+                return open_ and arrival is not _Signal.CLOSE
+            until = time.monotonic() + self.limits.wait if until is None else until
+            runs.setdefault(arrival.pipe, Run(arrival.pipe, arrival.pipe.has_program)).add(arrival, arrival.requests)
+
+
+def _answer(job: Any, results: list[Any] | Exception) -> None:
+    if not job.answer.set_running_or_notify_cancel():
+        return
+    if isinstance(results, Exception):
+        logger.error("A request failed: %s", type(results).__name__)  # the message could quote a text
+        job.answer.set_exception(results)
+    else:
+        job.answer.set_result(results)

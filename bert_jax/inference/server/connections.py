@@ -1,0 +1,114 @@
+"""Bounds what a connection can take from the server before a request reaches the application, and after its answer.
+
+uvicorn itself closes a connection that sends nothing for five seconds after an answer, and stops reading while a body
+waits to be read. This module bounds the rest: how many connections are open, how large headers are, and how long they
+take; how much a client sends after it was refused; and how long it takes to read its answer.
+"""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from bert_jax.inference.server.limits import Limits
+
+HEADER_SECONDS = 10.0
+"""Seconds that the headers of a request may take to arrive, and that a refused client may go on sending its body."""
+MAX_HEADERS = 2**16
+"""Maximum size of the headers of a request, in bytes. Of data that arrive at once, only the last part is counted."""
+
+
+def protocol(limits: Limits) -> type[HttpToolsProtocol]:
+    """A class of connections that share `limits`, for uvicorn's argument `http`."""
+    return type("Connection", (_Connection,), {"limits": limits, "idle": {}})
+
+
+class _Connection(HttpToolsProtocol):
+    limits: Limits
+    idle: dict["_Connection", None]
+    """The connections without a request, those that have been idle for the longest time first."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._timer: asyncio.TimerHandle | None = None
+        self._in_headers, self._in_body = True, False
+        self._received = 0  # bytes of the headers, or of a body that nobody reads
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.idle[self] = None
+        self._expire_after(HEADER_SECONDS)
+        if len(self.connections) > self.limits.max_connections:
+            longest = next(iter(self.idle))
+            del self.idle[longest]
+            longest.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._keep()
+        self.idle.pop(self, None)
+        super().connection_lost(exc)
+
+    # ── Headers ──
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self._in_headers:
+            self._received += len(data)
+            if self._received > MAX_HEADERS:
+                self.send_400_response("The headers are too large.")
+                return
+        if (self._in_headers or self in self.idle) and self._timer is None:
+            self._expire_after(HEADER_SECONDS)
+
+    def on_message_begin(self) -> None:
+        self._in_headers, self._received = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._keep()
+        self.idle.pop(self, None)
+        self._in_headers, self._in_body, self._received = False, True, 0
+        super().on_headers_complete()
+
+    # ── The body and the answer ──
+
+    def on_body(self, body: bytes) -> None:
+        if self.cycle.response_complete:
+            self._received += len(body)
+            if self._received > self.limits.max_body:
+                self.transport.abort()
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        if self.cycle.response_complete:
+            self._keep()
+            self.idle[self] = None
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self._in_body:
+            self._expire_after(HEADER_SECONDS)
+        elif self.cycle.response_complete:
+            self.idle[self] = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expire_after(self.limits.timeout)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._keep()
+
+    def _expire_after(self, seconds: float) -> None:
+        """Closes the connection after some seconds, unless `_keep` is called before."""
+        self._keep()
+        self._timer = self.loop.call_later(seconds, self.transport.abort)
+
+    def _keep(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,278 @@
+"""From the body of a request to its answer: reads, bounds the cost, computes, and writes JSON.
+
+The cost of a request is known before it is computed, and a request that costs too much is refused. A thread prepares
+large requests and writes large answers, so that the event loop stays free. A second one would take Python's lock from
+the thread that computes.
+"""
+
+import ast
+import asyncio
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import orjson
+import pydantic
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+
+from bert_jax.errors import InputError
+from bert_jax.inference.pipelines import Pipeline
+from bert_jax.inference.server.batcher import Batcher, Job
+from bert_jax.inference.server.limits import Limits, Refused
+from bert_jax.inference.server.models import Served
+from bert_jax.tasks.base import Request as TaskRequest
+
+SMALL = 4096
+"""A request with at most this number of characters, or an answer of about as many bytes, is handled by the event loop
+itself, because handing it to a thread would take longer."""
+
+Body = TypeVar("Body", bound=pydantic.BaseModel)
+Value = TypeVar("Value")
+
+
+class StrictBody(pydantic.BaseModel):
+    """The body of a request. Fields that it does not declare are refused, and values are not converted."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+
+class Engine:
+    """Answers requests with the pipelines of one or several models.
+
+    Args:
+        models: The models. A request that names no model is answered by the first one that has the task.
+        limits: What is accepted.
+        batcher: Computes.
+    """
+
+    def __init__(self, models: Sequence[Served], limits: Limits, batcher: Batcher):
+        self.models = {model.name: model for model in models}
+        self.limits, self.batcher = limits, batcher
+        self.ready = False
+        self._thread = ThreadPoolExecutor(1, "preparing")
+
+    def close(self) -> None:
+        """Ends all threads, after the requests that were accepted are answered."""
+        self.batcher.close()
+        self._thread.shutdown()
+
+    def pipeline(self, task: str, model: str | None = None) -> Pipeline[Any]:
+        """The pipeline of a task: that of a model or, if `model` is None, of the first model that has the task.
+
+        Raises:
+            Refused: If there is no such model, or if it does not have the task.
+        """
+        if model is not None and model not in self.models:
+            raise self.unknown_model()
+        for served in self.models.values() if model is None else [self.models[model]]:
+            if task in served.pipes:
+                return served.pipes[task]
+        raise self.other_task(task, model)
+
+    def other_task(self, task: str, model: str | None = None) -> Refused:
+        """The refusal of a request for a task that a model, or all models if `model` is None, are not served for."""
+        tasks = dict.fromkeys(
+            name for served in self.models.values() if model in (None, served.name) for name in served.pipes
+        )
+        return Refused(424, "other_task", f"The server has no model for {task}; it answers {', '.join(tasks)}.")
+
+    def unknown_model(self) -> Refused:
+        """The refusal of a request that names a model that is not served."""
+        return Refused(
+            404, "model_not_found", f"There is no model of this name; expected one of: {', '.join(self.models)}."
+        )
+
+    # ── The body ──
+
+    async def read(self, request: Request, body: type[Body]) -> Body:
+        """Reads and validates the body of a request.
+
+        Raises:
+            Refused: If the body is invalid; see also `read_bytes`.
+        """
+        content = await self.read_bytes(request)
+        try:
+            if len(content) > SMALL:
+                return await self.threaded(body.model_validate_json, content)
+            return body.model_validate_json(content)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        if first["type"] == "json_invalid":
+            raise Refused(400, "not_json", "The body is not JSON.")
+        where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in body.model_fields)
+        unknown = f"there is an unknown field; expected {', '.join(body.model_fields)}"
+        message = unknown if first["type"] == "extra_forbidden" else first["msg"]
+        raise Refused(422, "invalid_input", f"{where or 'the body'}: {message}.")
+
+    async def read_bytes(self, request: Request) -> bytes:
+        """Reads the body of a request.
+
+        Raises:
+            Refused: If the server is not ready, or if the body is not declared as JSON, is compressed, is too large,
+                or takes too long to arrive.
+        """
+        if not self.ready:
+            raise Refused(503, "warming_up", "The server is starting; wait for 200 from /health.", {"Retry-After": "5"})
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise Refused(415, "content_type", "Expected the content type application/json.")
+        if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+            raise Refused(415, "content_encoding", "The body is compressed; send it without Content-Encoding.")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.timeout):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > self.limits.max_body:
+                        raise Refused(413, "too_large", f"The body has more than {self.limits.max_body} bytes.")
+        except TimeoutError:
+            raise Refused(408, "timeout", f"The body did not arrive within {self.limits.timeout:g} s.") from None
+        except ClientDisconnect:
+            raise Refused(499, "gone", "The client disconnected.") from None
+        return bytes(body)
+
+    # ── The computation ──
+
+    async def prepare(
+        self,
+        pipe: Pipeline[Any],
+        entries: Sequence[Any],
+        make: Callable[[Any], TaskRequest[Any]],
+        *,
+        parameters: Mapping[str, Any] | None = None,
+        listed_as: str = "",
+    ) -> list[TaskRequest[Any]]:
+        """Makes the requests of a task from the inputs of an HTTP request.
+
+        Args:
+            pipe: The pipeline of the task.
+            entries: The inputs.
+            make: Makes a request of the task from an input.
+            parameters: The parameters of the task that `make` uses. Messages do not quote the texts in them.
+            listed_as: The name of the list of inputs, for messages; empty if there is no list.
+
+        Raises:
+            Refused: If an input or a parameter is invalid, or if the inputs cost too much.
+        """
+        with refusing([entries, parameters]):
+            for name, values in {"the list of inputs": entries, **(parameters or {})}.items():
+                if isinstance(values, list) and len(values) > (most := self.limits.max_inputs):
+                    raise InputError(f"{name} has {len(values)} entries; at most {most} are allowed.")
+            if sum(map(len, texts_of([entries, parameters]))) > SMALL:
+                return await self.threaded(self._prepared, pipe, entries, make, listed_as)
+            return self._prepared(pipe, entries, make, listed_as)
+
+    def _prepared(
+        self, pipe: Pipeline[Any], entries: Sequence[Any], make: Callable[[Any], TaskRequest[Any]], listed_as: str
+    ) -> list[TaskRequest[Any]]:
+        # A word has at least one token, and words are counted in a tenth of the time of tokenizing.
+        self.check_tokens(sum(min(len(text.split()), pipe.max_length) for text in texts_of(entries)))
+        requests: list[TaskRequest[Any]] = []
+        tokens = size = 0
+        for i, entry in enumerate(entries):
+            try:
+                self.check_size(entry)
+                requests.append(make(entry))
+            except InputError as error:
+                raise InputError(f"{listed_as}[{i}]: {error}" if listed_as else str(error)) from None
+            tokens, size = tokens + requests[-1].tokens, size + requests[-1].size
+            self.check_tokens(tokens)
+            if size > (most := self.limits.max_answer):
+                message = f"The request asks for an answer of about {size} bytes; at most {most} are allowed."
+                raise Refused(413, "too_costly", message)
+        return requests
+
+    def check_tokens(self, tokens: int) -> None:
+        """Raises `Refused` if a request needs too many tokens."""
+        if tokens > (most := self.limits.max_tokens):
+            raise Refused(413, "too_costly", f"The request needs {tokens} tokens or more; at most {most} are allowed.")
+
+    def check_size(self, entry: Any) -> None:
+        """Raises `InputError` if an input has too many characters."""
+        size = sum(map(len, texts_of(entry)))
+        if size > self.limits.max_characters:
+            raise InputError(f"the input has {size} characters; at most {self.limits.max_characters} are allowed.")
+
+    async def compute(
+        self, request: Request, pipe: Pipeline[Any], prepared: Sequence[TaskRequest[Any]]
+    ) -> Sequence[Any]:
+        """Computes the results of requests of a task, in order.
+
+        Args:
+            request: The HTTP request. If its client disconnects, the computation ends.
+            pipe: The pipeline that computes.
+            prepared: The requests.
+
+        Raises:
+            Refused: If the client disconnects before the answer. See also `Batcher.submit`.
+        """
+        if not prepared:
+            return []
+        answer = asyncio.ensure_future(self.batcher.submit(Job(pipe, prepared)))
+        left = asyncio.ensure_future(_left(request))
+        try:
+            await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise Refused(499, "gone", "The client disconnected.")
+            results: Sequence[Any] = answer.result()
+            return results
+        finally:
+            for task in (answer, left):
+                task.cancel()
+
+    async def respond(self, content: Any, prepared: Sequence[TaskRequest[Any]] = ()) -> Response:
+        """Writes an answer to requests of a task as JSON."""
+        large = sum(made.size for made in prepared) > SMALL
+        body = await self.threaded(_json, content) if large else _json(content)
+        return Response(body, media_type="application/json")
+
+    async def threaded(self, function: Callable[..., Value], *arguments: Any) -> Value:
+        """Calls a function in the thread that keeps work off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+
+def _json(content: Any) -> bytes:
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY, default=np.ndarray.tolist)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+@contextlib.contextmanager
+def refusing(content: Any) -> Iterator[None]:
+    """Replaces an `InputError` by `Refused`, with a message that quotes none of the client's texts in `content`."""
+    try:
+        yield
+    except InputError as error:
+        raise Refused(422, "invalid_input", without_quotes(str(error), list(texts_of(content)))) from None
+
+
+def without_quotes(message: str, texts: Sequence[str]) -> str:
+    """The message, with '…' in place of each quotation that occurs in one of the texts or cannot be parsed."""
+
+    def replaced(match: re.Match[str]) -> str:
+        try:
+            quoted = str(ast.literal_eval(match[0].replace("…", "")))
+        except (ValueError, SyntaxError):
+            return "'…'"
+        return "'…'" if any(quoted in text for text in texts) else match[0]
+
+    return re.sub(r"(?<!\w)(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")", replaced, message)
+
+
+def texts_of(content: Any) -> Iterator[str]:
+    """All texts in a value that was read from JSON, the names of fields included."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, Mapping):
+        for name, part in content.items():
+            yield str(name)
+            yield from texts_of(part)
+    elif isinstance(content, list | tuple):
+        for part in content:
+            yield from texts_of(part)

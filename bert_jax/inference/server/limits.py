@@ -1,0 +1,71 @@
+"""What the server accepts, and how it refuses the rest in the format that the clients of a route expect."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+OPENAI = ("/v1/embeddings", "/v1/models")
+"""The routes of OpenAI's API. Longer paths that begin with one of them belong to it, too."""
+TEI = ("/embed", "/embed_all", "/predict", "/rerank", "/info", "/tokenize")
+"""The routes of text-embeddings-inference."""
+
+
+class Refused(Exception):
+    """Raised to refuse a request. It holds the HTTP status, the error code and the message of the response.
+
+    The message must not quote the texts of the client.
+    """
+
+    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers
+
+    def response(self, path: str) -> JSONResponse:
+        """The response to a request for a path, in the format of the API that the path belongs to."""
+        message, status = str(self), self.status
+        content: dict[str, Any] = {"error": {"code": self.code, "message": message}}
+        if any(path == route or path.startswith(f"{route}/") for route in OPENAI):
+            kind = {429: "rate_limit_error"}.get(status, "invalid_request_error" if status < 500 else "server_error")
+            content = {"error": {"message": message, "type": kind, "param": None, "code": self.code}}
+            status = 400 if status in (413, 422) else status
+        elif path in TEI:
+            kinds = {422: "Tokenizer", 424: "Backend", 429: "Overloaded", 503: "Unhealthy"}
+            content = {"error": message, "error_type": kinds.get(status, "Validation" if status < 500 else "Backend")}
+        return JSONResponse(content, status, self.headers)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server accepts, and how long it works on a request.
+
+    Attributes:
+        wait: Seconds to wait for more requests after the first one.
+        timeout: The body of a request must arrive within this many seconds; otherwise, the status is 408. The answer
+            must be ready within as many seconds after that; otherwise, the status is 504.
+        max_body: The maximum size of the body of a request, in bytes.
+        max_inputs: The maximum number of inputs of a request.
+        max_characters: The maximum number of characters of an input.
+        max_tokens: The maximum number of tokens that a request may need computed, in all its rows.
+        max_answer: The maximum size of the answer to a request, in bytes. The size is estimated before the computation.
+        max_queue_tokens: The maximum number of tokens that all unanswered requests may need computed. A request that
+            would exceed this maximum is refused with status 429, unless no other request is waiting.
+        max_connections: The maximum number of open connections. If there is one more, the connection is closed that has
+            been without a request for the longest time.
+        truncate: Whether the routes of OpenAI and text-embeddings-inference truncate texts that are too long, unless
+            the request says otherwise. If false, such texts are refused.
+        accept_token_ids: Whether the routes for embeddings accept token ids. Clients may send the ids of another
+            model's tokenizer, which nobody can detect.
+    """
+
+    wait: float = 0.0005
+    timeout: float = 30.0
+    max_body: int = 2**20
+    max_inputs: int = 2048
+    max_characters: int = 20_000
+    max_tokens: int = 2**15
+    max_answer: int = 2**24
+    max_queue_tokens: int = 2**15
+    max_connections: int = 1024
+    truncate: bool = False
+    accept_token_ids: bool = False

@@ -1,0 +1,48 @@
+"""The log of a server: lines of JSON on stderr, which never delay a request."""
+
+import contextlib
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+
+import orjson
+
+LINES = 10_000
+"""The number of lines that wait to be written. If nobody reads stderr, further lines are dropped."""
+
+
+class JsonLines(logging.Handler):
+    """Writes each record as one line of JSON: time, level, message, and the record's `fields`.
+
+    A thread of its own writes, because writing to a pipe that nobody reads does not return.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: queue.Queue[bytes | None] = queue.Queue(LINES)
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queues the line of a record."""
+        time_ = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z"
+        fields = {"time": time_, "level": record.levelname.lower(), "message": record.getMessage()}
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(
+                orjson.dumps(fields | getattr(record, "fields", {}), option=orjson.OPT_APPEND_NEWLINE)
+            )
+
+    def close(self) -> None:
+        """Waits until the lines are written, or for two seconds if nobody reads them."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(None)
+        self._thread.join(2)
+        super().close()
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            with contextlib.suppress(OSError):
+                os.write(sys.stderr.fileno(), line)

@@ -1,0 +1,68 @@
+"""The models of a server, and the tasks that each is served for."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bert_jax import hub
+from bert_jax.errors import BertJaxError
+from bert_jax.inference.pipelines import Pipeline, pipeline, tasks_of
+from bert_jax.model import ComputeDtype
+from bert_jax.tasks.base import Task
+from bert_jax.tasks.registry import task_name
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that is served.
+
+    Attributes:
+        name: The name of the model, as clients see it.
+        pipes: Its pipelines by task. The first one answers requests to /score.
+        compute_dtype: The dtype of its activations.
+        created: The time at which it was loaded, in seconds since 1970.
+    """
+
+    name: str
+    pipes: Mapping[str, Pipeline[Task]]
+    compute_dtype: str = "float32"
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+def load(
+    name: str,
+    folder: Path,
+    *,
+    tasks: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    compute_dtype: ComputeDtype = "float32",
+) -> Served:
+    """Loads a model.
+
+    Args:
+        name: The name of the model, as clients see it.
+        folder: The folder of the model.
+        tasks: The tasks to serve it for; by default, those that it has heads for.
+        ignore: Regular expressions for the names of tensors that are not loaded; see `BertModel.from_pretrained`.
+        compute_dtype: The dtype of the activations.
+
+    Raises:
+        BertJaxError: If the model cannot be loaded for one of `tasks` or, if there are none, for any task.
+    """
+    # A published config does not list the next-sentence head among the architectures, even if the model has this head.
+    # So if no tasks are given, next-sentence prediction is tried, too.
+    fitting = [
+        *(["feature-extraction"] if hub.find_modules(folder) else []),
+        *(tasks_of(hub.architectures(folder)) or ["fill-mask"]),
+        "next-sentence-prediction",
+    ]
+    pipes: dict[str, Pipeline[Any]] = {}
+    for task in dict.fromkeys(tasks or fitting):
+        try:
+            pipes[task] = pipeline(task_name(task), folder, ignore=ignore, compute_dtype=compute_dtype)
+        except BertJaxError:
+            if tasks or not pipes:
+                raise
+    return Served(name, pipes, compute_dtype)

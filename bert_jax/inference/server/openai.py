@@ -1,0 +1,179 @@
+"""OpenAI's routes for embeddings and models, as its clients use them.
+
+Source: OpenAI's API reference, https://platform.openai.com/docs/api-reference/embeddings.
+"""
+
+import base64
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+from fastapi import APIRouter, Request, Response
+
+from bert_jax.errors import InputError
+from bert_jax.inference.pipelines import Pipeline
+from bert_jax.inference.server.engine import Engine, StrictBody
+from bert_jax.inference.server.limits import Limits, Refused
+from bert_jax.inference.server.models import Served
+from bert_jax.inference.server.tasks import documented
+from bert_jax.sentence_embedding import SentenceEmbedding
+from bert_jax.tasks.base import Request as TaskRequest
+
+
+class EmbeddingsBody(StrictBody):
+    """The body of /v1/embeddings. `user` is ignored."""
+
+    input: str | list[str] | list[int] | list[list[int]]
+    model: str
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: str | None = None
+
+
+class Embedding(pydantic.BaseModel):
+    """An embedding: numbers or, if base64 was asked for, the base64 form of float32 numbers in little-endian order."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(pydantic.BaseModel):
+    """The number of tokens of all inputs, special tokens included."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsAnswer(pydantic.BaseModel):
+    """The answer of /v1/embeddings."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class Model(pydantic.BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelsAnswer(pydantic.BaseModel):
+    """The answer of /v1/models."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+def declared_embedding(pipe: Pipeline[Any]) -> SentenceEmbedding | None:
+    """The pooling that the folder of a model declares; None if it declares none that is supported."""
+    try:
+        embedding: SentenceEmbedding = pipe.task.embedding
+    except InputError:
+        return None
+    return embedding
+
+
+def sentence_embedding(
+    pipe: Pipeline[Any],
+    limits: Limits,
+    text: str | Sequence[int],
+    *,
+    normalize: bool | None = None,
+    truncate: bool | None = None,
+) -> TaskRequest[np.ndarray]:
+    """The request of the task for the embedding of a text or of token ids, as the model's folder declares it.
+
+    Raises:
+        InputError: If the text is too long, or if there are token ids and the server does not accept them.
+        Refused: If the folder of the model does not declare its pooling.
+    """
+    if declared_embedding(pipe) is None:
+        raise Refused(
+            424,
+            "no_pooling",
+            "The folder of the model declares no pooling that is supported (modules.json, 1_Pooling/config.json). "
+            "Use /v1/feature-extraction and choose one.",
+        )
+    if not isinstance(text, str) and not limits.accept_token_ids:
+        raise InputError("token ids are not accepted; send texts, or start the server with --accept-token-ids.")
+    truncate = limits.truncate if truncate is None else truncate
+    request: TaskRequest[np.ndarray] = pipe.task.embed(text, normalize=normalize, truncate=truncate)
+    return request
+
+
+def inputs_of(given: str | Sequence[Any], name: str) -> list[Any]:
+    """The inputs of a request for embeddings: texts, or lists of token ids.
+
+    Raises:
+        Refused: If there are none. The message calls the field `name`.
+    """
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise Refused(422, "invalid_input", f"{name} is empty.")
+    return [given] if isinstance(given[0], int) else list(given)
+
+
+def routes(engine: Engine) -> APIRouter:
+    """OpenAI's routes, for the models of `engine`."""
+    router = APIRouter(tags=["OpenAI"])
+
+    @router.post(
+        "/v1/embeddings", openapi_extra=documented(EmbeddingsBody), responses={200: {"model": EmbeddingsAnswer}}
+    )
+    async def embeddings(request: Request) -> Response:
+        """Sentence embeddings, with the pooling and normalization that the model's folder declares."""
+        body = await engine.read(request, EmbeddingsBody)
+        pipe = engine.pipeline("feature-extraction", body.model)
+        if body.dimensions is not None:
+            raise Refused(422, "dimensions", "dimensions is not supported; the embeddings keep the size of the model.")
+        prepared = await engine.prepare(
+            pipe,
+            inputs_of(body.input, "input"),
+            lambda text: sentence_embedding(pipe, engine.limits, text),
+            listed_as="" if isinstance(body.input, str) else "input",
+        )
+        vectors = await engine.compute(request, pipe, prepared)
+        written = _base64 if body.encoding_format == "base64" else np.asarray
+        tokens = sum(made.tokens for made in prepared)
+        return await engine.respond(
+            {
+                "object": "list",
+                "data": [
+                    {"object": "embedding", "index": i, "embedding": written(vector)}
+                    for i, vector in enumerate(vectors)
+                ],
+                "model": body.model,
+                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            },
+            prepared,
+        )
+
+    @router.get("/v1/models", responses={200: {"model": ModelsAnswer}})
+    async def models() -> Response:
+        """The models that are served."""
+        return await engine.respond({"object": "list", "data": [_described(model) for model in engine.models.values()]})
+
+    @router.get("/v1/models/{model:path}", responses={200: {"model": Model}})
+    async def model(model: str) -> Response:
+        """One of the models that are served."""
+        if model not in engine.models:
+            raise engine.unknown_model()
+        return await engine.respond(_described(engine.models[model]))
+
+    return router
+
+
+def _base64(vector: np.ndarray) -> str:
+    return base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
+
+
+def _described(model: Served) -> dict[str, Any]:
+    return {"id": model.name, "object": "model", "created": model.created, "owned_by": "bert_jax"}

@@ -1,0 +1,133 @@
+"""The routes of this package: /score in the format of Azure's model catalogue, /v1/{task}, and /v1/attention."""
+
+import inspect
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import orjson
+import pydantic
+from fastapi import APIRouter, Request, Response
+
+from bert_jax.errors import InputError
+from bert_jax.inference import catalogue
+from bert_jax.inference.pipelines import Pipeline
+from bert_jax.inference.server.attention import Attention
+from bert_jax.inference.server.engine import Engine, StrictBody, refusing
+from bert_jax.inference.server.limits import Refused
+from bert_jax.tasks.base import Task
+
+SAMPLE = {
+    "inputs": {"input_string": ["Paris is the [MASK] of France.", "Today is a [MASK] day!"]},
+    "parameters": {"top_k": 2},
+}
+"""The example request on BERT's card in Azure's model catalogue."""
+
+
+def documented(body: type[pydantic.BaseModel] | dict[str, Any]) -> dict[str, Any]:
+    """The part of the OpenAPI document that describes the body of a request, from its model or its JSON schema."""
+    schema = body if isinstance(body, dict) else body.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def body_model(task: Task) -> type[pydantic.BaseModel]:
+    """The body of /v1/{task}: the inputs, the parameters of the task's function `request`, and the name of a model."""
+    entry = task.json_input
+    fields: dict[str, Any] = {"inputs": (entry | list[entry], ...), "model": (str | None, None)}  # type: ignore[valid-type]
+    hints = get_type_hints(task.request)
+    parameters = list(inspect.signature(task.request).parameters.values())[1:]
+    fields |= {parameter.name: (hints[parameter.name], parameter.default) for parameter in parameters}
+    return pydantic.create_model(f"{_title(task)}Body", __base__=StrictBody, **fields)
+
+
+def answer_model(task: Task) -> type[pydantic.BaseModel]:
+    """The answer of /v1/{task}: the name of the model, and one output or a list of outputs."""
+    (result,) = get_args(get_type_hints(task.request)["return"])
+    if result is np.ndarray:
+        result = list[float] | list[list[float]]
+    outputs: Any = result | list[result]  # type: ignore[valid-type]
+    return pydantic.create_model(f"{_title(task)}Answer", model=(str, ...), outputs=(outputs, ...))
+
+
+def _title(task: Task) -> str:
+    return task.name.title().replace("-", "")
+
+
+class AttentionBody(StrictBody):
+    """The body of /v1/attention."""
+
+    text: str
+    layer: int
+
+
+class AttentionAnswer(pydantic.BaseModel):
+    """The answer of /v1/attention: the tokens, and the weights [heads, tokens, tokens]."""
+
+    tokens: list[str]
+    attention: list[list[list[float]]]
+
+
+def routes(engine: Engine, attention: Attention) -> APIRouter:
+    """The routes for the tasks of the models of `engine`."""
+    router = APIRouter(tags=["Tasks"])
+    first = next(iter(engine.models.values()))
+
+    async def answer(
+        request: Request, pipe: Pipeline[Any], inputs: Any, parameters: dict[str, Any], model: str | None = None
+    ) -> Response:
+        several = isinstance(inputs, list)
+        prepared = await engine.prepare(
+            pipe,
+            inputs if several else [inputs],
+            lambda entry: pipe.request(entry, parameters),
+            parameters=parameters,
+            listed_as="inputs" if several else "",
+        )
+        results = await engine.compute(request, pipe, prepared)
+        outputs = results if several else results[0]
+        return await engine.respond({"model": model, "outputs": outputs} if model else outputs, prepared)
+
+    @router.post("/score", openapi_extra=documented({"type": "object", "example": SAMPLE}))
+    async def score(request: Request) -> Response:
+        """Answers a request in the format of Azure's model catalogue: `inputs` (or `input_data`) and `parameters`."""
+        try:
+            content = orjson.loads(await engine.read_bytes(request))
+        except orjson.JSONDecodeError:
+            raise Refused(400, "not_json", "The body is not JSON.") from None
+        with refusing(content):
+            inputs, parameters = catalogue.read(content)
+        return await answer(request, next(iter(first.pipes.values())), inputs, parameters)
+
+    def add(task: Task) -> None:
+        body = body_model(task)
+
+        async def predict(request: Request) -> Response:
+            given = (await engine.read(request, body)).model_dump(exclude_unset=True)
+            name, inputs = given.pop("model", None), given.pop("inputs")
+            pipe = engine.pipeline(task.name, name)
+            named = name or next(name for name, served in engine.models.items() if task.name in served.pipes)
+            return await answer(request, pipe, inputs, given, named)
+
+        predict.__doc__ = f"{task.name}: an input or a list of inputs, and the task's parameters."
+        router.post(
+            f"/v1/{task.name}",
+            name=task.name,
+            openapi_extra=documented(body),
+            responses={200: {"model": answer_model(task)}},
+        )(predict)
+
+    for name in dict.fromkeys(task for served in engine.models.values() for task in served.pipes):
+        add(engine.pipeline(name).task)
+
+    @router.post("/v1/attention", openapi_extra=documented(AttentionBody), responses={200: {"model": AttentionAnswer}})
+    async def attend(request: Request) -> Response:
+        """The attention weights of each token of a text, by head, in one layer (counted from 0)."""
+        body = await engine.read(request, AttentionBody)
+        last = attention.pipe.config.num_hidden_layers - 1
+        with refusing(body.text):
+            if not 0 <= body.layer <= last:
+                raise InputError(f"layer is {body.layer}; expected 0 to {last}.")
+            engine.check_size(body.text)
+            weights = await engine.threaded(attention.weights, body.text, body.layer)
+        return await engine.respond(weights)
+
+    return router

@@ -148,7 +148,7 @@ async def client(
         right = status != "200" or same(json.loads(body)["outputs"], expected[i])
         found.append((status if right else "wrong", seconds))
         if status == "429":
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(1.0 + 0.5 * draw.random())  # as Retry-After says, and not all at once
         await asyncio.sleep(pause)
     writer.close()
     return found

@@ -8,6 +8,7 @@ The answers are those of `pipeline(…)`: the server uses the same tokenization,
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
 import signal
@@ -25,6 +26,7 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from bert_jax import __version__
 from bert_jax.errors import InputError
@@ -85,7 +87,7 @@ class Server:
                            buckets=[1, 2, 4, 8, 16, 32, 64, 128])  # fmt: skip
         pipes = [pipe for model in models for pipe in model.pipes.values()]
         attention = Attention(pipes[0])
-        self.programs = Programs(pipes, attention)
+        self.programs = Programs(models, attention)
         self.engine = Engine(models, limits, Batcher(limits, shared.observe, self.programs.want))
         gauges = {
             "bert_jax_queue_tokens": ("Tokens of unanswered requests.", lambda: self.engine.batcher.waiting),
@@ -93,16 +95,9 @@ class Server:
         }
         for name, (description, function) in gauges.items():
             Gauge(name, description, registry=self.registry).set_function(function)
-        app = self.app = FastAPI(
-            title="bert_jax", version=__version__, lifespan=self._life, docs_url=None, redoc_url=None
-        )
+        app = FastAPI(title="bert_jax", version=__version__, lifespan=self._life, docs_url=None, redoc_url=None)
         for kind in (Refused, HTTPException):
             app.add_exception_handler(kind, _refused)
-        app.add_middleware(Guard, api_key=access.api_key, allowed_hosts=access.allowed_hosts, registry=self.registry)
-        if access.allow_origins:
-            app.add_middleware(
-                CORSMiddleware, allow_origins=access.allow_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
-            )
         app.get("/health")(self._health)
         app.get("/metrics")(self._metrics)
         for router in (tasks.routes(self.engine, attention), openai.routes(self.engine), tei.routes(self.engine)):
@@ -115,6 +110,17 @@ class Server:
         ]:
             app.get(path, include_in_schema=False)(_file(STATIC / name))
         app.mount("/swagger", StaticFiles(packages=[("fastapi_offline", "static")]))
+        self.app: ASGIApp = Guard(
+            app,
+            api_key=access.api_key,
+            allowed_hosts=access.allowed_hosts,
+            registry=self.registry,
+            check_room=lambda arriving: self.engine.batcher.check_room(arriving=arriving),
+        )
+        if access.allow_origins:
+            self.app = CORSMiddleware(
+                self.app, allow_origins=access.allow_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            )
 
     @contextlib.asynccontextmanager
     async def _life(self, app: FastAPI) -> AsyncIterator[None]:
@@ -128,9 +134,11 @@ class Server:
         began = time.perf_counter()
         try:
             self.programs.compile_usual()
+            _settle()
             self.engine.ready = True
             logger.info("Ready after %.1f s; %d programs are left.", time.perf_counter() - began, self.programs.left)
             self.programs.compile_rest(self.engine.batcher.resume)
+            _settle()
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
             self.stop()
@@ -149,6 +157,12 @@ class Server:
     async def _metrics(self) -> Response:
         """The metrics, in Prometheus' text format."""
         return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4")
+
+
+def _settle() -> None:
+    """Takes what exists now out of garbage collection, which would stop all threads for up to a second at a time."""
+    gc.collect()
+    gc.freeze()
 
 
 def _file(path: Path) -> Callable[[], FileResponse]:
@@ -206,7 +220,7 @@ def serve(
         logger.warning("The server listens beyond this machine and asks for no key; see --api-key.")
     server = Server(models, limits, access)
     config = uvicorn.Config(server.app, http=protocol(limits), ws="none", log_config=None, access_log=False,
-                            server_header=False)  # fmt: skip
+                            server_header=False, proxy_headers=False)  # fmt: skip
     http = uvicorn.Server(config)
     server.stop = lambda: setattr(http, "should_exit", True)
     sys.setswitchinterval(SWITCH_SECONDS)

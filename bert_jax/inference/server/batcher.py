@@ -64,8 +64,7 @@ class Batcher:
         Raises:
             Refused: If too many tokens are waiting already, or if the answer takes too long.
         """
-        if self.waiting + job.tokens > max(self.limits.max_queue_tokens, job.tokens):
-            raise Refused(429, "busy", "Too many requests are waiting; try again in a second.", {"Retry-After": "1"})
+        self.check_room(job.tokens)
         self.waiting += job.tokens
         self._arrivals.put(job)
         try:
@@ -74,6 +73,17 @@ class Batcher:
             raise Refused(504, "timeout", f"There was no answer within {self.limits.timeout:g} s.") from None
         finally:
             self.waiting -= job.tokens
+
+    def check_room(self, tokens: int = BUCKET_LENGTHS[0], *, arriving: int = 0) -> None:
+        """Raises `Refused` if there is no room for a job with this number of tokens; by default, for the smallest job.
+
+        Args:
+            tokens: The number of tokens.
+            arriving: The number of other requests that have arrived, and may be submitted soon or are submitted.
+        """
+        waiting = max(self.waiting, arriving * BUCKET_LENGTHS[0])
+        if waiting + tokens > max(self.limits.max_queue_tokens, tokens):
+            raise Refused(429, "busy", "Too many requests are waiting; try again in a second.", {"Retry-After": "1"})
 
     def resume(self) -> None:
         """Computes the rows that waited for a program, if the program is compiled by now."""

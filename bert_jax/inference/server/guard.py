@@ -5,7 +5,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -37,13 +37,24 @@ class Guard:
     Args:
         app: The application.
         api_key: The key that clients must send as `Authorization: Bearer …`; none if empty.
+        check_room: Called with the number of POST requests that are being answered. It raises `Refused` if there are
+            too many. Then, a request is refused before it is read, because an overloaded server has no time for more.
         allowed_hosts: The names that clients may call the server by, in the header Host; `*.example.com` allows all
             subdomains. If empty, any name is allowed.
         registry: Receives the metrics.
     """
 
-    def __init__(self, app: Any, *, api_key: str, allowed_hosts: Sequence[str], registry: CollectorRegistry):
-        self.app = app
+    def __init__(
+        self,
+        app: Any,
+        *,
+        api_key: str,
+        allowed_hosts: Sequence[str],
+        registry: CollectorRegistry,
+        check_room: Callable[[int], None],
+    ):
+        self.app, self._check_room = app, check_room
+        self._inside = 0
         self._authorization = f"Bearer {api_key}".encode() if api_key else b""
         self._hosts = [host.lower() for host in allowed_hosts]
         self._requests = Counter("bert_jax_requests", "Number of requests.", ["route", "status"], registry=registry)
@@ -54,7 +65,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 499
+        began, status, post = time.perf_counter(), 499, scope["method"] == "POST"
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         request_id = given if re.fullmatch(rb"[\w.-]{1,64}", given) else secrets.token_hex(8).encode()
@@ -69,7 +80,13 @@ class Guard:
         try:
             try:
                 self._check(scope["path"], headers)
-                await self.app(scope, receive, sending)
+                if post:
+                    self._check_room(self._inside)
+                self._inside += post
+                try:
+                    await self.app(scope, receive, sending)
+                finally:
+                    self._inside -= post
             except Refused as refused:
                 await refused.response(scope["path"])(scope, receive, sending)
             except Exception as error:  # its message could quote a text

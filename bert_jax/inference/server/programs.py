@@ -9,24 +9,27 @@ from typing import Any
 from bert_jax.inference.batches import Bucket, is_usual
 from bert_jax.inference.pipelines import Pipeline
 from bert_jax.inference.server.attention import Attention
+from bert_jax.inference.server.models import Served
 from bert_jax.tasks.base import Task
 
 
 class Programs:
-    """The programs of several pipelines, and of the page's attention weights.
+    """The programs of several models, and of the page's attention weights.
 
     Args:
-        pipes: The pipelines.
+        models: The models. The usual programs are those that usual texts need for the first task of each model.
         attention: Computes attention weights.
     """
 
-    def __init__(self, pipes: Sequence[Pipeline[Task]], attention: Attention):
-        pairs = [(pipe, bucket) for pipe in pipes for bucket in pipe.buckets]
-        self._usual = [(pipe.compile, bucket) for pipe, bucket in pairs if is_usual(bucket)]
-        self._rest: deque[tuple[Callable[[Any], Any], Any]] = deque(
-            [(pipe.compile, bucket) for pipe, bucket in pairs if not is_usual(bucket)]
-            + [(attention.compile, length) for length in attention.lengths]
-        )
+    def __init__(self, models: Sequence[Served], attention: Attention):
+        self._usual: list[tuple[Pipeline[Task], Bucket]] = []
+        self._rest: deque[tuple[Callable[[Any], Any], Any]] = deque()
+        for model in models:
+            for n, pipe in enumerate(model.pipes.values()):
+                usual = [bucket for bucket in pipe.buckets if n == 0 and is_usual(bucket)]
+                self._usual += [(pipe, bucket) for bucket in usual]
+                self._rest += [(pipe.compile, bucket) for bucket in pipe.buckets if bucket not in usual]
+        self._rest += [(attention.compile, length) for length in attention.lengths]
         self._wanted: deque[tuple[Pipeline[Task], Bucket]] = deque()
         self._closed = False
 
@@ -41,9 +44,9 @@ class Programs:
             self._wanted.append((pipe, bucket))
 
     def compile_usual(self) -> None:
-        """Compiles the programs of usual texts, several at a time."""
+        """Compiles the usual programs, several at a time."""
         with ThreadPoolExecutor(os.cpu_count()) as compilers:
-            list(compilers.map(lambda pair: self._closed or pair[0](pair[1]), self._usual))
+            list(compilers.map(lambda pair: self._closed or pair[0].compile(pair[1]), self._usual))
 
     def compile_rest(self, compiled: Callable[[], None]) -> None:
         """Compiles all other programs, one after another; those that were asked for with `want` first.

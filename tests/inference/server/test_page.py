@@ -17,6 +17,12 @@ BROWSER = next(
 )
 
 
+def expect(locator):
+    from playwright import sync_api
+
+    return sync_api.expect(locator)
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The page of a small model with both heads, open and ready; what it logs as an error fails the test."""
@@ -57,7 +63,7 @@ def test_fillings_are_bars_and_fill_the_mask(page):
     widths = [bar.bounding_box()["width"] for bar in page.locator("#fillings .bar").all()]
     assert widths == sorted(widths, reverse=True)
     page.locator("#fillings button").first.click()
-    page.wait_for_function("document.querySelectorAll('#fillings button').length === 0")
+    expect(page.locator("#fillings button")).to_have_count(0)
     assert "[MASK]" not in page.input_value("#text")
     assert words[0].removeprefix("##") in page.input_value("#text")
 
@@ -66,10 +72,10 @@ def test_several_masks_and_the_keyboard(page):
     page.fill("#text", "The [MASK] of [MASK].")
     page.focus("#text")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelectorAll('#fillings ol').length === 2")
+    expect(page.locator("#fillings ol")).to_have_count(2)
     page.locator("#fillings ol").nth(1).locator("button").first.focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelectorAll('#fillings ol').length === 1")
+    expect(page.locator("#fillings ol")).to_have_count(1)
     assert page.input_value("#text").startswith("The [MASK] of")
     assert page.input_value("#text").count("[MASK]") == 1
 
@@ -126,7 +132,7 @@ def test_the_second_tab_judges_by_keyboard(page):
     assert page.locator("#panel-mask").is_hidden()
     page.focus("#second")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.getElementById('verdict').textContent.includes('%')")
+    expect(page.locator("#verdict")).to_contain_text("%")
     page.focus("#tab-next")
     page.keyboard.press("ArrowLeft")
     assert page.locator("#panel-mask").is_visible()
@@ -134,3 +140,13 @@ def test_the_second_tab_judges_by_keyboard(page):
 
 def test_it_fits_a_phone(page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_the_documentation_of_the_routes(page):
+    """Swagger UI comes from this server; the fixture allows no other address."""
+    errors = []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.goto(page.url + "docs")
+    page.locator(".opblock-summary-path", has_text="/v1/embeddings").wait_for()
+    assert page.locator(".opblock").count() >= 12
+    assert errors == []

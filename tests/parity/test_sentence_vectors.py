@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import openai
 import pytest
 from conftest import wheel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
+from serving import start
 
 import bert_jax
 from bert_jax.errors import InputError
@@ -45,6 +47,21 @@ def test_500_texts(minilm, texts, close):
     tokenizer = bert_jax.Tokenizer.from_pretrained(minilm)
     assert sum(len(row) > 256 for (row,) in tokenizer.encode(texts)) > 20  # the maximum length of the folder
     close("MiniLM sentence vectors", ours(minilm, texts), theirs(minilm, texts))
+
+
+def test_over_http(minilm, texts, close):
+    """OpenAI's own client asks a server, which truncates as sentence-transformers does."""
+    process, port = start(minilm, "--truncate")
+    try:
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
+            found = [
+                entry.embedding
+                for i in range(0, 200, 50)
+                for entry in client.embeddings.create(model=str(minilm), input=texts[i : i + 50]).data
+            ]
+    finally:
+        process.kill()
+    close("MiniLM over HTTP", np.array(found), theirs(minilm, texts[:200]))
 
 
 def nested(folder):

@@ -1,10 +1,10 @@
-# A server of BERT models.
+# Builds an image that serves BERT models.
 #   CPU:   docker build -t bert-jax . && docker run -p 8000:8000 -v bert-jax:/cache bert-jax
 #   CUDA:  docker build --target cuda -t bert-jax:cuda . && docker run --gpus all -p 8000:8000 -v bert-jax:/cache bert-jax:cuda
 #   A model of your own, and a key:
 #          docker run -p 8000:8000 -v bert-jax:/cache -v "$PWD/my-model:/model:ro" -e BERT_JAX_API_KEY=… bert-jax /model
 # The volume keeps models from the Hub, and compiled programs, so that the next start is fast.
-# The packages are not pinned, so that a build gets the security updates of the distribution.
+# The Debian packages are not pinned, so each uncached build installs the current security updates.
 FROM debian:trixie-slim AS base
 # hadolint ignore=DL3008
 RUN apt-get update \

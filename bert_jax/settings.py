@@ -427,7 +427,7 @@ class Serving(SettingsFile):
     """The models: folders, ids on the Hub, or bert-mini-cased. By default, google-bert/bert-base-cased or, if that is
     not cached and the Hub does not answer, bert-mini-cased."""
     names: Mapping[str, str] = {}
-    """Maps a model to the name by which clients ask for it; by default, that is the model as it is given."""
+    """Maps entries of `models` to the names that clients use. By default, the name is the entry itself."""
     revision: str | None = None
     """Branch, tag or commit on the Hub, if there is one model."""
     ignore: Patterns = ()
@@ -443,19 +443,19 @@ class Serving(SettingsFile):
     """Dtype of the activations."""
     api_key: str | None = None
     """The key that clients must send as `Authorization: Bearer …`, for all paths but /health. By default, there is
-    none. The variable BERT_JAX_API_KEY takes precedence over the file of settings."""
+    none. The environment variable BERT_JAX_API_KEY overrides this setting."""
     api_key_file: Path | None = None
     """A file that contains the key, instead of `api_key`."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names that clients may call the server by (the header Host); `*.example.com` allows all subdomains. By default,
-    any name is allowed, unless the server listens at a loopback address: then only the names of this machine are."""
+    """Values of the header Host that the server accepts, except on /health; `*.example.com` accepts all subdomains. The
+    default is any value or, if the server listens on a loopback address, localhost, 127.0.0.1 and [::1]."""
     allow_origins: tuple[str, ...] = ()
     """Origins of web pages that may read answers, such as https://example.com; `*` for all."""
     wait: NonNegativeFloat = 0.0005
-    """Seconds that a request waits for other requests to be computed with, if no request is being computed."""
+    """When a request reaches an idle server, the server waits this many seconds for others to compute with it."""
     timeout: PositiveFloat = 30.0
-    """Seconds that the body of a request may take to arrive, and that the answer may take after that. If they take
-    longer, the status is 408 or 504, respectively."""
+    """A time limit in seconds. If the body of a request does not arrive in time, the status is 408. If the answer is
+    not ready in time, the status is 504. If the client does not read it in time, the connection is closed."""
     max_body: PositiveInt = 2**20
     """Maximum size of the body of a request, in bytes."""
     max_inputs: PositiveInt = 2048
@@ -463,16 +463,16 @@ class Serving(SettingsFile):
     max_characters: PositiveInt = 20_000
     """Maximum number of characters per input."""
     max_tokens: PositiveInt = 2**15
-    """Maximum number of tokens that a request may need computed. A request needs several rows of tokens if it has
-    several inputs, windows, targets or joint masks. One that needs more is refused with status 413."""
+    """Maximum number of tokens that the model may process for a request, summed over all its rows. Several inputs,
+    windows, targets or joint masks need several rows. A request that exceeds the maximum is refused with status 413."""
     max_answer: PositiveInt = 2**24
     """Maximum size of an answer, in bytes. The size is estimated before the computation, and a request that asks for
     more is refused with status 413."""
     max_queue_tokens: PositiveInt = 2**15
-    """Maximum number of tokens that all unanswered requests may need computed. A request that would exceed this number
-    is refused with status 429."""
+    """Maximum number of tokens that the model may have to process for all unanswered requests. A request that would
+    exceed it is refused with status 429."""
     max_connections: PositiveInt = 1024
-    """Maximum number of open connections. If there is one more, the connection that has been idle longest is closed."""
+    """Maximum number of open connections. When another client connects, the one idle for the longest time is closed."""
     truncate: bool = False
     """Whether the routes of OpenAI and text-embeddings-inference truncate texts that are too long, unless the request
     says otherwise. If false, such texts are refused."""

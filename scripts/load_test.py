@@ -6,18 +6,18 @@
     python scripts/load_test.py --hostile           # about three minutes more: with attackers
 
 ready      how long a start takes if the programs are cached
-clients    errors, throughput and latency of 64 clients that send single sentences
+batching   errors, throughput and latency of 64 clients that send single sentences
 cost       the time that the server adds to a call: latency of a single client minus that of a pipeline's call
 overload   ten times as many clients as the queue has places: how many requests are refused and how soon, how long the
            others take, and how fast the server is afterwards
 SIGTERM    whether all requests that were accepted under load are answered
-costly     requests that need as much as they can, all at once, while one client asks for a sentence each second, and
-           another asks for /health
-broken     the same while connections hang, or send without end
-memory     memory of the server when all programs are compiled, and at most while it was under attack
+costly     16 connections send the most expensive requests possible. Meanwhile, one client sends a sentence once a
+           second, and another polls /health.
+broken     the same two clients, while other connections hang, or send endless bodies and oversized headers
+memory     the memory of the server before and after the load, and its peak during each attack
 
-The model is bert-mini-cased by default. The exit status is 1 if an answer was wrong or missing, or had a status that it
-should not have.
+The model is bert-mini-cased by default. The exit status is 1 if an ordinary client gets a wrong answer or a status
+other than 200 and 429, if the server fails while under attack, or if it does not answer a request that it has accepted.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""Computes requests of several owners together, slice by slice."""
+"""Computes requests of several owners together, slice by slice.
+
+An owner is any hashable object that says whose requests they are. In the server, it is a `Job`.
+"""
 
 import contextlib
 import heapq
@@ -68,14 +71,15 @@ class Run:
 
     Args:
         pipe: The pipeline that computes.
-        has_program: Tells whether the program of a bucket is compiled. If it is not, the rows of a batch are put aside
-            until `resume` is called. By default, no rows are put aside, and `pipe` compiles what is missing.
+        has_program: Returns whether the program of a bucket is compiled. If it is not, the rows of a batch with this
+            bucket are deferred, until `resume` queues them again. By default, no rows are deferred, and `pipe` compiles
+            what is missing.
     """
 
     def __init__(self, pipe: Computes, has_program: Callable[[Bucket], bool] = lambda bucket: True):
         self._pipe, self._has_program = pipe, has_program
         self._work: dict[Hashable, _Work] = {}
-        self._aside: dict[Bucket, list[Queued]] = {}
+        self._deferred: dict[Bucket, list[Queued]] = {}
 
     @property
     def owners(self) -> list[Hashable]:
@@ -84,18 +88,18 @@ class Run:
 
     @property
     def missing(self) -> list[Bucket]:
-        """The buckets whose programs the rows that are put aside need."""
-        return list(self._aside)
+        """The buckets that deferred rows need, and whose programs were not compiled."""
+        return list(self._deferred)
 
     @property
     def waiting(self) -> bool:
-        """Whether rows have been put aside and there is nothing else to compute."""
-        return bool(self._aside) and not any(work.pending or work.queued for work in self._work.values())
+        """Whether rows are deferred and there is nothing else to compute."""
+        return bool(self._deferred) and not any(work.pending or work.queued for work in self._work.values())
 
     def resume(self) -> None:
-        """Queues again the rows that are put aside, if the program they need is compiled by now."""
-        for bucket in [bucket for bucket in self._aside if self._has_program(bucket)]:
-            for queued in self._aside.pop(bucket):
+        """Queues the deferred rows whose program is compiled now."""
+        for bucket in [bucket for bucket in self._deferred if self._has_program(bucket)]:
+            for queued in self._deferred.pop(bucket):
                 if work := self._work.get(queued.request.owner):
                     work.queued.append(queued)
 
@@ -111,17 +115,17 @@ class Run:
         """Computes a slice.
 
         Args:
-            tokens: The size of the slice. None computes all rows that are known to be needed.
+            tokens: The size of the slice. If None, the slice holds the next rows of all requests.
 
         Yields:
-            Each owner whose requests are now finished, and their results in order or, if one of them failed, its error.
-            Those that need the shortest rows come first.
+            Each owner whose requests are now finished, and the results in the order of the requests. If a request
+            failed, its exception takes the place of the results.
         """
         finished: dict[Hashable, list[Any] | Exception] = {}
         in_flight: deque[tuple[Batch, dict[str, jax.Array]]] = deque()
         for batch in reversed(list(self._pipe.batches(self._next(tokens, finished)))):
             if not self._has_program(batch.bucket):
-                self._aside.setdefault(batch.bucket, []).extend(batch.queued)
+                self._deferred.setdefault(batch.bucket, []).extend(batch.queued)
                 continue
             with self._failing(batch, finished):
                 in_flight.append((batch, self._pipe.forward(batch)))
@@ -193,7 +197,7 @@ class Run:
 
     @contextlib.contextmanager
     def _failing(self, batch: Batch, finished: dict[Hashable, Any]) -> Iterator[None]:
-        """If the computation of a batch raises an exception, it is the result of all owners with texts in the batch."""
+        """If the block raises an exception, every owner with texts in the batch gets the exception as its result."""
         try:
             yield
         except Exception as error:

@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 SWITCH_SECONDS = 0.0005
-"""Seconds after which a thread that runs Python gives way to another one. With Python's default, 5 ms, a request would
-wait several times for the threads that prepare large requests."""
+"""Python's thread switch interval. With the default of 5 ms, a request would wait more than once for the thread that
+prepares large requests."""
 SPARE_FILES = 256
 """The number of files that the process may open besides its connections."""
 
@@ -57,9 +57,9 @@ class Access:
 
     Attributes:
         api_key: The key that clients must send as `Authorization: Bearer …`; none if empty. /health needs no key.
-        allowed_hosts: The names that clients may call the server by, in the header Host; `*.example.com` allows all
-            subdomains. If empty, any name is allowed, unless the server listens at a loopback address: then only the
-            names of this machine are.
+        allowed_hosts: Values of the header Host that the server accepts, except on /health; `*.example.com` accepts all
+            subdomains. If empty, the server accepts any value or, if it listens on a loopback address, localhost,
+            127.0.0.1 and [::1].
         allow_origins: The origins of web pages that may read answers; `*` for all. By default there are none.
     """
 
@@ -83,7 +83,7 @@ class Server:
         self.stop: Callable[[], None] = lambda: None
         """Ends the HTTP server."""
         self.registry = CollectorRegistry()
-        shared = Histogram("bert_jax_slice_requests", "Requests that share a slice.", registry=self.registry,
+        shared = Histogram("bert_jax_slice_requests", "Unfinished requests at a slice.", registry=self.registry,
                            buckets=[1, 2, 4, 8, 16, 32, 64, 128])  # fmt: skip
         pipes = [pipe for model in models for pipe in model.pipes.values()]
         attention = Attention(pipes[0])
@@ -160,7 +160,7 @@ class Server:
 
 
 def _settle() -> None:
-    """Takes what exists now out of garbage collection, which would stop all threads for up to a second at a time."""
+    """Collects garbage, and freezes what is left, so that a later collection does not stop all threads for a second."""
     gc.collect()
     gc.freeze()
 
@@ -217,7 +217,7 @@ def serve(
         if not access.allowed_hosts:
             access = Access(access.api_key, ("localhost", "127.0.0.1", "[::1]"), access.allow_origins)
     elif not access.api_key:
-        logger.warning("The server listens beyond this machine and asks for no key; see --api-key.")
+        logger.warning("The server listens on a non-loopback address without a key; see --api-key.")
     server = Server(models, limits, access)
     config = uvicorn.Config(server.app, http=protocol(limits), ws="none", log_config=None, access_log=False,
                             server_header=False, proxy_headers=False)  # fmt: skip

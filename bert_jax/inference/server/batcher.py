@@ -47,8 +47,9 @@ class Batcher:
 
     Args:
         limits: The limits of the server.
-        seen: Called with the number of jobs that wait when a slice is computed.
-        want: Called with a pipeline and a bucket whose program is needed and not compiled. Call `resume` when it is.
+        seen: Called before each slice with the number of unfinished jobs of its pipeline.
+        want: Called with a pipeline and a bucket when a job needs a program that is not compiled. After compiling the
+            program, call `resume`.
     """
 
     def __init__(self, limits: Limits, seen: Callable[[int], None], want: Callable[[Pipeline[Task], Bucket], None]):
@@ -79,14 +80,14 @@ class Batcher:
 
         Args:
             tokens: The number of tokens.
-            arriving: The number of other requests that have arrived, and may be submitted soon or are submitted.
+            arriving: The number of other requests in progress, whether they are submitted yet or not.
         """
         waiting = max(self.waiting, arriving * BUCKET_LENGTHS[0])
         if waiting + tokens > max(self.limits.max_queue_tokens, tokens):
             raise Refused(429, "busy", "Too many requests are waiting; try again in a second.", {"Retry-After": "1"})
 
     def resume(self) -> None:
-        """Computes the rows that waited for a program, if the program is compiled by now."""
+        """Tells the thread to look again for rows whose program is compiled now."""
         self._arrivals.put(_Signal.RESUME)
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from bert_jax.inference.server.limits import Limits
 HEADER_SECONDS = 10.0
 """Seconds that the headers of a request may take to arrive, and that a refused client may go on sending its body."""
 MAX_HEADERS = 2**16
-"""Maximum size of the headers of a request, in bytes. Of data that arrive at once, only the last part is counted."""
+"""Maximum size of the headers of a request, in bytes. The read that completes the headers is not counted."""
 
 
 def protocol(limits: Limits) -> type[HttpToolsProtocol]:

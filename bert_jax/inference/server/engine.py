@@ -1,8 +1,8 @@
 """From the body of a request to its answer: reads, bounds the cost, computes, and writes JSON.
 
 The cost of a request is known before it is computed, and a request that costs too much is refused. A thread prepares
-large requests and writes large answers, so that the event loop stays free. A second one would take Python's lock from
-the thread that computes.
+large requests and writes large answers, so that the event loop stays free. A second such thread would compete for the
+GIL with the thread that computes.
 """
 
 import ast
@@ -74,14 +74,14 @@ class Engine:
         raise self.other_task(task, model)
 
     def other_task(self, task: str, model: str | None = None) -> Refused:
-        """The refusal of a request for a task that a model, or all models if `model` is None, are not served for."""
+        """The error for a task that `model` does not serve or, if `model` is None, that no model serves."""
         tasks = dict.fromkeys(
             name for served in self.models.values() if model in (None, served.name) for name in served.pipes
         )
         return Refused(424, "other_task", f"The server has no model for {task}; it answers {', '.join(tasks)}.")
 
     def unknown_model(self) -> Refused:
-        """The refusal of a request that names a model that is not served."""
+        """The error for the name of a model that is not served."""
         return Refused(
             404, "model_not_found", f"There is no model of this name; expected one of: {', '.join(self.models)}."
         )
@@ -168,7 +168,7 @@ class Engine:
     def _prepared(
         self, pipe: Pipeline[Any], entries: Sequence[Any], make: Callable[[Any], TaskRequest[Any]], listed_as: str
     ) -> list[TaskRequest[Any]]:
-        # A word has at least one token, and words are counted in a tenth of the time of tokenizing.
+        # Each word has at least one token. Counting words takes a tenth of the time of tokenization.
         self.check_tokens(sum(min(len(text.split()), pipe.max_length) for text in texts_of(entries)))
         requests: list[TaskRequest[Any]] = []
         tokens = size = 0

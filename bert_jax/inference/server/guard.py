@@ -15,9 +15,9 @@ from bert_jax.inference.server.limits import Refused
 logger = logging.getLogger(__name__)
 
 OPEN = "/health"
-"""The path that needs neither a key nor a known host, because load balancers ask it by address."""
+"""The path that needs neither a key nor a known host: load balancers send the server's IP address, and no key."""
 QUIET = (OPEN, "/metrics")
-"""Paths whose requests are not logged, because machines ask for them all the time."""
+"""Paths whose requests are not logged, because monitoring systems poll them."""
 HEADERS = [
     (
         b"content-security-policy",
@@ -37,10 +37,11 @@ class Guard:
     Args:
         app: The application.
         api_key: The key that clients must send as `Authorization: Bearer …`; none if empty.
-        check_room: Called with the number of POST requests that are being answered. It raises `Refused` if there are
-            too many. Then, a request is refused before it is read, because an overloaded server has no time for more.
-        allowed_hosts: The names that clients may call the server by, in the header Host; `*.example.com` allows all
-            subdomains. If empty, any name is allowed.
+        check_room: Called with the number of POST requests that are being answered. If there are too many, it raises
+            `Refused`, and the request is refused before its body is read. An overloaded server must not spend time on
+            reading.
+        allowed_hosts: Values of the header Host that are accepted; `*.example.com` accepts all subdomains. If empty,
+            any value is accepted.
         registry: Receives the metrics.
     """
 

@@ -40,22 +40,24 @@ class Limits:
     """What the server accepts, and how long it works on a request.
 
     Attributes:
-        wait: Seconds to wait for more requests after the first one.
-        timeout: The body of a request must arrive within this many seconds; otherwise, the status is 408. The answer
-            must be ready within as many seconds after that; otherwise, the status is 504.
+        wait: When a request reaches an idle server, the server waits this many seconds for others, to compute them
+            together.
+        timeout: A time limit in seconds, applied three times. If the body of a request does not arrive in time, the
+            status is 408. If the answer is not ready in time after that, the status is 504. If the client does not read
+            the answer in time, the connection is closed.
         max_body: The maximum size of the body of a request, in bytes.
         max_inputs: The maximum number of inputs of a request.
         max_characters: The maximum number of characters of an input.
-        max_tokens: The maximum number of tokens that a request may need computed, in all its rows.
+        max_tokens: The maximum number of tokens that the model may process for a request, summed over all its rows.
         max_answer: The maximum size of the answer to a request, in bytes. The size is estimated before the computation.
-        max_queue_tokens: The maximum number of tokens that all unanswered requests may need computed. A request that
-            would exceed this maximum is refused with status 429, unless no other request is waiting.
-        max_connections: The maximum number of open connections. If there is one more, the connection is closed that has
-            been without a request for the longest time.
+        max_queue_tokens: The maximum number of tokens that the model may have to process for all unanswered requests. A
+            request that would exceed it is refused with status 429, unless no other request is waiting.
+        max_connections: The maximum number of open connections. When another client connects, the server closes the
+            connection that has been idle longest.
         truncate: Whether the routes of OpenAI and text-embeddings-inference truncate texts that are too long, unless
             the request says otherwise. If false, such texts are refused.
         accept_token_ids: Whether the routes for embeddings accept token ids. Clients may send the ids of another
-            model's tokenizer, which nobody can detect.
+            model's tokenizer, and the server cannot detect this.
     """
 
     wait: float = 0.0005

@@ -11,13 +11,13 @@ import time
 import orjson
 
 LINES = 10_000
-"""The number of lines that wait to be written. If nobody reads stderr, further lines are dropped."""
+"""Maximum number of lines that wait to be written. If nobody reads stderr, further lines are dropped."""
 
 
 class JsonLines(logging.Handler):
     """Writes each record as one line of JSON: time, level, message, and the record's `fields`.
 
-    A thread of its own writes, because writing to a pipe that nobody reads does not return.
+    A separate thread writes the lines, because writing to a full pipe that nobody reads blocks.
     """
 
     def __init__(self) -> None:

@@ -49,7 +49,8 @@ def load(
         compute_dtype: The dtype of the activations.
 
     Raises:
-        BertJaxError: If the model cannot be loaded for one of `tasks` or, if there are none, for any task.
+        BertJaxError: If the model cannot be loaded for one of `tasks` or, if `tasks` is empty, for the first task that
+            fits it.
     """
     # A published config does not list the next-sentence head among the architectures, even if the model has this head.
     # So if no tasks are given, next-sentence prediction is tried, too.

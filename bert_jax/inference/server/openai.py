@@ -88,11 +88,11 @@ def sentence_embedding(
     normalize: bool | None = None,
     truncate: bool | None = None,
 ) -> TaskRequest[np.ndarray]:
-    """The request of the task for the embedding of a text or of token ids, as the model's folder declares it.
+    """Makes the request of the task that embeds a text or token ids, with the pooling that the folder declares.
 
     Raises:
         InputError: If the text is too long, or if there are token ids and the server does not accept them.
-        Refused: If the folder of the model does not declare its pooling.
+        Refused: If the folder of the model declares no supported pooling.
     """
     if declared_embedding(pipe) is None:
         raise Refused(

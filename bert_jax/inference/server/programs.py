@@ -17,7 +17,7 @@ class Programs:
     """The programs of several models, and of the page's attention weights.
 
     Args:
-        models: The models. The usual programs are those that usual texts need for the first task of each model.
+        models: The models. The usual programs are those of the first task of each model for which `is_usual` holds.
         attention: Computes attention weights.
     """
 
@@ -35,7 +35,7 @@ class Programs:
 
     @property
     def left(self) -> int:
-        """The number of programs that are still to be compiled."""
+        """The number of programs that `compile_rest` has not compiled yet."""
         return len(self._rest)
 
     def want(self, pipe: Pipeline[Task], bucket: Bucket) -> None:

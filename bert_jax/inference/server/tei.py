@@ -28,7 +28,7 @@ TokenVectors = list[list[list[float]]]
 
 
 class TruncatingBody(StrictBody):
-    """What several routes have in common. `truncate` is the server's setting if it is not given."""
+    """The fields for truncation. If `truncate` is missing, the setting of the server applies."""
 
     truncate: bool | None = None
     truncation_direction: Literal["right", "Right"] = "right"
@@ -93,7 +93,7 @@ class Token(pydantic.BaseModel):
 
 
 def routes(engine: Engine) -> APIRouter:
-    """TEI's routes. Each is answered by the first model of `engine` that has the task."""
+    """TEI's routes. Each uses the first model of `engine` that has the task; /info and /tokenize, the first model."""
     router = APIRouter(tags=["text-embeddings-inference"])
 
     def check_length(pipe: Pipeline[Any], texts: Sequence[str], truncate: bool | None) -> None:

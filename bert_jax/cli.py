@@ -335,6 +335,8 @@ def serve(
         "api_key_file": api_key_file, "truncate": truncate, "accept_token_ids": accept_token_ids,
     }  # fmt: skip
     tree = Serving.from_file(files[0]).model_dump(exclude_unset=True) if files else {}
+    if given["api_key"] is not None or api_key_file is not None:
+        tree = {name: value for name, value in tree.items() if name not in ("api_key", "api_key_file")}
     tree |= {name: value for name, value in given.items() if value is not None}
     settings = Serving.from_dict(tree, source=files[0] if files else "serve")
     check_extra("serve", "fastapi", "uvicorn", "prometheus_client", "orjson", "fastapi_offline")

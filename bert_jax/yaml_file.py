@@ -193,7 +193,8 @@ def _problem(root: type[BaseModel], entry: Any) -> str:
         near = nearest(path[-1], section.model_fields)
         hint = f"did you mean {near}?" if near else f"expected one of {', '.join(section.model_fields)}."
         return f"{key}: there is no such setting; {hint}"
-    given = "" if entry["type"] == "missing" else f", got {quoted(entry['input'])}"
+    # An error of a whole section does not quote it, because it may hold a key.
+    given = "" if entry["type"] == "missing" or not path else f", got {quoted(entry['input'])}"
     near = nearest(entry["input"], re.findall("'([^']+)'", entry.get("ctx", {}).get("expected", "")))
     hint = f"; did you mean {near}?" if near else ""
     return f"{key}: {entry['msg'].removeprefix('Value error, ')}{given}{hint}"

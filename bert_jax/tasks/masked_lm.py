@@ -1,6 +1,7 @@
 """fill-mask: proposes tokens for each [MASK], scores words that the caller names, or fills all masks jointly."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NotRequired, TypeVar
 
 import jax
@@ -139,9 +140,8 @@ class FillMask:
         for rows in _chunks(windows):
             outputs = yield rows
             for mask, p in zip(masks[len(results) :], _each(outputs), strict=False):
-                results.append(
-                    [self._entry(ids, mask, [token], p[token], alone=len(masks) == 1) for token in _best(p, top_k)]
-                )
+                sequence = self._sequence(ids, mask, alone=len(masks) == 1)
+                results.append([self._entry(sequence, [token], p[token]) for token in _best(p, top_k)])
         return results[0] if len(masks) == 1 else results
 
     def _score_targets(
@@ -152,12 +152,12 @@ class FillMask:
             outputs = yield rows
             for mask, p in zip(masks[len(results) :], _each(outputs), strict=False):
                 pieces = yield from self._score_pieces(ids, mask, targets)
-                entries = []
+                sequence, entries = self._sequence(ids, mask, alone=len(masks) == 1), []
                 for target in targets:
                     steps = pieces.get(tuple(target), [])
                     scores = np.array([piece["score"] for piece in steps] or [p[target[0]]], np.float32)
                     score = scores.prod()
-                    entry = self._entry(ids, mask, target, score, alone=len(masks) == 1)
+                    entry = self._entry(sequence, target, score)
                     entry["rank"] = _rank(p, score)
                     if steps:
                         entry["pieces"] = steps
@@ -256,15 +256,30 @@ class FillMask:
         window = [ids[0], *ids[start : start + room], ids[-1]]
         return Features(window, [0] * len(window), [position - start + 1 for position in positions])
 
-    def _entry(self, ids: list[int], mask: int, pieces: list[int], score: Any, *, alone: bool) -> Filling:
+    def _entry(self, sequence: Callable[[list[int]], str], pieces: list[int], score: Any) -> Filling:
         return {
             "score": float(score),
             "token": pieces[0] if len(pieces) == 1 else pieces,
             "token_str": self.tokenizer.decode(pieces),
-            # As in Hugging Face's pipeline, special tokens stay if there are several masks: removing them would also
-            # remove the masks that are not filled.
-            "sequence": self.tokenizer.decode([*ids[:mask], *pieces, *ids[mask + 1 :]], skip_special_tokens=alone),
+            "sequence": sequence(pieces),
         }
+
+    def _sequence(self, ids: list[int], mask: int, *, alone: bool) -> Callable[[list[int]], str]:
+        """A function that decodes the text with pieces in place of a mask. The rest of the text is decoded only once.
+
+        The decoder writes each token by itself; only the first one, which follows no space, differs. So a part of the
+        text is what a token before it and the part give together, without what the token gives alone.
+        """
+        # As in Hugging Face's pipeline, special tokens stay if there are several masks: removing them would also remove
+        # the masks that are not filled.
+        decode = functools.partial(self.tokenizer.decode, skip_special_tokens=alone)
+        before, after = ids[:mask], ids[mask + 1 :]
+        if not (left := decode(before)):
+            return lambda pieces: decode([*before, *pieces, *after])
+        token = next(token for token in reversed(before) if decode([token]))
+        start = len(decode([token]))
+        right = decode([token, *after])[start:]
+        return lambda pieces: left + decode([token, *pieces])[start:] + right
 
 
 def _parts(items: list[Item]) -> Iterator[list[Item]]:

@@ -162,7 +162,8 @@ class QuestionAnswering(TrainableTask):
         windows = self.tokenizer.encode([cut], [pair[1]], max_length=window, stride=stride, truncate="only_second")[0]
         steps = self._answer(pair[1], windows, top_k, max_answer_len, handle_impossible_answer, null_threshold)
         candidates = min(2 * top_k + 10, window * min(max_answer_len, window)) * len(windows)
-        return Request(steps, sum(map(len, windows)), 100 * candidates)
+        longest = min(len(pair[1]), max_answer_len * max(map(len, pair[1].split())))
+        return Request(steps, sum(map(len, windows)), (100 + longest) * candidates)
 
     def _truncated(self, questions: Sequence[str], longest: int) -> list[tuple[str, int]]:
         """Each question, truncated to `longest` tokens, and its number of tokens."""

@@ -1,6 +1,7 @@
 """fill-mask against PyTorch transformers' pipeline, and what it does beyond that against the model called by hand."""
 
 import json
+import random
 import re
 
 import numpy as np
@@ -279,6 +280,21 @@ def test_the_cost_is_known_before(fill_mask, text, options):
     size = len(json.dumps(fill_mask(text, **options)))
     assert size / 3 < request.size < 4 * size
     assert max(len(row.masked_positions) for row in rows) <= masked_lm.MASKS
+
+
+def test_sequences_are_those_of_the_whole_text(fill_mask):
+    """Tokens of all kinds, in any place, special ones included."""
+    draw, task = random.Random(0), fill_mask.task
+    decode, special = fill_mask.tokenizer.decode, [0, 100, 101, 102, 103, 112, 117, 119, 188, 1204]
+
+    def tokens(most):
+        return [draw.choice([draw.randrange(28996), draw.choice(special)]) for _ in range(draw.randint(0, most))]
+
+    for _ in range(1000):
+        before, after, pieces = tokens(4), tokens(3), [*tokens(2), draw.randrange(28996)]
+        for alone in (False, True):
+            expected = decode([*before, *pieces, *after], skip_special_tokens=alone)
+            assert task._sequence([*before, 103, *after], len(before), alone=alone)(pieces) == expected
 
 
 def test_many_targets(fill_mask):

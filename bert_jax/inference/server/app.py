@@ -96,7 +96,7 @@ class Server:
         for name, (description, function) in gauges.items():
             Gauge(name, description, registry=self.registry).set_function(function)
         app = FastAPI(title="bert_jax", version=__version__, lifespan=self._life, docs_url=None, redoc_url=None)
-        for kind in (Refused, HTTPException):
+        for kind in (Refused, HTTPException, Exception):
             app.add_exception_handler(kind, _refused)
         app.get("/health")(self._health)
         app.get("/metrics")(self._metrics)
@@ -125,8 +125,10 @@ class Server:
     @contextlib.asynccontextmanager
     async def _life(self, app: FastAPI) -> AsyncIterator[None]:
         compiling = asyncio.create_task(asyncio.to_thread(self._compile))
-        yield
-        self.programs.close()
+        try:
+            yield
+        finally:
+            self.programs.close()
         await compiling
         await asyncio.to_thread(self.engine.close)
 
@@ -173,7 +175,8 @@ async def _refused(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):  # raised by Starlette, for example for an unknown route
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
         error = Refused(error.status_code, code, str(error.detail), dict(error.headers or {}))
-    assert isinstance(error, Refused)
+    if not isinstance(error, Refused):
+        error = Refused(500, "fault", "The server failed; the request may be valid.")
     return error.response(request.url.path)
 
 
@@ -225,7 +228,8 @@ def serve(
     server.stop = lambda: setattr(http, "should_exit", True)
     sys.setswitchinterval(SWITCH_SECONDS)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn stops at SIGTERM and raises it again at the end
-    http.run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has stopped, and raises it again
+        http.run(sockets=[listener])
     log.close()
     if server.failure:
         sys.exit(f"bert-jax: cannot compile the programs: {server.failure}")

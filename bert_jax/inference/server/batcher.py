@@ -71,9 +71,13 @@ class Batcher:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(job.answer), self.limits.timeout)
         except TimeoutError:
-            raise Refused(504, "timeout", f"There was no answer within {self.limits.timeout:g} s.") from None
+            raise self.too_late() from None
         finally:
             self.waiting -= job.tokens
+
+    def too_late(self) -> Refused:
+        """The error for a request that was not answered in time."""
+        return Refused(504, "timeout", f"There was no answer within {self.limits.timeout:g} s.")
 
     def check_room(self, tokens: int = BUCKET_LENGTHS[0], *, arriving: int = 0) -> None:
         """Raises `Refused` if there is no room for a job with this number of tokens; by default, for the smallest job.
@@ -112,6 +116,7 @@ class Batcher:
                         _answer(job, results)
                     for bucket in run.missing:
                         self.want(pipe, bucket)
+                    run.resume()  # what has been compiled during the slice
                 if not run.owners:
                     del runs[pipe]
 

@@ -15,7 +15,9 @@ from bert_jax.inference.server.limits import Limits
 HEADER_SECONDS = 10.0
 """Seconds that the headers of a request may take to arrive, and that a refused client may go on sending its body."""
 MAX_HEADERS = 2**16
-"""Maximum size of the headers of a request, in bytes. The read that completes the headers is not counted."""
+"""Maximum size of the headers of a request, in bytes."""
+MAX_PIPELINED = 8
+"""Maximum number of requests that a client may send before the answer to the first one."""
 
 
 def protocol(limits: Limits) -> type[HttpToolsProtocol]:
@@ -30,8 +32,10 @@ class _Connection(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None  # for headers, and for the body of a refused request
+        self._reading: asyncio.TimerHandle | None = None  # for the client's reading of the answer
         self._in_headers, self._in_body = True, False
+        self._header_bytes = 0
         self._received = 0  # bytes of the headers, or of a body that nobody reads
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -45,6 +49,7 @@ class _Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._keep()
+        self._stop_reading_timer()
         self.idle.pop(self, None)
         super().connection_lost(exc)
 
@@ -63,10 +68,18 @@ class _Connection(HttpToolsProtocol):
             self._expire_after(HEADER_SECONDS)
 
     def on_message_begin(self) -> None:
-        self._in_headers, self._received = True, 0
+        self._in_headers, self._received, self._header_bytes = True, 0, 0
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._header_bytes += len(name) + len(value)  # trailers included
+        if self._header_bytes > MAX_HEADERS:
+            raise ValueError  # the parser stops, and the answer is 400
+        super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError
         self._keep()
         self.idle.pop(self, None)
         self._in_headers, self._in_body, self._received = False, True, 0
@@ -97,11 +110,17 @@ class _Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._expire_after(self.limits.timeout)
+        if self._reading is None:
+            self._reading = self.loop.call_later(self.limits.timeout, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._keep()
+        self._stop_reading_timer()
+
+    def _stop_reading_timer(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
 
     def _expire_after(self, seconds: float) -> None:
         """Closes the connection after some seconds, unless `_keep` is called before."""

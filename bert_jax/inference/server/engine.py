@@ -11,7 +11,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import orjson
@@ -32,6 +32,11 @@ itself, because handing it to a thread would take longer."""
 
 Body = TypeVar("Body", bound=pydantic.BaseModel)
 Value = TypeVar("Value")
+
+
+Entry = TypeVar("Entry")
+Items = Annotated[list[Entry], pydantic.Field(fail_fast=True)]
+"""A list whose validation stops at the first error: a large body can have an error for each of its bytes."""
 
 
 class StrictBody(pydantic.BaseModel):
@@ -95,9 +100,12 @@ class Engine:
             Refused: If the body is invalid; see also `read_bytes`.
         """
         content = await self.read_bytes(request)
+        if len(content) > SMALL:
+            return await self.threaded(self._validated, content, body)
+        return self._validated(content, body)
+
+    def _validated(self, content: bytes, body: type[Body]) -> Body:
         try:
-            if len(content) > SMALL:
-                return await self.threaded(body.model_validate_json, content)
             return body.model_validate_json(content)
         except pydantic.ValidationError as error:
             first = error.errors(include_input=False, include_url=False, include_context=False)[0]
@@ -159,9 +167,18 @@ class Engine:
         """
         with refusing([entries, parameters]):
             for name, values in {"the list of inputs": entries, **(parameters or {})}.items():
-                if isinstance(values, list) and len(values) > (most := self.limits.max_inputs):
-                    raise InputError(f"{name} has {len(values)} entries; at most {most} are allowed.")
-            if sum(map(len, texts_of([entries, parameters]))) > SMALL:
+                self.check_count(name, values)
+                if name != "the list of inputs":
+                    self.check_size(values, name)
+            # `make` handles the texts among the parameters again for each input.
+            work = sum(len(text) + 1 for text in texts_of(entries))
+            work += len(entries) * sum(len(text) + 1 for text in texts_of(list((parameters or {}).values())))
+            if work > (most := self.limits.max_body):
+                raise InputError(
+                    f"the inputs, and the parameters once for each input, have {work} characters; at most {most} are "
+                    "allowed."
+                )
+            if work > SMALL:
                 return await self.threaded(self._prepared, pipe, entries, make, listed_as)
             return self._prepared(pipe, entries, make, listed_as)
 
@@ -190,11 +207,16 @@ class Engine:
         if tokens > (most := self.limits.max_tokens):
             raise Refused(413, "too_costly", f"The request needs {tokens} tokens or more; at most {most} are allowed.")
 
-    def check_size(self, entry: Any) -> None:
-        """Raises `InputError` if an input has too many characters."""
+    def check_count(self, name: str, values: Any) -> None:
+        """Raises `InputError` if a list has too many entries."""
+        if isinstance(values, list) and len(values) > (most := self.limits.max_inputs):
+            raise InputError(f"{name} has {len(values)} entries; at most {most} are allowed.")
+
+    def check_size(self, entry: Any, name: str = "the input") -> None:
+        """Raises `InputError` if an input or a parameter has too many characters."""
         size = sum(map(len, texts_of(entry)))
-        if size > self.limits.max_characters:
-            raise InputError(f"the input has {size} characters; at most {self.limits.max_characters} are allowed.")
+        if size > (most := self.limits.max_characters):
+            raise InputError(f"{name} has {size} characters; at most {most} are allowed.")
 
     async def compute(
         self, request: Request, pipe: Pipeline[Any], prepared: Sequence[TaskRequest[Any]]
@@ -223,9 +245,17 @@ class Engine:
             for task in (answer, left):
                 task.cancel()
 
-    async def respond(self, content: Any, prepared: Sequence[TaskRequest[Any]] = ()) -> Response:
-        """Writes an answer to requests of a task as JSON."""
-        large = sum(made.size for made in prepared) > SMALL
+    async def respond(
+        self, content: Any, prepared: Sequence[TaskRequest[Any]] = (), *, large: bool = False
+    ) -> Response:
+        """Writes an answer as JSON.
+
+        Args:
+            content: The answer.
+            prepared: The requests of the task that it answers. Their size decides whether the thread writes it.
+            large: Whether the thread writes it in any case.
+        """
+        large = large or sum(made.size for made in prepared) > SMALL
         body = await self.threaded(_json, content) if large else _json(content)
         return Response(body, media_type="application/json")
 
@@ -257,7 +287,7 @@ def without_quotes(message: str, texts: Sequence[str]) -> str:
 
     def replaced(match: re.Match[str]) -> str:
         try:
-            quoted = str(ast.literal_eval(match[0].replace("…", "")))
+            quoted = str(ast.literal_eval(re.sub("…(.)$", r"\1", match[0])))  # without the mark of a cut
         except (ValueError, SyntaxError):
             return "'…'"
         return "'…'" if any(quoted in text for text in texts) else match[0]
@@ -266,13 +296,13 @@ def without_quotes(message: str, texts: Sequence[str]) -> str:
 
 
 def texts_of(content: Any) -> Iterator[str]:
-    """All texts in a value that was read from JSON, the names of fields included."""
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, Mapping):
-        for name, part in content.items():
-            yield str(name)
-            yield from texts_of(part)
-    elif isinstance(content, list | tuple):
-        for part in content:
-            yield from texts_of(part)
+    """All texts in a value that was read from JSON, the names of fields included, in no certain order."""
+    parts = [content]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, Mapping):
+            parts += [*part, *part.values()]
+        elif isinstance(part, list | tuple):
+            parts += part

@@ -92,9 +92,6 @@ class Guard:
                 await refused.response(scope["path"])(scope, receive, sending)
             except Exception as error:  # its message could quote a text
                 logger.error("a request failed", extra={"fields": {"id": request_id.decode(), "error": _place(error)}})
-                if status == 499:
-                    failed = Refused(500, "fault", "The server failed; the request may be valid.")
-                    await failed.response(scope["path"])(scope, receive, sending)
         finally:
             seconds = time.perf_counter() - began
             route = getattr(scope.get("route"), "path", "other")

@@ -67,7 +67,7 @@ class Limits:
     max_characters: int = 20_000
     max_tokens: int = 2**15
     max_answer: int = 2**24
-    max_queue_tokens: int = 2**15
+    max_queue_tokens: int = 2**16
     max_connections: int = 1024
     truncate: bool = False
     accept_token_ids: bool = False

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 
 from bert_jax.errors import InputError
 from bert_jax.inference.pipelines import Pipeline
-from bert_jax.inference.server.engine import Engine, StrictBody
+from bert_jax.inference.server.engine import Engine, Items, StrictBody
 from bert_jax.inference.server.limits import Limits, Refused
 from bert_jax.inference.server.models import Served
 from bert_jax.inference.server.tasks import documented
@@ -24,7 +24,7 @@ from bert_jax.tasks.base import Request as TaskRequest
 class EmbeddingsBody(StrictBody):
     """The body of /v1/embeddings. `user` is ignored."""
 
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | Items[str] | Items[int] | Items[Items[int]]
     model: str
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None

@@ -58,11 +58,11 @@ class Programs:
             if self._wanted:
                 pipe, bucket = self._wanted.popleft()
                 pipe.compile(bucket)
-                compiled()
             else:
                 compile_, argument = self._rest[0]
                 compile_(argument)
                 self._rest.popleft()
+            compiled()
 
     def close(self) -> None:
         """Ends the compilation after the programs that are compiled now."""

@@ -1,7 +1,13 @@
 """The routes of this package: /score in the format of Azure's model catalogue, /v1/{task}, and /v1/attention."""
 
+import asyncio
+import functools
 import inspect
-from typing import Any, get_args, get_type_hints
+import operator
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import orjson
@@ -12,7 +18,7 @@ from bert_jax.errors import InputError
 from bert_jax.inference import catalogue
 from bert_jax.inference.pipelines import Pipeline
 from bert_jax.inference.server.attention import Attention
-from bert_jax.inference.server.engine import Engine, StrictBody, refusing
+from bert_jax.inference.server.engine import Engine, Items, StrictBody, refusing
 from bert_jax.inference.server.limits import Refused
 from bert_jax.tasks.base import Task
 
@@ -31,12 +37,27 @@ def documented(body: type[pydantic.BaseModel] | dict[str, Any]) -> dict[str, Any
 
 def body_model(task: Task) -> type[pydantic.BaseModel]:
     """The body of /v1/{task}: the inputs, the parameters of the task's function `request`, and the name of a model."""
-    entry = task.json_input
-    fields: dict[str, Any] = {"inputs": (entry | list[entry], ...), "model": (str | None, None)}  # type: ignore[valid-type]
+    entry = _failing_fast(task.json_input)
+    # If an input can be a text, a list is always a list of inputs. Otherwise, two texts could be two inputs or a pair.
+    single = str if task.json_input | str == task.json_input else entry
+    inputs: Any = single | Items[entry]  # type: ignore[valid-type]
+    fields: dict[str, Any] = {"inputs": (inputs, ...), "model": (str | None, None)}
     hints = get_type_hints(task.request)
     parameters = list(inspect.signature(task.request).parameters.values())[1:]
-    fields |= {parameter.name: (hints[parameter.name], parameter.default) for parameter in parameters}
+    fields |= {parameter.name: (_failing_fast(hints[parameter.name]), parameter.default) for parameter in parameters}
     return pydantic.create_model(f"{_title(task)}Body", __base__=StrictBody, **fields)
+
+
+def _failing_fast(kind: Any) -> Any:
+    """A type, with `Items` in place of lists and sequences, and with dicts that have few entries."""
+    origin, parts = get_origin(kind), [_failing_fast(part) for part in get_args(kind)]
+    if origin in (list, Sequence):
+        return Items[parts[0]]  # type: ignore[valid-type]
+    if origin is dict:
+        return Annotated[kind, pydantic.Field(max_length=16)]
+    if origin in (Union, UnionType):
+        return functools.reduce(operator.or_, parts)
+    return kind
 
 
 def answer_model(task: Task) -> type[pydantic.BaseModel]:
@@ -70,6 +91,7 @@ def routes(engine: Engine, attention: Attention) -> APIRouter:
     """The routes for the tasks of the models of `engine`."""
     router = APIRouter(tags=["Tasks"])
     first = next(iter(engine.models.values()))
+    thread = ThreadPoolExecutor(1, "attention")  # its programs may have to be compiled first
 
     async def answer(
         request: Request, pipe: Pipeline[Any], inputs: Any, parameters: dict[str, Any], model: str | None = None
@@ -127,7 +149,11 @@ def routes(engine: Engine, attention: Attention) -> APIRouter:
             if not 0 <= body.layer <= last:
                 raise InputError(f"layer is {body.layer}; expected 0 to {last}.")
             engine.check_size(body.text)
-            weights = await engine.threaded(attention.weights, body.text, body.layer)
-        return await engine.respond(weights)
+            computing = asyncio.get_running_loop().run_in_executor(thread, attention.weights, body.text, body.layer)
+            try:
+                weights = await asyncio.wait_for(computing, engine.limits.timeout)
+            except TimeoutError:
+                raise engine.batcher.too_late() from None
+        return await engine.respond(weights, large=True)
 
     return router

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from bert_jax import __version__
 from bert_jax.errors import InputError
 from bert_jax.inference.pipelines import Pipeline
-from bert_jax.inference.server.engine import Engine, StrictBody, refusing
+from bert_jax.inference.server.engine import Engine, Items, StrictBody, refusing
 from bert_jax.inference.server.limits import Refused
 from bert_jax.inference.server.openai import declared_embedding, inputs_of, sentence_embedding
 from bert_jax.inference.server.tasks import documented
@@ -21,9 +21,9 @@ from bert_jax.tasks.base import LabelScore
 from bert_jax.tasks.base import Request as TaskRequest
 from bert_jax.tasks.sequence_classification import SequenceClassification
 
-Texts = str | list[str]
-TextsOrIds = str | list[str] | list[int] | list[list[int]]
-Pair = Annotated[list[str], pydantic.Field(min_length=1, max_length=2)]
+Texts = str | Items[str]
+TextsOrIds = str | Items[str] | Items[int] | Items[Items[int]]
+Pair = Annotated[Items[str], pydantic.Field(min_length=1, max_length=2)]
 TokenVectors = list[list[list[float]]]
 
 
@@ -53,7 +53,7 @@ class EmbedAllBody(TruncatingBody):
 class PredictBody(TruncatingBody):
     """The body of /predict: a text, a pair of texts, or a list of lists with one or two texts each."""
 
-    inputs: str | Pair | Annotated[list[Pair], pydantic.Field(min_length=1)]
+    inputs: str | Pair | Annotated[Items[Pair], pydantic.Field(min_length=1)]
     raw_scores: bool = False
 
 
@@ -61,7 +61,7 @@ class RerankBody(TruncatingBody):
     """The body of /rerank."""
 
     query: str
-    texts: list[str]
+    texts: Items[str]
     raw_scores: bool = False
     return_text: bool = False
 
@@ -242,7 +242,8 @@ def routes(engine: Engine) -> APIRouter:
             ]
 
         with refusing(body.inputs):
+            engine.check_count("the list of inputs", body.inputs)
             content = await engine.threaded(tokens, inputs_of(body.inputs, "inputs"))
-        return await engine.respond(content)
+        return await engine.respond(content, large=True)
 
     return router

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from serving import ask, post, same, start
+from serving import KEY, ask, post, same, start
 
 import bert_jax
 from bert_jax.errors import InputError
@@ -150,6 +150,9 @@ def test_other_refusals(port):
 def test_quotations_are_left_out():
     texts = ["Some 'quoted' text", "b"]
     assert engine.without_quotes("got \"Some 'quoted' text\" and 'top_k'", texts) == "got '…' and 'top_k'"
+    assert engine.without_quotes("got 'my sec…' (str)", ["my secret"]) == "got '…' (str)"
+    assert engine.without_quotes("got 'my… secret'", ["my… secret"]) == "got '…'"
+    assert engine.without_quotes("the model's limit; got 'b'", texts) == "the model's limit; got '…'"
     assert engine.without_quotes("expected 'a', got 'b'", texts) == "expected 'a', got '…'"
 
 
@@ -214,7 +217,6 @@ SENTENCES = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS]
 KILLERS = [
     ("/v1/fill-mask", {"inputs": ["a [MASK] " * 800] * 128}),
     ("/v1/fill-mask", {"inputs": "[MASK] " * 2800, "top_k": 20}),
-    ("/v1/fill-mask", {"inputs": "a [MASK]", "top_k": 5, "targets": SENTENCES[:2000]}),
     ("/score", {"inputs": ["[MASK] " * 2800] * 2, "parameters": {"top_k": 10}}),
 ]
 
@@ -236,6 +238,44 @@ def test_too_many_targets(port):
     status, answer = post(port, "/v1/fill-mask", {"inputs": "a [MASK]", "targets": SENTENCES})
     assert status == 422
     assert answer["error"]["message"] == "targets has 3375 entries; at most 2048 are allowed."
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("/v1/fill-mask", {"inputs": ["[MASK]"] * 340, "targets": ["a"] * 2000}, "parameters once for each input"),
+        (
+            "/v1/fill-mask",
+            {"inputs": ["[MASK]"] * 9, "targets": ["the" + " " * 30_000]},
+            "targets has 30003 characters",
+        ),
+        ("/v1/fill-mask", {"inputs": [{}] * 100_000}, "inputs: Input should be a valid string"),
+        ("/tokenize", {"inputs": [""] * 100_000}, "the list of inputs has 100000 entries"),
+        ("/embed", {"inputs": [{}] * 100_000}, "inputs"),
+    ],
+)
+def test_small_requests_for_much_work(port, path, body, words):
+    began = time.monotonic()
+    status, answer = post(port, path, body)
+    assert status == 422
+    assert words in str(answer["error"])
+    assert time.monotonic() - began < 2
+
+
+def test_a_list_is_a_list_of_inputs(several, classifier):
+    """And a pair is a list in it, so that two texts are not taken for a pair."""
+    pipe = bert_jax.pipeline("text-classification", classifier)
+    texts = ["she went home", "a good day"]
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    for inputs, expected in [(texts, texts), ([texts], [tuple(texts)]), (texts[0], texts[0])]:
+        status, answer = post(several, "/v1/text-classification", {"inputs": inputs}, headers=headers)
+        assert status == 200
+        assert same(answer["outputs"], pipe(expected))
+
+
+def test_nested_deeply(port):
+    for depth in (500, 1000, 1020, 2000):
+        assert post(port, "/score", '{"inputs": ' + "[" * depth + "]" * depth + "}")[0] in (400, 422)
 
 
 def test_a_lone_surrogate_is_refused(port):

@@ -56,6 +56,23 @@ def test_what_is_sent_is_answered(port, sent, status):
     assert ask(port, "GET", "/health")[0] == 200
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000,  # requests without reading the answers
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 50_000,  # trailers
+        b"GET /health HTTP/1.1\r\n" + b"a: b\r\n" * 50_000,
+    ],
+)
+def test_too_many_requests_or_headers_at_once(port, sent):
+    with connect(port) as client:
+        with contextlib.suppress(ConnectionError):
+            client.sendall(sent)
+        assert answer(client).count(b"HTTP/1.1 200") < 20
+        assert answer_now(client) == b""
+    assert ask(port, "GET", "/health")[0] == 200
+
+
 def test_chunks_without_end(port):
     """The request is refused, and the connection is closed soon after."""
     with connect(port) as client:

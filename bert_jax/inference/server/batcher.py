@@ -65,15 +65,16 @@ class Batcher:
         Raises:
             Refused: If too many tokens are waiting already, or if the answer takes too long.
         """
-        self.check_room(job.tokens)
-        self.waiting += job.tokens
+        tokens = min(job.tokens, self.limits.max_queue_tokens * 3 // 4)
+        self.check_room(tokens)
+        self.waiting += tokens
         self._arrivals.put(job)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(job.answer), self.limits.timeout)
         except TimeoutError:
             raise self.too_late() from None
         finally:
-            self.waiting -= job.tokens
+            self.waiting -= tokens
 
     def too_late(self) -> Refused:
         """The error for a request that was not answered in time."""
@@ -87,7 +88,7 @@ class Batcher:
             arriving: The number of other requests in progress, whether they are submitted yet or not.
         """
         waiting = max(self.waiting, arriving * BUCKET_LENGTHS[0])
-        if waiting + tokens > max(self.limits.max_queue_tokens, tokens):
+        if waiting + tokens > self.limits.max_queue_tokens:
             raise Refused(429, "busy", "Too many requests are waiting; try again in a second.", {"Retry-After": "1"})
 
     def resume(self) -> None:

@@ -51,7 +51,8 @@ class Limits:
         max_tokens: The maximum number of tokens that the model may process for a request, summed over all its rows.
         max_answer: The maximum size of the answer to a request, in bytes. The size is estimated before the computation.
         max_queue_tokens: The maximum number of tokens that the model may have to process for all unanswered requests. A
-            request that would exceed it is refused with status 429, unless no other request is waiting.
+            request that would exceed it is refused with status 429. One request counts as three quarters of it at most,
+            so that it leaves room for others.
         max_connections: The maximum number of open connections. When another client connects, the server closes the
             connection that has been idle longest.
         truncate: Whether the routes of OpenAI and text-embeddings-inference truncate texts that are too long, unless
@@ -67,7 +68,7 @@ class Limits:
     max_characters: int = 20_000
     max_tokens: int = 2**15
     max_answer: int = 2**24
-    max_queue_tokens: int = 2**16
+    max_queue_tokens: int = 2**15
     max_connections: int = 1024
     truncate: bool = False
     accept_token_ids: bool = False

@@ -94,11 +94,13 @@ def test_who_hangs_is_left(folder, tmp_path):
         body = json.dumps({"inputs": ["a [MASK] day"] * 900, "parameters": {"top_k": 20}}).encode()
         for _ in range(4):
             deaf.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        slow.sendall(b"GET /health HTTP/1.1\r\nA: ")
         began = time.monotonic()
         with contextlib.suppress(ConnectionError):
             while time.monotonic() - began < 30:
-                slow.sendall(b"G")
+                slow.sendall(b"a")
                 time.sleep(0.3)
+        assert connections.HEADER_SECONDS - 2 < time.monotonic() - began
         assert time.monotonic() - began < connections.HEADER_SECONDS + 3
         answer(refused)
         assert answer_now(refused) == b""

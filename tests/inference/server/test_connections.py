@@ -100,7 +100,7 @@ def test_who_hangs_is_left(folder, tmp_path):
             while time.monotonic() - began < 30:
                 slow.sendall(b"a")
                 time.sleep(0.3)
-        assert connections.HEADER_SECONDS - 2 < time.monotonic() - began
+        assert time.monotonic() - began > connections.HEADER_SECONDS - 2
         assert time.monotonic() - began < connections.HEADER_SECONDS + 3
         answer(refused)
         assert answer_now(refused) == b""

@@ -309,8 +309,8 @@ def serve(
     ] = None,
     task: Annotated[list[str] | None, typer.Option(help="Task to serve. Repeatable; the first is at /score.")] = None,
     ignore: Ignore = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen at. Default: 127.0.0.1.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen at. Default: 8000.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on. Default: 8000.")] = None,
     api_key: Annotated[
         str | None, typer.Option(help="The key that clients must send. Better: BERT_JAX_API_KEY in the environment.")
     ] = None,
@@ -327,7 +327,7 @@ def serve(
 
     files = [given for given in models or () if given.endswith((".yaml", ".yml"))]
     if len(files) > 1:
-        raise InputError(f"there are two files of settings, {files[0]} and {files[1]}; expected at most one.")
+        raise InputError(f"there are two settings files, {files[0]} and {files[1]}; expected at most one.")
     given = {
         "models": [given for given in models or () if given not in files] or None, "names": _names(name or ()) or None,
         "ignore": ignore, "tasks": task, "host": host, "port": port,
@@ -342,7 +342,7 @@ def serve(
     check_extra("serve", "fastapi", "uvicorn", "prometheus_client", "orjson", "fastapi_offline")
     memory.keep_freed(asynchronous=True)
     _use_compilation_cache()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the server tokenizes in threads of its own
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the server tokenizes in a thread of its own
     from bert_jax.inference.server import app as server
     from bert_jax.inference.server import models as served
     from bert_jax.inference.server.limits import Limits

@@ -468,7 +468,7 @@ class Serving(SettingsFile):
     max_answer: PositiveInt = 2**24
     """Maximum size of an answer, in bytes. The size is estimated before the computation, and a request that asks for
     more is refused with status 413."""
-    max_queue_tokens: PositiveInt = 2**15
+    max_queue_tokens: Annotated[int, Field(ge=16)] = 2**15
     """Maximum number of tokens that the model may have to process for all unanswered requests. A request that would
     exceed it is refused with status 429. One request counts as three quarters of it at most."""
     max_connections: PositiveInt = 1024

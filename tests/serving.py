@@ -11,6 +11,29 @@ import time
 import pytest
 
 KEY = "a-key-of-the-tests"
+WORDS = [
+    "paris",
+    "is",
+    "the",
+    "of",
+    "france",
+    "today",
+    "a",
+    "day",
+    "city",
+    "capital",
+    "new",
+    "good",
+    "!",
+    ".",
+    "?",
+    "she",
+    "he",
+    "went",
+    "home",
+    "and",
+    "then",
+]
 
 
 def start(*arguments, wait=True, **environment):

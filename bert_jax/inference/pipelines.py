@@ -268,11 +268,15 @@ class Pipeline(Generic[Task_co]):
             CheckpointError: If tokens were added to the tokenizer after the pipeline was made.
         """
         check_vocabulary(self.tokenizer, self.config)
+        self.check_parameters(parameters)
+        request: Request[Any] = self.task.request(entry, **parameters)
+        return request
+
+    def check_parameters(self, parameters: Mapping[str, Any]) -> None:
+        """Raises `InputError` if the task does not have one of the parameters."""
         if unknown := [name for name in parameters if name not in self._parameters]:
             known = ", ".join(self._parameters) or "no parameters"
             raise InputError(f"the parameter {quoted(unknown[0])} is unknown; this task accepts {known}.")
-        request: Request[Any] = self.task.request(entry, **parameters)
-        return request
 
     def _stream(self, numbered: Iterator[tuple[int, Any]], parameters: Mapping[str, Any]) -> Iterator[Any]:
         while window := list(itertools.islice(numbered, READ_AHEAD)):

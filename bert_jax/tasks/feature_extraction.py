@@ -62,6 +62,11 @@ class FeatureExtraction:
             raise InputError(f"pooling is 'auto', but {error} To choose the pooling, pass 'cls' or 'mean'.") from None
         return embedding
 
+    @property
+    def embedding_length(self) -> int:
+        """The maximum number of tokens of a text to embed, special tokens included; raises as `embedding` does."""
+        return min(self.max_length, self.embedding.max_length or self.max_length)
+
     def forward(self, model: BertModel, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
         """The last hidden states, float32 [B, T, D]."""
         return {"states": model(**inputs).last_hidden_state.astype(jnp.float32)}
@@ -112,8 +117,7 @@ class FeatureExtraction:
             InputError: If `text` is blank, too long or has an invalid id, or if `request` raises it for the pooling
                 "auto".
         """
-        embedding = self.embedding
-        longest = min(self.max_length, embedding.max_length or self.max_length)
+        embedding, longest = self.embedding, self.embedding_length
         if isinstance(text, str):
             check_text(text)
             ids = self.tokenizer.encode([text])[0][0].ids

@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import uvicorn
@@ -192,13 +192,13 @@ def serve(
 
     Args:
         models: The models. The first one answers requests to /score.
-        host: The address to listen at.
-        port: The port to listen at; 0 for a free one.
+        host: The address to listen on.
+        port: The port to listen on; 0 for a free one.
         limits: What the server accepts; the defaults of `Limits` if None.
         access: Who may use the server; the defaults of `Access` if None.
 
     Raises:
-        InputError: If the server cannot listen at the address.
+        InputError: If the server cannot listen on the address.
         SystemExit: With status 1, if the programs cannot be compiled.
     """
     limits, access = limits or Limits(), access or Access()
@@ -208,7 +208,7 @@ def serve(
         listener.bind((host, port))
         listener.listen(2048)
     except OSError as error:
-        raise InputError(f"Cannot listen at {host}, port {port}: {error.strerror}.") from None
+        raise InputError(f"Cannot listen on {host}, port {port}: {error.strerror}.") from None
     log = JsonLines()
     logging.basicConfig(level=logging.INFO, handlers=[log])
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of each malformed request
@@ -218,7 +218,7 @@ def serve(
         logger.info("http://%s:%s answers %s with %s", host, port, ", ".join(model.pipes), model.name)
     if ipaddress.ip_address(host).is_loopback:
         if not access.allowed_hosts:
-            access = Access(access.api_key, ("localhost", "127.0.0.1", "[::1]"), access.allow_origins)
+            access = replace(access, allowed_hosts=("localhost", "127.0.0.1", "[::1]"))
     elif not access.api_key:
         logger.warning("The server listens on a non-loopback address without a key; see --api-key.")
     server = Server(models, limits, access)

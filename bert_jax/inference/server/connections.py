@@ -8,7 +8,9 @@ take; how much a client sends after it was refused; and how long it takes to rea
 import asyncio
 from typing import Any
 
+from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from bert_jax.inference.server.limits import Limits
 
@@ -30,8 +32,14 @@ class _Connection(HttpToolsProtocol):
     idle: dict["_Connection", None]
     """The connections without a request, those that have been idle for the longest time first."""
 
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ):
+        super().__init__(config, server_state, app_state, _loop)
         self._timer: asyncio.TimerHandle | None = None  # for headers, and for the body of a refused request
         self._reading: asyncio.TimerHandle | None = None  # for the client's reading of the answer
         self._in_headers, self._in_body = True, False

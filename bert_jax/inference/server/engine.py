@@ -146,7 +146,7 @@ class Engine:
 
     async def prepare(
         self,
-        pipe: Pipeline[Any],
+        longest: int,
         entries: Sequence[Any],
         make: Callable[[Any], TaskRequest[Any]],
         *,
@@ -156,20 +156,21 @@ class Engine:
         """Makes the requests of a task from the inputs of an HTTP request.
 
         Args:
-            pipe: The pipeline of the task.
+            longest: The number of tokens that a longer input is truncated to, at least.
             entries: The inputs.
             make: Makes a request of the task from an input.
-            parameters: The parameters of the task that `make` uses. Messages do not quote the texts in them.
+            parameters: The parameters that `make` uses, by names that are not the client's. Messages do not quote the
+                texts in them.
             listed_as: The name of the list of inputs, for messages; empty if there is no list.
 
         Raises:
             Refused: If an input or a parameter is invalid, or if the inputs cost too much.
         """
         with refusing([entries, parameters]):
-            for name, values in {"the list of inputs": entries, **(parameters or {})}.items():
+            self.check_count("the list of inputs", entries)
+            for name, values in (parameters or {}).items():
                 self.check_count(name, values)
-                if name != "the list of inputs":
-                    self.check_size(values, name)
+                self.check_size(values, name)
             # `make` handles the texts among the parameters again for each input.
             work = sum(len(text) + 1 for text in texts_of(entries))
             work += len(entries) * sum(len(text) + 1 for text in texts_of(list((parameters or {}).values())))
@@ -179,14 +180,15 @@ class Engine:
                     "allowed."
                 )
             if work > SMALL:
-                return await self.threaded(self._prepared, pipe, entries, make, listed_as)
-            return self._prepared(pipe, entries, make, listed_as)
+                return await self.threaded(self._prepared, longest, entries, make, listed_as)
+            return self._prepared(longest, entries, make, listed_as)
 
     def _prepared(
-        self, pipe: Pipeline[Any], entries: Sequence[Any], make: Callable[[Any], TaskRequest[Any]], listed_as: str
+        self, longest: int, entries: Sequence[Any], make: Callable[[Any], TaskRequest[Any]], listed_as: str
     ) -> list[TaskRequest[Any]]:
         # Each word has at least one token. Counting words takes a tenth of the time of tokenization.
-        self.check_tokens(sum(min(len(text.split()), pipe.max_length) for text in texts_of(entries)))
+        words = [sum(len(text.split()) for text in texts_of(entry)) for entry in entries]
+        self.check_tokens(sum(min(count, longest) for count in words))
         requests: list[TaskRequest[Any]] = []
         tokens = size = 0
         for i, entry in enumerate(entries):

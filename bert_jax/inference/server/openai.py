@@ -80,6 +80,12 @@ def declared_embedding(pipe: Pipeline[Any]) -> SentenceEmbedding | None:
     return embedding
 
 
+def embedding_length(pipe: Pipeline[Any]) -> int:
+    """The maximum number of tokens of a text to embed, special tokens included."""
+    length: int = pipe.task.embedding_length if declared_embedding(pipe) else pipe.max_length
+    return length
+
+
 def sentence_embedding(
     pipe: Pipeline[Any],
     limits: Limits,
@@ -135,7 +141,7 @@ def routes(engine: Engine) -> APIRouter:
         if body.dimensions is not None:
             raise Refused(422, "dimensions", "dimensions is not supported; the embeddings keep the size of the model.")
         prepared = await engine.prepare(
-            pipe,
+            embedding_length(pipe),
             inputs_of(body.input, "input"),
             lambda text: sentence_embedding(pipe, engine.limits, text),
             listed_as="" if isinstance(body.input, str) else "input",

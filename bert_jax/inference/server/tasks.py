@@ -96,9 +96,11 @@ def routes(engine: Engine, attention: Attention) -> APIRouter:
     async def answer(
         request: Request, pipe: Pipeline[Any], inputs: Any, parameters: dict[str, Any], model: str | None = None
     ) -> Response:
+        with refusing(parameters):
+            pipe.check_parameters(parameters)
         several = isinstance(inputs, list)
         prepared = await engine.prepare(
-            pipe,
+            pipe.max_length,
             inputs if several else [inputs],
             lambda entry: pipe.request(entry, parameters),
             parameters=parameters,

@@ -15,7 +15,7 @@ from bert_jax.errors import InputError
 from bert_jax.inference.pipelines import Pipeline
 from bert_jax.inference.server.engine import Engine, Items, StrictBody, refusing
 from bert_jax.inference.server.limits import Refused
-from bert_jax.inference.server.openai import declared_embedding, inputs_of, sentence_embedding
+from bert_jax.inference.server.openai import declared_embedding, embedding_length, inputs_of, sentence_embedding
 from bert_jax.inference.server.tasks import documented
 from bert_jax.tasks.base import LabelScore
 from bert_jax.tasks.base import Request as TaskRequest
@@ -113,7 +113,7 @@ def routes(engine: Engine) -> APIRouter:
         body = await engine.read(request, EmbedBody)
         pipe = engine.pipeline("feature-extraction")
         prepared = await engine.prepare(
-            pipe,
+            embedding_length(pipe),
             inputs_of(body.inputs, "inputs"),
             lambda text: sentence_embedding(
                 pipe, engine.limits, text, normalize=body.normalize, truncate=body.truncate
@@ -132,7 +132,7 @@ def routes(engine: Engine) -> APIRouter:
             check_length(pipe, [text], body.truncate)
             return pipe.request(text, {})
 
-        prepared = await engine.prepare(pipe, inputs_of(body.inputs, "inputs"), make, listed_as="inputs")
+        prepared = await engine.prepare(pipe.max_length, inputs_of(body.inputs, "inputs"), make, listed_as="inputs")
         return await engine.respond(await engine.compute(request, pipe, prepared), prepared)
 
     @router.post(
@@ -152,7 +152,7 @@ def routes(engine: Engine) -> APIRouter:
             check_length(pipe, texts, body.truncate)
             return pipe.request(tuple(texts), {"top_k": None, "function_to_apply": "none" if body.raw_scores else None})
 
-        prepared = await engine.prepare(pipe, entries, make, listed_as="inputs" if several else "")
+        prepared = await engine.prepare(pipe.max_length, entries, make, listed_as="inputs" if several else "")
         results = await engine.compute(request, pipe, prepared)
         return await engine.respond(results if several else results[0], prepared)
 
@@ -172,7 +172,9 @@ def routes(engine: Engine) -> APIRouter:
             function = "none" if body.raw_scores else "sigmoid"
             return pipe.request((body.query, text), {"top_k": None, "function_to_apply": function})
 
-        prepared = await engine.prepare(pipe, body.texts, make, parameters={"query": body.query}, listed_as="texts")
+        prepared = await engine.prepare(
+            pipe.max_length, body.texts, make, parameters={"query": body.query}, listed_as="texts"
+        )
         results = await engine.compute(request, pipe, prepared)
         ranks = [
             {"index": i, "score": result[0]["score"]} | ({"text": text} if body.return_text else {})
@@ -198,7 +200,7 @@ def routes(engine: Engine) -> APIRouter:
             embedding := declared_embedding(served.pipes["feature-extraction"])
         ):
             kind = {"embedding": {"pooling": embedding.pooling}}
-            longest = min(longest, embedding.max_length or longest)
+            longest = embedding_length(served.pipes["feature-extraction"])
         limits = engine.limits
         return await engine.respond(
             {

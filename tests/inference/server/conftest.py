@@ -5,33 +5,10 @@ import signal
 
 import pytest
 from flax import nnx
-from serving import KEY, start
+from serving import KEY, WORDS, start
 
 import bert_jax
 
-WORDS = [
-    "paris",
-    "is",
-    "the",
-    "of",
-    "france",
-    "today",
-    "a",
-    "day",
-    "city",
-    "capital",
-    "new",
-    "good",
-    "!",
-    ".",
-    "?",
-    "she",
-    "he",
-    "went",
-    "home",
-    "and",
-    "then",
-]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 
 

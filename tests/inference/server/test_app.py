@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from serving import KEY, ask, post, same, start
+from serving import KEY, WORDS, ask, post, same, start
 
 import bert_jax
 from bert_jax.errors import InputError
@@ -196,23 +196,6 @@ def test_malformed_bodies(port):
     assert ask(port, "GET", "/health")[0] == 200
 
 
-WORDS = [
-    "paris",
-    "is",
-    "the",
-    "of",
-    "france",
-    "today",
-    "a",
-    "day",
-    "city",
-    "capital",
-    "new",
-    "good",
-    "she",
-    "he",
-    "went",
-]
 SENTENCES = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS]
 KILLERS = [
     ("/v1/fill-mask", {"inputs": ["a [MASK] " * 800] * 128}),
@@ -237,7 +220,7 @@ def test_what_costs_too_much_is_refused_before_it_is_computed(port, path, body):
 def test_too_many_targets(port):
     status, answer = post(port, "/v1/fill-mask", {"inputs": "a [MASK]", "targets": SENTENCES})
     assert status == 422
-    assert answer["error"]["message"] == "targets has 3375 entries; at most 2048 are allowed."
+    assert answer["error"]["message"] == "targets has 9261 entries; at most 2048 are allowed."
 
 
 @pytest.mark.parametrize(
@@ -249,6 +232,7 @@ def test_too_many_targets(port):
             {"inputs": ["[MASK]"] * 9, "targets": ["the" + " " * 30_000]},
             "targets has 30003 characters",
         ),
+        ("/score", {"inputs": ["[MASK]"], "parameters": {SECRET: ["a"] * 3000}}, "the parameter '…' is unknown"),
         ("/v1/fill-mask", {"inputs": [{}] * 100_000}, "inputs: Input should be a valid string"),
         ("/tokenize", {"inputs": [""] * 100_000}, "the list of inputs has 100000 entries"),
         ("/embed", {"inputs": [{}] * 100_000}, "inputs"),
@@ -401,7 +385,7 @@ app.serve([models.Served("x", {{"fill-mask": pipe}})], port=0)
 
 
 def test_a_port_that_is_taken(folder, pipes):
-    message = r"Cannot listen at 127.0.0.1, port \d+: Address already in use"
+    message = r"Cannot listen on 127.0.0.1, port \d+: Address already in use"
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match=message):
         app.serve([models.Served("x", pipes)], port=taken.getsockname()[1])
 

@@ -36,6 +36,11 @@ def test_embed(post, embedder):
         np.testing.assert_allclose(given, expected, atol=1e-5)
 
 
+def test_truncated_texts_count_as_what_is_left_of_them(post):
+    """2,000 texts of 60 words have 120,000 words, and 16 tokens each after truncation: 32,000 of 32,768."""
+    assert post("/embed", {"inputs": ["a " * 60] * 2000, "truncate": True})[0] == 200
+
+
 def test_predict(post, classifier):
     pipe = bert_jax.pipeline("text-classification", classifier)
     assert same(post("/predict", {"inputs": TEXTS[0]})[1], pipe(TEXTS[0], top_k=None))

@@ -11,7 +11,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/bert-jax \
-    && useradd --system --uid 10001 --create-home server \
+    && useradd --uid 10001 --create-home server \
     && mkdir /cache \
     && chown server /cache
 ENV PATH=/opt/bert-jax/bin:$PATH HF_HOME=/cache/hub BERT_JAX_COMPILATION_CACHE=/cache/programs

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from bert_jax import sharding
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
+from bert_jax.interventions import NONE, Interventions, intervene
 from bert_jax.nn import Linear, dropout, product
 
 FUSED = {"splash": ("TPUs", "tpu"), "cudnn": ("NVIDIA GPUs", "gpu")}
@@ -59,7 +60,11 @@ def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length:
     block = multiple(name)
     problems = [
         (platform != needed, f"is a fused kernel for {kind}; these devices are {platform}. Run on {kind}"),
-        (compute_dtype != "bfloat16", f"computes in bfloat16; compute_dtype is {compute_dtype}. Set it to bfloat16"),
+        (
+            compute_dtype != "bfloat16",
+            f"computes in bfloat16; compute_dtype is {compute_dtype}. Load the model with "
+            "dtype='bfloat16' or, to train, set precision.compute_dtype to bfloat16",
+        ),
         (packed and name in UNPACKED, "does not support packed rows. Set data.packing to false (pass no document_ids)"),
         (length and length % block, f"requires rows of a multiple of {block} tokens; these have {length}. Pad them"),
     ]
@@ -80,12 +85,6 @@ def check_dropout(name: str, rate: float) -> None:
             f"attention is {name!r}, which does not support attention dropout; the config has "
             f"attention_probs_dropout_prob {rate}. Set it to 0, or use attention 'plain'."
         )
-
-
-def platform() -> str:
-    """JAX's name for the platform to compile for: that of the current mesh, or JAX's default if there is no mesh."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else str(device.platform)
 
 
 def splash(
@@ -189,6 +188,7 @@ def plain_attention(
     attended: Attended | None,
     dropout_rate: float,
     dropout_key: jax.Array | None,
+    interventions: Interventions = NONE,
 ) -> tuple[jax.Array, jax.Array]:
     """Scaled dot-product attention as separate JAX operations (Vaswani et al. 2017, section 3.2.1).
 
@@ -200,6 +200,7 @@ def plain_attention(
             query attends to all keys equally.
         dropout_rate: The fraction of the probabilities that is dropped.
         dropout_key: PRNG key; without one, nothing is dropped.
+        interventions: May change the "probabilities"; see `bert_jax.interventions`.
 
     Returns:
         The context [B, T, N, H] in the dtype of value, and the probabilities, float32 [B, N, T, S], before dropout.
@@ -210,7 +211,7 @@ def plain_attention(
     scores = product("bnth,bnsh->bnts", query, key) * query.shape[-1] ** -0.5
     if attended is not None:
         scores = jnp.where(attended.mask(), scores, np.finfo(np.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1)
+    probabilities = intervene(interventions, "probabilities", jax.nn.softmax(scores, axis=-1))
     dropped = dropout(probabilities, dropout_rate, dropout_key).astype(value.dtype)
     context = product("bnts,bnsh->bnth", dropped, value).astype(value.dtype)
     return jnp.moveaxis(context, 1, 2), probabilities
@@ -233,12 +234,24 @@ class SelfAttention(nnx.Module):
         self.query, self.key, self.value, self.output = (Linear(size, size, std, rngs) for _ in range(4))
 
     def __call__(
-        self, x: jax.Array, states: jax.Array, attended: Attended | None, dropout_key: jax.Array | None
+        self,
+        x: jax.Array,
+        states: jax.Array,
+        attended: Attended | None,
+        dropout_key: jax.Array | None,
+        interventions: Interventions = NONE,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Computes the attention of the tokens x [B, T, D] to all tokens, `states` [B, S, D].
 
         If x is not `states` itself but only some of its tokens, plain attention is used, because a fused kernel would
         gain little.
+
+        Args:
+            x: The tokens that attend.
+            states: The tokens attended to.
+            attended: Which tokens attend to which; None if all attend to all.
+            dropout_key: PRNG key; without one, nothing is dropped.
+            interventions: Those at "query", "key", "value", "probabilities", "heads" and "output".
 
         Returns:
             The output [B, T, D], and the probabilities [B, N, T, S], or None in their place if a fused kernel was used.
@@ -247,9 +260,19 @@ class SelfAttention(nnx.Module):
         if dropout_key is not None:
             check_dropout(self.attention, rate)
         query, key, value = (
-            linear(source).reshape(*source.shape[:-1], self.config.num_attention_heads, -1)  # [B, T or S, N, H]
-            for linear, source in ((self.query, x), (self.key, states), (self.value, states))
-        )
-        kernel = ATTENTION[self.attention if x is states else "plain"]
-        context, probabilities = kernel(query, key, value, attended, rate, dropout_key)
-        return self.output(context.reshape(x.shape)), probabilities
+            intervene(
+                interventions,
+                name,
+                linear(source).reshape(*source.shape[:-1], self.config.num_attention_heads, -1),  # [B, T or S, N, H]
+            )
+            for name, linear, source in (
+                ("query", self.query, x), ("key", self.key, states), ("value", self.value, states)
+            )
+        )  # fmt: skip
+        probabilities: jax.Array | None
+        if self.attention == "plain" or x is not states:
+            context, probabilities = plain_attention(query, key, value, attended, rate, dropout_key, interventions)
+        else:
+            context, probabilities = ATTENTION[self.attention](query, key, value, attended, rate, dropout_key)
+        context = intervene(interventions, "heads", context)
+        return intervene(interventions, "output", self.output(context.reshape(x.shape))), probabilities

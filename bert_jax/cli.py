@@ -47,6 +47,19 @@ Ignore = Annotated[
     list[str] | None,
     typer.Option(help=r"Regular expression of checkpoint tensors to leave out, such as 'crf\..*'. Repeatable."),
 ]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "int8"],
+    typer.Option(
+        help="bfloat16 and int8 take less memory and, on some processors, less time; results change slightly."
+    ),
+]
+MeshOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Size of an axis of the device mesh, such as data=4 or fsdp=2. Repeatable. Default: all accelerators "
+        "of this machine share the rows."
+    ),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change, as section.key=value.")]
 Processes = Annotated[
     str | None,
@@ -93,13 +106,14 @@ def fill_mask(
     model: ModelOption = None,
     revision: Revision = None,
     ignore: Ignore = None,
+    dtype: DtypeOption = "float32",
     top_k: Annotated[int | None, typer.Option(help="Fillings per mask. Default: 5, or one per --target.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="Score only this word. Repeatable.")] = None,
     joint: Annotated[bool, typer.Option("--joint", help="Fill all masks of a text jointly, not one by one.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the model's name.")] = False,
 ) -> None:
     """Fill the [MASK]s of texts."""
-    name, filler = _pipeline("fill-mask", model, revision, ignore)
+    name, filler = _pipeline("fill-mask", model, revision, ignore, dtype)
     results = filler(text, top_k=top_k, targets=target, joint=joint)
     if as_json:
         print(json.dumps({"model": name, "inputs": text, "outputs": results}, ensure_ascii=False, indent=2))
@@ -118,13 +132,14 @@ def score(
     model: ModelOption = None,
     revision: Revision = None,
     ignore: Ignore = None,
+    dtype: DtypeOption = "float32",
 ) -> None:
     """Answer a request in the catalogue's JSON: {"inputs": {"input_string": ["…"]}, "parameters": {"top_k": 2}}."""
     try:
         request = json.loads(file.read_bytes() if file else sys.stdin.buffer.read())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file or 'stdin'} is not JSON: {error}") from None
-    _, pipe = _pipeline(task, model, revision, ignore)
+    _, pipe = _pipeline(task, model, revision, ignore, dtype)
     from bert_jax.inference import catalogue
 
     print(json.dumps(catalogue.score(pipe, request), ensure_ascii=False))
@@ -137,6 +152,8 @@ def predict(
     text: Annotated[list[str] | None, typer.Argument(help="Texts to predict. Give either texts or --input.")] = None,
     revision: Revision = None,
     ignore: Ignore = None,
+    dtype: DtypeOption = "float32",
+    mesh: MeshOption = None,
     input: Annotated[
         list[Path] | None,
         typer.Option(help="Input file: JSONL, CSV, TSV, Parquet or text, optionally gzipped. Repeatable."),
@@ -175,7 +192,7 @@ def predict(
     parameters = assignments(parameter or ())
     if input:
         memory.keep_freed(asynchronous=True)
-    _, pipe = _pipeline(task, model, revision, ignore)
+    _, pipe = _pipeline(task, model, revision, ignore, dtype, mesh)
     from bert_jax.data import sources
     from bert_jax.inference import catalogue, prediction
 
@@ -253,6 +270,10 @@ def evaluate(
     overrides: Overrides = None,
     beside: Annotated[list[str] | None, typer.Option(help="Pretrained model to compare with. Repeatable.")] = None,
     ignore: Ignore = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "int8"] | None,
+        typer.Option(help="Dtype of the large weights. Default: float32, or the setting `dtype`."),
+    ] = None,
     split: Annotated[
         Literal["validation", "test"] | None,
         typer.Option(help="Split to evaluate. Default: validation if there is one, otherwise test."),
@@ -264,6 +285,8 @@ def evaluate(
     from bert_jax.settings import HELD_OUT_TASKS, HeldOut, read
 
     settings = read(config, overrides or ())
+    if dtype and isinstance(settings, HeldOut):
+        settings = settings.model_copy(update={"dtype": dtype})
     split = split or ("validation" if settings.data.validation else "test")
     if (beside or output) and not isinstance(settings, HeldOut):
         raise InputError(f"The task is {settings.task}; --beside and --output require {' or '.join(HELD_OUT_TASKS)}.")
@@ -285,7 +308,7 @@ def evaluate(
         metrics = recipes.evaluate_held_out(models, settings, split, ignore=ignore or (), console=progress)
         markdown = report.held_out_markdown(metrics)
     else:
-        metrics = recipes.evaluate(model, settings, split, ignore=ignore or (), console=progress)
+        metrics = recipes.evaluate(model, settings, split, dtype=dtype, ignore=ignore or (), console=progress)
         markdown = report.markdown(metrics)
     if as_json:
         print(json.dumps(metrics, indent=2))
@@ -309,6 +332,10 @@ def serve(
     ] = None,
     task: Annotated[list[str] | None, typer.Option(help="Task to serve. Repeatable; the first is at /score.")] = None,
     ignore: Ignore = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "int8"] | None,
+        typer.Option(help="Dtype of the large weights. Default: float32."),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on. Default: 8000.")] = None,
     api_key: Annotated[
@@ -330,7 +357,7 @@ def serve(
         raise InputError(f"there are two settings files, {files[0]} and {files[1]}; expected at most one.")
     given = {
         "models": [given for given in models or () if given not in files] or None, "names": _names(name or ()) or None,
-        "ignore": ignore, "tasks": task, "host": host, "port": port,
+        "ignore": ignore, "dtype": dtype, "tasks": task, "host": host, "port": port,
         "api_key": os.environ.get(KEY_VARIABLE) if api_key is None and api_key_file is None else api_key,
         "api_key_file": api_key_file, "truncate": truncate, "accept_token_ids": accept_token_ids,
     }  # fmt: skip
@@ -343,6 +370,7 @@ def serve(
     memory.keep_freed(asynchronous=True)
     _use_compilation_cache()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the server tokenizes in a thread of its own
+    from bert_jax import sharding
     from bert_jax.inference.server import app as server
     from bert_jax.inference.server import models as served
     from bert_jax.inference.server.limits import Limits
@@ -350,7 +378,7 @@ def serve(
     loaded = [
         served.load(
             settings.names.get(name, name), folder, tasks=settings.tasks, ignore=settings.ignore,
-            compute_dtype=settings.compute_dtype,
+            dtype=settings.dtype, mesh=sharding.local(settings.mesh.model_dump()) if settings.mesh else None,
         )
         for name, folder in (_model(model, settings.revision) for model in settings.models or [None])
     ]  # fmt: skip
@@ -385,27 +413,36 @@ def _names(given: Sequence[str]) -> dict[str, str]:
 def info(model: Model, revision: Revision = None, ignore: Ignore = None) -> None:
     """Show a model's config, parameters and memory, and which of its weights load."""
     import bert_jax
-    from bert_jax import hub, tree, weights
+    from bert_jax import hub, processor, tree, weights
+    from bert_jax.quantization import DTYPES, hold
 
     folder = hub.download(model, revision=revision)
     config = bert_jax.BertConfig.from_file(folder / hub.CONFIG_FILE)
     architecture = next((name for name in hub.architectures(folder) if name in bert_jax.__all__), "BertModel")
-    _, skeleton = tree.split(getattr(bert_jax, architecture)(config))
     console = Console()
     console.print(f"[bold]{model}[/bold]  {architecture}  {folder}", highlight=False, soft_wrap=True)
     table = Table("config", "", box=None, pad_edge=False)
     for key, value in config.to_dict().items():
         table.add_row(key, str(value))
     console.print(table)
-    counts: Counter[str] = Counter()
-    for path, spec in skeleton.specs.items():
-        part = ".".join(path.split(".")[: 2 if path.startswith("bert.") else 1])
-        counts[part] += spec.size
-    table = Table("parameters", "", "float32", box=None, pad_edge=False)
-    for part, count in [*counts.items(), ("all", counts.total())]:
-        table.add_row(part, f"{count:,}", f"{count * 4 / 1e6:,.1f} MB")
+    specs: dict[str, Any] = {}  # by dtype
+    sizes: dict[str, Counter[str]] = {}  # bytes by part and by dtype
+    for dtype in DTYPES:
+        network = getattr(bert_jax, architecture)(config)
+        hold(network.encoder, dtype)
+        specs[dtype] = tree.split(network)[1].specs
+        for path, spec in specs[dtype].items():
+            part = ".".join(path.split(".")[: 2 if path.startswith("bert.") else 1])
+            for row in (part, "all"):
+                sizes.setdefault(row, Counter())[dtype] += spec.size * spec.dtype.itemsize
+    sizes["all"] = sizes.pop("all")  # last
+    table = Table("parameters", "", *(f"{dtype}, MB" for dtype in DTYPES), box=None, pad_edge=False)
+    for row, size in sizes.items():
+        table.add_row(row, f"{size['float32'] // 4:,}", *(f"{size[dtype] / 1e6:,.1f}" for dtype in DTYPES))
     console.print(table)
-    sources, report = weights.plan(folder, skeleton.specs, ignore=ignore or ())
+    for dtype in DTYPES[1:]:
+        console.print(f"On this machine, {dtype} {processor.speed(dtype)}.", highlight=False, soft_wrap=True)
+    sources, report = weights.plan(folder, specs["float32"], ignore=ignore or ())
     stored = ", ".join(sorted({source.dtype for source in sources.values()}))
     console.print(f"weights, stored as {stored}:\n{report}", highlight=False)
 
@@ -454,13 +491,20 @@ def verify(
         raise typer.Exit(1 if misses else 2)
 
 
-def _pipeline(task: str, model: ModelOption, revision: Revision, ignore: Ignore) -> tuple[str, "Pipeline[Task]"]:
+def _pipeline(
+    task: str, model: ModelOption, revision: Revision, ignore: Ignore, dtype: DtypeOption, mesh: MeshOption = None
+) -> tuple[str, "Pipeline[Task]"]:
     _use_compilation_cache()
+    from bert_jax import sharding
     from bert_jax.inference import pipelines
+    from bert_jax.settings import Serving
     from bert_jax.tasks import registry
+    from bert_jax.yaml_file import assignments
 
+    sizes = Serving.from_dict({"mesh": assignments(mesh)}, source="--mesh").mesh if mesh else None
+    devices = sharding.local(sizes.model_dump()) if sizes else None
     name, folder = _model(model, revision)
-    return name, pipelines.pipeline(registry.task_name(task), folder, ignore=ignore or ())
+    return name, pipelines.pipeline(registry.task_name(task), folder, ignore=ignore or (), dtype=dtype, mesh=devices)
 
 
 def _model(model: str | None, revision: str | None) -> tuple[str, Path]:

@@ -9,7 +9,9 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from bert_jax import sharding
 from bert_jax.config import BertConfig
+from bert_jax.interventions import NONE, Interventions
 from bert_jax.model import Attention, BertModel, BertModelOutput, BertPreTrainedModel, ComputeDtype, check_inputs
 from bert_jax.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, last_axis, new_param, split_key
 
@@ -127,17 +129,20 @@ class BertForPreTraining(BertWithHead):
         self.predictions = MaskedLMHead(self.config, rngs)
         self.seq_relationship = self._linear(2, rngs)
 
+    @sharding.automatic
     def __call__(
         self,
-        input_ids: ArrayLike,
+        input_ids: ArrayLike | None = None,
         attention_mask: ArrayLike | None = None,
         token_type_ids: ArrayLike | None = None,
         position_ids: ArrayLike | None = None,
         document_ids: ArrayLike | None = None,
         *,
+        inputs_embeds: ArrayLike | None = None,
         masked_positions: ArrayLike | None = None,
         first_positions: ArrayLike | None = None,
         dropout_key: jax.Array | None = None,
+        interventions: Interventions = NONE,
     ) -> PreTrainingOutput:
         """Computes the logits of masked-language modeling and next-sentence prediction.
 
@@ -152,22 +157,24 @@ class BertForPreTraining(BertWithHead):
             first_positions: int [B, K], the index of the first token of each example, if a row holds several. The
                 next-sentence logits are then [B, K, 2]. If None, the first token of the row is used, and these logits
                 are [B, 2].
+            inputs_embeds: See `BertModel`.
             dropout_key: See `BertModel`.
+            interventions: See `BertModel`.
         """
         positions = None
         if masked_positions is not None or first_positions is not None:
-            check_inputs(
-                self.config, jnp.asarray(input_ids), masked_positions=masked_positions, first_positions=first_positions
-            )
-            rows, tokens = np.shape(input_ids)
+            rows, tokens = check_inputs(
+                self.config, input_ids, inputs_embeds, masked_positions=masked_positions,
+                first_positions=first_positions,
+            )  # fmt: skip
             masked = jnp.arange(tokens)[None] if masked_positions is None else jnp.asarray(masked_positions)
             first = jnp.zeros((1, 1), int) if first_positions is None else jnp.asarray(first_positions)
             n = first.shape[1]
             both = [jnp.broadcast_to(array, (rows, array.shape[1])) for array in (first, masked)]
             positions = jnp.concatenate(both, axis=1)
         out = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, document_ids, positions=positions,
-            dropout_key=dropout_key,
+            input_ids, attention_mask, token_type_ids, position_ids, document_ids, inputs_embeds=inputs_embeds,
+            positions=positions, dropout_key=dropout_key, interventions=interventions,
         )  # fmt: skip
         hidden, pooled = out.last_hidden_state, out.pooler_output
         if positions is not None:
@@ -183,16 +190,19 @@ class BertForMaskedLM(BertWithHead):
     def _add_head(self, rngs: nnx.Rngs | None) -> None:
         self.predictions = MaskedLMHead(self.config, rngs)
 
+    @sharding.automatic
     def __call__(
         self,
-        input_ids: ArrayLike,
+        input_ids: ArrayLike | None = None,
         attention_mask: ArrayLike | None = None,
         token_type_ids: ArrayLike | None = None,
         position_ids: ArrayLike | None = None,
         document_ids: ArrayLike | None = None,
         *,
+        inputs_embeds: ArrayLike | None = None,
         masked_positions: ArrayLike | None = None,
         dropout_key: jax.Array | None = None,
+        interventions: Interventions = NONE,
     ) -> HeadOutput:
         """Scores the vocabulary at the tokens whose indices are `masked_positions`, int [B, K].
 
@@ -202,10 +212,10 @@ class BertForMaskedLM(BertWithHead):
         Returns:
             A `HeadOutput` with logits [B, K, V], or [B, T, V] if `masked_positions` is None.
         """
-        check_inputs(self.config, jnp.asarray(input_ids), masked_positions=masked_positions)
+        check_inputs(self.config, input_ids, inputs_embeds, masked_positions=masked_positions)
         out = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, document_ids, positions=masked_positions,
-            dropout_key=dropout_key,
+            input_ids, attention_mask, token_type_ids, position_ids, document_ids, inputs_embeds=inputs_embeds,
+            positions=masked_positions, dropout_key=dropout_key, interventions=interventions,
         )  # fmt: skip
         logits = self.predictions(out.last_hidden_state, self.bert.embeddings.word_embeddings)
         return HeadOutput(logits, out.hidden_states, out.attentions)
@@ -217,22 +227,26 @@ class BertWithLinearHead(BertWithHead, Generic[Output]):
     head_dropout: ClassVar[bool] = False
     """Whether dropout is applied to the input of the head."""
 
+    @sharding.automatic
     def __call__(
         self,
-        input_ids: ArrayLike,
+        input_ids: ArrayLike | None = None,
         attention_mask: ArrayLike | None = None,
         token_type_ids: ArrayLike | None = None,
         position_ids: ArrayLike | None = None,
         document_ids: ArrayLike | None = None,
         *,
+        inputs_embeds: ArrayLike | None = None,
         positions: ArrayLike | None = None,
         dropout_key: jax.Array | None = None,
+        interventions: Interventions = NONE,
     ) -> Output:
         """Applies the encoder, then the head. The arguments are those of `BertModel`."""
         key, head_key = split_key(dropout_key, 2) if self.head_dropout else (dropout_key, None)
         out = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, document_ids, positions=positions, dropout_key=key
-        )
+            input_ids, attention_mask, token_type_ids, position_ids, document_ids, inputs_embeds=inputs_embeds,
+            positions=positions, dropout_key=key, interventions=interventions,
+        )  # fmt: skip
         hidden = out.pooler_output if self.pooled else out.last_hidden_state
         if self.head_dropout:
             config = self.config

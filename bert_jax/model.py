@@ -1,16 +1,15 @@
 """BERT's encoder (Devlin et al. 2018, arXiv:1810.04805) in Flax NNX, and the base class that loads and saves models.
 
-The variables of the modules are all `nnx.Param`s, in float32. A call applies dropout if and only if it is given a
-`dropout_key`. The activations are converted to `compute_dtype` once, after the embeddings. The matrix products of the
-layers take operands of that dtype and accumulate in float32. Softmax, LayerNorm and the pooler compute in float32, and
-logits are float32. The docstring of `nn` explains the letters in shapes.
-
-Reference: google-research/bert modeling.py, and transformers' modeling_bert.py, whose class names are used here.
+The variables of the modules are all `nnx.Param`s, in float32 unless a model is loaded for inference with another
+`dtype` (see `bert_jax.quantization`). A call applies dropout if and only if it is given a `dropout_key`. The
+activations are converted to `compute_dtype` once, after the embeddings. The matrix products of the layers take operands
+of that dtype and accumulate in float32. Softmax, LayerNorm and the pooler compute in float32, and logits are float32.
+The docstring of `nn` explains the letters in shapes.
 """
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack
@@ -21,17 +20,22 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from bert_jax import hub, sharding, tree, weights
-from bert_jax.attention import ATTENTION, Attended, SelfAttention, check, platform
+from bert_jax import hub, processor, sharding, tree, weights
+from bert_jax.attention import ATTENTION, Attended, SelfAttention, check
 from bert_jax.config import BertConfig, ConfigChanges
 from bert_jax.errors import InputError, quoted
+from bert_jax.interventions import NONE, Interventions, checked_interventions, intervene, within
 from bert_jax.nn import ACTIVATIONS, Embedding, Keys, LayerNorm, Linear, dropout, split_key
+from bert_jax.quantization import DTYPES, Dtype, hold
 
 logger = logging.getLogger(__name__)
 
 ComputeDtype = Literal["float32", "bfloat16"]
 Attention = Literal["plain", "splash", "cudnn"]
-COMPUTE_DTYPES = ("float32", "bfloat16")
+COMPUTE_DTYPES: dict[Dtype, tuple[ComputeDtype, ...]] = {
+    "float32": ("float32", "bfloat16"), "bfloat16": ("bfloat16",), "int8": ("float32",)
+}  # fmt: skip
+"""Maps the dtype of a model's large weights to the dtypes that its activations may have."""
 POSITIONS = ("positions", "masked_positions", "first_positions")
 """The names of the model arguments that hold indices of tokens within a row."""
 
@@ -77,6 +81,7 @@ class BertLayer(nnx.Module):
         attended: Attended | None = None,
         dropout_key: jax.Array | None = None,
         positions: jax.Array | None = None,
+        interventions: Interventions = NONE,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Applies the layer.
 
@@ -86,6 +91,7 @@ class BertLayer(nnx.Module):
             dropout_key: PRNG key; without one, nothing is dropped.
             positions: int [B, T] or [1, T], the indices in x of the tokens to compute; None for all S tokens. These
                 tokens can also attend to tokens that are not computed.
+            interventions: Those in this layer; see `bert_jax.interventions`.
 
         Returns:
             The output [B, T, D] in the dtype of x, and the attention probabilities [B, N, T, S], or None in their place
@@ -100,12 +106,15 @@ class BertLayer(nnx.Module):
             if attended is not None and attended.queries.shape[1] > 1:
                 attended = attended._replace(queries=jnp.take_along_axis(attended.queries, positions, axis=1))
         with jax.named_scope("attention"):
-            context, probabilities = self.attention(x, states, attended, attention_key)
+            context, probabilities = self.attention(
+                x, states, attended, attention_key, within(interventions, "attention")
+            )
             x = self.attention_norm(x + dropout(context, rate, context_key))
         with jax.named_scope("feed_forward"):
             inner = ACTIVATIONS[self.config.hidden_act](self.intermediate(x))  # [B, T, F]
-            x = self.output_norm(x + dropout(self.output(inner), rate, output_key))
-        return x, probabilities
+            added = intervene(interventions, "output", self.output(intervene(interventions, "intermediate", inner)))
+            x = self.output_norm(x + dropout(added, rate, output_key))
+        return intervene(interventions, "", x), probabilities
 
 
 class BertEmbeddings(nnx.Module):
@@ -121,16 +130,23 @@ class BertEmbeddings(nnx.Module):
 
     def __call__(
         self,
-        input_ids: jax.Array,
+        input_ids: jax.Array | None,
         token_type_ids: jax.Array,
         position_ids: jax.Array,
         dropout_key: jax.Array | None = None,
+        inputs_embeds: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns float32 [B, T, D]. Each array of ids is int [B, T], or [1, T] if all rows have the same ids."""
-        words = self.word_embeddings(input_ids)
-        if self.config.pad_token_id is not None:
-            # This lookup passes no gradient to the vector of [PAD], as with torch.nn.Embedding(padding_idx=…).
-            words = jnp.where((input_ids == self.config.pad_token_id)[..., None], jax.lax.stop_gradient(words), words)
+        """Returns float32 [B, T, D]. Each array of ids is int [B, T], or [1, T] if all rows have the same ids.
+
+        `inputs_embeds`, float32 [B, T, D], takes the place of the word embeddings of `input_ids`.
+        """
+        words: Any = inputs_embeds
+        if input_ids is not None:
+            words = self.word_embeddings(input_ids)
+            if self.config.pad_token_id is not None:
+                # This lookup passes no gradient to the vector of [PAD], as with torch.nn.Embedding(padding_idx=…).
+                pads = (input_ids == self.config.pad_token_id)[..., None]
+                words = jnp.where(pads, jax.lax.stop_gradient(words), words)
         x = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)  # [B, T, D]
         return dropout(self.layer_norm(x), self.config.hidden_dropout_prob, dropout_key)
 
@@ -141,7 +157,7 @@ class BertPreTrainedModel(nnx.Module):
     Args of every model:
         config: The hyperparameters.
         rngs: The random numbers for the initial parameters. If None, the parameters have shapes but no values.
-        compute_dtype: The dtype of the activations, "float32" or "bfloat16". The parameters are float32.
+        compute_dtype: The dtype of the activations, "float32" or "bfloat16". The parameters of a new model are float32.
         attention: The name of a kernel in `ATTENTION`.
         remat: Whether the forward pass stores only the input of each layer. The backward pass then recomputes the rest.
         scan_layers: Whether to compile the layers as one loop. Each layer still has its own parameters.
@@ -167,11 +183,12 @@ class BertPreTrainedModel(nnx.Module):
         new: Sequence[str] = (),
         ignore: Sequence[str] = (),
         rngs: nnx.Rngs | None = None,
-        compute_dtype: ComputeDtype = "float32",
+        dtype: Dtype = "float32",
         attention: Attention = "plain",
         remat: bool = False,
         scan_layers: bool = False,
         add_pooling_layer: bool | None = None,
+        mesh: jax.sharding.Mesh | None = None,
         **config_changes: Unpack[ConfigChanges],
     ) -> Self:
         """Loads a model from a checkpoint.
@@ -188,29 +205,57 @@ class BertPreTrainedModel(nnx.Module):
             ignore: Regular expressions that match whole tensor names, for example `[r"loss_fct\\..*"]`. These tensors
                 of the checkpoint are left out. Loading fails if it has other tensors that no BERT model has.
             rngs: The random numbers for the `new` parameters; `nnx.Rngs(0)` by default.
-            compute_dtype: See `BertPreTrainedModel`.
+            dtype: "float32" matches the reference implementation, and is required for training. "bfloat16" and "int8"
+                are for inference only: they store the weights of the layers and the word embeddings in half or a
+                quarter of the memory; see `bert_jax.quantization`. Each tensor is converted when it is read. With
+                "bfloat16", the activations are also bfloat16. To train with bfloat16 activations, load the model in
+                float32, and then set `model.encoder.compute_dtype = "bfloat16"`.
             attention: See `BertPreTrainedModel`.
             remat: See `BertPreTrainedModel`.
             scan_layers: See `BertPreTrainedModel`.
             add_pooling_layer: For `BertModel` only: whether the model has a pooler, True by default. Some checkpoints
                 lack a pooler.
+            mesh: The devices to load the parameters on, from `bert_jax.sharding.mesh`. The axes `fsdp` and `tensor`
+                shard them, so that a model can be larger than the memory of one device. None for the default device.
             **config_changes: New values for fields of the config, for example `hidden_dropout_prob=0.0`. `num_labels=6`
                 sets the size of a new head, or corrects a config that contradicts the weights.
 
         Raises:
+            InputError: If `dtype` is unknown, if `mesh` does not fit the model, if `new` parameters are requested in a
+                dtype other than float32, if a fused `attention` is requested with int8, or if `compute_dtype` is given.
             ModelNotFoundError: If the model does not exist, or if the Hub does not answer and the model is not cached.
             ConfigError: If the config does not describe a BERT, or if a change is invalid.
             CheckpointError: If the weights are missing, are damaged or do not fit the model. The message lists the
                 first 40 tensors and parameters that do not fit.
         """
+        if "compute_dtype" in config_changes:
+            raise InputError(
+                "compute_dtype was renamed to dtype, for inference. To train with bfloat16 activations, set "
+                "model.encoder.compute_dtype after loading."
+            )
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise InputError(f"dtype is {quoted(dtype)}; expected one of {', '.join(DTYPES)}.")
+        if attention != "plain" and dtype == "int8":
+            raise InputError(
+                f"attention is {quoted(attention)}, which computes in bfloat16; dtype='int8' needs 'plain'."
+            )
+        if new and dtype != "float32":
+            raise InputError(f"dtype is {dtype!r}, which is for inference; `new` parameters require 'float32'.")
         folder = hub.download(model_id, revision=revision)
         config = BertConfig.from_file(folder / hub.CONFIG_FILE).replace(**config_changes)
-        options: dict[str, Any] = {"compute_dtype": compute_dtype, "attention": attention}
-        options |= {"remat": remat, "scan_layers": scan_layers}
+        options: dict[str, Any] = {"attention": attention, "remat": remat, "scan_layers": scan_layers}
         if add_pooling_layer is not None:
             options["add_pooling_layer"] = add_pooling_layer
-        _, skeleton = tree.split(cls(config, **options))
-        arrays, report = weights.load(folder, skeleton.specs, new=new, ignore=ignore)
+        network = cls(config, **options)
+        hold(network.encoder, dtype)
+        if dtype != "float32":
+            processor.warn_if_slow(dtype)
+        _, skeleton = tree.split(network)
+        places = None
+        if mesh is not None:
+            sharding.check(mesh, config)
+            places = sharding.placements(mesh, dict(skeleton.specs))
+        arrays, report = weights.load(folder, skeleton.specs, new=new, ignore=ignore, places=places)
         logger.info("%s: %s", model_id, report)
         if report.new:
             # Under jit, the parameters that this function does not return are not computed.
@@ -220,7 +265,8 @@ class BertPreTrainedModel(nnx.Module):
                 flat = tree.flatten(tree.split(model_class(config, rngs=Keys(key), **options))[0])
                 return {path: flat[path] for path in report.new}
 
-            arrays |= drawn((rngs or nnx.Rngs(0)).params())
+            initial = drawn((rngs or nnx.Rngs(0)).params())
+            arrays |= {path: jax.device_put(array, places and places[path]) for path, array in initial.items()}
         model: Self = tree.merge(skeleton, tree.unflatten(arrays))
         return model
 
@@ -228,6 +274,19 @@ class BertPreTrainedModel(nnx.Module):
     def encoder(self) -> "BertModel":
         """The `BertModel` below the head; the model itself if it has no head."""
         return self if isinstance(self, BertModel) else self.bert
+
+    @property
+    def dtype(self) -> Dtype:
+        """The dtype of the weights of the layers and of the word embeddings."""
+        held = self.encoder.embeddings.word_embeddings.weight.dtype
+        return next(dtype for dtype in DTYPES if held == dtype)
+
+    def check_float32(self, purpose: str) -> None:
+        """Raises `InputError` unless the model was loaded in float32, as `purpose` requires."""
+        if self.dtype != "float32":
+            raise InputError(
+                f"The model is loaded in {self.dtype}, but {purpose} requires float32. Load it with dtype='float32'."
+            )
 
     def resize_embeddings(
         self,
@@ -252,8 +311,10 @@ class BertPreTrainedModel(nnx.Module):
             rngs: The random numbers for "normal"; `nnx.Rngs(0)` by default.
 
         Raises:
-            InputError: If `size` is below the current size, or if an argument is invalid.
+            InputError: If `size` is below the current size, if an argument is invalid, or if the model is not loaded in
+                float32.
         """
+        self.check_float32("resize_embeddings")
         old = self.config
         for name, value, least in [("size", size, old.vocab_size), ("multiple_of", multiple_of, 1)]:
             if type(value) is not int or value < least:
@@ -283,8 +344,10 @@ class BertPreTrainedModel(nnx.Module):
         """Writes `model.safetensors` and `config.json`, from which PyTorch transformers loads bit-identical weights.
 
         Raises:
+            InputError: If the model is not loaded in float32.
             CheckpointError: If the folder cannot be written. The message names the files that were already replaced.
         """
+        self.check_float32("save_pretrained")
         params, _ = tree.split(self)
         config = {"architectures": [type(self).__name__], **self.config.to_dict()}
         weights.save(Path(folder), tree.flatten(params), config)
@@ -304,8 +367,6 @@ class BertModel(BertPreTrainedModel):
         scan_layers: bool = False,
         add_pooling_layer: bool = True,
     ):
-        if compute_dtype not in COMPUTE_DTYPES:
-            raise InputError(f"compute_dtype is {quoted(compute_dtype)}; expected one of {', '.join(COMPUTE_DTYPES)}.")
         if attention not in ATTENTION:
             raise InputError(f"attention is {quoted(attention)}; expected one of {', '.join(ATTENTION)}.")
         self.config, self.compute_dtype, self.attention = config, compute_dtype, attention
@@ -314,17 +375,29 @@ class BertModel(BertPreTrainedModel):
         self.layers = nnx.List([BertLayer(config, attention, rngs) for _ in range(config.num_hidden_layers)])
         size, std = config.hidden_size, config.initializer_range
         self.pooler = Linear(size, size, std, rngs) if add_pooling_layer else None
+        self._check_compute_dtype()
 
+    def _check_compute_dtype(self) -> None:
+        allowed = COMPUTE_DTYPES[self.dtype]
+        if self.compute_dtype not in allowed:
+            raise InputError(
+                f"compute_dtype is {quoted(self.compute_dtype)}; expected {' or '.join(allowed)}, because the weights "
+                f"are {self.dtype}."
+            )
+
+    @sharding.automatic
     def __call__(
         self,
-        input_ids: ArrayLike,
+        input_ids: ArrayLike | None = None,
         attention_mask: ArrayLike | None = None,
         token_type_ids: ArrayLike | None = None,
         position_ids: ArrayLike | None = None,
         document_ids: ArrayLike | None = None,
         *,
+        inputs_embeds: ArrayLike | None = None,
         positions: ArrayLike | None = None,
         dropout_key: jax.Array | None = None,
+        interventions: Interventions = NONE,
     ) -> BertModelOutput:
         """Encodes tokens.
 
@@ -338,23 +411,28 @@ class BertModel(BertPreTrainedModel):
             position_ids: int [B, T], or [1, T] for all rows; None for 0, 1, 2, …
             document_ids: int [B, T], the number of the text that each token belongs to, for packed rows, which hold
                 several texts. Tokens then attend only to tokens of their own text.
+            inputs_embeds: float [B, T, D], vectors in place of the word embeddings of `input_ids`. Pass one of the two.
             positions: int [B, K], or [1, K] for all rows: the indices of the tokens whose outputs the caller reads;
                 None for all tokens. The last layer is computed only for these tokens, so that `last_hidden_state` and
                 `pooler_output` are [B, K, D], and the last of the `attentions` is [B, N, K, S].
             dropout_key: PRNG key; without one, nothing is dropped.
+            interventions: Functions that change activations, by the names of their sites; see `bert_jax.interventions`.
 
         Raises:
-            InputError: If T is too large, if shapes do not match, if an id or position is out of range, or if the
-                attention kernel does not support the devices, the dtype or the rows. Under jit, ids and positions are
-                not checked.
+            InputError: If T is too large, if shapes do not match, if an id or position is out of range, if both or
+                neither of `input_ids` and `inputs_embeds` are given, if the attention kernel does not support the
+                devices, the dtype or the rows, or if an intervention is invalid. Under jit, ids and positions are not
+                checked.
         """
-        input_ids = jnp.asarray(input_ids)
-        check_inputs(
-            self.config, input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
+        self._check_compute_dtype()
+        rows, tokens = check_inputs(
+            self.config, input_ids, inputs_embeds, attention_mask=attention_mask, token_type_ids=token_type_ids,
             position_ids=position_ids, document_ids=document_ids, positions=positions,
         )  # fmt: skip
-        places = jnp.arange(input_ids.shape[1])[None] if position_ids is None else jnp.asarray(position_ids)
-        types = jnp.zeros_like(input_ids) if token_type_ids is None else jnp.asarray(token_type_ids)
+        input_ids = None if input_ids is None else jnp.asarray(input_ids)
+        vectors = None if inputs_embeds is None else jnp.asarray(inputs_embeds)
+        places = jnp.arange(tokens)[None] if position_ids is None else jnp.asarray(position_ids)
+        types = jnp.zeros((rows, tokens), jnp.int32) if token_type_ids is None else jnp.asarray(token_type_ids)
         attended = None
         if attention_mask is not None:
             keys = jnp.asarray(attention_mask).astype(bool).astype(jnp.int32)
@@ -364,32 +442,45 @@ class BertModel(BertPreTrainedModel):
             keys = documents if attended is None else jnp.where(attended.keys > 0, documents, documents.min() - 1)
             attended = Attended(documents, keys)
         check(
-            self.attention, platform=platform(), compute_dtype=self.compute_dtype, packed=document_ids is not None,
-            length=input_ids.shape[1],
+            self.attention, platform=sharding.platform(), compute_dtype=self.compute_dtype,
+            packed=document_ids is not None, length=tokens,
+        )  # fmt: skip
+        interventions = checked_interventions(
+            interventions, layers=len(self.layers), pooler=self.pooler is not None,
+            fused=None if self.attention == "plain" else self.attention, scan=self.scan_layers,
         )  # fmt: skip
         embeddings_key, layers_key = split_key(dropout_key, 2)
         with jax.named_scope("embeddings"):
-            x = self.embeddings(input_ids, types, places, embeddings_key)
-        x = sharding.by_rows(x.astype(self.compute_dtype))
-        hidden_states, attentions = self._encode(x, attended, layers_key, positions)
+            x = self.embeddings(input_ids, types, places, embeddings_key, vectors)
+        x = intervene(interventions, "embeddings", sharding.by_rows(x.astype(self.compute_dtype)))
+        hidden_states, attentions = self._encode(x, attended, layers_key, positions, interventions)
         x = hidden_states[-1]
         pooled: Any = None
         if self.pooler is not None:
             with jax.named_scope("pooler"):
                 first = x[:, 0] if positions is None else x
                 pooled = jnp.tanh(self.pooler(first.astype(jnp.float32)))  # [B, D] or [B, K, D]
+                pooled = intervene(interventions, "pooler", pooled)
         return BertModelOutput(x, pooled, hidden_states, attentions)
 
     def _encode(
-        self, x: jax.Array, attended: Attended | None, key: jax.Array | None, positions: Any
+        self,
+        x: jax.Array,
+        attended: Attended | None,
+        key: jax.Array | None,
+        positions: Any,
+        interventions: Interventions,
     ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array | None, ...]]:
         """Applies the layers in order. Returns the hidden states (x, then each layer's output) and the attentions."""
 
-        def run(layer: BertLayer, x: jax.Array, i: ArrayLike, *positions: Any) -> tuple[jax.Array, jax.Array | None]:
-            return layer(x, attended, None if key is None else jax.random.fold_in(key, i), *positions)
+        def runner(own: Interventions) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
+            """Makes a function that applies a layer with its own interventions."""
 
-        if self.remat:
-            run = jax.checkpoint(run)
+            def run(layer: BertLayer, x: jax.Array, i: ArrayLike, positions: Any = None) -> Any:
+                return layer(x, attended, None if key is None else jax.random.fold_in(key, i), positions, own)
+
+            return jax.checkpoint(run) if self.remat else run
+
         n = len(self.layers)
         # The number of layers that compute all tokens. If positions are given, the last layer computes only the tokens
         # at these positions.
@@ -399,7 +490,7 @@ class BertModel(BertPreTrainedModel):
 
             def body(x: jax.Array, inputs: Any) -> Any:
                 with jax.named_scope("layer"):
-                    y, probabilities = run(inputs[0], x, inputs[1])
+                    y, probabilities = runner(NONE)(inputs[0], x, inputs[1])
                 y = sharding.by_rows(y)
                 return y, (y, probabilities)
 
@@ -409,23 +500,39 @@ class BertModel(BertPreTrainedModel):
             probabilities += [None if attentions is None else attentions[i] for i in range(full)]
         for i in range(len(probabilities), n):
             with jax.named_scope(f"layer_{i}"):
-                y, p = run(self.layers[i], hidden_states[-1], i, *([] if i < full else [jnp.asarray(positions)]))
+                run = runner(within(interventions, f"layers.{i}"))
+                y, p = run(self.layers[i], hidden_states[-1], i, None if i < full else jnp.asarray(positions))
             hidden_states.append(sharding.by_rows(y))
             probabilities.append(p)
         return tuple(hidden_states), tuple(probabilities)
 
 
-def check_inputs(config: BertConfig, input_ids: jax.Array, **others: ArrayLike | None) -> None:
-    """Raises `InputError` if rows are too long, if shapes do not match, or if an id or position is out of range.
+def check_inputs(
+    config: BertConfig, input_ids: ArrayLike | None, inputs_embeds: ArrayLike | None = None, **others: ArrayLike | None
+) -> tuple[int, int]:
+    """Checks the arguments of a model.
 
     Under jit, ids and positions are not checked, because their values are not known.
+
+    Returns:
+        The number of rows and of tokens per row.
+
+    Raises:
+        InputError: If rows are too long, if shapes do not match, if an id or position is out of range, or if both or
+            neither of `input_ids` and `inputs_embeds` are given.
     """
-    if input_ids.ndim != 2:
-        raise InputError(f"input_ids has the shape {input_ids.shape}; expected [batch, tokens].")
-    rows, tokens = input_ids.shape
+    if (input_ids is None) == (inputs_embeds is None):
+        raise InputError(f"Expected input_ids or inputs_embeds, got {'neither' if input_ids is None else 'both'}.")
+    given: Any = inputs_embeds if input_ids is None else input_ids
+    source, vector = ("inputs_embeds", (config.hidden_size,)) if input_ids is None else ("input_ids", ())
+    shape: Any = np.shape(given)
+    if len(shape) < 2 or shape[2:] != vector:
+        expected = ", ".join(map(str, ("batch", "tokens", *vector)))
+        raise InputError(f"{source} has the shape {shape}; expected [{expected}].")
+    rows, tokens = shape[:2]
     if tokens > config.max_position_embeddings:
         raise InputError(
-            f"input_ids has {tokens} tokens per row; the model has {config.max_position_embeddings} positions "
+            f"{source} has {tokens} tokens per row; the model has {config.max_position_embeddings} positions "
             "(max_position_embeddings). Truncate the texts, or cut them into windows."
         )
     limits = {
@@ -443,7 +550,7 @@ def check_inputs(config: BertConfig, input_ids: jax.Array, **others: ArrayLike |
         else:
             fits = shape == (rows, tokens) or (name == "position_ids" and shape == (1, tokens))
         if not fits:
-            raise InputError(f"{name} has the shape {shape}; input_ids has {input_ids.shape}.")
+            raise InputError(f"{name} has the shape {shape}; {source} has {(rows, tokens)}.")
         if name in limits and not isinstance(array, jax.core.Tracer):
             values = np.asarray(array)
             for row, token in np.argwhere((values < 0) | (values >= limits[name])):
@@ -451,3 +558,4 @@ def check_inputs(config: BertConfig, input_ids: jax.Array, **others: ArrayLike |
                 raise InputError(
                     f"{name}[{row}, {token}] is {values[row, token]}; expected 0 to {limits[name] - 1}.{hint}"
                 )
+    return rows, tokens

@@ -42,7 +42,7 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
 Labels = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)]
 """Distinct names of labels."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction")
+HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction", "minimal-pairs")
 
 
 class LoRA(Section):
@@ -409,15 +409,25 @@ class Masking(Section):
 class HeldOut(SettingsFile):
     """An evaluation of pretrained models on texts that they have not seen."""
 
-    task: Literal["fill-mask", "next-sentence-prediction"]
-    """Hugging Face's name of the task."""
+    task: Literal["fill-mask", "next-sentence-prediction", "minimal-pairs"]
+    """fill-mask and next-sentence-prediction are Hugging Face's names of these tasks. `minimal-pairs` compares the
+    pseudo-log-likelihoods of two sentences: `data.text` is the column of the acceptable one (`sentence_good` by
+    default), `data.text_pair` that of the other (`sentence_bad`), and `data.label` that of the phenomenon
+    (`linguistics_term`)."""
     data: Data = Data()
     masking: Masking = Masking()
+    metric: Literal["original", "within_word_l2r"] = "original"
+    """How minimal-pairs scores a sentence: `original` masks one token at a time (Salazar et al. 2020);
+    `within_word_l2r` also masks the later pieces of its word (Kauf and Ivanova 2023)."""
     seed: NonNegativeInt = 42
     """Seed for choosing masked tokens, for cutting and pairing texts, and for resampling."""
     resamples: PositiveInt = 1000
     """Number of bootstrap resamples of the texts or pairs, from which the 95 % intervals are computed."""
-    precision: Precision = Precision()
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Dtype of the models' large weights."""
+    mesh: Mesh | None = None
+    """How the devices of this process share the work. By default, all accelerators share the rows. On CPUs, one device
+    is used."""
 
 
 class Serving(SettingsFile):
@@ -439,8 +449,11 @@ class Serving(SettingsFile):
     """Address to listen on; 0.0.0.0 for all addresses of the machine."""
     port: Annotated[int, Field(ge=0, lt=2**16)] = 8000
     """Port to listen on; 0 for any free port."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the activations."""
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Dtype of the large weights."""
+    mesh: Mesh | None = None
+    """How the devices of this process share the work. By default, all accelerators share the rows. On CPUs, one device
+    is used."""
     api_key: str | None = None
     """The key that clients must send as `Authorization: Bearer …`, for all paths but /health. By default, there is
     none. The environment variable BERT_JAX_API_KEY overrides this setting."""

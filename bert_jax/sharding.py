@@ -5,19 +5,26 @@ state (Rajbhandari et al. 2020, "ZeRO", stage 3). `tensor` shards the attention 
 feed-forward layers (Shoeybi et al. 2019, "Megatron-LM", section 3).
 """
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from bert_jax import distributed
+from bert_jax import distributed, tree
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
 
+Model = TypeVar("Model")
+Arguments = ParamSpec("Arguments")
+Output = TypeVar("Output")
+
+AXES = ("data", "fsdp", "tensor")
+"""The axes of the meshes that `mesh` makes."""
 BATCH_AXES = ("data", "fsdp")
 """The mesh axes that shard the rows of a batch."""
 
@@ -60,7 +67,57 @@ def mesh(
             f"at least 1 with a product of at most {count}, or data: -1 (all devices) if fsdp · tensor divides {count}."
         )
     array = np.array(devices[: math.prod(shape)]).reshape(shape)
-    return jax.sharding.Mesh(array, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return jax.sharding.Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def local(sizes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
+    """A mesh of devices of this process.
+
+    Args:
+        sizes: The arguments of `mesh`. By default, the axis `data` has all devices of this process, with two
+            exceptions. If `jax.default_device` is set, the mesh has only that device. On CPUs, the mesh has only the
+            first device, because simulated devices share the same cores.
+
+    Raises:
+        InputError: If the axes do not fit the devices.
+    """
+    if sizes is not None:
+        return mesh(**sizes, devices=jax.local_devices())
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    devices = jax.local_devices(backend=default if isinstance(default, str) else None)
+    if isinstance(default, jax.Device):
+        devices = [default]
+    elif default is not None or devices[0].platform == "cpu":
+        devices = devices[:1]
+    return mesh(devices=devices)
+
+
+def mesh_of(params: Any) -> jax.sharding.Mesh | None:
+    """A mesh of the devices that the arrays of a pytree were placed on; None if they were not placed.
+
+    Raises:
+        InputError: If the arrays are sharded on a mesh that was not made by `mesh`, or on devices of other processes.
+    """
+    first = next(iter(jax.tree.leaves(params)))
+    if not isinstance(first, jax.Array) or not first.committed:
+        return None
+    place = first.sharding
+    if isinstance(place, NamedSharding) and isinstance(place.mesh, jax.sharding.Mesh):
+        if _ours(place.mesh) and not place.mesh.is_multi_process:
+            return place.mesh
+        if not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params)):
+            raise InputError(
+                "The model is sharded on a mesh that was not made by bert_jax.sharding.mesh, or that has devices of "
+                "other processes. Pass mesh=bert_jax.sharding.mesh(devices=jax.local_devices()), or replicate the "
+                "parameters first."
+            )
+        return None
+    return mesh(devices=list(place.device_set)) if len(place.device_set) == 1 else None
+
+
+def _ours(mesh: jax.sharding.Mesh) -> bool:
+    """Whether a mesh has the axes that `mesh` makes."""
+    return mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}
 
 
 def part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
@@ -84,7 +141,12 @@ def part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
 
 
 def check(mesh: jax.sharding.Mesh, config: BertConfig) -> None:
-    """Raises `InputError` if the model's heads or inner features cannot be divided equally along the axis `tensor`."""
+    """Raises `InputError` if the mesh lacks `AXES`, or if `tensor` does not divide the heads or inner features."""
+    if not _ours(mesh):
+        axes = ", ".join(f"{name} ({kind.name})" for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True))
+        raise InputError(
+            f"The mesh has the axes {axes}; expected {', '.join(AXES)} (Auto). Make it with bert_jax.sharding.mesh."
+        )
     for name in ("num_attention_heads", "intermediate_size"):
         if getattr(config, name) % mesh.shape["tensor"]:
             raise InputError(
@@ -174,3 +236,46 @@ def shares() -> int:
     """`share` of the current mesh (`jax.set_mesh`); 1 if that mesh lacks the axes `BATCH_AXES`."""
     mesh = jax.sharding.get_abstract_mesh()
     return share(mesh) if set(BATCH_AXES) <= set(mesh.axis_names) else 1
+
+
+def platform() -> str:
+    """JAX's name for the platform to compile for: that of the current mesh, or JAX's default if there is no mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else str(device.platform)
+
+
+def automatic(
+    call: Callable[Concatenate[Model, Arguments], Output],
+) -> Callable[Concatenate[Model, Arguments], Output]:
+    """Decorates the call of a model so that it also runs on a mesh with Explicit axes.
+
+    `jax.make_mesh` makes Explicit axes by default. On these axes, an operation must specify the sharding of its result
+    if its operands do not determine it. Inside the decorated call, the compiler chooses the shardings instead. The rows
+    of the output are sharded like those of `input_ids` or `inputs_embeds`. The decorator does nothing unless the
+    current mesh (`jax.set_mesh`) has Explicit axes.
+    """
+
+    @functools.wraps(call)
+    def run(model: Model, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Output:
+        mesh = jax.sharding.get_abstract_mesh()
+        pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        explicit = tuple(name for name, kind in pairs if kind == AxisType.Explicit)
+        if not explicit:
+            return call(model, *args, **kwargs)
+        params, skeleton = tree.split(model)
+        values = [*args, *kwargs.values()]
+        fixed = {i for i, value in enumerate(values) if value is None or isinstance(value, Mapping)}  # interventions
+        arrays = {i: jax.numpy.asarray(value) for i, value in enumerate(values) if i not in fixed}
+
+        def inside(params: tree.Params, arrays: Mapping[int, jax.Array]) -> Output:
+            given: Any = [arrays.get(i, value) for i, value in enumerate(values)]
+            named = dict(zip(kwargs, given[len(args) :], strict=True))
+            return call(tree.merge(skeleton, params), *given[: len(args)], **named)
+
+        names: list[Any] = ["input_ids"][: len(args)] + [None] * (len(args) - 1) + list(kwargs)
+        inputs = [arrays[i] for i in arrays if names[i] in ("input_ids", "inputs_embeds") and arrays[i].ndim > 1]
+        rows = jax.typeof(inputs[0]).sharding.spec[0] if inputs else None
+        found: Output = jax.sharding.auto_axes(inside, axes=explicit, out_sharding=PartitionSpec(rows))(params, arrays)
+        return found
+
+    return run

@@ -6,6 +6,7 @@ folder. This module does not depend on any model class.
 
 import contextlib
 import json
+import math
 import mmap
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -75,6 +76,10 @@ WRAPPERS = re.compile(r"^((_orig_mod|module|model)\.)*")
 
 _LISTED = 40
 """The maximum number of problems that an error message lists."""
+_PART = 2**18
+"""The number of values that are converted at once when weights are loaded."""
+_SMALLEST = 127 * np.finfo(np.float32).tiny
+"""The smallest value that a row's largest value counts as, so that no scale is 0."""
 
 # Buffers that PyTorch stores next to the weights and that the network does not need.
 BUFFERS = {"bert.embeddings.position_ids", "bert.embeddings.token_type_ids"}
@@ -208,11 +213,21 @@ def plan(
 
 
 def load(
-    folder: Path, specs: Mapping[str, jax.ShapeDtypeStruct], *, new: Iterable[str] = (), ignore: Iterable[str] = ()
+    folder: Path,
+    specs: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    new: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    places: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> tuple[dict[str, jax.Array], Report]:
     """Reads a folder's weights, one tensor at a time.
 
-    The arguments are those of `plan`.
+    Args:
+        folder: See `plan`.
+        specs: See `plan`.
+        new: See `plan`.
+        ignore: See `plan`.
+        places: Where to put the arrays, by parameter path; None for the default device.
 
     Returns:
         The arrays by parameter path, in the dtypes of `specs`, and the report. Reinitialised parameters have no array.
@@ -224,11 +239,16 @@ def load(
     sources, report = plan(folder, specs, new=new, ignore=ignore)
     arrays, infinite = {}, []
     for path, tensor in _tensors(sources):
-        array = _page_aligned(tensor, specs[path].dtype)
-        if array is None:
-            infinite.append(sources[path].name)
+        if specs[path].dtype == np.int8:
+            array, scale = _quantized(tensor)
+            finite = np.isfinite(scale).all()
+            of_scale = f"{path.rpartition('.')[0]}.scale"
+            arrays[of_scale] = jax.device_put(scale, places and places[of_scale])
         else:
-            arrays[path] = jax.device_put(array)
+            array, finite = _converted(tensor, specs[path].dtype)
+        if not finite:
+            infinite.append(sources[path].name)
+        arrays[path] = jax.device_put(array, places and places[path])
     if infinite:
         raise CheckpointError(
             f"The weights in {folder} contain NaN or infinity, in {listed(infinite)}: the training diverged, or "
@@ -353,18 +373,47 @@ def _shard(folder: Path, name: str) -> Path:
     return path
 
 
-def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
-    """Copies an array to memory that JAX's CPU backend can use without copying it again.
+def _converted(tensor: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, bool]:
+    """Copies an array in `dtype` to aligned memory. Returns the copy, and whether all its values are finite."""
+    copy, finite = _aligned(tensor.shape, dtype), True
+    target, source = copy.reshape(-1), tensor.reshape(-1)
+    # The tensor is copied in parts, so that each part is checked while it is still in the CPU's cache.
+    for start in range(0, source.size, _PART):
+        part = target[start : start + _PART]
+        # The conversion may turn large values into infinities. The check below finds them.
+        with np.errstate(over="ignore"):
+            part[...] = source[start : start + _PART]
+        finite = finite and bool(np.isfinite(part).all())
+    return copy, finite
+
+
+def _quantized(tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds each row of a weight [out, in] to multiples of its scale, which is its largest absolute value / 127.
+
+    Returns:
+        The multiples, int8 [out, in], and the scales, float32 [out]. If a value of a row is not finite, its scale is
+        not finite either.
+    """
+    weight, scale = _aligned(tensor.shape, np.dtype(np.int8)), _aligned(tensor.shape[:1], np.dtype(np.float32))
+    rows = max(1, _PART // tensor.shape[1])
+    for start in range(0, len(tensor), rows):
+        with np.errstate(over="ignore", invalid="ignore"):
+            part = tensor[start : start + rows].astype(np.float32)
+            own = np.maximum(np.abs(part).max(axis=1), _SMALLEST) / 127
+            weight[start : start + rows] = np.rint(part / own[:, None]).clip(-127, 127)
+        scale[start : start + rows] = own
+    return weight, scale
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Allocates an array that JAX's CPU backend can use without copying it.
 
     Such memory is aligned to 64 bytes. Arrays of at least 4 MB are aligned to 2 MB, so that Linux can give them huge
     pages. Inference on one sentence reads all weights, and reading them from huge pages is 10% faster. The memory of
     these large arrays comes from mmap, not from malloc: malloc's bookkeeping between two arrays would occupy additional
     huge pages, 140 MB in total for BERT-large.
-
-    Returns:
-        The copy in `dtype`, or None if a value is not finite.
     """
-    size, page = tensor.size * dtype.itemsize, 64
+    size, page = math.prod(shape) * dtype.itemsize, 64
     if size < 2**22 or not hasattr(mmap, "MADV_HUGEPAGE"):
         memory = np.empty(size + page, np.uint8)
     else:
@@ -373,17 +422,7 @@ def _page_aligned(tensor: np.ndarray, dtype: Any) -> np.ndarray | None:
         pages.madvise(mmap.MADV_HUGEPAGE)
         memory = np.frombuffer(pages, np.uint8)
     start = -memory.ctypes.data % page
-    aligned: np.ndarray = memory[start : start + size].view(dtype)
-    source = tensor.reshape(-1)
-    # The tensor is copied in parts, so that each part is checked while it is still in the CPU's cache.
-    for start in range(0, aligned.size, 2**18):
-        part = aligned[start : start + 2**18]
-        # The conversion may turn large float64 values into infinities. The check below finds them.
-        with np.errstate(over="ignore"):
-            part[...] = source[start : start + 2**18]
-        if not np.isfinite(part).all():
-            return None
-    return aligned.reshape(tensor.shape)
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _published_name(name: str) -> str:

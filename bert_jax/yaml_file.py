@@ -14,7 +14,8 @@ from bert_jax.tree import flatten
 
 VALUES = 100_000
 """Maximum number of values in a settings file. Without a limit, a small file of nested aliases could fill memory."""
-RENAMED = {"optimizer.rates": "optimizer.lr_multipliers", "queue": "max_queue_tokens", "model": "models"}
+RENAMED = {"optimizer.rates": "optimizer.lr_multipliers", "queue": "max_queue_tokens", "model": "models",
+           "compute_dtype": "dtype", "precision": "dtype"}  # fmt: skip
 """Maps the name of a setting in earlier versions to its current name."""
 PROBLEMS = 20
 """Maximum number of problems that one error message lists."""
@@ -183,7 +184,7 @@ def _problem(root: type[BaseModel], entry: Any) -> str:
     """Describes one entry of pydantic's `ValidationError.errors()` in one line."""
     path = [str(part) for part in entry["loc"]]
     key = listed([".".join(path)])
-    if key in RENAMED and entry["type"] == "extra_forbidden":
+    if entry["type"] == "extra_forbidden" and RENAMED.get(key, "").partition(".")[0] in root.model_fields:
         return f"{key}: the setting is now {RENAMED[key]}."
     if entry["type"] == "extra_forbidden":
         section: Any = root

@@ -19,10 +19,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 
-from bert_jax import BertConfig
+from bert_jax import BertConfig, sharding
 from bert_jax.data.loader import Examples, Loader, Shape
 from bert_jax.inference.batches import Bucket
 from bert_jax.inference.pipelines import Pipeline
+from bert_jax.quantization import Dtype, hold
 from bert_jax.recipes import preparation, runs
 from bert_jax.settings import Settings
 from bert_jax.tasks import registry
@@ -37,6 +38,8 @@ CHIPS = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:8")
 LAYOUTS = {"data": {}, "fsdp": {"data": 1, "fsdp": 8}}
 # Recipe -> rows and tokens of a step, enough to keep the matrix units of each device busy.
 RECIPES = {"emotion": (256, 128), "squad": (64, 384)}
+INFERENCE: dict[registry.TaskName, int] = {"fill-mask": 2, "text-classification": 0}
+"""Tasks of inference -> the masked positions per row."""
 WORDS = "the quick brown fox jumps over the lazy dog and " * 60
 ROWS = {
     "emotion": [{"text": WORDS, "label": "LABEL_0"}],
@@ -85,12 +88,22 @@ def finetune(chips: aot.Target, recipe: str, size: str, shape: Shape, **changes:
     return entry(check, flops) | {"gradient_bytes": gradients}
 
 
-def fill_mask(chips: aot.Target, size: str, bucket: Bucket) -> dict[str, Any]:
-    """Compiles the program of `bert-jax fill-mask` for a bucket, on one device."""
-    kind, config = registry.TASKS["fill-mask"], SIZES[size]
+def inference(
+    chips: aot.Target,
+    size: str,
+    bucket: Bucket,
+    dtype: Dtype = "bfloat16",
+    task: registry.TaskName = "fill-mask",
+    **mesh: int,
+) -> dict[str, Any]:
+    """Compiles the program of a pipeline for a bucket, on a mesh of the devices of `chips`."""
+    kind, config = registry.TASKS[task], SIZES[size]
     tokenizer = Tokenizer.from_pretrained("bert-mini-cased")
-    pipe = Pipeline(kind(tokenizer, config, 512), kind.model_class(config, compute_dtype="bfloat16"), tokenizer, 512)
-    check = aot.check(pipe.trace(bucket, device=chips.devices[0]), chips)
+    network = kind.model_class(config)
+    hold(network.encoder, dtype)
+    devices = sharding.mesh(**mesh, devices=chips.devices)
+    pipe = Pipeline(kind(tokenizer, config, 512), network, tokenizer, 512, devices)
+    check = aot.check(pipe.trace(bucket), chips)
     return entry(check, aot.train_flops(config, bucket.rows, bucket.length) / 3)
 
 
@@ -145,8 +158,16 @@ def programs() -> dict[str, Any]:
                     shape = Shape(rows, length, 4)
                     found[key] = lambda c, r=recipe, s=size, m=mesh, h=shape: finetune(c, r, s, h, mesh=m)
         for size in SIZES:
-            bucket = Bucket(16, 128, 2)
-            found[f"{name} fill-mask {size} one 16x128"] = lambda c, s=size, b=bucket: fill_mask(c, s, b)
+            for dtype in ("bfloat16", "int8"):
+                found[f"{name} fill-mask {dtype} {size} one 16x128"] = lambda c, s=size, d=dtype: inference(
+                    c, s, Bucket(16, 128, 2), d, data=1
+                )
+            for task, masks in INFERENCE.items():
+                for layout, mesh in LAYOUTS.items():
+                    bucket = Bucket(128, 128, masks)
+                    found[f"{name} {task} bfloat16 {size} {layout} 128x128"] = (
+                        lambda c, s=size, b=bucket, t=task, m=mesh: inference(c, s, b, task=t, **m)
+                    )
     fused = {"attention_probs_dropout_prob": 0.0}  # fused kernels do not support attention dropout
     for name, what, changes in (
         ("v5e:2x4", "plain", {"model": fused}),
@@ -192,13 +213,13 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
         "bert-jax finetune configs/finetune/emotion.yaml precision.compute_dtype=bfloat16 --dry-run --target v5e:2x4\n"
         "python scripts/aot_check.py    # writes this page\n```",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + ".\nActivations are bfloat16. Parameters and the optimizer state are float32. The state is donated. Rows are "
-        "packed unless\nstated otherwise. TPU programs are compiled with `exec_time_optimization_effort` −1, H100 "
-        "programs without autotuning.",
+        + ".\nIn training, activations are bfloat16, and parameters and the optimizer state are float32. The state is "
+        "donated. Rows are\npacked unless stated otherwise. TPU programs are compiled with "
+        "`exec_time_optimization_effort` −1, H100 programs\nwithout autotuning.",
     ]  # fmt: skip
     table = ["| program | layout | " + " | ".join(CHIPS) + " |", "|---|---|" + "---|" * len(CHIPS)]
     kinds = list(
-        dict.fromkeys(name.split(" ", 1)[1] for name in programs() if name.split()[1] in ("finetune", "fill-mask"))
+        dict.fromkeys(name.split(" ", 1)[1] for name in programs() if name.split()[1] in ("finetune", *INFERENCE))
     )
     for kind in kinds:
         task, *recipe, size, layout, shape = kind.split()
@@ -215,13 +236,15 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
 
     lines = ["| program | collectives (MB per device) | gradients, MB | products in bfloat16 |", "|---|---|---|---|"]
     for name, found in results.items():
-        if " finetune " in name and found["fits"]:
+        if name.split()[1] in ("finetune", *INFERENCE) and " one " not in name and found["fits"]:
             said = ", ".join(f"{n} {kind} ({size / 1e6:,.1f})" for kind, (n, size) in found["collectives"].items())
             flops = {kinds.split()[0]: flops for kinds, (_, flops) in found["products"].items()}
             share = flops["bfloat16"] / sum(flops.values())
-            lines.append(f"| {name} | {said} | {found['gradient_bytes'] / 1e6:,.1f} | {share:.2%} |")
+            gradients = f"{found['gradient_bytes'] / 1e6:,.1f}" if "gradient_bytes" in found else ""
+            lines.append(f"| {name} | {said} | {gradients} | {share:.2%} |")
     parts += [
-        "## Communication between devices\n\nData-parallel steps communicate only to sum gradients.",
+        "## Communication between devices\n\nData-parallel steps communicate only to sum gradients, and data-parallel "
+        "pipelines not at all.",
         "\n".join(lines),
     ]
 

@@ -7,7 +7,7 @@ import bert_jax
 from bert_jax.data.loader import Examples
 from bert_jax.tasks.base import Objective
 
-model = bert_jax.BertForSequenceClassification.from_pretrained("a", compute_dtype="float16")  # Argument "compute_dtype"
+model = bert_jax.BertForSequenceClassification.from_pretrained("a", dtype="float16")  # Argument "dtype"
 bert_jax.BertModel.from_pretrained("a", scan_layer=True)  # Unexpected keyword argument "scan_layer"
 bert_jax.BertForMaskedLM(bert_jax.BertConfig(), remats=True)  # Unexpected keyword argument "remats"
 bert_jax.BertConfig(hidden_sizes=3)  # Unexpected keyword argument "hidden_sizes"

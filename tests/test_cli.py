@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 import reference
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 from bert_jax import __version__, hub
+from bert_jax.cli import app
 
 EMOTION = str(Path(__file__).parents[1] / "configs" / "finetune" / "emotion.yaml")
 TEXT = "Paris is the [MASK] of France."
@@ -54,6 +57,31 @@ def test_info():
     assert "22,305,606" in done.stdout
     assert "loaded 110 tensors" in done.stdout
     assert "stored as BF16" in done.stdout
+    assert re.search(r"\nall +22,305,606 +89.2 +45.7 +24.2", done.stdout)  # MB in float32, bfloat16 and int8
+    assert re.search(r"On this machine, bfloat16 .*\nOn this machine, int8 ", done.stdout)
+
+
+def test_dtype(tmp_path):
+    done = run("fill-mask", TEXT, "--model", "bert-mini-cased", "--dtype", "int8", "--json")
+    (filling, *_), exact = json.loads(done.stdout)["outputs"][0], 0.4504
+    assert filling["token_str"] == "capital"
+    assert 0.001 < abs(filling["score"] - exact) < 0.05
+    refused = run("fill-mask", TEXT, "--dtype", "int4")
+    assert refused.returncode == 2
+    assert "int4" in refused.stderr
+    request = json.dumps({"inputs": {"input_string": [TEXT]}, "parameters": {"top_k": 1}})
+    for answer in (
+        CliRunner().invoke(app, ["predict", "bert-mini-cased", "--task", "fill-mask", TEXT, "--dtype", "int8"]).stdout,
+        CliRunner().invoke(app, ["score", "--model", "bert-mini-cased", "--dtype", "int8"], input=request).stdout,
+    ):
+        assert f'"score": {filling["score"]}' in answer or f'"score":{filling["score"]}' in answer
+    (tmp_path / "texts.txt").write_text("Paris is the capital of France.\nShe went to school.\n")
+    (tmp_path / "run.yaml").write_text(f"task: fill-mask\ndata: {{test: {tmp_path}/texts.txt}}\nresamples: 2\n")
+    nll = {}
+    for options in ([], ["--dtype", "int8"]):
+        measured = run("evaluate", "bert-mini-cased", tmp_path / "run.yaml", "--json", *options)
+        nll[len(options)] = json.loads(measured.stdout)["bert-mini-cased"]["nll"]["value"]
+    assert 1e-4 < abs(nll[0] - nll[2]) < 0.1
 
 
 def test_tensors_to_ignore(tmp_path):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bert_jax
 from bert_jax import sharding, tree
@@ -195,3 +195,47 @@ def test_a_mesh_that_does_not_divide_the_model():
     config = bert_jax.BertConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=6, intermediate_size=32)
     with pytest.raises(InputError, match=r"mesh.tensor is 4, which does not divide num_attention_heads, 6"):
         sharding.check(sharding.mesh(tensor=4), config)
+
+
+# ── A mesh and a loop of the user's own ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", [bert_jax.BertModel, bert_jax.BertForMaskedLM, bert_jax.BertForSequenceClassification])
+def test_any_mesh_gives_the_loss_and_the_gradients_of_one_device(kind):
+    config = bert_jax.BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, num_labels=3
+    )
+    params, skeleton = tree.split(kind(config, rngs=nnx.Rngs(0)))
+    flat = tree.flatten(params)
+    ids = np.random.default_rng(0).integers(1000, 20000, (16, 12)).astype(np.int32)
+    attended = np.where(np.arange(12) < 9, 1, 0)[None].repeat(16, 0)
+
+    @jax.jit
+    def step(flat, ids, attended):
+        def loss(flat):
+            out = tree.merge(skeleton, tree.unflatten(flat))(
+                attention_mask=attended, position_ids=np.arange(12)[None], input_ids=ids, dropout_key=jax.random.key(0)
+            )
+            return jnp.square(out.last_hidden_state if kind is bert_jax.BertModel else out.logits).mean()
+
+        return jax.value_and_grad(loss)(flat)
+
+    expected = jax.tree.leaves(step(flat, ids, attended))
+    auto = (AxisType.Auto,)
+    for mesh in (
+        jax.make_mesh((8,), ("rows",)), jax.make_mesh((4, 2), ("x", "y")), jax.make_mesh((8,), ("x",), axis_types=auto)
+    ):  # fmt: skip
+
+        def shard(array, axis, mesh=mesh):
+            return jax.device_put(array, NamedSharding(mesh, PartitionSpec(axis)))
+
+        rows = mesh.axis_names[0]
+        # The user's own rule: the same axis shards the rows of a batch and those of the matrices.
+        placed = {path: shard(array, rows if array.ndim == 2 and array.shape[0] % 8 == 0 else None)
+                  for path, array in flat.items()}  # fmt: skip
+        with jax.set_mesh(mesh):
+            found = jax.tree.leaves(step(placed, shard(ids, rows), shard(attended, rows)))
+            with pytest.raises(InputError, match="input_ids has the shape"):
+                jax.eval_shape(tree.merge(skeleton, tree.unflatten(placed)), ids[0])
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

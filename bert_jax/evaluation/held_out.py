@@ -1,4 +1,5 @@
 """Evaluates pretrained models on held-out texts, by the tasks of pretraining: fill-mask and next-sentence-prediction.
+Also on minimal pairs of sentences, by their pseudo-log-likelihood.
 
 The measures of fill-mask are means over all masked tokens, except the pseudo-perplexity, which is the exponential of
 such a mean. The measures of next-sentence-prediction are means over all pairs. The 95 % intervals are found by the
@@ -10,7 +11,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,10 +25,11 @@ from bert_jax import hub
 from bert_jax.errors import InputError, quoted
 from bert_jax.heads import BertForMaskedLM, BertForNextSentencePrediction
 from bert_jax.inference.pipelines import READ_AHEAD, Pipeline, pipeline
-from bert_jax.model import ComputeDtype
+from bert_jax.quantization import Dtype
 from bert_jax.tasks.base import Features, Request, Steps, Task
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
+from bert_jax.tasks.pseudo_log_likelihood import Metric
 from bert_jax.tools import report
 
 FREQUENCIES = (1, 2, 10, 100, 1000)
@@ -57,7 +59,9 @@ class Hidden(NamedTuple):
 class HiddenTokens(FillMask):
     """The fill-mask task for masks whose true tokens are known."""
 
-    def forward(self, model: BertForMaskedLM, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
+    with_labels = True
+
+    def forward(self, model: BertForMaskedLM, inputs: dict[str, Any], starts: jax.Array) -> dict[str, jax.Array]:
         """Returns `nll` float32 [B, P] in nats and `rank` int32 [B, P] of each masked position."""
         labels = inputs["labels"][..., None]
         logits = model(**{name: array for name, array in inputs.items() if name != "labels"}).logits  # [B, P, V]
@@ -100,7 +104,7 @@ class Following(NextSentencePrediction):
     """The next-sentence-prediction task with log-probabilities as outputs."""
 
     def forward(
-        self, model: BertForNextSentencePrediction, inputs: dict[str, jax.Array], starts: jax.Array
+        self, model: BertForNextSentencePrediction, inputs: dict[str, Any], starts: jax.Array
     ) -> dict[str, jax.Array]:
         """Returns the log-probabilities of the two labels: `log_p` float32 [B, K, 2]."""
         return {"log_p": jax.nn.log_softmax(model(**inputs, positions=starts).logits)}
@@ -131,7 +135,8 @@ def evaluate(
     share: float = 0.15,
     seed: int = 42,
     resamples: int = 1000,
-    compute_dtype: ComputeDtype = "float32",
+    dtype: Dtype = "float32",
+    mesh: jax.sharding.Mesh | None = None,
     ignore: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -147,7 +152,8 @@ def evaluate(
         share: The share of the tokens that "random" masks; at least one token is masked.
         seed: Seed for the choice of masked tokens, for cutting and pairing texts, and for resampling.
         resamples: How often to resample the texts, or the pairs, to find the 95 % intervals.
-        compute_dtype: The dtype of the activations, "float32" or "bfloat16".
+        dtype: "float32", "bfloat16" or "int8"; see `BertModel.from_pretrained`.
+        mesh: The devices; see `bert_jax.pipeline`.
         ignore: Regular expressions for the names of tensors in the first model's checkpoint that are not loaded.
         console: Shows progress; None shows nothing.
 
@@ -170,16 +176,14 @@ def evaluate(
             task or `max_length`.
     """
     texts = list(texts)
-    for i, text in enumerate(texts, 1):
-        if not isinstance(text, str):
-            raise InputError(f"Row {i} is {quoted(text)}; expected a string.")
+    _check(texts, "text")
     blank = sum(not text.strip() for text in texts)
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise InputError(f"There are no texts, apart from {blank} blank ones; expected at least one.")
     found: dict[str, dict[str, Any]] = {}
     for model in models:
-        pipe = pipeline(task, model, ignore=() if found else ignore, compute_dtype=compute_dtype)
+        pipe = pipeline(task, model, ignore=() if found else ignore, dtype=dtype, mesh=mesh)
         if max_length > pipe.max_length:
             raise InputError(f"max_length is {max_length}; the model supports at most {pipe.max_length} tokens.")
         if task == "fill-mask":
@@ -192,6 +196,92 @@ def evaluate(
             results = _run(pipe, [following.judge(*pair) for pair in cut], model, console)
             found[model] = {"blank": blank, **_next_sentence(follows, results, seed, resamples)}
     return found
+
+
+def minimal_pairs(
+    models: Sequence[str],
+    pairs: Iterable[tuple[str, str]],
+    phenomena: Iterable[str] | None = None,
+    *,
+    metric: Metric = "original",
+    seed: int = 42,
+    resamples: int = 1000,
+    dtype: Dtype = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    ignore: Sequence[str] = (),
+    console: Console | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Measures how often models find the first sentence of a pair likelier than the second (Warstadt et al. 2020).
+
+    Args:
+        models: Folders, ids on the Hub, or `bert-mini-cased`.
+        pairs: The acceptable and the unacceptable sentence of each pair.
+        phenomena: What each pair tests; None for no table of phenomena.
+        metric: How sentences are scored; see `PseudoLogLikelihood.request`.
+        seed: Seed for resampling.
+        resamples: How often to resample the pairs to find the 95 % interval.
+        dtype: "float32", "bfloat16" or "int8"; see `BertModel.from_pretrained`.
+        mesh: The devices; see `bert_jax.pipeline`.
+        ignore: Regular expressions for the names of tensors in the first model's checkpoint that are not loaded.
+        console: Shows progress; None shows nothing.
+
+    Returns:
+        The results of each model, by its name in `models`: `accuracy` as `{value, low, high}`, `pairs`, and
+        `by_phenomenon`, a list with the number of pairs and the accuracy of each phenomenon. A tie counts as an error.
+
+    Raises:
+        InputError: If a sentence is not a text or cannot be scored, if a pair does not have two sentences, if there are
+            no pairs, if a pair has no phenomenon and others have one, or if a model cannot fill masks.
+    """
+    pairs = list(pairs)
+    if not pairs:
+        raise InputError("There are no pairs; expected at least one.")
+    for i, pair in enumerate(pairs, 1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise InputError(f"Row {i} is {quoted(pair)}; expected a pair of sentences.")
+    _check([good for good, _ in pairs], "acceptable sentence")
+    _check([bad for _, bad in pairs], "unacceptable sentence")
+    phenomena = None if phenomena is None else list(phenomena)
+    _check(phenomena or (), "phenomenon")
+    if phenomena is not None and len(phenomena) != len(pairs):
+        raise InputError(f"There are {len(phenomena)} phenomena and {len(pairs)} pairs; expected one for each pair.")
+    found: dict[str, dict[str, Any]] = {}
+    for model in models:
+        pipe = pipeline("pseudo-log-likelihood", model, ignore=() if found else ignore, dtype=dtype, mesh=mesh)
+        requests = []
+        for i, pair in enumerate(pairs, 1):
+            try:
+                requests += [pipe.task.request(sentence, metric=metric).steps for sentence in pair]
+            except InputError as error:
+                raise InputError(f"Row {i}: {error}") from None
+        scores = np.array([result["score"] for result in _run(pipe, requests, model, console)]).reshape(-1, 2)
+        # The scores of equal sentences can differ by rounding.
+        ids = [encoding.ids for (encoding,) in pipe.tokenizer.encode([sentence for pair in pairs for sentence in pair])]
+        differ = [good != bad for good, bad in zip(ids[::2], ids[1::2], strict=True)]
+        right = (scores[:, 0] > scores[:, 1]) & differ
+        measures = _means({"accuracy": right}, np.arange(len(right)), len(right), seed, resamples)
+        found[model] = {
+            "pairs": len(right),
+            **measures,
+            "by_phenomenon": _by_phenomenon(phenomena, right) if phenomena else [],
+        }
+    return found
+
+
+def _check(texts: Sequence[Any], name: str) -> None:
+    for i, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise InputError(f"Row {i}: the {name} is {quoted(text)}; expected a string.")
+
+
+def _by_phenomenon(phenomena: Sequence[str], right: np.ndarray) -> list[dict[str, Any]]:
+    grouped: dict[str, list[bool]] = {}
+    for phenomenon, one in zip(phenomena, right.tolist(), strict=True):
+        grouped.setdefault(phenomenon, []).append(one)
+    return [
+        {"phenomenon": name, "pairs": len(every), "accuracy": float(np.mean(every))}
+        for name, every in sorted(grouped.items())
+    ]
 
 
 def leave(folder: Path, settings: str, results: dict[str, dict[str, Any]]) -> None:

@@ -99,7 +99,7 @@ def evaluate(
         if not all(np.isfinite(array).all() for array in (loss, *outputs.values())):
             raise TrainingError(
                 f"The model's results for rows {listed(examples.rows(place.indices))} of the data are not finite (NaN "
-                "or infinity): its numbers overflow. Check its weights and compute_dtype."
+                "or infinity): its numbers overflow. Check its weights and dtype."
             )
         total, counted = total + float(loss) * float(count), counted + float(count)
         for name, array in outputs.items():

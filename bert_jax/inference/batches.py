@@ -1,27 +1,31 @@
 """Divides rows into batches, and chooses for each batch one of a few shapes, the buckets, to pad it to."""
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from bert_jax.data.rows import Spot, best_fit, lay_out
 from bert_jax.tasks.base import Features
 
-BUCKET_LENGTHS = (16, 32, 64, 128, 256, 512)
-"""Lengths that rows with one text are padded to, in tokens."""
-BUCKET_ROWS = (1, 4, 16, 64)
-"""Numbers of rows that a batch with one text per row is padded to."""
+BUCKET_LENGTHS = (16, 32, 64, 128, 256, 384, 512)
+"""Lengths that rows are padded to, in tokens. A row of n tokens holds at most n // 8 texts, unless the attention
+kernel does not support packed rows."""
 BUCKET_TOKENS = 2048
-"""Maximum number of tokens in a batch, padding included.
+"""Maximum number of tokens of a batch on one device, padding included."""
+BATCH_TOKENS = 32
+"""Starting a batch (a call of the program, which reads all weights) takes about as long as this number of tokens."""
+ATTENTION_LENGTH = 2048
+"""In rows of this length, the attention of a token takes about as long as all else that is computed for it."""
 
-If all queued texts together have more tokens than this, several texts are packed into each row, unless the attention
-kernel does not support packed rows.
-"""
-PACKED_LENGTHS = (128, 256, 384, 512)
-"""Lengths that packed rows are padded to, in tokens. A packed row of n tokens holds at most n // 8 texts."""
+
+class Shape(NamedTuple):
+    """The shape of a batch. The fields are those of `Bucket`, except `masks`, which lists the choices."""
+
+    rows: int
+    length: int
+    texts: int
+    masks: tuple[int, ...]
 
 
 class Bucket(NamedTuple):
@@ -32,19 +36,17 @@ class Bucket(NamedTuple):
         length: Tokens per row.
         masks: Maximum number of masked positions per row; 0 if there are none.
         texts: Maximum number of texts per row.
-        labelled: Whether the true tokens of the masked positions are given.
     """
 
     rows: int
     length: int
     masks: int
     texts: int = 1
-    labelled: bool = False
 
 
 def is_usual(bucket: Bucket) -> bool:
-    """Whether texts of up to 128 tokens with up to 2 masked positions use a bucket, unless they are very many."""
-    return bucket.length <= 128 and bucket.masks <= 2 and bucket.texts == 1
+    """Whether sentences with a few masked positions use a bucket."""
+    return bucket.length <= 128 and bucket.masks <= max(2, most_texts(bucket.length))
 
 
 class Queued(NamedTuple):
@@ -86,57 +88,118 @@ class Batch:
         return lay_out(range(len(self.rows)), self.rows, [len(q.features.masked_positions) for q in self.queued])
 
 
-def batches(queued: Iterable[Queued], lengths: Sequence[int], packed: Sequence[int]) -> Iterator[Batch]:
-    """Divides texts into batches, and chooses a bucket for each batch.
+def shapes(
+    max_length: int,
+    *,
+    packed: bool,
+    masks: Callable[[int, int], tuple[int, ...]],
+    share: int = 1,
+    multiple: int = 1,
+) -> list[Shape]:
+    """The shapes of batches.
+
+    Args:
+        max_length: The length of the longest text.
+        packed: Whether a row may hold several texts.
+        masks: Maps the length of a row, and the number of texts that it may hold, to the numbers of masked positions
+            that it is padded to, in ascending order.
+        share: The number of parts that the rows are divided into; see `bert_jax.sharding.share`.
+        multiple: The attention kernel requires lengths that are multiples of this number.
+    """
+    max_length = -(-max_length // multiple) * multiple
+    lengths = [*(n for n in BUCKET_LENGTHS if n < max_length and n % multiple == 0), max_length]
+    if not packed:  # the numbers of rows are further apart, because each of the many lengths has them
+        return [
+            Shape(share * rows, length, 1, masks(length, 1))
+            for length in lengths
+            for rows in (1, 4, 16, 64)
+            if rows <= most_rows(length)
+        ]
+    shapes = []
+    for length in lengths:
+        rows = most_rows(length) if length >= min(128, lengths[-1]) else 1  # several short texts share a longer row
+        while rows:
+            texts = most_texts(length)
+            shapes.append(Shape(share * rows, length, texts, masks(length, texts)))
+            rows //= 2
+    return shapes
+
+
+def batches(
+    queued: Iterable[Queued],
+    shapes: Sequence[Shape],
+    has_program: Callable[[Bucket], bool] = lambda bucket: True,
+    share: int = 1,
+) -> Iterator[Batch]:
+    """Divides texts into batches. Each batch has the shape that the texts fill best.
+
+    If rows are packed and there are enough texts for a full batch, only full batches are considered, so that many texts
+    need few programs.
 
     Args:
         queued: The texts.
-        lengths: The lengths that rows with one text are padded to, in ascending order.
-        packed: The lengths that packed rows are padded to; empty if rows cannot be packed.
+        shapes: The shapes to choose from; see `shapes`.
+        has_program: Whether the program of a bucket is compiled. Another bucket is chosen only for a text that fits no
+            bucket with a program, and the batch then has only this text.
+        share: The number of parts that the rows are divided into, as for `shapes`.
     """
-
-    def padded(q: Queued) -> tuple[int, int]:
-        """The length and the number of masks that a row with this text alone is padded to."""
-        length = next(length for length in lengths if length >= len(q.features.input_ids))
-        return length, next(n for n in (0, *mask_counts(length, 1)) if n >= len(q.features.masked_positions))
-
-    rest = list(queued)
+    full = share * BUCKET_TOKENS
+    rest = sorted(queued, key=lambda q: (-len(q.features.input_ids), -len(q.features.masked_positions)))
+    most = max(shape.rows * shape.texts for shape in shapes)
     while rest:
-        if packed and sum(len(q.features.input_ids) for q in rest) > BUCKET_TOKENS:
-            rest.sort(key=lambda q: (-len(q.features.input_ids), -len(q.features.masked_positions)))
-            tokens = [len(q.features.input_ids) for q in rest]
-            length = next(length for length in packed if length >= tokens[0])
-            rows, texts = most_rows(length), length // 8
-            placed = best_fit(tokens, length, rows=rows, items=texts)
+        fitting = [shape for shape in shapes if shape.length >= len(rest[0].features.input_ids)]
+        if sum(len(q.features.input_ids) for q in rest[: full + 1]) > full and fitting[0].texts > 1:
+            filled = [_fill(rest, shape, share) for shape in fitting if shape.rows == share * most_rows(shape.length)]
         else:
-            # The batch gets as many rows as possible, but more than half of them must need its length, and more than
-            # half its number of masks. The other texts go into later batches, for which less may be enough.
-            rest.sort(key=padded, reverse=True)
-            length, masks = padded(rest[0])
-            alike = [padded(q) for q in rest if padded(q)[0] == length]
-            filling = alike.count((length, masks))
-            if 2 * filling > len(alike):
-                filling = len(alike)
-            rows, texts = max(n for n in BUCKET_ROWS if n <= most_rows(length) and filling > n // 2), 1
-            placed = [i if i < rows else -1 for i in range(len(rest))]
-        here = [q for q, row in zip(rest, placed, strict=True) if row >= 0]
-        rest = [q for q, row in zip(rest, placed, strict=True) if row < 0]
-        placed = [row for row in placed if row >= 0]
-        most = np.bincount(placed, [len(q.features.masked_positions) for q in here]).max()
-        masks = next(n for n in (0, *mask_counts(length, texts)) if n >= most)
-        yield Batch(here, placed, Bucket(rows, length, masks, texts, any(q.features.labels for q in here)))
+            filled = [_fill(rest, shape, share) for shape in fitting]
+        compiled = [entry for entry in filled if has_program(entry[1].bucket)]
+        if not compiled:
+            filled = [_fill(rest[:1], shape, share) for shape in fitting]
+            compiled = [entry for entry in filled if has_program(entry[1].bucket)]
+        _, batch = max(compiled or filled, key=lambda entry: entry[0])
+        yield batch
+        taken = {id(q) for q in batch.queued}
+        rest = [q for q in rest[:most] if id(q) not in taken] + rest[most:]
+
+
+def _fill(queued: Sequence[Queued], shape: Shape, share: int) -> tuple[float, Batch]:
+    """Fills a batch of a shape with the first texts of those that are given, in descending order of length.
+
+    Returns:
+        How well the batch is filled: the tokens and masked positions of its texts, divided by its cost, in tokens.
+        The batch.
+    """
+    first = queued[: shape.rows * shape.texts]
+    rows = best_fit([len(q.features.input_ids) for q in first], shape.length, rows=shape.rows, items=shape.texts)
+    here = [q for q, row in zip(first, rows, strict=True) if row >= 0]
+    rows = [row for row in rows if row >= 0]
+    used = [0] * shape.rows  # masked positions
+    for q, row in zip(here, rows, strict=True):
+        used[row] += len(q.features.masked_positions)
+    masks = next(n for n in (0, *shape.masks) if n >= max(used))
+    cost = shape.rows * (shape.length * (1 + shape.length / ATTENTION_LENGTH) + masks) + share * BATCH_TOKENS
+    filled = (sum(len(q.features.input_ids) for q in here) + sum(used)) / cost
+    return filled, Batch(here, rows, Bucket(shape.rows, shape.length, masks, shape.texts))
 
 
 def most_rows(length: int) -> int:
-    """Number of rows of this length in a full batch."""
+    """Number of rows of this length that one device computes in a full batch."""
     return max(1, BUCKET_TOKENS // length)
 
 
-def mask_counts(length: int, texts: int) -> tuple[int, int, int]:
-    """Numbers of masked positions that rows are padded to.
+def most_texts(length: int) -> int:
+    """Number of texts that a packed row of this length may hold."""
+    return max(1, length // 8)
 
-    The smallest is at least 2: with 1 position, the head would compute matrix-vector products, which are slow on CPU.
-    The second is a quarter of the row's tokens, enough for the 15 % that pretraining masks. The largest is the
-    number of all tokens of the row.
+
+def mask_counts(length: int, texts: int, one_mask: bool) -> tuple[int, int, int]:
+    """Numbers of masked positions that rows of this length are padded to, if they hold up to this number of texts.
+
+    If each text has one, they are one for each text that a row may hold, and three quarters and half of that.
+    Otherwise, the smallest is one for each text. The second is a quarter of the row's tokens, enough for the 15 % that
+    pretraining masks. The largest is the number of all tokens of the row. All are at least 2: with 1 position, the head
+    would compute matrix-vector products, which are slow on CPU.
     """
-    return 2 if texts == 1 else max(2, length // 16), length // 4, length
+    if one_mask:
+        return max(2, texts // 2), max(2, 3 * texts // 4), max(2, texts)
+    return max(2, texts), max(2, length // 4), length

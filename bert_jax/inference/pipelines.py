@@ -16,6 +16,7 @@ from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, Type
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from bert_jax import attention, hub, sharding, tree
 from bert_jax.data.rows import model_inputs
@@ -23,23 +24,22 @@ from bert_jax.errors import CheckpointError, InputError, quoted
 from bert_jax.heads import FIRST, BertWithClassifier
 from bert_jax.hub import DEFAULT_MODEL
 from bert_jax.inference.batches import (
-    BUCKET_LENGTHS,
-    BUCKET_ROWS,
-    PACKED_LENGTHS,
     Batch,
     Bucket,
     Queued,
     batches,
     is_usual,
     mask_counts,
-    most_rows,
+    shapes,
 )
 from bert_jax.inference.run import Run
-from bert_jax.model import BertModel, BertPreTrainedModel, ComputeDtype
+from bert_jax.model import BertModel, BertPreTrainedModel
+from bert_jax.quantization import Dtype
 from bert_jax.tasks.base import Request, Task, check_vocabulary
 from bert_jax.tasks.feature_extraction import FeatureExtraction
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
+from bert_jax.tasks.pseudo_log_likelihood import PseudoLogLikelihood
 from bert_jax.tasks.question_answering import QuestionAnswering
 from bert_jax.tasks.registry import TASKS, TaskName, task_name
 from bert_jax.tasks.sequence_classification import SequenceClassification
@@ -87,37 +87,42 @@ class Predicts(Protocol[Input, Parameters, Result]):
 @overload
 def pipeline(
     task: Literal["fill-mask"], model: Model = ..., *, tokenizer: Tokenizer | None = ..., revision: str | None = ...,
-    ignore: Sequence[str] = ..., compute_dtype: ComputeDtype = ...,
+    ignore: Sequence[str] = ..., dtype: Dtype | None = ..., mesh: Mesh | None = ...,
 ) -> "Pipeline[FillMask]": ...
 @overload
 def pipeline(
     task: Literal["next-sentence-prediction"], model: Model = ..., *, tokenizer: Tokenizer | None = ...,
-    revision: str | None = ..., ignore: Sequence[str] = ..., compute_dtype: ComputeDtype = ...,
+    revision: str | None = ..., ignore: Sequence[str] = ..., dtype: Dtype | None = ..., mesh: Mesh | None = ...,
 ) -> "Pipeline[NextSentencePrediction]": ...
 @overload
 def pipeline(
     task: Literal["feature-extraction"], model: Model = ..., *, tokenizer: Tokenizer | None = ...,
-    revision: str | None = ..., ignore: Sequence[str] = ..., compute_dtype: ComputeDtype = ...,
+    revision: str | None = ..., ignore: Sequence[str] = ..., dtype: Dtype | None = ..., mesh: Mesh | None = ...,
 ) -> "Pipeline[FeatureExtraction]": ...
 @overload
 def pipeline(
     task: Literal["text-classification"], model: Model = ..., *, tokenizer: Tokenizer | None = ...,
-    revision: str | None = ..., ignore: Sequence[str] = ..., compute_dtype: ComputeDtype = ...,
+    revision: str | None = ..., ignore: Sequence[str] = ..., dtype: Dtype | None = ..., mesh: Mesh | None = ...,
 ) -> "Pipeline[SequenceClassification]": ...
 @overload
 def pipeline(
     task: Literal["token-classification"], model: Model = ..., *, tokenizer: Tokenizer | None = ...,
-    revision: str | None = ..., ignore: Sequence[str] = ..., compute_dtype: ComputeDtype = ...,
+    revision: str | None = ..., ignore: Sequence[str] = ..., dtype: Dtype | None = ..., mesh: Mesh | None = ...,
 ) -> "Pipeline[TokenClassification]": ...
 @overload
 def pipeline(
     task: Literal["question-answering"], model: Model = ..., *, tokenizer: Tokenizer | None = ...,
-    revision: str | None = ..., ignore: Sequence[str] = ..., compute_dtype: ComputeDtype = ...,
+    revision: str | None = ..., ignore: Sequence[str] = ..., dtype: Dtype | None = ..., mesh: Mesh | None = ...,
 ) -> "Pipeline[QuestionAnswering]": ...
 @overload
 def pipeline(
+    task: Literal["pseudo-log-likelihood"], model: Model = ..., *, tokenizer: Tokenizer | None = ...,
+    revision: str | None = ..., ignore: Sequence[str] = ..., dtype: Dtype | None = ..., mesh: Mesh | None = ...,
+) -> "Pipeline[PseudoLogLikelihood]": ...
+@overload
+def pipeline(
     task: TaskName, model: Model = ..., *, tokenizer: Tokenizer | None = ..., revision: str | None = ...,
-    ignore: Sequence[str] = ..., compute_dtype: ComputeDtype = ...,
+    ignore: Sequence[str] = ..., dtype: Dtype | None = ..., mesh: Mesh | None = ...,
 ) -> "Pipeline[Task]": ...
 # fmt: on
 def pipeline(
@@ -127,33 +132,56 @@ def pipeline(
     tokenizer: Tokenizer | None = None,
     revision: str | None = None,
     ignore: Sequence[str] = (),
-    compute_dtype: ComputeDtype = "float32",
+    dtype: Dtype | None = None,
+    mesh: Mesh | None = None,
+    compute_dtype: None = None,
 ) -> "Pipeline[Task]":
     """Makes a model ready for a task.
 
     Args:
         task: "fill-mask", "next-sentence-prediction", "feature-extraction", "text-classification",
-            "token-classification" or "question-answering".
+            "token-classification", "question-answering" or "pseudo-log-likelihood".
         model: A folder, an id on the Hugging Face Hub, `bert-mini-cased`, or a loaded model.
         tokenizer: The tokenizer. It is required with a loaded model; otherwise, None means that of the checkpoint.
         revision: Branch, tag or commit on the Hub.
         ignore: Regular expressions for the names of tensors that are not loaded; see `BertModel.from_pretrained`.
-        compute_dtype: Dtype of the activations, "float32" or "bfloat16". A loaded model keeps its own.
+        dtype: "float32" (the default), "bfloat16" or "int8". The last two need less memory and, on some processors,
+            less time; see `BertModel.from_pretrained`. A loaded model keeps its own.
+        mesh: The devices, from `bert_jax.sharding.mesh`. They share the rows of each batch. By default, a loaded model
+            stays on the devices that it was placed on, and other models use the devices of `bert_jax.sharding.local`.
+        compute_dtype: Not supported. Use `dtype`.
 
     Raises:
-        InputError: If the task is unknown, or if a loaded model does not fit the task or is given without a tokenizer.
+        InputError: If the task or dtype is unknown, if the mesh does not fit the model or has devices of other
+            processes, or if a loaded model does not fit the task, is given without a tokenizer, or is given with
+            arguments that say how to load a model.
         ModelNotFoundError: If there is no such model, or if the Hub does not answer.
         CheckpointError: If the checkpoint lacks the task's head, is damaged, or does not fit the tokenizer.
     """
+    if compute_dtype is not None:
+        raise InputError(f"compute_dtype was renamed to dtype; pass dtype={compute_dtype!r}.")
+    if mesh is not None and mesh.is_multi_process:
+        raise InputError(
+            "The mesh has devices of other processes. Expected those of this process: "
+            "bert_jax.sharding.mesh(devices=jax.local_devices())."
+        )
     model_class = TASKS[task_name(task)].model_class
     options: dict[str, Any] = {}
     if isinstance(model, BertPreTrainedModel):
+        given = {"revision": revision, "ignore": ignore, "dtype": None if dtype == model.dtype else dtype}
+        for name, value in given.items():
+            if value:
+                raise InputError(f"{name} is {quoted(value)}, but the model is loaded already. Leave {name} out.")
         if not isinstance(model, model_class):
             raise InputError(f"{task} expects a {model_class.__name__}, got a {type(model).__name__}.")
         if tokenizer is None:
             raise InputError("A loaded model has no tokenizer. Pass tokenizer=Tokenizer.from_pretrained(…).")
-        network = model
+        params, skeleton = tree.split(model)
+        flat, mesh = tree.flatten(params), mesh or sharding.mesh_of(params) or sharding.local()
+        sharding.check(mesh, model.config)
+        network = tree.merge(skeleton, tree.unflatten(sharding.put(flat, sharding.placements(mesh, flat))))
     else:
+        mesh = mesh or sharding.local()
         folder = hub.download(model, revision=revision)
         tokenizer = tokenizer or Tokenizer.from_pretrained(folder)
         without_pooler = {}
@@ -167,33 +195,43 @@ def pipeline(
         if other and issubclass(model_class, BertWithClassifier):
             raise misfit
         try:
-            network = model_class.from_pretrained(folder, ignore=ignore, compute_dtype=compute_dtype, **without_pooler)
+            network = model_class.from_pretrained(
+                folder, ignore=ignore, dtype=dtype or "float32", mesh=mesh, **without_pooler
+            )
         except CheckpointError as error:
             raise misfit if other else error from None
     check_vocabulary(tokenizer, network.config)
     max_length = min(tokenizer.model_max_length, network.config.max_position_embeddings)
-    return Pipeline(TASKS[task](tokenizer, network.config, max_length, **options), network, tokenizer, max_length)
+    return Pipeline(TASKS[task](tokenizer, network.config, max_length, **options), network, tokenizer, max_length, mesh)
 
 
 def tasks_of(architectures: Sequence[str]) -> list[str]:
     """The tasks that a model with these architectures was trained for."""
     if "BertForPreTraining" in architectures:  # has both pretraining heads
         architectures = [*architectures, "BertForMaskedLM", "BertForNextSentencePrediction"]
-    return [name for name, task in TASKS.items() if task.model_class.__name__ in architectures]
+    tasks = {task.model_class.__name__: name for name, task in reversed(TASKS.items())}  # the first task of each class
+    return [name for name in TASKS if name in {tasks.get(architecture) for architecture in architectures}]
 
 
 class Pipeline(Generic[Task_co]):
     """A task, a model and its programs. Call it with one input, a list of inputs, or any other iterable of inputs."""
 
-    def __init__(self, task: Task_co, model: BertPreTrainedModel, tokenizer: Tokenizer, max_length: int):
+    def __init__(self, task: Task_co, model: BertPreTrainedModel, tokenizer: Tokenizer, max_length: int, mesh: Mesh):
         self.task: Any = task
         self.tokenizer = tokenizer
         self.config = model.config
+        self.dtype = model.dtype
         self.max_length = max_length
         self.params, self._skeleton = tree.split(model)
-        self._lengths = [*(length for length in BUCKET_LENGTHS if length < max_length), max_length]
-        packs = model.encoder.attention not in attention.UNPACKED
-        self._packed = [*(length for length in PACKED_LENGTHS if length < max_length), max_length] if packs else []
+        self.mesh, self._share = mesh, sharding.share(mesh)
+        kernel = model.encoder.attention
+        self._shapes = shapes(
+            max_length,
+            packed=kernel not in attention.UNPACKED,
+            masks=lambda length, texts: mask_counts(length, texts, self.task.one_mask) if self.task.masked else (),
+            share=self._share,
+            multiple=attention.multiple(kernel),
+        )
         self._programs: dict[Bucket, jax.stages.Compiled] = {}
 
     @functools.cached_property
@@ -203,12 +241,10 @@ class Pipeline(Generic[Task_co]):
     @functools.cached_property
     def buckets(self) -> list[Bucket]:
         """The buckets that inputs can need, the usual ones first; see `is_usual`."""
-        shapes = [(rows, length, 1) for length in self._lengths for rows in BUCKET_ROWS if rows <= most_rows(length)]
-        shapes += [(most_rows(length), length, length // 8) for length in self._packed]
         buckets = [
             Bucket(rows, length, masks, texts)
-            for rows, length, texts in shapes
-            for masks in (sorted(set(mask_counts(length, texts))) if self.task.masked else [0])
+            for rows, length, texts, counts in self._shapes
+            for masks in sorted(set(counts)) or [0]
         ]
         return sorted(buckets, key=is_usual, reverse=True)
 
@@ -224,7 +260,7 @@ class Pipeline(Generic[Task_co]):
     def run_largest(self) -> None:
         """Runs the program that uses the most memory."""
         largest = max(self.buckets, key=lambda bucket: (bucket.masks * bucket.rows, bucket.length * bucket.rows))
-        inputs = {name: np.zeros(shape, np.int32) for name, shape in self._shapes(largest).items()}
+        inputs = {name: np.zeros(shape, np.int32) for name, shape in self._arrays(largest).items()}
         jax.block_until_ready(self.compile(largest)(self.params, inputs))
 
     @property
@@ -303,14 +339,16 @@ class Pipeline(Generic[Task_co]):
         found: list[Any] = results
         return found
 
-    def batches(self, queued: Sequence[Queued]) -> Iterator[Batch]:
-        """Divides texts into batches, and chooses a bucket for each batch."""
-        return batches(queued, self._lengths, self._packed)
+    def batches(
+        self, queued: Sequence[Queued], has_program: Callable[[Bucket], bool] = lambda bucket: True
+    ) -> Iterator[Batch]:
+        """Divides texts into batches; see `bert_jax.inference.batches.batches`."""
+        return batches(queued, self._shapes, has_program, self._share)
 
     def forward(self, batch: Batch) -> dict[str, jax.Array]:
         """Starts the computation of a batch. Returns the outputs of `Task.forward`."""
         bucket = batch.bucket
-        inputs = {name: np.zeros(shape, np.int32) for name, shape in self._shapes(bucket).items()}
+        inputs = {name: np.zeros(shape, np.int32) for name, shape in self._arrays(bucket).items()}
         inputs |= model_inputs(
             batch.spots,
             [q.features.input_ids for q in batch.queued],
@@ -339,19 +377,18 @@ class Pipeline(Generic[Task_co]):
             self._programs[bucket] = self.trace(bucket).lower().compile()
         return self._programs[bucket]
 
-    def trace(self, bucket: Bucket, device: Any = None) -> jax.stages.Traced:
-        """Traces the program of a bucket for `device`, or for the default device if it is None.
-
-        This machine need not have `device`.
-        """
-        inputs = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in self._shapes(bucket).items()}
-        arguments = self.params, inputs
-        if device is not None:
-            arguments = sharding.abstract(arguments, jax.sharding.SingleDeviceSharding(device))
-        traced: jax.stages.Traced = jax.jit(self._step).trace(*arguments)
+    def trace(self, bucket: Bucket) -> jax.stages.Traced:
+        """Traces the program of a bucket. The parameters may be abstract, and the devices may be in other machines."""
+        flat, rows = tree.flatten(self.params), sharding.by_row(self.mesh)
+        params = tree.unflatten(sharding.abstract(flat, sharding.placements(self.mesh, flat)))
+        inputs = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in self._arrays(bucket).items()}
+        with jax.set_mesh(self.mesh):
+            traced: jax.stages.Traced = jax.jit(self._step, out_shardings=rows).trace(
+                params, sharding.abstract(inputs, rows)
+            )
         return traced
 
-    def _shapes(self, bucket: Bucket) -> dict[str, tuple[int, int]]:
+    def _arrays(self, bucket: Bucket) -> dict[str, tuple[int, int]]:
         packed = bucket.texts > 1
         lengths = {
             "input_ids": bucket.length,
@@ -361,7 +398,7 @@ class Pipeline(Generic[Task_co]):
             "position_ids": bucket.length if packed else 0,
             "starts": bucket.texts if packed else 0,
             "masked_positions": bucket.masks,
-            "labels": bucket.masks if bucket.labelled else 0,
+            "labels": bucket.masks if self.task.with_labels else 0,
         }  # a length of 0 means that the program has no such input
         return {name: (bucket.rows, length) for name, length in lengths.items() if length}
 

@@ -97,8 +97,8 @@ def predict_files(
     try:
         # Conversion to JSON and back turns tuples into lists, as in the journal that `run` is compared with.
         run = json.loads(json.dumps({
-            "task": pipe.task.name, "model": model, "inputs": files, "columns": columns, "format": format,
-            "table": table, "shard": shard, "parameters": parameters,
+            "task": pipe.task.name, "model": model, "dtype": pipe.dtype, "inputs": files, "columns": columns,
+            "format": format, "table": table, "shard": shard, "parameters": parameters,
         }))  # fmt: skip
     except TypeError as error:
         raise InputError(f"A parameter is not a number, text or list: {error}.") from None
@@ -106,7 +106,8 @@ def predict_files(
     sizes = sorted({len(names) for names in pipe.task.columns_of_input})
     if columns and len(columns) not in sizes:
         raise InputError(f"There are {len(columns)} columns; {pipe.task.name} expects {' or '.join(map(str, sizes))}.")
-    example = f"a {pipe.tokenizer.mask_token}"
+    # fill-mask requires a mask in the text; pseudo-log-likelihood, which masks each token itself, refuses one.
+    example = f"a {pipe.tokenizer.mask_token}" if pipe.task.masked and not pipe.task.one_mask else "a"
     request = functools.partial(pipe.request, parameters=parameters)
     request((example, example) if sizes == [2] else example)
     candidates = [columns] if columns else pipe.task.columns_of_input

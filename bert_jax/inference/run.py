@@ -27,8 +27,8 @@ class Computes(Protocol):
 
     task: Task
 
-    def batches(self, queued: Sequence[Queued]) -> Iterator[Batch]:
-        """Divides texts into batches, and chooses a bucket for each batch."""
+    def batches(self, queued: Sequence[Queued], has_program: Callable[[Bucket], bool]) -> Iterator[Batch]:
+        """Divides texts into batches; see `bert_jax.inference.batches.batches`."""
 
     def forward(self, batch: Batch) -> dict[str, jax.Array]:
         """Starts the computation of a batch."""
@@ -42,15 +42,15 @@ class _Work:
         pending: The requests that are not started, with their indices.
         results: The results by index, as far as they are known.
         left: The number of results that are not known yet.
+        finish: When the row that was taken last would be done, in tokens per owner; see `Run`.
         queued: The rows to compute next.
-        tokens: The number of tokens that were computed for the owner.
     """
 
     pending: deque[tuple[int, Request[Any]]]
     results: list[Any]
     left: int
+    finish: float
     queued: deque[Queued] = field(default_factory=deque)
-    tokens: int = 0
 
 
 @dataclass(eq=False)
@@ -66,19 +66,21 @@ class _Started:
 class Run:
     """Requests of several owners, computed together, slice by slice.
 
-    In each slice, the owners for whom the fewest tokens were computed come first. So an owner with a few rows does not
-    wait for the many rows of another one.
+    Owners take turns by fair queueing (Demers, Keshav and Shenker 1989): the next row is the one that would be done
+    first if all owners were computed at the same time, each at the same speed. So a short text waits neither for the
+    many rows of another owner nor for longer texts that came a moment before, and new owners cannot keep an old one
+    waiting.
 
     Args:
         pipe: The pipeline that computes.
-        has_program: Returns whether the program of a bucket is compiled. If it is not, the rows of a batch with this
-            bucket are deferred, until `resume` queues them again. By default, no rows are deferred, and `pipe` compiles
-            what is missing.
+        has_program: Returns whether the program of a bucket is compiled. A row that fits no such bucket is deferred,
+            until `resume` queues it again. By default, no rows are deferred, and `pipe` compiles what is missing.
     """
 
     def __init__(self, pipe: Computes, has_program: Callable[[Bucket], bool] = lambda bucket: True):
         self._pipe, self._has_program = pipe, has_program
         self._work: dict[Hashable, _Work] = {}
+        self._time = 0.0  # how many tokens of each owner would be computed by now
         self._deferred: dict[Bucket, list[Queued]] = {}
 
     @property
@@ -105,7 +107,7 @@ class Run:
 
     def add(self, owner: Hashable, requests: Sequence[Request[Any]]) -> None:
         """Adds the requests of an owner; there must be at least one."""
-        self._work[owner] = _Work(deque(enumerate(requests)), [None] * len(requests), len(requests))
+        self._work[owner] = _Work(deque(enumerate(requests)), [None] * len(requests), len(requests), self._time)
 
     def remove(self, owner: Hashable) -> None:
         """Drops the requests of an owner, if it has any."""
@@ -123,7 +125,11 @@ class Run:
         """
         finished: dict[Hashable, list[Any] | Exception] = {}
         in_flight: deque[tuple[Batch, dict[str, jax.Array]]] = deque()
-        for batch in reversed(list(self._pipe.batches(self._next(tokens, finished)))):
+        taken = self._next(tokens, finished)
+        turn = {id(queued): i for i, queued in enumerate(taken)}
+        for batch in sorted(
+            self._pipe.batches(taken, self._has_program), key=lambda batch: min(turn[id(q)] for q in batch.queued)
+        ):
             if not self._has_program(batch.bucket):
                 self._deferred.setdefault(batch.bucket, []).extend(batch.queued)
                 continue
@@ -139,32 +145,36 @@ class Run:
 
     def _next(self, tokens: int | None, finished: dict[Hashable, Any]) -> list[Queued]:
         """Takes the rows of the next slice from the queues, and starts requests as they are needed for it."""
-        turns = [(work.tokens, i, owner) for i, (owner, work) in enumerate(self._work.items())]
-        heapq.heapify(turns)
-        taken: list[Queued] = []
-        while turns and (tokens is None or tokens > 0):
-            _, i, owner = heapq.heappop(turns)
+        turns: list[tuple[float, int, Hashable]] = []
+
+        def queue(i: int, owner: Hashable) -> None:
+            """Queues the next row of an owner, if it has one. Starts requests as they are needed for it."""
             while owner in self._work and self._work[owner].pending and not self._work[owner].queued:
                 index, request = self._work[owner].pending.popleft()
                 self._advance(_Started(owner, index, request), None, finished)
-            if owner not in self._work or not self._work[owner].queued:
-                continue
-            work = self._work[owner]
-            row = work.queued.popleft()
-            cost = max(
-                BUCKET_LENGTHS[0], len(row.features.input_ids), TOKENS_PER_MASK * len(row.features.masked_positions)
-            )
-            work.tokens += cost
+            if owner in self._work and (queued := self._work[owner].queued):
+                heapq.heappush(turns, (self._work[owner].finish + _cost(queued[0]), i, owner))
+
+        for i, owner in enumerate(list(self._work)):
+            queue(i, owner)
+        taken: list[Queued] = []
+        while turns and (tokens is None or tokens > 0):
+            finish, i, owner = heapq.heappop(turns)
+            taken.append(row := self._work[owner].queued.popleft())
+            cost = _cost(row)
             tokens = None if tokens is None else tokens - cost
-            taken.append(row)
-            heapq.heappush(turns, (work.tokens, i, owner))
+            self._time += cost / len(self._work)
+            self._work[owner].finish = finish
+            queue(i, owner)
         return taken
 
     def _advance(self, started: _Started, outputs: Any, finished: dict[Hashable, Any]) -> None:
-        """Sends outputs to a request. Queues the rows that it yields, or keeps its result."""
+        """Sends outputs to a request. Queues the rows that it yields, if any, or keeps its result."""
         work = self._work[started.owner]
         try:
             rows = started.request.steps.send(outputs)
+            while not rows:
+                rows = started.request.steps.send([])
         except StopIteration as end:
             work.results[started.index] = end.value
             work.left -= 1
@@ -182,16 +192,17 @@ class Run:
         """Gives each text of a batch its outputs."""
         task = self._pipe.task
         with self._failing(batch, finished):
-            on_host = {name: np.asarray(array) for name, array in arrays.items()}
+            wanted = {name for queued in batch.queued for name in queued.features.outputs or arrays}
+            on_host = {name: np.asarray(array) for name, array in arrays.items() if name in wanted}
             if not all(np.isfinite(array).all() for array in on_host.values()):
                 raise CheckpointError("The results are not finite. Check the weights and config, or use float32.")
-        for (_, started, place), spot in zip(
+        for (features, started, place), spot in zip(
             batch.queued, batch.masked_spots if task.masked else batch.spots, strict=True
         ):
             if started.owner in self._work:
                 where: Any = spot.tokens if task.masked or task.per_token else (spot.row, spot.number)
                 # Copied, because a view would keep the outputs of the whole batch in memory.
-                started.outputs[place] = {name: np.array(array[where]) for name, array in on_host.items()}
+                started.outputs[place] = {name: np.array(on_host[name][where]) for name in features.outputs or arrays}
                 if None not in started.outputs:
                     self._advance(started, started.outputs, finished)
 
@@ -204,6 +215,12 @@ class Run:
             for owner in {queued.request.owner for queued in batch.queued}:
                 if self._work.pop(owner, None):
                     finished[owner] = error
+
+
+def _cost(queued: Queued) -> int:
+    """The number of tokens that a row counts as."""
+    features = queued.features
+    return max(BUCKET_LENGTHS[0], len(features.input_ids), TOKENS_PER_MASK * len(features.masked_positions))
 
 
 def _emptied(finished: dict[Hashable, list[Any] | Exception]) -> Iterator[tuple[Hashable, list[Any] | Exception]]:

@@ -10,12 +10,13 @@ from typing import Any
 
 from rich.console import Console
 
-from bert_jax import attention, distributed, sharding, tree
+from bert_jax import attention, distributed, processor, sharding, tree
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples, Shape
 from bert_jax.errors import InputError, check_extra
 from bert_jax.evaluation import measure
 from bert_jax.model import BertPreTrainedModel
+from bert_jax.quantization import Dtype
 from bert_jax.recipes import preparation, runs
 from bert_jax.settings import Settings
 from bert_jax.tasks.base import TrainableTask
@@ -132,6 +133,8 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
         f"Programs by [rows, tokens]:{programs}"
     )
     shape = max((shape for shape, _ in shapes), key=lambda shape: shape.rows * shape.length)
+    if settings.precision.compute_dtype == "bfloat16" and not chips:
+        parts.append(f"On this machine, bfloat16 {processor.speed('bfloat16')}.")
     if chips:
         parts.append(compile_for(chips, run, shape, prepared.model.config, console or Console(quiet=True)))
     elif found := peak_memory(settings, prepared, run, shape):
@@ -206,7 +209,13 @@ def compile_for(chips: aot.Target, run: loop.Run, shape: Shape, config: BertConf
 
 
 def evaluate(
-    model_id: str, settings: Settings, split: str, *, ignore: Sequence[str] = (), console: Console | None = None
+    model_id: str,
+    settings: Settings,
+    split: str,
+    *,
+    dtype: Dtype | None = None,
+    ignore: Sequence[str] = (),
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Evaluates a fine-tuned model on a split of the settings' data.
 
@@ -217,6 +226,8 @@ def evaluate(
         model_id: A folder or an id on the Hub.
         settings: Settings with the task, the data, the maximum length and the batch size.
         split: "validation" or "test".
+        dtype: "float32", "bfloat16" or "int8", in which the model is loaded. By default, float32, and the activations
+            have the dtype `precision.compute_dtype`, as in the run.
         ignore: Regular expressions for the names of tensors in the checkpoint that are not loaded. An expression has to
             match the whole name.
         console: Shows notes on the data; None shows nothing.
@@ -235,7 +246,9 @@ def evaluate(
     task_class = TASKS[settings.task]
     rows, found = task_class.clean({split: loaded.rows}, preparation.read_options(settings))
     tokenizer = Tokenizer.from_pretrained(model_id)
-    model = task_class.model_class.from_pretrained(model_id, ignore=ignore, **settings.precision.model_dump())
+    model = task_class.model_class.from_pretrained(model_id, ignore=ignore, dtype=dtype or "float32")
+    if dtype is None:
+        model.encoder.compute_dtype = settings.precision.compute_dtype
     task = preparation.make_task(settings, tokenizer, preparation.named(model.config, settings, loaded.labels))
     examples = preparation.featurize(task, rows)[split]
     if not task.labelled(examples):

@@ -1,6 +1,7 @@
 """Makes the task, the model and the examples of a run from its settings and data."""
 
 import re
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +87,7 @@ def prepare(settings: Settings) -> Prepared:
         **network_options(settings),
         **config | settings.model.model_dump(include=DROPOUT, exclude_none=True),
     )
+    model.encoder.compute_dtype = settings.precision.compute_dtype
     if add_tokens(tokenizer, settings):
         model.resize_embeddings(max(tokenizer.vocab_size, model.config.vocab_size))
     task = make_task(settings, tokenizer, model.config)
@@ -120,7 +122,6 @@ def read_options(settings: Settings) -> ReadOptions:
 def network_options(settings: Settings | Pretraining) -> dict[str, Any]:
     """The keyword arguments of a model class that decide how the network is computed."""
     return {
-        "compute_dtype": settings.precision.compute_dtype,
         "attention": settings.model.attention,
         "remat": settings.training.remat,
         "scan_layers": settings.training.scan_layers,
@@ -199,10 +200,15 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
         raise InputError(f"{where} has no examples.")
     # The columns of all rows are collected, because JSON rows may differ in their columns.
     there = dict.fromkeys(name for row in rows for name in row)
-    usual, required, target = {"text": sources.TEXT}, ("text",), "text"
+    usual: Mapping[str, tuple[str, ...]] = {"text": sources.TEXT}
+    required: tuple[str, ...] = ("text",)
+    target = "text"
     if isinstance(settings, Settings):
         task = TASKS[settings.task]
         usual, required, target = task.columns, task.required, task.target
+    elif settings.task == "minimal-pairs":
+        usual = {"text": ("sentence_good",), "text_pair": ("sentence_bad",), "label": ("linguistics_term",)}
+        required = ("text", "text_pair")
     try:
         # No setting names the columns "id" and "is_impossible"; `data.id` is the id of the data set.
         wanted = {

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from bert_jax import distributed, tree, vocabulary
+from bert_jax import distributed, sharding, tree, vocabulary
 from bert_jax.config import BertConfig
 from bert_jax.data import corpus
 from bert_jax.data.masking import MaskedExamples, Masking
@@ -115,9 +115,10 @@ def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any
     options = preparation.network_options(settings)
     changes = settings.model.config | settings.model.model_dump(include=preparation.DROPOUT, exclude_none=True)
     rngs = nnx.Rngs(settings.training.seed)
+    precision = settings.precision.model_dump()
     if settings.model.id is None:
         config = BertConfig.base_cased().replace(**{"vocab_size": tokenizer.vocab_size, **changes})
-        return model_class(config, rngs=rngs, **options), ""
+        return model_class(config, rngs=rngs, **precision, **options), ""
     model = model_class.from_pretrained(
         settings.model.id,
         revision=settings.model.revision,
@@ -127,6 +128,7 @@ def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any
         **options,
         **changes,
     )
+    model.encoder.compute_dtype = settings.precision.compute_dtype
     params, skeleton = tree.split(model)
     flat, notes = tree.flatten(params), ""
     if TRANSFORM in tree.select(settings.model.new, flat):
@@ -139,7 +141,7 @@ def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any
             path: jnp.asarray(vocabulary.rows(np.asarray(flat[path]), sources)) for path in (preparation.WORDS, BIAS)
         }
         config = model.config.replace(vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_token_id)
-        _, skeleton = tree.split(model_class(config, **options))
+        _, skeleton = tree.split(model_class(config, **precision, **options))
         notes = "\nembeddings: " + ", ".join(f"{n:,} {how}" for how, n in counts.items())
     return tree.merge(skeleton, tree.unflatten(flat)), notes
 
@@ -147,10 +149,28 @@ def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any
 def evaluate_held_out(
     models: Sequence[str], settings: HeldOut, split: str, *, ignore: Sequence[str] = (), console: Console | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Evaluates pretrained models on the texts of a split; returns the results of `held_out.evaluate`."""
-    texts = [row["text"] for row in preparation.read_split(settings, split).rows]
-    if not texts:
+    """Evaluates pretrained models on a split.
+
+    Returns the results of `held_out.minimal_pairs` for minimal pairs, else those of `held_out.evaluate`.
+    """
+    rows = preparation.read_split(settings, split).rows
+    if not rows:
         raise InputError(f"data.{split} is not set; expected texts.")
+    texts = [row["text"] for row in rows]
+    mesh = sharding.local(settings.mesh.model_dump()) if settings.mesh else None
+    if settings.task == "minimal-pairs":
+        return held_out.minimal_pairs(
+            models,
+            [(row["text"], row["text_pair"]) for row in rows],
+            [row["label"] for row in rows] if "label" in rows[0] else None,
+            metric=settings.metric,
+            seed=settings.seed,
+            resamples=settings.resamples,
+            dtype=settings.dtype,
+            mesh=mesh,
+            ignore=ignore,
+            console=console,
+        )
     return held_out.evaluate(
         models,
         texts,
@@ -159,7 +179,8 @@ def evaluate_held_out(
         **settings.masking.model_dump(),
         seed=settings.seed,
         resamples=settings.resamples,
-        compute_dtype=settings.precision.compute_dtype,
+        dtype=settings.dtype,
+        mesh=mesh,
         ignore=ignore,
         console=console,
     )

@@ -79,13 +79,15 @@ class Features:
         token_type_ids: 0 or 1 for each token.
         masked_positions: Indices of the tokens at which the model scores every token of the vocabulary; empty if
             `Task.masked` is false.
-        labels: Ids of the true tokens at the masked positions. Set only for evaluation, otherwise empty.
+        labels: Ids of the true tokens at the masked positions; empty if `Task.with_labels` is false.
+        outputs: The names of the outputs that are needed; empty for all.
     """
 
     input_ids: list[int]
     token_type_ids: list[int]
     masked_positions: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
+    outputs: tuple[str, ...] = ()
 
 
 Outputs = Mapping[str, np.ndarray]
@@ -133,12 +135,16 @@ class Task(Protocol):
     """Whether outputs have one entry per token. If neither `per_token` nor `masked` is true, they have one per text."""
     masked: bool
     """Whether rows have masked positions. If so, outputs have one entry per masked position."""
+    one_mask: bool = False
+    """Whether each text has exactly one masked position."""
+    with_labels: bool = False
+    """Whether rows have `labels`, the true tokens at their masked positions."""
     columns_of_input: tuple[tuple[str, ...], ...]
     """The usual columns of an input, as alternatives. Each row uses the first tuple whose columns it has."""
     json_input: Any
     """The type of one input in the JSON body that the server receives."""
 
-    def forward(self, model: Any, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
+    def forward(self, model: Any, inputs: dict[str, Any], starts: jax.Array) -> dict[str, jax.Array]:
         """Computes the outputs of a batch. This function is pure, and is compiled once for each shape of a batch.
 
         Args:

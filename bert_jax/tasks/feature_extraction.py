@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bert_jax.config import BertConfig
@@ -17,15 +16,15 @@ from bert_jax.sentence_embedding import SentenceEmbedding
 from bert_jax.tasks.base import Features, Request, Steps, check_text
 from bert_jax.tokenizer import Tokenizer
 
-POOLING = (None, "cls", "mean", "auto")
+POOLING = (None, "cls", "mean", "max", "auto")
 
 
 class FeatureExtraction:
-    """Returns the vectors of the last layer."""
+    """Returns the vectors of the last layer, or of others."""
 
     name = "feature-extraction"
     model_class = BertModel
-    per_token, masked = True, False
+    per_token, masked, one_mask, with_labels = True, False, False, False
     columns_of_input = TEXTS
     json_input: Any = str
 
@@ -67,51 +66,76 @@ class FeatureExtraction:
         """The maximum number of tokens of a text to embed, special tokens included; raises as `embedding` does."""
         return min(self.max_length, self.embedding.max_length or self.max_length)
 
-    def forward(self, model: BertModel, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
-        """The last hidden states, float32 [B, T, D]."""
-        return {"states": model(**inputs).last_hidden_state.astype(jnp.float32)}
+    def forward(self, model: BertModel, inputs: dict[str, Any], starts: jax.Array) -> dict[str, jax.Array]:
+        """The hidden states by the number of their layer, "0" for the embeddings: [B, T, D] in the compute dtype."""
+        return {str(i): states for i, states in enumerate(model(**inputs).hidden_states)}
 
     def request(
-        self, text: str, *, pooling: Literal["cls", "mean", "auto"] | None = None, normalize: bool = False
+        self,
+        text: str,
+        *,
+        layers: Sequence[int] | None = None,
+        pooling: Literal["cls", "mean", "max", "auto"] | None = None,
+        normalize: bool = False,
     ) -> Request[np.ndarray]:
         """Encodes one text.
 
         Args:
             text: A text; it is truncated to the model's maximum length.
-            pooling: None returns the vector of each token, "cls" returns the vector of [CLS], and "mean" returns the
-                mean over all tokens, [CLS] and [SEP] included (Reimers & Gurevych 2019, arXiv:1908.10084, section 3).
-                "auto" applies the pooling, normalization and maximum length that the folder of a sentence-transformers
-                model declares.
+            layers: The layers whose vectors to return, such as `[6, -1]`: 0 for the embeddings, 1 for the first layer,
+                and -1 for the last, as in `hidden_states`. None returns the vectors of the last layer, without the axis
+                of the layers.
+            pooling: None returns the vector of each token, "cls" returns the vector of [CLS], and "mean" and "max"
+                return the mean and the maximum over all tokens, [CLS] and [SEP] included (Reimers & Gurevych 2019,
+                arXiv:1908.10084, section 3). "auto" applies the pooling, normalization and maximum length that the
+                folder of a sentence-transformers model declares.
             normalize: Whether to scale each vector to length 1. With "auto", vectors are also scaled if the folder
                 declares it.
 
         Returns:
-            float32 [T, D] if `pooling` is None, else [D].
+            float32 [T, D] if `pooling` is None, else [D]; [layers, T, D] or [layers, D] if `layers` are given.
 
         Raises:
-            InputError: If `text` is not a string or is blank, if `pooling` is unknown, or if `pooling` is "auto" and
-                the model was not loaded from a sentence-transformers folder that this package supports.
+            InputError: If `text` is not a string or is blank, if the model lacks one of the `layers`, if `pooling` is
+                unknown, or if `pooling` is "auto" and the model was not loaded from a sentence-transformers folder that
+                this package supports.
         """
         check_text(text)
+        count = self.config.num_hidden_layers
+        if layers is not None and (
+            not isinstance(layers, list | tuple)
+            or not layers
+            or not all(type(layer) is int and -count - 1 <= layer <= count for layer in layers)
+        ):
+            raise InputError(
+                f"layers is {quoted(layers)}; expected a list of numbers from 0 (the embeddings) to {count} (the last "
+                "layer), or negative ones that count from the last, -1."
+            )
         if pooling not in POOLING:
             raise InputError(f"pooling is {quoted(pooling)}; expected one of {', '.join(map(repr, POOLING))}.")
         if pooling == "auto":
-            return self.embed(text, normalize=normalize or self.embedding.normalize)
+            return self.embed(text, layers=layers, normalize=normalize or self.embedding.normalize)
         encoding = self.tokenizer.encode([text], max_length=self.max_length)[0][0]
-        return self._request(encoding.ids, pooling, normalize)
+        return self._request(encoding.ids, layers, pooling, normalize)
 
     def embed(
-        self, text: str | Sequence[int], *, normalize: bool | None = None, truncate: bool = True
+        self,
+        text: str | Sequence[int],
+        *,
+        layers: Sequence[int] | None = None,
+        normalize: bool | None = None,
+        truncate: bool = True,
     ) -> Request[np.ndarray]:
         """Embeds one text as the folder of a sentence-transformers model declares it.
 
         Args:
             text: A text, or the ids of its tokens. [CLS] and [SEP] are added to ids that do not have them.
+            layers: As in `request`.
             normalize: Whether to scale the vector to length 1; None for what the folder declares.
             truncate: Whether to truncate a text that is too long. If false, it is refused.
 
         Returns:
-            float32 [D].
+            float32 [D]; [layers, D] if `layers` are given.
 
         Raises:
             InputError: If `text` is blank, too long or has an invalid id, or if `request` raises it for the pooling
@@ -129,7 +153,8 @@ class FeatureExtraction:
                 ids = [*ids[: longest - 1], ids[-1]]
         if len(ids) > longest:
             raise InputError(f"the text has {len(ids)} tokens; at most {longest} are allowed.")
-        return self._request(ids, embedding.pooling, embedding.normalize if normalize is None else normalize)
+        normalize = embedding.normalize if normalize is None else normalize
+        return self._request(ids, layers, embedding.pooling, normalize)
 
     def _with_special_tokens(self, ids: Sequence[int]) -> list[int]:
         size = self.tokenizer.vocab_size
@@ -140,15 +165,21 @@ class FeatureExtraction:
         first, last = self.tokenizer.encode([""])[0][0].ids
         return list(ids) if [ids[0], ids[-1]] == [first, last] else [first, *ids, last]
 
-    def _request(self, ids: list[int], pooling: str | None, normalize: bool) -> Request[np.ndarray]:
-        vectors = len(ids) if pooling is None else 1
-        size = 25 * self.config.hidden_size * vectors
-        return Request(self._encode(ids, pooling, normalize), len(ids), size)
+    def _request(
+        self, ids: list[int], layers: Sequence[int] | None, pooling: str | None, normalize: bool
+    ) -> Request[np.ndarray]:
+        vectors = (1 if layers is None else len(layers)) * (len(ids) if pooling is None else 1)
+        return Request(self._encode(ids, layers, pooling, normalize), len(ids), 25 * self.config.hidden_size * vectors)
 
-    def _encode(self, ids: list[int], pooling: str | None, normalize: bool) -> Steps[np.ndarray]:
-        (output,) = yield [Features(ids, [0] * len(ids))]
-        states = output["states"]
-        vectors: np.ndarray = {None: states, "cls": states[0], "mean": states.mean(axis=0)}[pooling]
+    def _encode(
+        self, ids: list[int], layers: Sequence[int] | None, pooling: str | None, normalize: bool
+    ) -> Steps[np.ndarray]:
+        names = [str(layer % (self.config.num_hidden_layers + 1)) for layer in layers or [-1]]
+        (output,) = yield [Features(ids, [0] * len(ids), outputs=tuple(names))]
+        states = np.stack([output[name] for name in names]).astype(np.float32)  # [layers, T, D]
+        vectors: np.ndarray = {
+            None: states, "cls": states[:, 0], "mean": states.mean(axis=1), "max": states.max(axis=1),
+        }[pooling]  # fmt: skip
         if normalize:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-        return vectors
+        return vectors[0] if layers is None else vectors

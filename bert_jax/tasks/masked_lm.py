@@ -55,7 +55,7 @@ class FillMask:
 
     name = "fill-mask"
     model_class = BertForMaskedLM
-    per_token, masked = False, True
+    per_token, masked, one_mask, with_labels = False, True, False, False
     columns_of_input = TEXTS
     json_input: Any = str
 
@@ -66,7 +66,7 @@ class FillMask:
         self.mask_id: int = tokenizer.mask_token_id
         self.max_length = max_length
 
-    def forward(self, model: BertForMaskedLM, inputs: dict[str, jax.Array], starts: jax.Array) -> dict[str, jax.Array]:
+    def forward(self, model: BertForMaskedLM, inputs: dict[str, Any], starts: jax.Array) -> dict[str, jax.Array]:
         """The probabilities of the whole vocabulary at each masked position: float32 [B, P, V]."""
         return {"probabilities": jax.nn.softmax(model(**inputs).logits, axis=-1)}
 

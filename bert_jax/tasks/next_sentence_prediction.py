@@ -21,7 +21,7 @@ class NextSentencePrediction:
 
     name = "next-sentence-prediction"
     model_class = BertForNextSentencePrediction
-    per_token, masked = False, False
+    per_token, masked, one_mask, with_labels = False, False, False, False
     columns_of_input = PAIRS
     json_input: Any = tuple[str, str]
 
@@ -31,7 +31,7 @@ class NextSentencePrediction:
         self.max_length = max_length
 
     def forward(
-        self, model: BertForNextSentencePrediction, inputs: dict[str, jax.Array], starts: jax.Array
+        self, model: BertForNextSentencePrediction, inputs: dict[str, Any], starts: jax.Array
     ) -> dict[str, jax.Array]:
         """The probabilities of the two labels: float32 [B, K, 2]."""
         return {"probabilities": jax.nn.softmax(model(**inputs, positions=starts).logits)}

@@ -88,7 +88,7 @@ class QuestionAnswering(TrainableTask):
         self.stride = max_length // 3 if answers.stride is None else answers.stride
 
     def forward(
-        self, model: BertForQuestionAnswering, inputs: dict[str, jax.Array], starts: jax.Array
+        self, model: BertForQuestionAnswering, inputs: dict[str, Any], starts: jax.Array
     ) -> dict[str, jax.Array]:
         """Each token's logits for being the first (`start`) and the last (`end`) of an answer: float32 [B, T] each."""
         out = model(**inputs)

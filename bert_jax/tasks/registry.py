@@ -7,6 +7,7 @@ from bert_jax.tasks.base import TrainableTask
 from bert_jax.tasks.feature_extraction import FeatureExtraction
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
+from bert_jax.tasks.pseudo_log_likelihood import PseudoLogLikelihood
 from bert_jax.tasks.question_answering import QuestionAnswering
 from bert_jax.tasks.sequence_classification import SequenceClassification
 from bert_jax.tasks.token_classification import TokenClassification
@@ -20,6 +21,7 @@ TASKS: dict[str, Any] = {
         SequenceClassification,
         TokenClassification,
         QuestionAnswering,
+        PseudoLogLikelihood,
     )
 }
 """The classes of all tasks that `pipeline` supports, by name."""

@@ -82,7 +82,7 @@ class SequenceClassification(TrainableTask):
     # ── Inference ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def forward(
-        self, model: BertForSequenceClassification, inputs: dict[str, jax.Array], starts: jax.Array
+        self, model: BertForSequenceClassification, inputs: dict[str, Any], starts: jax.Array
     ) -> dict[str, jax.Array]:
         """Computes `logits` and `scores`, each float32 [B, K, C].
 

@@ -96,7 +96,7 @@ class TokenClassification(TrainableTask):
             self.metrics = ("accuracy",)
 
     def forward(
-        self, model: BertForTokenClassification, inputs: dict[str, jax.Array], starts: jax.Array
+        self, model: BertForTokenClassification, inputs: dict[str, Any], starts: jax.Array
     ) -> dict[str, jax.Array]:
         """The probabilities of the labels, float32 [B, T, C]."""
         return {"scores": jax.nn.softmax(model(**inputs).logits)}

@@ -56,7 +56,8 @@ def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Formats the results of `held_out.evaluate` as Markdown.
 
     The first table has the measures and their intervals, one column per model. For fill-mask, two more tables follow:
-    one has the results by the frequency of the tokens, the other by their position.
+    one has the results by the frequency of the tokens, the other by their position. For minimal pairs, one more table
+    has the accuracy by phenomenon.
     """
     first = next(iter(results.values()))
     rows = []
@@ -74,6 +75,13 @@ def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
                 for model, result in results.items() for part in result[name]
             ]  # fmt: skip
             parts.append(_table(["model", what, "tokens", "nll", "accuracy@1"], rows))
+    if every := first.get("by_phenomenon"):
+        rows = [
+            [part["phenomenon"], f"{part['pairs']:,}", *(f"{result['by_phenomenon'][n]['accuracy']:.4f}"
+                                                          for result in results.values())]
+            for n, part in enumerate(every)
+        ]  # fmt: skip
+        parts.append(_table(["phenomenon", "pairs", *results], rows))
     return "\n\n".join(parts)
 
 
@@ -81,7 +89,7 @@ def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Plots the results of `held_out.evaluate`.
 
     For fill-mask, the figure shows the accuracy by the frequency and by the position of the tokens, one line per model.
-    For next-sentence-prediction, it shows the accuracy of each model with its interval.
+    For next-sentence-prediction and minimal pairs, it shows the accuracy of each model with its interval.
     """
     from bert_jax.tools.figure import Figure
 

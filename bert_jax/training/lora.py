@@ -144,8 +144,10 @@ def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedMod
         model: The base model of the adapters.
 
     Raises:
+        InputError: If the model is not loaded in float32.
         CheckpointError: If the files are missing, damaged or not supported, or if they do not fit the model.
     """
+    model.check_float32("load_adapters")
     try:
         config = read_json(folder / ADAPTER_CONFIG)
         tensors = load_file(folder / ADAPTER_WEIGHTS)

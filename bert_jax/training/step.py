@@ -90,9 +90,10 @@ def plan(
         seed: Seed for the initial adapters.
 
     Raises:
-        InputError: If a pattern matches no parameter, if there is nothing to train, or if the optimizer's updates do
-            not have the paths and shapes of the parameters.
+        InputError: If the model is not loaded in float32, if a pattern matches no parameter, if there is nothing to
+            train, or if the optimizer's updates do not have the paths and shapes of the parameters.
     """
+    model.check_float32("training")
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
     if trainable is None:

@@ -3,12 +3,14 @@
     pip install -e ".[parity]"
     python scripts/benchmark                      # the first five cases; four minutes and 3 GB of temporary disk space
     python scripts/benchmark peers texts --json times.json --chart times.png
+    python scripts/benchmark peers texts --dtype bfloat16 int8
     python scripts/benchmark warm --model ~/bert-base-cased
 
     warm     calls of a warm fill-mask pipeline with one short sentence, ours and transformers' in turns
     python   the time of such a call of ours that Python takes: the call minus the compiled program
     process  `bert-jax fill-mask` as a whole process with warm caches, and a script with transformers' pipeline
     load     peak memory of loading weights, relative to the size of their file
+    memory   memory of a fill-mask pipeline in each dtype, after its first answer
     step     a step of fine-tuning with dropout, ours and PyTorch's in turns, and how near ours comes to the rate of a
              large matrix product
     keras    the same step, ours and KerasHub's (requires the extra `bench`, and keras-hub==0.32.0 with --no-deps)
@@ -16,6 +18,8 @@
              see flax_peer.py)
     texts    1,000 sentences through our pipeline, transformers' pipeline and other runtimes; all but ours take them in
              order, pad each batch to its longest, and use their best batch size (with peers, half an hour)
+    scores   pseudo-log-likelihoods of 1,000 sentences, ours and a loop over batches with transformers
+    layers   vectors of a middle layer of 500 sentences, and of the last layer, both ours
     pretrain a step of pretraining the embedded model on 64 rows of 64 tokens, ours and PyTorch's in turns
     packing  tokens per second, padding not counted, in training and in prediction: rows padded to 128 tokens, rows
              padded by length, and packed rows
@@ -40,9 +44,10 @@ from typing import Any
 from fill_mask_calls import python, warm
 from measuring import FLAX_PYTHON, in_process, make_model
 from packing import packing
-from peers import make_graphs, peers, texts
-from processes import load, process
+from peers import make_graphs, make_int8_graphs, peers, texts
+from processes import load, memory, process
 from rich.console import Console
+from sentences import layers, scores
 from tables import chart
 from training_steps import keras, pretrain, step
 from whole_runs import ARRANGEMENTS, finetune
@@ -52,11 +57,12 @@ from bert_jax import hub
 # This process imports neither jax nor torch: a child's peak memory includes its parent's (Linux's vfork), so the parent
 # of what is measured has to be small.
 
-CASES = {"warm": warm, "python": python, "process": process, "load": load, "step": step, "keras": keras,
-         "pretrain": pretrain, "packing": packing, "peers": peers, "texts": texts}  # fmt: skip
+CASES = {"warm": warm, "python": python, "process": process, "load": load, "memory": memory, "step": step,
+         "keras": keras, "pretrain": pretrain, "packing": packing, "scores": scores, "layers": layers, "peers": peers,
+         "texts": texts}  # fmt: skip
 DEFAULT = ("warm", "python", "process", "load", "step")
 PACKAGES = ["bert-jax", "jax", "jaxlib", "flax", "torch", "transformers", "onnx", "onnxruntime", "openvino", "keras",
-            "keras-hub"]  # fmt: skip
+            "keras-hub", "nncf"]  # fmt: skip
 
 
 def _machine() -> dict[str, Any]:
@@ -90,6 +96,8 @@ def main() -> None:
     parser.add_argument("--against", nargs="+", choices=ARRANGEMENTS, default=["grouped", "padded"],
                         help="how Trainer pads: to the longest of a batch, with examples grouped by length or in "
                         "random order (dynamic), or to data.max_length; grouped and padded by default")  # fmt: skip
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "int8"], default=["float32"],
+                        help="dtypes of peers and texts, beside ours in float32; bfloat16 also for step")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes all times to a file")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="draws the cases peers and texts")
     arguments = parser.parse_args()
@@ -100,6 +108,8 @@ def main() -> None:
     cases = arguments.cases or [name for name in CASES if name in DEFAULT]
     if "finetune" in cases and not arguments.finetune:
         parser.error("finetune needs --finetune YAML [KEY=VALUE …] with local files as data")
+    if "step" in cases and "int8" in arguments.dtype:
+        parser.error("a training step has no dtype int8; expected float32 or bfloat16")
     os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error",
                    "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -124,7 +134,11 @@ def main() -> None:
             if name in ("peers", "texts") and not (folder / "gathered.onnx").exists():
                 with in_process() as worker:
                     worker.submit(make_graphs, folder).result()
-            report["cases"][name] = CASES[name](folder, console)
+            if name in ("peers", "texts") and "int8" in arguments.dtype:
+                with in_process() as worker:
+                    worker.submit(make_int8_graphs, folder).result()
+            options = [arguments.dtype] if name in ("peers", "texts", "step") else []
+            report["cases"][name] = CASES[name](folder, console, *options)
     report["load_average_after"] = os.getloadavg()
     if arguments.chart:
         chart(report["cases"]).savefig(arguments.chart, dpi=150)

@@ -69,11 +69,15 @@ def run_process(command: Sequence[str], environment: dict[str, str]) -> tuple[fl
 
 def installed(sides: list[str], console: Console) -> list[str]:
     """Returns the peers that are installed, and prints which are not."""
-    modules = {"kerashub": "keras_hub"}
+    modules = {"ours": "bert_jax", "kerashub": "keras_hub", "openvino gathered int8": "nncf"}
     there = []
     for side in sides:
         name = side.split()[0]
-        if FLAX_PYTHON in os.environ if name == "flaxbert" else importlib.util.find_spec(modules.get(name, name)):
+        if (
+            FLAX_PYTHON in os.environ
+            if name == "flaxbert"
+            else importlib.util.find_spec(modules.get(side, modules.get(name, name)))
+        ):
             there.append(side)
         else:
             console.print(f"left out, because it is not installed: {side}", highlight=False)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,22 @@ from tables import NO_TARGET, TARGETS, rank, ranking
 from bert_jax.training import memory
 
 SHAPES = {"1 × 16": (1, 16), "1 × 128": (1, 128), "8 × 128": (8, 128), "4 × 512": (4, 512)}
-PEERS = ["transformers all", "flaxbert all", "kerashub head", "onnxruntime all", "onnxruntime gathered", "openvino all",
-         "openvino gathered"]  # fmt: skip
-"""Name of each runtime, and what it computes; see runtimes.py."""
-TOLERANCE = {"kerashub head": 1e-3}
-"""Tolerance of a side's logits, relative to the largest logit; 1e-5 for sides that are not listed."""
+PEERS = {
+    "float32": ["ours", "transformers all", "flaxbert all", "kerashub head", "onnxruntime all", "onnxruntime gathered",
+                "openvino all", "openvino gathered"],
+    "bfloat16": ["ours gathered bfloat16", "transformers all bfloat16", "openvino gathered bfloat16"],
+    "int8": ["ours gathered int8", "transformers all int8", "onnxruntime gathered int8", "openvino gathered int8"],
+}  # fmt: skip
+"""The sides by dtype; runtimes.py explains their names."""
+TOLERANCE = {"kerashub head": 1e-3, "bfloat16": 0.05, "int8": 0.15}
+"""Tolerance of logits, by side or by dtype, relative to the largest logit; 1e-5 for what is not listed."""
 TURNS = 6
 TEXTS, TEXT_TURNS, TEXT_TOLERANCE = 1000, 4, 3e-5
-TEXT_PEERS = ["transformers", "onnxruntime gathered", "openvino gathered"]
+TEXT_PEERS = {
+    "float32": ["ours", "transformers", "onnxruntime gathered", "openvino gathered"],
+    "bfloat16": ["ours gathered bfloat16", "openvino gathered bfloat16"],
+    "int8": ["ours gathered int8", "onnxruntime gathered int8", "openvino gathered int8"],
+}
 BATCHES = (1, 4, 16)
 """Rows per batch of a peer; with more rows, most tokens are padding."""
 
@@ -35,9 +44,15 @@ def make_graphs(folder: Path) -> None:
     runtimes.export(folder)
 
 
+def make_int8_graphs(folder: Path) -> None:
+    import runtimes
+
+    runtimes.quantize(folder)
+
+
 def open_peer(side: str, folder: Path) -> None:
     global _peer
-    if side == "ours":
+    if side.startswith("ours"):
         memory.keep_freed(asynchronous=True)  # as `bert-jax predict` does
     import runtimes
 
@@ -46,7 +61,7 @@ def open_peer(side: str, folder: Path) -> None:
 
 def open_texts(side: str, folder: Path) -> None:
     global _peer
-    if side == "ours":
+    if side.startswith("ours"):
         memory.keep_freed(asynchronous=True)
     import runtimes
 
@@ -84,9 +99,18 @@ def time_texts(texts: list[str], size: int) -> tuple[float, Any]:
     return time.perf_counter() - start, answers
 
 
-def peers(folder: Path, console: Console) -> dict[str, Any]:
+def _sides(known: dict[str, list[str]], dtypes: Sequence[str], console: Console) -> list[str]:
+    """The sides of some dtypes, after ours in float32, with which the outputs of all others are compared."""
+    return installed(list(dict.fromkeys(["ours", *(side for dtype in dtypes for side in known[dtype])])), console)
+
+
+def _tolerance(side: str, exact: float) -> float:
+    return TOLERANCE.get(side, TOLERANCE.get(side.split(",")[0].split()[-1], exact))
+
+
+def peers(folder: Path, console: Console, dtypes: Sequence[str]) -> dict[str, Any]:
     os.environ["KERAS_BACKEND"] = "jax"
-    sides = ["ours", *installed(PEERS, console)]
+    sides = _sides(PEERS, dtypes, console)
     table = ranking(f"peers: logits of two masks per row, ms ({folder.name})")
     results: dict[str, Any] = {}
     apart: dict[str, dict[str, float]] = {}
@@ -107,14 +131,14 @@ def peers(folder: Path, console: Console) -> dict[str, Any]:
             results[name] = times
     console.print(table)
     differences = [f"{name}: {side} by {found:.1e}" for name, sides_apart in apart.items()
-                   for side, found in sides_apart.items() if not found <= TOLERANCE.get(side, 1e-5)]  # fmt: skip
+                   for side, found in sides_apart.items() if not found <= _tolerance(side, 1e-5)]  # fmt: skip
     return {"seconds": results, "apart": apart, "difference": "; ".join(differences)}
 
 
-def texts(folder: Path, console: Console) -> dict[str, Any]:
+def texts(folder: Path, console: Console, dtypes: Sequence[str]) -> dict[str, Any]:
     sentences = _sentences(folder)
-    sides = ["ours", *installed(TEXT_PEERS, console)]
-    sizes = dict.fromkeys(sides, BATCHES) | {"ours": (0,)}  # ours makes its batches itself
+    sides = _sides(TEXT_PEERS, dtypes, console)
+    sizes = {side: (0,) if side.startswith("ours") else BATCHES for side in sides}  # ours makes its batches itself
     trials: dict[str, dict[int, float]] = {side: {} for side in sides}
     answers: list[Any] = []
     apart: dict[str, float] = {}
@@ -137,9 +161,11 @@ def texts(folder: Path, console: Console) -> dict[str, Any]:
     rank(table, f"{TEXTS:,}", rates, max, {word: TARGETS[f"texts {word}"] for word in ("gathered", "transformers")})
     console.print(table)
     tried = [f"{side} {', '.join(f'{size}: {TEXTS / seconds:.1f}' for size, seconds in trials[side].items())}"
-             for side in sides[1:]]  # fmt: skip
+             for side in sides if not side.startswith("ours")]  # fmt: skip
     console.print(f"first run, by batch size: {'; '.join(tried)}", highlight=False)
-    differences = [f"{name}, by {found:.1e}" for name, found in apart.items() if not found <= TEXT_TOLERANCE]
+    differences = [
+        f"{name}, by {found:.1e}" for name, found in apart.items() if not found <= _tolerance(name, TEXT_TOLERANCE)
+    ]
     return {
         "sentences": TEXTS, "trials": trials, "seconds": times, "rates": rates, "apart": apart,
         "difference": "; ".join(differences),

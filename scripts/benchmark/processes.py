@@ -1,4 +1,4 @@
-"""The cases `process` and `load`: the command line as a whole process, and the loading of weights."""
+"""The cases `process`, `load` and `memory`: the command line as a process, the loading of weights, and what stays."""
 
 import os
 import resource
@@ -69,3 +69,37 @@ def load(folder: Path, console: Console) -> dict[str, Any]:
                   *TARGETS["load"])  # fmt: skip
     console.print(table)
     return {"file_bytes": size, "runs": runs}
+
+
+def memory_of(folder: Path, dtype: str) -> dict[str, int]:
+    """Bytes by which a fill-mask pipeline and its first answer raise the memory of a process that has imported JAX."""
+    import jax
+
+    import bert_jax
+
+    jax.block_until_ready(jax.jit(lambda x: x + 1)(jax.numpy.ones(3)))
+    before = _proportional()
+    fill_mask: Any = bert_jax.pipeline("fill-mask", folder, dtype=dtype)  # type: ignore[call-overload]
+    fill_mask(SENTENCES[1])
+    return {"before": before, "pipeline": _proportional() - before,
+            "peak": peak_bytes(resource.getrusage(resource.RUSAGE_SELF))}  # fmt: skip
+
+
+def _proportional() -> int:
+    """The memory of this process in bytes, with its share of shared pages (Linux's proportional set size)."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("Pss:")))
+
+
+def memory(folder: Path, console: Console) -> dict[str, Any]:
+    found = {}
+    table = Table("", "process before, MB", "pipeline, MB", "of float32", "must", "peak of the process, MB",
+                  title="memory: a fill-mask pipeline and its first answer", title_justify="left")  # fmt: skip
+    for dtype, must in (("float32", ""), ("bfloat16", "0.6"), ("int8", "0.4")):
+        with in_process() as worker:
+            found[dtype] = worker.submit(memory_of, folder, dtype).result()
+        before, pipeline, peak = (found[dtype][name] for name in ("before", "pipeline", "peak"))
+        share = pipeline / found["float32"]["pipeline"]
+        table.add_row(dtype, f"{before / 1e6:.0f}", f"{pipeline / 1e6:.0f}", f"{share:.2f}", must, f"{peak / 1e6:.0f}")
+    console.print(table)
+    return {"bytes": found}

@@ -7,9 +7,10 @@ The second word of a runtime's name says what it computes for that:
 - `head`: all layers at all tokens, the head only at the positions
 - `gathered`: all layers but the last at all tokens, the last layer and the head only at the positions
 
-Only `gathered` is the same work as ours.
+Only `gathered` is the same work as ours. A third word is the dtype, if it is not float32: bfloat16 or int8.
 """
 
+import importlib.util
 import os
 import pickle
 import subprocess
@@ -80,11 +81,40 @@ def export(folder: Path) -> None:
         )  # fmt: skip
 
 
+def quantize(folder: Path) -> None:
+    """Writes int8 versions of `gathered.onnx`: ONNX Runtime's dynamic one, and a calibrated one for OpenVINO."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    source = folder / "gathered.onnx"
+    if (folder / "onnxruntime int8.onnx").exists():
+        return
+    quantize_dynamic(source, folder / "onnxruntime int8.onnx", weight_type=QuantType.QInt8, per_channel=True)
+    if not importlib.util.find_spec("nncf"):
+        return
+    import nncf
+    import openvino
+
+    random = np.random.default_rng(1)
+    batches = [{"input_ids": random.integers(1000, 28000, (8, 128)), "attention_mask": np.ones((8, 128), np.int64),
+                "positions": random.integers(1, 127, (8, 2))} for _ in range(10)]  # fmt: skip
+    model = nncf.quantize(
+        openvino.Core().read_model(source), nncf.Dataset(batches), model_type=nncf.ModelType.TRANSFORMER, subset_size=10
+    )
+    openvino.save_model(model, folder / "openvino int8.xml")
+
+
 def open_peer(side: str, folder: Path) -> Forward:
-    """Opens a side by its name: "ours", or a runtime and what it computes, such as "openvino gathered"."""
-    name, _, graph = side.partition(" ")
+    """Opens a side by its name, such as "ours" or "openvino gathered int8"."""
+    name, graph, dtype = described(side)
     return {"ours": _ours, "transformers": _transformers, "kerashub": _kerashub, "onnxruntime": _onnxruntime,
-            "openvino": _openvino, "flaxbert": _flaxbert}[name](folder, graph)  # fmt: skip
+            "openvino": _openvino, "flaxbert": _flaxbert}[name](folder, graph, dtype)  # fmt: skip
+
+
+def described(side: str) -> tuple[str, str, str]:
+    """The runtime of a side, what it computes, and its dtype."""
+    name, *rest = side.split()
+    graph, dtype = [*rest, *["gathered", "float32"][len(rest) :]]
+    return name, graph, dtype
 
 
 def open_texts(side: str, folder: Path) -> Callable[[int], Answer]:
@@ -93,11 +123,11 @@ def open_texts(side: str, folder: Path) -> Callable[[int], Answer]:
     Returns:
         Batch size -> `Answer`. Ours ignores the batch size; the others take texts in order and pad per batch.
     """
-    name = side.split()[0]
+    name, _, dtype = described(side)
     if name == "ours":
         import bert_jax
 
-        fill_mask = bert_jax.pipeline("fill-mask", folder)
+        fill_mask = bert_jax.pipeline("fill-mask", folder, dtype=dtype)
         return lambda size: lambda texts: [[(e["token"], e["score"]) for e in entry] for entry in fill_mask(texts)]
     if name == "transformers":
         import torch
@@ -133,13 +163,13 @@ def _at(logits: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return np.take_along_axis(logits, positions[..., None], axis=1)
 
 
-def _ours(folder: Path, graph: str) -> Forward:
+def _ours(folder: Path, graph: str, dtype: str) -> Forward:
     import jax
 
     import bert_jax
     from bert_jax import tree
 
-    params, skeleton = tree.split(bert_jax.BertForMaskedLM.from_pretrained(folder))
+    params, skeleton = tree.split(bert_jax.BertForMaskedLM.from_pretrained(folder, dtype=dtype))
 
     @jax.jit
     def program(params: Any, ids: Any, mask: Any, positions: Any) -> Any:
@@ -152,21 +182,25 @@ def _ours(folder: Path, graph: str) -> Forward:
     return forward
 
 
-def _transformers(folder: Path, graph: str) -> Forward:
+def _transformers(folder: Path, graph: str, dtype: str) -> Forward:
     import torch
     import transformers
 
     torch.set_num_threads(THREADS)
     model = transformers.BertForMaskedLM.from_pretrained(folder).eval()
+    if dtype == "bfloat16":
+        model = model.to(torch.bfloat16)
+    elif dtype == "int8":
+        model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
     def forward(ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return _at(model(torch.from_numpy(ids), torch.from_numpy(mask)).logits.numpy(), positions)
+            return _at(model(torch.from_numpy(ids), torch.from_numpy(mask)).logits.float().numpy(), positions)
 
     return forward
 
 
-def _kerashub(folder: Path, graph: str) -> Forward:
+def _kerashub(folder: Path, graph: str, dtype: str) -> Forward:
     """KerasHub. Its logits differ slightly from ours: GELU is the tanh approximation, and an epsilon is different."""
     import jax
     import keras_hub
@@ -197,7 +231,7 @@ def _kerashub(folder: Path, graph: str) -> Forward:
     return forward
 
 
-def _flaxbert(folder: Path, graph: str) -> Forward:
+def _flaxbert(folder: Path, graph: str, dtype: str) -> Forward:
     """FlaxBert in an environment of its own; see flax_peer.py. The pipe to it takes about a millisecond per call."""
     command = [os.environ["BERT_JAX_FLAX_PYTHON"], str(Path(__file__).with_name("flax_peer.py")), str(folder)]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -212,12 +246,13 @@ def _flaxbert(folder: Path, graph: str) -> Forward:
     return forward
 
 
-def _onnxruntime(folder: Path, graph: str) -> Forward:
+def _onnxruntime(folder: Path, graph: str, dtype: str) -> Forward:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()  # all graph optimizations; the offline ones for BERT gain nothing
     options.intra_op_num_threads = THREADS
-    session = onnxruntime.InferenceSession(folder / f"{graph}.onnx", options, providers=["CPUExecutionProvider"])
+    file = folder / ("onnxruntime int8.onnx" if dtype == "int8" else f"{graph}.onnx")
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def forward(ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
         inputs = {"input_ids": ids, "attention_mask": mask}
@@ -228,13 +263,17 @@ def _onnxruntime(folder: Path, graph: str) -> Forward:
     return forward
 
 
-def _openvino(folder: Path, graph: str) -> Forward:
+def _openvino(folder: Path, graph: str, dtype: str) -> Forward:
     import openvino
 
     # By default, OpenVINO computes in bfloat16 if the CPU supports it. The hint THROUGHPUT would divide the cores among
     # parallel requests.
-    properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
-    model = openvino.compile_model(openvino.Core().read_model(folder / f"{graph}.onnx"), "CPU", properties)
+    precision = "bf16" if dtype == "bfloat16" else "f32"  # of what is not quantized
+    properties = {
+        "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"
+    }  # fmt: skip
+    file = folder / ("openvino int8.xml" if dtype == "int8" else f"{graph}.onnx")
+    model = openvino.compile_model(openvino.Core().read_model(file), "CPU", properties)
 
     def forward(ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
         inputs = [ids, mask] if graph == "all" else [ids, mask, positions]

@@ -4,6 +4,7 @@ A step is a function (rows, tokens) -> (seconds, seconds that the call alone tak
 it is not measured.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def classifier(folder: Path, dropout: bool) -> Any:
     return task, model
 
 
-def our_fine_tuning(folder: Path, dropout: bool) -> Any:
+def our_fine_tuning(folder: Path, dropout: bool, dtype: str = "float32") -> Any:
     import jax
 
     from bert_jax import sharding
@@ -46,6 +47,7 @@ def our_fine_tuning(folder: Path, dropout: bool) -> Any:
     from bert_jax.training import optim, step
 
     task, model = classifier(folder, dropout)
+    model.encoder.compute_dtype = dtype
     planned, mesh = step.plan(model, optim.adamw(optim.schedule("linear", 2e-5, 1000))), sharding.mesh()
     everywhere = sharding.replicated(mesh)
     state = jax.device_put(step.init_state(planned, 0), everywhere)
@@ -136,11 +138,12 @@ def arrangements(folder: Path, lengths: Sequence[int]) -> dict[str, Callable[[],
     }
 
 
-def torch_step(model: Any, optimizer: Any, **inputs: Any) -> tuple[float, float, float]:
+def torch_step(model: Any, optimizer: Any, dtype: str = "float32", **inputs: Any) -> tuple[float, float, float]:
     import torch
 
     start = time.perf_counter()
-    loss = model(**inputs).loss
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        loss = model(**inputs).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -148,7 +151,7 @@ def torch_step(model: Any, optimizer: Any, **inputs: Any) -> tuple[float, float,
     return time.perf_counter() - start, 0.0, float(loss.detach())
 
 
-def their_fine_tuning(folder: Path, dropout: bool) -> Any:
+def their_fine_tuning(folder: Path, dropout: bool, dtype: str = "float32") -> Any:
     import torch
     import transformers
 
@@ -159,7 +162,7 @@ def their_fine_tuning(folder: Path, dropout: bool) -> Any:
 
     def run(rows: int, tokens: int) -> tuple[float, float, float]:
         ids, labels = (torch.from_numpy(array).long() for array in classified(rows, tokens))
-        return torch_step(model, optimizer, input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+        return torch_step(model, optimizer, dtype, input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
 
     return run
 
@@ -259,6 +262,8 @@ def their_pretraining(folder: Path, dropout: bool) -> Any:
 SIDES = {
     "ours": our_fine_tuning,
     "theirs": their_fine_tuning,
+    "ours bfloat16": functools.partial(our_fine_tuning, dtype="bfloat16"),
+    "theirs bfloat16": functools.partial(their_fine_tuning, dtype="bfloat16"),
     "keras": keras_fine_tuning,
     "ours pretraining": our_pretraining,
     "theirs pretraining": their_pretraining,

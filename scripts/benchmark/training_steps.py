@@ -4,7 +4,7 @@ import contextlib
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,11 @@ def train_steps(rows: int, tokens: int, calls: int) -> list[tuple[float, float, 
     return [_train_step(rows, tokens) for _ in range(calls)]
 
 
-def step(folder: Path, console: Console) -> dict[str, Any]:
-    results = _steps("theirs", folder, console)
+def step(folder: Path, console: Console, dtypes: Sequence[str]) -> dict[str, Any]:
+    """Steps in float32 or, if bfloat16 is among the dtypes, with our compute_dtype and torch's autocast."""
+    if "bfloat16" in dtypes:
+        return _steps("ours bfloat16", "theirs bfloat16", folder, console)
+    results = _steps("ours", "theirs", folder, console)
     with (
         in_process(open_training, "ours", folder, False) as ours,
         in_process(open_training, "theirs", folder, False) as theirs,
@@ -50,16 +53,16 @@ def step(folder: Path, console: Console) -> dict[str, Any]:
 
 def keras(folder: Path, console: Console) -> dict[str, Any]:
     os.environ["KERAS_BACKEND"] = "jax"
-    return _steps("keras", folder, console)
+    return _steps("ours", "keras", folder, console)
 
 
-def _steps(peer: str, folder: Path, console: Console) -> dict[str, Any]:
-    table = comparison(f"{'keras' if peer == 'keras' else 'step'}: fine-tuning, ms ({folder.name})")
+def _steps(side: str, peer: str, folder: Path, console: Console) -> dict[str, Any]:
+    table = comparison(f"{side} and {peer}: fine-tuning, ms ({folder.name})")
     shares = Table("", "operations", "rate", "product alone", "share", "must", "aim", "Python", "must", "aim",
                    title="step: the device's and Python's share, best of ours", title_justify="left")  # fmt: skip
     results: dict[str, Any] = {}
     with (
-        in_process(open_training, "ours", folder, True) as ours,
+        in_process(open_training, side, folder, True) as ours,
         in_process(open_training, peer, folder, True) as theirs,
     ):
         sides = {"ours": ours, "theirs": theirs}

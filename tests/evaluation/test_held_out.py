@@ -238,3 +238,69 @@ def test_a_file_is_read_by_its_task(tmp_path):
     assert isinstance(read(tmp_path / "b.yaml"), Settings)
     with pytest.raises(InputError, match=r"masking\.shar: there is no such setting; did you mean share"):
         read(tmp_path / "a.yaml", ["masking.shar=1"])
+
+
+# ── Minimal pairs ──
+
+PAIRS = [
+    ("The cats are here.", "The cats is here.", "agreement"),
+    ("She saw herself.", "She saw himself.", "reflexives"),
+    ("The dog is here.", "The dog are here.", "agreement"),
+    ("no", "no", "equal"),
+]
+
+
+def write_pairs(tmp_path):
+    lines = [
+        json.dumps({"sentence_good": good, "sentence_bad": bad, "linguistics_term": term, "UID": "x"})
+        for good, bad, term in PAIRS
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return str(tmp_path / "pairs.jsonl")
+
+
+@pytest.mark.parametrize("metric", ["original", "within_word_l2r"])
+def test_minimal_pairs(tmp_path, metric):
+    scorer = bert_jax.pipeline("pseudo-log-likelihood", "bert-mini-cased")
+    scores = {text: scorer(text, metric=metric)["score"] for pair in PAIRS for text in pair[:2]}
+    right = [scores[good] > scores[bad] for good, bad, _ in PAIRS]
+    run = HeldOut.from_dict(
+        {"task": "minimal-pairs", "metric": metric, "data": {"test": write_pairs(tmp_path)}, "resamples": 50}
+    )
+    (found,) = recipes.evaluate_held_out(["bert-mini-cased"], run, "test").values()
+    assert found["pairs"] == 4
+    assert found["accuracy"]["value"] == np.mean(right)
+    assert found["by_phenomenon"] == [
+        {"phenomenon": "agreement", "pairs": 2, "accuracy": np.mean([right[0], right[2]])},
+        {"phenomenon": "equal", "pairs": 1, "accuracy": 0.0},
+        {"phenomenon": "reflexives", "pairs": 1, "accuracy": float(right[1])},
+    ]
+    shown = report.held_out_markdown({"a": found, "b": found})
+    assert re.search(r"\| equal +\| 1 +\| 0.0000 +\| 0.0000", shown)
+    assert report.held_out_figure({"a": found}) is not None
+
+
+def test_minimal_pairs_by_hand():
+    with pytest.raises(InputError, match="There are no pairs"):
+        held_out.minimal_pairs(["bert-mini-cased"], [])
+    for pairs, phenomena, message in [
+        ([("a", "b"), ("c", 3)], None, "Row 2: the unacceptable sentence is 3; expected a string"),
+        ([("a", "b"), ("c",)], None, r"Row 2 is \('c',\); expected a pair of sentences"),
+        ([("a", "b"), "cd"], None, "Row 2 is 'cd'; expected a pair of sentences"),
+        ([("a", "b")], [None], "Row 1: the phenomenon is None; expected a string"),
+        ([("a", "b")], ["x", "y"], "There are 2 phenomena and 1 pairs"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            held_out.minimal_pairs(["bert-mini-cased"], pairs, phenomena)
+    with pytest.raises(InputError, match=r"Row 1: the text contains \[MASK\]"):
+        held_out.minimal_pairs(["bert-mini-cased"], [("a", "[MASK]")])
+    pairs = zip(["He is here."], ["He are here."], strict=True)
+    (found,) = held_out.minimal_pairs(["bert-mini-cased"], pairs, resamples=2).values()
+    assert found["by_phenomenon"] == []
+
+
+def test_pairs_without_a_column(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"sentence_good": "a", "other": "b"}\n')
+    run = HeldOut.from_dict({"task": "minimal-pairs", "data": {"test": str(tmp_path / "p.jsonl")}})
+    with pytest.raises(InputError, match="has no column for the text_pair"):
+        recipes.evaluate_held_out(["bert-mini-cased"], run, "test")

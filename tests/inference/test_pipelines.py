@@ -2,13 +2,17 @@
 
 import inspect
 import itertools
+import re
 import typing
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 import bert_jax
+from bert_jax import sharding, tree
 from bert_jax.errors import CheckpointError, InputError
 from bert_jax.inference import batches, pipelines
 from bert_jax.tasks import registry
@@ -106,15 +110,16 @@ def test_results_that_are_not_finite_are_an_error(tokenizer, task, text):
 def test_one_program_a_bucket():
     filler = bert_jax.pipeline("fill-mask", "bert-mini-cased")
     filler(TEXTS[0])
-    assert filler.programs == [batches.Bucket(1, 16, 2)]
+    short = batches.Bucket(1, 16, 2, texts=2)
+    assert filler.programs == [short]
     filler(TEXTS[0], top_k=50)
     filler(TEXTS[0], targets=["king", "sea"])
     filler("The [MASK] and the [MASK].")
     assert len(filler.programs) == 1
     filler(TEXTS[1])
-    assert filler.programs == [batches.Bucket(1, 16, 2), batches.Bucket(1, 128, 2)]
+    assert filler.programs == [short, batches.Bucket(1, 128, 16, texts=16)]
     filler(TEXTS[4])
-    assert batches.Bucket(1, 16, 4) in filler.programs
+    assert short._replace(masks=4) in filler.programs
 
 
 def test_batches_hold_each_row_once(fill_mask):
@@ -212,13 +217,36 @@ def test_few_programs_for_texts_of_all_lengths(fill_mask):
             for i in range(pipelines.READ_AHEAD)
         ]
         buckets |= {batch.bucket for batch in fill_mask.batches(queued)}
-    assert len(buckets) <= 16
+    assert len(buckets) <= 20
 
 
-def test_a_few_long_rows_do_not_lengthen_the_others(fill_mask):
-    queued = [batches.Queued(Features([0] * (30 if i < 5 else 9), [], [1]), i, 0) for i in range(64)]
-    buckets = [batch.bucket for batch in fill_mask.batches(queued)]
-    assert [(bucket.rows, bucket.length) for bucket in buckets] == [(4, 32), (1, 32), (64, 16)]
+@pytest.mark.parametrize("count", [4, 16, 64])
+def test_a_few_texts_leave_little_padding(fill_mask, count):
+    random = np.random.RandomState(0)
+    tokens = padded = 0
+    for _ in range(50):
+        lengths = random.gamma(3, 10, count).astype(int) + 3
+        queued = [batches.Queued(Features([0] * int(length), [], [1]), i, 0) for i, length in enumerate(lengths)]
+        for bucket in (batch.bucket for batch in fill_mask.batches(queued)):
+            padded += bucket.rows * bucket.length + batches.BATCH_TOKENS
+        tokens += lengths.sum()
+    assert padded < {4: 1.7, 16: 1.3, 64: 1.15}[count] * tokens
+
+
+def test_no_text_waits_for_the_program_of_another(fill_mask):
+    ready = {batches.Bucket(1, 16, 2, 2), batches.Bucket(2, 128, 16, 16)}
+    queued = [batches.Queued(Features([0] * length, [], [1]), length, 0) for length in (200, 150, 100, 60, 9, 8)]
+    found = {
+        tuple(q.request for q in batch.queued): batch.bucket in ready
+        for batch in fill_mask.batches(queued, ready.__contains__)
+    }
+    assert found == {(200,): False, (150,): False, (100, 60, 9, 8): True}
+
+
+def test_one_text_with_many_masks_does_not_multiply_those_of_others(fill_mask):
+    queued = [batches.Queued(Features([0] * 128, [], [1] * (100 if i == 0 else 1)), i, 0) for i in range(5)]
+    found = [(batch.bucket.rows, batch.bucket.masks) for batch in fill_mask.batches(queued)]
+    assert sorted(found) == [(1, 128), (4, 16)]
 
 
 def test_several_texts_a_row_or_one(tokenizer):
@@ -267,6 +295,21 @@ def test_warm_up_compiles_all_that_inputs_will_need(tmp_path, checkpoint, tokeni
     assert pipe.programs == programs
 
 
+def test_rows_of_scored_sentences_are_padded_to_few_masks(tokenizer):
+    """Each text of a pseudo-log-likelihood has one masked position."""
+
+    def counts(task, attention):
+        config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+        model = bert_jax.BertForMaskedLM(config, rngs=nnx.Rngs(0), compute_dtype="bfloat16", attention=attention)
+        pipe = bert_jax.pipeline(task, model, tokenizer=tokenizer)
+        return sorted({bucket.masks for bucket in pipe.buckets if bucket.length == 128})
+
+    assert counts("pseudo-log-likelihood", "plain") == [8, 12, 16]
+    assert counts("pseudo-log-likelihood", "cudnn") == [2]
+    assert counts("fill-mask", "plain") == [16, 32, 128]
+    assert counts("fill-mask", "cudnn") == [2, 32, 128]
+
+
 def test_every_task_has_an_overload_of_its_own():
     """The types that an editor knows agree with the registry."""
     *of_tasks, of_names = typing.get_overloads(bert_jax.pipeline)
@@ -277,8 +320,8 @@ def test_every_task_has_an_overload_of_its_own():
         (found[task],) = typing.get_args(hints["return"])
     assert found == registry.TASKS
     assert typing.get_type_hints(of_names)["task"] is registry.TaskName
-    parameters = [list(inspect.signature(made).parameters) for made in (bert_jax.pipeline, *of_tasks, of_names)]
-    assert all(names == parameters[0] for names in parameters)
+    made, *parameters = (list(inspect.signature(one).parameters) for one in (bert_jax.pipeline, *of_tasks, of_names))
+    assert all([*names, "compute_dtype"] == made for names in parameters)  # a former name, which is refused
 
 
 def test_tokens_added_after_the_pipeline_was_made(tmp_path):
@@ -290,3 +333,114 @@ def test_tokens_added_after_the_pipeline_was_made(tmp_path):
         pipe("[E1] is a [MASK].")
     model.resize_embeddings(tokenizer.vocab_size)
     assert bert_jax.pipeline("fill-mask", model, tokenizer=tokenizer)("[E1] is a [MASK].", top_k=1)
+
+
+# ── Several devices ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sharded(task):
+    """A new model for a task, with heads and features that four devices can divide."""
+    config = bert_jax.BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, num_labels=3
+    )
+    return registry.TASKS[task].model_class(config, rngs=nnx.Rngs(0))
+
+
+SHARED = {
+    "fill-mask": [f"{'word ' * n}[MASK]." for n in (1, 2, 9, 30, 90, 3, 200)],
+    "next-sentence-prediction": [("She went home.", "And then?"), ("A", "B")],
+    "feature-extraction": ["A text.", "Another text. " * 30],
+    "text-classification": ["good", "bad " * 70, ("a", "pair")],
+    "token-classification": ["Angela lives in Paris.", "No " * 40],
+    "question-answering": [{"question": "Who?", "context": "Ann came. " * n} for n in (2, 300)],
+    "pseudo-log-likelihood": ["A short one.", "A text that is a little longer than that."],
+}
+
+
+@pytest.mark.parametrize("task", SHARED)
+def test_devices_share_rows_and_find_what_one_finds(tokenizer, task):
+    model = sharded(task)
+    one = bert_jax.pipeline(task, model, tokenizer=tokenizer)
+    assert one.mesh.size == 1  # simulated devices share the cores, so they are not the default
+    for sizes in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        pipe = bert_jax.pipeline(task, model, tokenizer=tokenizer, mesh=sharding.mesh(**sizes))
+        assert all(bucket.rows % sharding.share(pipe.mesh) == 0 for bucket in pipe.buckets)
+        compare(pipe(SHARED[task]), one(SHARED[task]))
+        compare(pipe(SHARED[task][0]), one(SHARED[task][0]))
+
+
+def compare(found, expected):
+    """Compares results: numbers to 1e-6, the rest exactly, in the same order."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for pair in zip(found, expected, strict=True):
+            compare(*pair)
+    elif isinstance(expected, float | np.ndarray):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    else:
+        assert found == expected
+
+
+def test_devices_that_share_rows_do_not_communicate(tokenizer):
+    pipe = bert_jax.pipeline("fill-mask", sharded("fill-mask"), tokenizer=tokenizer, mesh=sharding.mesh())
+    program = pipe.compile(pipe.buckets[0])
+    assert not re.findall(r"all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute", program.as_text())
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(pipe.params))
+
+
+def test_a_checkpoint_is_loaded_into_shards(tmp_path, tokenizer):
+    sharded("fill-mask").save_pretrained(tmp_path)
+    mesh = sharding.mesh(fsdp=2, tensor=4)
+    for dtype in ("float32", "int8"):
+        model = bert_jax.BertForMaskedLM.from_pretrained(tmp_path, mesh=mesh, dtype=dtype)
+        weight = model.bert.layers[0].intermediate.weight
+        assert weight.sharding.spec == PartitionSpec("tensor", "fsdp")
+        assert {shard.data.shape for shard in weight.addressable_shards} == {(8, 8)}
+        pipe = bert_jax.pipeline("fill-mask", model, tokenizer=tokenizer)
+        assert pipe.mesh == mesh  # where the model lies already
+        one = bert_jax.BertForMaskedLM.from_pretrained(tmp_path, dtype=dtype)
+        compare(pipe("A [MASK] day."), bert_jax.pipeline("fill-mask", one, tokenizer=tokenizer)("A [MASK] day."))
+
+
+def test_a_mesh_that_does_not_fit_is_refused(tmp_path, tokenizer):
+    model = sharded("fill-mask")
+    with pytest.raises(InputError, match=r"mesh.tensor is 8, which does not divide num_attention_heads, 4"):
+        bert_jax.pipeline("fill-mask", model, tokenizer=tokenizer, mesh=sharding.mesh(tensor=8))
+    with pytest.raises(
+        InputError, match=r"has the axes x \(Explicit\); expected data, fsdp, tensor \(Auto\). Make it with"
+    ):
+        bert_jax.pipeline("fill-mask", model, tokenizer=tokenizer, mesh=jax.make_mesh((8,), ("x",)))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"mesh.tensor is 8"):
+        bert_jax.BertForMaskedLM.from_pretrained(tmp_path, mesh=sharding.mesh(tensor=8))
+
+
+def test_the_default_device_is_the_only_one(tokenizer):
+    with jax.default_device(jax.devices()[3]):
+        pipe = bert_jax.pipeline("fill-mask", sharded("fill-mask"), tokenizer=tokenizer)
+    assert list(pipe.mesh.devices.flat) == [jax.devices()[3]]
+    assert pipe("A [MASK] day.")
+    with jax.default_device("cpu"):
+        assert bert_jax.pipeline("fill-mask", sharded("fill-mask"), tokenizer=tokenizer).mesh.size == 1
+
+
+def test_a_model_stays_where_it_was_placed(tokenizer):
+    params, skeleton = tree.split(sharded("fill-mask"))
+    moved = tree.merge(skeleton, jax.device_put(params, jax.devices()[5]))
+    assert list(bert_jax.pipeline("fill-mask", moved, tokenizer=tokenizer).mesh.devices.flat) == [jax.devices()[5]]
+    own = jax.make_mesh((8,), ("rows",))
+    whole = tree.merge(skeleton, jax.device_put(params, NamedSharding(own, PartitionSpec())))
+    assert bert_jax.pipeline("fill-mask", whole, tokenizer=tokenizer)("A [MASK] day.")
+    flat = tree.flatten(params)
+    path = "bert.layers.0.intermediate.weight"
+    flat[path] = jax.device_put(flat[path], NamedSharding(own, PartitionSpec("rows")))
+    flat = {name: jax.device_put(array, NamedSharding(own, PartitionSpec())) if name != path else array
+            for name, array in flat.items()}  # fmt: skip
+    parts = tree.merge(skeleton, tree.unflatten(flat))
+    with pytest.raises(InputError, match=r"sharded on a mesh that was not made by bert_jax.sharding.mesh"):
+        bert_jax.pipeline("fill-mask", parts, tokenizer=tokenizer)
+    given = bert_jax.pipeline("fill-mask", parts, tokenizer=tokenizer, mesh=sharding.mesh(data=2))
+    assert given("A [MASK] day.")

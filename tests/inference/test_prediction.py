@@ -256,6 +256,26 @@ def test_the_order_of_inputs_belongs_to_the_run(pipe, tmp_path):
         run(pipe, [tmp_path / "b.txt", tmp_path / "a.txt"], tmp_path / "out.jsonl")
 
 
+def test_scores_of_sentences(tmp_path):
+    pipe = bert_jax.pipeline("pseudo-log-likelihood", "bert-mini-cased")
+    texts = ["The cats are here.", "She saw herself."]
+    (tmp_path / "in.txt").write_text("\n".join([*texts, "a [MASK]"]) + "\n")
+    counts = run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl", parameters={"metric": "within_word_l2r"})
+    assert (counts.predicted, counts.rejected) == (2, 1)
+    found = [row["prediction"]["score"] for row in lines(tmp_path / "out.jsonl")]
+    expected = [pipe(text, metric="within_word_l2r")["score"] for text in texts]
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_dtype_belongs_to_the_run(pipe, model, tmp_path):
+    (tmp_path / "in.txt").write_text("good\n")
+    run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl")
+    with pytest.raises(InputError, match=r"to another run \(dtype: 'float32', now 'int8'\)"):
+        run(
+            bert_jax.pipeline("text-classification", model, dtype="int8"), [tmp_path / "in.txt"], tmp_path / "out.jsonl"
+        )
+
+
 def test_outputs_of_others_are_left_alone(pipe, tmp_path):
     (tmp_path / "in.txt").write_text("good\n")
     (tmp_path / "out.jsonl").write_text("mine")

@@ -59,7 +59,8 @@ def test_forms_of_input(pipe):
     assert type(expected["score"]) is float
     assert pipe({"question": question, "context": context}) == expected
     row = {"id": 7, "question": question, "context": context, "answers": []}  # of a data set
-    assert pipe([row, (question, context)]) == [expected, expected]
+    close = expected | {"score": pytest.approx(expected["score"], abs=1e-6)}  # of another program
+    assert pipe([row, (question, context)]) == [close, close]
     assert next(pipe(iter([row]))) == expected
 
 

@@ -56,11 +56,27 @@ def test_splash_attention_is_in_the_step_of_a_tpu():
     assert found["kernels"] == {"tpu_custom_call": 36}  # of each layer: forward, and two backward
 
 
-@pytest.mark.parametrize(("name", "size"), [("v5e:2x4", "base"), ("h100:8", "large")])
-def test_fill_mask(name, size):
-    found = aot_check.fill_mask(aot.get(name), size, Bucket(16, 128, 2))
+@pytest.mark.parametrize(("name", "task"), [("v5e:2x4", "fill-mask"), ("h100:8", "text-classification")])
+def test_eight_devices_share_the_rows_of_a_pipeline(name, task):
+    found = aot_check.inference(aot.get(name), "base", Bucket(128, 128, 2 * (task == "fill-mask")), task=task)
     assert found["fits"]
     assert not found["collectives"]
+
+
+@pytest.mark.parametrize(("name", "task"), [("h100:8", "fill-mask"), ("v5e:2x4", "text-classification")])
+def test_eight_devices_share_the_parameters_of_a_pipeline(name, task):
+    bucket = Bucket(128, 128, 2 * (task == "fill-mask"))
+    found = aot_check.inference(aot.get(name), "large", bucket, task=task, data=1, fsdp=8)
+    assert found["fits"]
+    assert found["resident"] < 0.2 * 2 * 333_579_264  # bytes of the parameters in bfloat16
+    assert "all-gather" in found["collectives"]
+
+
+@pytest.mark.parametrize("name", ["v5e:2x4", "v6e:2x4", "h100:8"])
+def test_int8_products(name):
+    products = aot_check.inference(aot.get(name), "base", Bucket(16, 128, 2), "int8", data=1)["products"]
+    flops = {kinds: flops for kinds, (_, flops) in products.items()}
+    assert flops["int8 × int8 → int32"] > 0.9 * sum(flops.values())  # the rest are those of attention and of the head
 
 
 def test_what_does_not_fit_is_seen():

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from bert_jax import sharding
 from bert_jax.inference.batches import BUCKET_LENGTHS, Bucket
 from bert_jax.inference.pipelines import Pipeline
 from bert_jax.inference.run import Run
@@ -18,9 +19,9 @@ from bert_jax.tasks.base import Request, Task
 
 logger = logging.getLogger(__name__)
 
-SLICE_TOKENS = 1024
-"""The number of tokens that are computed before new requests get their turn. Twice as many make no difference to the
-throughput of clients that send sentences, and a sentence would wait twice as long."""
+SLICE_TOKENS = 512
+"""The number of tokens that a device computes before new requests get their turn. Twice as many make no difference to
+the throughput of clients that send sentences, and a sentence would wait twice as long."""
 
 
 class _Signal(enum.Enum):
@@ -43,7 +44,7 @@ class Job:
 
 
 class Batcher:
-    """A thread that computes jobs in slices of `SLICE_TOKENS` tokens, in which all waiting jobs take turns.
+    """A thread that computes jobs in slices, in which all waiting jobs take turns.
 
     Args:
         limits: The limits of the server.
@@ -83,12 +84,16 @@ class Batcher:
     def check_room(self, tokens: int = BUCKET_LENGTHS[0], *, arriving: int = 0) -> None:
         """Raises `Refused` if there is no room for a job with this number of tokens; by default, for the smallest job.
 
+        An eighth of the queue is kept for small jobs.
+
         Args:
             tokens: The number of tokens.
             arriving: The number of other requests in progress, whether they are submitted yet or not.
         """
-        waiting = max(self.waiting, arriving * BUCKET_LENGTHS[0])
-        if waiting + tokens > self.limits.max_queue_tokens:
+        waiting, most = max(self.waiting, arriving * BUCKET_LENGTHS[0]), self.limits.max_queue_tokens
+        if tokens > max(BUCKET_LENGTHS[0], most // 64):
+            most -= most // 8
+        if waiting + tokens > most:
             raise Refused(429, "busy", "Too many requests are waiting; try again in a second.", {"Retry-After": "1"})
 
     def resume(self) -> None:
@@ -113,7 +118,7 @@ class Batcher:
                 run.resume()
                 if run.owners and not run.waiting:
                     self.seen(len(run.owners))
-                    for job, results in run.compute(SLICE_TOKENS):
+                    for job, results in run.compute(SLICE_TOKENS * sharding.share(pipe.mesh)):
                         _answer(job, results)
                     for bucket in run.missing:
                         self.want(pipe, bucket)

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from bert_jax import hub
 from bert_jax.errors import BertJaxError
 from bert_jax.inference.pipelines import Pipeline, pipeline, tasks_of
-from bert_jax.model import ComputeDtype
+from bert_jax.quantization import Dtype
 from bert_jax.tasks.base import Task
 from bert_jax.tasks.registry import task_name
 
@@ -21,13 +23,11 @@ class Served:
     Attributes:
         name: The name of the model, as clients see it.
         pipes: Its pipelines by task. The first one answers requests to /score.
-        compute_dtype: The dtype of its activations.
         created: The time at which it was loaded, in seconds since 1970.
     """
 
     name: str
     pipes: Mapping[str, Pipeline[Task]]
-    compute_dtype: str = "float32"
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -37,7 +37,8 @@ def load(
     *,
     tasks: Sequence[str] = (),
     ignore: Sequence[str] = (),
-    compute_dtype: ComputeDtype = "float32",
+    dtype: Dtype = "float32",
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Served:
     """Loads a model.
 
@@ -46,7 +47,8 @@ def load(
         folder: The folder of the model.
         tasks: The tasks to serve it for; by default, those that it has heads for.
         ignore: Regular expressions for the names of tensors that are not loaded; see `BertModel.from_pretrained`.
-        compute_dtype: The dtype of the activations.
+        dtype: "float32", "bfloat16" or "int8"; see `BertModel.from_pretrained`.
+        mesh: The devices; see `bert_jax.pipeline`.
 
     Raises:
         BertJaxError: If the model cannot be loaded for one of `tasks` or, if `tasks` is empty, for the first task that
@@ -62,8 +64,8 @@ def load(
     pipes: dict[str, Pipeline[Any]] = {}
     for task in dict.fromkeys(tasks or fitting):
         try:
-            pipes[task] = pipeline(task_name(task), folder, ignore=ignore, compute_dtype=compute_dtype)
+            pipes[task] = pipeline(task_name(task), folder, ignore=ignore, dtype=dtype, mesh=mesh)
         except BertJaxError:
             if tasks or not pipes:
                 raise
-    return Served(name, pipes, compute_dtype)
+    return Served(name, pipes)

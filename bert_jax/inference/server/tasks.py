@@ -64,7 +64,7 @@ def answer_model(task: Task) -> type[pydantic.BaseModel]:
     """The answer of /v1/{task}: the name of the model, and one output or a list of outputs."""
     (result,) = get_args(get_type_hints(task.request)["return"])
     if result is np.ndarray:
-        result = list[float] | list[list[float]]
+        result = list[float] | list[list[float]] | list[list[list[float]]]
     outputs: Any = result | list[result]  # type: ignore[valid-type]
     return pydantic.create_model(f"{_title(task)}Answer", model=(str, ...), outputs=(outputs, ...))
 

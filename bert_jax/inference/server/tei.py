@@ -206,7 +206,7 @@ def routes(engine: Engine) -> APIRouter:
             {
                 "model_id": served.name,
                 "model_sha": None,
-                "model_dtype": served.compute_dtype,
+                "model_dtype": next(iter(served.pipes.values())).dtype,
                 "model_type": kind,
                 "max_concurrent_requests": limits.max_connections,
                 "max_input_length": longest,

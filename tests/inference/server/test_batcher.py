@@ -9,7 +9,7 @@ import pytest
 from bert_jax.errors import CheckpointError
 from bert_jax.inference.batches import BUCKET_TOKENS
 from bert_jax.inference.run import Run
-from bert_jax.inference.server.batcher import Batcher, Job
+from bert_jax.inference.server.batcher import SLICE_TOKENS, Batcher, Job
 from bert_jax.inference.server.limits import Limits, Refused
 from bert_jax.tasks.base import Features, Request
 
@@ -104,6 +104,25 @@ def test_a_request_that_fails_is_nobody_else_s(fill_mask):
     assert str(finished["fails"]) == "broken"
 
 
+def test_a_request_without_rows_ends(fill_mask):
+    row = Features([101, 103, 102], [0, 0, 0], [1])
+    run = Run(fill_mask)
+    run.add("a", [Request(steps([], result=1)), Request(steps([], [row], [], result=2))])
+    assert dict(run.compute()) == {"a": [1, 2]}
+
+
+def test_large_jobs_leave_room_for_small_ones():
+    batcher = Batcher(Limits(max_queue_tokens=6400), lambda count: None, lambda pipe, bucket: None)
+    batcher.waiting = 5600
+    batcher.check_room(100)
+    with pytest.raises(Refused, match="Too many requests"):
+        batcher.check_room(101)
+    batcher.waiting = 6400
+    with pytest.raises(Refused, match="Too many requests"):
+        batcher.check_room()
+    batcher.close()
+
+
 def test_results_that_are_not_finite_fail_who_needs_them(fill_mask, monkeypatch):
     row = Features([101, 103, 102], [0, 0, 0], [1])
     monkeypatch.setattr(fill_mask, "forward", lambda batch: {"probabilities": np.full((1, 2, 9), np.nan)})
@@ -113,6 +132,24 @@ def test_results_that_are_not_finite_fail_who_needs_them(fill_mask, monkeypatch)
     assert isinstance(error, CheckpointError)
     assert re.search("not finite", str(error))
     assert run.owners == []
+
+
+def test_owners_take_turns(fill_mask, monkeypatch):
+    monkeypatch.setattr(
+        fill_mask, "forward", lambda b: {"probabilities": np.zeros((b.bucket.rows, b.bucket.masks, 9), np.float32)}
+    )
+    long, short = Features([101] * 500, [0] * 500, [1]), Features([101, 103, 102], [0, 0, 0], [1])
+    run = Run(fill_mask)
+    for n in range(8):
+        run.add(n, [Request(steps([long]))])
+    assert list(dict(run.compute(SLICE_TOKENS))) == [0, 1]
+    run.add("short", [Request(steps([short]))])
+    assert "short" in dict(run.compute(SLICE_TOKENS))  # it passes long texts that came before
+    for n in range(200):  # ever new texts, more than are computed, do not keep the long ones waiting
+        for i in range(33):
+            run.add((n, i), [Request(steps([short]))])
+        dict(run.compute(SLICE_TOKENS))
+    assert not set(range(8)) & set(run.owners)
 
 
 def test_requests_start_as_they_are_needed(fill_mask):
@@ -126,6 +163,6 @@ def test_requests_start_as_they_are_needed(fill_mask):
     run = Run(fill_mask)
     run.add("a", [Request(counted(n)) for n in range(50)])
     dict(run.compute(BUCKET_TOKENS))
-    assert len(begun) == 5
+    assert len(begun) == 6  # five rows, and the one that comes next
     run.remove("a")
     assert dict(run.compute(BUCKET_TOKENS)) == {}

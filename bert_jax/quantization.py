@@ -1,0 +1,103 @@
+"""Models for inference whose large weights, those of the layers and the word embeddings, are bfloat16 or int8.
+
+The large weights are 99 % of the parameters of BERT-base. All other parameters stay float32.
+
+With bfloat16, the activations are also bfloat16, as in a model whose `compute_dtype` is bfloat16.
+
+With int8, each row of a weight has a scale, the largest absolute value of the row divided by 127. At run time, each
+token gets a scale in the same way ("vector-wise quantization", Dettmers et al. 2022, arXiv:2208.07339, section 2.1).
+The int8 products are accumulated exactly in int32. The sum is multiplied by both scales in float32. Everything else is
+float32.
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bert_jax.errors import InputError
+from bert_jax.nn import Embedding, Linear, last_axis
+
+Dtype = Literal["float32", "bfloat16", "int8"]
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "int8")
+
+
+class QuantizedLinear(Linear):
+    """A `Linear` without gradients, with an int8 weight [out, in] and a float32 scale [out]."""
+
+    def __init__(self, linear: Linear):
+        self.weight, self.scale = _int8(linear.weight)
+        self.bias = linear.bias
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., out], in the dtype of x."""
+        y = quantized_product(x, self.weight[...], self.scale[...])
+        return (y + last_axis(self.bias[...], y)).astype(x.dtype)
+
+
+class QuantizedEmbedding(Embedding):
+    """An `Embedding` without gradients, with an int8 table [entries, D] and a float32 scale [entries]."""
+
+    def __init__(self, embedding: Embedding):
+        self.weight, self.scale = _int8(embedding.weight)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """int [...] -> float32 [..., D]. An id past the table's end gives NaN; a negative one counts from the end."""
+        return jnp.take(self.weight[...], ids, axis=0) * jnp.take(self.scale[...], ids)[..., None]
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """The dot products of x with every vector of the table, for the tied decoder. [..., D] -> float32 [..., V]."""
+        return quantized_product(x, self.weight[...], self.scale[...])
+
+
+@jax.custom_jvp
+def quantized_product(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x @ (scale[:, None] * weight).T`, with x rounded to 255 levels per token.
+
+    Args:
+        x: float [..., in].
+        weight: int8 [out, in].
+        scale: float32 [out].
+
+    Returns:
+        float32 [..., out].
+
+    Raises:
+        InputError: If it is differentiated. The derivative of rounding is 0, so all gradients would be 0.
+    """
+    x32 = x.astype(jnp.float32)
+    largest = jnp.maximum(jnp.max(jnp.abs(x32), axis=-1, keepdims=True), 1e-30)  # of each token
+    levels = jnp.round(x32 * (127 / largest)).astype(jnp.int8)
+    contracted = (((x.ndim - 1,), (1,)), ((), ()))
+    y = jax.lax.dot_general(levels, weight, contracted, preferred_element_type=jnp.int32)
+    return y.astype(jnp.float32) * (largest / 127) * last_axis(scale, y)
+
+
+@quantized_product.defjvp
+def _no_gradients(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    raise InputError("int8 models do not support gradients. Load the model with dtype='float32'.")
+
+
+def hold(encoder: Any, dtype: Dtype) -> None:
+    """Prepares an abstract `BertModel`, which has shapes but no values, for loading in `dtype` by `weights.load`."""
+    encoder.compute_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
+    embeddings = encoder.embeddings
+    if dtype == "bfloat16":
+        linear = [module for _, module in nnx.iter_modules(encoder.layers) if isinstance(module, Linear)]
+        for module in (embeddings.word_embeddings, *linear):
+            module.weight = _abstract(module.weight.shape, jnp.bfloat16)
+    elif dtype == "int8":
+        embeddings.word_embeddings = QuantizedEmbedding(embeddings.word_embeddings)
+        for _, module in list(nnx.iter_modules(encoder.layers)):
+            for name, child in list(vars(module).items()):
+                if isinstance(child, Linear):
+                    setattr(module, name, QuantizedLinear(child))
+
+
+def _int8(weight: nnx.Param) -> tuple[nnx.Param, nnx.Param]:
+    return _abstract(weight.shape, jnp.int8), _abstract(weight.shape[:1], jnp.float32)
+
+
+def _abstract(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> nnx.Param:
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype))

@@ -138,8 +138,12 @@ class Batcher:
                 arrival = self._arrivals.get(timeout=None if until is None else max(0.0, until - time.monotonic()))
             except queue.Empty:
                 return open_
+            if arrival is _Signal.CLOSE:
+                return False
             if isinstance(arrival, _Signal):
-                return open_ and arrival is not _Signal.CLOSE
+                if until is None:
+                    return open_
+                continue  # a compiled program does not end the wait for more jobs
             until = time.monotonic() + self.limits.wait if until is None else until
             runs.setdefault(arrival.pipe, Run(arrival.pipe, arrival.pipe.has_program)).add(arrival, arrival.requests)
 

@@ -61,6 +61,23 @@ def test_jobs_share_slices(fill_mask):
     assert shared == [20]
 
 
+def test_a_program_that_is_ready_does_not_end_the_wait_for_others(fill_mask):
+    fill_mask([SHORT] * 3)
+    shared = []
+
+    async def run():
+        batcher = Batcher(Limits(wait=0.3), shared.append, lambda pipe, bucket: None)
+        first = asyncio.ensure_future(batcher.submit(Job(fill_mask, [fill_mask.request(SHORT, {})])))
+        await asyncio.sleep(0.05)
+        batcher.resume()
+        await asyncio.sleep(0.05)
+        await asyncio.gather(first, batcher.submit(Job(fill_mask, [fill_mask.request(SHORT, {})])))
+        await asyncio.get_running_loop().run_in_executor(None, batcher.close)
+
+    asyncio.run(run())
+    assert shared == [2]
+
+
 def test_a_small_job_passes_a_large_one(fill_mask):
     """It waits for no more than the slice that is being computed when it arrives."""
     _, finished, _ = answers(fill_mask, [[LONG] * 30], late=[[SHORT], [SHORT]])

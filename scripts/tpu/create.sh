@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates a TPU slice; the other scripts here work on all of its hosts.
+# Creates a TPU slice. The other scripts here work on all hosts of the slice.
 #
 #   export TPU=bert ZONE=us-west4-a
 #   scripts/tpu/create.sh v5litepod-8              # one host; v5litepod-16 has four
@@ -8,14 +8,12 @@
 #   scripts/tpu/fetch.sh runs/emotion
 #   gcloud compute tpus tpu-vm delete "$TPU" --zone "$ZONE"
 #
-# Runs on several hosts need an output.folder that all of them see, so an NFS share (Filestore has them). Not tried on a
-# slice yet: what of this is ours, `bert-jax … --processes auto`, has run as several processes on one machine alone.
-set -euo pipefail
+# With DRY_RUN=1, each script only prints its commands. spot.sh does all of this on cheaper slices that Google Cloud may
+# take back at any time.
+#
+# Runs on several hosts need an output.folder that all hosts can access, such as an NFS share of Filestore. These scripts
+# have not been tried on a slice.
+source "$(dirname "$0")/common.sh"
 type="${1:?a type is missing: v5litepod-8, v5p-8, v6e-8, …}"
-case "$type" in
-    v5litepod-*) version=v2-alpha-tpuv5-lite ;;
-    v5p-*) version=v2-alpha-tpuv5 ;;
-    v6e-*) version=v2-alpha-tpuv6e ;;
-    *) echo "create.sh: $type is no type that bert_jax is compiled for: v5litepod-N, v5p-N, v6e-N" >&2; exit 2 ;;
-esac
-gcloud compute tpus tpu-vm create "${TPU:?}" --zone "${ZONE:?}" --accelerator-type "$type" --version "$version"
+version="$(version_of "$type")"
+gcloud compute tpus tpu-vm create "$TPU" --zone "$ZONE" --accelerator-type "$type" --version "$version"

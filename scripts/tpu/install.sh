@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Installs this checkout, as committed, on all hosts of a slice; see create.sh.
-set -euo pipefail
-cd "$(dirname "$0")/../.."
-git archive --prefix=bert_jax/ -o /tmp/bert_jax.tar.gz HEAD
-gcloud compute tpus tpu-vm scp /tmp/bert_jax.tar.gz "${TPU:?}:" --zone "${ZONE:?}" --worker=all
+source "$(dirname "$0")/common.sh"
+archive="$(mktemp -d)/bert_jax.tar.gz"
+git -C "$(dirname "$0")/../.." archive --prefix=bert_jax/ -o "$archive" HEAD
+gcloud compute tpus tpu-vm scp "$archive" "$TPU:" --zone "$ZONE" --worker=all
 gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker=all --command "
     set -eu
     ${NFS:+sudo apt-get install -y -q nfs-common && sudo mkdir -p /mnt/share && sudo mount $NFS /mnt/share}

@@ -5,8 +5,9 @@ rate and the dropout key. Query, key and value are in the compute dtype. A kerne
 the attention probabilities, float32 [B, N, T, S]. A fused kernel returns None in place of the probabilities.
 """
 
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,12 @@ from bert_jax.errors import InputError
 from bert_jax.interventions import NONE, Interventions, intervene
 from bert_jax.nn import Linear, dropout, product
 
-FUSED = {"splash": ("TPUs", "tpu"), "cudnn": ("NVIDIA GPUs", "gpu")}
+FUSED = {"splash": ("TPUs", "tpu"), "triton": ("NVIDIA GPUs", "gpu"), "cudnn": ("NVIDIA GPUs", "gpu")}
 """Maps each fused kernel to two names of the hardware that it runs on: the name in messages, and JAX's name."""
 UNPACKED = ("cudnn",)
 """The fused kernels that do not support packed rows, which hold several texts."""
-SPLASH_BLOCK = 128
-"""The smallest block of splash attention, in tokens. Row lengths must be multiples of it."""
+BLOCKS = {"splash": 128, "triton": 128}
+"""The kernels that compute in blocks, with the smallest block in tokens. Row lengths must be multiples of it."""
 
 
 class Attended(NamedTuple):
@@ -75,7 +76,40 @@ def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length:
 
 def multiple(name: str) -> int:
     """The kernel `name` requires row lengths that are multiples of this number of tokens."""
-    return SPLASH_BLOCK if name == "splash" else 1
+    return BLOCKS.get(name, 1)
+
+
+def choose(
+    name: str, *, platform: str, compute_dtype: str, packed: bool, dropout_rate: float = 0.0, length: int | None = None
+) -> tuple[str, str]:
+    """Replaces the name "auto" by that of a fused kernel if one can run, and otherwise by "plain".
+
+    Args:
+        name: "auto", or the name of a kernel, which is returned as it is.
+        platform: JAX's name for the platform of the devices, such as "gpu".
+        compute_dtype: The dtype of the activations.
+        packed: Whether rows hold several texts.
+        dropout_rate: The rate of attention dropout; 0 for inference.
+        length: The number of tokens per row; None if it is not known yet.
+
+    Returns:
+        The name of the kernel, and the reason for the choice.
+    """
+    if name != "auto":
+        return name, "it was requested"
+    kernels = [kernel for kernel, (_, needed) in FUSED.items() if needed == platform]
+    if not kernels:
+        return "plain", f"there is no fused kernel for {platform} devices"
+    if compute_dtype != "bfloat16":
+        return "plain", f"fused kernels compute in bfloat16, not in {compute_dtype}"
+    if dropout_rate > 0:
+        return "plain", (
+            f"fused kernels do not support attention dropout, and attention_probs_dropout_prob is {dropout_rate}"
+        )
+    kernel = next((kernel for kernel in kernels if (kernel in UNPACKED) != packed), kernels[0])
+    if length and length % multiple(kernel):
+        return "plain", f"{kernel} requires rows of a multiple of {multiple(kernel)} tokens, and these have {length}"
+    return kernel, f"the devices are {FUSED[kernel][0]}, and rows hold {'several texts' if packed else 'one text each'}"
 
 
 def check_dropout(name: str, rate: float) -> None:
@@ -99,11 +133,9 @@ def splash(
 ) -> tuple[jax.Array, None]:
     """Splash attention: JAX's Pallas kernel for TPUs, which computes in blocks (Dao et al. 2022, "FlashAttention").
 
-    On a mesh, `jax.shard_map` gives each device its own rows and heads, because compilers do not shard custom kernels.
-
     Args:
-        query: [B, T, N, H], with T a multiple of `SPLASH_BLOCK`.
-        key: [B, S, N, H], with S a multiple of `SPLASH_BLOCK`.
+        query: [B, T, N, H], with T a multiple of 128.
+        key: [B, S, N, H], with S a multiple of 128.
         value: [B, S, N, H].
         attended: Which tokens attend to which; None if all attend to all.
         dropout_rate: Not used, because `check_dropout` refuses attention dropout with fused kernels.
@@ -113,31 +145,78 @@ def splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    rows, length, heads, size = query.shape
+    rows, length, _, size = query.shape
     if attended is None:
         attended = Attended(jnp.ones((rows, 1), jnp.int32), jnp.ones((rows, key.shape[1]), jnp.int32))
-    mesh = jax.sharding.get_abstract_mesh()
-    ours = set(sharding.BATCH_AXES) <= set(mesh.axis_names) and mesh.size > 1
-    shares = mesh.shape["tensor"] if ours else 1
     block = next(block for block in (512, 384, 256, 128) if length % block == 0 and key.shape[1] % block == 0)
-    kernel = library.make_splash_mha_single_device(
-        masks.MultiHeadMask([masks.FullMask((length, key.shape[1]))] * (heads // shares)),
-        block_sizes=library.BlockSizes(
-            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
-        ),
-        interpret=interpret,
-    )
 
-    one_device = jax.vmap(kernel)
-    if ours:
-        by_head, by_row = PartitionSpec(sharding.BATCH_AXES, "tensor"), PartitionSpec(sharding.BATCH_AXES)
-        one_device = jax.shard_map(
-            one_device, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head, check_vma=False
-        )
-    query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query * size**-0.5, key, value))  # [B, N, T, H]
+    def kernel(query: jax.Array, key: jax.Array, value: jax.Array, numbers: Any) -> jax.Array:
+        run = library.make_splash_mha_single_device(
+            masks.MultiHeadMask([masks.FullMask((length, key.shape[1]))] * query.shape[2]),
+            block_sizes=library.BlockSizes(
+                block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
+                block_kv_dq=block,
+            ),
+            interpret=interpret,
+        )  # fmt: skip
+        by_head = (jnp.moveaxis(x, 2, 1) for x in (query * size**-0.5, key, value))  # [B, N, T, H]
+        return jnp.moveaxis(jax.vmap(run)(*by_head, numbers), 1, 2).astype(value.dtype)
+
     numbers = library.SegmentIds(jnp.broadcast_to(attended.queries, (rows, length)), attended.keys)
-    context = one_device(query, key, value, numbers)
-    return jnp.moveaxis(context, 1, 2).astype(value.dtype), None
+    return _on_each_device(kernel)(query, key, value, numbers), None
+
+
+def triton(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    attended: Attended | None,
+    dropout_rate: float,
+    dropout_key: jax.Array | None,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, None]:
+    """JAX's Pallas kernel for GPUs, which Triton compiles (Dao et al. 2022, "FlashAttention"); also for packed rows.
+
+    JAX recommends the package tokamax in place of this kernel. The kernels of tokamax do not compile without a GPU.
+
+    Args:
+        query: [B, T, N, H], with T a multiple of 128.
+        key: [B, T, N, H].
+        value: [B, T, N, H].
+        attended: Which tokens attend to which; None if all attend to all. A token attends to the tokens whose key has
+            the same number as its own key. The numbers of the queries are not used, so the contexts of padding differ
+            from those of the other kernels.
+        dropout_rate: Not used, because `check_dropout` refuses attention dropout with fused kernels.
+        dropout_key: Not used.
+        interpret: Whether to interpret the kernel. This is slow, but tests can do it without a GPU.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu.attention import mha
+
+    def kernel(query: jax.Array, key: jax.Array, value: jax.Array, numbers: jax.Array | None) -> jax.Array:
+        context: jax.Array = mha(query, key, value, numbers, sm_scale=query.shape[-1] ** -0.5, interpret=interpret)
+        return context
+
+    numbers = jnp.ones(query.shape[:2], jnp.int32) if attended is None else attended.keys
+    return _on_each_device(kernel)(query, key, value, numbers), None
+
+
+def _on_each_device(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Gives each device of the current mesh its own rows and heads, because compilers do not shard custom kernels.
+
+    Args:
+        kernel: A function of query, key, value [B, T, N, H] and arrays [B, T], which returns [B, T, N, H].
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(sharding.BATCH_AXES) <= set(mesh.axis_names) or mesh.size == 1:
+        return kernel
+    by_head, by_row = PartitionSpec(sharding.BATCH_AXES, None, "tensor"), PartitionSpec(sharding.BATCH_AXES)
+    sharded: Callable[..., jax.Array] = jax.shard_map(
+        kernel, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head, check_vma=False
+    )
+    return sharded
 
 
 def cudnn(
@@ -221,6 +300,7 @@ def plain_attention(
 ATTENTION: dict[str, Callable[..., tuple[jax.Array, jax.Array | None]]] = {
     "plain": plain_attention,
     "splash": splash,
+    "triton": triton,
     "cudnn": cudnn,
 }
 
@@ -228,8 +308,8 @@ ATTENTION: dict[str, Callable[..., tuple[jax.Array, jax.Array | None]]] = {
 class SelfAttention(nnx.Module):
     """Multi-head self-attention and its output projection (Vaswani et al. 2017, section 3.2.2)."""
 
-    def __init__(self, config: BertConfig, attention: str, rngs: nnx.Rngs | None):
-        self.config, self.attention = config, attention
+    def __init__(self, config: BertConfig, rngs: nnx.Rngs | None):
+        self.config = config
         size, std = config.hidden_size, config.initializer_range
         self.query, self.key, self.value, self.output = (Linear(size, size, std, rngs) for _ in range(4))
 
@@ -240,6 +320,7 @@ class SelfAttention(nnx.Module):
         attended: Attended | None,
         dropout_key: jax.Array | None,
         interventions: Interventions = NONE,
+        kernel: str = "plain",
     ) -> tuple[jax.Array, jax.Array | None]:
         """Computes the attention of the tokens x [B, T, D] to all tokens, `states` [B, S, D].
 
@@ -252,13 +333,14 @@ class SelfAttention(nnx.Module):
             attended: Which tokens attend to which; None if all attend to all.
             dropout_key: PRNG key; without one, nothing is dropped.
             interventions: Those at "query", "key", "value", "probabilities", "heads" and "output".
+            kernel: The name of a kernel in `ATTENTION`.
 
         Returns:
             The output [B, T, D], and the probabilities [B, N, T, S], or None in their place if a fused kernel was used.
         """
         rate = self.config.attention_probs_dropout_prob
         if dropout_key is not None:
-            check_dropout(self.attention, rate)
+            check_dropout(kernel, rate)
         query, key, value = (
             intervene(
                 interventions,
@@ -270,9 +352,9 @@ class SelfAttention(nnx.Module):
             )
         )  # fmt: skip
         probabilities: jax.Array | None
-        if self.attention == "plain" or x is not states:
+        if kernel == "plain" or x is not states:
             context, probabilities = plain_attention(query, key, value, attended, rate, dropout_key, interventions)
         else:
-            context, probabilities = ATTENTION[self.attention](query, key, value, attended, rate, dropout_key)
+            context, probabilities = ATTENTION[kernel](query, key, value, attended, rate, dropout_key)
         context = intervene(interventions, "heads", context)
         return intervene(interventions, "output", self.output(context.reshape(x.shape))), probabilities

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from bert_jax import hub, processor, sharding, tree, weights
-from bert_jax.attention import ATTENTION, Attended, SelfAttention, check
+from bert_jax.attention import ATTENTION, Attended, SelfAttention, check, choose
 from bert_jax.config import BertConfig, ConfigChanges
 from bert_jax.errors import InputError, quoted
 from bert_jax.interventions import NONE, Interventions, checked_interventions, intervene, within
@@ -31,7 +31,7 @@ from bert_jax.quantization import DTYPES, Dtype, hold
 logger = logging.getLogger(__name__)
 
 ComputeDtype = Literal["float32", "bfloat16"]
-Attention = Literal["plain", "splash", "cudnn"]
+Attention = Literal["plain", "auto", "splash", "triton", "cudnn"]
 COMPUTE_DTYPES: dict[Dtype, tuple[ComputeDtype, ...]] = {
     "float32": ("float32", "bfloat16"), "bfloat16": ("bfloat16",), "int8": ("float32",)
 }  # fmt: skip
@@ -66,10 +66,10 @@ class BertModelOutput:
 class BertLayer(nnx.Module):
     """One block of the encoder: attention and feed-forward, each followed by dropout, a residual sum and LayerNorm."""
 
-    def __init__(self, config: BertConfig, attention: str, rngs: nnx.Rngs | None):
+    def __init__(self, config: BertConfig, rngs: nnx.Rngs | None):
         self.config = config
         std, eps = config.initializer_range, config.layer_norm_eps
-        self.attention = SelfAttention(config, attention, rngs)
+        self.attention = SelfAttention(config, rngs)
         self.attention_norm = LayerNorm(config.hidden_size, eps, rngs)
         self.intermediate = Linear(config.hidden_size, config.intermediate_size, std, rngs)
         self.output = Linear(config.intermediate_size, config.hidden_size, std, rngs)
@@ -82,6 +82,7 @@ class BertLayer(nnx.Module):
         dropout_key: jax.Array | None = None,
         positions: jax.Array | None = None,
         interventions: Interventions = NONE,
+        kernel: str = "plain",
     ) -> tuple[jax.Array, jax.Array | None]:
         """Applies the layer.
 
@@ -92,6 +93,7 @@ class BertLayer(nnx.Module):
             positions: int [B, T] or [1, T], the indices in x of the tokens to compute; None for all S tokens. These
                 tokens can also attend to tokens that are not computed.
             interventions: Those in this layer; see `bert_jax.interventions`.
+            kernel: The name of an attention kernel in `ATTENTION`.
 
         Returns:
             The output [B, T, D] in the dtype of x, and the attention probabilities [B, N, T, S], or None in their place
@@ -107,7 +109,7 @@ class BertLayer(nnx.Module):
                 attended = attended._replace(queries=jnp.take_along_axis(attended.queries, positions, axis=1))
         with jax.named_scope("attention"):
             context, probabilities = self.attention(
-                x, states, attended, attention_key, within(interventions, "attention")
+                x, states, attended, attention_key, within(interventions, "attention"), kernel
             )
             x = self.attention_norm(x + dropout(context, rate, context_key))
         with jax.named_scope("feed_forward"):
@@ -158,7 +160,8 @@ class BertPreTrainedModel(nnx.Module):
         config: The hyperparameters.
         rngs: The random numbers for the initial parameters. If None, the parameters have shapes but no values.
         compute_dtype: The dtype of the activations, "float32" or "bfloat16". The parameters of a new model are float32.
-        attention: The name of a kernel in `ATTENTION`.
+        attention: The name of a kernel in `attention.ATTENTION`, or "auto", which stands for a fused kernel in each
+            call that one supports, and for "plain" in the others; see `attention.choose`.
         remat: Whether the forward pass stores only the input of each layer. The backward pass then recomputes the rest.
         scan_layers: Whether to compile the layers as one loop. Each layer still has its own parameters.
     """
@@ -235,7 +238,7 @@ class BertPreTrainedModel(nnx.Module):
             )
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise InputError(f"dtype is {quoted(dtype)}; expected one of {', '.join(DTYPES)}.")
-        if attention != "plain" and dtype == "int8":
+        if attention not in ("plain", "auto") and dtype == "int8":
             raise InputError(
                 f"attention is {quoted(attention)}, which computes in bfloat16; dtype='int8' needs 'plain'."
             )
@@ -367,12 +370,12 @@ class BertModel(BertPreTrainedModel):
         scan_layers: bool = False,
         add_pooling_layer: bool = True,
     ):
-        if attention not in ATTENTION:
-            raise InputError(f"attention is {quoted(attention)}; expected one of {', '.join(ATTENTION)}.")
+        if attention not in ("auto", *ATTENTION):
+            raise InputError(f"attention is {quoted(attention)}; expected one of auto, {', '.join(ATTENTION)}.")
         self.config, self.compute_dtype, self.attention = config, compute_dtype, attention
         self.remat, self.scan_layers = remat, scan_layers
         self.embeddings = BertEmbeddings(config, rngs)
-        self.layers = nnx.List([BertLayer(config, attention, rngs) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List([BertLayer(config, rngs) for _ in range(config.num_hidden_layers)])
         size, std = config.hidden_size, config.initializer_range
         self.pooler = Linear(size, size, std, rngs) if add_pooling_layer else None
         self._check_compute_dtype()
@@ -441,19 +444,24 @@ class BertModel(BertPreTrainedModel):
             documents = jnp.asarray(document_ids)
             keys = documents if attended is None else jnp.where(attended.keys > 0, documents, documents.min() - 1)
             attended = Attended(documents, keys)
-        check(
-            self.attention, platform=sharding.platform(), compute_dtype=self.compute_dtype,
-            packed=document_ids is not None, length=tokens,
-        )  # fmt: skip
+        facts: dict[str, Any] = {
+            "platform": sharding.platform(), "compute_dtype": self.compute_dtype, "packed": document_ids is not None,
+            "length": tokens,
+        }  # fmt: skip
+        rate = 0.0 if dropout_key is None else self.config.attention_probs_dropout_prob
+        kernel, _ = choose(
+            "plain" if self.attention == "auto" and interventions else self.attention, dropout_rate=rate, **facts
+        )
+        check(kernel, **facts)
         interventions = checked_interventions(
             interventions, layers=len(self.layers), pooler=self.pooler is not None,
-            fused=None if self.attention == "plain" else self.attention, scan=self.scan_layers,
+            fused=None if kernel == "plain" else kernel, scan=self.scan_layers,
         )  # fmt: skip
         embeddings_key, layers_key = split_key(dropout_key, 2)
         with jax.named_scope("embeddings"):
             x = self.embeddings(input_ids, types, places, embeddings_key, vectors)
         x = intervene(interventions, "embeddings", sharding.by_rows(x.astype(self.compute_dtype)))
-        hidden_states, attentions = self._encode(x, attended, layers_key, positions, interventions)
+        hidden_states, attentions = self._encode(x, attended, layers_key, positions, interventions, kernel)
         x = hidden_states[-1]
         pooled: Any = None
         if self.pooler is not None:
@@ -470,6 +478,7 @@ class BertModel(BertPreTrainedModel):
         key: jax.Array | None,
         positions: Any,
         interventions: Interventions,
+        kernel: str,
     ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array | None, ...]]:
         """Applies the layers in order. Returns the hidden states (x, then each layer's output) and the attentions."""
 
@@ -477,7 +486,7 @@ class BertModel(BertPreTrainedModel):
             """Makes a function that applies a layer with its own interventions."""
 
             def run(layer: BertLayer, x: jax.Array, i: ArrayLike, positions: Any = None) -> Any:
-                return layer(x, attended, None if key is None else jax.random.fold_in(key, i), positions, own)
+                return layer(x, attended, None if key is None else jax.random.fold_in(key, i), positions, own, kernel)
 
             return jax.checkpoint(run) if self.remat else run
 

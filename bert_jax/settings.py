@@ -79,9 +79,10 @@ class _Start(Section):
     """Dropout rate of embeddings, attention outputs and feed-forward layers; the checkpoint's by default."""
     attention_probs_dropout_prob: Fraction | None = None
     """Dropout rate of attention probabilities; the checkpoint's by default."""
-    attention: Literal["plain", "splash", "cudnn"] = "plain"
-    """Attention kernel. splash (TPUs) and cudnn (GPUs) save memory. They require compute_dtype: bfloat16 and
-    attention_probs_dropout_prob: 0."""
+    attention: Literal["plain", "auto", "splash", "triton", "cudnn"] = "plain"
+    """Attention kernel. splash (TPUs), triton (GPUs) and cudnn (GPUs, without packing) save memory. They require
+    compute_dtype: bfloat16 and attention_probs_dropout_prob: 0. auto uses one of them if the devices and the other
+    settings allow, and plain otherwise; a run prints the choice and its reason."""
 
 
 class Model(_Start):

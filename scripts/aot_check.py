@@ -176,6 +176,7 @@ def programs() -> dict[str, Any]:
         ("v5e:2x4", "splash and remat", {"model": fused | {"attention": "splash"}, "training": {"remat": True}}),
         ("h100:8", "plain", {"model": fused}),
         ("h100:8", "remat", {"model": fused, "training": {"remat": True}}),
+        ("h100:8", "triton", {"model": fused | {"attention": "triton"}}),
         ("h100:8", "cudnn", {"model": fused | {"attention": "cudnn"}, "data": {"packing": False}}),
     ):
         shape = Shape(256, 512, 1 if what == "cudnn" else 4)

@@ -12,7 +12,7 @@ from bert_jax.attention import Attended, plain_attention
 from bert_jax.errors import InputError
 
 TOKENS = 256
-splash = functools.partial(attention.splash, interpret=True)
+INTERPRETED = {name: functools.partial(attention.ATTENTION[name], interpret=True) for name in ("splash", "triton")}
 
 
 def operands(rows=2, heads=4, size=16, dtype=jnp.float32):
@@ -29,26 +29,44 @@ def attended(kind, rows=2):
     return Attended(documents, documents) if kind == "packed" else None
 
 
+@pytest.mark.parametrize("name", INTERPRETED)
 @pytest.mark.parametrize("kind", ["full", "padded", "packed"])
-def test_splash_is_plain_attention_and_so_are_its_gradients(kind):
+def test_a_fused_kernel_is_plain_attention_and_so_are_its_gradients(kind, name):
+    real = 1 if (who := attended(kind)) is None else (who.keys > 0)[:, :, None, None]
+
     def loss(kernel, *arrays):
-        context, _ = kernel(*arrays, attended(kind), 0.0, None)
+        context = kernel(*arrays, who, 0.0, None)[0] * real  # nobody reads the contexts of padding
         return jnp.sum(jnp.sin(context)), context
 
     results = [
         jax.jit(jax.value_and_grad(functools.partial(loss, kernel), argnums=(0, 1, 2), has_aux=True))(*operands())
-        for kernel in (plain_attention, splash)
+        for kernel in (plain_attention, INTERPRETED[name])
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
 
 
-def test_splash_takes_rows_and_heads_where_they_live():
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_a_fused_kernel_in_bfloat16(name):
+    def loss(kernel, *arrays):
+        return jnp.sum(jnp.sin(kernel(*arrays, attended("packed"), 0.0, None)[0].astype(jnp.float32)))
+
+    halves = operands(dtype=jnp.bfloat16)
+    found = jax.grad(functools.partial(loss, INTERPRETED[name]), argnums=(0, 1, 2))(*halves)
+    whole = [array.astype(jnp.float32) for array in halves]
+    expected = jax.grad(functools.partial(loss, plain_attention), argnums=(0, 1, 2))(*whole)
+    for a, b in zip(found, expected, strict=True):
+        assert np.abs(np.asarray(a, np.float32) - b).max() <= 2e-2 * np.abs(b).max()
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_a_fused_kernel_takes_rows_and_heads_where_they_live(name):
     mesh = sharding.mesh(data=2, fsdp=2, tensor=2)
     arrays, who = operands(rows=4), attended("packed", rows=4)
     expected, _ = plain_attention(*arrays, who, 0.0, None)
     with jax.set_mesh(mesh):
-        program = jax.jit(lambda *arrays: splash(*arrays, who, 0.0, None)[0]).lower(*arrays).compile()
-        np.testing.assert_allclose(program(*arrays), expected, rtol=1e-5, atol=1e-5)
+        program = jax.jit(lambda *arrays: INTERPRETED[name](*arrays, who, 0.0, None)[0]).lower(*arrays).compile()
+        real = np.asarray(who.keys > 0)
+        np.testing.assert_allclose(np.asarray(program(*arrays))[real], expected[real], rtol=1e-5, atol=1e-5)
 
 
 def test_a_mask_of_numbers():
@@ -56,10 +74,11 @@ def test_a_mask_of_numbers():
     np.testing.assert_array_equal(who.mask(), np.array([[[[1, 1, 0]]], [[[1, 0, 0]]]], bool))
 
 
+@pytest.mark.parametrize("name", INTERPRETED)
 @pytest.mark.parametrize("options", [{}, {"remat": True, "scan_layers": True}], ids=str)
-def test_a_model_with_splash_is_the_model(monkeypatch, options):
+def test_a_model_with_a_fused_kernel_is_the_model(monkeypatch, options, name):
     """Packed rows, and a last layer that computes the first tokens alone."""
-    monkeypatch.setitem(attention.ATTENTION, "splash", splash)
+    monkeypatch.setitem(attention.ATTENTION, name, INTERPRETED[name])
     monkeypatch.setattr(model, "check", lambda *_, **__: None)
     config = bert_jax.BertConfig(
         hidden_size=16,
@@ -74,9 +93,51 @@ def test_a_model_with_splash_is_the_model(monkeypatch, options):
         bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0), attention=name, **options)(
             ids, **inputs, dropout_key=jax.random.key(1)
         ).logits
-        for name in ("plain", "splash")
+        for name in ("plain", name)
     ]
     np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
+
+
+# ── The choice ──
+
+BFLOAT16 = {"compute_dtype": "bfloat16", "packed": True}
+
+
+@pytest.mark.parametrize(
+    ("facts", "kernel", "why"),
+    [
+        ({"platform": "tpu"}, "splash", "the devices are TPUs, and rows hold several texts"),
+        ({"platform": "tpu", "packed": False}, "splash", "rows hold one text each"),
+        ({"platform": "gpu"}, "triton", "the devices are NVIDIA GPUs, and rows hold several texts"),
+        ({"platform": "gpu", "packed": False}, "cudnn", "rows hold one text each"),
+        ({"platform": "gpu", "packed": False, "length": 200}, "cudnn", "rows hold one text each"),
+        ({"platform": "gpu", "length": 200}, "plain", "triton requires rows of a multiple of 128 tokens"),
+        ({"platform": "cpu"}, "plain", "there is no fused kernel for cpu devices"),
+        ({"platform": "gpu", "compute_dtype": "float32"}, "plain", "not in float32"),
+        ({"platform": "tpu", "dropout_rate": 0.1}, "plain", "attention_probs_dropout_prob is 0.1"),
+    ],
+    ids=str,
+)
+def test_auto(facts, kernel, why):
+    found, reason = attention.choose("auto", **BFLOAT16 | facts)
+    assert found == kernel
+    assert why in reason
+    if kernel != "plain":
+        attention.check(kernel, **{k: v for k, v in (BFLOAT16 | facts).items() if k != "dropout_rate"})
+
+
+def test_auto_leaves_other_names_alone():
+    assert attention.choose("splash", platform="cpu", **BFLOAT16)[0] == "splash"
+
+
+def test_a_model_with_auto_is_the_model():
+    config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    ids = np.arange(8)[None]
+    auto, plain = (
+        bert_jax.BertModel(config, rngs=nnx.Rngs(0), attention=name)(ids, dropout_key=jax.random.key(0))
+        for name in ("auto", "plain")
+    )
+    np.testing.assert_array_equal(auto.last_hidden_state, plain.last_hidden_state)
 
 
 # ── Refused ──
@@ -90,6 +151,8 @@ def test_a_model_with_splash_is_the_model(monkeypatch, options):
         ("cudnn", {"platform": "tpu"}, "a fused kernel for NVIDIA GPUs; these devices are tpu"),
         ("splash", {"compute_dtype": "float32"}, "computes in bfloat16; compute_dtype is float32"),
         ("cudnn", {"compute_dtype": "float32"}, "computes in bfloat16; compute_dtype is float32"),
+        ("triton", {"length": 200}, "a multiple of 128 tokens; these have 200"),
+        ("triton", {"platform": "tpu"}, "a fused kernel for NVIDIA GPUs; these devices are tpu"),
         ("cudnn", {"packed": True}, "Set data.packing to false"),
         ("splash", {"length": 200}, "a multiple of 128 tokens; these have 200"),
     ],

@@ -224,7 +224,10 @@ class Pipeline(Generic[Task_co]):
         self.max_length = max_length
         self.params, self._skeleton = tree.split(model)
         self.mesh, self._share = mesh, sharding.share(mesh)
-        kernel = model.encoder.attention
+        kernel, _ = attention.choose(
+            model.encoder.attention, platform=mesh.devices.flat[0].platform, compute_dtype=model.encoder.compute_dtype,
+            packed=True,
+        )  # fmt: skip
         self._shapes = shapes(
             max_length,
             packed=kernel not in attention.UNPACKED,

@@ -117,6 +117,8 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
         parts.append(f"example {i + 1}: {row}\n  tokens: {pieces}\n  {values}")
     steps = runs.steps_of(settings, examples)
     run = runs.set_up(settings, prepared.task, prepared.model, examples, steps, chips.devices if chips else None)
+    if settings.model.attention == "auto":
+        parts.append(f"attention: {run.attention}")
     loader, planned = run.loader, run.plan
     counts: Counter[str] = Counter()
     for path, rule in optim.rules(planned.trained, **runs.rule_options(settings)).items():
@@ -264,7 +266,11 @@ def evaluate_examples(
     task: TrainableTask, model: BertPreTrainedModel, examples: Examples, settings: Settings
 ) -> measure.Evaluation:
     """Evaluates a loaded model on examples."""
-    mesh = sharding.mesh(**settings.mesh.model_dump())
+    mesh, encoder = sharding.mesh(**settings.mesh.model_dump()), model.encoder
+    kernel, _ = attention.choose(
+        encoder.attention, platform=mesh.devices.flat[0].platform, compute_dtype=encoder.compute_dtype,
+        packed=settings.data.packing,
+    )  # fmt: skip
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
     return measure.evaluate(
@@ -274,6 +280,6 @@ def evaluate_examples(
         examples,
         batch_size=settings.training.evaluation_batch_size,
         packing=model.config.max_position_embeddings if settings.data.packing else None,
-        multiple=attention.multiple(model.encoder.attention),
+        multiple=attention.multiple(kernel),
         mesh=mesh,
     )

@@ -45,6 +45,7 @@ class Run(NamedTuple):
         layout: A `TrainState` that holds the sharding of each array in place of the array.
         step: The step as a jitted function; see `make_step`.
         metric: The name of the metric by which the best parameters are chosen.
+        attention: The name of the attention kernel, and the reason for its choice.
     """
 
     mesh: jax.sharding.Mesh
@@ -54,6 +55,7 @@ class Run(NamedTuple):
     layout: TrainState
     step: Any
     metric: str
+    attention: str
 
     def trace(self, shape: Shape) -> jax.stages.Traced:
         """Traces the step for batches of a shape. The result can be compiled even without the devices of `mesh`."""
@@ -93,17 +95,20 @@ def set_up(
     mesh, encoder = mesh or sharding.mesh(), model.encoder
     sharding.check(mesh, model.config)
     platform = mesh.devices.flat[0].platform
-    attention.check(encoder.attention, platform=platform, compute_dtype=encoder.compute_dtype, packed=packing)
-    attention.check_dropout(encoder.attention, model.config.attention_probs_dropout_prob)
+    facts: dict[str, Any] = {"platform": platform, "compute_dtype": encoder.compute_dtype, "packed": packing}
+    rate = model.config.attention_probs_dropout_prob
+    kernel, why = attention.choose(encoder.attention, dropout_rate=rate, **facts)
+    attention.check(kernel, **facts)
+    attention.check_dropout(kernel, rate)
     loader = Loader(
         examples, batch_size, seed=seed, share=accumulation * sharding.share(mesh), part=sharding.part(mesh),
         packing=model.config.max_position_embeddings if packing else None,
-        multiple=attention.multiple(encoder.attention),
+        multiple=attention.multiple(kernel),
     )  # fmt: skip
     planned = plan(model, optimizer, trainable=trainable, lora=lora, seed=seed)
     layout = sharding.placements(mesh, state_shapes(planned))
     step = make_step(task, planned, accumulation=accumulation, out_shardings=(layout, sharding.replicated(mesh)))
-    return Run(mesh, task, loader, planned, layout, step, metric or task.metrics[0])
+    return Run(mesh, task, loader, planned, layout, step, metric or task.metrics[0], f"{kernel}, because {why}")
 
 
 @dataclass(frozen=True)
@@ -234,7 +239,7 @@ def fit(
     """Carries out a run; see `train` for the arguments and errors."""
     console, folder = console or Console(quiet=True), None if folder is None else Path(folder)
     # ── Devices, parameters, programs ────────────────────────────────────────────────────────────────────────────────
-    mesh, task, loader, planned, layout, _, metric = run
+    mesh, task, loader, planned, layout, _, metric, _ = run
     programs: dict[Shape, jax.stages.Compiled] = {}
     state = sharding.put(init_state(planned, loader.seed), layout)
     frozen = sharding.put(planned.frozen, sharding.placements(mesh, planned.frozen))

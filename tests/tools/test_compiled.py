@@ -56,6 +56,13 @@ def test_splash_attention_is_in_the_step_of_a_tpu():
     assert found["kernels"] == {"tpu_custom_call": 36}  # of each layer: forward, and two backward
 
 
+def test_triton_attention_of_packed_rows_is_in_the_step_of_a_gpu():
+    changes = {"model": {"attention": "triton", "attention_probs_dropout_prob": 0.0}, "data": {"max_length": 512}}
+    found = aot_check.finetune(aot.get("h100:8"), "squad", "base", Shape(256, 512, 4), **changes)
+    assert found["fits"]
+    assert found["kernels"]["__gpu$xla.gpu.triton"] >= 36  # of each layer: forward, and two backward
+
+
 @pytest.mark.parametrize(("name", "task"), [("v5e:2x4", "fill-mask"), ("h100:8", "text-classification")])
 def test_eight_devices_share_the_rows_of_a_pipeline(name, task):
     found = aot_check.inference(aot.get(name), "base", Bucket(128, 128, 2 * (task == "fill-mask")), task=task)

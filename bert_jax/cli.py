@@ -1,10 +1,8 @@
-"""The command line, `bert-jax`: fill-mask, score, predict, serve, finetune, pretrain, evaluate, info, convert, verify.
-
-Each command imports only what it needs.
-"""
+"""The command line, `bert-jax`. Each command imports only what it needs."""
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -459,6 +457,33 @@ def convert(
     from bert_jax.convert import convert as convert_folder
 
     print(f"{output} contains the weights of {convert_folder(model, output, ignore=ignore or ())}.")
+
+
+@app.command()
+def check(
+    output: Annotated[Path | None, typer.Option(help="Folder for the report as check.json and check.md.")] = None,
+) -> None:
+    """Compare this machine's results with reference outputs, and measure speed. Exit status: 1 if a result is wrong."""
+    check_extra("train", "optax", "orbax", "grain", "sklearn")
+    memory.keep_freed()
+    _use_compilation_cache()
+    from bert_jax import hub
+    from bert_jax.tools import check as machine
+
+    console, rows = Console(), []
+    for part, found in itertools.groupby(machine.check(), key=lambda row: row.part):
+        table = Table("", "", "found", "expected", title=part, title_justify="left")
+        for row in found:
+            rows.append(row)
+            table.add_row(machine.MARKS[row.passed], row.what, row.found, row.expected)
+        console.print(table)
+    if output:
+        with hub.replacing(output) as staging:
+            (staging / "check.json").write_text(json.dumps([vars(row) for row in rows], indent=2), encoding="utf-8")
+            (staging / "check.md").write_text(machine.markdown(rows), encoding="utf-8")
+    if wrong := sum(row.passed is False for row in rows):
+        print(f"bert-jax: {wrong} results are wrong.", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()

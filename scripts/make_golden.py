@@ -3,7 +3,8 @@
     pip install -e '.[parity]'
     python scripts/make_golden.py
 
-The files are small_model.json and embedded_fill_mask.json.
+The files are small_model.json and embedded_fill_mask.json. Outputs of the embedded model are also written to
+bert_jax/tools/check.safetensors, for `bert-jax check`.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -87,6 +89,42 @@ def embedded_fill_mask() -> list[dict]:
     return [{"text": text, "ids": tokenizer(text)["input_ids"], "fillings": filler(text)} for text in SENTENCES]
 
 
+def check() -> dict[str, np.ndarray]:
+    """The inputs, outputs, loss and gradients that `bert-jax check` compares: the embedded model on two rows."""
+    folder = hub.download("bert-mini-cased")
+    # In float64, because what transformers computes in float32 is off by up to 1e-5.
+    model = transformers.BertForPreTraining.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    model.eval()
+    tokenizer = transformers.BertTokenizer.from_pretrained(folder)
+    pairs = [
+        ("Paris is the [MASK] of France.", "The city lies on the [MASK] and has many bridges."),
+        ("She opened the [MASK].", "It was [MASK]."),
+    ]
+    given = tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")
+    positions = torch.stack([torch.nonzero(row == tokenizer.mask_token_id)[:, 0] for row in given["input_ids"]])
+    words = torch.tensor([tokenizer.convert_tokens_to_ids(pair) for pair in (["capital", "river"], ["door", "dark"])])
+    labels = torch.full_like(given["input_ids"], -100).scatter(1, positions, words)
+    following = torch.tensor([0, 1])
+    out = model(**given, labels=labels, next_sentence_label=following, output_hidden_states=True)
+    out.loss.backward()
+    found = {
+        **{name: value.int() for name, value in given.items()},
+        "masked_positions": positions.int(),
+        "labels": words.int(),
+        "next_sentence_label": following.int(),
+        "hidden states": torch.stack(out.hidden_states[:-1]),
+        "logits of words": torch.stack([row[at] for row, at in zip(out.prediction_logits, positions, strict=True)]),
+        "logits of the next sentence": out.seq_relationship_logits,
+        "loss": out.loss,
+    }
+    for name, parameter in model.named_parameters():
+        found[f"norm {name}"] = parameter.grad.norm()
+        if parameter.ndim == 1:
+            found[f"gradient {name}"] = parameter.grad
+    arrays = {name: value.detach().numpy() for name, value in found.items()}
+    return {name: a.astype(np.float32) if a.dtype == np.float64 else a for name, a in arrays.items()}
+
+
 def write(name: str, content: object) -> None:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
     (ROOT / "tests" / "golden" / name).write_text(json.dumps({"versions": versions, "content": content}) + "\n")
@@ -96,6 +134,7 @@ def main() -> None:
     torch.manual_seed(0)
     write("small_model.json", small_model())
     write("embedded_fill_mask.json", embedded_fill_mask())
+    save_file(check(), ROOT / "bert_jax" / "tools" / "check.safetensors")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ FLOORS = [
         "inference.server.log",
         "inference.server.models",
         "inference.server.attention",
+        "tools.check",
         "tools.viz",
         "evaluation.held_out",
     ],

@@ -41,14 +41,14 @@ def markdown(metrics: Mapping[str, Any]) -> str:
     """
     names = {"f1": f"f1 of {metrics['f1_label']}"} if "f1_label" in metrics else {}
     numbers = {names.get(name, name): value for name, value in metrics.items() if isinstance(value, int | float)}
-    parts = [_table(["metric", ""], [[name, f"{value:.4f}"] for name, value in numbers.items()])]
+    parts = [table(["metric", ""], [[name, f"{value:.4f}"] for name, value in numbers.items()])]
     if per_class := metrics.get("per_class"):
         columns = list(next(iter(per_class.values())))
         rows = [[name, *(_number(row[column]) for column in columns)] for name, row in per_class.items()]
-        parts.append(_table(["label", *columns], rows))
+        parts.append(table(["label", *columns], rows))
         if confusion := metrics.get("confusion"):
             rows = [[name, *map(str, counts)] for name, counts in zip(per_class, confusion, strict=True)]
-            parts.append(_table(["true \\ predicted", *per_class], rows))
+            parts.append(table(["true \\ predicted", *per_class], rows))
     return "\n\n".join(parts)
 
 
@@ -67,21 +67,21 @@ def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
             rows.append([name, *(f"{each['value']:.4f} ({each['low']:.4f}–{each['high']:.4f})" for each in found)])
         elif isinstance(entry, int):
             rows.append([name, *(f"{each:,}" for each in found)])
-    parts = [_table(["", *results], rows)]
+    parts = [table(["", *results], rows)]
     for name, what in CLASSES.items():
         if name in first:
             rows = [
                 [model, _class(part), f"{part['tokens']:,}", f"{part['nll']:.4f}", f"{part['accuracy@1']:.4f}"]
                 for model, result in results.items() for part in result[name]
             ]  # fmt: skip
-            parts.append(_table(["model", what, "tokens", "nll", "accuracy@1"], rows))
+            parts.append(table(["model", what, "tokens", "nll", "accuracy@1"], rows))
     if every := first.get("by_phenomenon"):
         rows = [
             [part["phenomenon"], f"{part['pairs']:,}", *(f"{result['by_phenomenon'][n]['accuracy']:.4f}"
                                                           for result in results.values())]
             for n, part in enumerate(every)
         ]  # fmt: skip
-        parts.append(_table(["phenomenon", "pairs", *results], rows))
+        parts.append(table(["phenomenon", "pairs", *results], rows))
     return "\n\n".join(parts)
 
 
@@ -173,7 +173,8 @@ def _snippet(task: str, folder: str, results: Mapping[str, Any]) -> str:
     return f'answer = {pipeline}\nanswer(("question", "context"), null_threshold={threshold:.4f})  # "" means no answer'
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table in Markdown."""
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in [header, ["---"] * len(header), *rows]]
     return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
 

@@ -1,0 +1,440 @@
+"""Checks a machine: compares what its devices compute with reference outputs, and measures how fast they are.
+
+The reference outputs in `check.safetensors` were computed by PyTorch transformers from the embedded model, on CPU in
+float32 (`scripts/make_golden.py`). Their tolerance shows whether products are really computed in float32: by default,
+TPUs and some GPUs use fewer bits.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load_file
+
+import bert_jax
+from bert_jax import attention, hub, processor, sharding, tree, weights
+from bert_jax.attention import Attended
+from bert_jax.data.loader import Examples
+from bert_jax.losses import cross_entropy
+from bert_jax.quantization import DTYPES, hold
+from bert_jax.tasks.sequence_classification import SequenceClassification
+from bert_jax.tokenizer import Tokenizer
+from bert_jax.tools import aot
+from bert_jax.tools.report import table
+from bert_jax.training import loop, optim, step
+
+MODEL = "bert-mini-cased"
+MARKS = {True: "✓", False: "✗", None: ""}
+LABELS = ["odd", "even"]
+GOLDEN = Path(__file__).parent / "check.safetensors"
+EXACT = 1e-5
+"""The largest error of float32 results, relative to 1 + the size of a number."""
+ERRORS = {"bfloat16": 0.03, "int8": 0.06}
+"""The largest error of the logits in a dtype: the norm of the difference to float32 over the norm of the logits."""
+FUSED_ERROR = 2e-2
+"""The largest error of a fused kernel in bfloat16, relative to the largest number of the result."""
+PEAKS = {
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L4": 121e12,
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
+}  # fmt: skip
+"""The published rate of bfloat16 products of each kind of device, in operations per second without sparsity.
+
+Sources: cloud.google.com/tpu/docs and NVIDIA's data sheets.
+"""
+BASE = bert_jax.BertConfig()
+LARGE = bert_jax.BertConfig(
+    hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the report.
+
+    Attributes:
+        part: The part of the report.
+        what: What was computed or measured.
+        found: The result.
+        expected: What the result should be; empty if nothing is expected of it.
+        passed: Whether the result is as expected; None if nothing is expected, or if it could not be computed here.
+    """
+
+    part: str
+    what: str
+    found: str
+    expected: str = ""
+    passed: bool | None = None
+
+
+def check() -> Iterator[Row]:
+    """Computes the rows of the report, one after the other.
+
+    The first row takes some seconds: the training run that it stops and resumes is in a process of its own, which has
+    to have the devices for itself.
+    """
+    resumed = _resume_elsewhere()  # before this process takes the devices
+    yield from machine()
+    yield from goldens()
+    yield from dtypes()
+    yield from kernels()
+    yield resumed
+    yield from layouts()
+    yield from speed()
+
+
+def _row(part: str, what: str, error: float, limit: float) -> Row:
+    return Row(part, what, f"{error:.1e}", f"≤ {limit:.0e}", bool(error <= limit))
+
+
+def _error(found: Any, expected: Any) -> float:
+    """The largest difference, relative to 1 + the size of the expected number; infinite if a number is not finite."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    difference = np.abs(found - expected) / (1 + np.abs(expected))
+    return float(difference.max()) if np.isfinite(difference).all() else np.inf
+
+
+def machine() -> Iterator[Row]:
+    """The versions of the packages, the devices, and the dtypes that pay."""
+    part = "machine"
+    versions = ("bert-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    yield Row(
+        part,
+        "versions",
+        f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {metadata.version(name)}" for name in versions),
+    )
+    devices = jax.devices()
+    yield Row(part, "devices", f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform})")
+    for dtype in DTYPES[1:]:
+        yield Row(part, dtype, processor.speed(dtype))
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Returns the report as a Markdown table."""
+    cells = [[row.part, row.what, row.found, row.expected, MARKS[row.passed]] for row in rows]
+    return table(["", "", "found", "expected", ""], cells) + "\n"
+
+
+# ── Numbers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@functools.cache
+def _golden() -> dict[str, Any]:
+    golden: dict[str, Any] = load_file(GOLDEN)
+    return golden
+
+
+def _inputs() -> dict[str, Any]:
+    return {name: _golden()[name] for name in ("input_ids", "attention_mask", "token_type_ids", "masked_positions")}
+
+
+def _loss(skeleton: tree.Skeleton, flat: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> tuple[jax.Array, Any]:
+    """The pretraining loss of a batch, and the output of the model."""
+    labels = dict(batch)
+    mlm, following = labels.pop("labels"), labels.pop("next_sentence_label")
+    out = tree.merge(skeleton, tree.unflatten(dict(flat)))(**labels)
+    return cross_entropy(out.prediction_logits, mlm) + cross_entropy(out.seq_relationship_logits, following), out
+
+
+def goldens() -> Iterator[Row]:
+    """Outputs and gradients of the embedded model in float32, beside those of PyTorch transformers."""
+    part, golden = "float32 beside PyTorch", _golden()
+    params, skeleton = tree.split(bert_jax.BertForPreTraining.from_pretrained(MODEL))
+    batch = _inputs() | {name: golden[name] for name in ("labels", "next_sentence_label")}
+    program = jax.jit(jax.value_and_grad(functools.partial(_loss, skeleton), has_aux=True))
+    (loss, out), gradients = program(tree.flatten(params), batch)
+    for name, found in {
+        "hidden states": jnp.stack(out.hidden_states[:-1]),
+        "logits of words": out.prediction_logits,
+        "logits of the next sentence": out.seq_relationship_logits,
+        "loss": loss,
+    }.items():
+        yield _row(part, name, _error(found, golden[name]), EXACT)
+    paths = dict(zip(gradients, weights.published_names(gradients), strict=True))
+    vectors = {path: name for path, name in paths.items() if gradients[path].ndim == 1}
+    worst = max(_error(gradients[path], golden[f"gradient {name}"]) for path, name in vectors.items())
+    yield _row(part, f"gradients of {len(vectors)} vectors", worst, EXACT)
+    norms = {path: float(jnp.linalg.norm(gradients[path].astype(jnp.float32))) for path in paths}
+    worst = max(_error(norms[path], golden[f"norm {name}"]) for path, name in paths.items())
+    yield _row(part, f"norms of {len(paths)} gradients", worst, EXACT)
+
+
+def dtypes() -> Iterator[Row]:
+    """The logits of the embedded model in bfloat16 and int8, beside those of PyTorch transformers in float32."""
+    expected = _golden()["logits of words"]
+    for dtype, limit in ERRORS.items():
+        params, skeleton = tree.split(bert_jax.BertForPreTraining.from_pretrained(MODEL, dtype=dtype))  # type: ignore[arg-type]
+        found = jax.jit(lambda params, batch, skeleton=skeleton: tree.merge(skeleton, params)(**batch))(
+            params, _inputs()
+        )
+        logits = np.asarray(found.prediction_logits, np.float32)
+        error = float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
+        same = np.mean(logits.argmax(-1) == expected.argmax(-1))
+        yield _row("bfloat16 and int8", f"logits in {dtype}; first choice the same in {same:.0%}", error, limit)
+
+
+def kernels() -> Iterator[Row]:
+    """Each fused kernel beside plain attention: contexts and gradients, for rows of each kind."""
+    part, platform = "fused attention", jax.default_backend()
+    for name, (hardware, needed) in attention.FUSED.items():
+        dtype, limit, kernel = jnp.bfloat16, FUSED_ERROR, attention.ATTENTION[name]
+        where = ""
+        if name == "splash" and platform == "cpu":
+            dtype, limit, where = jnp.float32, EXACT, ", interpreted"
+            kernel = functools.partial(attention.splash, interpret=True)
+        elif platform != needed:
+            yield Row(part, name, f"not run: it needs {hardware}")
+            continue
+        for rows in ("full", "padded", "packed"):
+            if rows == "packed" and name in attention.UNPACKED:
+                yield Row(part, f"{name}, packed rows", "not supported")
+                continue
+            errors = _kernel_errors(kernel, rows, dtype)
+            for what, error in errors.items():
+                yield _row(part, f"{name}{where}, {rows} rows: {what}", error, limit)
+
+
+def _kernel_errors(kernel: Callable[..., Any], rows: str, dtype: Any) -> dict[str, float]:
+    tokens, lengths = 256, np.array([256, 100])
+    arrays = [
+        jax.random.normal(key, (2, tokens, 4, 64)).astype(dtype) for key in jax.random.split(jax.random.key(0), 3)
+    ]
+    real = (np.arange(tokens)[None] < lengths[:, None]).astype(np.int32)
+    documents = jnp.asarray(real * (1 + np.arange(tokens)[None] // 50))
+    attended = {
+        "full": None,
+        "padded": Attended(jnp.ones((2, 1), jnp.int32), jnp.asarray(real)),
+        "packed": Attended(documents, documents),
+    }[rows]
+
+    def loss(kernel: Callable[..., Any], *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        context = kernel(*arrays, attended, 0.0, None)[0].astype(jnp.float32)
+        context = context * jnp.asarray(real, jnp.float32)[:, :, None, None]  # padding attends to nothing that is read
+        return jnp.sum(jnp.sin(context)), context
+
+    def results(kernel: Callable[..., Any], arrays: Any) -> tuple[Any, Any]:
+        program = jax.jit(jax.value_and_grad(functools.partial(loss, kernel), argnums=(0, 1, 2), has_aux=True))
+        (_, context), gradients = program(*arrays)
+        return context, gradients
+
+    def error(found: jax.Array, expected: jax.Array) -> float:
+        difference = jnp.max(jnp.abs(found.astype(jnp.float32) - expected)) / jnp.max(jnp.abs(expected))
+        return float(difference)
+
+    context, gradients = results(kernel, arrays)
+    exact, exact_gradients = results(attention.plain_attention, [array.astype(jnp.float32) for array in arrays])
+    return {"context": error(context, exact), "gradients": max(map(error, gradients, exact_gradients))}
+
+
+# ── Training ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _examples(
+    config: bert_jax.BertConfig, count: int, length: int, *, full: bool
+) -> tuple[SequenceClassification, Examples]:
+    """A task, and examples for it: of different lengths or, if `full`, all of `length` tokens."""
+    task = SequenceClassification(Tokenizer.from_pretrained(MODEL), config, max_length=length)
+    words = [length if full else 1 + 7 * n % 20 for n in range(count)]
+    rows = [{"text": "a word " * words[n], "label": LABELS[n % 2]} for n in range(count)]
+    return task, task.featurize(rows)
+
+
+def _resume_elsewhere() -> Row:
+    """Stops a training run and resumes it, in another process, with deterministic operations on GPUs."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
+    command = [sys.executable, "-m", "bert_jax.tools.check"]
+    done = subprocess.run(
+        command, env=os.environ | {"XLA_FLAGS": flags.strip()}, capture_output=True, text=True, check=False
+    )
+    found = done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr.strip()[-200:]
+    return Row("training", "a run that was stopped and resumed", found, "bit for bit", found == "bit for bit")
+
+
+def _resume() -> str:
+    """Trains the embedded model for six steps at once, and for three and then three more; compares the parameters."""
+    model = bert_jax.BertForSequenceClassification.from_pretrained(MODEL, new=[r"classifier\..*"], id2label=LABELS)
+    task, examples = _examples(model.config, 32, 32, full=False)
+
+    def train(steps: int, folder: Path | None) -> loop.Trained:
+        mesh = sharding.mesh(devices=jax.local_devices()[:1])
+        return loop.train(model, task, examples, optim.adamw(1e-3), steps=steps, batch_size=8, folder=folder, mesh=mesh)
+
+    with tempfile.TemporaryDirectory() as name:
+        train(3, Path(name))
+        resumed = train(6, Path(name)).trained
+    whole = train(6, None).trained
+    different = [path for path in whole if not np.array_equal(whole[path], resumed[path])]
+    return f"{len(different)} of {len(whole)} arrays differ" if different else "bit for bit"
+
+
+def layouts() -> Iterator[Row]:
+    """The loss and gradients of a batch on meshes of all local devices, beside those of one device."""
+    part, devices = "several devices", jax.local_devices()
+    n = len(devices)
+    if n == 1:
+        yield Row(part, "layouts", "not run: there is one device")
+        return
+    shapes: list[dict[str, int]] = [{"data": n}, {"data": 1, "fsdp": n}]
+    if n % 2 == 0:
+        shapes.append({"data": n // 2, "tensor": 2})
+    if n % 4 == 0:
+        shapes.append({"data": n // 4, "fsdp": 2, "tensor": 2})
+    params, skeleton = tree.split(bert_jax.BertForPreTraining.from_pretrained(MODEL))
+    golden = _golden()
+    batch = _inputs() | {name: golden[name] for name in ("labels", "next_sentence_label")}
+    batch = {name: np.tile(array, (n, *[1] * (array.ndim - 1))) for name, array in batch.items()}
+    flat = tree.flatten(params)
+
+    def results(mesh: jax.sharding.Mesh) -> Any:
+        def program(flat: Any, batch: Any) -> tuple[Any, Any]:
+            (loss, _), gradients = jax.value_and_grad(functools.partial(_loss, skeleton), has_aux=True)(flat, batch)
+            return loss, gradients
+
+        with jax.set_mesh(mesh):
+            placed = sharding.put(flat, sharding.placements(mesh, flat))
+            return jax.device_get(jax.jit(program)(placed, sharding.put_batch(batch, mesh)))
+
+    expected = results(sharding.mesh(devices=devices[:1]))
+    for sizes in shapes:
+        errors = jax.tree.map(_error, results(sharding.mesh(**sizes, devices=devices)), expected)
+        name = " · ".join(f"{axis} {size}" for axis, size in sizes.items())
+        yield _row(part, f"loss and gradients, {name}", max(jax.tree.leaves(errors)), EXACT)
+
+
+# ── Speed ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def speed() -> Iterator[Row]:
+    """Tokens per second of training and inference on one device, and their share of the device's peak rate."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        peak = _product_rate()
+        yield Row("speed", "float32 product of 2,048 × 2,048 matrices", f"{peak / 1e9:,.0f} GFLOP/s")
+        embedded = bert_jax.BertConfig.from_file(hub.EMBEDDED / MODEL / hub.CONFIG_FILE)
+        cases = [("embedded", embedded, 8, 128), ("base", BASE, 8, 128)]
+        dtype, of = "float32", "of that rate"
+    else:
+        peak = PEAKS.get(device.device_kind, 0.0)
+        cases = [
+            ("base", BASE, 256, 128),
+            ("base", BASE, 64, 512),
+            ("large", LARGE, 128, 128),
+            ("large", LARGE, 32, 512),
+        ]
+        dtype, of = "bfloat16", "of the published peak"
+    for name, config, rows, tokens in cases:
+        for measure in (_inference, _training):
+            yield _measured(f"{name}, {dtype}, rows of {tokens}", measure, config, dtype, rows, tokens, peak, of)
+
+
+def _measured(
+    what: str,
+    measure: Callable[..., tuple[float, Any, float]],
+    config: bert_jax.BertConfig,
+    dtype: Any,
+    rows: int,
+    tokens: int,
+    peak: float,
+    of: str,
+) -> Row:
+    """Measures with half as many rows for as long as the device is out of memory."""
+    name = measure.__name__.removeprefix("_")
+    while True:
+        try:
+            seconds, sizes, flops = measure(config, dtype, rows, tokens)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or rows == 1:
+                raise
+            rows //= 2
+            continue
+        found = f"{rows * tokens / seconds:,.0f} tokens/s"
+        if peak:
+            found += f", {flops / seconds / peak:.0%} {of}"
+        found += f"; {_memory(sizes)}"
+        return Row("speed", f"{name}, {what} × {rows}", found)
+
+
+def _memory(sizes: Any) -> str:
+    predicted = (
+        sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
+    )
+    words = f"{predicted / aot.GIB:.2f} GiB predicted"
+    reported = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return words + (f", {reported / aot.GIB:.2f} GiB at the peak so far" if reported else "")
+
+
+def _inference(config: bert_jax.BertConfig, dtype: Any, rows: int, tokens: int) -> tuple[float, Any, float]:
+    """Seconds to fill two masks per row, the memory of the program, and its operations by formula."""
+    model = bert_jax.BertForMaskedLM(config)
+    hold(model.encoder, dtype)
+    _, skeleton = tree.split(model)
+    params = tree.unflatten(jax.jit(_random, static_argnums=0)(tuple(skeleton.specs.items())))
+    ids = np.random.default_rng(0).integers(1000, config.vocab_size, (rows, tokens), np.int32)
+
+    def logits(params: tree.Params, ids: jax.Array) -> jax.Array:
+        found: jax.Array = tree.merge(skeleton, params)(ids, masked_positions=jnp.array([[1, 2]])).logits
+        return found
+
+    compiled = jax.jit(logits).lower(params, ids).compile()
+    seconds = _seconds(lambda: compiled(params, ids))
+    return seconds, compiled.memory_analysis(), aot.train_flops(config, rows, tokens) / 3
+
+
+def _random(specs: tuple[tuple[str, jax.ShapeDtypeStruct], ...]) -> dict[str, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), len(specs))
+    return {path: 0.02 * jax.random.normal(key, s.shape, s.dtype) for (path, s), key in zip(specs, keys, strict=True)}
+
+
+def _training(config: bert_jax.BertConfig, dtype: Any, rows: int, tokens: int) -> tuple[float, Any, float]:
+    """Seconds of a training step of classification, the memory of its program, and its operations by formula."""
+    config = config.replace(id2label=LABELS)
+    make = nnx.jit(lambda: bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0), compute_dtype=dtype))
+    model = make()
+    task, examples = _examples(config, rows, tokens, full=True)
+    mesh = sharding.mesh(devices=jax.local_devices()[:1])
+    run = loop.set_up(model, task, examples, optim.adamw(1e-5), batch_size=rows, packing=False, mesh=mesh)
+    compiled = run.trace(run.loader.place(0).shape).lower().compile()
+    state = sharding.put(step.init_state(run.plan, 0), run.layout)
+    frozen = sharding.put(run.plan.frozen, sharding.placements(mesh, run.plan.frozen))
+    batch = sharding.put_batch(run.loader.batch_at(0), mesh)
+
+    def one() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, frozen, batch)
+        return metrics
+
+    return _seconds(one), compiled.memory_analysis(), aot.train_flops(config, rows, tokens)
+
+
+def _product_rate() -> float:
+    x = jax.random.normal(jax.random.key(0), (2048, 2048))
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
+    return 2 * 2048**3 / _seconds(lambda: product(x), least=1.0)
+
+
+def _seconds(call: Callable[[], Any], least: float = 2.0) -> float:
+    """Mean seconds of a call, over calls that take at least `least` seconds altogether."""
+    jax.block_until_ready(call())
+    count, began = 0, time.perf_counter()
+    while count < 2 or time.perf_counter() - began < least:
+        # Four calls are in flight at a time, so that a device does not wait for the host.
+        jax.block_until_ready([call() for _ in range(4 if jax.default_backend() != "cpu" else 1)])
+        count += 4 if jax.default_backend() != "cpu" else 1
+    return (time.perf_counter() - began) / count
+
+
+if __name__ == "__main__":
+    print(_resume())

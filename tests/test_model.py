@@ -573,7 +573,7 @@ def test_an_unseen_bad_id_gives_nan(checkpoint):
     ("options", "message"),
     [
         ({"compute_dtype": "float16"}, "compute_dtype is 'float16'; expected float32 or bfloat16"),
-        ({"attention": "flash"}, "attention is 'flash'; expected one of plain"),
+        ({"attention": "flash"}, "attention is .flash.; expected one of auto, plain"),
     ],
 )
 def test_unknown_options_are_refused(options, message):

@@ -409,9 +409,9 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     """Allocates an array that JAX's CPU backend can use without copying it.
 
     Such memory is aligned to 64 bytes. Arrays of at least 4 MB are aligned to 2 MB, so that Linux can give them huge
-    pages. Inference on one sentence reads all weights, and reading them from huge pages is 10% faster. The memory of
-    these large arrays comes from mmap, not from malloc: malloc's bookkeeping between two arrays would occupy additional
-    huge pages, 140 MB in total for BERT-large.
+    pages. The rest of an array, which does not fill a huge page, gets small ones. Inference on one sentence reads all
+    weights, and reading them from huge pages is 10% faster. The memory of these large arrays comes from mmap, not from
+    malloc: malloc's bookkeeping between two arrays would occupy additional huge pages, 140 MB in total for BERT-large.
     """
     size, page = math.prod(shape) * dtype.itemsize, 64
     if size < 2**22 or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -419,8 +419,8 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     else:
         page = 2**21
         pages = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)
         memory = np.frombuffer(pages, np.uint8)
+        pages.madvise(mmap.MADV_HUGEPAGE, -memory.ctypes.data % page, size // page * page)
     start = -memory.ctypes.data % page
     return memory[start : start + size].view(dtype).reshape(shape)
 

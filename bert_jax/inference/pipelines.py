@@ -45,6 +45,7 @@ from bert_jax.tasks.registry import TASKS, TaskName, task_name
 from bert_jax.tasks.sequence_classification import SequenceClassification
 from bert_jax.tasks.token_classification import TokenClassification
 from bert_jax.tokenizer import Tokenizer
+from bert_jax.training import memory
 
 READ_AHEAD = 1024
 """Number of inputs of a stream that are read ahead, sorted by length and batched together."""
@@ -377,7 +378,10 @@ class Pipeline(Generic[Task_co]):
     def compile(self, bucket: Bucket) -> jax.stages.Compiled:
         """The program of a bucket, compiled at the first call."""
         if bucket not in self._programs:
+            first = not self._programs
             self._programs[bucket] = self.trace(bucket).lower().compile()
+            if first:  # the compiler leaves 50 MB behind, which it needs again only for another program
+                memory.release()
         return self._programs[bucket]
 
     def trace(self, bucket: Bucket) -> jax.stages.Traced:

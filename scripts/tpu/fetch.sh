@@ -3,5 +3,5 @@
 source "$(dirname "$0")/common.sh"
 folder="${1:?a folder is missing: runs/emotion, or one under /mnt/share}"
 case "$folder" in /*) place="$folder" ;; *) place="bert_jax/$folder" ;; esac
-mkdir -p "$(dirname "./${folder#/}")"
+[ -n "${DRY_RUN-}" ] || mkdir -p "$(dirname "./${folder#/}")"
 gcloud compute tpus tpu-vm scp --recurse "$TPU:$place" "./${folder#/}" --zone "$ZONE" --worker=0

@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
 # Installs this checkout, as committed, on all hosts of a slice; see create.sh.
 source "$(dirname "$0")/common.sh"
-archive="$(mktemp -d)/bert_jax.tar.gz"
+folder="$(mktemp -d)"
+trap 'rm -r "$folder"' EXIT
+archive="$folder/bert_jax.tar.gz"
 git -C "$(dirname "$0")/../.." archive --prefix=bert_jax/ -o "$archive" HEAD
 gcloud compute tpus tpu-vm scp "$archive" "$TPU:" --zone "$ZONE" --worker=all
 gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker=all --command "
     set -eu
-    ${NFS:+sudo apt-get install -y -q nfs-common && sudo mkdir -p /mnt/share && sudo mount $NFS /mnt/share}
+    if [ -n '${NFS-}' ] && ! mountpoint -q /mnt/share; then
+        sudo apt-get install -y -q nfs-common
+        sudo mkdir -p /mnt/share
+        sudo mount '${NFS-}' /mnt/share
+    fi
     tar xzf bert_jax.tar.gz
     pip install -q --user uv  # the images' own Python is too old
     .local/bin/uv venv -q --python 3.12 .venv

@@ -15,21 +15,29 @@ version="$(version_of "$type")"
 : "${1:?a command is missing: bert-jax finetune …}" "${NFS:?set it to a share, such as 10.0.0.2:/share}"
 here="$(dirname "$0")"
 
-state() { gcloud compute tpus queued-resources describe "$TPU" --zone "$ZONE" --format 'value(state.state)'; }
+# The state of the slice; empty if it cannot be asked for.
+state() { gcloud compute tpus queued-resources describe "$TPU" --zone "$ZONE" --format 'value(state.state)' || true; }
 delete() { gcloud compute tpus queued-resources delete "$TPU" --zone "$ZONE" --force --quiet; }
 
+# Whether the slice is taken back. Its connections can end a minute before its state says so.
+taken_back() {
+    for _ in 1 2 3 4; do
+        case "$(state)" in ACTIVE | "") sleep "${POLL_SECONDS:-30}" ;; *) return 0 ;; esac
+    done
+    return 1
+}
+
+trap delete EXIT  # also after Ctrl-C: a slice costs money as long as it exists
 while :; do
     gcloud compute tpus queued-resources create "$TPU" --node-id "$TPU" --zone "$ZONE" \
         --accelerator-type "$type" --runtime-version "$version" --spot
-    while found="$(state)" && [ "$found" != ACTIVE ]; do
+    while found="$(state)"; [ "$found" != ACTIVE ]; do
         if [ "$found" = FAILED ]; then echo "The request for a slice failed; its description says why." >&2; exit 1; fi
         if [ "$found" = SUSPENDED ]; then break; fi  # taken back before it was used
         sleep "${POLL_SECONDS:-60}"
     done
     status=0
     "$here/install.sh" && "$here/run.sh" "$@" || status=$?
-    if [ "$status" = 0 ] || [ "$(state)" = ACTIVE ]; then break; fi  # done, or it failed although the slice is there
+    if [ "$status" = 0 ] || ! taken_back; then exit "$status"; fi
     delete
 done
-delete
-exit "$status"

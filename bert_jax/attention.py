@@ -82,7 +82,7 @@ def multiple(name: str) -> int:
 def choose(
     name: str, *, platform: str, compute_dtype: str, packed: bool, dropout_rate: float = 0.0, length: int | None = None
 ) -> tuple[str, str]:
-    """Replaces the name "auto" by that of a fused kernel if one can run, and otherwise by "plain".
+    """Chooses the kernel for "auto": a fused kernel if one can run, otherwise "plain".
 
     Args:
         name: "auto", or the name of a kernel, which is returned as it is.
@@ -100,16 +100,29 @@ def choose(
     kernels = [kernel for kernel, (_, needed) in FUSED.items() if needed == platform]
     if not kernels:
         return "plain", f"there is no fused kernel for {platform} devices"
+    if platform == "gpu" and not _supports_fused():
+        return "plain", "fused kernels need an NVIDIA GPU of compute capability 8.0 or more"
     if compute_dtype != "bfloat16":
         return "plain", f"fused kernels compute in bfloat16, not in {compute_dtype}"
     if dropout_rate > 0:
         return "plain", (
             f"fused kernels do not support attention dropout, and attention_probs_dropout_prob is {dropout_rate}"
         )
+    # On GPUs, triton is for packed rows, and cudnn for all others.
     kernel = next((kernel for kernel in kernels if (kernel in UNPACKED) != packed), kernels[0])
     if length and length % multiple(kernel):
         return "plain", f"{kernel} requires rows of a multiple of {multiple(kernel)} tokens, and these have {length}"
     return kernel, f"the devices are {FUSED[kernel][0]}, and rows hold {'several texts' if packed else 'one text each'}"
+
+
+def _supports_fused() -> bool:
+    """Whether the GPUs of this machine run the fused kernels. True without a GPU, when programs are only compiled."""
+    try:
+        (device, *_) = jax.devices("gpu")
+    except RuntimeError:
+        return True
+    capability = str(getattr(device, "compute_capability", "0"))
+    return "rocm" not in device.client.platform_version.lower() and int(capability.partition(".")[0]) >= 8
 
 
 def check_dropout(name: str, rate: float) -> None:

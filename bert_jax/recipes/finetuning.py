@@ -118,7 +118,7 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
     steps = runs.steps_of(settings, examples)
     run = runs.set_up(settings, prepared.task, prepared.model, examples, steps, chips.devices if chips else None)
     if settings.model.attention == "auto":
-        parts.append(f"attention: {run.attention}")
+        parts.append(f"attention of the training steps: {run.kernel}, because {run.reason}")
     loader, planned = run.loader, run.plan
     counts: Counter[str] = Counter()
     for path, rule in optim.rules(planned.trained, **runs.rule_options(settings)).items():

@@ -95,7 +95,9 @@ def fit(settings: Settings | Pretraining, run: loop.Run, validation: Examples | 
             raise InputError(f"output.folder: cannot write {folder}: {error.strerror}.") from None
     distributed.share_folder(folder, SETTINGS)
     if settings.model.attention == "auto":
-        console.print(f"attention: {run.attention}", highlight=False, soft_wrap=True)
+        console.print(
+            f"attention of the training steps: {run.kernel}, because {run.reason}", highlight=False, soft_wrap=True
+        )
     steps = steps_of(settings, run.loader.examples)
     return loop.fit(
         run,

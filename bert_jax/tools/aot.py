@@ -187,7 +187,7 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
     TPU compilers run with low effort (`exec_time_optimization_effort`), because the question is whether the program
     fits, not how fast it is.
     """
-    products = _products(traced.jaxpr.jaxpr)
+    multiplied = products(traced)
     began = time.perf_counter()
     options = {"exec_time_optimization_effort": -1.0} if target.chip.platform == "tpu" else {}
     try:
@@ -197,7 +197,7 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
             raise
         needed = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", str(error))
         memory = int(float(needed[1]) * 1024 ** ("KMGT".index(needed[2]) + 1)) if needed else 0
-        return Check(target, False, memory, 0, 0, time.perf_counter() - began, products, {}, {})
+        return Check(target, False, memory, 0, 0, time.perf_counter() - began, multiplied, {}, {})
     seconds = time.perf_counter() - began
     sizes: Any = compiled.memory_analysis()
     resident = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
@@ -212,13 +212,13 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
         resident=resident,
         aliased=sizes.alias_size_in_bytes,
         seconds=seconds,
-        products=products,
+        products=multiplied,
         collectives=_collectives(text),
         kernels={name: n for name, n in kernels.most_common() if name not in _OWN},
     )
 
 
-def _products(jaxpr: Any) -> dict[str, tuple[int, float]]:
+def products(traced: jax.stages.Traced) -> dict[str, tuple[int, float]]:
     """Counts the matrix products of a program and their operations; see `Check.products`.
 
     A product in a scan counts once per iteration.
@@ -238,7 +238,7 @@ def _products(jaxpr: Any) -> dict[str, tuple[int, float]]:
                 for inside in jaxprs_in_params(equation.params):
                     walk(inside, repeats)
 
-    walk(jaxpr, 1)
+    walk(traced.jaxpr.jaxpr, 1)
     return {name: (counts[name], float(n)) for name, n in flops.most_common()}
 
 

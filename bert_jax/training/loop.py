@@ -45,7 +45,8 @@ class Run(NamedTuple):
         layout: A `TrainState` that holds the sharding of each array in place of the array.
         step: The step as a jitted function; see `make_step`.
         metric: The name of the metric by which the best parameters are chosen.
-        attention: The name of the attention kernel, and the reason for its choice.
+        kernel: The name of the attention kernel of the steps.
+        reason: Why this kernel was chosen.
     """
 
     mesh: jax.sharding.Mesh
@@ -55,7 +56,8 @@ class Run(NamedTuple):
     layout: TrainState
     step: Any
     metric: str
-    attention: str
+    kernel: str
+    reason: str
 
     def trace(self, shape: Shape) -> jax.stages.Traced:
         """Traces the step for batches of a shape. The result can be compiled even without the devices of `mesh`."""
@@ -97,7 +99,7 @@ def set_up(
     platform = mesh.devices.flat[0].platform
     facts: dict[str, Any] = {"platform": platform, "compute_dtype": encoder.compute_dtype, "packed": packing}
     rate = model.config.attention_probs_dropout_prob
-    kernel, why = attention.choose(encoder.attention, dropout_rate=rate, **facts)
+    kernel, reason = attention.choose(encoder.attention, dropout_rate=rate, **facts)
     attention.check(kernel, **facts)
     attention.check_dropout(kernel, rate)
     loader = Loader(
@@ -108,7 +110,7 @@ def set_up(
     planned = plan(model, optimizer, trainable=trainable, lora=lora, seed=seed)
     layout = sharding.placements(mesh, state_shapes(planned))
     step = make_step(task, planned, accumulation=accumulation, out_shardings=(layout, sharding.replicated(mesh)))
-    return Run(mesh, task, loader, planned, layout, step, metric or task.metrics[0], f"{kernel}, because {why}")
+    return Run(mesh, task, loader, planned, layout, step, metric or task.metrics[0], kernel, reason)
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ def fit(
     """Carries out a run; see `train` for the arguments and errors."""
     console, folder = console or Console(quiet=True), None if folder is None else Path(folder)
     # ── Devices, parameters, programs ────────────────────────────────────────────────────────────────────────────────
-    mesh, task, loader, planned, layout, _, metric, _ = run
+    mesh, task, loader, planned, layout, metric = run.mesh, run.task, run.loader, run.plan, run.layout, run.metric
     programs: dict[Shape, jax.stages.Compiled] = {}
     state = sharding.put(init_state(planned, loader.seed), layout)
     frozen = sharding.put(planned.frozen, sharding.placements(mesh, planned.frozen))

@@ -51,6 +51,26 @@ def test_the_command(monkeypatch, tmp_path, passed):
     assert f"| numbers | logits | 2e-6 | ≤ 1e-05 | {'✓' if passed else '✗'} |" in text
 
 
+def test_gradients_that_are_not_finite_are_found():
+    def kernel(query, key, value, attended, *rest):
+        return check.attention.plain_attention(query, key, jnp.sqrt(value - value), attended, *rest)
+
+    assert check._kernel_errors(kernel, "full", jnp.float32)["gradients"] == float("inf")
+
+
+def test_a_part_that_fails_does_not_end_the_others(monkeypatch):
+    def broken():
+        raise RuntimeError("cuDNN is not there\nmore")
+
+    for part in ("goldens", "dtypes", "layouts", "speed"):
+        monkeypatch.setattr(check, part, lambda: iter(()))
+    monkeypatch.setattr(check, "kernels", broken)
+    monkeypatch.setattr(check, "_resume_elsewhere", lambda: Row("training", "", "", "", True))
+    rows = list(check.check())
+    assert [row.found for row in rows if row.passed is False] == ["RuntimeError: cuDNN is not there"]
+    assert rows[-1].part == "training"
+
+
 def test_out_of_memory_halves_the_rows():
     seen = []
 

@@ -153,10 +153,10 @@ def predict(
     dtype: DtypeOption = "float32",
     mesh: MeshOption = None,
     input: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(help="Input file: JSONL, CSV, TSV, Parquet or text, optionally gzipped. Repeatable."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Output file: .jsonl(.gz), .csv(.gz) or .parquet.")] = None,
+    output: Annotated[str | None, typer.Option(help="Output file: .jsonl(.gz), .csv(.gz) or .parquet.")] = None,
     column: Annotated[
         list[str] | None,
         typer.Option(help="Name of the input column. Repeat it for pairs. Default: the task's usual names."),
@@ -179,17 +179,55 @@ def predict(
     ] = None,
     shard: Annotated[str, typer.Option(help="i/n: predict only every n-th row, starting with the i-th.")] = "1/1",
     parameter: Annotated[list[str] | None, typer.Option(help="Task parameter, such as top_k=2. Repeatable.")] = None,
+    processes: Annotated[
+        str | None,
+        typer.Option(
+            help="Share the rows with other processes, as in finetune: auto, or i/n@host:port. Process i of n writes "
+            "to the output's name with -i-of-n."
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="ray: predict on a Ray cluster. The output is then a folder, here or in an object store."),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="Address of the Ray cluster, such as ray://host:10001 or auto. Default: start one here."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of Ray workers. Default: one per GPU or TPU chip, or one per 4 CPUs."),
+    ] = None,
 ) -> None:
     """Predict texts, or the rows of files. To resume a run that was killed, repeat the command."""
     from bert_jax.yaml_file import assignments
 
     if bool(text) == bool(input) or bool(input) != bool(output):
         raise InputError("Give either texts, or --input and --output.")
-    if not (match := re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shard)) or int(match[1]) > int(match[2]):
-        raise InputError(f"--shard is {quoted(shard)}; expected i/n with i from 1 to n.")
+    unsupported: dict[str, dict[str, Any]] = {
+        "local": {"--address": address, "--workers": workers},
+        "ray": {
+            "TEXT": text, "--mesh": mesh, "--delimiter": delimiter, "--quoting": quoting, "--header": header,
+            "--processes": processes, "--shard": None if shard == "1/1" else shard,
+        },
+    }  # fmt: skip
+    if given := [name for name, value in unsupported[engine].items() if value]:
+        raise InputError(f"{given[0]} is given, which --engine {engine} does not have.")
+    if engine == "ray":
+        check_extra("ray", "ray", "pyarrow")
+        from bert_jax.inference import ray
+
+        ray.predict(
+            task, model, input or (), output or "", revision=revision, ignore=ignore or (), dtype=dtype,
+            columns=tuple(column or ()), parameters=assignments(parameter or ()), format=format, address=address,
+            workers=workers,
+        )  # fmt: skip
+        print(f"{output} contains the predictions. Rows that could not be used have the reason in `error`.")
+        return
     parameters = assignments(parameter or ())
     if input:
         memory.keep_freed(asynchronous=True)
+    (part, parts), output = _part_of_rows(shard, processes, output)
     _, pipe = _pipeline(task, model, revision, ignore, dtype, mesh)
     from bert_jax.data import sources
     from bert_jax.inference import catalogue, prediction
@@ -202,7 +240,7 @@ def predict(
     counts = prediction.predict_files(
         pipe, input, output, model=f"{model}@{revision}" if revision else model, columns=tuple(column or ()),
         format=format, table=sources.Table(delimiter, quoting, tuple(header or ())),
-        shard=(int(match[1]), int(match[2])), parameters=parameters, console=console,
+        shard=(part, parts), parameters=parameters, console=console,
     )  # fmt: skip
     rejected = f"; {counts.rejected:,} rejected, see {output}.rejected.jsonl" if counts.rejected else ""
     line = f"{output}: {counts.predicted:,} rows{rejected} ({len(pipe.programs)} programs)"
@@ -385,6 +423,22 @@ def serve(
     server.serve(loaded, host=settings.host, port=settings.port, limits=limits, access=access)
 
 
+def _part_of_rows(shard: str, processes: str | None, output: str | None) -> tuple[tuple[int, int], str | None]:
+    """The part of the rows that this process predicts, as (i, n), and the name of its output."""
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shard)
+    if not match or int(match[1]) > int(match[2]):
+        raise InputError(f"--shard is {quoted(shard)}; expected i/n with i from 1 to n.")
+    if processes is None:
+        return (int(match[1]), int(match[2])), output
+    if not output or shard != "1/1":
+        raise InputError("--processes shares the rows of --input; give it with --output and without --shard.")
+    from bert_jax import distributed
+
+    part, parts = distributed.number_among(processes)
+    name, dot, ending = Path(output).name.partition(".")
+    return (part, parts), str(Path(output).with_name(f"{name}-{part}-of-{parts}{dot}{ending}"))
+
+
 def _key(settings: "Serving") -> str:
     """The key that clients of a server must send; empty if there is none."""
     key, source = settings.api_key, "the API key"
@@ -468,21 +522,24 @@ def check(
     memory.keep_freed()
     _use_compilation_cache()
     from bert_jax import hub
-    from bert_jax.tools import check as machine
+    from bert_jax.tools import check as checks
 
+    if output:
+        with hub.replacing(output):  # fails now, not after minutes, if the folder is not writable
+            pass
     console, rows = Console(), []
-    for part, found in itertools.groupby(machine.check(), key=lambda row: row.part):
+    for part, found in itertools.groupby(checks.check(), key=lambda row: row.part):
         table = Table("", "", "found", "expected", title=part, title_justify="left")
         for row in found:
             rows.append(row)
-            table.add_row(machine.MARKS[row.passed], row.what, row.found, row.expected)
+            table.add_row(checks.MARKS[row.passed], row.what, row.found, row.expected)
         console.print(table)
     if output:
         with hub.replacing(output) as staging:
             (staging / "check.json").write_text(json.dumps([vars(row) for row in rows], indent=2), encoding="utf-8")
-            (staging / "check.md").write_text(machine.markdown(rows), encoding="utf-8")
+            (staging / "check.md").write_text(checks.markdown(rows), encoding="utf-8")
     if wrong := sum(row.passed is False for row in rows):
-        print(f"bert-jax: {wrong} results are wrong.", file=sys.stderr)
+        print(f"bert-jax: {wrong} result{'s are' if wrong > 1 else ' is'} wrong.", file=sys.stderr)
         raise typer.Exit(1)
 
 

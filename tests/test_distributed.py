@@ -51,14 +51,14 @@ def write_settings(place, folder, name="settings.yaml", **changes):
     return place / name
 
 
-def start(files, command="finetune", folders=(None, None)):
+def start(files, command=("finetune",), folders=(None, None)):
     """Processes of a run, each with settings, and a folder to work in, of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")}
     return [
-        subprocess.Popen([sys.executable, "-m", "bert_jax.cli", command, file, "--processes", f"{i}/2@{address}"],
+        subprocess.Popen([sys.executable, "-m", "bert_jax.cli", *command, file, "--processes", f"{i}/2@{address}"],
                          env=environment, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for i, (file, folder) in enumerate(zip(files, folders, strict=True), 1)
     ]  # fmt: skip
@@ -122,7 +122,7 @@ def test_two_processes_pretrain_as_one_does(data, tmp_path):
         "training": {"max_steps": 6, "batch_size": 8, "log_every": 1, "evaluate_every": 6},
     }  # fmt: skip
     (data / "pretrain.yaml").write_text(json.dumps(tree))
-    statuses, errors = finish(start([data / "pretrain.yaml"] * 2, command="pretrain"))
+    statuses, errors = finish(start([data / "pretrain.yaml"] * 2, command=["pretrain"]))
     assert statuses == [0, 0], errors
     recipes.pretrain(Pretraining.from_dict(tree | {"mesh": {"data": 1}, "output": {"folder": str(tmp_path / "one")}}))
     for (step, loss, validation), other in zip(journal(tmp_path / "one"), journal(tmp_path / "two"), strict=True):
@@ -156,6 +156,17 @@ def test_all_stop_at_the_same_step_and_go_on(data, tmp_path):
     assert finish(start([files[1]] * 2))[0] == [0, 0]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert weights[0] == weights[1]
+
+
+def test_processes_share_the_rows_of_files(data, tmp_path):
+    rows = [{"n": n, "text": f"number {n} is [MASK]."} for n in range(20)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["predict", "--task", "fill-mask", "--input", "in.jsonl", "--output", "out.jsonl"]
+    assert finish(start([data / "model"] * 2, command, [tmp_path] * 2))[0] == [0, 0]
+    numbers = [
+        [json.loads(line)["n"] for line in (tmp_path / f"out-{i}-of-2.jsonl").read_text().splitlines()] for i in (1, 2)
+    ]
+    assert numbers == [list(range(0, 20, 2)), list(range(1, 20, 2))]
 
 
 def test_one_that_is_lost_ends_the_other(data, tmp_path):

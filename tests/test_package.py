@@ -51,6 +51,7 @@ FLOORS = [
         "evaluation.held_out",
     ],
     [
+        "inference.ray",
         "inference.server.batcher",
         "inference.server.programs",
         "inference.server.connections",

@@ -102,14 +102,8 @@ def predict_files(
         }))  # fmt: skip
     except TypeError as error:
         raise InputError(f"A parameter is not a number, text or list: {error}.") from None
-    # Errors that concern all rows are raised before anything is written.
-    sizes = sorted({len(names) for names in pipe.task.columns_of_input})
-    if columns and len(columns) not in sizes:
-        raise InputError(f"There are {len(columns)} columns; {pipe.task.name} expects {' or '.join(map(str, sizes))}.")
-    # fill-mask requires a mask in the text; pseudo-log-likelihood, which masks each token itself, refuses one.
-    example = f"a {pipe.tokenizer.mask_token}" if pipe.task.masked and not pipe.task.one_mask else "a"
+    check_request(pipe, columns, parameters)  # before anything is written
     request = functools.partial(pipe.request, parameters=parameters)
-    request((example, example) if sizes == [2] else example)
     candidates = [columns] if columns else pipe.task.columns_of_input
     flat = not output.name.endswith(OUTPUTS[:2])
     for path in paths:
@@ -137,6 +131,16 @@ def predict_files(
     except OSError as error:
         raise InputError(f"Cannot write {error.filename or output}: {error.strerror}.") from None
     return Counts(journal.predicted, journal.read - journal.predicted)
+
+
+def check_request(pipe: Pipeline[Task], columns: tuple[str, ...], parameters: Mapping[str, Any]) -> Request[Any]:
+    """Makes a request from an example. Raises `InputError` if the columns or parameters would fail for all rows."""
+    sizes = sorted({len(names) for names in pipe.task.columns_of_input})
+    if columns and len(columns) not in sizes:
+        raise InputError(f"There are {len(columns)} columns; {pipe.task.name} expects {' or '.join(map(str, sizes))}.")
+    # fill-mask requires a mask in the text; pseudo-log-likelihood, which masks each token itself, refuses one.
+    example = f"a {pipe.tokenizer.mask_token}" if pipe.task.masked and not pipe.task.one_mask else "a"
+    return pipe.request((example, example) if sizes == [2] else example, parameters)
 
 
 @dataclass
@@ -265,7 +269,7 @@ def _window(
             if taken := [name for name in row if name == PREDICTION or (flat and name.startswith(f"{PREDICTION}_"))]:
                 raise InputError(f"there is already a column {quoted(taken[0])}; rename it.")
             _line(row)  # raises an error if the row cannot be written
-            window.requests.append(request(_input(row, candidates)))
+            window.requests.append(request(input_of(row, candidates)))
             window.rows.append(row)
         except InputError as error:
             content = {} if isinstance(row, InputError) else {"row": row}
@@ -299,7 +303,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _input(row: sources.Row, candidates: Sequence[tuple[str, ...]]) -> Any:
+def input_of(row: sources.Row, candidates: Sequence[tuple[str, ...]]) -> Any:
     """The task's input in a row, read from the first of the candidates whose columns the row has."""
     for names in candidates:
         if all(name in row for name in names):
@@ -332,18 +336,18 @@ def _convert(partial: Path, output: Path) -> None:
         else:
             # The rows are read twice, because the columns and their types are known only after the last row.
             kinds: dict[str, set[type]] = {}
-            for row in map(_flat, rows):
+            for row in map(flat, map(json.loads, rows)):
                 for name, value in row.items():
                     kind = str if isinstance(value, int) and abs(value) >= 2**63 else type(value)
                     kinds.setdefault(name, set()).add(kind)
             rows.seek(0)
             if output.suffix == ".parquet":
-                _write_parquet(map(_flat, rows), kinds, staged)
+                _write_parquet(map(flat, map(json.loads, rows)), kinds, staged)
             else:
                 with opened(staged, "wt", encoding="utf-8", newline="") as file:
                     writer = csv.DictWriter(file, list(kinds))
                     writer.writeheader()
-                    writer.writerows(map(_flat, rows))
+                    writer.writerows(map(flat, map(json.loads, rows)))
 
 
 @contextlib.contextmanager
@@ -356,15 +360,15 @@ def _replacing(path: Path) -> Iterator[Path]:
     os.replace(staged, path)
 
 
-def _flat(line: bytes) -> dict[str, Any]:
-    """Converts a line of `OUT.partial` to a row of a table, in which no value is a list or an object.
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Converts a row with its prediction to a row of a table, in which no value is a list or an object.
 
     A prediction that is an object, such as `{label, score}`, becomes one column per field. Lists and all other objects
     become JSON texts.
     """
-    row = json.loads(line)
     if isinstance(row[PREDICTION], dict):
-        row |= {f"{PREDICTION}_{name}": value for name, value in row.pop(PREDICTION).items()}
+        fields = {f"{PREDICTION}_{name}": value for name, value in row[PREDICTION].items()}
+        row = {name: value for name, value in row.items() if name != PREDICTION} | fields
     return {k: json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict) else v for k, v in row.items()}
 
 

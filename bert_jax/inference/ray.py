@@ -1,0 +1,430 @@
+"""Makes predictions on a Ray cluster (extra `ray`), for data that is too much for one machine.
+
+Ray Data reads and writes the files and keeps the workers busy. If a worker is lost, another one computes its rows.
+
+    dataset = ray.data.read_parquet("s3://bucket/reviews/").map_batches(
+        Predictor, fn_constructor_kwargs={"task": "text-classification", "model": "/shared/model"},
+        batch_format="pyarrow", batch_size=1024, num_gpus=1, compute=ray.data.ActorPoolStrategy(size=8),
+    )
+"""
+
+import contextlib
+import copy
+import csv
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import socket
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import PurePath
+from typing import Any
+
+import jax
+import pyarrow
+import pyarrow.csv
+import pyarrow.fs
+import pyarrow.parquet
+import ray
+import ray.data
+from ray.data.checkpoint import CheckpointConfig
+from ray.data.datasource import BlockBasedFileDatasink, FileBasedDatasource
+
+from bert_jax.errors import BertJaxError, InputError, listed, quoted
+from bert_jax.inference.catalogue import jsonable
+from bert_jax.inference.pipelines import READ_AHEAD, pipeline
+from bert_jax.inference.prediction import PREDICTION, check_request, flat, input_of
+from bert_jax.quantization import Dtype
+from bert_jax.tasks.registry import TASKS, task_name
+
+ROW, ERROR = "row", "error"
+"""Names of the columns with the file and the number of a row, and with the reason why the row could not be used."""
+LINE = "line"
+"""Name of the column that holds a row as JSON, while it is in Ray."""
+FORMATS = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+"""Maps the endings of file names to formats."""
+TYPES = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64()}
+"""Maps the types of predictions to those of columns. All others become texts."""
+FILE_CPUS = 0.1
+"""The share of a CPU that Ray reserves for a task that reads or writes files."""
+CPUS_PER_WORKER = 4
+BLOCK = 2**18
+"""The bytes of rows that a worker computes at a time, and that are computed again if it is lost."""
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that have to be the same in all workers."""
+    return {name: metadata.version(name) for name in ("bert-jax", "jax", "jaxlib", "tokenizers")}
+
+
+class Predictor:
+    """An actor class for `ray.data.Dataset.map_batches`: one model on one device, or on a share of a machine's CPUs.
+
+    Called with a `pyarrow.Table`, it adds columns to it. A prediction that is an object, such as {label, score},
+    becomes one column per field, such as `prediction_label`. Any other prediction becomes the column `prediction`, in
+    which lists are JSON texts. The column `error` has the reason why a row could not be used. Texts are sorted and
+    packed within a table, so tables of about 1,024 rows are efficient (`batch_size`).
+
+    Args:
+        task: The name of the task.
+        model: A folder that all workers can read, an id on the Hub, or `bert-mini-cased`.
+        revision: Branch, tag or commit on the Hub.
+        ignore: Regular expressions for the names of tensors that are not loaded.
+        dtype: "float32", "bfloat16" or "int8".
+        columns: The columns that make up an input. By default, the task's usual names.
+        parameters: The parameters of the task.
+        expected: The versions of the driver, from `versions`; None for no comparison.
+
+    Raises:
+        InputError: If an argument is invalid, if the worker has other versions than the driver, or if JAX cannot use
+            the device that Ray assigned.
+        ModelNotFoundError: If the worker cannot read the model.
+        CheckpointError: If the model does not fit the task.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        model: str,
+        *,
+        revision: str | None = None,
+        ignore: Sequence[str] = (),
+        dtype: Dtype = "float32",
+        columns: Sequence[str] = (),
+        parameters: Mapping[str, Any] | None = None,
+        expected: Mapping[str, str] | None = None,
+    ):
+        if expected is not None and (found := versions()) != expected:
+            raise InputError(f"A worker has {found}; the driver has {dict(expected)}. Install the same versions.")
+        context = ray.get_runtime_context()
+        # XLA makes as many threads as NPROC says.
+        os.environ.setdefault("NPROC", str(math.ceil(context.get_assigned_resources().get("CPU", 1.0))))
+        assigned = [name for name, ids in context.get_accelerator_ids().items() if ids]
+        if assigned and jax.default_backend() == "cpu":
+            extra = "tpu" if assigned == ["TPU"] else "cuda"
+            raise InputError(f"A worker has a {assigned[0]} that JAX does not see: pip install 'bert-jax[{extra}]'.")
+        self.pipe = pipeline(task_name(task), model, revision=revision, ignore=ignore, dtype=dtype)
+        self.candidates = [tuple(columns)] if columns else self.pipe.task.columns_of_input
+        self.parameters = dict(parameters or {})
+        example = check_request(self.pipe, tuple(columns), self.parameters)
+        (result,) = self.pipe.run([example])
+        fields = flat({PREDICTION: jsonable(result)})
+        self.types = {name: TYPES.get(type(value), pyarrow.string()) for name, value in fields.items()}
+
+    def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
+        """Adds the columns of the predictions, and the column `error`."""
+        results, errors = self.predict(table.to_pylist())
+        rows = [
+            flat({PREDICTION: result}) if error is None else {} for result, error in zip(results, errors, strict=True)
+        ]
+        for name, kind in self.types.items():
+            table = table.append_column(name, pyarrow.array([row.get(name) for row in rows], kind))
+        return table.append_column(ERROR, pyarrow.array(errors, pyarrow.string()))
+
+    def predict(self, rows: Sequence[dict[str, Any]]) -> tuple[list[Any], list[str | None]]:
+        """Returns the prediction of each row, and the reason why it could not be used; one of the two is None."""
+        requests: list[Any] = []
+        errors: list[str | None] = []
+        for row in rows:
+            try:
+                requests.append(self.pipe.request(input_of(row, self.candidates), self.parameters))
+                errors.append(None)
+            except InputError as error:
+                errors.append(str(error))
+        results = iter(self.pipe.run(requests))
+        return [jsonable(next(results)) if error is None else None for error in errors], errors
+
+
+class _LinePredictor(Predictor):
+    """A `Predictor` for rows that are lines of JSON. It adds the prediction and the error to the line."""
+
+    def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
+        lines = table[LINE].to_pylist()
+        rows = [_parsed(line) for line in lines]
+        results, errors = self.predict(rows)
+        for i, row in enumerate(rows):
+            if taken := [name for name in (ROW, PREDICTION, ERROR) if name in row]:
+                rows[i], results[i] = {LINE: lines[i]}, None
+                errors[i] = f"there is already a column {quoted(taken[0])}; rename it."
+        made = [
+            json.dumps({ROW: name, **row, PREDICTION: result, ERROR: error}, ensure_ascii=False)
+            for name, row, result, error in zip(table[ROW].to_pylist(), rows, results, errors, strict=True)
+        ]
+        return pyarrow.table({ROW: table[ROW], LINE: pyarrow.array(made, pyarrow.string())})
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """The row in a line; a line that is not a JSON object becomes a row with the column `line`."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(row := json.loads(line), dict):
+            return row
+    return {LINE: line}
+
+
+class _Rows(FileBasedDatasource):
+    """The rows of files. The column `row` has the name of the file and the number of the row, counted from 0.
+
+    CSV and Parquet files keep their columns; those of CSV files are texts. The rows of other files are lines of JSON.
+    """
+
+    def __init__(self, paths: list[str], format: str):
+        super().__init__(paths)
+        self.format = format
+
+    def _open_input_source(self, filesystem: pyarrow.fs.FileSystem, path: str, **options: object) -> Any:
+        if self.format == "parquet":
+            return filesystem.open_input_file(path)
+        return super()._open_input_source(filesystem, path, **options)
+
+    def _read_stream(self, file: Any, path: str) -> Iterator[pyarrow.Table]:
+        count = 0
+        for table in self._tables(file):
+            names = [f"{path}:{count + i}" for i in range(len(table))]
+            count += len(table)
+            yield table.append_column(ROW, pyarrow.array(names, pyarrow.string()))
+
+    def _tables(self, file: Any) -> Iterator[pyarrow.Table]:
+        if self.format == "parquet":
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(READ_AHEAD):
+                yield pyarrow.Table.from_batches([batch])
+            return
+        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="" if self.format == "csv" else "\n")
+        if self.format == "csv":
+            reader = csv.DictReader(lines)
+            schema = pyarrow.schema([(name, pyarrow.string()) for name in reader.fieldnames or ()])
+            while rows := list(itertools.islice(reader, READ_AHEAD)):
+                yield pyarrow.Table.from_pylist(rows, schema)
+            return
+        while some := [line.rstrip("\r\n") for line in itertools.islice(lines, READ_AHEAD)]:
+            made = [json.dumps({"text": line}) if self.format == "text" else line for line in some if line.strip()]
+            yield pyarrow.table({LINE: pyarrow.array(made, pyarrow.string())})
+
+
+class _Files(BlockBasedFileDatasink):
+    """Writes each block to a file of the output's folder."""
+
+    def __init__(self, path: str, format: str):
+        super().__init__(path, file_format=format)
+        self.format = format
+
+    def write_block_to_file(self, block: Any, file: Any) -> None:
+        table = block.to_arrow()
+        if self.format == "csv":
+            pyarrow.csv.write_csv(table, file)
+        elif self.format == "parquet":
+            pyarrow.parquet.write_table(table, file)
+        else:
+            file.write("".join(line + "\n" for line in table[LINE].to_pylist()).encode())
+
+
+def predict(
+    task: str,
+    model: str,
+    inputs: Sequence[str],
+    output: str,
+    *,
+    revision: str | None = None,
+    ignore: Sequence[str] = (),
+    dtype: Dtype = "float32",
+    columns: Sequence[str] = (),
+    parameters: Mapping[str, Any] | None = None,
+    format: str | None = None,
+    address: str | None = None,
+    workers: int | None = None,
+) -> None:
+    """Makes a prediction for each row of files, and writes the rows with their predictions to a folder.
+
+    If the run is stopped, the same call resumes it. Rows that were written are not computed again. The order of the
+    rows is not kept; the column `row` has the file and the number of each row.
+
+    Args:
+        task: See `Predictor`.
+        model: See `Predictor`.
+        inputs: Files or folders, on disks that all workers share or in an object store such as `s3://bucket/folder`.
+        output: A new folder, likewise. It gets several files in the format of the inputs; JSONL for texts. JSONL files
+            have the prediction and the error of each row, and the other files have the columns of `Predictor`.
+        revision: See `Predictor`.
+        ignore: See `Predictor`.
+        dtype: See `Predictor`.
+        columns: See `Predictor`.
+        parameters: See `Predictor`.
+        format: Format of the inputs: "jsonl", "csv", "parquet" or "text". By default, the names of the inputs give it.
+        address: The address of the cluster, such as `ray://host:10001`, or `auto`. By default, a cluster is started on
+            this machine, for this call.
+        workers: The number of workers. By default, one per GPU or TPU chip or, without any, one per 4 CPUs.
+
+    Raises:
+        InputError: If there is no cluster at the address, if an argument is invalid, if none of the first 100 rows can
+            be used, if a worker cannot load the model, or if the output belongs to another run.
+    """
+    files = [name if "://" in name else os.path.abspath(name) for name in inputs]
+    kinds = {format or FORMATS.get(PurePath(name).suffix, "") for name in files}
+    (kind,) = kinds if len(kinds) == 1 else ("",)
+    if kind not in FORMATS.values():
+        raise InputError(f"{listed(files)}: expected files of one format; give --format {', '.join(FORMATS.values())}.")
+    options = {
+        "task": task_name(task), "model": os.path.abspath(model) if os.path.isdir(model) else model,
+        "revision": revision, "ignore": list(ignore), "dtype": dtype, "columns": list(columns),
+        "parameters": dict(parameters or {}),
+    }  # fmt: skip
+    output = output if "://" in output else os.path.abspath(output)
+    journal = _Journal(output, {"inputs": files, "format": kind, **options})
+    if journal.complete:
+        return
+    if ray.is_initialized():
+        raise InputError("This process is connected to a Ray cluster already; use Predictor with map_batches instead.")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    cpus = None if address else max(2, os.cpu_count() or 2)
+    try:
+        if match := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address or ""):  # Ray would try for two minutes
+            socket.create_connection((match[1], int(match[2])), timeout=10).close()
+        ray.init(address or "local", num_cpus=cpus, log_to_driver=False, logging_level="error")
+    except (OSError, ValueError, ImportError) as error:
+        reason = _line(error.__cause__ or error)
+        raise InputError(f"Cannot connect to a Ray cluster at {quoted(address)}: {reason}") from None
+    context = copy.deepcopy(ray.data.DataContext.get_current())
+    context.enable_progress_bars = False
+    context.target_max_block_size = BLOCK
+    context.checkpoint_config = CheckpointConfig(ROW, journal.checkpoint, delete_checkpoint_on_success=False)
+    try:
+        with ray.data.DataContext.current(context):
+            dataset = _opened(files, kind, options)
+            share, count = _worker(workers)
+            predicted = dataset.map_batches(
+                Predictor if kind in ("csv", "parquet") else _LinePredictor,
+                fn_constructor_kwargs=options | {"expected": versions()}, batch_format="pyarrow",
+                batch_size=READ_AHEAD, compute=ray.data.ActorPoolStrategy(size=count), **share,
+            )  # fmt: skip
+            journal.begin()
+            target = _Files(output, {"text": "jsonl"}.get(kind, kind))
+            predicted.write_datasink(target, ray_remote_args={"num_cpus": FILE_CPUS})
+    except ray.exceptions.RayError as error:
+        journal.abandon()
+        raise InputError(_reason(error)) from None
+    finally:
+        ray.shutdown()
+    journal.end()
+
+
+def _opened(files: list[str], kind: str, options: Mapping[str, Any]) -> Any:
+    """The rows of the files. Raises `InputError` if none of the first 100 rows has an input."""
+    try:
+        dataset = ray.data.read_datasource(_Rows(files, kind), num_cpus=FILE_CPUS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the run has checkpoints, and `take` has none
+            rows = dataset.take(100)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise InputError(f"Cannot read {listed(files)}: {_line(error)}") from None
+    if kind in ("jsonl", "text"):
+        rows = [_parsed(row[LINE]) for row in rows]
+    else:
+        for row in rows:
+            del row[ROW]
+    if not rows:
+        raise InputError(f"{listed(files)}: there are no rows.")
+    for name in rows[0]:
+        if name in (ROW, ERROR, PREDICTION) or name.startswith(f"{PREDICTION}_"):
+            raise InputError(f"there is already a column {quoted(name)}; rename it.")
+    candidates = [tuple(options["columns"])] if options["columns"] else TASKS[options["task"]].columns_of_input
+    reasons = []
+    for row in rows:
+        try:
+            input_of(row, candidates)
+            return dataset
+        except InputError as error:
+            reasons.append(str(error))
+    raise InputError(reasons[0])
+
+
+def _worker(workers: int | None) -> tuple[dict[str, Any], int]:
+    """What Ray reserves for a worker, and the number of workers."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for device in ("GPU", "TPU"):
+        if chips := int(sum(node.get(device, 0) for node in nodes)):
+            one = {"num_gpus": 1} if device == "GPU" else {"resources": {"TPU": 1}}
+            return {"num_cpus": FILE_CPUS, **one}, _fitting(workers or chips, chips, f"{device}s")
+    cpus = [node["CPU"] for node in nodes if node.get("CPU")]
+    count = _fitting(workers or sum(max(1, int(n) // CPUS_PER_WORKER) for n in cpus), int(sum(cpus)), "CPUs")
+    # The rest of a machine is for reading and writing, and for the actor that leaves out rows that have been written.
+    share = (min(cpus) - 1.2) / -(-count // len(cpus))
+    return {"num_cpus": max(FILE_CPUS, min(0.8 * CPUS_PER_WORKER, share))}, count
+
+
+def _fitting(workers: int, most: int, what: str) -> int:
+    if workers > most:
+        raise InputError(f"There are {workers} workers; the cluster has {most} {what}. Lower --workers.")
+    return workers
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _reason(error: BaseException) -> str:
+    """The message of the error of this package that made a worker fail or, without one, the last line of the error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, BertJaxError):
+            return str(cause)
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    own = [line for line in lines if "bert_jax.errors." in line]
+    return (own or lines)[-1].strip().rpartition("Error: ")[2]
+
+
+class _Journal:
+    """The file `OUT.run.json`, which says what a run computes, and whether it is complete."""
+
+    def __init__(self, output: str, run: Mapping[str, Any]):
+        self.run, self.checkpoint = json.loads(json.dumps(run)), f"{output}.checkpoint"
+        try:
+            self.files, self.output = pyarrow.fs.FileSystem.from_uri(output)
+        except (ValueError, OSError) as error:
+            raise InputError(f"output is {quoted(output)}: {_line(error)}") from None
+        self.path, self.complete = f"{self.output}.run.json", False
+        if not self._exists(self.path):
+            if self._exists(self.output):
+                raise InputError(f"{output} exists, and there is no run to resume. Use another output.")
+            return
+        try:
+            with self.files.open_input_stream(self.path) as file:
+                before = json.loads(file.read())
+            self.complete = before["complete"]
+            different = [name for name in self.run if before["run"].get(name) != self.run[name]]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{self.path} is damaged. Remove it and the output.") from None
+        if different:
+            raise InputError(f"{output} belongs to another run ({listed(different)} differ). Use another output.")
+
+    def _exists(self, path: str) -> bool:
+        return bool(self.files.get_file_info(path).type != pyarrow.fs.FileType.NotFound)
+
+    def begin(self) -> None:
+        """Marks the run as begun."""
+        self._write(False)
+
+    def end(self) -> None:
+        """Marks the run as complete, and removes what only an unfinished run needs."""
+        self._write(True)
+        self._delete(f"{self.output}.checkpoint")
+
+    def abandon(self) -> None:
+        """Removes the traces of a run that failed before it wrote anything, so that a corrected call can begin."""
+        if not self._exists(self.output) or not self.files.get_file_info(pyarrow.fs.FileSelector(self.output)):
+            self._delete(self.path, self.output, f"{self.output}.checkpoint")
+
+    def _delete(self, *paths: str) -> None:
+        for path in paths:
+            if (kind := self.files.get_file_info(path).type) != pyarrow.fs.FileType.NotFound:
+                (self.files.delete_file if kind == pyarrow.fs.FileType.File else self.files.delete_dir)(path)
+
+    def _write(self, complete: bool) -> None:
+        new = f"{self.path}.new"
+        with self.files.open_output_stream(new) as file:
+            file.write(json.dumps({"run": self.run, "complete": complete}, indent=1).encode())
+        self.files.move(new, self.path)

@@ -518,7 +518,7 @@ def check(
     output: Annotated[Path | None, typer.Option(help="Folder for the report as check.json and check.md.")] = None,
 ) -> None:
     """Compare this machine's results with reference outputs, and measure speed. Exit status: 1 if a result is wrong."""
-    check_extra("train", "optax", "orbax", "grain", "sklearn")
+    check_extra("train", "optax", "orbax", "grain")
     memory.keep_freed()
     _use_compilation_cache()
     from bert_jax import hub

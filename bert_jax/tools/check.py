@@ -337,7 +337,7 @@ def speed() -> Iterator[Row]:
         ]
         dtype, of = "bfloat16", "of the published peak"
     for name, config, rows, tokens in cases:
-        for measure in (_inference, _training):
+        for measure in (inference, training):
             yield _measured(f"{name}, {dtype}, rows of {tokens}", measure, config, dtype, rows, tokens, peak, of)
 
 
@@ -352,7 +352,6 @@ def _measured(
     of: str,
 ) -> Row:
     """Measures with half as many rows for as long as the device is out of memory."""
-    name = measure.__name__.removeprefix("_")
     while True:
         try:
             seconds, sizes, flops = measure(config, dtype, rows, tokens)
@@ -364,7 +363,7 @@ def _measured(
         found = f"{rows * tokens / seconds:,.0f} tokens/s"
         found += f", {flops / seconds / peak:.0%} {of}" if peak else ", of a peak that is not known here"
         found += f"; {_memory(sizes)}"
-        return Row("speed", f"{name}, {what} × {rows}", found)
+        return Row("speed", f"{measure.__name__}, {what} × {rows}", found)
 
 
 def _memory(sizes: Any) -> str:
@@ -376,9 +375,11 @@ def _memory(sizes: Any) -> str:
     return words + (f", {reported / aot.GIB:.2f} GiB at the peak so far" if reported else "")
 
 
-def _inference(config: bert_jax.BertConfig, dtype: Any, rows: int, tokens: int) -> tuple[float, Any, float]:
+def inference(
+    config: bert_jax.BertConfig, dtype: Any, rows: int, tokens: int, attention: Any = "plain"
+) -> tuple[float, Any, float]:
     """Seconds to fill two masks per row, the memory of the program, and the operations of its products."""
-    model = bert_jax.BertForMaskedLM(config)
+    model = bert_jax.BertForMaskedLM(config, attention=attention)
     hold(model.encoder, dtype)
     _, skeleton = tree.split(model)
     params = tree.unflatten(jax.jit(_random, static_argnums=0)(tuple(skeleton.specs.items())))
@@ -402,11 +403,13 @@ def _random(specs: tuple[tuple[str, jax.ShapeDtypeStruct], ...]) -> dict[str, ja
     return {path: 0.02 * jax.random.normal(key, s.shape, s.dtype) for (path, s), key in zip(specs, keys, strict=True)}
 
 
-def _training(config: bert_jax.BertConfig, dtype: Any, rows: int, tokens: int) -> tuple[float, Any, float]:
+def training(
+    config: bert_jax.BertConfig, dtype: Any, rows: int, tokens: int, attention: Any = "plain"
+) -> tuple[float, Any, float]:
     """Seconds of a training step of classification, the memory of its program, and the operations of its products."""
     config = config.replace(id2label=LABELS)
-    make = nnx.jit(lambda: bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0), compute_dtype=dtype))
-    model = make()
+    options: dict[str, Any] = {"rngs": nnx.Rngs(0), "compute_dtype": dtype, "attention": attention}
+    model = nnx.jit(lambda: bert_jax.BertForSequenceClassification(config, **options))()
     task, examples = _examples(config, rows, tokens, full=True)
     mesh = sharding.mesh(devices=jax.local_devices()[:1])
     run = loop.set_up(model, task, examples, optim.adamw(1e-5), batch_size=rows, packing=False, mesh=mesh)

@@ -398,7 +398,11 @@ def test_a_dry_run_says_what_would_happen(tree, tmp_path):
     ("section", "change", "message"),
     [
         ("model", {"attention": "splash"}, "'splash', which is a fused kernel for TPUs; these devices are cpu"),
-        ("model", {"attention": "flash"}, "model.attention: Input should be 'plain', 'splash' or 'cudnn', got 'flash'"),
+        (
+            "model",
+            {"attention": "flash"},
+            "model.attention: Input should be 'plain', 'auto', 'splash', 'triton' or 'cudnn', got 'flash'",
+        ),
         ("mesh", {"data": 9}, "mesh is {data: 9, fsdp: 1, tensor: 1}; there are 8 devices"),
         ("training", {"metric": "bleu"}, "metric is 'bleu'; expected one of loss, accuracy"),
     ],

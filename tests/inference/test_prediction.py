@@ -158,12 +158,12 @@ def test_shards_are_the_whole_dealt_out(pipe, tmp_path):
     ],
 )
 def test_columns(task, row, columns, expected):
-    assert prediction._input(row, [columns] if columns else registry.TASKS[task].columns_of_input) == expected
+    assert prediction.input_of(row, [columns] if columns else registry.TASKS[task].columns_of_input) == expected
 
 
 def test_words_of_a_table_that_are_no_list():
     with pytest.raises(InputError, match="is not a list or object"):
-        prediction._input({"tokens": "['a', 'b' 'c']"}, registry.TASKS["token-classification"].columns_of_input)
+        prediction.input_of({"tokens": "['a', 'b' 'c']"}, registry.TASKS["token-classification"].columns_of_input)
 
 
 class Killed(BaseException):

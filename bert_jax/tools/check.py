@@ -408,8 +408,8 @@ def training(
 ) -> tuple[float, Any, float]:
     """Seconds of a training step of classification, the memory of its program, and the operations of its products."""
     config = config.replace(id2label=LABELS)
-    options: dict[str, Any] = {"rngs": nnx.Rngs(0), "compute_dtype": dtype, "attention": attention}
-    model = nnx.jit(lambda: bert_jax.BertForSequenceClassification(config, **options))()
+    options: dict[str, Any] = {"compute_dtype": dtype, "attention": attention}
+    model = nnx.jit(lambda: bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0), **options))()
     task, examples = _examples(config, rows, tokens, full=True)
     mesh = sharding.mesh(devices=jax.local_devices()[:1])
     run = loop.set_up(model, task, examples, optim.adamw(1e-5), batch_size=rows, packing=False, mesh=mesh)

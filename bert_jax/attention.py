@@ -23,6 +23,9 @@ from bert_jax.nn import Linear, dropout, product
 
 FUSED = {"splash": ("TPUs", "tpu"), "triton": ("NVIDIA GPUs", "gpu"), "cudnn": ("NVIDIA GPUs", "gpu")}
 """Maps each fused kernel to two names of the hardware that it runs on: the name in messages, and JAX's name."""
+AUTO = {"tpu": "splash", "gpu": "triton"}
+"""The kernel that "auto" uses on each platform. cudnn is left out: it is wrong if padding comes before tokens, which
+cannot be checked under jit."""
 UNPACKED = ("cudnn",)
 """The fused kernels that do not support packed rows, which hold several texts."""
 BLOCKS = {"splash": 128, "triton": 128}
@@ -80,7 +83,7 @@ def multiple(name: str) -> int:
 
 
 def choose(
-    name: str, *, platform: str, compute_dtype: str, packed: bool, dropout_rate: float = 0.0, length: int | None = None
+    name: str, *, platform: str, compute_dtype: str, dropout_rate: float = 0.0, length: int | None = None
 ) -> tuple[str, str]:
     """Chooses the kernel for "auto": a fused kernel if one can run, otherwise "plain".
 
@@ -88,7 +91,6 @@ def choose(
         name: "auto", or the name of a kernel, which is returned as it is.
         platform: JAX's name for the platform of the devices, such as "gpu".
         compute_dtype: The dtype of the activations.
-        packed: Whether rows hold several texts.
         dropout_rate: The rate of attention dropout; 0 for inference.
         length: The number of tokens per row; None if it is not known yet.
 
@@ -97,8 +99,8 @@ def choose(
     """
     if name != "auto":
         return name, "it was requested"
-    kernels = [kernel for kernel, (_, needed) in FUSED.items() if needed == platform]
-    if not kernels:
+    kernel = AUTO.get(platform, "plain")
+    if kernel == "plain":
         return "plain", f"there is no fused kernel for {platform} devices"
     if platform == "gpu" and not _supports_fused():
         return "plain", "fused kernels need an NVIDIA GPU of compute capability 8.0 or more"
@@ -108,11 +110,9 @@ def choose(
         return "plain", (
             f"fused kernels do not support attention dropout, and attention_probs_dropout_prob is {dropout_rate}"
         )
-    # On GPUs, triton is for packed rows, and cudnn for all others.
-    kernel = next((kernel for kernel in kernels if (kernel in UNPACKED) != packed), kernels[0])
     if length and length % multiple(kernel):
         return "plain", f"{kernel} requires rows of a multiple of {multiple(kernel)} tokens, and these have {length}"
-    return kernel, f"the devices are {FUSED[kernel][0]}, and rows hold {'several texts' if packed else 'one text each'}"
+    return kernel, f"the devices are {FUSED[kernel][0]}"
 
 
 def _supports_fused() -> bool:

@@ -445,14 +445,13 @@ class BertModel(BertPreTrainedModel):
             keys = documents if attended is None else jnp.where(attended.keys > 0, documents, documents.min() - 1)
             attended = Attended(documents, keys)
         facts: dict[str, Any] = {
-            "platform": sharding.platform(), "compute_dtype": self.compute_dtype, "packed": document_ids is not None,
-            "length": tokens,
+            "platform": sharding.platform(), "compute_dtype": self.compute_dtype, "length": tokens
         }  # fmt: skip
         rate = 0.0 if dropout_key is None else self.config.attention_probs_dropout_prob
-        kernel, _ = choose(
-            "plain" if self.attention == "auto" and interventions else self.attention, dropout_rate=rate, **facts
-        )
-        check(kernel, **facts)
+        # Fused kernels hide activations from interventions.
+        wanted = "plain" if self.attention == "auto" and interventions else self.attention
+        kernel, _ = choose(wanted, dropout_rate=rate, **facts)
+        check(kernel, packed=document_ids is not None, **facts)
         interventions = checked_interventions(
             interventions, layers=len(self.layers), pooler=self.pooler is not None,
             fused=None if kernel == "plain" else kernel, scan=self.scan_layers,

@@ -81,8 +81,8 @@ class _Start(Section):
     """Dropout rate of attention probabilities; the checkpoint's by default."""
     attention: Literal["plain", "auto", "splash", "triton", "cudnn"] = "plain"
     """Attention kernel. splash (TPUs), triton (GPUs) and cudnn (GPUs, without packing) save memory. They require
-    compute_dtype: bfloat16 and attention_probs_dropout_prob: 0. auto uses one of them if the devices and the other
-    settings allow, and plain otherwise; a run prints the choice and its reason."""
+    compute_dtype: bfloat16 and attention_probs_dropout_prob: 0. auto uses splash or triton if the devices and the
+    other settings allow it, and plain otherwise; a run prints the choice and its reason."""
 
 
 class Model(_Start):

@@ -1,4 +1,5 @@
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -100,17 +101,13 @@ def test_a_model_with_a_fused_kernel_is_the_model(monkeypatch, options, name):
 
 # ── The choice ──
 
-BFLOAT16 = {"compute_dtype": "bfloat16", "packed": True}
-
 
 @pytest.mark.parametrize(
     ("facts", "kernel", "why"),
     [
-        ({"platform": "tpu"}, "splash", "the devices are TPUs, and rows hold several texts"),
-        ({"platform": "tpu", "packed": False}, "splash", "rows hold one text each"),
-        ({"platform": "gpu"}, "triton", "the devices are NVIDIA GPUs, and rows hold several texts"),
-        ({"platform": "gpu", "packed": False}, "cudnn", "rows hold one text each"),
-        ({"platform": "gpu", "packed": False, "length": 200}, "cudnn", "rows hold one text each"),
+        ({"platform": "tpu"}, "splash", "the devices are TPUs"),
+        ({"platform": "gpu"}, "triton", "the devices are NVIDIA GPUs"),
+        ({"platform": "gpu", "length": 256}, "triton", "the devices are NVIDIA GPUs"),
         ({"platform": "gpu", "length": 200}, "plain", "triton requires rows of a multiple of 128 tokens"),
         ({"platform": "cpu"}, "plain", "there is no fused kernel for cpu devices"),
         ({"platform": "gpu", "compute_dtype": "float32"}, "plain", "not in float32"),
@@ -119,15 +116,27 @@ BFLOAT16 = {"compute_dtype": "bfloat16", "packed": True}
     ids=str,
 )
 def test_auto(facts, kernel, why):
-    found, reason = attention.choose("auto", **BFLOAT16 | facts)
+    facts = {"compute_dtype": "bfloat16"} | facts
+    found, reason = attention.choose("auto", **facts)
     assert found == kernel
     assert why in reason
-    if kernel != "plain":
-        attention.check(kernel, **{k: v for k, v in (BFLOAT16 | facts).items() if k != "dropout_rate"})
+    if kernel != "plain":  # what is chosen is not refused, for rows of any kind
+        for packed in (True, False):
+            attention.check(kernel, packed=packed, **facts)
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "fused"), [("9.0", "cuda 13", True), ("7.5", "cuda 13", False), ("9.0", "ROCm 7", False)]
+)
+def test_auto_leaves_old_gpus_and_amds_alone(monkeypatch, capability, version, fused):
+    gpu = SimpleNamespace(compute_capability=capability, client=SimpleNamespace(platform_version=version))
+    monkeypatch.setattr(jax, "devices", lambda platform: [gpu])
+    found, _ = attention.choose("auto", platform="gpu", compute_dtype="bfloat16")
+    assert found == ("triton" if fused else "plain")
 
 
 def test_auto_leaves_other_names_alone():
-    assert attention.choose("splash", platform="cpu", **BFLOAT16)[0] == "splash"
+    assert attention.choose("splash", platform="cpu", compute_dtype="bfloat16")[0] == "splash"
 
 
 def test_a_model_with_auto_is_the_model():

@@ -226,9 +226,8 @@ class Pipeline(Generic[Task_co]):
         self.params, self._skeleton = tree.split(model)
         self.mesh, self._share = mesh, sharding.share(mesh)
         kernel, _ = attention.choose(
-            model.encoder.attention, platform=mesh.devices.flat[0].platform, compute_dtype=model.encoder.compute_dtype,
-            packed=True,
-        )  # fmt: skip
+            model.encoder.attention, platform=mesh.devices.flat[0].platform, compute_dtype=model.encoder.compute_dtype
+        )
         self._shapes = shapes(
             max_length,
             packed=kernel not in attention.UNPACKED,

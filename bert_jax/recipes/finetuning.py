@@ -268,9 +268,8 @@ def evaluate_examples(
     """Evaluates a loaded model on examples."""
     mesh, encoder = sharding.mesh(**settings.mesh.model_dump()), model.encoder
     kernel, _ = attention.choose(
-        encoder.attention, platform=mesh.devices.flat[0].platform, compute_dtype=encoder.compute_dtype,
-        packed=settings.data.packing,
-    )  # fmt: skip
+        encoder.attention, platform=mesh.devices.flat[0].platform, compute_dtype=encoder.compute_dtype
+    )
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
     return measure.evaluate(

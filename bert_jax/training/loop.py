@@ -97,10 +97,10 @@ def set_up(
     mesh, encoder = mesh or sharding.mesh(), model.encoder
     sharding.check(mesh, model.config)
     platform = mesh.devices.flat[0].platform
-    facts: dict[str, Any] = {"platform": platform, "compute_dtype": encoder.compute_dtype, "packed": packing}
+    facts: dict[str, Any] = {"platform": platform, "compute_dtype": encoder.compute_dtype}
     rate = model.config.attention_probs_dropout_prob
     kernel, reason = attention.choose(encoder.attention, dropout_rate=rate, **facts)
-    attention.check(kernel, **facts)
+    attention.check(kernel, packed=packing, **facts)
     attention.check_dropout(kernel, rate)
     loader = Loader(
         examples, batch_size, seed=seed, share=accumulation * sharding.share(mesh), part=sharding.part(mesh),

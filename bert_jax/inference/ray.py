@@ -152,7 +152,7 @@ class _LinePredictor(Predictor):
                 rows[i], results[i] = {LINE: lines[i]}, None
                 errors[i] = f"there is already a column {quoted(taken[0])}; rename it."
         made = [
-            json.dumps({ROW: name, **row, PREDICTION: result, ERROR: error}, ensure_ascii=False)
+            _dumped({ROW: name, **row, PREDICTION: result, ERROR: error})
             for name, row, result, error in zip(table[ROW].to_pylist(), rows, results, errors, strict=True)
         ]
         return pyarrow.table({ROW: table[ROW], LINE: pyarrow.array(made, pyarrow.string())})
@@ -164,6 +164,12 @@ def _parsed(line: str) -> dict[str, Any]:
         if isinstance(row := json.loads(line), dict):
             return row
     return {LINE: line}
+
+
+def _dumped(row: Mapping[str, Any]) -> str:
+    """A row as JSON. Lone surrogates, which UTF-8 cannot encode, are escaped, and so is all else outside ASCII then."""
+    line = json.dumps(row, ensure_ascii=False)
+    return json.dumps(row) if re.search("[\ud800-\udfff]", line) else line
 
 
 class _Rows(FileBasedDatasource):
@@ -198,6 +204,8 @@ class _Rows(FileBasedDatasource):
             reader = csv.DictReader(lines)
             schema = pyarrow.schema([(name, pyarrow.string()) for name in reader.fieldnames or ()])
             while rows := list(itertools.islice(reader, READ_AHEAD)):
+                if any(None in row or None in row.values() for row in rows):
+                    raise InputError(f"A row of a CSV file has more or fewer cells than its header, {schema.names}.")
                 yield pyarrow.Table.from_pylist(rows, schema)
             return
         while some := [line.rstrip("\r\n") for line in itertools.islice(lines, READ_AHEAD)]:
@@ -273,7 +281,7 @@ def predict(
         "parameters": dict(parameters or {}),
     }  # fmt: skip
     output = output if "://" in output else os.path.abspath(output)
-    journal = _Journal(output, {"inputs": files, "format": kind, **options})
+    journal = _Journal(output, {"inputs": [_content(name) for name in files], "format": kind, **options})
     if journal.complete:
         return
     if ray.is_initialized():
@@ -284,7 +292,7 @@ def predict(
         if match := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address or ""):  # Ray would try for two minutes
             socket.create_connection((match[1], int(match[2])), timeout=10).close()
         ray.init(address or "local", num_cpus=cpus, log_to_driver=False, logging_level="error")
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # a RuntimeError if Ray's versions differ
         reason = _line(error.__cause__ or error)
         raise InputError(f"Cannot connect to a Ray cluster at {quoted(address)}: {reason}") from None
     context = copy.deepcopy(ray.data.DataContext.get_current())
@@ -311,6 +319,19 @@ def predict(
     journal.end()
 
 
+def _content(name: str) -> list[Any]:
+    """A file or folder, and the sizes and times of its files: a run is resumed only if they are the same."""
+    try:
+        files, path = pyarrow.fs.FileSystem.from_uri(name)
+        selected = pyarrow.fs.FileSelector(path, recursive=True)
+        found = files.get_file_info(
+            selected if files.get_file_info(path).type == pyarrow.fs.FileType.Directory else [path]
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"Cannot read {name}: {_line(error)}") from None
+    return [name, sorted([info.path, info.size, info.mtime_ns] for info in found)]
+
+
 def _opened(files: list[str], kind: str, options: Mapping[str, Any]) -> Any:
     """The rows of the files. Raises `InputError` if none of the first 100 rows has an input."""
     try:
@@ -328,7 +349,8 @@ def _opened(files: list[str], kind: str, options: Mapping[str, Any]) -> Any:
     if not rows:
         raise InputError(f"{listed(files)}: there are no rows.")
     for name in rows[0]:
-        if name in (ROW, ERROR, PREDICTION) or name.startswith(f"{PREDICTION}_"):
+        fields = kind in ("csv", "parquet") and name.startswith(f"{PREDICTION}_")
+        if name in (ROW, ERROR, PREDICTION) or fields:
             raise InputError(f"there is already a column {quoted(name)}; rename it.")
     candidates = [tuple(options["columns"])] if options["columns"] else TASKS[options["task"]].columns_of_input
     reasons = []
@@ -349,6 +371,8 @@ def _worker(workers: int | None) -> tuple[dict[str, Any], int]:
             one = {"num_gpus": 1} if device == "GPU" else {"resources": {"TPU": 1}}
             return {"num_cpus": FILE_CPUS, **one}, _fitting(workers or chips, chips, f"{device}s")
     cpus = [node["CPU"] for node in nodes if node.get("CPU")]
+    if not cpus:
+        raise InputError("The Ray cluster has neither CPUs nor GPUs nor TPU chips; add a node.")
     count = _fitting(workers or sum(max(1, int(n) // CPUS_PER_WORKER) for n in cpus), int(sum(cpus)), "CPUs")
     # The rest of a machine is for reading and writing, and for the actor that leaves out rows that have been written.
     share = (min(cpus) - 1.2) / -(-count // len(cpus))

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -172,3 +174,30 @@ def test_a_run_that_is_killed_with_its_workers_loses_no_row(tmp_path):
     assert done.returncode == 0, done.stderr
     assert Counter(row["id"] for row in written(output)) == Counter(range(12_000))
     assert not (tmp_path / "out.checkpoint").exists()
+
+
+def test_a_row_of_csv_with_other_cells_is_refused():
+    for line in (b"1", b"1,2,3"):
+        with pytest.raises(ray.InputError, match=r"more or fewer cells than its header, \['a', 'b'\]"):
+            list(ray._Rows._tables(SimpleNamespace(format="csv"), io.BytesIO(b"a,b\n" + line + b"\n")))
+
+
+def test_lone_surrogates_are_escaped():
+    assert ray._dumped({"a": "é"}) == '{"a": "é"}'
+    assert json.loads(ray._dumped({"a": "é\ud800"})) == {"a": "é\ud800"}
+    ray._dumped({"a": "\ud800"}).encode()
+
+
+def test_changed_inputs_are_another_run(tmp_path):
+    source, output = texts(tmp_path, 10), str(tmp_path / "out")
+    ray._Journal(output, {"inputs": [ray._content(source)]}).begin()
+    ray._Journal(output, {"inputs": [ray._content(source)]})
+    texts(tmp_path, 11)
+    with pytest.raises(ray.InputError, match=r"belongs to another run \(inputs differ"):
+        ray._Journal(output, {"inputs": [ray._content(source)]})
+
+
+def test_a_cluster_without_resources(monkeypatch):
+    monkeypatch.setattr(ray.ray, "nodes", lambda: [{"Alive": True, "Resources": {}}])
+    with pytest.raises(ray.InputError, match="neither CPUs nor GPUs"):
+        ray._worker(None)

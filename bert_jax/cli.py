@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bert_jax import __version__
+from bert_jax.compilation import CACHE_VARIABLE, use_compilation_cache
 from bert_jax.errors import BertJaxError, HubUnreachableError, InputError, Interrupted, check_extra, quoted
 from bert_jax.hub import DEFAULT_MODEL
 from bert_jax.training import memory
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from bert_jax.tasks.base import Task
 
 FALLBACK_MODEL = "bert-mini-cased"
-CACHE_VARIABLE = "BERT_JAX_COMPILATION_CACHE"
 KEY_VARIABLE = "BERT_JAX_API_KEY"
 
 Model = Annotated[str, typer.Argument(help=f"A model folder, an id on the Hub, or {FALLBACK_MODEL}.")]
@@ -327,7 +327,7 @@ def evaluate(
     if (beside or output) and not isinstance(settings, HeldOut):
         raise InputError(f"The task is {settings.task}; --beside and --output require {' or '.join(HELD_OUT_TASKS)}.")
     memory.keep_freed(asynchronous=True)
-    _use_compilation_cache()
+    use_compilation_cache()
     from rich.markdown import Markdown
 
     from bert_jax import hub, recipes
@@ -404,7 +404,7 @@ def serve(
     settings = Serving.from_dict(tree, source=files[0] if files else "serve")
     check_extra("serve", "fastapi", "uvicorn", "prometheus_client", "orjson", "fastapi_offline")
     memory.keep_freed(asynchronous=True)
-    _use_compilation_cache()
+    use_compilation_cache()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the server tokenizes in a thread of its own
     from bert_jax import sharding
     from bert_jax.inference.server import app as server
@@ -520,7 +520,7 @@ def check(
     """Compare this machine's results with reference outputs, and measure speed. Exit status: 1 if a result is wrong."""
     check_extra("train", "optax", "orbax", "grain")
     memory.keep_freed()
-    _use_compilation_cache()
+    use_compilation_cache()
     from bert_jax import hub
     from bert_jax.tools import check as checks
 
@@ -548,7 +548,7 @@ def verify(
     models: Annotated[list[str] | None, typer.Argument(help="Models with published outputs. Default: all.")] = None,
 ) -> None:
     """Compare models' outputs with published ones. Exit status: 1 if an output differs, 2 if a model is missing."""
-    _use_compilation_cache()
+    use_compilation_cache()
     import jax
 
     from bert_jax.tools import verify as published
@@ -576,7 +576,7 @@ def verify(
 def _pipeline(
     task: str, model: ModelOption, revision: Revision, ignore: Ignore, dtype: DtypeOption, mesh: MeshOption = None
 ) -> tuple[str, "Pipeline[Task]"]:
-    _use_compilation_cache()
+    use_compilation_cache()
     from bert_jax import sharding
     from bert_jax.inference import pipelines
     from bert_jax.settings import Serving
@@ -631,7 +631,7 @@ def _training(processes: str | None) -> Iterator[Console]:
         A console, which prints only in the first process.
     """
     memory.keep_freed()
-    _use_compilation_cache()
+    use_compilation_cache()
     if processes is None:
         yield Console()
         return
@@ -646,23 +646,6 @@ def _training(processes: str | None) -> Iterator[Console]:
     except BertJaxError as error:
         print(f"bert-jax: {distributed.name()}: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # at once: JAX's normal exit waits for the other processes, which wait for this one
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, so that the second run of a command does not compile."""
-    place = os.environ.get(CACHE_VARIABLE) or str(
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_jax" / "programs"
-    )
-    # With jaxlib 0.10.2, a program for several simulated devices can deadlock when it is loaded from the cache. So
-    # nothing is cached if devices are simulated.
-    if place == "off" or "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        return
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", place)
-    # By default, JAX caches only programs that take a second or more to compile. Most of BERT's programs take less.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,11 @@ class HubUnreachableError(ModelNotFoundError):
 
 
 class TrainingError(BertJaxError, ArithmeticError):
-    """A run that cannot continue: a result is not finite, memory is exhausted, or one of its processes has ended."""
+    """A run that cannot continue: a result is not finite, or one of its processes has ended."""
+
+
+class OutOfMemoryError(BertJaxError, MemoryError):
+    """A model or a batch that does not fit into the memory of the devices."""
 
 
 class Interrupted(BertJaxError):

@@ -13,7 +13,7 @@ PACKAGE = Path(bert_jax.__file__).parent
 
 # Lowest first; modules of one floor do not import each other.
 FLOORS = [
-    ["errors", "tools.figure", "training.memory"],
+    ["errors", "compilation", "tools.figure", "training.memory"],
     ["hub", "distributed", "processor"],
     ["config", "tree", "interventions", "losses", "evaluation.metrics", "data.sources", "data.rows"],
     ["data.loader"],
@@ -52,6 +52,7 @@ FLOORS = [
     ],
     [
         "inference.ray",
+        "inference.ray_files",
         "inference.server.batcher",
         "inference.server.programs",
         "inference.server.connections",

@@ -48,6 +48,9 @@ class Shape(NamedTuple):
     length: int
     examples: int
 
+    def __str__(self) -> str:
+        return f"{self.rows} rows of {self.length} tokens"
+
 
 class Place(NamedTuple):
     """Which examples a batch has, and in which rows.

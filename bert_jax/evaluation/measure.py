@@ -1,6 +1,5 @@
 """Evaluates a model on examples: computes its outputs for each example, and the metrics."""
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from bert_jax.data.loader import Batch, Examples, Loader, Place, Shape
 from bert_jax.errors import TrainingError, listed
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.tasks.base import Objective
+from bert_jax.training import memory
 
 Program = Callable[[tree.Params, Batch], tuple[dict[str, jax.Array], jax.Array, jax.Array]]
 
@@ -75,7 +75,8 @@ def evaluate(
         mesh: The devices.
 
     Raises:
-        TrainingError: If a batch does not fit into memory, or if the outputs or the loss are not finite.
+        OutOfMemoryError: If a batch does not fit into memory.
+        TrainingError: If the outputs or the loss are not finite.
     """
     loader = Loader(
         examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing, multiple=multiple,
@@ -87,14 +88,14 @@ def evaluate(
 
     def dispatch(step: int) -> tuple[Place, Any]:
         place = loader.place(step)
-        with jax.set_mesh(mesh), out_of_memory(place.shape, remedy):
+        with jax.set_mesh(mesh), memory.sufficing(f"A batch of {place.shape}", remedy):
             return place, evaluate_batch(params, sharding.put_batch(loader.batch_at(step), mesh))
 
     # The results of a batch are read after the next batch is dispatched, so that the device computes the next batch
     # while the host reads.
     batches: Iterator[Any] = itertools.chain(map(dispatch, range(loader.steps_per_epoch)), [None])
     for (place, results), _ in itertools.pairwise(batches):
-        with out_of_memory(place.shape, remedy):
+        with memory.sufficing(f"A batch of {place.shape}", remedy):
             outputs, loss, count = jax.device_get(results)
         if not all(np.isfinite(array).all() for array in (loss, *outputs.values())):
             raise TrainingError(
@@ -136,16 +137,3 @@ def largest(
     batch = sharding.abstract(examples.batch(Place(nowhere, nowhere, shape)), sharding.by_row(mesh))
     with jax.set_mesh(mesh):
         return shape, program(task, skeleton).lower(abstract, batch).compile()
-
-
-@contextlib.contextmanager
-def out_of_memory(shape: Shape, remedy: str) -> Iterator[None]:
-    """Turns an out-of-memory error into a `TrainingError` that names the batch and the remedy."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise TrainingError(
-            f"A batch of {shape.rows} rows of {shape.length} tokens does not fit into memory. {remedy}"
-        ) from None

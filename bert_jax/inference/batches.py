@@ -43,6 +43,9 @@ class Bucket(NamedTuple):
     masks: int
     texts: int = 1
 
+    def __str__(self) -> str:
+        return f"{self.rows} rows of {self.length} tokens"
+
 
 def is_usual(bucket: Bucket) -> bool:
     """Whether sentences with a few masked positions use a bucket."""

@@ -32,7 +32,7 @@ from bert_jax.inference.batches import (
     mask_counts,
     shapes,
 )
-from bert_jax.inference.run import Run
+from bert_jax.inference.run import Run, sufficing_memory
 from bert_jax.model import BertModel, BertPreTrainedModel
 from bert_jax.quantization import Dtype
 from bert_jax.tasks.base import Request, Task, check_vocabulary
@@ -158,6 +158,7 @@ def pipeline(
             arguments that say how to load a model.
         ModelNotFoundError: If there is no such model, or if the Hub does not answer.
         CheckpointError: If the checkpoint lacks the task's head, is damaged, or does not fit the tokenizer.
+        OutOfMemoryError: If the model does not fit into the memory of the devices.
     """
     if compute_dtype is not None:
         raise InputError(f"compute_dtype was renamed to dtype; pass dtype={compute_dtype!r}.")
@@ -196,9 +197,10 @@ def pipeline(
         if other and issubclass(model_class, BertWithClassifier):
             raise misfit
         try:
-            network = model_class.from_pretrained(
-                folder, ignore=ignore, dtype=dtype or "float32", mesh=mesh, **without_pooler
-            )
+            with sufficing_memory("The model"):
+                network = model_class.from_pretrained(
+                    folder, ignore=ignore, dtype=dtype or "float32", mesh=mesh, **without_pooler
+                )
         except CheckpointError as error:
             raise misfit if other else error from None
     check_vocabulary(tokenizer, network.config)
@@ -264,7 +266,8 @@ class Pipeline(Generic[Task_co]):
         """Runs the program that uses the most memory."""
         largest = max(self.buckets, key=lambda bucket: (bucket.masks * bucket.rows, bucket.length * bucket.rows))
         inputs = {name: np.zeros(shape, np.int32) for name, shape in self._arrays(largest).items()}
-        jax.block_until_ready(self.compile(largest)(self.params, inputs))
+        with sufficing_memory(f"A batch of {largest}"):
+            jax.block_until_ready(self.compile(largest)(self.params, inputs))
 
     @property
     def programs(self) -> list[Bucket]:
@@ -287,6 +290,7 @@ class Pipeline(Generic[Task_co]):
             InputError: If an input or a parameter cannot be used. The message names the problem and, if there
                 are several inputs, the index of the input.
             CheckpointError: If the model's results are not finite.
+            OutOfMemoryError: If a batch does not fit into the memory of the devices.
         """
         predict: Predicts[Input, Parameters, Result] = self._predict
         return predict

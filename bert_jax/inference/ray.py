@@ -10,42 +10,34 @@ Ray Data reads and writes the files and keeps the workers busy. If a worker is l
 
 import contextlib
 import copy
-import csv
-import io
-import itertools
 import json
 import logging
 import math
 import os
 import re
 import socket
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import PurePath
 from typing import Any
 
 import jax
 import pyarrow
-import pyarrow.csv
-import pyarrow.fs
-import pyarrow.parquet
 import ray
 import ray.data
 from ray.data.checkpoint import CheckpointConfig
-from ray.data.datasource import BlockBasedFileDatasink, FileBasedDatasource
 
+from bert_jax.compilation import use_compilation_cache
 from bert_jax.errors import BertJaxError, InputError, listed, quoted
 from bert_jax.inference.catalogue import jsonable
 from bert_jax.inference.pipelines import READ_AHEAD, pipeline
 from bert_jax.inference.prediction import PREDICTION, check_request, flat, input_of
+from bert_jax.inference.ray_files import LINE, ROW, FileSink, Journal, RowSource, content_of, first_line
 from bert_jax.quantization import Dtype
 from bert_jax.tasks.registry import TASKS, task_name
 
-ROW, ERROR = "row", "error"
-"""Names of the columns with the file and the number of a row, and with the reason why the row could not be used."""
-LINE = "line"
-"""Name of the column that holds a row as JSON, while it is in Ray."""
+ERROR = "error"
+"""Name of the column with the reason why a row could not be used."""
 FORMATS = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 """Maps the endings of file names to formats."""
 TYPES = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64()}
@@ -78,6 +70,7 @@ class Predictor:
         dtype: "float32", "bfloat16" or "int8".
         columns: The columns that make up an input. By default, the task's usual names.
         parameters: The parameters of the task.
+        threads: The number of XLA's threads on a CPU. By default, the number of CPUs that Ray assigned.
         expected: The versions of the driver, from `versions`; None for no comparison.
 
     Raises:
@@ -97,13 +90,15 @@ class Predictor:
         dtype: Dtype = "float32",
         columns: Sequence[str] = (),
         parameters: Mapping[str, Any] | None = None,
+        threads: int | None = None,
         expected: Mapping[str, str] | None = None,
     ):
         if expected is not None and (found := versions()) != expected:
             raise InputError(f"A worker has {found}; the driver has {dict(expected)}. Install the same versions.")
+        use_compilation_cache()
         context = ray.get_runtime_context()
-        # XLA makes as many threads as NPROC says.
-        os.environ.setdefault("NPROC", str(math.ceil(context.get_assigned_resources().get("CPU", 1.0))))
+        threads = threads or math.ceil(context.get_assigned_resources().get("CPU", 1.0))
+        os.environ.setdefault("NPROC", str(threads))  # XLA reads it
         assigned = [name for name, ids in context.get_accelerator_ids().items() if ids]
         if assigned and jax.default_backend() == "cpu":
             extra = "tpu" if assigned == ["TPU"] else "cuda"
@@ -172,64 +167,6 @@ def _dumped(row: Mapping[str, Any]) -> str:
     return json.dumps(row) if re.search("[\ud800-\udfff]", line) else line
 
 
-class _Rows(FileBasedDatasource):
-    """The rows of files. The column `row` has the name of the file and the number of the row, counted from 0.
-
-    CSV and Parquet files keep their columns; those of CSV files are texts. The rows of other files are lines of JSON.
-    """
-
-    def __init__(self, paths: list[str], format: str):
-        super().__init__(paths)
-        self.format = format
-
-    def _open_input_source(self, filesystem: pyarrow.fs.FileSystem, path: str, **options: object) -> Any:
-        if self.format == "parquet":
-            return filesystem.open_input_file(path)
-        return super()._open_input_source(filesystem, path, **options)
-
-    def _read_stream(self, file: Any, path: str) -> Iterator[pyarrow.Table]:
-        count = 0
-        for table in self._tables(file):
-            names = [f"{path}:{count + i}" for i in range(len(table))]
-            count += len(table)
-            yield table.append_column(ROW, pyarrow.array(names, pyarrow.string()))
-
-    def _tables(self, file: Any) -> Iterator[pyarrow.Table]:
-        if self.format == "parquet":
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(READ_AHEAD):
-                yield pyarrow.Table.from_batches([batch])
-            return
-        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="" if self.format == "csv" else "\n")
-        if self.format == "csv":
-            reader = csv.DictReader(lines)
-            schema = pyarrow.schema([(name, pyarrow.string()) for name in reader.fieldnames or ()])
-            while rows := list(itertools.islice(reader, READ_AHEAD)):
-                if any(None in row or None in row.values() for row in rows):
-                    raise InputError(f"A row of a CSV file has more or fewer cells than its header, {schema.names}.")
-                yield pyarrow.Table.from_pylist(rows, schema)
-            return
-        while some := [line.rstrip("\r\n") for line in itertools.islice(lines, READ_AHEAD)]:
-            made = [json.dumps({"text": line}) if self.format == "text" else line for line in some if line.strip()]
-            yield pyarrow.table({LINE: pyarrow.array(made, pyarrow.string())})
-
-
-class _Files(BlockBasedFileDatasink):
-    """Writes each block to a file of the output's folder."""
-
-    def __init__(self, path: str, format: str):
-        super().__init__(path, file_format=format)
-        self.format = format
-
-    def write_block_to_file(self, block: Any, file: Any) -> None:
-        table = block.to_arrow()
-        if self.format == "csv":
-            pyarrow.csv.write_csv(table, file)
-        elif self.format == "parquet":
-            pyarrow.parquet.write_table(table, file)
-        else:
-            file.write("".join(line + "\n" for line in table[LINE].to_pylist()).encode())
-
-
 def predict(
     task: str,
     model: str,
@@ -281,7 +218,7 @@ def predict(
         "parameters": dict(parameters or {}),
     }  # fmt: skip
     output = output if "://" in output else os.path.abspath(output)
-    journal = _Journal(output, {"inputs": [_content(name) for name in files], "format": kind, **options})
+    journal = Journal(output, {"inputs": [content_of(name) for name in files], "format": kind, **options})
     if journal.complete:
         return
     if ray.is_initialized():
@@ -293,7 +230,7 @@ def predict(
             socket.create_connection((match[1], int(match[2])), timeout=10).close()
         ray.init(address or "local", num_cpus=cpus, log_to_driver=False, logging_level="error")
     except (OSError, ValueError, ImportError, RuntimeError) as error:  # a RuntimeError if Ray's versions differ
-        reason = _line(error.__cause__ or error)
+        reason = first_line(error.__cause__ or error)
         raise InputError(f"Cannot connect to a Ray cluster at {quoted(address)}: {reason}") from None
     context = copy.deepcopy(ray.data.DataContext.get_current())
     context.enable_progress_bars = False
@@ -302,14 +239,14 @@ def predict(
     try:
         with ray.data.DataContext.current(context):
             dataset = _opened(files, kind, options)
-            share, count = _worker(workers)
+            share, count, threads = _worker(workers)
             predicted = dataset.map_batches(
                 Predictor if kind in ("csv", "parquet") else _LinePredictor,
-                fn_constructor_kwargs=options | {"expected": versions()}, batch_format="pyarrow",
+                fn_constructor_kwargs=options | {"threads": threads, "expected": versions()}, batch_format="pyarrow",
                 batch_size=READ_AHEAD, compute=ray.data.ActorPoolStrategy(size=count), **share,
             )  # fmt: skip
             journal.begin()
-            target = _Files(output, {"text": "jsonl"}.get(kind, kind))
+            target = FileSink(output, {"text": "jsonl"}.get(kind, kind))
             predicted.write_datasink(target, ray_remote_args={"num_cpus": FILE_CPUS})
     except ray.exceptions.RayError as error:
         journal.abandon()
@@ -319,28 +256,13 @@ def predict(
     journal.end()
 
 
-def _content(name: str) -> list[Any]:
-    """A file or folder, and the sizes and times of its files: a run is resumed only if they are the same."""
-    try:
-        files, path = pyarrow.fs.FileSystem.from_uri(name)
-        selected = pyarrow.fs.FileSelector(path, recursive=True)
-        found = files.get_file_info(
-            selected if files.get_file_info(path).type == pyarrow.fs.FileType.Directory else [path]
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"Cannot read {name}: {_line(error)}") from None
-    return [name, sorted([info.path, info.size, info.mtime_ns] for info in found)]
-
-
 def _opened(files: list[str], kind: str, options: Mapping[str, Any]) -> Any:
     """The rows of the files. Raises `InputError` if none of the first 100 rows has an input."""
     try:
-        dataset = ray.data.read_datasource(_Rows(files, kind), num_cpus=FILE_CPUS)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that the run has checkpoints, and `take` has none
-            rows = dataset.take(100)
+        source = RowSource(files, kind)
+        rows = source.head(100)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise InputError(f"Cannot read {listed(files)}: {_line(error)}") from None
+        raise InputError(f"Cannot read {listed(files)}: {first_line(error)}") from None
     if kind in ("jsonl", "text"):
         rows = [_parsed(row[LINE]) for row in rows]
     else:
@@ -357,36 +279,34 @@ def _opened(files: list[str], kind: str, options: Mapping[str, Any]) -> Any:
     for row in rows:
         try:
             input_of(row, candidates)
-            return dataset
+            return ray.data.read_datasource(source, num_cpus=FILE_CPUS)
         except InputError as error:
             reasons.append(str(error))
     raise InputError(reasons[0])
 
 
-def _worker(workers: int | None) -> tuple[dict[str, Any], int]:
-    """What Ray reserves for a worker, and the number of workers."""
+def _worker(workers: int | None) -> tuple[dict[str, Any], int, int]:
+    """What Ray reserves for a worker, the number of workers, and the number of threads of each."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for device in ("GPU", "TPU"):
         if chips := int(sum(node.get(device, 0) for node in nodes)):
             one = {"num_gpus": 1} if device == "GPU" else {"resources": {"TPU": 1}}
-            return {"num_cpus": FILE_CPUS, **one}, _fitting(workers or chips, chips, f"{device}s")
+            return {"num_cpus": FILE_CPUS, **one}, _fitting(workers or chips, chips, f"{device}s"), 1
     cpus = [node["CPU"] for node in nodes if node.get("CPU")]
     if not cpus:
         raise InputError("The Ray cluster has neither CPUs nor GPUs nor TPU chips; add a node.")
     count = _fitting(workers or sum(max(1, int(n) // CPUS_PER_WORKER) for n in cpus), int(sum(cpus)), "CPUs")
+    on_machine = -(-count // len(cpus))
     # The rest of a machine is for reading and writing, and for the actor that leaves out rows that have been written.
-    share = (min(cpus) - 1.2) / -(-count // len(cpus))
-    return {"num_cpus": max(FILE_CPUS, min(0.8 * CPUS_PER_WORKER, share))}, count
+    share = (min(cpus) - 1.2) / on_machine
+    threads = max(1, int(min(cpus)) // on_machine)
+    return {"num_cpus": max(FILE_CPUS, min(0.8 * CPUS_PER_WORKER, share))}, count, threads
 
 
 def _fitting(workers: int, most: int, what: str) -> int:
     if workers > most:
         raise InputError(f"There are {workers} workers; the cluster has {most} {what}. Lower --workers.")
     return workers
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _reason(error: BaseException) -> str:
@@ -399,56 +319,3 @@ def _reason(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     own = [line for line in lines if "bert_jax.errors." in line]
     return (own or lines)[-1].strip().rpartition("Error: ")[2]
-
-
-class _Journal:
-    """The file `OUT.run.json`, which says what a run computes, and whether it is complete."""
-
-    def __init__(self, output: str, run: Mapping[str, Any]):
-        self.run, self.checkpoint = json.loads(json.dumps(run)), f"{output}.checkpoint"
-        try:
-            self.files, self.output = pyarrow.fs.FileSystem.from_uri(output)
-        except (ValueError, OSError) as error:
-            raise InputError(f"output is {quoted(output)}: {_line(error)}") from None
-        self.path, self.complete = f"{self.output}.run.json", False
-        if not self._exists(self.path):
-            if self._exists(self.output):
-                raise InputError(f"{output} exists, and there is no run to resume. Use another output.")
-            return
-        try:
-            with self.files.open_input_stream(self.path) as file:
-                before = json.loads(file.read())
-            self.complete = before["complete"]
-            different = [name for name in self.run if before["run"].get(name) != self.run[name]]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{self.path} is damaged. Remove it and the output.") from None
-        if different:
-            raise InputError(f"{output} belongs to another run ({listed(different)} differ). Use another output.")
-
-    def _exists(self, path: str) -> bool:
-        return bool(self.files.get_file_info(path).type != pyarrow.fs.FileType.NotFound)
-
-    def begin(self) -> None:
-        """Marks the run as begun."""
-        self._write(False)
-
-    def end(self) -> None:
-        """Marks the run as complete, and removes what only an unfinished run needs."""
-        self._write(True)
-        self._delete(f"{self.output}.checkpoint")
-
-    def abandon(self) -> None:
-        """Removes the traces of a run that failed before it wrote anything, so that a corrected call can begin."""
-        if not self._exists(self.output) or not self.files.get_file_info(pyarrow.fs.FileSelector(self.output)):
-            self._delete(self.path, self.output, f"{self.output}.checkpoint")
-
-    def _delete(self, *paths: str) -> None:
-        for path in paths:
-            if (kind := self.files.get_file_info(path).type) != pyarrow.fs.FileType.NotFound:
-                (self.files.delete_file if kind == pyarrow.fs.FileType.File else self.files.delete_dir)(path)
-
-    def _write(self, complete: bool) -> None:
-        new = f"{self.path}.new"
-        with self.files.open_output_stream(new) as file:
-            file.write(json.dumps({"run": self.run, "complete": complete}, indent=1).encode())
-        self.files.move(new, self.path)

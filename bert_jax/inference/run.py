@@ -4,6 +4,7 @@ An owner is any hashable object that says whose requests they are. In the server
 """
 
 import contextlib
+import functools
 import heapq
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -16,10 +17,18 @@ import numpy as np
 from bert_jax.errors import CheckpointError
 from bert_jax.inference.batches import BUCKET_LENGTHS, Batch, Bucket, Queued
 from bert_jax.tasks.base import Outputs, Request, Task
+from bert_jax.training import memory
 
 TOKENS_PER_MASK = 8
 """The number of tokens that a masked position counts as when a slice is filled. Its probabilities of the vocabulary
 need as much memory as the activations of some tokens."""
+
+
+sufficing_memory = functools.partial(
+    memory.sufficing,
+    remedy="Use dtype bfloat16 or int8, or divide the model among devices by a mesh such as fsdp=2.",
+)
+"""Turns JAX's out-of-memory error into an `OutOfMemoryError` that says what does not fit, and what to do."""
 
 
 class Computes(Protocol):
@@ -210,7 +219,8 @@ class Run:
     def _failing(self, batch: Batch, finished: dict[Hashable, Any]) -> Iterator[None]:
         """If the block raises an exception, every owner with texts in the batch gets the exception as its result."""
         try:
-            yield
+            with sufficing_memory(f"A batch of {batch.bucket}"):
+                yield
         except Exception as error:
             for owner in {queued.request.owner for queued in batch.queued}:
                 if self._work.pop(owner, None):

@@ -45,7 +45,8 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
         InputError: If the settings, the data or the folder cannot be used.
         ModelNotFoundError: If the model does not exist, or if the Hub does not answer.
         CheckpointError: If the weights do not fit the model, or if a file cannot be written.
-        TrainingError: If the loss or an output is not finite, or if a batch does not fit into memory.
+        TrainingError: If the loss or an output is not finite.
+        OutOfMemoryError: If a batch does not fit into memory.
         Interrupted: After Ctrl-C or SIGTERM; the state is saved.
     """
     console, began = console or Console(quiet=True), time.perf_counter()

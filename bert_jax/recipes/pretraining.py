@@ -41,7 +41,8 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
         ModelNotFoundError: See `starting_model`.
         CheckpointError: If the weights of the checkpoint do not fit the model, if a shard is damaged, or if a file
             cannot be written.
-        TrainingError: If the loss or an output is not finite, or if a batch does not fit into memory.
+        TrainingError: If the loss or an output is not finite.
+        OutOfMemoryError: If a batch does not fit into memory.
         Interrupted: After Ctrl-C or SIGTERM; the state is saved.
     """
     console, began = console or Console(quiet=True), time.perf_counter()

@@ -80,7 +80,8 @@ def fit(settings: Settings | Pretraining, run: loop.Run, validation: Examples | 
     Raises:
         InputError: If training.patience is set without data.validation, if the folder cannot be written, or if it has
             checkpoints of a run with other training examples.
-        TrainingError: If the loss or an output is not finite, or if a batch does not fit into memory.
+        TrainingError: If the loss or an output is not finite.
+        OutOfMemoryError: If a batch does not fit into memory.
         Interrupted: After Ctrl-C or SIGTERM; the state is saved.
         CheckpointError: If a checkpoint cannot be written or read.
     """

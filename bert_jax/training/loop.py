@@ -205,8 +205,8 @@ def train(
     Raises:
         InputError: If the arguments do not fit the model, the task or the devices, if `folder` has checkpoints of a run
             with other training examples, or if `validation` lacks the labels that `metric` requires.
-        TrainingError: If the loss or the results of an evaluation are not finite, or if a batch does not fit into
-            memory.
+        TrainingError: If the loss or the results of an evaluation are not finite.
+        OutOfMemoryError: If a batch does not fit into memory.
         Interrupted: After Ctrl-C or SIGTERM, if `folder` is given. The state is saved; the same call resumes the run.
         CheckpointError: If a checkpoint cannot be written or read.
     """
@@ -284,7 +284,7 @@ def fit(
         """Waits for a step and reads its metrics; returns the text to show if the step is logged, else None."""
         nonlocal seen, since
         place = loader.place(n - 1)
-        with measure.out_of_memory(place.shape, LESS_MEMORY):
+        with memory.sufficing(f"A batch of {place.shape}", LESS_MEMORY):
             values = {name: float(value) for name, value in metrics.items()}
         if not math.isfinite(values["loss"]):
             raise TrainingError(
@@ -313,7 +313,7 @@ def fit(
             if patience is not None and progress["evaluations_without_better"] >= patience:
                 break
             shape = loader.place(step).shape
-            with measure.out_of_memory(shape, LESS_MEMORY):
+            with memory.sufficing(f"A batch of {shape}", LESS_MEMORY):
                 if shape not in programs:
                     programs[shape] = run.trace(shape).lower().compile()
                     memory.release()

@@ -1,9 +1,13 @@
-"""Makes each computation reuse the memory that the previous one freed, instead of getting new pages from the system."""
+"""Makes each computation reuse the memory that the previous one freed, and says what to do if there is too little."""
 
+import contextlib
 import ctypes
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any
+
+from bert_jax.errors import OutOfMemoryError
 
 # Constants of mallopt(3) and madvise(2).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -78,6 +82,17 @@ def release() -> None:
         _advise(libc, end, size, _MADV_HUGEPAGE)
         _advise(libc, end, size, _MADV_DONTNEED)
         libc.free(end)
+
+
+@contextlib.contextmanager
+def sufficing(what: str, remedy: str) -> Iterator[None]:
+    """Turns JAX's out-of-memory error into an `OutOfMemoryError` that names `what` does not fit, and the remedy."""
+    try:
+        yield
+    except RuntimeError as error:  # jax.errors.JaxRuntimeError
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemoryError(f"{what} does not fit into memory. {remedy}") from None
 
 
 def resident() -> int | None:

@@ -18,30 +18,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
-WORDS = [
-    "the",
-    "film",
-    "was",
-    "a",
-    "long",
-    "and",
-    "quiet",
-    "story",
-    "of",
-    "people",
-    "who",
-    "live",
-    "by",
-    "old",
-    "towns",
-]
+SENTENCE = "the film was a long and quiet story of people who live by old towns"
 
 
 def write(path: Path, count: int) -> None:
     draw = random.Random(0)
     with open(path, "w") as file:
         for i in range(count):
-            words = draw.choices(WORDS, k=draw.randint(4, 24))
+            words = draw.choices(SENTENCE.split(), k=draw.randint(4, 24))
             words[draw.randrange(len(words))] = "[MASK]"
             file.write(json.dumps({"id": i, "text": " ".join(words)}) + "\n")
 
@@ -76,9 +60,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--timed-rows", type=int, default=20_000)
     given = parser.parse_args()
-    ray = ["--engine", "ray", "--address", "auto", "--workers", "2"]
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    subprocess.run(["ray", "start", "--head", "--num-cpus", "2", "--disable-usage-stats"], check=True)
+    ray = ["--engine", "ray", "--address", "auto"]
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    subprocess.run(["ray", "start", "--head", "--num-cpus", "2"], check=True)
     try:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -86,7 +70,7 @@ def main() -> None:
             stop = threading.Event()
             killer = threading.Thread(target=kill_twice, args=(folder / "many", stop))
             killer.start()
-            seconds = predict(folder / "many.jsonl", folder / "many", *ray)
+            seconds = predict(folder / "many.jsonl", folder / "many", *ray, "--workers", "2")
             stop.set()
             killer.join()
             lines = [line for path in (folder / "many").glob("*.jsonl") for line in path.read_text().splitlines()]

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import bert_jax
 from bert_jax import sharding, tree
-from bert_jax.errors import CheckpointError, InputError
+from bert_jax.errors import CheckpointError, InputError, OutOfMemoryError
 from bert_jax.inference import batches, pipelines
 from bert_jax.tasks import registry
 from bert_jax.tasks.base import Features
@@ -105,6 +105,17 @@ def test_results_that_are_not_finite_are_an_error(tokenizer, task, text):
     pipe = bert_jax.pipeline(task, model, tokenizer=tokenizer)
     with pytest.raises(CheckpointError, match="results are not finite"):
         pipe(text)
+
+
+def test_a_batch_that_is_too_large_says_what_to_do(tokenizer, monkeypatch):
+    config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=2**16)
+    model = bert_jax.BertForNextSentencePrediction(config, rngs=nnx.Rngs(0))
+    pipe = bert_jax.pipeline("next-sentence-prediction", model, tokenizer=tokenizer)
+    monkeypatch.setattr(pipe, "_shapes", [batches.Shape(10_000, 512, 1, ())])  # 1.3 TB of activations
+    with pytest.raises(OutOfMemoryError, match=r"A batch of 10000 rows of 512 tokens .* Use dtype bfloat16"):
+        pipe(("How are you?", "Well."))
+    with pytest.raises(OutOfMemoryError, match=r"A batch of 10000 rows of 512 tokens .* Use dtype bfloat16"):
+        pipe.run_largest()
 
 
 def test_one_program_a_bucket():

@@ -179,7 +179,7 @@ def test_a_run_that_is_killed_with_its_workers_loses_no_row(tmp_path):
 def test_a_row_of_csv_with_other_cells_is_refused():
     for line in (b"1", b"1,2,3"):
         with pytest.raises(ray.InputError, match=r"more or fewer cells than its header, \['a', 'b'\]"):
-            list(ray._Rows._tables(SimpleNamespace(format="csv"), io.BytesIO(b"a,b\n" + line + b"\n")))
+            list(ray.RowSource._tables(SimpleNamespace(format="csv"), io.BytesIO(b"a,b\n" + line + b"\n")))
 
 
 def test_lone_surrogates_are_escaped():
@@ -190,11 +190,11 @@ def test_lone_surrogates_are_escaped():
 
 def test_changed_inputs_are_another_run(tmp_path):
     source, output = texts(tmp_path, 10), str(tmp_path / "out")
-    ray._Journal(output, {"inputs": [ray._content(source)]}).begin()
-    ray._Journal(output, {"inputs": [ray._content(source)]})
+    ray.Journal(output, {"inputs": [ray.content_of(source)]}).begin()
+    ray.Journal(output, {"inputs": [ray.content_of(source)]})
     texts(tmp_path, 11)
     with pytest.raises(ray.InputError, match=r"belongs to another run \(inputs differ"):
-        ray._Journal(output, {"inputs": [ray._content(source)]})
+        ray.Journal(output, {"inputs": [ray.content_of(source)]})
 
 
 def test_a_cluster_without_resources(monkeypatch):

@@ -16,7 +16,7 @@ from rich.console import Console
 import bert_jax
 from bert_jax import sharding, tree
 from bert_jax.data.loader import Shape
-from bert_jax.errors import InputError, Interrupted, TrainingError
+from bert_jax.errors import InputError, Interrupted, OutOfMemoryError, TrainingError
 from bert_jax.evaluation import measure
 from bert_jax.tasks.sequence_classification import SequenceClassification
 from bert_jax.training import log, loop, optim, step
@@ -191,7 +191,7 @@ def test_a_batch_that_is_too_large_says_what_to_lower(make):
     task.max_length = 512
     options = {"steps": 1, "batch_size": 50_000, "packing": False}  # 100 GB of attention a layer
     examples = task.featurize([{"text": " ".join(sentiments.WORDS * 60), "label": "no"}])
-    with pytest.raises(TrainingError, match=r"50000 rows of 512 tokens .* Lower batch_size"):
+    with pytest.raises(OutOfMemoryError, match=r"50000 rows of 512 tokens .* Lower batch_size"):
         loop.train(model, task, examples, optim.adamw(2e-5), mesh=one_device(), **options)
 
 
@@ -200,7 +200,7 @@ def test_an_evaluation_that_is_too_large_says_what_to_lower(make):
     task.max_length = 512
     options = {"steps": 1, "batch_size": 1, "evaluation_batch_size": 50_000, "packing": False}
     examples = task.featurize([{"text": " ".join(sentiments.WORDS * 60), "label": "no"}])
-    with pytest.raises(TrainingError, match=r"50000 rows of 512 tokens .* Lower evaluation_batch_size"):
+    with pytest.raises(OutOfMemoryError, match=r"50000 rows of 512 tokens .* Lower evaluation_batch_size"):
         loop.train(model, task, examples, optim.adamw(2e-5), validation=examples, mesh=one_device(), **options)
 
 

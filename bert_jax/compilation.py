@@ -1,0 +1,24 @@
+"""Keeps compiled programs on disk, so that the second run of a command does not compile."""
+
+import os
+from pathlib import Path
+
+CACHE_VARIABLE = "BERT_JAX_COMPILATION_CACHE"
+"""Name of the environment variable that moves the cache to another folder, or turns it `off`."""
+
+
+def use_compilation_cache() -> None:
+    """Makes JAX read compiled programs from the user's cache folder, and write them there. For commands and workers."""
+    place = os.environ.get(CACHE_VARIABLE) or str(
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_jax" / "programs"
+    )
+    # With jaxlib 0.10.2, a program for several simulated devices can deadlock when it is loaded from the cache. So
+    # nothing is cached if devices are simulated.
+    if place == "off" or "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", place)
+    # By default, JAX caches only programs that take a second or more to compile. Most of BERT's programs take less.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -183,6 +183,18 @@ def test_lengths(folder, shape, close, tokens):
     close(f"{shape} NSP logits, 1 to 512 tokens", out.seq_relationship_logits, numpy(expected.seq_relationship_logits))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.02), ("int8", 0.06)])
+@torch.no_grad()
+def test_lower_precision(folder, shape, close, dtype, tolerance):
+    model = bert_jax.BertForPreTraining.from_pretrained(folder, dtype=dtype)
+    given = inputs(model.config, 4, 32)
+    expected = theirs(folder, "BertForPreTraining")(**as_torch(given))
+    params, skeleton = tree.split(model)
+    out = jax.jit(lambda p, i: tree.merge(skeleton, p)(**i))(params, given)
+    for name in ("prediction_logits", "seq_relationship_logits"):
+        close(f"{shape} {dtype} {name}", getattr(out, name), numpy(expected[name]), tolerance)
+
+
 # ── Gradients ──
 
 

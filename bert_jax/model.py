@@ -144,7 +144,7 @@ class BertEmbeddings(nnx.Module):
         """
         words: Any = inputs_embeds
         if input_ids is not None:
-            words = self.word_embeddings(input_ids)
+            words = sharding.by_rows_from_features(self.word_embeddings(input_ids))
             if self.config.pad_token_id is not None:
                 # This lookup passes no gradient to the vector of [PAD], as with torch.nn.Embedding(padding_idx=…).
                 pads = (input_ids == self.config.pad_token_id)[..., None]

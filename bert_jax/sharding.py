@@ -232,6 +232,20 @@ def by_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)) if shares() > 1 else x
 
 
+def by_rows_from_features(x: jax.Array) -> jax.Array:
+    """`by_rows` for vectors from a table whose features the axis `fsdp` shards, [B, T, D].
+
+    The devices look the vectors up sharded by rows along `data` and by features along `fsdp`. To change from this
+    layout to that of `by_rows`, the devices along `fsdp` exchange parts. If the first layout were not given, the
+    compiler would replicate all vectors on a mesh with both axes ("involuntary full rematerialization").
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    both = set(BATCH_AXES) <= set(mesh.axis_names) and min(mesh.shape[axis] for axis in BATCH_AXES) > 1
+    if both and x.shape[-1] % mesh.shape["fsdp"] == 0:
+        return by_rows(jax.lax.with_sharding_constraint(x, PartitionSpec("data", None, "fsdp")))
+    return x
+
+
 def shares() -> int:
     """`share` of the current mesh (`jax.set_mesh`); 1 if that mesh lacks the axes `BATCH_AXES`."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -103,6 +103,25 @@ def test_layouts_agree_with_one_device(run, layout):
                  other, shardings)  # fmt: skip
 
 
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 2, 1), (2, 4, 1)])
+def test_no_array_is_replicated_to_change_its_layout(sizes, capfd):
+    config = bert_jax.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
+    )
+    mesh = sharding.mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+    params, skeleton = tree.split(bert_jax.BertForMaskedLM(config, rngs=nnx.Rngs(0)))
+    flat = tree.flatten(params)
+    params = tree.unflatten(sharding.put(flat, sharding.placements(mesh, flat)))
+    ids = sharding.put_batch({"input_ids": np.ones((8, 4), np.int32)}, mesh)
+
+    def loss(params, ids):
+        return (tree.merge(skeleton, params)(**ids).logits ** 2).mean()
+
+    with jax.set_mesh(mesh):
+        jax.jit(jax.grad(loss)).lower(params, ids).compile()
+    assert "rematerialization" not in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_scanned_layers_and_unpacked_rows_agree_too(run):
     for options in ({"scan_layers": True}, {"packing": False}):

@@ -19,7 +19,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 
-from bert_jax import BertConfig, sharding
+from bert_jax import BertConfig, attention, sharding
 from bert_jax.data.loader import Examples, Loader, Shape
 from bert_jax.inference.batches import Bucket
 from bert_jax.inference.pipelines import Pipeline
@@ -282,6 +282,30 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
             f"Large on [512, 512] without remat {'fits' if found['fits'] else 'does not fit'} v5e:2x4. According to "
             f"the compiler, it needs {found['memory'] / gib:.1f} GiB per chip."
         )
+    lines = [
+        "| devices | activations | attention dropout | tokens per row | kernel | reason |",
+        "|---|---|---|---|---|---|",
+    ]
+    for devices, dtype, dropout, length in (
+        ("tpu", "bfloat16", 0.0, 512),
+        ("gpu", "bfloat16", 0.0, 512),
+        ("tpu", "bfloat16", 0.0, 64),
+        ("gpu", "bfloat16", 0.1, 512),
+        ("tpu", "float32", 0.0, 512),
+        ("cpu", "bfloat16", 0.0, 512),
+    ):
+        kernel, reason = attention.choose(
+            "auto", platform=devices, compute_dtype=dtype, dropout_rate=dropout, length=length
+        )
+        lines.append(f"| {devices.upper()} | {dtype} | {dropout:g} | {length} | {kernel} | {reason} |")
+    parts += [
+        "## What `attention: auto` picks\n\nFused kernels never store the attention probabilities, so they cannot drop "
+        "any. The published configs have an\nattention dropout of 0.1. To fine-tune with a fused kernel, set "
+        "`model.attention_probs_dropout_prob=0`\n([what this changes](finetuning.md#attention-dropout)). The kernels "
+        "are those of JAX (`jax.experimental.pallas.ops`). Those\nof tokamax were tried, too, but without a GPU they "
+        "cannot be compiled, so the compiler could not confirm them.",
+        "\n".join(lines),
+    ]
     lines = ["| program | products | memory | links | lower bound |", "|---|---|---|---|---|"]
     for name, found in results.items():
         if (

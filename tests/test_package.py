@@ -13,8 +13,8 @@ PACKAGE = Path(bert_jax.__file__).parent
 
 # Lowest first; modules of one floor do not import each other.
 FLOORS = [
-    ["errors", "compilation", "tools.figure", "training.memory"],
-    ["hub", "distributed", "processor"],
+    ["errors", "compilation", "tools.figure"],
+    ["hub", "distributed", "processor", "training.memory", "inference.ray_files"],
     ["config", "tree", "interventions", "losses", "evaluation.metrics", "data.sources", "data.rows"],
     ["data.loader"],
     ["weights", "tokenizer_files", "sharding", "sentence_embedding"],
@@ -52,7 +52,6 @@ FLOORS = [
     ],
     [
         "inference.ray",
-        "inference.ray_files",
         "inference.server.batcher",
         "inference.server.programs",
         "inference.server.connections",

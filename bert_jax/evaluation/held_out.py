@@ -24,7 +24,7 @@ from rich.progress import track
 from bert_jax import hub
 from bert_jax.errors import InputError, quoted
 from bert_jax.heads import BertForMaskedLM, BertForNextSentencePrediction
-from bert_jax.inference.pipelines import READ_AHEAD, Pipeline, pipeline
+from bert_jax.inference.pipelines import Pipeline, pipeline
 from bert_jax.quantization import Dtype
 from bert_jax.tasks.base import Features, Request, Steps, Task
 from bert_jax.tasks.masked_lm import FillMask
@@ -300,10 +300,11 @@ def leave(folder: Path, settings: str, results: dict[str, dict[str, Any]]) -> No
 
 
 def _run(pipe: Pipeline[Task], requests: list[Steps[Any]], model: str, console: Console | None) -> list[Any]:
-    """Runs requests in groups of `READ_AHEAD`, and returns their results."""
-    starts = range(0, len(requests), READ_AHEAD)
+    """Runs requests in groups of `pipe.read_ahead`, and returns their results."""
+    size = pipe.read_ahead
+    starts = range(0, len(requests), size)
     shown = track(starts, description=model, console=console or Console(quiet=True), transient=True)
-    return [result for start in shown for result in pipe.run([*map(Request, requests[start : start + READ_AHEAD])])]
+    return [result for start in shown for result in pipe.run([*map(Request, requests[start : start + size])])]
 
 
 def _fill_mask(

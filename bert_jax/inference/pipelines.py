@@ -48,7 +48,8 @@ from bert_jax.tokenizer import Tokenizer
 from bert_jax.training import memory
 
 READ_AHEAD = 1024
-"""Number of inputs of a stream that are read ahead, sorted by length and batched together."""
+"""Number of inputs of a stream that are read ahead for each device that shares rows, sorted by length and batched
+together."""
 
 Model = str | os.PathLike[str] | BertPreTrainedModel
 Input = TypeVar("Input")
@@ -243,6 +244,11 @@ class Pipeline(Generic[Task_co]):
     def _parameters(self) -> list[str]:
         return list(inspect.signature(self.task.request).parameters)[1:]
 
+    @property
+    def read_ahead(self) -> int:
+        """The number of inputs of a stream that are read ahead."""
+        return READ_AHEAD * self._share
+
     @functools.cached_property
     def buckets(self) -> list[Bucket]:
         """The buckets that inputs can need, the usual ones first; see `is_usual`."""
@@ -284,7 +290,7 @@ class Pipeline(Generic[Task_co]):
 
         Returns:
             For one input, the task's result. For a list, a list of results in the same order. For any other iterable,
-            an iterator of results, which reads at most `READ_AHEAD` inputs ahead.
+            an iterator of results, which reads at most `read_ahead` inputs ahead.
 
         Raises:
             InputError: If an input or a parameter cannot be used. The message names the problem and, if there
@@ -322,7 +328,7 @@ class Pipeline(Generic[Task_co]):
             raise InputError(f"the parameter {quoted(unknown[0])} is unknown; this task accepts {known}.")
 
     def _stream(self, numbered: Iterator[tuple[int, Any]], parameters: Mapping[str, Any]) -> Iterator[Any]:
-        while window := list(itertools.islice(numbered, READ_AHEAD)):
+        while window := list(itertools.islice(numbered, self.read_ahead)):
             requests = []
             for i, entry in window:
                 try:

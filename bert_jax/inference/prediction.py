@@ -120,7 +120,8 @@ def predict_files(
         journal = _Journal.opened(output, run)
         if not journal.complete:
             rest = islice(entries, shard[0] - 1 + shard[1] * journal.read, None, shard[1])
-            _predict(pipe, functools.partial(_window, request, rest, candidates, flat), journal, console)
+            windows = iter(lambda: _window(request, islice(rest, pipe.read_ahead), candidates, flat), None)
+            _predict(pipe, windows, journal, console)
             journal.complete = True
             journal.commit()
         if journal.partial.exists():
@@ -210,9 +211,7 @@ class _Window:
     rejected: list[dict[str, Any]]
 
 
-def _predict(
-    pipe: Pipeline[Task], next_window: Callable[[], _Window | None], journal: _Journal, console: Console | None
-) -> None:
+def _predict(pipe: Pipeline[Task], windows: Iterator[_Window], journal: _Journal, console: Console | None) -> None:
     began = journal.read
     columns = BarColumn(), TextColumn("{task.percentage:.0f} % {task.fields[rate]}"), TimeRemainingColumn()
     with (
@@ -232,9 +231,9 @@ def _predict(
             file.truncate(size)
             file.seek(size)
         bar = progress.add_task("", total=sum(size for _, size, _ in journal.run["inputs"]), rate="")
-        coming = ahead.submit(next_window)
+        coming = ahead.submit(next, windows, None)
         while window := coming.result():
-            coming = ahead.submit(next_window)
+            coming = ahead.submit(next, windows, None)
             results = pipe.run(window.requests)
             predicted = zip(window.rows, results, strict=True)
             partial.writelines(_line(row | {PREDICTION: jsonable(result)}) for row, result in predicted)
@@ -261,7 +260,7 @@ def _window(
     flat: bool,
 ) -> _Window | None:
     window = _Window(0, [], [], [])
-    for path, before, (line, row, position) in islice(entries, READ_AHEAD):
+    for path, before, (line, row, position) in entries:
         window.position = before + position
         try:
             if isinstance(row, InputError):

@@ -18,7 +18,7 @@ from flax import nnx
 import bert_jax
 from bert_jax.data import sources
 from bert_jax.errors import InputError
-from bert_jax.inference import prediction
+from bert_jax.inference import pipelines, prediction
 from bert_jax.tasks import registry
 
 WORDS = ("the", "a", "good", "bad", "day", "film", "was", "is", "not", "very", "long", "short", "end", "Paris")
@@ -173,7 +173,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("place", ["run", "commit", "replace", "unlink", "fsync"])
 @pytest.mark.parametrize("name", ["out.jsonl", "out.csv"])
 def test_broken_off_anywhere_it_goes_on(pipe, tmp_path, monkeypatch, place, name):
-    monkeypatch.setattr(prediction, "READ_AHEAD", 4)
+    monkeypatch.setattr(pipelines, "READ_AHEAD", 4)
     (tmp_path / "in.txt").write_text("\n".join(sentences(6)) + "\n\n" + "\n".join(sentences(5, seed=1)))
     run(pipe, [tmp_path / "in.txt"], tmp_path / f"whole_{name}")
     owner = {"run": type(pipe), "commit": prediction._Journal, "unlink": prediction.Path}.get(place, prediction.os)

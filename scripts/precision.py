@@ -6,6 +6,7 @@ python scripts/precision.py --runs runs/emotion_1 runs/wnut17_1 --texts reviews.
               with a 95 % interval by the paired bootstrap over examples (Efron 1979), and how many decisions
               (labels, tags of a text, answers) are equal
 --texts       a file of texts, one per line: the negative log-likelihood of masked tokens of --model
+--fillings    a file of texts with one [MASK] each, one per line: the three likeliest tokens of --model
 --embeddings  a model whose sentence embeddings of the same texts are compared by cosine
 """
 
@@ -95,10 +96,25 @@ def compare_embeddings(model: str, texts: list[str]) -> None:
         print(f"| {what} | {dtype} | mean {cosines.mean():.5f} | least {cosines.min():.5f} | |", flush=True)
 
 
+def compare_fillings(model: str, texts: list[str]) -> None:
+    columns = []
+    for dtype in DTYPES:
+        found = bert_jax.pipeline("fill-mask", model, dtype=dtype)(texts, top_k=3)
+        columns.append([", ".join(f"{f['token_str']} {f['score']:.3f}" for f in fillings) for fillings in found])
+    print(f"\n| {model} | {' | '.join(DTYPES)} |\n|---|{'---|' * len(DTYPES)}")
+    for row in zip(texts, *columns, strict=True):
+        print(f"| {' | '.join(row)} |")
+
+
+def lines_of(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", type=Path, default=[], metavar="FOLDER")
     parser.add_argument("--texts", type=Path, metavar="FILE")
+    parser.add_argument("--fillings", type=Path, metavar="FILE")
     parser.add_argument("--model", default="bert-mini-cased")
     parser.add_argument("--embeddings", metavar="MODEL")
     arguments = parser.parse_args()
@@ -108,10 +124,12 @@ def main() -> None:
     for folder in arguments.runs:
         compare_run(folder)
     if arguments.texts:
-        texts = [line for line in arguments.texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = lines_of(arguments.texts)
         compare_texts(arguments.model, texts)
         if arguments.embeddings:
             compare_embeddings(arguments.embeddings, texts)
+    if arguments.fillings:
+        compare_fillings(arguments.model, lines_of(arguments.fillings))
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ class BertForPreTraining(BertWithHead):
         positions = None
         if masked_positions is not None or first_positions is not None:
             rows, tokens = check_inputs(
-                self.config, input_ids, inputs_embeds, masked_positions=masked_positions,
+                self.config, input_ids, inputs_embeds, position_ids=position_ids, masked_positions=masked_positions,
                 first_positions=first_positions,
             )  # fmt: skip
             masked = jnp.arange(tokens)[None] if masked_positions is None else jnp.asarray(masked_positions)
@@ -212,7 +212,9 @@ class BertForMaskedLM(BertWithHead):
         Returns:
             A `HeadOutput` with logits [B, K, V], or [B, T, V] if `masked_positions` is None.
         """
-        check_inputs(self.config, input_ids, inputs_embeds, masked_positions=masked_positions)
+        check_inputs(
+            self.config, input_ids, inputs_embeds, position_ids=position_ids, masked_positions=masked_positions
+        )
         out = self.bert(
             input_ids, attention_mask, token_type_ids, position_ids, document_ids, inputs_embeds=inputs_embeds,
             positions=masked_positions, dropout_key=dropout_key, interventions=interventions,

@@ -408,7 +408,7 @@ class BertModel(BertPreTrainedModel):
         `masked_positions` instead, and `BertForPreTraining` has `masked_positions` and `first_positions`.
 
         Args:
-            input_ids: int [B, T], with T at most `max_position_embeddings`.
+            input_ids: int [B, T], with T at most `max_position_embeddings` unless `position_ids` are given.
             attention_mask: [B, T], 1 for tokens and 0 for padding; None if there is no padding.
             token_type_ids: int [B, T], 0 for the first text and 1 for the second; None for zeros.
             position_ids: int [B, T], or [1, T] for all rows; None for 0, 1, 2, …
@@ -538,7 +538,7 @@ def check_inputs(
         expected = ", ".join(map(str, ("batch", "tokens", *vector)))
         raise InputError(f"{source} has the shape {shape}; expected [{expected}].")
     rows, tokens = shape[:2]
-    if tokens > config.max_position_embeddings:
+    if tokens > config.max_position_embeddings and others.get("position_ids") is None:
         raise InputError(
             f"{source} has {tokens} tokens per row; the model has {config.max_position_embeddings} positions "
             "(max_position_embeddings). Truncate the texts, or cut them into windows."

@@ -139,9 +139,7 @@ def check_request(pipe: Pipeline[Task], columns: tuple[str, ...], parameters: Ma
     sizes = sorted({len(names) for names in pipe.task.columns_of_input})
     if columns and len(columns) not in sizes:
         raise InputError(f"There are {len(columns)} columns; {pipe.task.name} expects {' or '.join(map(str, sizes))}.")
-    # fill-mask requires a mask in the text; pseudo-log-likelihood, which masks each token itself, refuses one.
-    example = f"a {pipe.tokenizer.mask_token}" if pipe.task.masked and not pipe.task.one_mask else "a"
-    return pipe.request((example, example) if sizes == [2] else example, parameters)
+    return pipe.request(pipe.task.example, parameters)
 
 
 @dataclass

@@ -210,9 +210,9 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
         usual = {"text": ("sentence_good",), "text_pair": ("sentence_bad",), "label": ("linguistics_term",)}
         required = ("text", "text_pair")
     try:
-        # No setting names the columns "id" and "is_impossible"; `data.id` is the id of the data set.
+        # Some columns have no setting; `data.id` is the id of the data set.
         wanted = {
-            name: sources.column(there, None if name in ("id", "is_impossible") else getattr(data, name), names)
+            name: sources.column(there, None if name == "id" else getattr(data, name, None), names)
             for name, names in usual.items()
         }
     except InputError as error:

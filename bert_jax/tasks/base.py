@@ -143,6 +143,8 @@ class Task(Protocol):
     """The usual columns of an input, as alternatives. Each row uses the first tuple whose columns it has."""
     json_input: Any
     """The type of one input in the JSON body that the server receives."""
+    example: Any
+    """A valid input. A request with it shows whether parameters are valid."""
 
     def forward(self, model: Any, inputs: dict[str, Any], starts: jax.Array) -> dict[str, jax.Array]:
         """Computes the outputs of a batch. This function is pure, and is compiled once for each shape of a batch.

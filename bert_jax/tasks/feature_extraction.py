@@ -27,6 +27,7 @@ class FeatureExtraction:
     per_token, masked, one_mask, with_labels = True, False, False, False
     columns_of_input = TEXTS
     json_input: Any = str
+    example = "a"
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int, *, folder: Path | None = None):
         self.tokenizer = tokenizer

@@ -65,6 +65,7 @@ class FillMask:
         self.tokenizer = tokenizer
         self.mask_id: int = tokenizer.mask_token_id
         self.max_length = max_length
+        self.example = f"a {tokenizer.mask_token}"
 
     def forward(self, model: BertForMaskedLM, inputs: dict[str, Any], starts: jax.Array) -> dict[str, jax.Array]:
         """The probabilities of the whole vocabulary at each masked position: float32 [B, P, V]."""

@@ -24,6 +24,7 @@ class NextSentencePrediction:
     per_token, masked, one_mask, with_labels = False, False, False, False
     columns_of_input = PAIRS
     json_input: Any = tuple[str, str]
+    example = ("a", "a")
 
     def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
         check_pairs(config)

@@ -8,10 +8,12 @@ import numpy as np
 from tokenizers import Encoding
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
+from bert_jax.config import BertConfig
 from bert_jax.errors import InputError, quoted
 from bert_jax.heads import BertForMaskedLM
 from bert_jax.tasks.base import Request, Steps, check_text
 from bert_jax.tasks.masked_lm import FillMask
+from bert_jax.tokenizer import Tokenizer
 
 Metric = Literal["original", "within_word_l2r"]
 
@@ -38,6 +40,10 @@ class PseudoLogLikelihood(FillMask):
 
     name = "pseudo-log-likelihood"
     one_mask = with_labels = True
+
+    def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
+        super().__init__(tokenizer, config, max_length)
+        self.example = "a"
 
     def forward(self, model: BertForMaskedLM, inputs: dict[str, Any], starts: jax.Array) -> dict[str, jax.Array]:
         """The log-probability of the true token at each masked position: float32 [B, P]."""

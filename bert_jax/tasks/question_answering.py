@@ -73,6 +73,7 @@ class QuestionAnswering(TrainableTask):
     model_class = BertForQuestionAnswering
     columns_of_input = (("question", "context"),)
     json_input: Any = dict[str, str]
+    example = ("a", "a")
     columns = {name: (name,) for name in ("id", "question", "context", "answers", "is_impossible")}  # noqa: RUF012
     required, target = ("question", "context"), "answers"
     head, peft_type = r"qa_outputs\..*", "QUESTION_ANS"

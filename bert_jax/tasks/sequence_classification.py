@@ -60,6 +60,7 @@ class SequenceClassification(TrainableTask):
     model_class = BertForSequenceClassification
     columns_of_input = (*PAIRS, *TEXTS)
     json_input: Any = str | tuple[str, str]
+    example = "a"
     columns = {"text": TEXT, "text_pair": (), "label": LABEL}  # noqa: RUF012
     required, target = ("text",), "label"
     head, peft_type = r"classifier\..*", "SEQ_CLS"

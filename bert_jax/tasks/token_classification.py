@@ -81,6 +81,7 @@ class TokenClassification(TrainableTask):
     model_class = BertForTokenClassification
     columns_of_input = (("tokens",), *TEXTS)
     json_input: Any = str | list[str]
+    example = "a"
     columns = {"tokens": ("tokens", "words"), "tags": ("ner_tags_str", "ner_tags", "tags")}  # noqa: RUF012
     required, target = ("tokens",), "tags"
     head, peft_type = r"classifier\..*", "TOKEN_CLS"

@@ -1,7 +1,7 @@
 """Models that consist of an encoder and a head. The head computes the logits of a task from the encoder's output."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from bert_jax import sharding
 from bert_jax.config import BertConfig
+from bert_jax.errors import InputError
 from bert_jax.interventions import NONE, Interventions
 from bert_jax.model import Attention, BertModel, BertModelOutput, BertPreTrainedModel, ComputeDtype, check_inputs
 from bert_jax.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, last_axis, new_param, split_key
@@ -303,6 +304,58 @@ class BertForSequenceClassification(BertWithClassifier):
     """
 
     pooled = True
+
+
+class BertForMultipleChoice(BertWithClassifier):
+    """The encoder with a linear layer that scores a text by the pooler's output (transformers' `modeling_bert.py`)."""
+
+    pooled = True
+
+    def _add_head(self, rngs: nnx.Rngs | None) -> None:
+        self.classifier = self._linear(1, rngs)
+
+    @sharding.automatic
+    def __call__(
+        self,
+        input_ids: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        document_ids: ArrayLike | None = None,
+        *,
+        inputs_embeds: ArrayLike | None = None,
+        positions: ArrayLike | None = None,
+        dropout_key: jax.Array | None = None,
+        interventions: Interventions = NONE,
+    ) -> HeadOutput:
+        """Scores the choices of each example. The softmax of its scores gives the probabilities of its choices.
+
+        The arguments are those of `BertModel`, with one more axis, that of the C choices: `input_ids` is [B, C, T]. Or,
+        if each row holds the choices of one or several examples, they are those of `BertModel`, with the first token of
+        each choice as `positions`.
+
+        Returns:
+            A `HeadOutput` with logits [B, C], and hidden states of B · C rows; or, if `positions` [B, K] are given,
+            logits [B, K].
+        """
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "document_ids": document_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
+        given: Any = inputs_embeds if input_ids is None else input_ids
+        groups = np.shape(given)[:2] if positions is None else None
+        if groups is not None:
+            axes = ("batch", "choices", "tokens", *["hidden size"] * (input_ids is None))
+            if np.ndim(given) != len(axes):
+                source = "inputs_embeds" if input_ids is None else "input_ids"
+                raise InputError(f"{source} has the shape {np.shape(given)}; expected [{', '.join(axes)}].")
+            inputs = {
+                name: array if array is None else jnp.reshape(array, (-1, *np.shape(array)[2:]))
+                for name, array in inputs.items()
+            }
+        out = super().__call__(**inputs, positions=positions, dropout_key=dropout_key, interventions=interventions)
+        logits = out.logits[..., 0]
+        return replace(out, logits=logits if groups is None else logits.reshape(groups))
 
 
 class BertForTokenClassification(BertWithClassifier):

@@ -33,6 +33,7 @@ FLOORS = [
         "tasks.sequence_classification",
         "tasks.token_classification",
         "tasks.question_answering",
+        "tasks.multiple_choice",
         "tasks.pretraining",
     ],
     ["tasks.pseudo_log_likelihood", "inference.batches"],

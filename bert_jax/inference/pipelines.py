@@ -38,6 +38,7 @@ from bert_jax.quantization import Dtype
 from bert_jax.tasks.base import Request, Task, check_vocabulary
 from bert_jax.tasks.feature_extraction import FeatureExtraction
 from bert_jax.tasks.masked_lm import FillMask
+from bert_jax.tasks.multiple_choice import MultipleChoice
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
 from bert_jax.tasks.pseudo_log_likelihood import PseudoLogLikelihood
 from bert_jax.tasks.question_answering import QuestionAnswering
@@ -118,6 +119,11 @@ def pipeline(
 ) -> "Pipeline[QuestionAnswering]": ...
 @overload
 def pipeline(
+    task: Literal["multiple-choice"], model: Model = ..., *, tokenizer: Tokenizer | None = ...,
+    revision: str | None = ..., ignore: Sequence[str] = ..., dtype: Dtype | None = ..., mesh: Mesh | None = ...,
+) -> "Pipeline[MultipleChoice]": ...
+@overload
+def pipeline(
     task: Literal["pseudo-log-likelihood"], model: Model = ..., *, tokenizer: Tokenizer | None = ...,
     revision: str | None = ..., ignore: Sequence[str] = ..., dtype: Dtype | None = ..., mesh: Mesh | None = ...,
 ) -> "Pipeline[PseudoLogLikelihood]": ...
@@ -142,7 +148,7 @@ def pipeline(
 
     Args:
         task: "fill-mask", "next-sentence-prediction", "feature-extraction", "text-classification",
-            "token-classification", "question-answering" or "pseudo-log-likelihood".
+            "token-classification", "question-answering", "multiple-choice" or "pseudo-log-likelihood".
         model: A folder, an id on the Hugging Face Hub, `bert-mini-cased`, or a loaded model.
         tokenizer: The tokenizer. It is required with a loaded model; otherwise, None means that of the checkpoint.
         revision: Branch, tag or commit on the Hub.

@@ -6,6 +6,7 @@ from bert_jax.errors import InputError, quoted
 from bert_jax.tasks.base import TrainableTask
 from bert_jax.tasks.feature_extraction import FeatureExtraction
 from bert_jax.tasks.masked_lm import FillMask
+from bert_jax.tasks.multiple_choice import MultipleChoice
 from bert_jax.tasks.next_sentence_prediction import NextSentencePrediction
 from bert_jax.tasks.pseudo_log_likelihood import PseudoLogLikelihood
 from bert_jax.tasks.question_answering import QuestionAnswering
@@ -21,6 +22,7 @@ TASKS: dict[str, Any] = {
         SequenceClassification,
         TokenClassification,
         QuestionAnswering,
+        MultipleChoice,
         PseudoLogLikelihood,
     )
 }

@@ -268,11 +268,13 @@ def test_several_texts_a_row_or_one(tokenizer):
         "fill-mask": [f"{text} [MASK]" + " and [MASK]" * (i % 3 == 0) for i, text in enumerate(texts)],
         "next-sentence-prediction": list(itertools.pairwise(texts)),
         "question-answering": [("Which word?", text) for text in texts],
+        "multiple-choice": [("Which word?", pair) for pair in itertools.pairwise(texts)],
     }
     numbers = {
         "fill-mask": lambda result: [score for _, score in scores([result])],
         "feature-extraction": np.ravel,
         "token-classification": lambda result: [entry["score"] for entry in result],
+        "multiple-choice": lambda result: result["scores"],
     }
     for task, made in registry.TASKS.items():
         model = made.model_class(config, rngs=nnx.Rngs(0))

@@ -1,0 +1,276 @@
+"""multiple-choice: selects an answer to a question (Lai et al. 2017), or the end of a text (Zellers et al. 2018)."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NotRequired
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Encoding
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
+
+from bert_jax import losses
+from bert_jax.config import BertConfig
+from bert_jax.data.loader import Batch, Examples, Place
+from bert_jax.data.rows import Spot, model_inputs
+from bert_jax.data.sources import Row, literal
+from bert_jax.errors import InputError, listed, quoted
+from bert_jax.heads import BertForMultipleChoice
+from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, Steps, TrainableTask, check_pairs, check_text
+from bert_jax.tokenizer import Tokenizer
+
+ENDINGS = tuple(f"ending{i}" for i in range(10))
+"""The columns that SWAG has its choices in; it has the first four."""
+UNKNOWN = -1
+"""The label of a row without a label."""
+
+
+class Question(TypedDict):
+    """A context, perhaps a question about it, and the choices."""
+
+    context: str
+    question: NotRequired[str]
+    choices: list[str]
+
+
+class Choice(TypedDict):
+    """The likeliest choice: its index, its text, and the probabilities of all choices."""
+
+    choice: int
+    answer: str
+    scores: list[float]
+
+
+@dataclass(frozen=True)
+class ChoiceExamples(Examples):
+    """Examples of C texts each, one per choice. The arrays of tokens have the texts of an example one after another.
+
+    So the choices of an example are always in one row, each a document of its own.
+
+    Attributes:
+        sizes: Number of tokens of each choice, int64 [N, C].
+    """
+
+    sizes: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), int))
+
+    def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
+        """See `Examples.batch`. `starts` are [B, K · C]: those of all choices of the first example, of the second, …"""
+        batch = super().batch(place, part)
+        count = self.sizes.shape[1]
+        starts = np.zeros((batch["starts"].shape[0], batch["starts"].shape[1] * count), np.int32)
+        ids: list[np.ndarray] = []
+        types: list[np.ndarray] = []
+        spots: list[Spot] = []
+        for item, row, number, start, _ in self.spots(place, part):
+            cuts = np.cumsum(self.sizes[item])
+            ids += np.split(self.input_ids[item], cuts[:-1])
+            types += np.split(self.token_type_ids[item], cuts[:-1])
+            for choice, (first, stop) in enumerate(itertools.pairwise([0, *cuts.tolist()]), number * count):
+                starts[row, choice] = start + first
+                spots.append(Spot(len(spots), row, choice, start + first, start + stop))
+        shape = batch["inputs"]["input_ids"].shape
+        inputs = model_inputs(spots, ids, types, shape, packed=True, pad_token_id=self.pad_token_id)
+        return Batch(inputs=inputs, targets=batch["targets"], starts=starts, weights=batch["weights"])
+
+
+class MultipleChoice(TrainableTask):
+    """Gives each choice a probability. The model reads each choice with the context, apart from the other choices."""
+
+    name = "multiple-choice"
+    model_class = BertForMultipleChoice
+    columns_of_input = (
+        ("context", "question", "choices"),
+        ("article", "question", "options"),
+        ("sent1", "sent2", *ENDINGS[:4]),
+        ("context", "choices"),
+    )
+    json_input: Any = Question
+    example = ("a", ["a", "a"])
+    columns = {  # noqa: RUF012
+        "context": ("context", "article", "passage", "sent1", "premise"),
+        "question": ("question", "sent2"),
+        "answers": ("choices", "options", "endings", "answers"),
+        "label": ("label", "answer"),
+        **{name: (name,) for name in ENDINGS},
+    }
+    required, target = ("context",), "label"
+    head, peft_type = r"classifier\..*", "SEQ_CLS"
+    metrics = ("accuracy",)
+    per_token, masked = False, False
+
+    def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
+        check_pairs(config)
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    # ── Inference ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def forward(self, model: BertForMultipleChoice, inputs: dict[str, Any], starts: jax.Array) -> dict[str, jax.Array]:
+        """The score of each choice: float32 [B, K]."""
+        return {"logits": model(**inputs, positions=starts).logits}
+
+    def request(self, inputs: Question | tuple[Any, ...]) -> Request[Choice]:
+        """Selects one of the choices.
+
+        Args:
+            inputs: `{"context": …, "choices": […]}`, perhaps with a `question`. Or a tuple: the context, the question
+                if there is one, and the list of the choices or each choice. A choice replaces the first `_` of its
+                question or, without one, follows the question. If the context and the choice are longer than the
+                model's maximum length, the longer of the two loses tokens.
+
+        Returns:
+            `{choice, answer, scores}`: the index of the likeliest choice, its text, and the probabilities of all
+            choices in their order.
+
+        Raises:
+            InputError: If there are fewer than two choices, or if the context or a choice is not a text or is empty.
+        """
+        context, question, choices = _parts(inputs)
+        encodings = self._encode(context, question, choices)
+        tokens, size = sum(map(len, encodings)), 80 + 25 * len(choices) + len(max(choices, key=len))
+        return Request(self._choose(encodings, choices), tokens, size)
+
+    def _choose(self, encodings: Sequence[Encoding], choices: Sequence[str]) -> Steps[Choice]:
+        outputs = yield [Features(encoding.ids, encoding.type_ids) for encoding in encodings]
+        logits = np.array([output["logits"] for output in outputs])
+        scores = np.exp(logits - logits.max())
+        scores /= scores.sum()
+        best = int(scores.argmax())
+        return {"choice": best, "answer": choices[best], "scores": scores.tolist()}
+
+    def _encode(self, context: str, question: str, choices: Sequence[str]) -> list[Encoding]:
+        """Each choice, with the context as the first text of the pair."""
+        if "_" in question:
+            seconds = [question.replace("_", choice, 1) for choice in choices]
+        else:
+            seconds = [f"{question} {choice}" if question else choice for choice in choices]
+        pairs = self.tokenizer.encode([context] * len(seconds), seconds, max_length=self.max_length)
+        return [encoding for encoding, *_ in pairs]
+
+    # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @staticmethod
+    def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
+        """See `TrainableTask.clean`. The choices of a row become the list `answers`, and its label the index of one.
+
+        A label is an index, counted from 0, or a letter, counted from A. A row without a label gets `UNKNOWN`.
+
+        Raises:
+            InputError: If `options.labels` is set, if a row has no choices or another number of choices than the first
+                row, or if a label is invalid.
+        """
+        if options.labels:
+            raise InputError(
+                f"data.labels is {listed(options.labels)}; {MultipleChoice.name} has no labels. Remove it."
+            )
+        cleaned: dict[str, list[Row]] = {}
+        first: tuple[str, int] | None = None
+        for split, found in rows.items():
+            cleaned[split] = []
+            for i, row in enumerate(found, 1):
+                where = f"data.{split}: row {i}"
+                try:
+                    given = [row[name] for name in ENDINGS if row.get(name) is not None]
+                    context, question, choices = _parts(
+                        (row["context"], row.get("question") or "", row.get("answers") or given)
+                    )
+                    first = first or (where, len(choices))
+                    if len(choices) != first[1]:
+                        raise InputError(f"there are {len(choices)} choices, and {first[1]} in {first[0]}.")
+                    label = _index(row.get("label"), len(choices))
+                except InputError as error:
+                    raise InputError(f"{where}: {error}") from None
+                cleaned[split].append({"context": context, "question": question, "answers": choices, "label": label})
+        return cleaned, f"choices: {first[1]}" if first else ""
+
+    @staticmethod
+    def config(
+        rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
+    ) -> dict[str, Any]:
+        """See `TrainableTask.config`. As in transformers, the config does not depend on the number of choices."""
+        for i, row in enumerate(rows, 1):
+            if row["label"] == UNKNOWN:
+                raise InputError(f"data.train: row {i} has no label. Add it, or set data.label to the label column.")
+        return {"id2label": ("LABEL_0", "LABEL_1"), "num_labels": 2}
+
+    def featurize(self, rows: Sequence[Mapping[str, Any]]) -> ChoiceExamples:
+        """Converts rows of `clean` to examples with the target `labels`, int32 [N]."""
+        encoded = [self._encode(row["context"], row["question"], row["answers"]) for row in rows]
+        return ChoiceExamples(
+            input_ids=[np.concatenate([np.array(e.ids, np.int32) for e in choices]) for choices in encoded],
+            token_type_ids=[np.concatenate([np.array(e.type_ids, np.int32) for e in choices]) for choices in encoded],
+            targets={"labels": np.array([row["label"] for row in rows], np.int32)},
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            sizes=np.array([[len(encoding) for encoding in choices] for choices in encoded]),
+        )
+
+    def loss(
+        self, model: BertForMultipleChoice, batch: Mapping[str, Any], dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `Objective.loss`. The cross entropy over the choices of each labelled example."""
+        labels = batch["targets"]["labels"]  # [B, K]
+        logits = model(**batch["inputs"], positions=batch["starts"], dropout_key=dropout_key).logits  # [B, K · C]
+        counts = (batch["weights"] > 0) & (labels != UNKNOWN)
+        labels = jnp.where(counts, labels, losses.IGNORE)
+        return losses.cross_entropy(logits.reshape(*labels.shape, -1), labels), jnp.sum(counts, dtype=jnp.float32)
+
+    def outputs(self, model: BertForMultipleChoice, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """See `Objective.outputs`. Computes `scores`, the probabilities of the choices: float32 [B, K, C]."""
+        logits = model(**batch["inputs"], positions=batch["starts"]).logits
+        return {"scores": jax.nn.softmax(logits.reshape(*batch["weights"].shape, -1))}
+
+    def labelled(self, examples: Examples) -> bool:
+        """See `TrainableTask.labelled`."""
+        return bool((examples.targets["labels"] != UNKNOWN).any())
+
+    def evaluate(self, outputs: Outputs, examples: Examples) -> dict[str, Any]:
+        """The accuracy on the labelled examples; empty if no example is labelled."""
+        labels = examples.targets["labels"]
+        known = labels != UNKNOWN
+        if not known.any():
+            return {}
+        return {"accuracy": float((outputs["scores"].argmax(-1) == labels)[known].mean())}
+
+    def predictions(self, outputs: Outputs, examples: Examples) -> list[dict[str, Any]]:
+        """One `{choice, scores}` per example."""
+        return [{"choice": int(row.argmax()), "scores": row.tolist()} for row in outputs["scores"]]
+
+
+def _parts(inputs: Any) -> tuple[str, str, list[str]]:
+    """The context, the question ("" if there is none) and the choices of an input; see `MultipleChoice.request`."""
+    if isinstance(inputs, Mapping):
+        if unknown := set(inputs) - {"context", "question", "choices"}:
+            raise InputError(f"{quoted(min(unknown))} is unknown; expected context, choices and perhaps question.")
+        inputs = [inputs.get("context"), inputs.get("question") or "", inputs.get("choices")]
+    if not isinstance(inputs, list | tuple) or len(inputs) < 2:
+        raise InputError(f"expected a context and choices, got {quoted(inputs)} ({type(inputs).__name__}).")
+    context, *question, choices = inputs
+    if len(question) > 1:  # each choice is a part of its own
+        question, choices = question[:1], [*question[1:], choices]
+    if isinstance(choices, str):  # in CSV and TSV files, lists are texts
+        choices = literal(choices)
+    if not isinstance(choices, list | tuple) or len(choices) < 2:
+        raise InputError(f"the choices are {quoted(choices)}; expected a list of at least two texts.")
+    check_text(context, "context")
+    for choice in choices:
+        check_text(choice, "choice")
+    for text in question:
+        if not isinstance(text, str):
+            raise InputError(f"the question is {quoted(text)}; expected a text.")
+    return context, question[0].strip() if question else "", list(choices)
+
+
+def _index(label: Any, choices: int) -> int:
+    """The index of the right choice; `UNKNOWN` if there is no label."""
+    text = str("" if label is None else label).strip()
+    if text in ("", "-1"):
+        return UNKNOWN
+    if re.fullmatch(r"\d{1,3}", text) and int(text) < choices:
+        return int(text)
+    if re.fullmatch("[A-Z]", text) and ord(text) - ord("A") < choices:
+        return ord(text) - ord("A")
+    last = chr(ord("A") + choices - 1)
+    raise InputError(f"the label is {quoted(label)}; expected 0 to {choices - 1}, or A to {last}.")

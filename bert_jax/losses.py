@@ -5,12 +5,20 @@ Cross entropies are in nats.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 IGNORE = -100
 """The label of entries that a loss leaves out. PyTorch and Hugging Face's data sets use the same number."""
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    class_weights: jax.Array | None = None,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+) -> jax.Array:
     """Mean negative log-likelihood of the labels.
 
     This is the loss of masked-language modeling, next-sentence prediction, token classification and single-label
@@ -19,30 +27,75 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     Args:
         logits: float [..., C].
         labels: int [...]; `IGNORE` where nothing is to be predicted.
+        class_weights: float [C], the weight of each class in the mean, as in `torch.nn.CrossEntropyLoss`. By default,
+            all classes have the same weight.
+        label_smoothing: The share of each target that is divided equally among all classes (Szegedy et al. 2016,
+            section 7).
+        focal_gamma: If p is the probability of the label, its negative log-likelihood is multiplied by
+            (1 - p)^focal_gamma, so that labels that are predicted well count less (Lin et al. 2017, section 3.2).
 
     Returns:
         float32 [], nats per label that is not `IGNORE`; 0 if all labels are `IGNORE`.
     """
     logits = logits.astype(jnp.float32)
     counts = labels != IGNORE
-    chosen = jnp.take_along_axis(logits, jnp.where(counts, labels, 0)[..., None], axis=-1)[..., 0]
-    nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.sum(jnp.where(counts, nll, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
+    labels = jnp.where(counts, labels, 0)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    loss = total - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    if focal_gamma:
+        loss = _focus(loss, focal_gamma)
+    weights = jnp.ones_like(loss) if class_weights is None else jnp.take(class_weights, labels)
+    loss = weights * loss
+    if label_smoothing:
+        others = total[..., None] - logits
+        uniform = jnp.mean(others if class_weights is None else _by_class(class_weights, others) * others, axis=-1)
+        loss = (1 - label_smoothing) * loss + label_smoothing * uniform
+    divisor = jnp.sum(jnp.where(counts, weights, 0.0))
+    return jnp.sum(jnp.where(counts, loss, 0.0)) / jnp.where(divisor > 0, divisor, 1.0)
 
 
-def binary_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+def binary_cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array | None = None,
+    *,
+    class_weights: jax.Array | None = None,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+) -> jax.Array:
     """Mean negative log-likelihood of independent yes-no labels: the loss of multi-label classification.
 
     Args:
         logits: float [B, C].
         labels: [B, C], 0 or 1.
         weights: float [B], 1 for each row to include and 0 for each row to leave out. All rows are included by default.
+        class_weights: float [C], by which the loss of each label is multiplied where the label is 1, as with
+            `pos_weight` of `torch.nn.BCEWithLogitsLoss`.
+        label_smoothing: Labels of 0 and 1 become label_smoothing / 2 and 1 - label_smoothing / 2.
+        focal_gamma: As in `cross_entropy`. p is the probability of the label's value, 0 or 1.
 
     Returns:
         float32 [], nats per label.
     """
     logits, labels = logits.astype(jnp.float32), labels.astype(jnp.float32)
-    return _mean_of_rows(jax.nn.softplus(logits) - logits * labels, weights)
+    yes, no = jax.nn.softplus(-logits), jax.nn.softplus(logits)  # -log p and -log (1 - p)
+    if focal_gamma:
+        yes, no = _focus(yes, focal_gamma), _focus(no, focal_gamma)
+    if class_weights is not None:
+        yes = _by_class(class_weights, yes) * yes
+    labels = labels * (1 - label_smoothing) + label_smoothing / 2
+    return _mean_of_rows(labels * yes + (1 - labels) * no, weights)
+
+
+def _by_class(weights: jax.Array, like: jax.Array) -> jax.Array:
+    """Weights [C] with as many axes as `like`, [..., C]."""
+    return jnp.reshape(weights, (1,) * (like.ndim - 1) + (-1,))
+
+
+def _focus(nll: jax.Array, gamma: float) -> jax.Array:
+    """Multiplies a negative log-likelihood -log p by (1 - p)^gamma."""
+    # The lower limit keeps the derivative finite where p is 1 and gamma less than 1.
+    return jnp.maximum(-jnp.expm1(-nll), float(np.finfo(np.float32).tiny)) ** gamma * nll
 
 
 def squared_error(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:

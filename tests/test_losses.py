@@ -50,3 +50,21 @@ def test_span_cross_entropy(logits):
     expected = (losses.cross_entropy(start, np.array([0, 1, 2, 3])) + losses.cross_entropy(end, np.full(4, 2))) / 2
     got = losses.span_cross_entropy(start, end, np.array([0, 1, 2, 3]), np.full(4, 2))
     np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_focal_losses_of_extreme_logits_are_finite(gamma):
+    for logits in (jnp.array([[300.0, -300.0]]), jnp.array([[-300.0, 300.0]])):
+        for loss in (
+            lambda x: losses.cross_entropy(x, np.array([0]), focal_gamma=gamma),
+            lambda x: losses.binary_cross_entropy(x, np.array([[1, 0]]), focal_gamma=gamma),
+        ):
+            assert all(jnp.isfinite(value).all() for value in jax.value_and_grad(loss)(logits))
+
+
+def test_labels_whose_class_has_no_weight_are_left_out(logits):
+    labels = np.array([[0, 1, 1, 0, 1]] * 4)
+    weights = jnp.array([1.0] + [0.0] * 6)
+    found = losses.cross_entropy(logits, labels, class_weights=weights)
+    np.testing.assert_allclose(found, losses.cross_entropy(logits, np.where(labels == 0, 0, losses.IGNORE)), rtol=1e-6)
+    assert losses.cross_entropy(logits, np.ones((4, 5), int), class_weights=weights) == 0

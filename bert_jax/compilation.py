@@ -9,9 +9,12 @@ CACHE_VARIABLE = "BERT_JAX_COMPILATION_CACHE"
 
 def use_compilation_cache() -> None:
     """Makes JAX read compiled programs from the user's cache folder, and write them there. For commands and workers."""
-    place = os.environ.get(CACHE_VARIABLE) or str(
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_jax" / "programs"
-    )
+    place = os.environ.get(CACHE_VARIABLE)
+    if not place:
+        try:
+            place = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_jax" / "programs")
+        except RuntimeError:  # the user has no home folder
+            return
     # With jaxlib 0.10.2, a program for several simulated devices can deadlock when it is loaded from the cache. So
     # nothing is cached if devices are simulated.
     if place == "off" or "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):

@@ -40,7 +40,7 @@ class TrainingError(BertJaxError, ArithmeticError):
 
 
 class OutOfMemoryError(BertJaxError, MemoryError):
-    """A model or a batch that does not fit into the memory of the devices."""
+    """A model or a batch that does not fit in the memory of the devices."""
 
 
 class Interrupted(BertJaxError):

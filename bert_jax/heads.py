@@ -330,9 +330,9 @@ class BertForMultipleChoice(BertWithClassifier):
     ) -> HeadOutput:
         """Scores the choices of each example. The softmax of its scores gives the probabilities of its choices.
 
-        The arguments are those of `BertModel`, with one more axis, that of the C choices: `input_ids` is [B, C, T]. Or,
-        if each row holds the choices of one or several examples, they are those of `BertModel`, with the first token of
-        each choice as `positions`.
+        The arguments are those of `BertModel`, with one more axis, that of the C choices: `input_ids` is [B, C, T]. For
+        packed rows, pass the arguments of `BertModel` instead, and the index of each choice's first token as
+        `positions`.
 
         Returns:
             A `HeadOutput` with logits [B, C], and hidden states of B · C rows; or, if `positions` [B, K] are given,
@@ -342,17 +342,18 @@ class BertForMultipleChoice(BertWithClassifier):
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
             "position_ids": position_ids, "document_ids": document_ids, "inputs_embeds": inputs_embeds,
         }  # fmt: skip
-        given: Any = inputs_embeds if input_ids is None else input_ids
-        groups = np.shape(given)[:2] if positions is None else None
-        if groups is not None:
-            axes = ("batch", "choices", "tokens", *["hidden size"] * (input_ids is None))
-            if np.ndim(given) != len(axes):
-                source = "inputs_embeds" if input_ids is None else "input_ids"
-                raise InputError(f"{source} has the shape {np.shape(given)}; expected [{', '.join(axes)}].")
-            inputs = {
-                name: array if array is None else jnp.reshape(array, (-1, *np.shape(array)[2:]))
-                for name, array in inputs.items()
-            }
+        groups: Any = None
+        if positions is None and (input_ids is None) != (inputs_embeds is None):
+            given: Any = inputs_embeds if input_ids is None else input_ids
+            groups = np.shape(given)[:2]
+            for name, array in inputs.items():
+                if array is None:
+                    continue
+                shape, vector = np.shape(array), ["hidden size"] * (name == "inputs_embeds")
+                if len(shape) != 3 + len(vector) or shape[:2] != groups:
+                    expected = ", ".join(["batch", "choices", "tokens", *vector])
+                    raise InputError(f"{name} has the shape {shape}; expected [{expected}], as all arguments have.")
+                inputs[name] = jnp.reshape(jnp.asarray(array), (-1, *shape[2:]))
         out = super().__call__(**inputs, positions=positions, dropout_key=dropout_key, interventions=interventions)
         logits = out.logits[..., 0]
         return replace(out, logits=logits if groups is None else logits.reshape(groups))

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bert_jax.errors import InputError
+
 IGNORE = -100
 """The label of entries that a loss leaves out. PyTorch and Hugging Face's data sets use the same number."""
 
@@ -32,10 +34,14 @@ def cross_entropy(
         label_smoothing: The share of each target that is divided equally among all classes (Szegedy et al. 2016,
             section 7).
         focal_gamma: If p is the probability of the label, its negative log-likelihood is multiplied by
-            (1 - p)^focal_gamma, so that labels that are predicted well count less (Lin et al. 2017, section 3.2).
+            (1 - p)^focal_gamma, so that well-predicted labels count less (Lin et al. 2017, section 3.2).
 
     Returns:
-        float32 [], nats per label that is not `IGNORE`; 0 if all labels are `IGNORE`.
+        float32 [], nats per label that is not `IGNORE` (with class weights, a weighted mean); 0 if all labels are
+        `IGNORE`.
+
+    Raises:
+        InputError: If `class_weights` are not C numbers.
     """
     logits = logits.astype(jnp.float32)
     counts = labels != IGNORE
@@ -44,11 +50,13 @@ def cross_entropy(
     loss = total - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     if focal_gamma:
         loss = _focus(loss, focal_gamma)
+    if class_weights is not None:
+        class_weights = _by_class(class_weights, logits)
     weights = jnp.ones_like(loss) if class_weights is None else jnp.take(class_weights, labels)
     loss = weights * loss
     if label_smoothing:
         others = total[..., None] - logits
-        uniform = jnp.mean(others if class_weights is None else _by_class(class_weights, others) * others, axis=-1)
+        uniform = jnp.mean(others if class_weights is None else class_weights * others, axis=-1)
         loss = (1 - label_smoothing) * loss + label_smoothing * uniform
     divisor = jnp.sum(jnp.where(counts, weights, 0.0))
     return jnp.sum(jnp.where(counts, loss, 0.0)) / jnp.where(divisor > 0, divisor, 1.0)
@@ -76,6 +84,9 @@ def binary_cross_entropy(
 
     Returns:
         float32 [], nats per label.
+
+    Raises:
+        InputError: If `class_weights` are not C numbers.
     """
     logits, labels = logits.astype(jnp.float32), labels.astype(jnp.float32)
     yes, no = jax.nn.softplus(-logits), jax.nn.softplus(logits)  # -log p and -log (1 - p)
@@ -89,6 +100,9 @@ def binary_cross_entropy(
 
 def _by_class(weights: jax.Array, like: jax.Array) -> jax.Array:
     """Weights [C] with as many axes as `like`, [..., C]."""
+    weights = jnp.asarray(weights, jnp.float32)
+    if weights.shape != like.shape[-1:]:
+        raise InputError(f"class_weights has the shape {weights.shape}; there are {like.shape[-1]} classes.")
     return jnp.reshape(weights, (1,) * (like.ndim - 1) + (-1,))
 
 

@@ -236,7 +236,7 @@ def by_rows_from_features(x: jax.Array) -> jax.Array:
     """`by_rows` for vectors from a table whose features the axis `fsdp` shards, [B, T, D].
 
     The devices look the vectors up sharded by rows along `data` and by features along `fsdp`. To change from this
-    layout to that of `by_rows`, the devices along `fsdp` exchange parts. If the first layout were not given, the
+    layout to that of `by_rows`, the devices along `fsdp` exchange parts. Without this intermediate constraint, the
     compiler would replicate all vectors on a mesh with both axes ("involuntary full rematerialization").
     """
     mesh = jax.sharding.get_abstract_mesh()

@@ -3,8 +3,8 @@
 python scripts/precision.py --runs runs/emotion_1 runs/wnut17_1 --texts reviews.txt --embeddings sentence-model
 
 --runs        folders of finished fine-tuning runs, evaluated on their validation data: the metric, the difference
-              with a 95 % interval by the paired bootstrap over examples (Efron 1979), and how many decisions
-              (labels, tags of a text, answers) are equal
+              with a 95 % interval by the paired bootstrap over examples (Efron 1979), how many decisions (labels,
+              tags, answers) are equal, and for how many examples all decisions are equal
 --texts       a file of texts, one per line: the negative log-likelihood of masked tokens of --model
 --fillings    a file of texts with one [MASK] each, one per line: the three likeliest tokens of --model
 --embeddings  a model whose sentence embeddings of the same texts are compared by cosine
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,13 @@ def counts_of(task: str, row: Mapping[str, Any], prediction: Mapping[str, Any]) 
     if task == "token-classification":
         truth, found = (set(metrics.entities(tags)) for tags in (row["tags"], prediction["tags"]))
         return 2.0 * len(truth & found), float(len(truth) + len(found))
-    return metrics.answering([row["answers"]["text"]], [prediction["answer"]])["f1"], 1.0
+    return metrics.answering([row["answers"]["text"]], [prediction["answer"]])["f1"] / 100, 1.0
 
 
-def decision(prediction: Mapping[str, Any]) -> Any:
-    return prediction.get("label", prediction.get("tags", prediction.get("answer")))
+def decisions(prediction: Mapping[str, Any]) -> list[str]:
+    """The tags of a text, or one label or answer."""
+    tags: list[str] | None = prediction.get("tags")
+    return [prediction.get("label", prediction.get("answer", ""))] if tags is None else tags
 
 
 def predicted(folder: Path, settings: Settings, dtype: Any) -> tuple[list[Any], list[Any]]:
@@ -60,20 +63,24 @@ def predicted(folder: Path, settings: Settings, dtype: Any) -> tuple[list[Any], 
 
 def compare_run(folder: Path) -> None:
     settings = Settings.from_file(folder / runs.SETTINGS)
-    exact: tuple[np.ndarray, list[Any]] | None = None
+    exact: tuple[np.ndarray, list[list[str]]] | None = None
     for dtype in DTYPES:
         rows, predictions = predicted(folder, settings, dtype)
         counts = np.array([counts_of(settings.task, *pair) for pair in zip(rows, predictions, strict=True)])
-        decisions = [decision(prediction) for prediction in predictions]
-        exact = exact or (counts, decisions)
+        made = [decisions(prediction) for prediction in predictions]
+        exact = exact or (counts, made)
         random = np.random.default_rng(0)
         drawn = random.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), RESAMPLES)
         (right, of), (right_before, of_before) = (drawn @ counts).T, (drawn @ exact[0]).T
         low, high = np.percentile(100 * (right / of - right_before / of_before), [2.5, 97.5])
         value, before = (100 * column.sum(axis=0)[0] / column.sum(axis=0)[1] for column in (counts, exact[0]))
-        equal = np.mean([a == b for a, b in zip(decisions, exact[1], strict=True)])
+        equal = [[a == b for a, b in zip(*pair, strict=True)] for pair in zip(made, exact[1], strict=True)]
         row = f"{folder.name}, {len(rows):,} examples", dtype, f"{value:.2f}"
-        print(f"| {' | '.join(row)} | {value - before:+.2f} ({low:+.2f} to {high:+.2f}) | {equal:.2%} |", flush=True)
+        print(
+            f"| {' | '.join(row)} | {value - before:+.2f} ({low:+.2f} to {high:+.2f}) "
+            f"| {np.mean(list(chain.from_iterable(equal))):.2%} | {np.mean([all(row) for row in equal]):.2%} |",
+            flush=True,
+        )
 
 
 def compare_texts(model: str, texts: list[str]) -> None:
@@ -120,7 +127,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.embeddings and not arguments.texts:
         parser.error("--embeddings needs --texts")
-    print("| | dtype | value | difference | equal decisions |\n|---|---|---|---|---|")
+    print("| | dtype | value | difference | equal decisions | equal examples |\n|---|---|---|---|---|---|")
     for folder in arguments.runs:
         compare_run(folder)
     if arguments.texts:

@@ -5,6 +5,7 @@ import optax
 import pytest
 
 from bert_jax import losses
+from bert_jax.errors import InputError
 
 
 @pytest.fixture
@@ -68,3 +69,10 @@ def test_labels_whose_class_has_no_weight_are_left_out(logits):
     found = losses.cross_entropy(logits, labels, class_weights=weights)
     np.testing.assert_allclose(found, losses.cross_entropy(logits, np.where(labels == 0, 0, losses.IGNORE)), rtol=1e-6)
     assert losses.cross_entropy(logits, np.ones((4, 5), int), class_weights=weights) == 0
+
+
+@pytest.mark.parametrize("count", [6, 8])
+def test_class_weights_of_another_number_of_classes_are_refused(logits, count):
+    for loss, labels in ((losses.cross_entropy, np.zeros((4, 5), int)), (losses.binary_cross_entropy, logits)):
+        with pytest.raises(InputError, match=rf"class_weights has the shape \({count},\); there are 7 classes"):
+            loss(logits, labels, class_weights=np.ones(count))

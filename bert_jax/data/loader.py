@@ -4,14 +4,14 @@ import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import numpy as np
 
 from bert_jax.data.rows import Spot, best_fit, lay_out, model_inputs
 from bert_jax.losses import IGNORE
 
-LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """The row lengths that batches without packing are padded to. Each length needs its own compiled program.
 
 To limit padding, a length is at most 1.5 times the previous length.
@@ -88,6 +88,9 @@ class Examples:
             row i.
         pad_token_id: The id that rows are padded with.
     """
+
+    packed: ClassVar[bool] = False
+    """Whether each example consists of several texts, so that its row is always packed."""
 
     input_ids: Sequence[np.ndarray]
     token_type_ids: Sequence[np.ndarray]

@@ -75,7 +75,7 @@ def evaluate(
         mesh: The devices.
 
     Raises:
-        OutOfMemoryError: If a batch does not fit into memory.
+        OutOfMemoryError: If a batch does not fit in memory.
         TrainingError: If the outputs or the loss are not finite.
     """
     loader = Loader(
@@ -88,14 +88,14 @@ def evaluate(
 
     def dispatch(step: int) -> tuple[Place, Any]:
         place = loader.place(step)
-        with jax.set_mesh(mesh), memory.sufficing(f"A batch of {place.shape}", remedy):
+        with jax.set_mesh(mesh), memory.explain_out_of_memory(f"A batch of {place.shape}", remedy):
             return place, evaluate_batch(params, sharding.put_batch(loader.batch_at(step), mesh))
 
     # The results of a batch are read after the next batch is dispatched, so that the device computes the next batch
     # while the host reads.
     batches: Iterator[Any] = itertools.chain(map(dispatch, range(loader.steps_per_epoch)), [None])
     for (place, results), _ in itertools.pairwise(batches):
-        with memory.sufficing(f"A batch of {place.shape}", remedy):
+        with memory.explain_out_of_memory(f"A batch of {place.shape}", remedy):
             outputs, loss, count = jax.device_get(results)
         if not all(np.isfinite(array).all() for array in (loss, *outputs.values())):
             raise TrainingError(

@@ -32,7 +32,7 @@ from bert_jax.inference.batches import (
     mask_counts,
     shapes,
 )
-from bert_jax.inference.run import Run, sufficing_memory
+from bert_jax.inference.run import Run, explain_out_of_memory
 from bert_jax.model import BertModel, BertPreTrainedModel
 from bert_jax.quantization import Dtype
 from bert_jax.tasks.base import Request, Task, check_vocabulary
@@ -49,8 +49,7 @@ from bert_jax.tokenizer import Tokenizer
 from bert_jax.training import memory
 
 READ_AHEAD = 1024
-"""Number of inputs of a stream that are read ahead for each device that shares rows, sorted by length and batched
-together."""
+"""Number of inputs of a stream that are read ahead per shard of a batch, sorted by length and batched together."""
 
 Model = str | os.PathLike[str] | BertPreTrainedModel
 Input = TypeVar("Input")
@@ -165,7 +164,7 @@ def pipeline(
             arguments that say how to load a model.
         ModelNotFoundError: If there is no such model, or if the Hub does not answer.
         CheckpointError: If the checkpoint lacks the task's head, is damaged, or does not fit the tokenizer.
-        OutOfMemoryError: If the model does not fit into the memory of the devices.
+        OutOfMemoryError: If the model does not fit in the memory of the devices.
     """
     if compute_dtype is not None:
         raise InputError(f"compute_dtype was renamed to dtype; pass dtype={compute_dtype!r}.")
@@ -188,7 +187,8 @@ def pipeline(
         params, skeleton = tree.split(model)
         flat, mesh = tree.flatten(params), mesh or sharding.mesh_of(params) or sharding.local()
         sharding.check(mesh, model.config)
-        network = tree.merge(skeleton, tree.unflatten(sharding.put(flat, sharding.placements(mesh, flat))))
+        with explain_out_of_memory("The model"):
+            network = tree.merge(skeleton, tree.unflatten(sharding.put(flat, sharding.placements(mesh, flat))))
     else:
         mesh = mesh or sharding.local()
         folder = hub.download(model, revision=revision)
@@ -204,7 +204,7 @@ def pipeline(
         if other and issubclass(model_class, BertWithClassifier):
             raise misfit
         try:
-            with sufficing_memory("The model"):
+            with explain_out_of_memory("The model"):
                 network = model_class.from_pretrained(
                     folder, ignore=ignore, dtype=dtype or "float32", mesh=mesh, **without_pooler
                 )
@@ -278,7 +278,7 @@ class Pipeline(Generic[Task_co]):
         """Runs the program that uses the most memory."""
         largest = max(self.buckets, key=lambda bucket: (bucket.masks * bucket.rows, bucket.length * bucket.rows))
         inputs = {name: np.zeros(shape, np.int32) for name, shape in self._arrays(largest).items()}
-        with sufficing_memory(f"A batch of {largest}"):
+        with explain_out_of_memory(f"A batch of {largest}"):
             jax.block_until_ready(self.compile(largest)(self.params, inputs))
 
     @property
@@ -291,8 +291,8 @@ class Pipeline(Generic[Task_co]):
         """Makes predictions. A call is `pipe(inputs, …)`; its keyword arguments are those of the task's `request`.
 
         Args:
-            inputs: One input of the task (a text, a pair as a tuple, a dict with question and context), a list of
-                inputs, or any other iterable of inputs.
+            inputs: One input of the task (a text, a pair as a tuple, a dict with question and context or with context
+                and choices), a list of inputs, or any other iterable of inputs.
 
         Returns:
             For one input, the task's result. For a list, a list of results in the same order. For any other iterable,
@@ -302,7 +302,7 @@ class Pipeline(Generic[Task_co]):
             InputError: If an input or a parameter cannot be used. The message names the problem and, if there
                 are several inputs, the index of the input.
             CheckpointError: If the model's results are not finite.
-            OutOfMemoryError: If a batch does not fit into the memory of the devices.
+            OutOfMemoryError: If a batch does not fit in the memory of the devices.
         """
         predict: Predicts[Input, Parameters, Result] = self._predict
         return predict
@@ -394,7 +394,8 @@ class Pipeline(Generic[Task_co]):
         """The program of a bucket, compiled at the first call."""
         if bucket not in self._programs:
             first = not self._programs
-            self._programs[bucket] = self.trace(bucket).lower().compile()
+            with explain_out_of_memory(f"A batch of {bucket}"):
+                self._programs[bucket] = self.trace(bucket).lower().compile()
             if first:  # the compiler leaves 50 MB behind, which it needs again only for another program
                 memory.release()
         return self._programs[bucket]

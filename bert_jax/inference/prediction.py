@@ -72,8 +72,8 @@ def predict_files(
         inputs: Files or folders in the formats that `sources.entries` reads.
         output: The output file. Its name gives the format: JSONL or CSV, both optionally gzipped, or Parquet.
         model: Name of the model. The name is recorded, and a run can be resumed only with the same name.
-        columns: The columns that make up an input: one, or two for a pair. By default, the first tuple in the task's
-            `columns_of_input` whose columns a row has.
+        columns: The columns that make up an input: one, two for a pair, or those of a context with choices. By default,
+            the first tuple in the task's `columns_of_input` whose columns a row has.
         format: Format of the inputs. If None, each file's name gives its format, and a .txt file has one text per line.
         table: How the inputs are read if they are tables.
         shard: (i, n) selects every n-th row, starting with the i-th, counted from 1.

@@ -10,6 +10,7 @@ Ray Data reads and writes the files and keeps the workers busy. If a worker is l
 
 import contextlib
 import copy
+import csv
 import json
 import logging
 import math
@@ -95,7 +96,8 @@ class Predictor:
     ):
         if expected is not None and (found := versions()) != expected:
             raise InputError(f"A worker has {found}; the driver has {dict(expected)}. Install the same versions.")
-        use_compilation_cache()
+        if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+            use_compilation_cache()
         context = ray.get_runtime_context()
         threads = threads or math.ceil(context.get_assigned_resources().get("CPU", 1.0))
         os.environ.setdefault("NPROC", str(threads))  # XLA reads it
@@ -261,7 +263,7 @@ def _opened(files: list[str], kind: str, options: Mapping[str, Any]) -> Any:
     try:
         source = RowSource(files, kind)
         rows = source.head(100)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
         raise InputError(f"Cannot read {listed(files)}: {first_line(error)}") from None
     if kind in ("jsonl", "text"):
         rows = [_parsed(row[LINE]) for row in rows]

@@ -1,6 +1,6 @@
 """Files on a Ray cluster: reads rows, writes blocks, and keeps the journal of a run.
 
-Ray's tasks for reading and writing import this module in processes of their own, so it does not import JAX.
+Ray imports this module in the processes that read and write files, so it does not import JAX.
 """
 
 import csv
@@ -38,7 +38,7 @@ class RowSource(FileBasedDatasource):
     def head(self, count: int) -> list[dict[str, Any]]:
         """At most `count` of the first rows, read in this process."""
         tables = itertools.chain.from_iterable(read() for read in self.get_read_tasks(1))
-        return next((table.slice(0, count).to_pylist() for table in tables if len(table)), [])
+        return list(itertools.islice((row for table in tables for row in table.to_pylist()), count))
 
     def _open_input_source(self, filesystem: pyarrow.fs.FileSystem, path: str, **options: object) -> Any:
         if self.format == "parquet":
@@ -59,6 +59,7 @@ class RowSource(FileBasedDatasource):
             return
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="" if self.format == "csv" else "\n")
         if self.format == "csv":
+            csv.field_size_limit(2**24)
             reader = csv.DictReader(lines)
             schema = pyarrow.schema([(name, pyarrow.string()) for name in reader.fieldnames or ()])
             while rows := list(itertools.islice(reader, ROWS_PER_TABLE)):

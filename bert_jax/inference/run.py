@@ -24,11 +24,11 @@ TOKENS_PER_MASK = 8
 need as much memory as the activations of some tokens."""
 
 
-sufficing_memory = functools.partial(
-    memory.sufficing,
+explain_out_of_memory = functools.partial(
+    memory.explain_out_of_memory,
     remedy="Use dtype bfloat16 or int8, or divide the model among devices by a mesh such as fsdp=2.",
 )
-"""Turns JAX's out-of-memory error into an `OutOfMemoryError` that says what does not fit, and what to do."""
+"""`memory.explain_out_of_memory` for inference."""
 
 
 class Computes(Protocol):
@@ -219,7 +219,7 @@ class Run:
     def _failing(self, batch: Batch, finished: dict[Hashable, Any]) -> Iterator[None]:
         """If the block raises an exception, every owner with texts in the batch gets the exception as its result."""
         try:
-            with sufficing_memory(f"A batch of {batch.bucket}"):
+            with explain_out_of_memory(f"A batch of {batch.bucket}"):
                 yield
         except Exception as error:
             for owner in {queued.request.owner for queued in batch.queued}:

@@ -46,7 +46,7 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
         ModelNotFoundError: If the model does not exist, or if the Hub does not answer.
         CheckpointError: If the weights do not fit the model, or if a file cannot be written.
         TrainingError: If the loss or an output is not finite.
-        OutOfMemoryError: If a batch does not fit into memory.
+        OutOfMemoryError: If a batch does not fit in memory.
         Interrupted: After Ctrl-C or SIGTERM; the state is saved.
     """
     console, began = console or Console(quiet=True), time.perf_counter()

@@ -42,7 +42,7 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
         CheckpointError: If the weights of the checkpoint do not fit the model, if a shard is damaged, or if a file
             cannot be written.
         TrainingError: If the loss or an output is not finite.
-        OutOfMemoryError: If a batch does not fit into memory.
+        OutOfMemoryError: If a batch does not fit in memory.
         Interrupted: After Ctrl-C or SIGTERM; the state is saved.
     """
     console, began = console or Console(quiet=True), time.perf_counter()

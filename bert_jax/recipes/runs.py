@@ -81,7 +81,7 @@ def fit(settings: Settings | Pretraining, run: loop.Run, validation: Examples | 
         InputError: If training.patience is set without data.validation, if the folder cannot be written, or if it has
             checkpoints of a run with other training examples.
         TrainingError: If the loss or an output is not finite.
-        OutOfMemoryError: If a batch does not fit into memory.
+        OutOfMemoryError: If a batch does not fit in memory.
         Interrupted: After Ctrl-C or SIGTERM; the state is saved.
         CheckpointError: If a checkpoint cannot be written or read.
     """

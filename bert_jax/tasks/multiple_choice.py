@@ -1,10 +1,11 @@
 """multiple-choice: selects an answer to a question (Lai et al. 2017), or the end of a text (Zellers et al. 2018)."""
 
-import itertools
+import math
 import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NotRequired
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 from bert_jax import losses
 from bert_jax.config import BertConfig
 from bert_jax.data.loader import Batch, Examples, Place
-from bert_jax.data.rows import Spot, model_inputs
 from bert_jax.data.sources import Row, literal
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.heads import BertForMultipleChoice
@@ -23,17 +23,11 @@ from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, Steps, 
 from bert_jax.tokenizer import Tokenizer
 
 ENDINGS = tuple(f"ending{i}" for i in range(10))
-"""The columns that SWAG has its choices in; it has the first four."""
+"""Columns of choices, named as in SWAG, which has the first four."""
+MOST_CHOICES = 32
+"""Maximum number of choices of an example. Each is tokenized with the context."""
 UNKNOWN = -1
 """The label of a row without a label."""
-
-
-class Question(TypedDict):
-    """A context, perhaps a question about it, and the choices."""
-
-    context: str
-    question: NotRequired[str]
-    choices: list[str]
 
 
 class Choice(TypedDict):
@@ -46,48 +40,48 @@ class Choice(TypedDict):
 
 @dataclass(frozen=True)
 class ChoiceExamples(Examples):
-    """Examples of C texts each, one per choice. The arrays of tokens have the texts of an example one after another.
+    """Examples of C texts each, one per choice.
 
-    So the choices of an example are always in one row, each a document of its own.
+    The token arrays concatenate the texts of an example, so its choices always share a row, as separate documents.
 
     Attributes:
         sizes: Number of tokens of each choice, int64 [N, C].
     """
+
+    packed = True
 
     sizes: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), int))
 
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
         """See `Examples.batch`. `starts` are [B, K · C]: those of all choices of the first example, of the second, …"""
         batch = super().batch(place, part)
+        tokens = {name: batch["inputs"][name] for name in ("input_ids", "token_type_ids")}
         count = self.sizes.shape[1]
-        starts = np.zeros((batch["starts"].shape[0], batch["starts"].shape[1] * count), np.int32)
-        ids: list[np.ndarray] = []
-        types: list[np.ndarray] = []
-        spots: list[Spot] = []
-        for item, row, number, start, _ in self.spots(place, part):
-            cuts = np.cumsum(self.sizes[item])
-            ids += np.split(self.input_ids[item], cuts[:-1])
-            types += np.split(self.token_type_ids[item], cuts[:-1])
-            for choice, (first, stop) in enumerate(itertools.pairwise([0, *cuts.tolist()]), number * count):
-                starts[row, choice] = start + first
-                spots.append(Spot(len(spots), row, choice, start + first, start + stop))
-        shape = batch["inputs"]["input_ids"].shape
-        inputs = model_inputs(spots, ids, types, shape, packed=True, pad_token_id=self.pad_token_id)
+        starts = np.repeat(np.zeros_like(batch["starts"]), count, axis=1)
+        documents, positions = np.zeros_like(tokens["input_ids"]), np.zeros_like(tokens["input_ids"])
+        for spot in self.spots(place, part):
+            sizes = self.sizes[spot.item]
+            firsts = np.cumsum(sizes) - sizes
+            numbers = spot.number * count + np.arange(count)
+            documents[spot.tokens] = np.repeat(numbers + 1, sizes)
+            positions[spot.tokens] = np.arange(spot.stop - spot.start) - np.repeat(firsts, sizes)
+            starts[spot.row, numbers] = spot.start + firsts
+        inputs = {**tokens, "document_ids": documents, "position_ids": positions}
         return Batch(inputs=inputs, targets=batch["targets"], starts=starts, weights=batch["weights"])
 
 
 class MultipleChoice(TrainableTask):
-    """Gives each choice a probability. The model reads each choice with the context, apart from the other choices."""
+    """Assigns each choice a probability. The model reads each choice with the context, independently of the others."""
 
     name = "multiple-choice"
     model_class = BertForMultipleChoice
     columns_of_input = (
         ("context", "question", "choices"),
         ("article", "question", "options"),
-        ("sent1", "sent2", *ENDINGS[:4]),
+        *(("sent1", "sent2", *ENDINGS[:count]) for count in range(len(ENDINGS), 1, -1)),
         ("context", "choices"),
     )
-    json_input: Any = Question
+    json_input: Any = dict[str, str | list[str] | None]
     example = ("a", ["a", "a"])
     columns = {  # noqa: RUF012
         "context": ("context", "article", "passage", "sent1", "premise"),
@@ -112,21 +106,23 @@ class MultipleChoice(TrainableTask):
         """The score of each choice: float32 [B, K]."""
         return {"logits": model(**inputs, positions=starts).logits}
 
-    def request(self, inputs: Question | tuple[Any, ...]) -> Request[Choice]:
+    def request(self, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Request[Choice]:
         """Selects one of the choices.
 
         Args:
             inputs: `{"context": …, "choices": […]}`, perhaps with a `question`. Or a tuple: the context, the question
-                if there is one, and the list of the choices or each choice. A choice replaces the first `_` of its
-                question or, without one, follows the question. If the context and the choice are longer than the
-                model's maximum length, the longer of the two loses tokens.
+                if there is one, and the list of the choices; or the context, the question ("" if there is none), and
+                each choice. A choice replaces the first blank, `_` or `____`, of its question or, without one, follows
+                the question. If the context and the choice are longer than the model's maximum length, the longer of
+                the two loses tokens.
 
         Returns:
             `{choice, answer, scores}`: the index of the likeliest choice, its text, and the probabilities of all
             choices in their order.
 
         Raises:
-            InputError: If there are fewer than two choices, or if the context or a choice is not a text or is empty.
+            InputError: If there are fewer than 2 or more than `MOST_CHOICES` choices, or if the context or a choice is
+                not a text or is empty.
         """
         context, question, choices = _parts(inputs)
         encodings = self._encode(context, question, choices)
@@ -143,10 +139,9 @@ class MultipleChoice(TrainableTask):
 
     def _encode(self, context: str, question: str, choices: Sequence[str]) -> list[Encoding]:
         """Each choice, with the context as the first text of the pair."""
-        if "_" in question:
-            seconds = [question.replace("_", choice, 1) for choice in choices]
-        else:
-            seconds = [f"{question} {choice}" if question else choice for choice in choices]
+        blank = re.search(r"(?<!\w)_+(?!\w)", question)
+        before, after = (question[: blank.start()], question[blank.end() :]) if blank else (f"{question} ".lstrip(), "")
+        seconds = [f"{before}{choice}{after}" for choice in choices]
         pairs = self.tokenizer.encode([context] * len(seconds), seconds, max_length=self.max_length)
         return [encoding for encoding, *_ in pairs]
 
@@ -173,10 +168,10 @@ class MultipleChoice(TrainableTask):
             for i, row in enumerate(found, 1):
                 where = f"data.{split}: row {i}"
                 try:
-                    given = [row[name] for name in ENDINGS if row.get(name) is not None]
-                    context, question, choices = _parts(
-                        (row["context"], row.get("question") or "", row.get("answers") or given)
-                    )
+                    choices = row.get("answers")
+                    if choices is None:
+                        choices = _endings(row)
+                    context, question, choices = _parts((row["context"], row.get("question"), choices))
                     first = first or (where, len(choices))
                     if len(choices) != first[1]:
                         raise InputError(f"there are {len(choices)} choices, and {first[1]} in {first[0]}.")
@@ -239,38 +234,53 @@ class MultipleChoice(TrainableTask):
         return [{"choice": int(row.argmax()), "scores": row.tolist()} for row in outputs["scores"]]
 
 
+def _endings(row: Row) -> list[Any]:
+    """The choices of a row that has each in a column of its own."""
+    cells = [row.get(name) for name in ENDINGS]
+    while cells and cells[-1] is None:
+        cells.pop()
+    if not cells:
+        raise InputError("there are no choices. Set data.answers to the column with the list of the choices.")
+    if None in cells:
+        raise InputError(f"there is no {ENDINGS[cells.index(None)]}, but there is {ENDINGS[len(cells) - 1]}.")
+    return cells
+
+
 def _parts(inputs: Any) -> tuple[str, str, list[str]]:
     """The context, the question ("" if there is none) and the choices of an input; see `MultipleChoice.request`."""
     if isinstance(inputs, Mapping):
         if unknown := set(inputs) - {"context", "question", "choices"}:
             raise InputError(f"{quoted(min(unknown))} is unknown; expected context, choices and perhaps question.")
-        inputs = [inputs.get("context"), inputs.get("question") or "", inputs.get("choices")]
+        inputs = [inputs.get("context"), inputs.get("question"), inputs.get("choices")]
     if not isinstance(inputs, list | tuple) or len(inputs) < 2:
         raise InputError(f"expected a context and choices, got {quoted(inputs)} ({type(inputs).__name__}).")
     context, *question, choices = inputs
-    if len(question) > 1:  # each choice is a part of its own
+    if len(question) > 1:
         question, choices = question[:1], [*question[1:], choices]
+    asked = (question or [None])[0] or ""
     if isinstance(choices, str):  # in CSV and TSV files, lists are texts
         choices = literal(choices)
-    if not isinstance(choices, list | tuple) or len(choices) < 2:
-        raise InputError(f"the choices are {quoted(choices)}; expected a list of at least two texts.")
+    if isinstance(choices, np.ndarray):
+        choices = choices.tolist()
+    if not isinstance(choices, list | tuple) or not 2 <= len(choices) <= MOST_CHOICES:
+        raise InputError(f"the choices are {quoted(choices)}; expected a list of 2 to {MOST_CHOICES} texts.")
     check_text(context, "context")
     for choice in choices:
         check_text(choice, "choice")
-    for text in question:
-        if not isinstance(text, str):
-            raise InputError(f"the question is {quoted(text)}; expected a text.")
-    return context, question[0].strip() if question else "", list(choices)
+    if not isinstance(asked, str):
+        raise InputError(f"the question is {quoted(asked)}; expected a text.")
+    return context, asked.strip(), list(choices)
 
 
 def _index(label: Any, choices: int) -> int:
     """The index of the right choice; `UNKNOWN` if there is no label."""
+    if isinstance(label, float):  # as pandas writes a column of whole numbers in which some are missing
+        label = None if math.isnan(label) else int(label) if label.is_integer() else label
     text = str("" if label is None else label).strip()
     if text in ("", "-1"):
         return UNKNOWN
-    if re.fullmatch(r"\d{1,3}", text) and int(text) < choices:
-        return int(text)
-    if re.fullmatch("[A-Z]", text) and ord(text) - ord("A") < choices:
-        return ord(text) - ord("A")
-    last = chr(ord("A") + choices - 1)
-    raise InputError(f"the label is {quoted(label)}; expected 0 to {choices - 1}, or A to {last}.")
+    letters = string.ascii_uppercase[:choices]
+    for names in ([str(i) for i in range(choices)], list(letters)):
+        if text in names:
+            return names.index(text)
+    raise InputError(f"the label is {quoted(label)}; expected 0 to {choices - 1}, or A to {letters[-1]}.")

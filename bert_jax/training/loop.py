@@ -101,6 +101,11 @@ def set_up(
     rate = model.config.attention_probs_dropout_prob
     kernel, reason = attention.choose(encoder.attention, dropout_rate=rate, **facts)
     attention.check(kernel, packed=packing, **facts)
+    if examples.packed and kernel in attention.UNPACKED:
+        raise InputError(
+            f"attention is {kernel!r}, which does not support rows of several texts, but each example is such a row. "
+            "Use 'plain' or 'auto'."
+        )
     attention.check_dropout(kernel, rate)
     loader = Loader(
         examples, batch_size, seed=seed, share=accumulation * sharding.share(mesh), part=sharding.part(mesh),
@@ -206,7 +211,7 @@ def train(
         InputError: If the arguments do not fit the model, the task or the devices, if `folder` has checkpoints of a run
             with other training examples, or if `validation` lacks the labels that `metric` requires.
         TrainingError: If the loss or the results of an evaluation are not finite.
-        OutOfMemoryError: If a batch does not fit into memory.
+        OutOfMemoryError: If the state of the run or a batch does not fit in memory.
         Interrupted: After Ctrl-C or SIGTERM, if `folder` is given. The state is saved; the same call resumes the run.
         CheckpointError: If a checkpoint cannot be written or read.
     """
@@ -243,8 +248,11 @@ def fit(
     # ── Devices, parameters, programs ────────────────────────────────────────────────────────────────────────────────
     mesh, task, loader, planned, layout, metric = run.mesh, run.task, run.loader, run.plan, run.layout, run.metric
     programs: dict[Shape, jax.stages.Compiled] = {}
-    state = sharding.put(init_state(planned, loader.seed), layout)
-    frozen = sharding.put(planned.frozen, sharding.placements(mesh, planned.frozen))
+    with memory.explain_out_of_memory(
+        "The model with the state of its optimizer", "Use a mesh with a larger fsdp, freeze parameters, or use lora."
+    ):
+        state = sharding.put(init_state(planned, loader.seed), layout)
+        frozen = sharding.put(planned.frozen, sharding.placements(mesh, planned.frozen))
     evaluate_batch = measure.program(task, planned.skeleton)
     combine: Any = planned.params
     # A compiled program is needed only to merge adapters; without adapters, it would only copy every parameter.
@@ -284,7 +292,7 @@ def fit(
         """Waits for a step and reads its metrics; returns the text to show if the step is logged, else None."""
         nonlocal seen, since
         place = loader.place(n - 1)
-        with memory.sufficing(f"A batch of {place.shape}", LESS_MEMORY):
+        with memory.explain_out_of_memory(f"A batch of {place.shape}", LESS_MEMORY):
             values = {name: float(value) for name, value in metrics.items()}
         if not math.isfinite(values["loss"]):
             raise TrainingError(
@@ -313,7 +321,7 @@ def fit(
             if patience is not None and progress["evaluations_without_better"] >= patience:
                 break
             shape = loader.place(step).shape
-            with memory.sufficing(f"A batch of {shape}", LESS_MEMORY):
+            with memory.explain_out_of_memory(f"A batch of {shape}", LESS_MEMORY):
                 if shape not in programs:
                     programs[shape] = run.trace(shape).lower().compile()
                     memory.release()

@@ -85,14 +85,14 @@ def release() -> None:
 
 
 @contextlib.contextmanager
-def sufficing(what: str, remedy: str) -> Iterator[None]:
-    """Turns JAX's out-of-memory error into an `OutOfMemoryError` that names `what` does not fit, and the remedy."""
+def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
+    """Turns JAX's out-of-memory error into an `OutOfMemoryError` that says what does not fit, and what to do."""
     try:
         yield
     except RuntimeError as error:  # jax.errors.JaxRuntimeError
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OutOfMemoryError(f"{what} does not fit into memory. {remedy}") from None
+        raise OutOfMemoryError(f"{what} does not fit in memory. {remedy}") from error
 
 
 def resident() -> int | None:

@@ -182,6 +182,17 @@ def test_a_row_of_csv_with_other_cells_is_refused():
             list(ray.RowSource._tables(SimpleNamespace(format="csv"), io.BytesIO(b"a,b\n" + line + b"\n")))
 
 
+def test_a_long_cell_of_csv_is_read():
+    (table,) = ray.RowSource._tables(SimpleNamespace(format="csv"), io.BytesIO(b"a\n" + b"x" * 200_000 + b"\n"))
+    assert table.to_pylist() == [{"a": "x" * 200_000}]
+
+
+def test_the_first_rows_are_of_several_files():
+    tables = [ray.pyarrow.table({"a": values}) for values in ([0], [], list(range(1, 60)))]
+    source = SimpleNamespace(get_read_tasks=lambda parallelism: [lambda: tables[:2], lambda: tables[2:]])
+    assert [row["a"] for row in ray.RowSource.head(source, 50)] == list(range(50))
+
+
 def test_lone_surrogates_are_escaped():
     assert ray._dumped({"a": "é"}) == '{"a": "é"}'
     assert json.loads(ray._dumped({"a": "é\ud800"})) == {"a": "é\ud800"}

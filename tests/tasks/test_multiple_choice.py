@@ -10,6 +10,7 @@ import bert_jax
 from bert_jax import tree
 from bert_jax.data.loader import one_a_row
 from bert_jax.errors import InputError
+from bert_jax.inference import prediction
 from bert_jax.recipes import finetuning
 from bert_jax.settings import Settings
 from bert_jax.tasks.base import ReadOptions
@@ -64,6 +65,11 @@ def test_each_choice_is_scored_alone(model):
     np.testing.assert_allclose(model(inputs_embeds=vectors).logits, logits, atol=1e-5)
     with pytest.raises(InputError, match=r"input_ids has the shape \(3, 7\); expected \[batch, choices, tokens\]"):
         model(ids[:, 0])
+    with pytest.raises(InputError, match=r"attention_mask has the shape \(4, 3, 7\); expected"):
+        model(ids, np.ones((4, 3, 7)))
+    np.testing.assert_allclose(model(ids.tolist()).logits, logits, atol=1e-5)
+    with pytest.raises(InputError, match="Expected input_ids or inputs_embeds, got neither"):
+        model()
 
 
 # ── The pipeline ──
@@ -100,8 +106,9 @@ def test_a_pipeline_chooses(model, tokenizer):
     ("inputs", "message"),
     [
         ("text", r"expected a context and choices, got 'text'"),
-        ({"context": "a", "choices": ["b"]}, r"the choices are \['b'\]; expected a list of at least two texts"),
-        ({"context": "a"}, "the choices are None; expected a list of at least two texts"),
+        ({"context": "a", "choices": ["b"]}, r"the choices are \['b'\]; expected a list of 2 to 32 texts"),
+        ({"context": "a", "choices": ["b"] * 33}, "expected a list of 2 to 32 texts"),
+        ({"context": "a"}, "the choices are None; expected a list of 2 to 32 texts"),
         ({"context": "a", "options": ["b", "c"]}, "'options' is unknown; expected context, choices and perhaps"),
         ({"context": " ", "choices": ["b", "c"]}, "the context is empty"),
         ({"context": "a", "choices": ["b", ""]}, "the choice is empty"),
@@ -126,7 +133,31 @@ def test_columns_of_swag_and_race():
     ]  # fmt: skip
     race = {"context": RACE["article"], "question": RACE["question"], "label": "B", "answers": RACE["options"]}
     assert cleaned(race) == [race | {"label": 1}]
-    assert [found["label"] for found in cleaned(row(None), row(""), row(-1), row("A"))] == [UNKNOWN] * 3 + [0]
+    labels = [None, "", -1, float("nan"), "A", 1.0, np.int64(1), "1"]
+    assert [found["label"] for found in cleaned(*map(row, labels))] == [UNKNOWN] * 4 + [0, 1, 1, 1]
+    # Of ten endings, the first two.
+    endings = {f"ending{i}": f"word{i}" if i < 2 else None for i in range(10)}
+    assert cleaned({"context": "a", "label": 0} | endings)[0]["answers"] == ["word0", "word1"]
+
+
+@pytest.mark.parametrize("count", [2, 4, 5, 10])
+def test_a_row_with_endings_has_all_of_them_as_choices(count):
+    cells = {"sent1": "a", "sent2": "b"} | {f"ending{i}": f"word{i}" for i in range(count)}
+    context, question, *choices = prediction.input_of(cells, MultipleChoice.columns_of_input)
+    assert (context, question, choices) == ("a", "b", [f"word{i}" for i in range(count)])
+
+
+def test_the_blank_of_a_question(task, tokenizer):
+    for question, text in [
+        ("Tom bought ____ .", "Tom bought milk ."),
+        ("_ is good; _ is not", "milk is good; _ is not"),
+        ("What is snake_case?", "What is snake_case? milk"),
+        ("", "milk"),
+    ]:
+        (encoding, *_) = task._encode("He saw", question, ["milk", "x"])
+        assert encoding.ids == tokenizer.encode(["He saw"], [text])[0][0].ids
+    null = {"context": "She saw", "question": None, "choices": ["a", "b"]}
+    assert task.request(null).tokens == task.request(("She saw", ["a", "b"])).tokens
 
 
 @pytest.mark.parametrize(
@@ -136,12 +167,17 @@ def test_columns_of_swag_and_race():
         ([row(2)], r"data.train: row 1: the label is 2; expected 0 to 1, or A to B"),
         ([row("C")], r"data.train: row 1: the label is 'C'; expected 0 to 1, or A to B"),
         ([row(0.5)], r"data.train: row 1: the label is 0.5; expected 0 to 1"),
-        ([{"context": "a", "label": 0}], r"data.train: row 1: the choices are \[\]; expected a list"),
+        ([row(True)], r"data.train: row 1: the label is True; expected 0 to 1"),
+        ([{"context": "a", "label": 0}], r"data.train: row 1: there are no choices. Set data.answers"),
+        ([{"context": "a", "label": 0, "ending0": "b", "ending2": "c"}], "there is no ending1, but there is ending2"),
     ],
 )
 def test_bad_rows(rows, message):
     with pytest.raises(InputError, match=message):
         cleaned(*rows)
+
+
+def test_labels_are_refused_and_training_needs_the_right_choice():
     with pytest.raises(InputError, match=r"multiple-choice has no labels. Remove it"):
         cleaned(row(), labels=("a", "b"))
     with pytest.raises(InputError, match=r"data.train: row 2 has no label"):

@@ -54,7 +54,7 @@ def _failing_fast(kind: Any) -> Any:
     if origin in (list, Sequence):
         return Items[parts[0]]  # type: ignore[valid-type]
     if origin is dict:
-        return Annotated[kind, pydantic.Field(max_length=16)]
+        return Annotated[dict[parts[0], parts[1]], pydantic.Field(max_length=16)]  # type: ignore[valid-type]
     if origin in (Union, UnionType):
         return functools.reduce(operator.or_, parts)
     return kind

@@ -86,7 +86,7 @@ def test_pretraining_configs_load(path, name):
         ({"optimizer": {"lr_multipliers": {"(": 1}}}, "optimizer.lr_multipliers.(.[key]: invalid regular expression: "),
         ({"schedule": {"name": "linea"}}, "schedule.name: Input should be 'linear', 'cosine'"),
         ({"mesh": {"data": -2}}, "mesh.data: Input should be greater than or equal to -1, got -2"),
-        ({"task": "translation"}, "task: Input should be 'text-classification', 'token-classification', 'question-answering' or"),
+        ({"task": "translation"}, "task: Input should be 'text-classification', 'token-classification', 'question-ans"),
         ({"output": {}}, "output.folder: Field required"),
         ({"optimizer": {"frozen": ["a", "("]}}, "optimizer.frozen.1: invalid regular expression: "),
         ({"data": {"labels": ["a", "b", "a"]}}, "data.labels: 'a' occurs twice, got ['a', 'b', 'a']"),

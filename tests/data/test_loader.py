@@ -105,7 +105,7 @@ def test_batches_are_not_in_the_order_of_length():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "length"), [(1, 16), (16, 16), (17, 24), (33, 48), (500, 512), (512, 512), (513, 513)]
+    ("tokens", "length"), [(1, 16), (16, 16), (17, 24), (33, 48), (500, 512), (512, 512), (513, 768), (4097, 4097)]
 )
 def test_padded_length(tokens, length):
     assert padded_length(tokens) == length

@@ -352,7 +352,10 @@ class BertForMultipleChoice(BertWithClassifier):
                 shape, vector = np.shape(array), ["hidden size"] * (name == "inputs_embeds")
                 if len(shape) != 3 + len(vector) or shape[:2] != groups:
                     expected = ", ".join(["batch", "choices", "tokens", *vector])
-                    raise InputError(f"{name} has the shape {shape}; expected [{expected}], as all arguments have.")
+                    raise InputError(
+                        f"{name} has the shape {shape}; expected [{expected}], with as many rows and choices as the "
+                        "other arguments."
+                    )
                 inputs[name] = jnp.reshape(jnp.asarray(array), (-1, *shape[2:]))
         out = super().__call__(**inputs, positions=positions, dropout_key=dropout_key, interventions=interventions)
         logits = out.logits[..., 0]

@@ -150,12 +150,14 @@ class Data(Section):
     tags: str | None = None
     """Column of the tags of the words; `ner_tags_str`, `ner_tags` or `tags` by default."""
     question: str | None = None
-    """Column of the question; `question` by default."""
+    """Column of the question; `question` by default, or `sent2` in multiple-choice."""
     context: str | None = None
-    """Column of the text that holds the answer; `context` by default."""
+    """Column of the text that holds the answer; `context` by default. In multiple-choice, the column of the text that
+    the choices refer to; by default the first of `context`, `article`, `passage`, `sent1`, … that exists."""
     answers: str | None = None
     """Column of the answers; `answers` by default. It gives the `text` and the `answer_start` of each answer. If there
-    are none, the question has no answer."""
+    are none, the question has no answer. In multiple-choice, the column of the list of choices; by default `choices`,
+    `options` or `endings`, or else the columns `ending0`, `ending1`, …"""
     wrong_answers: Literal["skip", "stop"] = "skip"
     """What to do with an invalid row of question answering, such as one whose answer is not at its `answer_start`: skip
     the row, or stop."""

@@ -62,6 +62,40 @@ def cross_entropy(
     return jnp.sum(jnp.where(counts, loss, 0.0)) / jnp.where(divisor > 0, divisor, 1.0)
 
 
+def total_weight(labels: jax.Array, class_weights: jax.Array | None = None) -> jax.Array:
+    """The divisor of the mean of `cross_entropy`: float32 [].
+
+    Without class weights, it is the number of labels that are not `IGNORE`; with class weights, the sum of the weights
+    of these labels.
+    """
+    counts = labels != IGNORE
+    if class_weights is None:
+        return jnp.sum(counts, dtype=jnp.float32)
+    return jnp.sum(jnp.where(counts, jnp.take(class_weights, jnp.where(counts, labels, 0)), 0.0), dtype=jnp.float32)
+
+
+def balanced(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Class weights that give every class the same influence on a loss.
+
+    Args:
+        labels: int [N], in which `IGNORE` and other negative numbers are left out, for `cross_entropy`; or 0 and 1
+            [N, C], in which rows with NaN are left out, for `binary_cross_entropy`.
+        classes: The number C of classes.
+
+    Returns:
+        float32 [C]. For int [N], labels / (C · labels of the class), as `compute_class_weight` of scikit-learn. For
+        [N, C], zeros of the class / ones of the class. A class that does not occur gets infinity or NaN.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if labels.ndim == 2:
+            known = labels[~np.isnan(labels).any(-1)]
+            weights = np.sum(known == 0, axis=0) / np.sum(known == 1, axis=0)
+        else:
+            counts = np.bincount(labels[labels >= 0], minlength=classes)
+            weights = counts.sum() / (classes * counts)
+    return np.asarray(weights, np.float32)
+
+
 def binary_cross_entropy(
     logits: jax.Array,
     labels: jax.Array,

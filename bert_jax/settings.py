@@ -245,6 +245,28 @@ class Answers(Section):
     an answer, the threshold that gives the best f1 on that split replaces this one after training."""
 
 
+class Decision(Section):
+    """Settings for multi-label classification: which labels are predicted."""
+
+    threshold: Fraction = 0.5
+    """A label is predicted if its score is above this number."""
+    tune: bool = False
+    """Whether the threshold that gives the best f1_micro on data.validation replaces `threshold` after training."""
+
+
+class Loss(Section):
+    """The loss of the training steps in classification; evaluations report the loss without these options."""
+
+    class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
+    """The weight of each label in the loss. `balanced` gives rare labels more weight, so that every label has the same
+    influence. In multi-label classification, the weight of a label applies where it is present; `balanced` makes it the
+    ratio of absent to present. multiple-choice does not have this setting."""
+    label_smoothing: Fraction = 0.0
+    """The share of each target that is divided equally among all labels (Szegedy et al. 2016)."""
+    focal_gamma: NonNegativeFloat = 0.0
+    """If p is the probability of the right label, its loss is multiplied by (1 - p)^focal_gamma (Lin et al. 2017)."""
+
+
 class Optimizer(Section):
     """The optimizer, and how it updates each parameter."""
 
@@ -377,6 +399,8 @@ class Settings(SettingsFile):
     model: Model = Model()
     data: Data = Data()
     answers: Answers = Answers()
+    decision: Decision = Decision()
+    loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     training: Training = Training()

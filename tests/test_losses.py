@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sklearn.utils.class_weight import compute_class_weight
 
 from bert_jax import losses
 from bert_jax.errors import InputError
@@ -76,3 +77,26 @@ def test_class_weights_of_another_number_of_classes_are_refused(logits, count):
     for loss, labels in ((losses.cross_entropy, np.zeros((4, 5), int)), (losses.binary_cross_entropy, logits)):
         with pytest.raises(InputError, match=rf"class_weights has the shape \({count},\); there are 7 classes"):
             loss(logits, labels, class_weights=np.ones(count))
+
+
+def test_balanced_weights_are_those_of_scikit_learn():
+    labels = np.array([0, 0, 0, 1, 2, 2, losses.IGNORE, -1])
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels[:6])
+    np.testing.assert_allclose(losses.balanced(labels, 3), expected, rtol=1e-6)
+    assert np.isinf(losses.balanced(labels, 4)[3])
+
+
+def test_balanced_weights_of_several_labels_are_absent_over_present():
+    labels = np.array([[1, 1, 0], [0, 1, 0], [0, 1, 0], [0, 1, 0], [np.nan] * 3], np.float32)
+    np.testing.assert_array_equal(losses.balanced(labels, 3), [3, 0, np.inf])
+
+
+def test_the_total_weight_is_the_divisor_of_the_mean(logits):
+    labels = np.array([[0, 1, losses.IGNORE, 3, 6]] * 4)
+    weights = np.arange(7, dtype=np.float32)
+    assert losses.total_weight(labels) == 16
+    assert losses.total_weight(labels, weights) == 4 * (0 + 1 + 3 + 6)
+    one_by_one = [losses.cross_entropy(logits[i, j], labels[i, j]) * weights[labels[i, j]]
+                  for i in range(4) for j in range(5) if labels[i, j] != losses.IGNORE]  # fmt: skip
+    mean = losses.cross_entropy(logits, labels, class_weights=weights)
+    np.testing.assert_allclose(mean * losses.total_weight(labels, weights), sum(one_by_one), rtol=1e-5)

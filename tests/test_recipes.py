@@ -198,6 +198,82 @@ def test_pairs_regression_and_several_labels(tree, tmp_path):
     assert bert_jax.BertConfig.from_file(folder / "config.json").problem_type == "multi_label_classification"
 
 
+def sets(tree, tmp_path):
+    """Settings of a run with several labels a row; b is rare."""
+    texts = [row["text"] for row in sentiments.rows(40)]
+    rows = [{"text": text, "labels": ["a"] * (i % 2) + ["b"] * (i % 4 == 3)} for i, text in enumerate(texts)]
+    tree["data"] |= {"train": write(tmp_path / "sets.jsonl", rows), "validation": str(tmp_path / "sets.jsonl")}
+    return tree
+
+
+def test_a_threshold_found_on_validation_is_used_from_then_on(tree, tmp_path):
+    settings = Settings.from_dict(sets(tree, tmp_path) | {"decision": {"tune": True}, "training": {"max_steps": 2}})
+    folder = recipes.finetune(settings)
+    results = json.loads((folder / "results.json").read_text())
+    threshold = results["validation"]["threshold"]
+    assert threshold != 0.5
+    assert results["validation"]["f1_micro"] == results["validation"]["best_f1_micro"]
+    again = recipes.evaluate(str(folder), settings, "validation")
+    assert again["f1_micro"] == results["validation"]["f1_micro"]
+    for line in map(json.loads, (folder / "predictions.jsonl").read_text().splitlines()):
+        scores = line["prediction"]["scores"]
+        assert line["prediction"]["labels"] == [name for name, score in scores.items() if score > threshold]
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [("balanced", [1.0, 3.0]), ({"b": 5.0, "a": 2.0}, [2.0, 5.0]), (None, None)],
+)
+def test_the_loss_of_the_settings(tree, tmp_path, weights, expected):
+    settings = Settings.from_dict(sets(tree, tmp_path) | {"loss": {"class_weights": weights, "focal_gamma": 1}})
+    prepared = preparation.prepare(settings)
+    options = preparation.training_loss(settings, prepared.task, prepared.examples["train"]).keywords
+    assert options.pop("focal_gamma") == 1
+    if expected:
+        np.testing.assert_array_equal(options.pop("class_weights"), expected)
+    assert options == {}
+    plain = Settings.from_dict(tree)
+    assert preparation.training_loss(plain, prepared.task, prepared.examples["train"]) is None
+
+
+def test_a_run_with_a_loss_of_the_settings(tree):
+    tree |= {"training": {"max_steps": 1}}
+    plain = validation(run(tree))["loss"]
+    first = json.loads((Path(tree["output"]["folder"]) / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    tree["output"] = {"folder": tree["output"]["folder"] + "-weighted"}
+    tree["loss"] = {"class_weights": {"yes": 5, "no": 1}, "label_smoothing": 0.2}
+    tree["optimizer"] = {"learning_rate": 1e-12}
+    weighted = validation(run(tree))["loss"]
+    assert weighted == pytest.approx(plain, abs=1e-3)  # the evaluation's loss has no weights
+    journal = (Path(tree["output"]["folder"]) / "metrics.jsonl").read_text().splitlines()
+    assert abs(json.loads(journal[0])["loss"] - first) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": {"class_weights": {"yes": 1.0}}}, "'no' is only among one of them"),
+        ({"loss": {"class_weights": {"yes": 1.0, "no": 1, "maybe": 2}}}, "'maybe' is only among one of them"),
+        ({"loss": {"class_weights": "balanced"}, "data": {"labels": ["no", "yes", "maybe"]}}, "label 'maybe' in no"),
+        ({"decision": {"threshold": 0.3}}, "decision is for multi_label_classification"),
+        ({"decision": {"tune": True}, "data": {"validation": None}}, "decision.tune chooses the threshold on"),
+        ({"answers": {"n_best": 3}}, "The settings of answers are for question-answering"),
+    ],
+)
+def test_options_of_losses_and_decisions_that_do_not_fit(tree, change, message):
+    settings = Settings.from_dict(tree | change | {"data": tree["data"] | change.get("data", {})})
+    with pytest.raises(InputError, match=re.escape(message)):
+        recipes.finetune(settings)
+    assert not Path(tree["output"]["folder"]).exists()
+
+
+def test_a_regression_has_no_options_of_a_loss(tree, tmp_path):
+    rows = [{"text": r["text"], "label": i / 7} for i, r in enumerate(sentiments.rows(24))]
+    tree["data"] |= {"train": write(tmp_path / "numbers.jsonl", rows), "validation": None}
+    with pytest.raises(InputError, match=r"loss\.label_smoothing is set, but regression has none"):
+        recipes.finetune(Settings.from_dict(tree | {"loss": {"label_smoothing": 0.1}}))
+
+
 # ── The order of labels ──
 
 

@@ -53,6 +53,26 @@ def multi_label(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, .
     return {**scores, "per_class": per_class}
 
 
+def best_threshold(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
+    """Finds the threshold with the best `f1_micro` if each label with a score above it is predicted.
+
+    Args:
+        labels: [N, C], 0 or 1.
+        scores: float [N, C], at least 0.
+
+    Returns:
+        The threshold, which is 0 or one of the scores, and its `f1_micro`.
+    """
+    flat = scores.ravel()
+    order = np.argsort(-flat, kind="stable")
+    ranked = np.append(flat[order], 0.0)
+    right = np.cumsum(labels.ravel()[order])
+    # The first n scores can be the predicted ones only if the next score is lower.
+    f1 = np.where(ranked[:-1] > ranked[1:], 2 * right / (np.arange(1, len(flat) + 1) + right[-1]), 0.0)
+    best = int(np.argmax(f1))
+    return float(ranked[best + 1]), float(f1[best])
+
+
 def _scores(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The accuracy and the f1 averages, and the scores of each label (`per_class`)."""
     options: dict[str, Any] = {"labels": list(range(len(names))), "zero_division": 0.0}

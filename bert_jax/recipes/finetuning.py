@@ -58,7 +58,8 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     console.print(preparation.overview(settings, prepared), highlight=False, markup=False)
     train, validation = examples["train"], examples.get("validation")
     distributed.agree("The training examples", train.digest)
-    run = runs.set_up(settings, task, prepared.model, train, runs.steps_of(settings, train))
+    loss = preparation.training_loss(settings, task, train)
+    run = runs.set_up(settings, task, prepared.model, train, runs.steps_of(settings, train), loss=loss)
     if validation and not task.labelled(validation):
         raise InputError(
             f"data.validation ({settings.data.validation}) has no labels to choose the best checkpoint by. Set it as "
@@ -117,7 +118,8 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
         row = examples.origins[i][1] if examples.origins else prepared.rows["train"][i]
         parts.append(f"example {i + 1}: {row}\n  tokens: {pieces}\n  {values}")
     steps = runs.steps_of(settings, examples)
-    run = runs.set_up(settings, prepared.task, prepared.model, examples, steps, chips.devices if chips else None)
+    loss, devices = preparation.training_loss(settings, prepared.task, examples), chips.devices if chips else None
+    run = runs.set_up(settings, prepared.task, prepared.model, examples, steps, loss=loss, devices=devices)
     if settings.model.attention == "auto":
         parts.append(f"attention of the training steps: {run.kernel}, because {run.reason}")
     loader, planned = run.loader, run.plan

@@ -1,24 +1,28 @@
 """Makes the task, the model and the examples of a run from its settings and data."""
 
+import functools
+import inspect
 import re
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 import yaml
 from flax import nnx
 
-from bert_jax import hub, tree
+from bert_jax import hub, losses, tree
 from bert_jax.config import BertConfig
 from bert_jax.data import sources
 from bert_jax.data.loader import Examples
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import Data, HeldOut, Pretraining, Settings
-from bert_jax.tasks.base import ReadOptions, TrainableTask, check_vocabulary
+from bert_jax.tasks.base import Loss, ReadOptions, TrainableTask, check_vocabulary
 from bert_jax.tasks.registry import TASKS
+from bert_jax.tasks.sequence_classification import REGRESSION
 from bert_jax.tokenizer import Tokenizer
 
 WORDS = "bert.embeddings.word_embeddings.weight"
@@ -68,6 +72,8 @@ def prepare(settings: Settings) -> Prepared:
     """
     if settings.data.train is None:
         raise InputError("data.train is not set; expected a file or, if data.id is set, the name of a split.")
+    if settings.decision.tune and settings.data.validation is None:
+        raise InputError("decision.tune chooses the threshold on data.validation; set it, or decision.tune=false.")
     task_class = TASKS[settings.task]
     splits = {split: read_split(settings, split) for split in ("train", "validation", "test")}
     rows = {split: found.rows for split, found in splits.items() if found.rows}
@@ -128,9 +134,55 @@ def network_options(settings: Settings | Pretraining) -> dict[str, Any]:
     }
 
 
+def training_loss(settings: Settings, task: TrainableTask, examples: Examples) -> Loss | None:
+    """The loss of the training steps, with the options of `loss`; None for the loss of the task.
+
+    Raises:
+        InputError: If an option does not apply to the task, or if the class weights do not fit the labels.
+    """
+    options = settings.loss.model_dump(exclude_defaults=True)
+    regression = getattr(task, "problem_type", None) == REGRESSION
+    for name in options:
+        if regression or name not in inspect.signature(task.loss).parameters:
+            raise InputError(f"loss.{name} is set, but {REGRESSION if regression else task.name} has none. Remove it.")
+    if "class_weights" in options:
+        options["class_weights"] = _class_weights(options["class_weights"], task, examples)
+    return functools.partial(task.loss, **options) if options else None
+
+
+def _class_weights(given: Literal["balanced"] | Mapping[str, float], task: Any, examples: Examples) -> np.ndarray:
+    """The weight of each label of a task, float32 [C]."""
+    names: tuple[str, ...] = task.labels
+    if given == "balanced":
+        labels = examples.targets.get("labels")
+        labels = np.concatenate(examples.token_targets["labels"]) if labels is None else labels
+        weights = losses.balanced(labels, len(names))
+        if wrong := [name for name, weight in zip(names, weights, strict=True) if not 0 < weight < np.inf]:
+            raise InputError(
+                f"loss.class_weights is balanced, but data.train has the label {quoted(wrong[0])} in no example or in "
+                "all. Set the weights, or leave out the label."
+            )
+        return weights
+    if given.keys() != set(names):
+        wrong = [name for name in (*given, *names) if (name in given) != (name in names)]
+        raise InputError(
+            f"loss.class_weights has the labels {listed(given)}, but those of the model are {listed(names)}; "
+            f"{quoted(wrong[0])} is only among one of them. Give each label of the model a weight."
+        )
+    return np.array([given[name] for name in names], np.float32)
+
+
 def make_task(settings: Settings, tokenizer: Tokenizer, config: BertConfig) -> TrainableTask:
-    """Makes the task that the settings name, for a model with this config."""
+    """Makes the task that the settings name, for a model with this config.
+
+    Raises:
+        InputError: If the vocabulary does not fit the model, or if a section of the settings is for another task.
+    """
     task_class = TASKS[settings.task]
+    for other in TASKS.values():
+        for name in getattr(other, "options", {}).keys() - task_class.options.keys():
+            if getattr(settings, name) != type(getattr(settings, name))():
+                raise InputError(f"The settings of {name} are for {other.name}; {settings.task} has none. Remove them.")
     options = {name: kind(**getattr(settings, name).model_dump()) for name, kind in task_class.options.items()}
     check_vocabulary(tokenizer, config)
     task: TrainableTask = task_class(tokenizer, config, max_length(settings, config), **options)

@@ -20,7 +20,7 @@ from bert_jax.data.loader import Examples
 from bert_jax.errors import InputError, check_extra
 from bert_jax.model import BertPreTrainedModel
 from bert_jax.settings import Pretraining, Settings
-from bert_jax.tasks.base import Objective
+from bert_jax.tasks.base import Loss, Objective
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.tools import report
 from bert_jax.training import log, loop, lora, optim
@@ -41,9 +41,13 @@ def set_up(
     model: BertPreTrainedModel,
     examples: Examples,
     steps: int,
+    *,
+    loss: Loss | None = None,
     devices: Sequence[Any] | None = None,
 ) -> loop.Run:
     """Makes a run on the given devices; None uses the devices of all processes.
+
+    `loss` replaces the loss of the task in the training steps.
 
     Raises:
         InputError: If the settings do not fit the model or the devices, if a pattern of the settings matches no
@@ -70,6 +74,7 @@ def set_up(
         lora=lora.LoRA(options.rank, options.alpha, options.targets) if options else None,
         mesh=sharding.mesh(**settings.mesh.model_dump(), devices=devices),
         seed=settings.training.seed,
+        loss=loss,
         metric=settings.training.metric,
     )
 

@@ -166,6 +166,10 @@ class Task(Protocol):
         """
 
 
+Loss = Callable[[Any, Mapping[str, Any], jax.Array | None], tuple[jax.Array, jax.Array]]
+"""A function of a model, a batch and a dropout key, which returns what `Objective.loss` returns."""
+
+
 class Objective(Protocol):
     """What training and evaluation need to know about a training objective: its loss, outputs and metrics."""
 
@@ -175,7 +179,11 @@ class Objective(Protocol):
     """Whether outputs have one entry per token. If not, they have one entry per example."""
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The mean loss of a batch and the number of entries in this mean, both float32 []. Padding does not count."""
+        """The mean loss of a batch and the divisor of this mean, both float32 []. Padding does not count.
+
+        The divisor is the number of entries in the mean or, if they have weights, the sum of their weights. If the
+        dropout key is None, there is no dropout.
+        """
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The arrays that `evaluate` needs from a batch, by name: [B, T, …] if `per_token`, else [B, K, …]."""

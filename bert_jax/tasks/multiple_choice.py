@@ -203,14 +203,22 @@ class MultipleChoice(TrainableTask):
         )
 
     def loss(
-        self, model: BertForMultipleChoice, batch: Mapping[str, Any], dropout_key: jax.Array | None
+        self,
+        model: BertForMultipleChoice,
+        batch: Mapping[str, Any],
+        dropout_key: jax.Array | None,
+        *,
+        label_smoothing: float = 0.0,
+        focal_gamma: float = 0.0,
     ) -> tuple[jax.Array, jax.Array]:
-        """See `Objective.loss`. The cross entropy over the choices of each labelled example."""
+        """See `Objective.loss`. The `losses.cross_entropy` over the choices of each labelled example."""
         labels = batch["targets"]["labels"]  # [B, K]
         logits = model(**batch["inputs"], positions=batch["starts"], dropout_key=dropout_key).logits  # [B, K · C]
         counts = (batch["weights"] > 0) & (labels != UNKNOWN)
         labels = jnp.where(counts, labels, losses.IGNORE)
-        return losses.cross_entropy(logits.reshape(*labels.shape, -1), labels), jnp.sum(counts, dtype=jnp.float32)
+        logits = logits.reshape(*labels.shape, -1)
+        loss = losses.cross_entropy(logits, labels, label_smoothing=label_smoothing, focal_gamma=focal_gamma)
+        return loss, losses.total_weight(labels)
 
     def outputs(self, model: BertForMultipleChoice, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """See `Objective.outputs`. Computes `scores`, the probabilities of the choices: float32 [B, K, C]."""

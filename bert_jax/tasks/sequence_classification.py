@@ -1,10 +1,12 @@
 """text-classification: predicts labels, or a number, for a text or a pair (Devlin et al. 2018, section 4.1)."""
 
+import copy
 import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +55,19 @@ UNKNOWN = -1
 """The label id of an unlabelled example, as in GLUE's test sets. In float targets, NaN is used instead."""
 
 
+@dataclass(frozen=True)
+class DecisionOptions:
+    """Which labels are predicted in multi-label classification.
+
+    Attributes:
+        threshold: A label is predicted if its score is above this number.
+        tune: Whether an evaluation finds the threshold with the best `f1_micro`, for `SequenceClassification.tuned`.
+    """
+
+    threshold: float = 0.5
+    tune: bool = False
+
+
 class SequenceClassification(TrainableTask):
     """Predicts one label, any number of labels, or a number, depending on the config's `problem_type`."""
 
@@ -66,8 +81,11 @@ class SequenceClassification(TrainableTask):
     head, peft_type = r"classifier\..*", "SEQ_CLS"
     per_token, masked = False, False
     order_matters = True  # if there are two labels, the metric `f1` is computed for the second one
+    options = {"decision": DecisionOptions}  # noqa: RUF012
 
-    def __init__(self, tokenizer: Tokenizer, config: BertConfig, max_length: int):
+    def __init__(
+        self, tokenizer: Tokenizer, config: BertConfig, max_length: int, decision: DecisionOptions = DecisionOptions()
+    ):
         self.tokenizer = tokenizer
         self.model_config = config
         self.max_length = max_length
@@ -79,6 +97,11 @@ class SequenceClassification(TrainableTask):
         self.metrics = METRICS[self.problem_type]
         if self.problem_type == SINGLE and config.num_labels == 2:
             self.metrics += ("f1",)
+        self.decision = decision
+        if decision != DecisionOptions() and self.problem_type != MULTI:
+            raise InputError(f"decision is for {MULTI}, but the problem type is {self.problem_type}. Remove decision.")
+        if decision.tune:
+            self.metrics = ("best_f1_micro", *self.metrics)
 
     # ── Inference ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -251,20 +274,35 @@ class SequenceClassification(TrainableTask):
         return labels != UNKNOWN if self.problem_type == SINGLE else ~(labels != labels).any(-1)
 
     def loss(
-        self, model: BertForSequenceClassification, batch: Mapping[str, Any], dropout_key: jax.Array | None
+        self,
+        model: BertForSequenceClassification,
+        batch: Mapping[str, Any],
+        dropout_key: jax.Array | None,
+        *,
+        class_weights: jax.Array | None = None,
+        label_smoothing: float = 0.0,
+        focal_gamma: float = 0.0,
     ) -> tuple[jax.Array, jax.Array]:
         """See `Objective.loss`. The loss is the mean over the labelled examples.
 
-        `SINGLE` uses the cross entropy, `MULTI` the binary cross entropy, and `REGRESSION` the squared error.
+        `SINGLE` uses `losses.cross_entropy`, `MULTI` `losses.binary_cross_entropy`, and `REGRESSION`
+        `losses.squared_error`. The first two take `class_weights`, `label_smoothing` and `focal_gamma`.
         """
         logits = model(**batch["inputs"], positions=batch["starts"], dropout_key=dropout_key).logits  # [B, K, C]
         labels = batch["targets"]["labels"]
         counts = (batch["weights"] > 0) & self._known(labels)
-        count = jnp.sum(counts, dtype=jnp.float32)
+        options: Any = {
+            "class_weights": class_weights, "label_smoothing": label_smoothing, "focal_gamma": focal_gamma
+        }  # fmt: skip
+        if self.problem_type == REGRESSION and (class_weights is not None or label_smoothing or focal_gamma):
+            raise InputError(f"{listed(options)} are options of classification; {REGRESSION} has none of them.")
         if self.problem_type == SINGLE:
-            return losses.cross_entropy(logits, jnp.where(counts, labels, losses.IGNORE)), count
-        loss = losses.squared_error if self.problem_type == REGRESSION else losses.binary_cross_entropy
-        return loss(logits, jnp.where(counts[..., None], labels, 0.0), counts.astype(jnp.float32)), count
+            labels = jnp.where(counts, labels, losses.IGNORE)
+            return losses.cross_entropy(logits, labels, **options), losses.total_weight(labels, class_weights)
+        labels, weights = jnp.where(counts[..., None], labels, 0.0), counts.astype(jnp.float32)
+        if self.problem_type == MULTI:
+            return losses.binary_cross_entropy(logits, labels, weights, **options), jnp.sum(weights)
+        return losses.squared_error(logits, labels, weights), jnp.sum(weights)
 
     def outputs(self, model: BertForSequenceClassification, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """See `Objective.outputs`. Computes `scores` with the function of `SCORES` for `self.problem_type`."""
@@ -275,8 +313,19 @@ class SequenceClassification(TrainableTask):
         """See `TrainableTask.labelled`."""
         return bool(self._known(examples.targets["labels"]).any())
 
+    def tuned(self, metrics: Mapping[str, Any]) -> Self:
+        """See `TrainableTask.tuned`. Only `DecisionOptions.threshold` is tuned."""
+        tuned = copy.copy(self)
+        if self.decision.tune and "threshold" in metrics:
+            tuned.decision = DecisionOptions(metrics["threshold"])
+        return tuned
+
     def evaluate(self, outputs: Outputs, examples: Examples) -> dict[str, Any]:
-        """The metrics (`bert_jax.evaluation.metrics`) of the labelled examples; empty if no example is labelled."""
+        """The metrics (`bert_jax.evaluation.metrics`) of the labelled examples; empty if no example is labelled.
+
+        If `DecisionOptions.tune` is set, `threshold` is the threshold with the best `f1_micro`, and `best_f1_micro` is
+        the `f1_micro` at this threshold.
+        """
         from bert_jax.evaluation import metrics
 
         if not self.labelled(examples):
@@ -286,18 +335,22 @@ class SequenceClassification(TrainableTask):
         if self.problem_type == REGRESSION:
             return metrics.regression(labels[:, 0], scores[:, 0])
         if self.problem_type == MULTI:
-            return metrics.multi_label(labels, scores > 0.5, self.labels)
+            found = metrics.multi_label(labels, scores > self.decision.threshold, self.labels)
+            if self.decision.tune:
+                found["threshold"], found["best_f1_micro"] = metrics.best_threshold(labels, scores)
+            return found
         return metrics.classification(labels, scores.argmax(-1), self.labels)
 
     def predictions(self, outputs: Outputs, examples: Examples) -> list[dict[str, Any]]:
         """One `{label, score}` per example.
 
         In multi-label classification, one `{labels, scores}` per example instead: `labels` lists the labels with a
-        score over 0.5, and `scores` has the scores of all labels by name.
+        score above `DecisionOptions.threshold`, and `scores` has the scores of all labels by name.
         """
         if self.problem_type == MULTI:
             scores = [dict(zip(self.labels, row.tolist(), strict=True)) for row in outputs["scores"]]
-            return [{"labels": [name for name, p in row.items() if p > 0.5], "scores": row} for row in scores]
+            threshold = self.decision.threshold
+            return [{"labels": [name for name, p in row.items() if p > threshold], "scores": row} for row in scores]
         return [{"label": self.labels[row.argmax()], "score": float(row.max())} for row in outputs["scores"]]
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tokenizers import Encoding
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
@@ -316,12 +315,22 @@ class TokenClassification(TrainableTask):
         )
 
     def loss(
-        self, model: BertForTokenClassification, batch: Mapping[str, Any], dropout_key: jax.Array | None
+        self,
+        model: BertForTokenClassification,
+        batch: Mapping[str, Any],
+        dropout_key: jax.Array | None,
+        *,
+        class_weights: jax.Array | None = None,
+        label_smoothing: float = 0.0,
+        focal_gamma: float = 0.0,
     ) -> tuple[jax.Array, jax.Array]:
-        """See `Objective.loss`. The loss is the mean cross entropy over words."""
+        """See `Objective.loss`. The loss is the mean `losses.cross_entropy` over words, which has the same options."""
         labels = batch["targets"]["labels"]
         logits = model(**batch["inputs"], dropout_key=dropout_key).logits
-        return losses.cross_entropy(logits, labels), jnp.sum(labels != losses.IGNORE, dtype=jnp.float32)
+        loss = losses.cross_entropy(
+            logits, labels, class_weights=class_weights, label_smoothing=label_smoothing, focal_gamma=focal_gamma
+        )
+        return loss, losses.total_weight(labels, class_weights)
 
     def labelled(self, examples: Examples) -> bool:
         """See `TrainableTask.labelled`."""

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from bert_jax.data.loader import Examples, Loader, Place, Shape
 from bert_jax.errors import InputError, Interrupted, TrainingError, listed
 from bert_jax.evaluation import measure
 from bert_jax.model import BertPreTrainedModel
-from bert_jax.tasks.base import Objective
+from bert_jax.tasks.base import Loss, Objective
 from bert_jax.training import memory
 from bert_jax.training.checkpoint import Checkpoints
 from bert_jax.training.log import Journal, in_words, progress_bar
@@ -31,6 +31,8 @@ from bert_jax.training.step import Arrays, Plan, TrainState, init_state, make_st
 
 CHECKPOINTS = "checkpoints"
 LESS_MEMORY = "Lower batch_size or the length of the examples, raise accumulation, or set remat."
+Metric = Callable[[Mapping[str, Any], Examples], float]
+"""A metric: a function of the outputs of a model for all examples (`Evaluation.outputs`) and of these examples."""
 LOWER_IS_BETTER = ("loss", "mse", "mlm_loss", "nsp_loss", "pseudo_perplexity")
 
 
@@ -45,6 +47,7 @@ class Run(NamedTuple):
         layout: A `TrainState` that holds the sharding of each array in place of the array.
         step: The step as a jitted function; see `make_step`.
         metric: The name of the metric by which the best parameters are chosen.
+        metrics: Further metrics, by name.
         kernel: The name of the attention kernel of the steps.
         reason: Why this kernel was chosen.
     """
@@ -56,6 +59,7 @@ class Run(NamedTuple):
     layout: TrainState
     step: Any
     metric: str
+    metrics: Mapping[str, Metric]
     kernel: str
     reason: str
 
@@ -85,15 +89,18 @@ def set_up(
     lora: LoRA | None = None,
     mesh: jax.sharding.Mesh | None = None,
     seed: int = 0,
+    loss: Loss | None = None,
     metric: str | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Run:
     """Prepares a run for `fit`. See `train` for the arguments.
 
     Raises:
         InputError: If the arguments do not fit the model, the task or the devices.
     """
-    if metric not in (None, "loss", *task.metrics):
-        raise InputError(f"metric is {metric!r}; expected one of loss, {', '.join(task.metrics)}.")
+    names = ("loss", *task.metrics, *(metrics or {}))
+    if metric not in (None, *names):
+        raise InputError(f"metric is {metric!r}; expected one of {', '.join(names)}.")
     mesh, encoder = mesh or sharding.mesh(), model.encoder
     sharding.check(mesh, model.config)
     platform = mesh.devices.flat[0].platform
@@ -114,8 +121,9 @@ def set_up(
     )  # fmt: skip
     planned = plan(model, optimizer, trainable=trainable, lora=lora, seed=seed)
     layout = sharding.placements(mesh, state_shapes(planned))
-    step = make_step(task, planned, accumulation=accumulation, out_shardings=(layout, sharding.replicated(mesh)))
-    return Run(mesh, task, loader, planned, layout, step, metric or task.metrics[0], kernel, reason)
+    everywhere = sharding.replicated(mesh)
+    step = make_step(task, planned, loss=loss, accumulation=accumulation, out_shardings=(layout, everywhere))
+    return Run(mesh, task, loader, planned, layout, step, metric or task.metrics[0], metrics or {}, kernel, reason)
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,9 @@ def train(
     validation: Examples | None = None,
     evaluate_every: int | None = None,
     evaluation_batch_size: int = 64,
+    loss: Loss | None = None,
     metric: str | None = None,
+    metrics: Mapping[str, Metric] | None = None,
     patience: int | None = None,
     folder: str | os.PathLike[str] | None = None,
     save_every: int | None = None,
@@ -195,8 +205,13 @@ def train(
         validation: Examples to evaluate on during the run, to find the best parameters; None for no evaluations.
         evaluate_every: Steps between evaluations; one epoch by default.
         evaluation_batch_size: Examples per batch of an evaluation.
+        loss: The loss of the training steps; `task.loss` by default. The losses of evaluations are always those of
+            `task.loss`. Losses of classification have options:
+            `functools.partial(task.loss, label_smoothing=0.1)`.
         metric: The name of the metric by which the best parameters are chosen; the task's first metric by default.
             Higher is better, except for the metrics in `LOWER_IS_BETTER`.
+        metrics: Further metrics, by name. Each is a function of the `outputs` of an `Evaluation` and of the examples.
+            `task.predictions`, a function of the same two arguments, returns the predictions.
         patience: Stops after this number of evaluations in a row without a better metric; None never stops early.
         folder: Where checkpoints and the journal are written; None trains without writing files.
         save_every: Steps between additional checkpoints. Regardless of these, a checkpoint is written every
@@ -217,7 +232,7 @@ def train(
     """
     run = set_up(
         model, task, examples, optimizer, batch_size=batch_size, accumulation=accumulation, packing=packing,
-        trainable=trainable, lora=lora, mesh=mesh, seed=seed, metric=metric,
+        trainable=trainable, lora=lora, mesh=mesh, seed=seed, loss=loss, metric=metric, metrics=metrics,
     )  # fmt: skip
     return fit(
         run, steps=steps, validation=validation, evaluate_every=evaluate_every,
@@ -343,14 +358,17 @@ def fit(
                     task, evaluate_batch, combine(state.params, frozen), validation, batch_size=evaluation_batch_size,
                     packing=loader.packing, multiple=loader.multiple, mesh=mesh,
                 )  # fmt: skip
-                score = _note_best(progress, step, result.metrics, metric)
+                found = result.metrics | {
+                    name: float(compute(result.outputs, validation)) for name, compute in run.metrics.items()
+                }
+                score = _note_best(progress, step, found, metric)
                 if score is not None:
                     outputs = result.outputs
                     best_params = None if folder else jax.tree.map(jnp.copy, state.params)
                 if journal:
-                    journal.write(step, {"validation": result.metrics})
+                    journal.write(step, {"validation": found})
                 console.print(
-                    f"step {step}: {in_words(result.metrics)}{'  (best)' if score is not None else ''}", soft_wrap=True
+                    f"step {step}: {in_words(found)}{'  (best)' if score is not None else ''}", soft_wrap=True
                 )
                 since += time.perf_counter() - paused
             if save_now and checkpoints:

@@ -21,7 +21,7 @@ from bert_jax import tree
 from bert_jax.data.loader import Batch
 from bert_jax.errors import InputError
 from bert_jax.model import BertPreTrainedModel
-from bert_jax.tasks.base import Objective
+from bert_jax.tasks.base import Loss, Objective
 from bert_jax.training import lora as adapters
 from bert_jax.training.lora import LoRA
 from bert_jax.training.optim import check_patterns
@@ -129,7 +129,7 @@ def init_state(plan: Plan, seed: int) -> TrainState:
 
 
 def make_step(
-    task: Objective, plan: Plan, *, accumulation: int = 1, out_shardings: Any = None
+    task: Objective, plan: Plan, *, loss: Loss | None = None, accumulation: int = 1, out_shardings: Any = None
 ) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, Arrays]]:
     """Returns the jitted step: (state, frozen parameters, batch) -> (next state, metrics `loss` and `grad_norm`).
 
@@ -139,13 +139,16 @@ def make_step(
     Args:
         task: Gives the loss.
         plan: The parameters and the optimizer.
+        loss: A loss in place of `task.loss`.
         accumulation: Number of parts that a batch is divided into. The parts are computed one after another (gradient
             accumulation).
         out_shardings: The shardings of the next state and of the metrics.
     """
 
+    compute = loss or task.loss
+
     def mean_loss(trained: Arrays, frozen: Arrays, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return task.loss(tree.merge(plan.skeleton, plan.params(trained, frozen)), batch, key)
+        return compute(tree.merge(plan.skeleton, plan.params(trained, frozen)), batch, key)
 
     def total_loss(*arguments: Any) -> tuple[jax.Array, jax.Array]:
         mean, count = mean_loss(*arguments)

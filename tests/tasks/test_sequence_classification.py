@@ -7,11 +7,19 @@ import pytest
 from flax import nnx
 
 import bert_jax
-from bert_jax import tree
+from bert_jax import losses, tree
 from bert_jax.data.loader import Examples, one_a_row
 from bert_jax.errors import InputError
 from bert_jax.tasks.base import ReadOptions
-from bert_jax.tasks.sequence_classification import MULTI, REGRESSION, SINGLE, UNKNOWN, SequenceClassification, label_set
+from bert_jax.tasks.sequence_classification import (
+    MULTI,
+    REGRESSION,
+    SINGLE,
+    UNKNOWN,
+    DecisionOptions,
+    SequenceClassification,
+    label_set,
+)
 
 NAMES = ("anger", "joy", "love")
 LONG = "word " * 100
@@ -515,12 +523,37 @@ def test_loss_is_the_mean_over_examples_that_count(task, models, logits, problem
     assert (float(nothing), float(count)) == (0, 0)
 
 
+OPTIONS = {"class_weights": np.array([0.5, 2, 1], np.float32), "label_smoothing": 0.1, "focal_gamma": 2.0}
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE, MULTI])
+def test_a_loss_with_options(task, models, problem_type):
+    made, model = task(problem_type=problem_type), models(problem_type=problem_type)
+    labels = [label for label in LABELS[problem_type] if label is not None]
+    examples = made.featurize([{"text": "I love it.", "label": label} for label in labels])
+    batch = examples.batch(one_a_row(np.arange(len(labels)), len(labels), 16))
+    logits = model(**batch["inputs"], positions=batch["starts"]).logits[:, 0]
+    targets = batch["targets"]["labels"][:, 0]
+    compute = losses.cross_entropy if problem_type == SINGLE else losses.binary_cross_entropy
+    for options in ({}, OPTIONS):
+        loss, divisor = made.loss(model, batch, None, **options)
+        np.testing.assert_allclose(loss, compute(logits, targets, **options), rtol=1e-6)
+    expected = OPTIONS["class_weights"][targets].sum() if problem_type == SINGLE else len(labels)
+    np.testing.assert_allclose(divisor, expected, rtol=1e-6)
+
+
+def test_a_regression_has_no_options_of_classification(task, models):
+    changes = {"problem_type": REGRESSION} | ONE
+    batch = task(**changes).featurize([{"text": "a", "label": 1}]).batch(one_a_row(np.arange(1), 1, 16))
+    with pytest.raises(InputError, match="regression has none of them"):
+        task(**changes).loss(models(**changes), batch, None, label_smoothing=0.1)
+
+
 def test_dropout_reaches_the_model(task, models):
     found = task().featurize([{"text": "I love it.", "label": "joy"}])
     batch = found.batch(one_a_row(np.arange(1), 1, 16))
     run = jax.jit(lambda key: task().loss(models(), batch, key)[0])
-    losses = {float(run(jax.random.key(seed))) for seed in range(3)}
-    assert len(losses) == 3
+    assert len({float(run(jax.random.key(seed))) for seed in range(3)}) == 3
 
 
 # ── Evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -528,6 +561,34 @@ def test_dropout_reaches_the_model(task, models):
 
 def examples(targets):
     return Examples([], [], targets)
+
+
+def test_a_threshold_is_found_and_adopted(task, tokenizer):
+    scores = np.array([[0.3, 0.1, 0.4], [0.2, 0.35, 0.9], [0.3, 0.05, 0.1]], np.float32)
+    labels = np.array([[1, 0, 1], [0, 1, 1], [0, 0, 0]], np.float32)
+    tunes = SequenceClassification(
+        tokenizer, config(problem_type=MULTI), 16, decision=DecisionOptions(threshold=0.8, tune=True)
+    )
+    assert tunes.metrics[0] == "best_f1_micro"
+    found = tunes.evaluate({"scores": scores}, examples({"labels": labels}))
+    assert found["f1_micro"] == pytest.approx(2 / 5)
+    # The four highest scores would be the right ones, but the fourth and the fifth are equal.
+    assert (found["threshold"], found["best_f1_micro"]) == (pytest.approx(0.2), pytest.approx(8 / 9))
+    tuned = tunes.tuned(found)
+    again = tuned.evaluate({"scores": scores}, examples({"labels": labels}))
+    assert again["f1_micro"] == pytest.approx(8 / 9)
+    assert "threshold" not in again
+    assert [p["labels"] for p in tuned.predictions({"scores": scores}, examples({}))] == [
+        ["anger", "love"], ["joy", "love"], ["anger"],
+    ]  # fmt: skip
+    fixed = SequenceClassification(tokenizer, config(problem_type=MULTI), 16)
+    assert fixed.tuned(found).decision.threshold == 0.5
+    assert "threshold" not in fixed.evaluate({"scores": scores}, examples({"labels": labels}))
+
+
+def test_a_threshold_is_for_several_labels(tokenizer):
+    with pytest.raises(InputError, match="decision is for multi_label_classification"):
+        SequenceClassification(tokenizer, config(), 16, decision=DecisionOptions(threshold=0.3))
 
 
 def test_evaluate_passes_over_what_has_no_label(task):

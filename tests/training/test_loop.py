@@ -8,6 +8,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import sentiments
 from flax import nnx
@@ -44,6 +45,33 @@ def test_overfits_eight_examples(make):
     )
     assert result.metrics["loss"] < 0.01
     assert result.metrics["accuracy"] == 1.0
+
+
+def test_any_loss_and_any_metric(make):
+    model, task = make()
+    examples, validation = task.featurize(sentiments.rows(16)), task.featurize(sentiments.rows(8, seed=1))
+
+    def loss(model, batch, dropout_key):
+        mean, divisor = task.loss(model, batch, dropout_key)
+        return mean * 0 + jnp.sum((model.classifier.bias - 1) ** 2), divisor
+
+    def yes(outputs, examples):
+        answers = [prediction["label"] == "yes" for prediction in task.predictions(outputs, examples)]
+        assert len(answers) == len(examples) == 8
+        return np.mean(answers) * 7
+
+    options = {"steps": 3, "batch_size": 8, "evaluate_every": 1, "mesh": one_device()}
+    trained = loop.train(
+        model, task, examples, optax.sgd(0.1), loss=loss, metrics={"sevenfold": yes}, metric="sevenfold",
+        validation=validation, **options,
+    )  # fmt: skip
+    flat = tree.flatten(tree.split(trained.model)[0])
+    for path, leaf in tree.flatten(tree.split(model)[0]).items():  # the loss depends on one parameter alone
+        assert np.array_equal(flat[path], leaf) == (path != "classifier.bias")
+    assert isinstance(trained.metrics["sevenfold"], float)
+    assert trained.metrics["loss"] > 0.1  # that of the task
+    with pytest.raises(InputError, match=r"metric is 'eightfold'; expected one of loss, .*, sevenfold"):
+        loop.train(model, task, examples, optax.sgd(0.1), metrics={"sevenfold": yes}, metric="eightfold", **options)
 
 
 def one_device():

@@ -69,6 +69,22 @@ def test_ways_to_compute_a_step_agree(make, variant):
         np.testing.assert_allclose(other[path], leaf, atol=2e-5, err_msg=path)
 
 
+def test_parts_of_a_batch_have_the_weighted_mean_of_the_whole(make):
+    model, task = make(initializer_range=1.0)
+    batch = task.featurize(sentiments.rows(16)).batch(one_a_row(np.arange(16), 16, 32))
+    planned = step.plan(model, optax.sgd(0.1))
+    loss = functools.partial(task.loss, class_weights=np.array([0.1, 3.0], np.float32))
+    found = []
+    for accumulation in (1, 4):
+        train_step = step.make_step(task, planned, loss=loss, accumulation=accumulation)
+        state, metrics = train_step(step.init_state(planned, 0), planned.frozen, batch)
+        found.append((float(metrics["loss"]), state.params["classifier.bias"]))
+    assert found[0][0] == pytest.approx(float(loss(model, batch, None)[0]), rel=1e-5)
+    assert found[0][0] != pytest.approx(float(task.loss(model, batch, None)[0]), rel=1e-2)
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-5)
+    np.testing.assert_allclose(found[1][1], found[0][1], rtol=1e-5)
+
+
 def test_dropout_differs_from_step_to_step_and_repeats_from_run_to_run(make):
     _, task = make()
     batch = task.featurize(sentiments.rows(16)).batch(one_a_row(np.arange(16), 16, 32))

@@ -71,7 +71,8 @@ def total_weight(labels: jax.Array, class_weights: jax.Array | None = None) -> j
     counts = labels != IGNORE
     if class_weights is None:
         return jnp.sum(counts, dtype=jnp.float32)
-    return jnp.sum(jnp.where(counts, jnp.take(class_weights, jnp.where(counts, labels, 0)), 0.0), dtype=jnp.float32)
+    weights = jnp.take(jnp.asarray(class_weights, jnp.float32), jnp.where(counts, labels, 0))
+    return jnp.sum(jnp.where(counts, weights, 0.0))
 
 
 def balanced(labels: np.ndarray, classes: int) -> np.ndarray:

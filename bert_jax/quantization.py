@@ -5,9 +5,10 @@ The large weights are 99 % of the parameters of BERT-base. All other parameters 
 With bfloat16, the activations are also bfloat16, as in a model whose `compute_dtype` is bfloat16.
 
 With int8, each row of a weight has a scale, the largest absolute value of the row divided by 127. At run time, each
-token gets a scale in the same way ("vector-wise quantization", Dettmers et al. 2022, arXiv:2208.07339, section 2.1).
-The int8 products are accumulated exactly in int32. The sum is multiplied by both scales in float32. Everything else is
-float32.
+token gets a scale ("vector-wise quantization", Dettmers et al. 2022, arXiv:2208.07339, section 2.1) and a zero point,
+so that the 255 levels extend from its smallest value to its largest ("zeropoint quantization", the same section). The
+int8 products are accumulated exactly in int32. The sum is multiplied by both scales in float32. The product of the zero
+point with the weight is added, for which the sum of each row is stored. Everything else is float32.
 """
 
 from typing import Any, Literal
@@ -24,23 +25,23 @@ DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "int8")
 
 
 class QuantizedLinear(Linear):
-    """A `Linear` without gradients, with an int8 weight [out, in] and a float32 scale [out]."""
+    """A `Linear` without gradients, with an int8 weight [out, in], and float32 scale [out] and total [out]."""
 
     def __init__(self, linear: Linear):
-        self.weight, self.scale = _int8(linear.weight)
+        self.weight, self.scale, self.total = _int8(linear.weight)
         self.bias = linear.bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out], in the dtype of x."""
-        y = quantized_product(x, self.weight[...], self.scale[...])
+        y = quantized_product(x, self.weight[...], self.scale[...], self.total[...])
         return (y + last_axis(self.bias[...], y)).astype(x.dtype)
 
 
 class QuantizedEmbedding(Embedding):
-    """An `Embedding` without gradients, with an int8 table [entries, D] and a float32 scale [entries]."""
+    """An `Embedding` without gradients, with an int8 table [V, D], and float32 scale [V] and total [V]."""
 
     def __init__(self, embedding: Embedding):
-        self.weight, self.scale = _int8(embedding.weight)
+        self.weight, self.scale, self.total = _int8(embedding.weight)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """int [...] -> float32 [..., D]. An id past the table's end gives NaN; a negative one counts from the end."""
@@ -48,17 +49,18 @@ class QuantizedEmbedding(Embedding):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """The dot products of x with every vector of the table, for the tied decoder. [..., D] -> float32 [..., V]."""
-        return quantized_product(x, self.weight[...], self.scale[...])
+        return quantized_product(x, self.weight[...], self.scale[...], self.total[...])
 
 
 @jax.custom_jvp
-def quantized_product(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
+def quantized_product(x: jax.Array, weight: jax.Array, scale: jax.Array, total: jax.Array) -> jax.Array:
     """`x @ (scale[:, None] * weight).T`, with x rounded to 255 levels per token.
 
     Args:
         x: float [..., in].
         weight: int8 [out, in].
         scale: float32 [out].
+        total: float32 [out], the sum of each row of `scale[:, None] * weight`.
 
     Returns:
         float32 [..., out].
@@ -67,11 +69,13 @@ def quantized_product(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.
         InputError: If it is differentiated. The derivative of rounding is 0, so all gradients would be 0.
     """
     x32 = x.astype(jnp.float32)
-    largest = jnp.maximum(jnp.max(jnp.abs(x32), axis=-1, keepdims=True), 1e-30)  # of each token
-    levels = jnp.round(x32 * (127 / largest)).astype(jnp.int8)
+    # Of each token. Halves are subtracted, because the difference of two large numbers may overflow.
+    low, high = jnp.min(x32, axis=-1, keepdims=True) / 2, jnp.max(x32, axis=-1, keepdims=True) / 2
+    middle, step = low + high, jnp.maximum(high - low, 1e-30) / 127
+    levels = jnp.round((x32 - middle) / step).astype(jnp.int8)
     contracted = (((x.ndim - 1,), (1,)), ((), ()))
     y = jax.lax.dot_general(levels, weight, contracted, preferred_element_type=jnp.int32)
-    return y.astype(jnp.float32) * (largest / 127) * last_axis(scale, y)
+    return y.astype(jnp.float32) * step * last_axis(scale, y) + middle * last_axis(total, y)
 
 
 @quantized_product.defjvp
@@ -95,8 +99,9 @@ def hold(encoder: Any, dtype: Dtype) -> None:
                     setattr(module, name, QuantizedLinear(child))
 
 
-def _int8(weight: nnx.Param) -> tuple[nnx.Param, nnx.Param]:
-    return _abstract(weight.shape, jnp.int8), _abstract(weight.shape[:1], jnp.float32)
+def _int8(weight: nnx.Param) -> tuple[nnx.Param, nnx.Param, nnx.Param]:
+    of_rows = weight.shape[:1]
+    return _abstract(weight.shape, jnp.int8), _abstract(of_rows, jnp.float32), _abstract(of_rows, jnp.float32)
 
 
 def _abstract(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> nnx.Param:

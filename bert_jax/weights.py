@@ -240,10 +240,11 @@ def load(
     arrays, infinite = {}, []
     for path, tensor in _tensors(sources):
         if specs[path].dtype == np.int8:
-            array, scale = _quantized(tensor)
+            array, scale, total = _quantized(tensor)
             finite = np.isfinite(scale).all()
-            of_scale = f"{path.rpartition('.')[0]}.scale"
-            arrays[of_scale] = jax.device_put(scale, places and places[of_scale])
+            for name, of_rows in {"scale": scale, "total": total}.items():
+                beside = f"{path.rpartition('.')[0]}.{name}"
+                arrays[beside] = jax.device_put(of_rows, places and places[beside])
         else:
             array, finite = _converted(tensor, specs[path].dtype)
         if not finite:
@@ -387,22 +388,24 @@ def _converted(tensor: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, bo
     return copy, finite
 
 
-def _quantized(tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _quantized(tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rounds each row of a weight [out, in] to multiples of its scale, which is its largest absolute value / 127.
 
     Returns:
-        The multiples, int8 [out, in], and the scales, float32 [out]. If a value of a row is not finite, its scale is
-        not finite either.
+        The multiples, int8 [out, in], the scales, float32 [out], and the sum of each rounded row, float32 [out]. If a
+        value of a row is not finite, its scale is not finite either.
     """
-    weight, scale = _aligned(tensor.shape, np.dtype(np.int8)), _aligned(tensor.shape[:1], np.dtype(np.float32))
+    weight = _aligned(tensor.shape, np.dtype(np.int8))
+    scale, total = (_aligned(tensor.shape[:1], np.dtype(np.float32)) for _ in range(2))
     rows = max(1, _PART // tensor.shape[1])
     for start in range(0, len(tensor), rows):
         with np.errstate(over="ignore", invalid="ignore"):
             part = tensor[start : start + rows].astype(np.float32)
             own = np.maximum(np.abs(part).max(axis=1), _SMALLEST) / 127
             weight[start : start + rows] = np.rint(part / own[:, None]).clip(-127, 127)
+            total[start : start + rows] = weight[start : start + rows].sum(axis=1, dtype=np.int32) * own
         scale[start : start + rows] = own
-    return weight, scale
+    return weight, scale, total
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:

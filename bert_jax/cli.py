@@ -229,7 +229,7 @@ def predict(
         memory.keep_freed(asynchronous=True)
     (part, parts), output = _part_of_rows(shard, processes, output)
     _, pipe = _pipeline(task, model, revision, ignore, dtype, mesh)
-    from bert_jax.data import sources
+    from bert_jax.data.formats import Table
     from bert_jax.inference import catalogue, prediction
 
     if not input or not output:
@@ -239,7 +239,7 @@ def predict(
     console = Console()
     counts = prediction.predict_files(
         pipe, input, output, model=f"{model}@{revision}" if revision else model, columns=tuple(column or ()),
-        format=format, table=sources.Table(delimiter, quoting, tuple(header or ())),
+        format=format, table=Table(delimiter, quoting, tuple(header or ())),
         shard=(part, parts), parameters=parameters, console=console,
     )  # fmt: skip
     rejected = f"; {counts.rejected:,} rejected, see {output}.rejected.jsonl" if counts.rejected else ""

@@ -57,7 +57,7 @@ def test_info():
     assert "22,305,606" in done.stdout
     assert "loaded 110 tensors" in done.stdout
     assert "stored as BF16" in done.stdout
-    assert re.search(r"\nall +22,305,606 +89.2 +45.7 +24.2", done.stdout)  # MB in float32, bfloat16 and int8
+    assert re.search(r"\nall +22,305,606 +89.2 +45.7 +24.4", done.stdout)  # MB in float32, bfloat16 and int8
     assert re.search(r"On this machine, bfloat16 .*\nOn this machine, int8 ", done.stdout)
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(bert_jax.__file__).parent
 # Lowest first; modules of one floor do not import each other.
 FLOORS = [
     ["errors", "compilation", "tools.figure"],
-    ["hub", "distributed", "processor", "training.memory", "inference.ray_files"],
+    ["hub", "distributed", "processor", "training.memory", "inference.ray_files", "data.formats"],
     ["config", "tree", "interventions", "losses", "evaluation.metrics", "data.sources", "data.rows"],
     ["data.loader"],
     ["weights", "tokenizer_files", "sharding", "sentence_embedding"],

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bert_jax.data import sources
+from bert_jax.data.formats import Row, Table, literal
 from bert_jax.errors import InputError, check_extra, listed, quoted
 from bert_jax.inference.catalogue import jsonable
 from bert_jax.inference.pipelines import READ_AHEAD, Pipeline
@@ -57,7 +58,7 @@ def predict_files(
     model: str,
     columns: tuple[str, ...] = (),
     format: str | None = None,
-    table: sources.Table = sources.Table(),  # noqa: B008
+    table: Table = Table(),  # noqa: B008
     shard: tuple[int, int] = (1, 1),
     parameters: Mapping[str, Any] | None = None,
     console: Console | None = None,
@@ -204,7 +205,7 @@ class _Window:
     """Rows that are predicted together, and the rejected rows with their reasons."""
 
     position: int
-    rows: list[sources.Row]
+    rows: list[Row]
     requests: list[Request[Any]]
     rejected: list[dict[str, Any]]
 
@@ -300,13 +301,13 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def input_of(row: sources.Row, candidates: Sequence[tuple[str, ...]]) -> Any:
+def input_of(row: Row, candidates: Sequence[tuple[str, ...]]) -> Any:
     """The task's input in a row, read from the first of the candidates whose columns the row has."""
     for names in candidates:
         if all(name in row for name in names):
             cells = [row[name] for name in names]
             if names == ("tokens",) and isinstance(cells[0], str):  # in CSV and TSV files, lists are texts
-                cells[0] = sources.literal(cells[0])
+                cells[0] = literal(cells[0])
             values = tuple(tuple(cell) if isinstance(cell, list) else cell for cell in cells)
             return values if len(names) > 1 else values[0]
     wanted = " or ".join(" and ".join(map(repr, names)) for names in sorted(candidates, key=len)[:3])

@@ -16,6 +16,7 @@ from flax import nnx
 from bert_jax import hub, losses, tree
 from bert_jax.config import BertConfig
 from bert_jax.data import sources
+from bert_jax.data.formats import TEXT, Row, Table
 from bert_jax.data.loader import Examples
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.model import BertPreTrainedModel
@@ -45,7 +46,7 @@ class Prepared(NamedTuple):
     task: TrainableTask
     model: BertPreTrainedModel
     tokenizer: Tokenizer
-    rows: dict[str, list[sources.Row]]
+    rows: dict[str, list[Row]]
     examples: dict[str, Examples]
     found: str
 
@@ -58,7 +59,7 @@ class Split(NamedTuple):
         labels: If the data set stores labels as class ids, the names of the classes in the order of the ids, else None.
     """
 
-    rows: list[sources.Row]
+    rows: list[Row]
     labels: tuple[str, ...] | None = None
 
 
@@ -201,7 +202,7 @@ def max_length(settings: Settings | Pretraining, config: BertConfig) -> int:
     return length
 
 
-def featurize(task: TrainableTask, rows: dict[str, list[sources.Row]]) -> dict[str, Examples]:
+def featurize(task: TrainableTask, rows: dict[str, list[Row]]) -> dict[str, Examples]:
     """Makes the examples of each split from its rows; an error names the split."""
     examples = {}
     for split, found in rows.items():
@@ -223,7 +224,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
     places = getattr(data, split)
     if places is None:
         return Split([])
-    rows: list[sources.Row] = []
+    rows: list[Row] = []
     class_labels: dict[str, sources.ClassLabels] = {}
     for place in [places] if isinstance(places, str) else places:
         path = Path(place)
@@ -232,7 +233,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
                 raise InputError(
                     f"data.{split} is the file {place}, but data.id is {data.id}; for files, set data.id=null."
                 )
-            if table(data) != sources.Table():
+            if table(data) != Table():
                 raise InputError(
                     f"data.delimiter, data.quoting and data.columns are for files, but data.id is {data.id}. Remove "
                     "them, or set data.id=null."
@@ -252,7 +253,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
         raise InputError(f"{where} has no examples.")
     # The columns of all rows are collected, because JSON rows may differ in their columns.
     there = dict.fromkeys(name for row in rows for name in row)
-    usual: Mapping[str, tuple[str, ...]] = {"text": sources.TEXT}
+    usual: Mapping[str, tuple[str, ...]] = {"text": TEXT}
     required: tuple[str, ...] = ("text",)
     target = "text"
     if isinstance(settings, Settings):
@@ -284,9 +285,9 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
     return Split(rows, next(iter(orders), None))
 
 
-def table(data: Data) -> sources.Table:
+def table(data: Data) -> Table:
     """The table format that the settings describe."""
-    return sources.Table(data.delimiter, data.quoting, data.columns)
+    return Table(data.delimiter, data.quoting, data.columns)
 
 
 def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None) -> BertConfig:

@@ -20,8 +20,8 @@ import numpy as np
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from bert_jax.config import BertConfig
+from bert_jax.data.formats import Row
 from bert_jax.data.loader import Examples
-from bert_jax.data.sources import Row
 from bert_jax.errors import CheckpointError, InputError, listed, quoted
 from bert_jax.tokenizer import Tokenizer
 

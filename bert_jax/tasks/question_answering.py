@@ -15,8 +15,8 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from bert_jax import losses
 from bert_jax.config import BertConfig
+from bert_jax.data.formats import Row, literal
 from bert_jax.data.loader import Examples
-from bert_jax.data.sources import Row, literal
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.heads import BertForQuestionAnswering
 from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, Steps, TrainableTask, check_pairs

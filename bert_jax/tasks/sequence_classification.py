@@ -15,8 +15,9 @@ from tokenizers import Encoding
 
 from bert_jax import losses
 from bert_jax.config import BertConfig
+from bert_jax.data.formats import TEXT, Row, literal
 from bert_jax.data.loader import Examples
-from bert_jax.data.sources import PAIRS, TEXT, TEXTS, Row, literal
+from bert_jax.data.sources import PAIRS, TEXTS
 from bert_jax.errors import InputError, listed, quoted
 from bert_jax.heads import BertForSequenceClassification
 from bert_jax.tasks.base import (

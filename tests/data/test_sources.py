@@ -13,7 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bert_jax.data.sources import Table, class_labels, column, entries, literal, read, read_hub
+from bert_jax.data.formats import Table, literal
+from bert_jax.data.sources import class_labels, column, entries, read, read_hub
 from bert_jax.errors import InputError
 
 ROWS = [{"text": "grün, ja", "label": "a"}, {"text": "x", "label": "b"}]

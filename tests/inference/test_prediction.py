@@ -17,6 +17,7 @@ from flax import nnx
 
 import bert_jax
 from bert_jax.data import sources
+from bert_jax.data.formats import Table
 from bert_jax.errors import InputError
 from bert_jax.inference import pipelines, prediction
 from bert_jax.tasks import registry
@@ -111,11 +112,11 @@ def test_formats_of_outputs(pipe, tmp_path, name):
 
 def test_a_table_without_a_header_in_quotes(pipe, tmp_path):
     (tmp_path / "in.tsv").write_text('"a ""good"" day"\t"1"\n"a bad\nday"\t"2"\n')
-    table = sources.Table(quoting="minimal", columns=("text", "n"))
+    table = Table(quoting="minimal", columns=("text", "n"))
     run(pipe, [tmp_path / "in.tsv"], tmp_path / "out.jsonl", table=table)
     assert [line["text"] for line in lines(tmp_path / "out.jsonl")] == ['a "good" day', "a bad\nday"]
     with pytest.raises(InputError, match=r"belongs to another run \(table: .*'minimal'"):
-        run(pipe, [tmp_path / "in.tsv"], tmp_path / "out.jsonl", table=sources.Table(columns=("text", "n")))
+        run(pipe, [tmp_path / "in.tsv"], tmp_path / "out.jsonl", table=Table(columns=("text", "n")))
 
 
 def test_bad_rows_are_set_aside_with_reason_and_line(pipe, tmp_path):

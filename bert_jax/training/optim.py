@@ -255,10 +255,19 @@ def schedule(
         final_learning_rate: The learning rate at the end of "polynomial".
 
     Raises:
-        InputError: If the schedule is unknown.
+        InputError: If the schedule is unknown, or if an argument is set that it does not have.
     """
     if name not in SCHEDULES:
         raise InputError(f"The schedule {name!r} is unknown; expected one of {', '.join(SCHEDULES)}.")
+    warmup = math.ceil(steps * warmup_ratio) if warmup_steps is None else warmup_steps
+    for given, what, names in (
+        (warmup > 0, "warm-up", [other for other in SCHEDULES if other != "constant"]),
+        (cycles is not None, "cycles", ["cosine", "cosine_with_restarts"]),
+        (power != 1.0, "power", ["polynomial"]),
+        (final_learning_rate != 1e-7, "final_learning_rate", ["polynomial"]),
+    ):
+        if given and name not in names:
+            raise InputError(f"The schedule {name} has no {what}. Leave it out, or use {', '.join(names)}.")
 
     def cosine(angle: jax.Array) -> jax.Array:
         return jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(angle)))
@@ -275,9 +284,6 @@ def schedule(
         "cosine_with_restarts": restarts,
         "polynomial": lambda p: (1.0 - last) * jnp.clip(1.0 - p, 0.0, 1.0) ** power + last,
     }
-    warmup = math.ceil(steps * warmup_ratio) if warmup_steps is None else warmup_steps
-    if name == "constant":
-        warmup = 0
     rest = max(1, steps - warmup)
 
     def rate(step: Any) -> jax.Array:

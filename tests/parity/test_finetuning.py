@@ -251,7 +251,8 @@ def test_20_steps_from_trained_weights(close, tmp_path):
     ],
 )
 def test_schedules(close, name, ours, theirs, warmup):
-    rate = optim.schedule(name, 5e-5, 100, warmup_steps=warmup, **ours)
+    # Transformers ignores the warm-up of "constant", and ours refuses it.
+    rate = optim.schedule(name, 5e-5, 100, warmup_steps=0 if name == "constant" else warmup, **ours)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=5e-5)
     scheduler = transformers.get_scheduler(name, optimizer, warmup, 100, scheduler_specific_kwargs=theirs)
     expected = []

@@ -179,7 +179,7 @@ POINTS = {
         {"power": 2, "final_learning_rate": 0.5},
         {0: 0, 1: 1, 2: 2, 4: 1.5 * 0.5625 + 0.5, 6: 0.875, 10: 0.5, 12: 0.5},
     ),
-    "constant": ({}, {0: 2, 1: 2, 6: 2, 10: 2}),  # has no warm-up, as transformers'
+    "constant": ({"warmup_steps": 0}, {0: 2, 1: 2, 6: 2, 10: 2}),
     "constant_with_warmup": ({}, {0: 0, 1: 1, 2: 2, 6: 2, 10: 2}),
 }
 
@@ -187,7 +187,7 @@ POINTS = {
 @pytest.mark.parametrize("name", POINTS)
 def test_schedules(name):
     options, points = POINTS[name]
-    rate = optim.schedule(name.split(",")[0], 2.0, 10, warmup_steps=2, **options)
+    rate = optim.schedule(name.split(",")[0], 2.0, 10, **{"warmup_steps": 2} | options)
     for step, expected in points.items():
         assert float(rate(jnp.asarray(step))) == pytest.approx(expected, abs=1e-6), step
     assert rate(jnp.asarray(3)).dtype == jnp.float32
@@ -215,6 +215,21 @@ def test_warm_up(options, warmup):
 def test_warm_up_longer_than_the_run():
     rate = optim.schedule("linear", 1.0, 10, warmup_steps=20)
     assert [float(rate(step)) for step in (0, 5, 10)] == pytest.approx([0, 0.25, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("constant", {"warmup_steps": 2}, "constant has no warm-up. Leave it out, or use .*constant_with_warmup"),
+        ("constant", {"warmup_ratio": 0.1}, "constant has no warm-up"),
+        ("linear", {"cycles": 2}, "linear has no cycles. Leave it out, or use cosine, cosine_with_restarts"),
+        ("cosine", {"power": 2.0}, "cosine has no power"),
+        ("linear", {"final_learning_rate": 1e-6}, "linear has no final_learning_rate"),
+    ],
+)
+def test_arguments_that_a_schedule_does_not_have(name, options, message):
+    with pytest.raises(InputError, match=message):
+        optim.schedule(name, 1.0, 10, **options)
 
 
 def test_an_unknown_schedule():

@@ -482,8 +482,8 @@ class Serving(SettingsFile):
     """How the devices of this process share the work. By default, all accelerators share the rows. On CPUs, one device
     is used."""
     api_key: str | None = None
-    """The key that clients must send as `Authorization: Bearer …`, for all paths but /health. By default, there is
-    none. The environment variable BERT_JAX_API_KEY overrides this setting."""
+    """The key that clients must send in the header `Authorization` as a bearer token, for all paths but /health. By
+    default, there is none. The environment variable BERT_JAX_API_KEY overrides this setting."""
     api_key_file: Path | None = None
     """A file that contains the key, instead of `api_key`."""
     allowed_hosts: tuple[str, ...] = ()

@@ -259,6 +259,7 @@ class TokenClassification(TrainableTask):
         """See `TrainableTask.config`. The fields are the names of the labels and their number.
 
         The names are the first of these that can be used:
+
         1. `options.labels`, if given.
         2. `labels`, if given, unless it lacks a tag of the rows or has tags with E- or S-.
         3. O, then B- and I- of each type in sorted order, then all other tags in sorted order. If no tag marks an

@@ -1,6 +1,6 @@
 """One step of training: a pure function of the state, the frozen parameters and a batch.
 
-For example, 500 steps without checkpoints or evaluations:
+For example, 500 steps without checkpoints or evaluations::
 
     planned = step.plan(model, optax.lion(1e-5))
     state, train_step = step.init_state(planned, seed=0), step.make_step(task, planned)

@@ -16,6 +16,7 @@ _CONTENTS = {
     "SentenceEmbedding": "sentence_embedding",
     "Tokenizer": "tokenizer",
     "pipeline": "inference.pipelines",
+    "push_folder": "upload",
     "train": "training.loop",
     "lora": "training.lora",
     "optim": "training.optim",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from bert_jax.training import lora as lora
     from bert_jax.training import optim as optim
     from bert_jax.training.loop import train as train
+    from bert_jax.upload import push_folder as push_folder
 
 
 def __getattr__(name: str) -> Any:

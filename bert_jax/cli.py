@@ -514,6 +514,25 @@ def convert(
 
 
 @app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="The folder of a finished run, or another folder with a model.")],
+    repo_id: Annotated[str, typer.Argument(metavar="ID", help="The id of the model on the Hub, such as me/emotion.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Whether a new model is private. Default: the account's.")
+    ] = None,
+    commit_message: Annotated[
+        str | None, typer.Option(help='First line of the commit. Default: "Upload model".')
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to upload to; it is created. Default: main.")] = None,
+) -> None:
+    """Upload a model, its card and its metrics to the Hugging Face Hub. First run `hf auth login`, or set HF_TOKEN."""
+    from bert_jax.upload import push_folder
+
+    url = push_folder(folder, repo_id, private=private, commit_message=commit_message, revision=revision)
+    print(f"The model in {folder} is uploaded: {url}")
+
+
+@app.command()
 def check(
     output: Annotated[Path | None, typer.Option(help="Folder for the report as check.json and check.md.")] = None,
 ) -> None:

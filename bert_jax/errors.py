@@ -32,7 +32,7 @@ class ModelNotFoundError(BertJaxError, OSError):
 
 
 class HubUnreachableError(ModelNotFoundError):
-    """A model that is not cached and cannot be downloaded, because the Hub does not answer."""
+    """A model that is not cached and cannot be downloaded, or not uploaded, because the Hub does not answer."""
 
 
 class TrainingError(BertJaxError, ArithmeticError):

@@ -26,6 +26,8 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 """The name of the index file of a checkpoint with several weight files."""
+CARD_FILE = "README.md"
+"""The name of the model card."""
 EMBEDDED = Path(__file__).parent / "embedded"
 """The folder of the models that ship in the package, with one subfolder per model."""
 
@@ -202,6 +204,43 @@ def architectures(folder: Path) -> list[str]:
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether the name of a model or data set is an id on the Hub: not a folder, nor a model in this package."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except errors.HFValidationError:
+        return False
+    return not Path(name).exists() and name not in embedded()
+
+
+def read_card(model_id: str, revision: str | None = None) -> dict[str, Any]:
+    """The metadata of a model's card. Nothing is downloaded: `download` has fetched the card with the model.
+
+    Args:
+        model_id: A folder, the name of an embedded model, or an id on the Hub.
+        revision: Branch, tag or commit on the Hub; None for `main`.
+
+    Returns:
+        The metadata; empty if there is no card, or if its metadata are not valid YAML.
+    """
+    import yaml
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+
+    path: Any = (EMBEDDED if model_id in embedded() else Path()) / model_id / CARD_FILE
+    if is_hub_id(model_id):
+        path = try_to_load_from_cache(model_id, CARD_FILE, revision=revision)
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return {}
+    try:
+        metadata: dict[str, Any] = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return metadata
+
+
 def embedded() -> list[str]:
     """The names of the models that ship in the package."""
     return sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())
@@ -290,7 +329,7 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
             prefix = f"{read_modules(fetch(MODULES_FILE, revision))[0].path}/".lstrip("/")
         config = fetch(prefix + CONFIG_FILE, revision)
         found = revision if cache_only else commit
-        fetch_some((prefix + name for name in TOKENIZER_FILES), found)
+        fetch_some([CARD_FILE, *(prefix + name for name in TOKENIZER_FILES)], found)
         if sentence_model := find_modules(config.parent):
             fetch_some([SENTENCE_FILES[0], prefix + SENTENCE_FILES[1]], found)
             fetch_some((f"{path}/{CONFIG_FILE}" for _, path in sentence_model[1][1:]), found)

@@ -27,6 +27,7 @@ from bert_jax.errors import InputError, quoted
 from bert_jax.interventions import NONE, Interventions, checked_interventions, intervene, within
 from bert_jax.nn import ACTIVATIONS, Embedding, Keys, LayerNorm, Linear, dropout, split_key
 from bert_jax.quantization import DTYPES, Dtype, hold
+from bert_jax.upload import PushToHub
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ class BertEmbeddings(nnx.Module):
         return dropout(self.layer_norm(x), self.config.hidden_dropout_prob, dropout_key)
 
 
-class BertPreTrainedModel(nnx.Module):
+class BertPreTrainedModel(nnx.Module, PushToHub):
     """The base class of all models: it has the config, and it loads and saves checkpoints.
 
     Args of every model:

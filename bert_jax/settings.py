@@ -389,6 +389,12 @@ class Output(Section):
     checkpoints of the run."""
     tensorboard: bool = True
     """Whether to write event files for TensorBoard."""
+    license: str | None = None
+    """The Hub's identifier of the model's license, such as apache-2.0, for the model card. By default, it is the
+    license that the card of the base model declares, if there is one."""
+    language: str | tuple[str, ...] | None = None
+    """ISO 639 codes of the model's languages, such as en, for the model card. By default, it is the language that the
+    card of the base model declares, if it is only one and the vocabulary is that of the base model."""
 
 
 class Settings(SettingsFile):

@@ -19,6 +19,7 @@ from bert_jax import hub
 from bert_jax import tokenizer_files as files
 from bert_jax.data.rows import lay_out, model_inputs
 from bert_jax.errors import CheckpointError, InputError, quoted
+from bert_jax.upload import PushToHub
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class ModelInputs(TypedDict):
     token_type_ids: np.ndarray
 
 
-class Tokenizer:
+class Tokenizer(PushToHub):
     """The tokenizer of a checkpoint.
 
     Attributes:

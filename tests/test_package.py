@@ -15,7 +15,7 @@ PACKAGE = Path(bert_jax.__file__).parent
 FLOORS = [
     ["errors", "compilation", "tools.figure"],
     ["hub", "distributed", "processor", "training.memory", "inference.ray_files", "data.formats"],
-    ["config", "tree", "interventions", "losses", "evaluation.metrics", "data.sources", "data.rows"],
+    ["upload", "config", "tree", "interventions", "losses", "evaluation.metrics", "data.sources", "data.rows"],
     ["data.loader"],
     ["weights", "tokenizer_files", "sharding", "sentence_embedding"],
     ["tokenizer"],

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import hub_server
 import jax
 import numpy as np
 import optax
@@ -114,7 +115,10 @@ def test_a_run_leaves_a_model_and_all_about_it(tree, tmp_path):
         assert classify(line["text"])["label"] == line["prediction"]["label"]
         assert classify(line["text"])["score"] == pytest.approx(line["prediction"]["score"], abs=1e-5)
     assert classify.config.id2label == ("no", "yes")
-    assert "| accuracy |" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "| accuracy |" in card
+    assert str(tmp_path) not in card
+    assert hub_server.problems(card) == []
 
     weights = (folder / "model.safetensors").stat()
     assert run(tree) == folder  # is finished: nothing happens

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import optax
+import yaml
 from rich.console import Console
 
 from bert_jax import distributed, hub, sharding, tree
@@ -255,16 +256,80 @@ def end(
 
 
 def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> str:
-    """The text of README.md, the model card of a run's model."""
-    base, train = settings.model.id, settings.data.train
-    data, dataset, task = train if isinstance(train, str) else ", ".join(train or ()), None, "fill-mask"
-    made = f"{f'`{base}`' if base else 'A new network'}, pretrained on {data}"
+    """The text of README.md, the model card of a run's model. It contains no local path."""
+    model, data = settings.model, settings.data
+    places = {split: getattr(data, split, None) or () for split in ("train", "validation", "test")}
+    names = {split: ", ".join(Path(place).name for place in ([given] if isinstance(given, str) else given))
+             for split, given in places.items()}  # fmt: skip
+    datasets: dict[str, dict[str, str | None]] = {
+        split: {"dataset_type": "unknown", "dataset_name": name, "dataset_split": split}
+        for split, name in names.items()
+    }
+    base = "A new network" if model.id is None else _shown(model.id) or "A local checkpoint"
+    task, made = "fill-mask", f"{base}, pretrained on {names['train']}"
+    metadata = _license_and_language(settings)
+    if model.id and hub.is_hub_id(model.id):
+        metadata["base_model"] = model.id
     if isinstance(settings, Settings):
-        dataset, task = settings.data.id, settings.task
-        made = f"`{base}` fine-tuned for {task} on {dataset or data}"
+        dataset, task, made = settings.data.id, settings.task, f"{base} fine-tuned for {settings.task} on "
+        if dataset and hub.is_hub_id(dataset):
+            metadata["datasets"], made = [dataset], made + dataset
+            for split, entry in datasets.items():
+                entry |= {
+                    "dataset_type": dataset, "dataset_name": dataset, "dataset_config": settings.data.name,
+                    "dataset_split": names[split], "dataset_revision": settings.data.revision,
+                }  # fmt: skip
+        else:
+            made += names["train"]
     return report.model_card(
-        settings.output.folder, task, made, results, base=base, dataset=dataset, settings=settings.to_yaml()
+        Path(settings.output.folder).absolute().name,
+        task,
+        made,
+        results,
+        metadata=metadata,
+        datasets=datasets,
+        settings=public_settings(settings),
     )
+
+
+def _license_and_language(settings: Settings | Pretraining) -> dict[str, Any]:
+    """The metadata `license` and `language` of a model: those in the settings, or else those of the base model's card.
+
+    If the card declares several languages, it is unknown in which of them the model was trained. So is the language if
+    the vocabulary is not that of the base model.
+    """
+    model, output = settings.model, settings.output
+    card = hub.read_card(model.id, model.revision) if model.id else {}
+    names = ("license", "license_name", "license_link")
+    found: dict[str, Any] = {name: card[name] for name in names if isinstance(card.get(name), str)}
+    if output.license:
+        found = {"license": output.license}
+    language, kept = card.get("language"), isinstance(settings, Settings) or not settings.model.tokenizer
+    if isinstance(language, list) and len(language) == 1:
+        (language,) = language
+    if output.language:
+        found["language"] = output.language if isinstance(output.language, str) else list(output.language)
+    elif kept and isinstance(language, str):  # YAML reads the code of Norwegian, no, as a boolean
+        found["language"] = language
+    return found
+
+
+def public_settings(settings: Settings | Pretraining) -> str:
+    """The settings that differ from their defaults, as YAML, without local paths."""
+    tree = settings.model_dump(mode="json", exclude_defaults=True, exclude={"output"})
+    model, data = tree.get("model", {}), tree.get("data", {})
+    for name in ("id", "tokenizer"):
+        if name in model and _shown(model[name]) is None:
+            del model[name]
+    if not hub.is_hub_id(data.get("id", "")):
+        for name in ("id", "train", "validation", "test", "shards"):
+            data.pop(name, None)
+    return yaml.safe_dump({name: value for name, value in tree.items() if value}, sort_keys=False, allow_unicode=True)
+
+
+def _shown(model_id: str) -> str | None:
+    """How a card names a model; None if it is in a local folder."""
+    return f"`{model_id}`" if hub.is_hub_id(model_id) or model_id in hub.embedded() else None
 
 
 def write(path: Path, text: str) -> None:

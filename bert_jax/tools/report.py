@@ -1,12 +1,41 @@
 """Readable reports of runs and evaluations: learning curves, tables, figures and model cards."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bert_jax.tools.figure import Figure
 
+HUB_METRICS = {
+    "accuracy": "accuracy", "exact_match": "exact_match", "f1": "f1", "matthews": "matthews_correlation",
+    "pearson": "pearsonr", "spearman": "spearmanr", "precision": "precision", "recall": "recall", "mse": "mse",
+    "perplexity": "perplexity",
+}  # fmt: skip
+"""Maps parts of our metrics' names to the names of these metrics on the Hub."""
+EXAMPLES = {
+    "text-classification": '"I am glad that it works."',
+    "token-classification": '"Anna moved to Oslo."',
+    "question-answering": '{"question": "Where did Anna move?", "context": "Anna moved to Oslo."}',
+    "multiple-choice": '{"context": "She opened the door.", "choices": ["She went in.", "It was a Monday."]}',
+    "fill-mask": '"Paris is the [MASK] of France."',
+}
+"""An input of each task, as Python code."""
+TRANSFORMERS = {
+    "question-answering": """\
+tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+network = transformers.AutoModelForQuestionAnswering.from_pretrained(model)
+inputs = tokenizer("Where did Anna move?", "Anna moved to Oslo.", return_tensors="pt")
+out = network(**inputs)
+tokenizer.decode(inputs["input_ids"][0, out.start_logits.argmax() : out.end_logits.argmax() + 1])""",
+    "multiple-choice": """\
+tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+network = transformers.AutoModelForMultipleChoice.from_pretrained(model)
+choices = ["She went in.", "It was a Monday."]
+inputs = tokenizer(["She opened the door."] * 2, choices, padding=True, return_tensors="pt")
+network(**{name: tensor[None] for name, tensor in inputs.items()}).logits.softmax(-1)""",
+}
+"""Code for the tasks for which transformers 5 has no pipeline."""
 CLASSES = {"by_frequency": "times in the texts", "by_position": "position in the row"}
 
 
@@ -121,56 +150,77 @@ def _class(part: Mapping[str, Any]) -> str:
 
 
 def model_card(
-    folder: str,
+    name: str,
     task: str,
     made: str,
     results: Mapping[str, Any],
     *,
-    base: str | None,
-    dataset: str | None,
+    metadata: Mapping[str, Any],
+    datasets: Mapping[str, Mapping[str, str | None]],
     settings: str,
 ) -> str:
-    """Returns the README.md of a model: what it is, its metrics, and how it was made.
+    """Returns the README.md of a model: its metadata, what it is, how to use it, its metrics, and how it was made.
+
+    The metadata follow the rules of huggingface_hub (`ModelCardData`). The metrics are in them, too, as `model-index`.
 
     Args:
-        folder: The folder of the model.
-        task: The name of the model's task.
+        name: The name of the model.
+        task: Hugging Face's name of the model's task.
         made: How the model was made, such as "`bert-base-cased` fine-tuned for …".
         results: The content of `results.json`.
-        base: The checkpoint that training started from.
-        dataset: The id of the data set on the Hub.
+        metadata: Arguments of `ModelCardData`, such as license, language and base_model.
+        datasets: The data of each split, as those arguments of huggingface_hub's `EvalResult` whose names begin with
+            `dataset_`.
         settings: The settings of the run, as YAML.
     """
-    front = ["---", f"pipeline_tag: {task}", "library_name: transformers", "tags: [bert, jax]"]
-    if base and not Path(base).exists():
-        front.append(f"base_model: {base}")
-    if dataset:
-        front.append(f"datasets: [{dataset}]")
-    parts = [
-        "\n".join([*front, "---"]),
-        f"# {Path(folder).absolute().name}",
-        f"{made} with [bert_jax](https://pypi.org/project/bert-jax) {results['versions']['bert-jax']}.",
-        f"```python\nimport bert_jax\n\n{_snippet(task, folder, results)}\n```",
+    from huggingface_hub import EvalResult, ModelCardData
+
+    splits = {split: results[split] for split in ("validation", "test") if results.get(split)}
+    measured = [
+        EvalResult(task_type=task, metric_type=kind, metric_name=label, metric_value=value, **datasets[split])
+        for split, metrics in splits.items()
+        for kind, label, value in hub_metrics(metrics)
     ]
-    for split in ("validation", "test"):
-        if metrics := results.get(split):
-            parts += [f"## {split.capitalize()}", markdown(metrics)]
+    index = {"model_name": name, "eval_results": measured} if measured else {}
+    data = ModelCardData(pipeline_tag=task, library_name="transformers", tags=["bert", "jax"], **metadata, **index)
     versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
-    parts += [
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}",
+        f"{made} with [bert_jax](https://pypi.org/project/bert-jax) {results['versions']['bert-jax']}.",
+        "## Use",
+        f"`model` is the id of this model on the Hub, or the path of its folder.\n\n{_snippets(name, task, results)}",
+        *(f"## {split.capitalize()}\n\n{markdown(metrics)}" for split, metrics in splits.items()),
         "![learning curve](curve.png)",
-        "## Settings",
-        f"```yaml\n{settings}```",
+        f"## Settings\n\nSettings that are not listed have their defaults.\n\n```yaml\n{settings}```",
         f"Step {results['step']} of {results['steps']}, {results['seconds']:.0f} s on {results['device']}; {versions}.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _snippet(task: str, folder: str, results: Mapping[str, Any]) -> str:
-    pipeline = f'bert_jax.pipeline("{task}", "{folder}")'
+def hub_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Yields the Hub's name of each metric, ours, and its value. Losses and values that are not finite are omitted."""
+    names = {"f1": f"f1 of {metrics['f1_label']}"} if "f1_label" in metrics else {}
+    for name, value in metrics.items():
+        kind = next((kind for part, kind in HUB_METRICS.items() if part in name), None)
+        if kind and isinstance(value, float) and math.isfinite(value):
+            yield kind, names.get(name, name), value
+
+
+def _snippets(name: str, task: str, results: Mapping[str, Any]) -> str:
+    """The code that uses a model with bert_jax, and the code that does so with transformers."""
+    example, options = EXAMPLES[task], ""
     threshold = results.get("validation", {}).get("null_threshold")
-    if threshold is None:
-        return pipeline
-    return f'answer = {pipeline}\nanswer(("question", "context"), null_threshold={threshold:.4f})  # "" means no answer'
+    if threshold is not None:
+        options = f", null_threshold={threshold:.4f}"
+    ours = f'pipe = bert_jax.pipeline("{task}", model)\npipe({example}{options})'
+    if options:
+        ours += '  # the answer "" means that there is none'
+    theirs = TRANSFORMERS.get(task, f'pipe = transformers.pipeline("{task}", model)\npipe({example})')
+    return "\n\n".join(
+        f'```python\nimport {package}\n\nmodel = "OWNER/{name}"\n{code}\n```'
+        for package, code in (("bert_jax", ours), ("transformers", theirs))
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

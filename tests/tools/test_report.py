@@ -1,9 +1,14 @@
+import re
+
+import hub_server
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from bert_jax.recipes import runs
-from bert_jax.settings import Settings
+from bert_jax.settings import Pretraining, Settings
+from bert_jax.tasks.registry import TRAINABLE
 from bert_jax.tools import report
 
 JOURNAL = [
@@ -99,51 +104,134 @@ def test_a_label_with_a_bar_stays_one_cell():
 # ── The card ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def card(results=RESULTS, **tree):
-    settings = Settings.from_dict({"task": "text-classification", "output": {"folder": "runs/mine"}} | tree)
+PAIR = {"data": {"id": "nyu-mll/glue", "name": "mrpc", "train": "train", "validation": "validation", "test": "test"}}
+
+
+def card(results=RESULTS, kind=Settings, folder="runs/mine", **tree):
+    """The settings, the metadata and the text of a card; its metadata are valid."""
+    settings = kind.from_dict({"task": "text-classification", "output": {"folder": folder}} | tree)
     text = runs.model_card(settings, results)
-    _, front, body = text.split("---\n", 2)
-    return settings, yaml.safe_load(front), body
+    assert hub_server.problems(text) == []
+    card = ModelCard(text)
+    return settings, card.data, card.text
 
 
 def test_model_card():
-    settings, front, body = card(data={"id": "dair-ai/emotion", "train": "train"}, training={"epochs": 1.5})
-    assert front == {
+    settings, data, body = card(**PAIR, training={"epochs": 1.5})
+    assert data.to_dict() | {"model-index": None} == {
         "pipeline_tag": "text-classification",
         "library_name": "transformers",
         "tags": ["bert", "jax"],
         "base_model": "google-bert/bert-base-cased",
-        "datasets": ["dair-ai/emotion"],
+        "datasets": ["nyu-mll/glue"],
+        "model-index": None,
     }
     assert body.startswith("\n# mine\n")
-    assert "`google-bert/bert-base-cased` fine-tuned for text-classification on dair-ai/emotion with " in body
-    assert 'bert_jax.pipeline("text-classification", "runs/mine")' in body
+    assert "`google-bert/bert-base-cased` fine-tuned for text-classification on nyu-mll/glue with " in body
+    assert 'model = "OWNER/mine"\npipe = bert_jax.pipeline("text-classification", model)' in body
+    assert 'model = "OWNER/mine"\npipe = transformers.pipeline("text-classification", model)' in body
     assert f"## Validation\n\n{report.markdown(METRICS)}\n" in body
     assert "## Test" not in body
     assert "](curve.png)" in body
     assert body.endswith("Step 25 of 50, 12 s on 8 × cpu; bert-jax 0.9, jax 1.2.\n")
-    stored = body.split("```yaml\n")[1].split("```")[0]
-    assert Settings.from_dict(yaml.safe_load(stored)) == settings
+    stored = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
+    assert stored == {"task": "text-classification", **PAIR, "training": {"epochs": 1.5}}
+    assert Settings.from_dict(stored | {"output": {"folder": "runs/mine"}}) == settings
+
+
+def test_the_metrics_of_a_card():
+    """Each metric by the Hub's name and ours, for each split; no loss, and no number that JSON does not have."""
+    metrics = {
+        "loss": 0.5, "accuracy": 0.75, "f1": 0.5, "f1_label": "yes", "f1_macro": 0.25, "matthews": float("nan"),
+        "pearson": 1.0, "best_exact_match": 50.0, "null_threshold": -2.5,
+    }  # fmt: skip
+    _, data, _ = card(RESULTS | {"validation": metrics, "test": {"nsp_accuracy": 0.5}}, **PAIR)
+    found = {(result.dataset_split, result.metric_name): (result.metric_type, result.metric_value)
+             for result in data.eval_results}  # fmt: skip
+    assert found == {
+        ("validation", "accuracy"): ("accuracy", 0.75),
+        ("validation", "f1 of yes"): ("f1", 0.5),
+        ("validation", "f1_macro"): ("f1", 0.25),
+        ("validation", "pearson"): ("pearsonr", 1.0),
+        ("validation", "best_exact_match"): ("exact_match", 50.0),
+        ("test", "nsp_accuracy"): ("accuracy", 0.5),
+    }
+    sources = {(result.dataset_type, result.dataset_name, result.dataset_config) for result in data.eval_results}
+    assert sources == {("nyu-mll/glue", "nyu-mll/glue", "mrpc")}
 
 
 def test_model_card_with_a_test_set_alone():
-    _, _, body = card(RESULTS | {"validation": {}, "test": {"accuracy": 0.123}})
+    _, _, body = card(RESULTS | {"validation": {}, "test": {"accuracy": 0.123}}, **PAIR)
     assert "## Validation" not in body
     assert "## Test\n\n| metric |  |\n| --- | --- |\n| accuracy | 0.1230 |\n" in body
 
 
-def test_model_card_of_files_and_a_local_model(tmp_path):
-    _, front, body = card(model={"id": str(tmp_path)}, data={"train": "train.txt", "validation": "val.txt"})
-    assert "base_model" not in front  # would be an id of the Hub
-    assert "datasets" not in front
-    assert "on train.txt with " in body
+def test_a_card_has_no_local_path(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\nlanguage: [de]\nbase_model: x/y\n---\n")
+    files = {name: str(tmp_path / f"{name}.csv") for name in ("train", "validation")}
+    settings, data, body = card(folder=str(tmp_path / "mine"), model={"id": str(tmp_path / "base")}, data=files)
+    assert str(tmp_path) in settings.to_yaml()
+    assert str(tmp_path) not in f"{data}{body}"
+    assert "base_model" not in data.to_dict()  # would be an id of the Hub
+    assert "datasets" not in data.to_dict()
+    assert "A local checkpoint fine-tuned for text-classification on train.csv with " in body
+    assert "task: text-classification\n```" in body
+    (source,) = {(result.dataset_type, result.dataset_name) for result in data.eval_results}
+    assert source == ("unknown", "validation.csv")
+    assert (data.license, data.language) == ("mit", "de")  # as the card of the base says
+
+
+@pytest.mark.parametrize(
+    ("declared", "output", "license", "language"),
+    [
+        ("license: other\nlicense_name: mine\nlanguage: [de, en]", {}, "other", None),
+        ("license: [mit, apache-2.0]\nlanguage: no", {}, None, None),  # YAML reads "no" as a boolean
+        ("language: de", {"license": "apache-2.0", "language": ["de", "en"]}, "apache-2.0", ["de", "en"]),
+        ("license: mit", {"license": "apache-2.0"}, "apache-2.0", None),
+        ("[", {}, None, None),
+        ("- a list", {}, None, None),
+    ],
+)
+def test_license_and_language(tmp_path, declared, output, license, language):
+    (tmp_path / "README.md").write_text(f"---\n{declared}\n---\n")
+    files = {"train": "a", "validation": "b"}
+    _, data, _ = card(model={"id": str(tmp_path)}, data=files, output={"folder": "mine", **output})
+    assert (data.license, data.language) == (license, language)
+    assert (data.license_name == "mine") == (license == "other")
+
+
+@pytest.mark.parametrize(("tokenizer", "language"), [(None, "en"), ("some/tokenizer", None)])
+def test_model_card_of_pretraining(tmp_path, tokenizer, language):
+    texts = str(tmp_path / "train.txt")
+    tree = {"model": {"id": "bert-mini-cased", "tokenizer": tokenizer}, "data": {"train": texts, "shards": texts}}
+    _, data, body = card(RESULTS | {"validation": {}}, Pretraining, task="pretraining", **tree)
+    assert (data.pipeline_tag, data.license, data.language) == ("fill-mask", "apache-2.0", language)
+    assert "base_model" not in data.to_dict()  # the Hub has no bert-mini-cased
+    assert "`bert-mini-cased`, pretrained on train.txt with " in body
+    assert str(tmp_path) not in body
+    _, data, body = card(RESULTS | {"validation": {}}, Pretraining, task="pretraining", data={"train": texts},
+                         model={"tokenizer": str(tmp_path)})  # fmt: skip
+    assert (data.pipeline_tag, data.license, data.language) == ("fill-mask", None, None)
+    assert "A new network, pretrained on train.txt with " in body
+    assert "task: pretraining\n```" in body
+
+
+@pytest.mark.parametrize("task", TRAINABLE)
+def test_the_task_of_a_card(task):
+    _, data, body = card(RESULTS, task=task, **PAIR)
+    assert data.pipeline_tag == task
+    assert {result.task_type for result in data.eval_results} == {task}
+    for snippet in re.findall(r"```python\n(.*?)```", body, re.DOTALL):
+        compile(snippet, "snippet", "exec")
 
 
 def test_the_card_of_a_model_that_may_say_nothing_tells_its_threshold():
-    _, _, body = card(RESULTS | {"validation": {"f1": 50.0, "null_threshold": -0.25}}, task="question-answering")
-    assert 'answer(("question", "context"), null_threshold=-0.2500)' in body
+    found = {"validation": {"f1": 50.0, "null_threshold": -0.25}}
+    _, _, body = card(RESULTS | found, task="question-answering", **PAIR)
+    assert '"Anna moved to Oslo."}, null_threshold=-0.2500)' in body
 
 
 def test_model_card_of_several_files():
-    _, _, body = card(data={"train": ["one.csv", "two.csv"]})
+    _, _, body = card(data={"train": ["one.csv", "two.csv"], "validation": "three.csv"})
     assert "on one.csv, two.csv with " in body

@@ -1,0 +1,176 @@
+"""Uploads models, tokenizers and the folders of runs to the Hugging Face Hub."""
+
+import contextlib
+import glob
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bert_jax import hub
+from bert_jax.errors import HubUnreachableError, InputError, ModelNotFoundError, quoted
+
+RUN_FILES = ("results.json", "metrics.jsonl", "curve.png")
+"""The files of a run that are uploaded with its model: the final metrics, those of each step, and the learning curve.
+
+What a run writes besides stays on this machine: settings.yaml has local paths, predictions.jsonl and answers.json have
+texts of the data, and checkpoints, TensorBoard's events and adapters are not needed to use the model.
+"""
+
+
+class PushToHub:
+    """A base class of models and tokenizers, whose `save_pretrained` writes their files."""
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the files to a folder."""
+        raise NotImplementedError
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Uploads the files of `save_pretrained` to the Hugging Face Hub, in one commit.
+
+        The arguments and errors are those of `bert_jax.push_folder`.
+
+        Returns:
+            The URL of the commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return _upload(
+                Path(folder), os.listdir(folder), repo_id, private, commit_message or f"Upload {type(self).__name__}",
+                token, revision,
+            )  # fmt: skip
+
+
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """Uploads a model with its tokenizer and, if it is the model of a run, with its card, metrics and learning curve.
+
+    The uploaded files are config.json, the safetensors weights, the files of the tokenizer, those of
+    sentence-transformers, README.md and `RUN_FILES`. All other files in the folder stay on this machine.
+
+    Args:
+        folder: The folder of a finished run, or another folder with a model.
+        repo_id: The id of the model on the Hub, such as `me/emotion`; `emotion` is a model of your own account. A model
+            that does not exist yet is created.
+        private: Whether a new model is private. None for the default of the account, which is usually public.
+        commit_message: The first line of the commit; "Upload model" by default.
+        token: A token with write access. None for the one of `hf auth login` or of the variable HF_TOKEN.
+        revision: The branch to upload to, which is created if it does not exist; `main` by default.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        ModelNotFoundError: If the folder has no model.
+        CheckpointError: If the index of the weights or `modules.json` is damaged.
+        InputError: If there is no token, if `repo_id` is invalid, if the model exists and is not as `private` says, if
+            the metadata of README.md is invalid, or if the Hub refuses the upload.
+        HubUnreachableError: If the Hub does not answer.
+    """
+    folder = Path(folder)
+    names = model_files(folder)
+    return _upload(folder, names, repo_id, private, commit_message or "Upload model", token, revision)
+
+
+def model_files(folder: Path) -> list[str]:
+    """The paths of the files that `push_folder` uploads, relative to the folder.
+
+    Raises:
+        ModelNotFoundError: If the folder has no model.
+        CheckpointError: If the index of the weights or `modules.json` is damaged.
+    """
+    modules = folder / hub.MODULES_FILE
+    first, *others = [module.path for module in hub.read_modules(modules)] if modules.is_file() else [""]
+    network = folder / first
+    weights = [hub.WEIGHTS_FILE]
+    if not (network / hub.WEIGHTS_FILE).is_file() and (network / hub.INDEX_FILE).is_file():
+        weights = [hub.INDEX_FILE, *sorted(set(hub.read_index(network / hub.INDEX_FILE).values()))]
+    needed = [network / name for name in (hub.CONFIG_FILE, *weights)]
+    if absent := [path.name for path in needed if not path.is_file()]:
+        raise ModelNotFoundError(
+            f"{network} has no {absent[0]}; expected the folder of a model. A run writes its model when it is finished."
+        )
+    every = [
+        *needed,
+        *(network / name for name in (*hub.TOKENIZER_FILES, hub.SENTENCE_FILES[1])),
+        *(folder / path / name for path in others for name in (hub.CONFIG_FILE, hub.WEIGHTS_FILE)),
+        *(folder / name for name in (hub.CARD_FILE, hub.MODULES_FILE, hub.SENTENCE_FILES[0], *RUN_FILES)),
+    ]
+    return sorted({path.relative_to(folder).as_posix() for path in every if path.is_file()})
+
+
+def _upload(
+    folder: Path,
+    names: Sequence[str],
+    repo_id: str,
+    private: bool | None,
+    commit_message: str,
+    token: str | None,
+    revision: str | None,
+) -> str:
+    # Imported here, because the import takes 0.2 s.
+    from huggingface_hub import HfApi, get_token
+
+    if not (token or get_token()):
+        raise InputError("There is no token for the Hugging Face Hub. Run `hf auth login`, or pass token=….")
+    api = HfApi(token=token or None)
+    with _explained(repo_id):
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        # `create_repo` leaves an existing model as it is.
+        if private is not None and bool(api.repo_info(repo).private) != private:
+            is_now, expected = ("public", "private") if private else ("private", "public")
+            raise InputError(
+                f"{repo} exists and is {is_now}, but private is {private}. Make it {expected} in its settings on the "
+                "Hub, or leave private out."
+            )
+        if revision:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=[glob.escape(name) for name in names],
+            commit_message=commit_message, revision=revision,
+        )  # fmt: skip
+    return str(commit.commit_url)
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Turns the errors of huggingface_hub into those of this package."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except InputError:
+        raise
+    except errors.HFValidationError:
+        raise InputError(f"{quoted(repo_id)} is not an id of the Hub; expected OWNER/NAME or NAME.") from None
+    except errors.OfflineModeIsEnabled:
+        raise HubUnreachableError("HF_HUB_OFFLINE is set, so nothing can be uploaded. Unset it.") from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        why = f"{status}, {quoted(error.server_message or error.response.reason_phrase)}"
+        if status < 500:
+            raise InputError(
+                f"The Hub refuses the upload to {repo_id} ({why}). Check the id, and that the token may write to it."
+            ) from None
+        raise HubUnreachableError(f"The Hub has an error ({why}). Run the same command later.") from None
+    except ValueError as error:  # the Hub says so of the metadata of a model card, before any file is uploaded
+        raise InputError(f"{repo_id} is not uploaded: {quoted(str(error))}. Correct it.") from None
+    except (errors.HTTPError, OSError, RuntimeError) as error:
+        raise HubUnreachableError(
+            f"The upload to {repo_id} failed: {quoted(str(error))}. Run the same command again."
+        ) from None

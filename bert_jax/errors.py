@@ -19,6 +19,10 @@ class InputError(BertJaxError, ValueError):
     """An invalid text, argument or setting."""
 
 
+class UnknownArgumentError(InputError, TypeError):
+    """An argument that a function has in another library, but not here."""
+
+
 class ConfigError(BertJaxError, ValueError):
     """A `config.json` that does not describe a supported network."""
 

@@ -9,12 +9,13 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from bert_jax import sharding
+from bert_jax import porting, sharding
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
 from bert_jax.interventions import NONE, Interventions
 from bert_jax.model import Attention, BertModel, BertModelOutput, BertPreTrainedModel, ComputeDtype, check_inputs
 from bert_jax.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, last_axis, new_param, split_key
+from bert_jax.outputs import ModelOutput
 
 Output = TypeVar("Output")
 
@@ -24,7 +25,7 @@ FIRST = np.zeros((1, 1), np.int32)
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class HeadOutput:
+class HeadOutput(ModelOutput):
     """The output of a model with one head: float32 logits, and the encoder's hidden states and attentions.
 
     The docstring of each model states the shape of its logits.
@@ -37,7 +38,7 @@ class HeadOutput:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PreTrainingOutput:
+class PreTrainingOutput(ModelOutput):
     """The output of `BertForPreTraining`.
 
     Attributes:
@@ -56,7 +57,7 @@ class PreTrainingOutput:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class QuestionAnsweringOutput:
+class QuestionAnsweringOutput(ModelOutput):
     """The output of `BertForQuestionAnswering`.
 
     The logits, float32 [B, T], score each token as the first (`start_logits`) and as the last (`end_logits`) of the
@@ -130,6 +131,7 @@ class BertForPreTraining(BertWithHead):
         self.predictions = MaskedLMHead(self.config, rngs)
         self.seq_relationship = self._linear(2, rngs)
 
+    @porting.suggests(porting.CALL)
     @sharding.automatic
     def __call__(
         self,
@@ -191,6 +193,7 @@ class BertForMaskedLM(BertWithHead):
     def _add_head(self, rngs: nnx.Rngs | None) -> None:
         self.predictions = MaskedLMHead(self.config, rngs)
 
+    @porting.suggests(porting.CALL)
     @sharding.automatic
     def __call__(
         self,
@@ -230,6 +233,7 @@ class BertWithLinearHead(BertWithHead, Generic[Output]):
     head_dropout: ClassVar[bool] = False
     """Whether dropout is applied to the input of the head."""
 
+    @porting.suggests(porting.CALL)
     @sharding.automatic
     def __call__(
         self,
@@ -314,6 +318,7 @@ class BertForMultipleChoice(BertWithClassifier):
     def _add_head(self, rngs: nnx.Rngs | None) -> None:
         self.classifier = self._linear(1, rngs)
 
+    @porting.suggests(porting.CALL)
     @sharding.automatic
     def __call__(
         self,

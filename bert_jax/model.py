@@ -20,12 +20,13 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from bert_jax import hub, processor, sharding, tree, weights
+from bert_jax import hub, porting, processor, sharding, tree, weights
 from bert_jax.attention import ATTENTION, Attended, SelfAttention, check, choose
 from bert_jax.config import BertConfig, ConfigChanges
 from bert_jax.errors import InputError, quoted
 from bert_jax.interventions import NONE, Interventions, checked_interventions, intervene, within
 from bert_jax.nn import ACTIVATIONS, Embedding, Keys, LayerNorm, Linear, dropout, split_key
+from bert_jax.outputs import ModelOutput
 from bert_jax.quantization import DTYPES, Dtype, hold
 from bert_jax.upload import PushToHub
 
@@ -45,7 +46,7 @@ POSITIONS = ("positions", "masked_positions", "first_positions")
 # nothing, because the compiler removes its computation.
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class BertModelOutput:
+class BertModelOutput(ModelOutput):
     """The output of `BertModel`. `positions` is the argument of its call.
 
     Attributes:
@@ -179,6 +180,7 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
         )
 
     @classmethod
+    @porting.suggests(porting.FROM_PRETRAINED)
     def from_pretrained(
         cls,
         model_id: str | os.PathLike[str],
@@ -226,17 +228,12 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
 
         Raises:
             InputError: If `dtype` is unknown, if `mesh` does not fit the model, if `new` parameters are requested in a
-                dtype other than float32, if a fused `attention` is requested with int8, or if `compute_dtype` is given.
+                dtype other than float32, or if a fused `attention` is requested with int8.
             ModelNotFoundError: If the model does not exist, or if the Hub does not answer and the model is not cached.
             ConfigError: If the config does not describe a BERT, or if a change is invalid.
             CheckpointError: If the weights are missing, are damaged or do not fit the model. The message lists the
                 first 40 tensors and parameters that do not fit.
         """
-        if "compute_dtype" in config_changes:
-            raise InputError(
-                "compute_dtype was renamed to dtype, for inference. To train with bfloat16 activations, set "
-                "model.encoder.compute_dtype after loading."
-            )
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise InputError(f"dtype is {quoted(dtype)}; expected one of {', '.join(DTYPES)}.")
         if attention not in ("plain", "auto") and dtype == "int8":
@@ -344,6 +341,7 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
             if getattr(module, "config", None) == old:
                 module.config = new
 
+    @porting.suggests(porting.SAVE)
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `model.safetensors` and `config.json`, from which PyTorch transformers loads bit-identical weights.
 
@@ -389,6 +387,7 @@ class BertModel(BertPreTrainedModel):
                 f"are {self.dtype}."
             )
 
+    @porting.suggests(porting.CALL)
     @sharding.automatic
     def __call__(
         self,

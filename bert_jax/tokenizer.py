@@ -10,12 +10,12 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, TypedDict
+from typing import Any, Self, TypedDict, overload
 
 import numpy as np
 import tokenizers
 
-from bert_jax import hub
+from bert_jax import hub, porting
 from bert_jax import tokenizer_files as files
 from bert_jax.data.rows import lay_out, model_inputs
 from bert_jax.errors import CheckpointError, InputError, quoted
@@ -69,6 +69,7 @@ class Tokenizer(PushToHub):
         )
 
     @classmethod
+    @porting.suggests(porting.TOKENIZER_FROM_PRETRAINED)
     def from_pretrained(cls, model_id: str | os.PathLike[str], *, revision: str | None = None) -> Self:
         """Reads the tokenizer of a checkpoint from its `tokenizer.json` or, if it has none, from its `vocab.txt`.
 
@@ -199,6 +200,51 @@ class Tokenizer(PushToHub):
         """The id of a token; None if the token is not in the vocabulary."""
         return self.backend.token_to_id(token)
 
+    def get_vocab(self) -> dict[str, int]:
+        """Maps all tokens, added ones included, to their ids."""
+        vocab: dict[str, int] = self.backend.get_vocab()
+        return vocab
+
+    @overload
+    def convert_tokens_to_ids(  # type: ignore[overload-overlap]  # a string is a sequence of strings
+        self, tokens: str
+    ) -> int | None: ...
+    @overload
+    def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int | None]: ...
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int | None] | None:
+        """The id of a token, or those of several tokens. A token that is not in the vocabulary gets `unk_token_id`."""
+        if isinstance(tokens, str):
+            id = self.token_to_id(tokens)
+            return self.unk_token_id if id is None else id
+        return [self.convert_tokens_to_ids(token) for token in tokens]
+
+    @overload
+    def convert_ids_to_tokens(self, ids: int, *, skip_special_tokens: bool = False) -> str: ...
+    @overload
+    def convert_ids_to_tokens(
+        self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False
+    ) -> list[str]: ...
+    def convert_ids_to_tokens(
+        self, ids: int | Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False
+    ) -> str | list[str]:
+        """The token with an id, or those with several ids.
+
+        Args:
+            ids: One id or several.
+            skip_special_tokens: Whether to leave out the `special_tokens`, such as [CLS], if several ids are given.
+                Special tokens of `add_tokens` stay, as in transformers; `decode` leaves these out, too.
+
+        Raises:
+            InputError: If an id has no token.
+        """
+        if not isinstance(ids, int | np.integer):
+            skipped = {self.token_to_id(token) for token in self.special_tokens.values()} if skip_special_tokens else ()
+            return [self.convert_ids_to_tokens(int(id)) for id in ids if int(id) not in skipped]
+        token: str | None = self.backend.id_to_token(int(ids)) if ids >= 0 else None
+        if token is None:
+            raise InputError(f"{ids} is not the id of a token; expected 0 to {self.vocab_size - 1}.")
+        return token
+
     def encode(
         self,
         text: Sequence[Text],
@@ -276,6 +322,7 @@ class Tokenizer(PushToHub):
             self._copies[key] = copy
         return self._copies[key]
 
+    @porting.suggests(porting.TOKENIZER)
     def __call__(
         self,
         text: Text | Sequence[Text],
@@ -300,8 +347,14 @@ class Tokenizer(PushToHub):
             `input_ids`, `attention_mask` and `token_type_ids`, each int32 [B, T].
 
         Raises:
-            InputError: If there is no text, if a row is too long, or if `encode` raises it.
+            InputError: If there is no text, if a row is too long, if `truncation` is not a bool, or if `encode` raises
+                it.
         """
+        if not isinstance(truncation, bool):
+            raise InputError(
+                f"truncation is {quoted(truncation)}; expected True, which cuts the longest text of a pair first, or "
+                "False. `encode` can cut the second text."
+            )
         single = isinstance(text, str) or (is_split_into_words and _are_words(text) and len(text) > 0)
         texts: Any = [text] if single else text
         pairs: Any = [text_pair] if single and text_pair is not None else text_pair
@@ -349,9 +402,15 @@ class Tokenizer(PushToHub):
         padded: ModelInputs = inputs
         return padded
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """Converts token ids to text. Joins the pieces of words, and removes spaces before punctuation."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(
+        self, sequences: Sequence[Sequence[int]] | np.ndarray, *, skip_special_tokens: bool = False
+    ) -> list[str]:
+        """Converts rows of token ids to texts, as `decode` does."""
+        return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in sequences]
 
 
 def _are_words(entry: Any) -> bool:

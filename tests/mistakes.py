@@ -9,6 +9,7 @@ from bert_jax.tasks.base import Objective
 
 model = bert_jax.BertForSequenceClassification.from_pretrained("a", dtype="float16")  # Argument "dtype"
 bert_jax.BertModel.from_pretrained("a", scan_layer=True)  # Unexpected keyword argument "scan_layer"
+bert_jax.BertModel.from_pretrained("a", from_pt=True)  # Unexpected keyword argument "from_pt"
 bert_jax.BertForMaskedLM(bert_jax.BertConfig(), remats=True)  # Unexpected keyword argument "remats"
 bert_jax.BertConfig(hidden_sizes=3)  # Unexpected keyword argument "hidden_sizes"
 
@@ -26,3 +27,9 @@ def train(task: Objective, examples: Examples) -> None:
 
 
 model(np.zeros((1, 3), np.int32), attention_masks=None)  # Unexpected keyword argument "attention_masks"
+model(np.zeros((1, 3), np.int32), train=True)  # Unexpected keyword argument "train"
+print(model(np.zeros((1, 3), np.int32)).logit)  # "HeadOutput" has no attribute "logit"
+tokenizer = bert_jax.Tokenizer.from_pretrained(3)  # Argument 1 to "from_pretrained" of "Tokenizer"
+tokenizer("a", return_tensors="np")  # Unexpected keyword argument "return_tensors"
+tokenizer.convert_ids_to_tokens(3).lower(3)  # Too many arguments for "lower" of "str"
+model.push_to_hub("a", privat=True)  # Unexpected keyword argument "privat"

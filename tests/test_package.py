@@ -14,7 +14,16 @@ PACKAGE = Path(bert_jax.__file__).parent
 # Lowest first; modules of one floor do not import each other.
 FLOORS = [
     ["errors", "compilation", "tools.figure"],
-    ["hub", "distributed", "processor", "training.memory", "inference.ray_files", "data.formats"],
+    [
+        "hub",
+        "porting",
+        "outputs",
+        "distributed",
+        "processor",
+        "training.memory",
+        "inference.ray_files",
+        "data.formats",
+    ],  # fmt: skip
     ["upload", "config", "tree", "interventions", "losses", "evaluation.metrics", "data.sources", "data.rows"],
     ["data.loader"],
     ["weights", "tokenizer_files", "sharding", "sentence_embedding"],

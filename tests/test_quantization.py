@@ -165,7 +165,10 @@ def test_a_server_holds_its_models_so(tmp_path):
         ({"dtype": "float16"}, "dtype is 'float16'; expected one of float32, bfloat16, int8"),
         ({"dtype": np.dtype("int8")}, "expected one of float32, bfloat16, int8"),
         ({"dtype": "int8", "attention": "splash"}, "attention is 'splash', which computes in bfloat16; dtype='int8'"),
-        ({"compute_dtype": "bfloat16"}, "compute_dtype was renamed to dtype, for inference"),
+        (
+            {"compute_dtype": "bfloat16"},
+            "BertForMaskedLM.from_pretrained has no argument 'compute_dtype'; pass dtype, for inference",
+        ),
         ({"dtype": "int8", "new": ["predictions.*"]}, "dtype is 'int8', which is for inference; `new` parameters"),
     ],
 )
@@ -175,7 +178,7 @@ def test_invalid_options(checkpoint, options, message):
 
 
 def test_former_names():
-    with pytest.raises(InputError, match="compute_dtype was renamed to dtype; pass dtype='bfloat16'"):
+    with pytest.raises(InputError, match="pipeline has no argument 'compute_dtype'; pass dtype"):
         bert_jax.pipeline("fill-mask", "bert-mini-cased", compute_dtype="bfloat16")
     with pytest.raises(InputError, match="compute_dtype: the setting is now dtype"):
         Serving.from_dict({"compute_dtype": "bfloat16"})

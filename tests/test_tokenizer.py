@@ -70,6 +70,26 @@ def test_decode(tokenizer):
     assert tokenizer.decode(one(tokenizer, "naïve").ids, skip_special_tokens=True) == "naïve"
 
 
+def test_tokens_and_ids(tokenizer):
+    tokens = ["[CLS]", "Hello", "I", "'", "m", "a", "[MASK]", "model", ".", "[SEP]"]
+    assert tokenizer.convert_ids_to_tokens(np.array(IDS)) == tokenizer.convert_ids_to_tokens(IDS) == tokens
+    assert tokenizer.convert_ids_to_tokens(IDS, skip_special_tokens=True) == [*tokens[1:6], *tokens[7:9]]
+    assert tokenizer.convert_tokens_to_ids(tokens) == IDS
+    assert (tokenizer.convert_ids_to_tokens(2235), tokenizer.convert_tokens_to_ids("model")) == ("model", 2235)
+    assert tokenizer.convert_tokens_to_ids("no such piece") == tokenizer.unk_token_id
+    vocab = tokenizer.get_vocab()
+    assert (len(vocab), vocab["model"]) == (28996, 2235)
+    for id in (-1, 28996):
+        with pytest.raises(InputError, match=f"{id} is not the id of a token; expected 0 to 28995"):
+            tokenizer.convert_ids_to_tokens([5, id])
+
+
+def test_batch_decode(tokenizer):
+    rows = tokenizer([HELLO, "a"])["input_ids"]
+    assert tokenizer.batch_decode(rows, skip_special_tokens=True) == ["Hello I ' m a model.", "a"]
+    assert tokenizer.batch_decode([IDS]) == [tokenizer.decode(IDS)] == ["[CLS] Hello I ' m a [MASK] model. [SEP]"]
+
+
 def test_pairs(tokenizer):
     row = one(tokenizer, "Paris is big.", "So is London.")
     assert row.tokens == ["[CLS]", "Paris", "is", "big", ".", "[SEP]", "So", "is", "London", ".", "[SEP]"]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bert_jax import attention, hub, sharding, tree
+from bert_jax import attention, hub, porting, sharding, tree
 from bert_jax.data.rows import model_inputs
 from bert_jax.errors import CheckpointError, InputError, quoted
 from bert_jax.heads import FIRST, BertWithClassifier
@@ -132,6 +132,7 @@ def pipeline(
     ignore: Sequence[str] = ..., dtype: Dtype | None = ..., mesh: Mesh | None = ...,
 ) -> "Pipeline[Task]": ...
 # fmt: on
+@porting.suggests(porting.PIPELINE)
 def pipeline(
     task: str,
     model: Model = DEFAULT_MODEL,
@@ -141,7 +142,6 @@ def pipeline(
     ignore: Sequence[str] = (),
     dtype: Dtype | None = None,
     mesh: Mesh | None = None,
-    compute_dtype: None = None,
 ) -> "Pipeline[Task]":
     """Makes a model ready for a task.
 
@@ -156,7 +156,6 @@ def pipeline(
             less time; see `BertModel.from_pretrained`. A loaded model keeps its own.
         mesh: The devices, from `bert_jax.sharding.mesh`. They share the rows of each batch. By default, a loaded model
             stays on the devices that it was placed on, and other models use the devices of `bert_jax.sharding.local`.
-        compute_dtype: Not supported. Use `dtype`.
 
     Raises:
         InputError: If the task or dtype is unknown, if the mesh does not fit the model or has devices of other
@@ -166,8 +165,6 @@ def pipeline(
         CheckpointError: If the checkpoint lacks the task's head, is damaged, or does not fit the tokenizer.
         OutOfMemoryError: If the model does not fit in the memory of the devices.
     """
-    if compute_dtype is not None:
-        raise InputError(f"compute_dtype was renamed to dtype; pass dtype={compute_dtype!r}.")
     if mesh is not None and mesh.is_multi_process:
         raise InputError(
             "The mesh has devices of other processes. Expected those of this process: "
@@ -331,7 +328,8 @@ class Pipeline(Generic[Task_co]):
         """Raises `InputError` if the task does not have one of the parameters."""
         if unknown := [name for name in parameters if name not in self._parameters]:
             known = ", ".join(self._parameters) or "no parameters"
-            raise InputError(f"the parameter {quoted(unknown[0])} is unknown; this task accepts {known}.")
+            hint = porting.PIPELINE_CALL.get(unknown[0], f"this task accepts {known}")
+            raise InputError(f"the parameter {quoted(unknown[0])} is unknown; {hint}.")
 
     def _stream(self, numbered: Iterator[tuple[int, Any]], parameters: Mapping[str, Any]) -> Iterator[Any]:
         while window := list(itertools.islice(numbered, self.read_ahead)):

@@ -52,3 +52,30 @@ def test_tokens_added_later(folder, special, lower):  # noqa: F811
     given = ours(["conCat [MASK]"])
     expected = loaded(**theirs(["conCat [MASK]"], return_tensors="pt")).logits.detach().numpy()
     np.testing.assert_allclose(model(**given).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_tokens_and_texts_of_ids(tmp_path, skip):
+    """As BertTokenizerFast of transformers, with tokens that were added as special ones and as others."""
+    from transformers import BertTokenizerFast
+
+    ours = bert_jax.Tokenizer.from_pretrained("bert-mini-cased")
+    ours.save_pretrained(tmp_path)
+    theirs = BertTokenizerFast.from_pretrained(tmp_path)
+    for special, token in [(True, "[E1]"), (False, "conCat")]:
+        ours.add_tokens([token], special=special)
+        theirs.add_tokens([token], special_tokens=special)
+    assert ours.get_vocab() == theirs.get_vocab()
+    texts = [f"{text} conCat 東京, don't unaffordably [UNK] 1,000.50!" for text in TEXTS]
+    given, expected = ours(texts)["input_ids"], theirs(texts, padding=True)["input_ids"]
+    assert given.tolist() == expected
+    found = ours.batch_decode(given, skip_special_tokens=skip)
+    assert found == theirs.batch_decode(expected, skip_special_tokens=skip)
+    for row in expected:
+        tokens = theirs.convert_ids_to_tokens(row, skip_special_tokens=skip)
+        assert ours.convert_ids_to_tokens(row, skip_special_tokens=skip) == tokens
+        assert ours.convert_tokens_to_ids(tokens) == theirs.convert_tokens_to_ids(tokens)
+        assert ours.convert_ids_to_tokens(row[1]) == theirs.convert_ids_to_tokens(row[1])
+    unknown = ["[E1]", "no such piece", ""]
+    assert ours.convert_tokens_to_ids(unknown) == theirs.convert_tokens_to_ids(unknown)
+    assert ours.convert_tokens_to_ids("no such piece") == theirs.convert_tokens_to_ids("no such piece")

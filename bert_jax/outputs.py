@@ -1,0 +1,41 @@
+"""What the outputs of all models have in common: their entries are read by name, by key or by index."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, overload
+
+
+class ModelOutput(Mapping[str, Any]):
+    """The base class of outputs: `out.logits`, `out["logits"]` and `out[0]` are the same entry.
+
+    As in transformers, keys and indices leave out entries that are None, and an output maps the names of its entries to
+    the entries. Subclasses are dataclasses that are registered as pytrees.
+    """
+
+    @overload
+    def __getitem__(self, key: str | int) -> Any: ...
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Any, ...]: ...
+    def __getitem__(self, key: str | int | slice) -> Any:
+        """The entry with a name or an index; the entries of a slice, as a tuple.
+
+        Raises:
+            KeyError: If there is no entry of this name, or if it is None.
+            IndexError: If the index is out of range.
+        """
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in {*self}:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        names = (field.name for field in dataclasses.fields(self))  # type: ignore[arg-type]  # see the class
+        return (name for name in names if getattr(self, name) is not None)
+
+    def __len__(self) -> int:
+        return len(self.to_tuple())
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The entries that are not None."""
+        return tuple([getattr(self, name) for name in self])

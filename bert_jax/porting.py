@@ -1,0 +1,150 @@
+"""Names of arguments in transformers and FlaxBert that this package does not have, and what takes their place.
+
+docs/porting.md has more. The functions that users call with such names are decorated with `suggests`.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import ParamSpec, TypeVar
+
+from bert_jax.errors import UnknownArgumentError
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+_DROPOUT = "dropout is on if `dropout_key` is given"
+_ALWAYS = "the output always has {}; under jit, it costs nothing unless it is returned"
+_OUTPUT = "an output is read as out.logits, out['logits'] or out[0], and out.to_tuple() is a tuple"
+_LOSS = "models return logits; bert_jax.losses has the losses"
+_ENCODE = "use `encode`"
+_TOKEN = "run `hf auth login`, or set the variable HF_TOKEN"
+_MESH = "pass mesh=bert_jax.sharding.mesh(…)"
+
+CALL = {
+    "params": "the model holds its parameters; for a function of them, see bert_jax.tree.split and merge",
+    "train": _DROPOUT,
+    "training": _DROPOUT,
+    "deterministic": _DROPOUT,
+    "dropout_rng": _DROPOUT,
+    "rngs": _DROPOUT,
+    "output_attentions": _ALWAYS.format("`attentions`"),
+    "output_hidden_states": _ALWAYS.format("`hidden_states`"),
+    "return_dict": _OUTPUT,
+    "labels": _LOSS,
+    "next_sentence_label": _LOSS,
+    "start_positions": _LOSS,
+    "end_positions": _LOSS,
+    "head_mask": "remove heads with `interventions`",
+}
+"""Arguments of the call of a model."""
+
+_DOWNLOAD = {
+    "cache_dir": "set the variable HF_HUB_CACHE",
+    "local_files_only": "set the variable HF_HUB_OFFLINE=1",
+    "token": _TOKEN,
+    "use_auth_token": _TOKEN,
+    "subfolder": "download the files, and pass the path of the folder",
+    "trust_remote_code": "leave it out; no remote code is run",
+}
+FROM_PRETRAINED = _DOWNLOAD | {
+    "config": "fields of the config are arguments, such as num_labels=3",
+    "params": "load the model, then replace its parameters by bert_jax.tree.split and merge",
+    "from_pt": "leave it out; to convert pytorch_model.bin, run `bert-jax convert`",
+    "from_flax": "leave it out; to convert flax_model.msgpack, run `bert-jax convert`",
+    "attn_implementation": "pass attention='plain' or 'auto'",
+    "ignore_mismatched_sizes": r"list the parameters to initialise, such as new=[r'classifier\..*']",
+    "torch_dtype": "pass dtype='float32', 'bfloat16' or 'int8'",
+    "compute_dtype": "pass dtype, for inference; for training, set model.encoder.compute_dtype after loading",
+    "device_map": _MESH,
+    "quantization_config": "pass dtype='int8'",
+    "low_cpu_mem_usage": "leave it out; tensors are always read one by one",
+    "use_safetensors": "leave it out; only safetensors are read",
+    "output_loading_info": "the log (level INFO) and `bert-jax info` have this information",
+    "output_attentions": CALL["output_attentions"],
+    "output_hidden_states": CALL["output_hidden_states"],
+    "return_dict": _OUTPUT,
+    "seed": "pass rngs=nnx.Rngs(seed)",
+    "_do_init": "parameters without values are those of a class called with a config",
+}
+"""Arguments of `from_pretrained` of a model."""
+
+TOKENIZER = {
+    "padding": "rows are padded to the longest one, or to `length`",
+    "padding_side": "rows are padded on the right",
+    "pad_to_multiple_of": "pass the `length` to pad to",
+    "return_tensors": "arrays are NumPy's, which models accept",
+    "return_attention_mask": "the attention mask is always returned",
+    "return_token_type_ids": "the token types are always returned",
+    "add_special_tokens": _ENCODE,
+    "stride": _ENCODE,
+    "return_overflowing_tokens": _ENCODE,
+    "return_offsets_mapping": _ENCODE,
+    "return_special_tokens_mask": _ENCODE,
+    "return_length": "a row has as many tokens as its attention mask has ones",
+}
+"""Arguments of the call of a tokenizer."""
+
+TOKENIZER_FROM_PRETRAINED = _DOWNLOAD | {
+    "use_fast": "leave it out; tokenizers are always fast ones",
+    "do_lower_case": "it is read from tokenizer_config.json",
+    "model_max_length": "set model_max_length after loading, or pass max_length to the call",
+}
+"""Arguments of `Tokenizer.from_pretrained`."""
+
+_OF_A_CALL = "pass it to the call: pipe(inputs, {}=…)"
+_BATCHES = "leave it out; inputs are batched by their lengths, without an effect on the results"
+PIPELINE = _DOWNLOAD | {
+    "device": _MESH,
+    "device_map": _MESH,
+    "torch_dtype": FROM_PRETRAINED["torch_dtype"],
+    "compute_dtype": "pass dtype",
+    "framework": "leave it out",
+    "config": "the config is that of the model",
+    "model_kwargs": "load the model with its class, and pass it with its tokenizer",
+    "batch_size": _BATCHES,
+    "num_workers": _BATCHES,
+    **{name: _OF_A_CALL.format(name) for name in ("top_k", "targets", "aggregation_strategy", "function_to_apply")},
+}  # fmt: skip
+"""Arguments of `pipeline`."""
+
+PIPELINE_CALL = {
+    "batch_size": _BATCHES,
+    "num_workers": _BATCHES,
+    "return_all_scores": "pass top_k=None",
+    "padding": "leave it out; texts are packed into rows",
+    "return_tensors": "results are NumPy arrays",
+}
+"""Parameters of the call of a pipeline."""
+
+SAVE = {
+    "params": "call it on bert_jax.tree.merge(skeleton, params)",
+    "push_to_hub": "call the method `push_to_hub`",
+    "max_shard_size": "leave it out; the weights are in one file",
+    "safe_serialization": "leave it out; the weights are safetensors",
+}
+"""Arguments of `save_pretrained`."""
+
+
+def suggests(hints: Mapping[str, str]) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Decorates a function so that arguments in `hints`, which it does not have, raise an error that names its own.
+
+    Python itself reports all other unknown arguments. The decorated function keeps its signature.
+
+    Args:
+        hints: Maps the names of arguments that the function does not have to what takes their place.
+    """
+
+    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        @functools.wraps(function)
+        def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+            for name in kwargs:
+                if name in hints:
+                    owner = args[0] if args and "." in function.__qualname__ else None
+                    kind = owner if isinstance(owner, type) else type(owner)
+                    place = function.__name__ if owner is None else f"{kind.__name__}.{function.__name__}"
+                    raise UnknownArgumentError(f"{place} has no argument {name!r}; {hints[name]}.")
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate

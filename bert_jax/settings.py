@@ -16,6 +16,7 @@ from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, Posi
 
 from bert_jax.errors import listed, quoted
 from bert_jax.tasks.registry import TRAINABLE
+from bert_jax.training.loggers import LOGGERS
 from bert_jax.yaml_file import Section, SettingsFile, nearest, read_tree
 
 
@@ -29,7 +30,8 @@ def _compiles(pattern: str) -> str:
 
 Pattern = Annotated[str, AfterValidator(_compiles)]
 """A regular expression that matches whole parameter paths, such as `bert.layers.0.attention.query.weight`."""
-Patterns = Annotated[tuple[Pattern, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
+_SEVERAL = BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
+Patterns = Annotated[tuple[Pattern, ...], _SEVERAL]
 """One pattern, or several."""
 
 
@@ -387,8 +389,10 @@ class Output(Section):
     folder: str
     """Folder for the model, in Hugging Face's format, and for the settings, metrics, predictions, learning curve and
     checkpoints of the run."""
-    tensorboard: bool = True
-    """Whether to write event files for TensorBoard."""
+    report_to: Annotated[tuple[Literal[tuple(LOGGERS)], ...], _SEVERAL, AfterValidator(_distinct)] = ("tensorboard",)  # type: ignore[valid-type]
+    """Loggers, in addition to metrics.jsonl: tensorboard (event files in the folder), wandb (Weights & Biases), mlflow
+    or trackio; `[]` for none. All but tensorboard require a package of this name. The environment variables of each
+    package say where it sends the metrics, such as WANDB_MODE=offline or MLFLOW_TRACKING_URI."""
     license: str | None = None
     """The Hub's identifier of the model's license, such as apache-2.0, for the model card. By default, it is the
     license that the card of the base model declares, if there is one."""

@@ -15,7 +15,7 @@ from bert_jax.tree import flatten
 VALUES = 100_000
 """Maximum number of values in a settings file. Without a limit, a small file of nested aliases could fill memory."""
 RENAMED = {"optimizer.rates": "optimizer.lr_multipliers", "queue": "max_queue_tokens", "model": "models",
-           "compute_dtype": "dtype", "precision": "dtype"}  # fmt: skip
+           "compute_dtype": "dtype", "precision": "dtype", "output.tensorboard": "output.report_to"}  # fmt: skip
 """Maps the name of a setting in earlier versions to its current name."""
 PROBLEMS = 20
 """Maximum number of problems that one error message lists."""

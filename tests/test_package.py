@@ -34,7 +34,7 @@ FLOORS = [
     ["model", "tools.aot", "data.corpus", "vocabulary"],
     ["data.masking", "heads"],
     ["convert", "training.optim", "training.lora", "training.checkpoint", "training.log"],
-    ["tasks.base"],
+    ["tasks.base", "training.loggers"],
     [
         "tasks.masked_lm",
         "tasks.next_sentence_prediction",

@@ -898,7 +898,7 @@ def test_killed_at_random_moments_it_ends_bit_for_bit(tree, pretraining, tmp_pat
     kills = int(os.environ.get("BERT_JAX_KILLS", "5"))
     tree = tree if task == "finetune" else pretraining
     tree["training"] = {"max_steps": 400, "batch_size": 8, "save_every": 10, "evaluate_every": 100, "keep": 2}
-    tree["output"]["tensorboard"] = False
+    tree["output"]["report_to"] = []
     environment = os.environ | {"XLA_FLAGS": "", "BERT_JAX_COMPILATION_CACHE": str(tmp_path / "cache")}  # as users' are
     (tmp_path / "run.yaml").write_text(json.dumps(tree))
     arguments = [sys.executable, "-m", "bert_jax.cli", task, str(tmp_path / "run.yaml")]

@@ -70,6 +70,12 @@ def test_pretraining_configs_load(path, name):
             {"optimizer": {"rates": [{"parameters": "a", "factor": 1}]}},
             "optimizer.rates: the setting is now optimizer.lr_multipliers.",
         ),
+        ({"output": {"folder": "a", "tensorboard": False}}, "output.tensorboard: the setting is now output.report_to."),
+        ({"output": {"folder": "a", "report_to": ["wandb", "wandb"]}}, "output.report_to: 'wandb' occurs twice"),
+        (
+            {"output": {"folder": "a", "report_to": "wand"}},
+            "output.report_to.0: Input should be 'tensorboard', 'wandb', 'mlflow' or ",
+        ),
         ({"training": {"batch_size": 0}}, "training.batch_size: Input should be greater than 0, got 0"),
         ({"training": {"batch_size": 1.5}}, "training.batch_size: Input should be a valid integer"),
         ({"training": {"epochs": "many"}}, "training.epochs: Input should be a valid number"),

@@ -24,7 +24,7 @@ from bert_jax.settings import Pretraining, Settings
 from bert_jax.tasks.base import Loss, Objective
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.tools import report
-from bert_jax.training import log, loop, lora, optim
+from bert_jax.training import log, loggers, loop, lora, optim
 
 SETTINGS, RESULTS, CURVE, CARD = "settings.yaml", "results.json", "curve.png", "README.md"
 PREDICTIONS, ADAPTERS = "predictions.jsonl", "adapters"
@@ -84,8 +84,8 @@ def fit(settings: Settings | Pretraining, run: loop.Run, validation: Examples | 
     """Creates the run's folder, writes the settings to it, and trains.
 
     Raises:
-        InputError: If training.patience is set without data.validation, if the folder cannot be written, or if it has
-            checkpoints of a run with other training examples.
+        InputError: If training.patience is set without data.validation, if the folder cannot be written, if it has
+            checkpoints of a run with other training examples, or if a logger cannot start.
         TrainingError: If the loss or an output is not finite.
         OutOfMemoryError: If a batch does not fit in memory.
         Interrupted: After Ctrl-C or SIGTERM; the state is saved.
@@ -106,21 +106,23 @@ def fit(settings: Settings | Pretraining, run: loop.Run, validation: Examples | 
             f"attention of the training steps: {run.kernel}, because {run.reason}", highlight=False, soft_wrap=True
         )
     steps = steps_of(settings, run.loader.examples)
-    return loop.fit(
-        run,
-        steps=steps,
-        validation=validation,
-        evaluate_every=options.evaluate_every,
-        evaluation_batch_size=options.evaluation_batch_size,
-        patience=options.patience,
-        folder=folder,
-        save_every=options.save_every,
-        keep=options.keep,
-        log_every=options.log_every,
-        schedule=make_schedule(settings, steps),
-        tensorboard=settings.output.tensorboard,
-        console=console,
-    )
+    names = settings.output.report_to if distributed.first() else ()
+    with loggers.opened(names, folder, tree.flatten(settings.model_dump(mode="json"))) as opened:
+        return loop.fit(
+            run,
+            steps=steps,
+            validation=validation,
+            evaluate_every=options.evaluate_every,
+            evaluation_batch_size=options.evaluation_batch_size,
+            patience=options.patience,
+            folder=folder,
+            save_every=options.save_every,
+            keep=options.keep,
+            log_every=options.log_every,
+            schedule=make_schedule(settings, steps),
+            loggers=opened,
+            console=console,
+        )
 
 
 def make_schedule(settings: Settings | Pretraining, steps: int) -> optax.Schedule:
@@ -182,7 +184,8 @@ def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
     """
     distributed.agree("The settings", settings.to_yaml)
     # A missing package is reported now, not after hours of training.
-    check_extra("train", "grain", "sklearn", "matplotlib", "tensorboardX")
+    check_extra("train", "grain", "sklearn", "matplotlib")
+    loggers.check(settings.output.report_to)
     folder = Path(settings.output.folder)
     if not (folder / SETTINGS).exists():
         if folder.is_dir() and any(folder.iterdir()):

@@ -1,17 +1,17 @@
-"""What a run reports: the metrics of its steps in a journal and in TensorBoard, and its progress on a console."""
+"""What a run reports: the metrics of its steps to a journal and to loggers, and its progress to a console."""
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bert_jax import tree
 
-METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+METRICS = "metrics.jsonl"
 
 
 def in_words(metrics: Mapping[str, Any]) -> str:
@@ -20,41 +20,57 @@ def in_words(metrics: Mapping[str, Any]) -> str:
     return "  ".join(f"{names.get(name, name)} {x:.4f}" for name, x in metrics.items() if isinstance(x, float))
 
 
+class Logger(Protocol):
+    """Any object that has this method gets the metrics of a run."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Gets values of a step.
+
+        A step may have two sets of values: the means of the training steps since the last set, such as `loss`, and the
+        metrics of an evaluation, such as `validation/accuracy`.
+
+        Args:
+            step: Number of steps done.
+            values: The values by name. The parts of a name are separated by slashes.
+        """
+
+
+def scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """The floats in a dict, which may contain nested dicts, as a flat dict for a `Logger`."""
+    return {name.replace(".", "/"): x for name, x in tree.flatten(values).items() if isinstance(x, float)}
+
+
 class Journal:
-    """Writes the metrics of the steps of a run, as lines of JSON and as TensorBoard events.
+    """Writes the metrics of the steps of a run, as lines of JSON, and passes them on to loggers.
 
     Args:
-        folder: The folder of the run.
+        folder: The folder of the run; None writes no file.
         start: Number of steps already done. If `metrics.jsonl` has lines of later steps, these lines are dropped,
             because the steps are computed again.
-        tensorboard: Whether to write TensorBoard events.
+        loggers: Objects that get the floats among the metrics.
     """
 
-    def __init__(self, folder: Path, start: int, *, tensorboard: bool):
-        path = folder / METRICS
-        kept = [json.dumps(line) + "\n" for line in read_journal(path) if line["step"] <= start]
-        path.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open("a", buffering=1, encoding="utf-8")  # line-buffered: each line is written immediately
-        self._events: Any = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(str(folder / TENSORBOARD), purge_step=start + 1 if start else None)
+    def __init__(self, folder: Path | None, start: int, loggers: Sequence[Logger]):
+        self._loggers, self._file = loggers, None
+        if folder:
+            path = folder / METRICS
+            kept = [json.dumps(line) + "\n" for line in read_journal(path) if line["step"] <= start]
+            path.write_text("".join(kept), encoding="utf-8")
+            self._file = path.open(
+                "a", buffering=1, encoding="utf-8"
+            )  # line-buffered: each line is written immediately
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the values of a step. `values` may contain nested dicts. TensorBoard gets only the floats."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._events:
-            for name, value in tree.flatten(values).items():
-                if isinstance(value, float):
-                    self._events.add_scalar(name.replace(".", "/"), value, step)
-            self._events.flush()
+        """Writes the values of a step. `values` may contain nested dicts."""
+        if self._file:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for logger in self._loggers:
+            logger.write(step, scalars(values))
 
     def close(self) -> None:
-        """Closes the files."""
-        self._file.close()
-        if self._events:
-            self._events.close()
+        """Closes the file. The loggers stay open, because whoever opened them closes them."""
+        if self._file:
+            self._file.close()
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

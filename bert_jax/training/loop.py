@@ -25,7 +25,7 @@ from bert_jax.model import BertPreTrainedModel
 from bert_jax.tasks.base import Loss, Objective
 from bert_jax.training import memory
 from bert_jax.training.checkpoint import Checkpoints
-from bert_jax.training.log import Journal, in_words, progress_bar
+from bert_jax.training.log import Journal, Logger, in_words, progress_bar
 from bert_jax.training.lora import LoRA
 from bert_jax.training.step import Arrays, Plan, TrainState, init_state, make_step, plan, state_shapes
 
@@ -175,7 +175,7 @@ def train(
     keep: int = 1,
     log_every: int = 10,
     schedule: optax.Schedule | None = None,
-    tensorboard: bool = False,
+    loggers: Sequence[Logger] = (),
     console: Console | None = None,
 ) -> Trained:
     """Trains a model.
@@ -219,7 +219,8 @@ def train(
         keep: Number of the latest checkpoints to keep, in addition to the best.
         log_every: Steps between lines of the journal.
         schedule: The learning rate by step. It is only reported and does not change the optimizer.
-        tensorboard: Writes TensorBoard events in addition to the journal.
+        loggers: Objects that get the metrics of the journal; see `bert_jax.training.log.Logger`. Only the first process
+            calls them.
         console: Shows the progress; None shows nothing.
 
     Raises:
@@ -237,8 +238,7 @@ def train(
     return fit(
         run, steps=steps, validation=validation, evaluate_every=evaluate_every,
         evaluation_batch_size=evaluation_batch_size, patience=patience, folder=folder,
-        save_every=save_every, keep=keep, log_every=log_every, schedule=schedule, tensorboard=tensorboard,
-        console=console,
+        save_every=save_every, keep=keep, log_every=log_every, schedule=schedule, loggers=loggers, console=console,
     )  # fmt: skip
 
 
@@ -255,7 +255,7 @@ def fit(
     keep: int = 1,
     log_every: int = 10,
     schedule: optax.Schedule | None = None,
-    tensorboard: bool = False,
+    loggers: Sequence[Logger] = (),
     console: Console | None = None,
 ) -> Trained:
     """Carries out a run; see `train` for the arguments and errors."""
@@ -292,7 +292,7 @@ def fit(
             )
         progress |= before
         console.print(f"resuming at step {start} of {steps}")
-    journal = Journal(folder, start, tensorboard=tensorboard) if folder and distributed.first() else None
+    journal = Journal(folder, start, loggers) if distributed.first() else None
     every = evaluate_every or loader.steps_per_epoch
 
     # ── The steps ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -36,7 +36,7 @@ CONFIG = bert_jax.BertConfig(
     vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
 )
 VOCABULARY, ROWS, TOKENS, LABELS = 150, 8, 32, 3
-SMALL_OUTPUT = {"tensorboard": False}
+SMALL_OUTPUT = {"report_to": []}
 HEAD = r"classifier\..*"
 
 

@@ -1,0 +1,255 @@
+"""Loggers: they send the metrics of a run to TensorBoard, Weights & Biases, MLflow or Trackio.
+
+with loggers.opened(["wandb"], folder, {"learning_rate": 2e-5}) as opened:
+    bert_jax.train(model, task, examples, optimizer, steps=500, folder=folder, loggers=opened)
+"""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from bert_jax.errors import InputError
+from bert_jax.training.log import METRICS, Logger, read_journal, scalars
+
+logger = logging.getLogger(__name__)
+
+TENSORBOARD, IDS, PROJECT = "tensorboard", "loggers.json", "bert-jax"
+BATCH = 100
+"""Maximum number of parameters, and of metrics, that one request to MLflow sends."""
+
+
+class OpenLogger(Logger, Protocol):
+    """A logger that has to be closed.
+
+    Attributes:
+        id: Identifies the run at the logger's service. With it, a resumed run continues that run.
+    """
+
+    id: str
+
+    def close(self, *, failed: bool) -> None:
+        """Sends what is left, and marks the run as finished or as failed."""
+
+
+class TensorBoard:
+    """Writes the event files of a run to the subfolder `tensorboard` of its folder."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], id: str | None):
+        self.id, self._folder = "", str(folder / TENSORBOARD)
+        self._events: Any = None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the values of a step. The first call makes TensorBoard drop earlier events from this step on."""
+        from tensorboardX import SummaryWriter
+
+        self._events = self._events or SummaryWriter(self._folder, purge_step=step)
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def close(self, *, failed: bool) -> None:
+        """Closes the file."""
+        if self._events:
+            self._events.close()
+
+
+class WandB:
+    """Sends the metrics to a run of Weights & Biases.
+
+    The project is `bert-jax`, unless the environment variable WANDB_PROJECT names another. The run's files are in the
+    subfolder `wandb` of the folder, unless WANDB_DIR names another folder.
+
+    Raises:
+        InputError: If wandb cannot start the run, for example because there is no API key.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], id: str | None):
+        import wandb
+
+        self.id = id or uuid.uuid4().hex[:8]
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                name=folder.name,
+                id=self.id,
+                resume="allow",
+                config=dict(settings),
+                dir=None if "WANDB_DIR" in os.environ else str(folder),
+            )
+        except wandb.Error as error:
+            raise InputError(
+                f"wandb cannot start a run: {_sentence(error)}. Log in with `wandb login`, or set WANDB_MODE=offline."
+            ) from None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends the values of a step. wandb sends them in a process of its own."""
+        self._run.log(dict(values), step=step)
+
+    def close(self, *, failed: bool) -> None:
+        """Waits until wandb has sent everything."""
+        self._run.finish(exit_code=int(failed))
+
+
+class MLflow:
+    """Sends the metrics to a run of MLflow.
+
+    MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME in the environment, or `mlflow.set_tracking_uri` and
+    `mlflow.set_experiment`, decide where the run is.
+
+    Raises:
+        InputError: If MLflow cannot start the run.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], id: str | None):
+        import mlflow
+
+        self._mlflow = mlflow
+        try:
+            active = mlflow.active_run() is not None
+            self.id: str = mlflow.start_run(id, run_name=folder.name, nested=active).info.run_id
+            if id is None:  # MLflow refuses to change the parameters of a run
+                for part in _parts({name: str(value) for name, value in settings.items()}):
+                    mlflow.log_params(part)
+        except mlflow.MlflowException as error:
+            raise InputError(f"MLflow cannot start a run: {_sentence(error)}.") from None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends the values of a step. If the server refuses them, logs a warning."""
+        named = {re.sub(r"[^\w\-. :/]", "_", name): value for name, value in values.items()}  # others are refused
+        with self._warns(f"the metrics of step {step}"):
+            for part in _parts(named):
+                self._mlflow.log_metrics(part, step=step, run_id=self.id)
+
+    def close(self, *, failed: bool) -> None:
+        """Marks the run as finished or as failed."""
+        with self._warns("the end of the run"):
+            self._mlflow.end_run("FAILED" if failed else "FINISHED")
+
+    @contextlib.contextmanager
+    def _warns(self, what: str) -> Iterator[None]:
+        # Training does not end because a server is down for a while. The journal has everything.
+        try:
+            yield
+        except self._mlflow.MlflowException as error:
+            logger.warning("MLflow did not take %s: %s. %s has all metrics.", what, _sentence(error), METRICS)
+
+
+class Trackio:
+    """Sends the metrics to a run of Trackio, in the project `bert-jax`. Trackio's environment variables apply."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], id: str | None):
+        import trackio
+
+        # Trackio finds a run to resume by its name, so the name has to be unique.
+        self.id = id or f"{folder.name}-{uuid.uuid4().hex[:8]}"
+        self._run = trackio.init(PROJECT, self.id, resume="allow", config=dict(settings), embed=False)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends the values of a step. Trackio sends them in a thread of its own."""
+        self._run.log(dict(values), step=step)
+
+    def close(self, *, failed: bool) -> None:
+        """Waits until Trackio has sent everything."""
+        self._run.finish()
+
+
+class Kind(NamedTuple):
+    """A kind of logger.
+
+    Attributes:
+        make: Makes a logger from the folder of a run, its settings, and the id of the logger's run if it is resumed.
+        module: The module that the logger needs.
+        package: What pip installs to provide this module.
+    """
+
+    make: Callable[[Path, Mapping[str, Any], str | None], OpenLogger]
+    module: str
+    package: str
+
+
+LOGGERS = {
+    "tensorboard": Kind(TensorBoard, "tensorboardX", "bert-jax[train]"),
+    "wandb": Kind(WandB, "wandb", "wandb"),
+    "mlflow": Kind(MLflow, "mlflow", "mlflow"),
+    "trackio": Kind(Trackio, "trackio", "trackio"),
+}
+"""Maps the names of the loggers, which are those of transformers' `report_to`, to their kinds."""
+
+
+def check(names: Sequence[str]) -> None:
+    """Raises `InputError` if the package of one of these loggers is not installed."""
+    for name in names:
+        spec = importlib.util.find_spec(LOGGERS[name].module)
+        # Python also finds a folder that has the name, such as the one in which wandb keeps its runs.
+        if spec is None or spec.origin is None:
+            raise InputError(f"The logger {name} is not installed: pip install '{LOGGERS[name].package}'.")
+
+
+@contextlib.contextmanager
+def opened(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> Iterator[list[Logger]]:
+    """Opens loggers for a run, and closes them at the end.
+
+    If the run is resumed, the loggers continue their runs, whose ids are in the file `loggers.json` of the folder.
+    Steps that are computed again are not sent again. If the process was killed, a logger lacks what it had not yet
+    stored (up to 15 seconds of an offline run of wandb); `metrics.jsonl` has everything.
+
+    Args:
+        names: The names of the loggers, from `LOGGERS`.
+        folder: The folder of the run; it must exist. Its name is the name of the run.
+        settings: The settings of the run, which the loggers show.
+
+    Raises:
+        InputError: If a logger is not installed or cannot start.
+    """
+    check(names)
+    path, failed = folder / IDS, True
+    made: list[OpenLogger] = []
+    before: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    ids = dict(before)
+    sent = {(line.pop("step"), frozenset(scalars(line))) for line in read_journal(folder / METRICS)}
+    try:
+        for name in names:
+            made.append(LOGGERS[name].make(folder, settings, before.get(name)))
+            if made[-1].id:
+                ids[name] = made[-1].id
+                path.write_text(json.dumps(ids) + "\n", encoding="utf-8")
+        yield [_Unsent(each, sent) if name in before else each for name, each in zip(names, made, strict=True)]
+        failed = False
+    finally:
+        for each in made:
+            each.close(failed=failed)
+
+
+@dataclass(frozen=True)
+class _Unsent:
+    """Passes on what a logger has not got before the run was resumed.
+
+    Attributes:
+        logger: The logger.
+        sent: The step, and the names of the values, of each line that the logger has got.
+    """
+
+    logger: Logger
+    sent: Collection[tuple[int, frozenset[str]]]
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if (step, frozenset(values)) not in self.sent:
+            self.logger.write(step, values)
+
+
+def _parts(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    entries = list(values.items())
+    for start in range(0, len(entries), BATCH):
+        yield dict(entries[start : start + BATCH])
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")

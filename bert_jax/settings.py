@@ -70,7 +70,8 @@ class _Start(Section):
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     new: Patterns = ()
-    """Parameters to reinitialise, such as top layers or the pooler. Fine-tuning reinitialises the head in any case."""
+    """Parameters to reinitialise, such as top layers or the pooler. In fine-tuning, the head is also reinitialised,
+    unless the checkpoint has a head for the same task and the same labels."""
     ignore: Patterns = ()
     """Tensors in the checkpoint that are not loaded: regular expressions that match their whole names. A tensor that
     no BERT model has is an error unless one of these expressions matches its name."""

@@ -99,7 +99,7 @@ def test_a_run_leaves_a_model_and_all_about_it(tree, tmp_path):
     }  # fmt: skip
     assert Settings.from_file(folder / "settings.yaml") == Settings.from_dict(tree)
     results = json.loads((folder / "results.json").read_text())
-    assert results["steps"] == 6
+    assert [results[name] for name in ("steps", "planned_steps", "stopped_early")] == [6, 6, None]
     assert (
         results["validation"]["accuracy"]
         == recipes.evaluate(str(folder), Settings.from_dict(tree), "validation")["accuracy"]
@@ -149,6 +149,42 @@ def test_other_settings_in_a_run_s_folder_are_refused(tree):
         run(tree)
     assert "optimizer.learning_rate: 2e-05, 0.001" in str(error.value)
     assert len(str(error.value).splitlines()) == 3
+
+
+def test_more_steps_than_a_finished_run_had(tree, tmp_path):
+    folder = run(tree)
+    told = io.StringIO()
+    recipes.finetune(Settings.from_dict(tree), console=Console(file=told, width=1000))
+    assert f"to train this model further, set model.id={folder} as well" in told.getvalue()
+    tree["training"]["epochs"] = 3
+    with pytest.raises(InputError, match=rf"cannot be made longer.* set model\.id={folder} and another output\.folder"):
+        run(tree)
+    (folder / "results.json").unlink()  # a run that is not finished has no model to start from
+    with pytest.raises(InputError, match=r"Use another folder, or the old settings\.$"):
+        run(tree)
+    # The model is trained further with its head, unless the labels differ or the head is to be new.
+    tree["model"]["id"], tree["output"]["folder"] = str(folder), str(tmp_path / "further")
+    trained = bert_jax.BertForSequenceClassification.from_pretrained(folder).classifier.weight[...]
+    for change, kept in [({}, True), ({"new": [r"classifier\..*"]}, False)]:
+        prepared = preparation.prepare(Settings.from_dict(tree | {"model": tree["model"] | change}))
+        assert np.array_equal(prepared.model.classifier.weight[...], trained) == kept
+        assert ("head: that of the checkpoint" in prepared.found) == kept
+    tree["data"]["labels"] = ["no", "yes", "maybe"]
+    prepared = preparation.prepare(Settings.from_dict(tree))
+    assert prepared.model.classifier.weight.shape == (3, 16)
+    assert "head" not in prepared.found
+
+
+def test_a_run_that_stops_early_says_so(tree):
+    tree["training"] |= {"epochs": 30, "patience": 1}
+    tree["optimizer"] = {"learning_rate": 1e-12}
+    told = io.StringIO()
+    folder = recipes.finetune(Settings.from_dict(tree), console=Console(file=told))
+    results = json.loads((folder / "results.json").read_text())
+    why = "accuracy was not better in the last evaluation than at step 3"
+    assert [results[name] for name in ("steps", "planned_steps", "stopped_early")] == [6, 90, why]
+    assert f"stopped early at step 6 of 90: {why}" in told.getvalue()
+    assert f"Step 3 of 6 (stopped early: {why})" in (folder / "README.md").read_text()
 
 
 def test_a_folder_of_something_else_is_refused(tree, tmp_path):

@@ -36,11 +36,11 @@ class Prepared(NamedTuple):
 
     Attributes:
         task: The task, made for this model.
-        model: The model, with its new head.
+        model: The model. Its head is new, or that of the checkpoint.
         tokenizer: The tokenizer of the model.
         rows: The rows of each split. Their columns have the names that the task uses.
         examples: The examples of each split, made from its rows.
-        found: Notes on the data for the user.
+        found: Notes on the data and on the head for the user.
     """
 
     task: TrainableTask
@@ -82,13 +82,19 @@ def prepare(settings: Settings) -> Prepared:
     rows, found = task_class.clean(rows, options)
     config = task_class.config(rows["train"], options, splits["train"].labels)
     folder = hub.download(settings.model.id, revision=settings.model.revision)
-    if not settings.data.labels and task_class.model_class.__name__ in hub.architectures(folder):
-        check_order(BertConfig.from_file(folder / hub.CONFIG_FILE).labels, tuple(config["id2label"]))
+    new = [task_class.head, *settings.model.new]
+    if task_class.model_class.__name__ in hub.architectures(folder):
+        before, names = BertConfig.from_file(folder / hub.CONFIG_FILE), tuple(config["id2label"])
+        if not settings.data.labels:
+            check_order(before.labels, names)
+        if before.labels == names and before.problem_type in (None, config.get("problem_type")):
+            new = list(settings.model.new)
+            found = "\n".join(filter(None, [found, "head: that of the checkpoint, which has the same labels"]))
     tokenizer = Tokenizer.from_pretrained(settings.model.id, revision=settings.model.revision)
     model = task_class.model_class.from_pretrained(
         settings.model.id,
         revision=settings.model.revision,
-        new=[task_class.head, *settings.model.new],
+        new=new,
         ignore=settings.model.ignore,
         rngs=nnx.Rngs(settings.training.seed),
         **network_options(settings),

@@ -28,6 +28,8 @@ from bert_jax.training import log, loggers, loop, lora, optim
 
 SETTINGS, RESULTS, CURVE, CARD = "settings.yaml", "results.json", "curve.png", "README.md"
 PREDICTIONS, ADAPTERS = "predictions.jsonl", "adapters"
+LENGTHS = {"training.epochs", "training.max_steps"}
+"""The settings that decide on the number of steps."""
 
 
 def steps_of(settings: Settings | Pretraining, examples: Examples) -> int:
@@ -196,15 +198,18 @@ def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
     except InputError as error:
         raise InputError(f"output.folder: {folder} contains another kind of run; use a new folder. {error}") from None
     if different := [line for line in before.differences(settings) if not line.startswith("output.")]:
-        raise InputError(
-            f"output.folder: {folder} contains a run with other settings (old, new):\n  " + "\n  ".join(different)
-            + "\nUse another folder, or the old settings."
-        )  # fmt: skip
+        problem = f"output.folder: {folder} contains a run with other settings (old, new):\n  " + "\n  ".join(different)
+        if (folder / RESULTS).exists() and {line.partition(":")[0] for line in different} & LENGTHS:
+            raise InputError(
+                f"{problem}\nA finished run cannot be made longer, because the learning rate depends on the number of "
+                f"steps. To train its model further, set model.id={folder} and another output.folder."
+            )
+        raise InputError(f"{problem}\nUse another folder, or the old settings.")
     if not (folder / RESULTS).exists():
         return False
     console.print(
         f"The run in {folder} is finished; {RESULTS} has its metrics. Changes to its data have no effect. To start "
-        "another run, set another output.folder.",
+        f"another run, set another output.folder; to train this model further, set model.id={folder} as well.",
         markup=False,
     )
     return True
@@ -240,6 +245,8 @@ def end(
     results = {
         "step": trained.step,
         "steps": trained.steps,
+        "planned_steps": steps_of(settings, run.loader.examples),
+        "stopped_early": trained.stopped,
         "validation": trained.metrics,
         **found,
         "seconds": time.perf_counter() - began,

@@ -184,6 +184,7 @@ def model_card(
     index = {"model_name": name, "eval_results": measured} if measured else {}
     data = ModelCardData(pipeline_tag=task, library_name="transformers", tags=["bert", "jax"], **metadata, **index)
     versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
+    stopped = f" (stopped early: {reason})" if (reason := results.get("stopped_early")) else ""
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
@@ -193,7 +194,8 @@ def model_card(
         *(f"## {split.capitalize()}\n\n{markdown(metrics)}" for split, metrics in splits.items()),
         "![learning curve](curve.png)",
         f"## Settings\n\nSettings that are not listed have their defaults.\n\n```yaml\n{settings}```",
-        f"Step {results['step']} of {results['steps']}, {results['seconds']:.0f} s on {results['device']}; {versions}.",
+        f"Step {results['step']} of {results['steps']}{stopped}, {results['seconds']:.0f} s on {results['device']}; "
+        f"{versions}.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -136,6 +136,7 @@ class Trained:
         trained: The trained parameters by path. Adapters are not merged into the weights.
         step: Number of steps after which training reached the parameters of `model`.
         steps: Number of steps done in total.
+        stopped: Why training stopped early; None if it did not.
         metrics: The metrics of the evaluation after `step` steps; empty if there was none.
         outputs: The model's outputs in that evaluation (`Evaluation.outputs`). None if there was none, or if it took
             place before the run was resumed.
@@ -145,6 +146,7 @@ class Trained:
     trained: Arrays
     step: int
     steps: int
+    stopped: str | None
     metrics: dict[str, Any]
     outputs: Mapping[str, Any] | None
 
@@ -378,6 +380,12 @@ def fit(
             if stopping:
                 raise Interrupted(step, folder, received[0] if received else signal.SIGTERM)
 
+    stopped = None
+    if step < steps:
+        times = "the last evaluation" if patience == 1 else f"the last {patience} evaluations"
+        stopped = f"{metric} was not better in {times} than at step {progress['best']['step']}"
+        console.print(f"stopped early at step {step} of {steps}: {stopped}", soft_wrap=True)
+
     # ── The best parameters ───────────────────────────────────────────────────────────────────────────────────────────
     best = progress["best"] or {"step": step, "metrics": {}}
     if best["step"] != step:
@@ -393,7 +401,7 @@ def fit(
     if journal:
         journal.close()
     params, trained = jax.device_put((combine(state.params, frozen), state.params), sharding.replicated(mesh))
-    return Trained(tree.merge(planned.skeleton, params), trained, best["step"], step, best["metrics"], outputs)
+    return Trained(tree.merge(planned.skeleton, params), trained, best["step"], step, stopped, best["metrics"], outputs)
 
 
 def _note_best(progress: dict[str, Any], step: int, metrics: dict[str, Any], metric: str) -> float | None:

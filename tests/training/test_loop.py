@@ -1,4 +1,5 @@
 import functools
+import io
 import json
 import math
 import os
@@ -142,6 +143,7 @@ def test_a_finished_run_gives_the_same_again(make, tmp_path):
     first, _ = finish(make, tmp_path)
     again, _ = finish(make, tmp_path)
     assert equal(first, again)
+    assert first.stopped is None
 
 
 def test_the_best_checkpoint_is_what_comes_back(make, tmp_path):
@@ -194,9 +196,12 @@ def test_patience(make, tmp_path):
     options = {"steps": 200, "evaluate_every": 2, "patience": 2, "learning_rate": 1e-12}
     trained, journal = finish(make, tmp_path, **options)
     assert (trained.step, trained.steps) == (2, 6)  # nothing changes after the first evaluation
+    assert trained.stopped == "accuracy was not better in the last 2 evaluations than at step 2"
     assert max(line["step"] for line in journal) == 6
-    again, _ = finish(make, tmp_path, **options)
-    assert (again.step, again.steps) == (2, 6)
+    told = io.StringIO()
+    again, _ = finish(make, tmp_path, console=Console(file=told), **options)
+    assert (again.step, again.steps, again.stopped) == (2, 6, trained.stopped)
+    assert f"stopped early at step 6 of 200: {trained.stopped}\n" in told.getvalue()
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(make, tmp_path):

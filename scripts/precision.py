@@ -38,7 +38,7 @@ def counts_of(task: str, row: Mapping[str, Any], prediction: Mapping[str, Any]) 
     if task == "token-classification":
         truth, found = (set(metrics.entities(tags)) for tags in (row["tags"], prediction["tags"]))
         return 2.0 * len(truth & found), float(len(truth) + len(found))
-    return metrics.answering([row["answers"]["text"]], [prediction["answer"]])["f1"] / 100, 1.0
+    return metrics.answering([row["answers"]["text"]], [prediction["answer"]])["f1"], 1.0
 
 
 def decisions(prediction: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,7 @@
-"""Metrics of predictions against labels, computed with scikit-learn and scipy."""
+"""Metrics of predictions against labels, computed with scikit-learn and scipy.
+
+Accuracy, precision, recall, F1 and exact match are from 0 to 1 for all tasks.
+"""
 
 import re
 import string
@@ -174,18 +177,19 @@ def answering(
             question whose difference is above the threshold gets "no answer".
 
     Returns:
-        `exact_match` and `f1`, which are means over the questions. All means are from 0 to 100. If some questions have
-        no answer, `has_answer_…` are the means over the questions with an answer, and `no_answer_…` those over the
-        questions without one. If `null_over_best` is given, `best_f1` and `best_exact_match` are the means at the
-        threshold that is best for each, and `null_threshold` is the threshold of `best_f1`.
+        `exact_match` and `f1`, which are means over the questions. All means are from 0 to 1 (in the script, from 0 to
+        100). If some questions have no answer, `has_answer_…` are the means over the questions with an answer, and
+        `no_answer_…` those over the questions without one. If `null_over_best` is given, `best_f1` and
+        `best_exact_match` are the means at the threshold that is best for each, and `null_threshold` is the threshold
+        of `best_f1`.
     """
     has_answer = np.array([bool(gold) for gold in golds])
     golds = [[answer for answer in gold if normalized(answer)] or [""] for gold in golds]
 
     pairs = list(zip(answers, golds, strict=True))
     scores = {
-        "exact_match": 100 * np.array([max(normalized(a) == normalized(g) for g in gold) for a, gold in pairs], float),
-        "f1": 100 * np.array([max(_overlap(a, g) for g in gold) for a, gold in pairs], float),
+        "exact_match": np.array([max(normalized(a) == normalized(g) for g in gold) for a, gold in pairs], float),
+        "f1": np.array([max(_overlap(a, g) for g in gold) for a, gold in pairs], float),
     }
     result = {name: float(values.mean()) for name, values in scores.items()}
     if not has_answer.all():
@@ -198,8 +202,8 @@ def answering(
     order = np.argsort(null_over_best, kind="stable")
     thresholds = np.asarray(null_over_best)[order]
     for name, values in scores.items():  # f1 comes last, so that after the loop, `best` is that of f1
-        gains = np.where(has_answer, values, np.where(np.array(answers) == "", 0.0, -100.0))[order]
-        totals = np.concatenate([[0.0], np.cumsum(gains)]) + 100.0 * (~has_answer).sum()
+        gains = np.where(has_answer, values, np.where(np.array(answers) == "", 0.0, -1.0))[order]
+        totals = np.concatenate([[0.0], np.cumsum(gains)]) + (~has_answer).sum()
         best = int(np.argmax(totals))
         result[f"best_{name}"] = float(totals[best] / len(golds))
     result["null_threshold"] = float(thresholds[best - 1]) if best else float(thresholds[0]) - 1.0

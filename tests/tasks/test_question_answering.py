@@ -332,9 +332,9 @@ def test_the_best_answer_counts_where_nothing_is_likelier(tokenizer):
     found = task.predictions(outputs, examples)
     assert [(one["answer"], one["best_answer"]) for one in found] == [("", "Paris")] * 3
     metrics = task.evaluate(outputs, examples)  # of the two that have a truth
-    assert (metrics["f1"], metrics["best_f1"], metrics["null_threshold"]) == (50.0, 100.0, 1.0)
-    assert task.tuned(metrics).evaluate(outputs, examples)["f1"] == 100.0
-    assert task.evaluate(outputs, examples)["f1"] == 50.0
+    assert (metrics["f1"], metrics["best_f1"], metrics["null_threshold"]) == (0.5, 1.0, 1.0)
+    assert task.tuned(metrics).evaluate(outputs, examples)["f1"] == 1.0
+    assert task.evaluate(outputs, examples)["f1"] == 0.5
 
 
 def test_the_loss_of_a_window_does_not_depend_on_its_padding(tokenizer, checkpoint):

@@ -341,7 +341,8 @@ class Training(Section):
     evaluation_batch_size: PositiveInt = 64
     """Examples per batch of an evaluation."""
     evaluate_every: PositiveInt | None = None
-    """Number of steps between evaluations, each of which is followed by a checkpoint; one epoch by default."""
+    """Number of steps between evaluations, each of which is followed by a checkpoint; one epoch by default. The
+    evaluation before the first step is only reported; it does not count as the best."""
     save_every: PositiveInt | None = None
     """Number of steps between checkpoints, in addition to those after evaluations."""
     log_every: PositiveInt = 10

@@ -253,7 +253,11 @@ def end(
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "versions": {name: metadata.version(name) for name in ("bert-jax", "jax", "flax", "optax")},
     }
-    report.learning_curve(log.read_journal(folder / log.METRICS), run.metric).savefig(folder / CURVE, dpi=120)
+    curve = report.learning_curve(
+        log.read_journal(folder / log.METRICS), run.metric, best=trained.step if trained.metrics else None,
+        unit="squared unit of the labels" if "mse" in run.task.metrics else "nats",
+    )  # fmt: skip
+    curve.savefig(folder / CURVE, dpi=120)
     write(folder / CARD, model_card(settings, results))
     write(folder / RESULTS, json.dumps(results, indent=2) + "\n")
     if test := found.get("test"):

@@ -1,6 +1,7 @@
 """Readable reports of runs and evaluations: learning curves, tables, figures and model cards."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,17 +40,21 @@ network(**{name: tensor[None] for name, tensor in inputs.items()}).logits.softma
 CLASSES = {"by_frequency": "times in the texts", "by_position": "position in the row"}
 
 
-def learning_curve(journal: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
+def learning_curve(
+    journal: Sequence[Mapping[str, Any]], metric: str, *, best: int | None = None, unit: str = "nats"
+) -> "Figure":
     """Plots the training and validation loss by step and, on a second axis, the metric.
 
     Args:
-        journal: The lines of a run's `metrics.jsonl`, from `read_journal`.
+        journal: The lines of a run's `metrics.jsonl`, from `read_journal`. Step 0 is the model before training.
         metric: The validation metric to plot.
+        best: The step to mark as the best; None marks none.
+        unit: The unit of the loss.
     """
     from bert_jax.tools.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    axes = figure.add_subplot(xlabel="step", ylabel=f"loss ({unit})")
     steps = [line for line in journal if "loss" in line]
     axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], color="0.7", label="training loss")
     if tested := [line for line in journal if "validation" in line]:
@@ -57,10 +62,21 @@ def learning_curve(journal: Sequence[Mapping[str, Any]], metric: str) -> "Figure
         axes.plot(x, [line["validation"]["loss"] for line in tested], "o-", color="C0", label="validation loss")
         if metric != "loss":
             right, label = axes.twinx(), f"validation {metric}"
-            right.set_ylabel(label)
+            right.set_ylabel(f"{label} ({unit})" if metric == "mse" or metric.endswith("loss") else label)
             right.plot(x, [line["validation"][metric] for line in tested], "s-", color="C1", label=label)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+            _in_percent(right.yaxis, metric)
+    if best is not None:
+        axes.axvline(best, color="0.7", linestyle=":", zorder=0, label=f"best: step {best}")
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure
+
+
+def _in_percent(axis: Any, metric: str) -> None:
+    """Labels an axis in percent if the metric is a share, such as an accuracy."""
+    from matplotlib.ticker import PercentFormatter
+
+    if re.search("accuracy|f1|precision|recall|exact_match", metric):
+        axis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
 
 
 def markdown(metrics: Mapping[str, Any]) -> str:
@@ -133,6 +149,7 @@ def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
             parts = result[name]
             axes.plot([_class(part) for part in parts], [part["accuracy@1"] for part in parts], "o-", label=model)
         axes.set_ylim(bottom=0)
+        _in_percent(axes.yaxis, "accuracy@1")
         axes.legend()
     if not names:
         axes = figure.add_subplot(ylabel="accuracy")
@@ -141,6 +158,7 @@ def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
             around = [[max(0.0, value - low)], [max(0.0, high - value)]]
             axes.errorbar([model], [value], around, fmt="o", capsize=4)
         axes.axhline(0.5, color="0.7")
+        _in_percent(axes.yaxis, "accuracy")
     return figure
 
 

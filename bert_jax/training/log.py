@@ -54,7 +54,8 @@ class Journal:
         self._loggers, self._file = loggers, None
         if folder:
             path = folder / METRICS
-            kept = [json.dumps(line) + "\n" for line in read_journal(path) if line["step"] <= start]
+            # A run that starts from the beginning is also evaluated again before the first step.
+            kept = [json.dumps(line) + "\n" for line in read_journal(path) if start and line["step"] <= start]
             path.write_text("".join(kept), encoding="utf-8")
             self._file = path.open(
                 "a", buffering=1, encoding="utf-8"

@@ -204,7 +204,8 @@ def train(
         lora: Trains low-rank adapters in addition to the parameters that `trainable` matches.
         mesh: The devices, from `sharding.mesh`; all devices by default.
         seed: Seed for the order of the examples, the initial adapters and dropout.
-        validation: Examples to evaluate on during the run, to find the best parameters; None for no evaluations.
+        validation: Examples to evaluate on during the run, to find the best parameters; None for no evaluations. The
+            evaluation before the first step is only reported; it does not count as the best.
         evaluate_every: Steps between evaluations; one epoch by default.
         evaluation_batch_size: Examples per batch of an evaluation.
         loss: The loss of the training steps; `task.loss` by default. The losses of evaluations are always those of
@@ -333,7 +334,30 @@ def fit(
         shown = "".join(f"  rate {value:.1e}" for value in learning_rate.values())
         return f"loss {means['loss']:.4f}{shown}  {rate:.0f} examples/s"
 
+    def evaluate(examples: Examples) -> measure.Evaluation:
+        """Evaluates the parameters of the current step, and adds the metrics to the journal."""
+        nonlocal since
+        paused = time.perf_counter()
+        memory.release()
+        result = measure.evaluate(
+            task, evaluate_batch, combine(state.params, frozen), examples, batch_size=evaluation_batch_size,
+            packing=loader.packing, multiple=loader.multiple, mesh=mesh,
+        )  # fmt: skip
+        for name, compute in run.metrics.items():
+            result.metrics[name] = float(compute(result.outputs, examples))
+        if metric not in result.metrics:
+            raise InputError(
+                f"The validation examples have no labels; {metric} requires labels. Label them or omit them."
+            )
+        if journal:
+            journal.write(step, {"validation": result.metrics})
+        since += time.perf_counter() - paused
+        return result
+
     with _signals(console, folder) as received, progress_bar(console, start, steps) as show, jax.set_mesh(mesh):
+        if validation is not None and start == 0:
+            # Only reported: it never counts as the best, because the result of a run is a model that was trained.
+            console.print(f"step 0: {in_words(evaluate(validation).metrics)}  (before training)", soft_wrap=True)
         for batch in loader.batches(start, steps):
             if patience is not None and progress["evaluations_without_better"] >= patience:
                 break
@@ -354,25 +378,14 @@ def fit(
                 show(step, take_in(*in_flight.pop(0)))
             score = None
             if validation is not None and evaluate_now:
-                paused = time.perf_counter()
-                memory.release()
-                result = measure.evaluate(
-                    task, evaluate_batch, combine(state.params, frozen), validation, batch_size=evaluation_batch_size,
-                    packing=loader.packing, multiple=loader.multiple, mesh=mesh,
-                )  # fmt: skip
-                found = result.metrics | {
-                    name: float(compute(result.outputs, validation)) for name, compute in run.metrics.items()
-                }
-                score = _note_best(progress, step, found, metric)
+                result = evaluate(validation)
+                score = _note_best(progress, step, result.metrics, metric)
                 if score is not None:
                     outputs = result.outputs
                     best_params = None if folder else jax.tree.map(jnp.copy, state.params)
-                if journal:
-                    journal.write(step, {"validation": found})
                 console.print(
-                    f"step {step}: {in_words(found)}{'  (best)' if score is not None else ''}", soft_wrap=True
+                    f"step {step}: {in_words(result.metrics)}{'  (best)' if score is not None else ''}", soft_wrap=True
                 )
-                since += time.perf_counter() - paused
             if save_now and checkpoints:
                 memory.release()
                 checkpoints.save(step, state, progress, score)
@@ -406,8 +419,6 @@ def fit(
 
 def _note_best(progress: dict[str, Any], step: int, metrics: dict[str, Any], metric: str) -> float | None:
     """Records an evaluation. Returns the score (higher is better) if the evaluation is the best so far, else None."""
-    if metric not in metrics:
-        raise InputError(f"The validation examples have no labels; {metric} requires labels. Label them or omit them.")
     score: float = -metrics[metric] if metric in LOWER_IS_BETTER else metrics[metric]
     if progress["best"] is None or score > progress["best"]["score"]:
         progress.update(best={"step": step, "score": score, "metrics": metrics}, evaluations_without_better=0)

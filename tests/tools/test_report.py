@@ -12,6 +12,7 @@ from bert_jax.tasks.registry import TRAINABLE
 from bert_jax.tools import report
 
 JOURNAL = [
+    {"step": 0, "validation": {"loss": 2.5, "accuracy": 0.25}},
     {"step": 10, "loss": 2.0, "learning_rate": 1e-5},
     {"step": 20, "loss": 1.5, "learning_rate": 2e-5},
     {"step": 25, "validation": {"loss": 1.6, "accuracy": 0.5}},
@@ -41,16 +42,28 @@ def lines(axes):
 
 
 def test_learning_curve():
-    figure = report.learning_curve(JOURNAL, "accuracy")
+    figure = report.learning_curve(JOURNAL, "accuracy", best=50)
     left, right = figure.axes
     losses = lines(left)
-    assert losses.keys() == {"training loss", "validation loss"}
+    assert losses.keys() == {"training loss", "validation loss", "best: step 50"}
+    np.testing.assert_array_equal(losses["best: step 50"][:, 0], [50, 50])
     np.testing.assert_array_equal(losses["training loss"], [[10, 2.0], [20, 1.5], [30, 1.0]])
-    np.testing.assert_array_equal(losses["validation loss"], [[25, 1.6], [50, 1.2]])
-    np.testing.assert_array_equal(lines(right)["validation accuracy"], [[25, 0.5], [50, 0.75]])
-    assert (left.get_xlabel(), left.get_ylabel(), right.get_ylabel()) == ("step", "loss", "validation accuracy")
+    np.testing.assert_array_equal(losses["validation loss"], [[0, 2.5], [25, 1.6], [50, 1.2]])
+    np.testing.assert_array_equal(lines(right)["validation accuracy"], [[0, 0.25], [25, 0.5], [50, 0.75]])
+    assert (left.get_xlabel(), left.get_ylabel(), right.get_ylabel()) == ("step", "loss (nats)", "validation accuracy")
+    assert right.yaxis.get_major_formatter()(0.5) == "50 %"
     (legend,) = figure.legends
-    assert len(legend.get_texts()) == 3
+    assert len(legend.get_texts()) == 4
+
+
+def test_learning_curve_of_a_regression():
+    journal = [line | {"validation": {"loss": 1.0, "mse": 1.0}} for line in JOURNAL]
+    left, right = report.learning_curve(journal, "mse", unit="squared unit of the labels").axes
+    assert (left.get_ylabel(), right.get_ylabel()) == (
+        "loss (squared unit of the labels)",
+        "validation mse (squared unit of the labels)",
+    )
+    assert right.yaxis.get_major_formatter()(0.5) != "50 %"
 
 
 def test_learning_curve_where_the_metric_is_the_loss():
@@ -58,7 +71,7 @@ def test_learning_curve_where_the_metric_is_the_loss():
     assert lines(axes).keys() == {"training loss", "validation loss"}
 
 
-@pytest.mark.parametrize("journal", [[], JOURNAL[:2]])
+@pytest.mark.parametrize("journal", [[], JOURNAL[1:3]])
 def test_learning_curve_without_validation(journal, tmp_path):
     figure = report.learning_curve(journal, "accuracy")
     assert lines(figure.axes[0]).keys() == {"training loss"}

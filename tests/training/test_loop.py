@@ -150,7 +150,9 @@ def test_the_best_checkpoint_is_what_comes_back(make, tmp_path):
     options = {"steps": 16, "evaluate_every": 2, "metric": "loss", "learning_rate": 3e-2}
     trained, journal = finish(make, tmp_path, keep=2, save_every=5, **options)
     assert {int(path.name) for path in (tmp_path / loop.CHECKPOINTS).iterdir()} == {trained.step, 15, 16}
-    evaluations = {line["step"]: line["validation"]["loss"] for line in journal if "validation" in line}
+    evaluations = {
+        line["step"]: line["validation"]["loss"] for line in journal if "validation" in line and line["step"]
+    }
     assert trained.step == min(evaluations, key=evaluations.get)
     assert trained.metrics["loss"] == evaluations[trained.step]
     _, task = make()
@@ -159,6 +161,25 @@ def test_the_best_checkpoint_is_what_comes_back(make, tmp_path):
     program, examples = measure.program(task, skeleton), task.featurize(sentiments.rows(16, seed=1))
     again = measure.evaluate(task, program, params, examples, batch_size=16, packing=512, mesh=mesh)
     assert again.metrics["loss"] == pytest.approx(evaluations[trained.step], rel=1e-6)
+
+
+def test_the_model_before_training_is_reported_but_is_never_the_best(make, tmp_path):
+    told = io.StringIO()
+    options = {"steps": 4, "evaluate_every": 2, "metric": "loss", "learning_rate": 1.0}  # training makes it worse
+    trained, journal = finish(make, tmp_path, console=Console(file=told), **options)
+    losses = {line["step"]: line["validation"]["loss"] for line in journal if "validation" in line}
+    assert losses[0] < min(losses[2], losses[4])
+    assert trained.step in (2, 4)
+    assert re.search(r"^step 0: loss 0\.\d+ .*  \(before training\)$", told.getvalue(), re.MULTILINE)
+
+
+def test_a_run_that_is_killed_before_its_first_checkpoint_begins_its_journal_again(make, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Checkpoints, "save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finish(make, tmp_path)
+    _, journal = finish(make, tmp_path)
+    assert [line["step"] for line in journal] == [0, 2, 3, 4, 6, 6, 8, 8]
 
 
 def test_without_a_folder_nothing_is_written_and_the_best_comes_back_too(make, tmp_path, monkeypatch):
@@ -250,7 +271,7 @@ def test_the_journal_has_what_a_curve_needs(unbroken):
     assert all(math.isfinite(line["grad_norm"]) for line in losses)
     assert losses[0]["learning_rate"] == pytest.approx(2e-5 * 7 / 8)
     assert losses[-1]["learning_rate"] == pytest.approx(2e-5 / 8)
-    assert [line["step"] for line in journal if "validation" in line] == [3, 6, 8]
+    assert [line["step"] for line in journal if "validation" in line] == [0, 3, 6, 8]
     assert json.dumps(trained.metrics)
 
 

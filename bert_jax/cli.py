@@ -261,11 +261,17 @@ def finetune(
             help="Chips for --dry-run to compile for, such as v5e:2x4 or h100:8. This machine need not have such chips."
         ),
     ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Seeds, such as 1,2,3: one run per seed, in output.folder/seed-1, …, and a table of means."),
+    ] = None,
 ) -> None:
     """Fine-tune a model. To resume a run that was stopped, repeat the command."""
     from bert_jax.settings import Settings
 
     settings = Settings.from_file(config, overrides or ())
+    if seeds is not None and (dry_run or processes):
+        raise InputError(f"--seeds is given, which {'--dry-run' if dry_run else '--processes'} does not support.")
     if target:
         if not dry_run:
             raise InputError(f"--target is {quoted(target)}, but a target can only compile; add --dry-run.")
@@ -279,6 +285,8 @@ def finetune(
         if dry_run:
             text = recipes.dry_run(settings, target, console=console)
             console.print(text, highlight=False, markup=False, soft_wrap=True)
+        elif seeds is not None:
+            recipes.finetune_seeds(settings, recipes.read_seeds(seeds), console=console)
         else:
             recipes.finetune(settings, console=console)
 

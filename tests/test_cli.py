@@ -125,6 +125,8 @@ def broken(tmp_path):
             ["finetune", EMOTION, "--target", "v5e:2x4"],
             "--target is 'v5e:2x4', but a target can only compile; add --dry-run",
         ),
+        (["finetune", EMOTION, "--seeds", "1"], "--seeds is '1'; expected at least two different whole numbers"),
+        (["finetune", EMOTION, "--seeds", "1,2", "--dry-run"], "--seeds is given, which --dry-run does not support"),
         (["finetune", EMOTION, "output.folder=" + 300 * "x"], "File name too long"),
         (
             ["finetune", EMOTION, "--dry-run", "--target", "v4"],

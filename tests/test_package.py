@@ -76,6 +76,7 @@ FLOORS = [
     ["settings"],
     ["recipes.preparation", "recipes.runs"],
     ["recipes.pretraining", "recipes.finetuning"],
+    ["recipes.seeds"],
     ["cli"],
 ]
 

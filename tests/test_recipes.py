@@ -142,6 +142,47 @@ def test_the_models_options_are_those_of_the_settings(tree, pretraining, tokeniz
     assert (plain.remat, plain.scan_layers, plain.compute_dtype) == (False, False, "float32")
 
 
+def test_several_seeds(tree, tmp_path, monkeypatch):
+    settings = Settings.from_dict(tree | {"training": {"max_steps": 1, "batch_size": 16}})
+    told = io.StringIO()
+    end = runs.end
+
+    def stops(settings, *given):
+        if settings.training.seed == 7:
+            raise ZeroDivisionError
+        end(settings, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "end", stops)
+        with pytest.raises(ZeroDivisionError):
+            recipes.finetune_seeds(settings, [3, 7])
+    finished = (tmp_path / "run" / "seed-3" / "results.json").stat()
+    folder = recipes.finetune_seeds(settings, [3, 7], console=Console(file=told, width=200))
+    assert (folder / "seed-3" / "results.json").stat() == finished
+    values = [validation(folder / f"seed-{seed}")["loss"] for seed in (3, 7)]
+    assert values[0] != values[1]
+    found = json.loads((folder / "seeds.json").read_text())
+    assert found["seeds"] == [3, 7]
+    assert found["metrics"]["validation"]["loss"] == {
+        "mean": pytest.approx(np.mean(values)),
+        "standard_deviation": pytest.approx(np.std(values, ddof=1)),
+        "n": 2,
+        "values": values,
+    }
+    assert f"{np.mean(values):.4f} {np.std(values, ddof=1):.4f}" in re.sub(" +", " ", told.getvalue())
+    assert not (folder / "settings.yaml").exists()
+    with pytest.raises(InputError, match=r"seed-3 contains a single run; use another folder for several seeds\.$"):
+        recipes.finetune_seeds(Settings.from_dict(tree | {"output": {"folder": str(folder / "seed-3")}}), [3, 7])
+
+
+@pytest.mark.parametrize("text", ["", "1", "1,1", "1,-2", "1,b", "1,,2", "1.0,2", "1,99999999999"])
+def test_seeds_that_are_refused(text):
+    with pytest.raises(
+        InputError, match=rf"^--seeds is '{re.escape(text)}'; expected at least two different whole numb"
+    ):
+        recipes.read_seeds(text)
+
+
 def test_other_settings_in_a_run_s_folder_are_refused(tree):
     run(tree)
     tree["optimizer"] = {"learning_rate": 1e-3}

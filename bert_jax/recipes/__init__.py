@@ -1,11 +1,12 @@
 """The functions behind the commands `finetune`, `pretrain` and `evaluate`. Each function takes settings.
 
-`finetune` and `pretrain` return the folder of a run, `dry_run` returns a description, and `evaluate` and
-`evaluate_held_out` return metrics. In `bert_jax`, only `recipes` and the modules `settings`, `yaml_file` and `cli` use
-YAML.
+`finetune`, `finetune_seeds` and `pretrain` return the folder of a run, `dry_run` returns a description, and `evaluate`
+and `evaluate_held_out` return metrics. In `bert_jax`, only `recipes` and the modules `settings`, `yaml_file` and `cli`
+use YAML.
 """
 
 from bert_jax.recipes.finetuning import dry_run, evaluate, finetune
 from bert_jax.recipes.pretraining import evaluate_held_out, pretrain
+from bert_jax.recipes.seeds import finetune_seeds, read_seeds
 
-__all__ = ["dry_run", "evaluate", "evaluate_held_out", "finetune", "pretrain"]
+__all__ = ["dry_run", "evaluate", "evaluate_held_out", "finetune", "finetune_seeds", "pretrain", "read_seeds"]

@@ -78,7 +78,7 @@ class WandB:
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
-                name=folder.name,
+                name=_run_name(folder),
                 id=self.id,
                 resume="allow",
                 config=dict(settings),
@@ -114,7 +114,7 @@ class MLflow:
         self._mlflow = mlflow
         try:
             active = mlflow.active_run() is not None
-            self.id: str = mlflow.start_run(id, run_name=folder.name, nested=active).info.run_id
+            self.id: str = mlflow.start_run(id, run_name=_run_name(folder), nested=active).info.run_id
             if id is None:  # MLflow refuses to change the parameters of a run
                 for part in _parts({name: str(value) for name, value in settings.items()}):
                     mlflow.log_params(part)
@@ -149,7 +149,7 @@ class Trackio:
         import trackio
 
         # Trackio finds a run to resume by its name, so the name has to be unique.
-        self.id = id or f"{folder.name}-{uuid.uuid4().hex[:8]}"
+        self.id = id or f"{_run_name(folder).replace('/', '-')}-{uuid.uuid4().hex[:8]}"
         self._run = trackio.init(PROJECT, self.id, resume="allow", config=dict(settings), embed=False)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -203,7 +203,8 @@ def opened(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> I
 
     Args:
         names: The names of the loggers, from `LOGGERS`.
-        folder: The folder of the run; it must exist. Its name is the name of the run.
+        folder: The folder of the run; it must exist. Its last two names are the name of the run, such as
+            "runs/emotion".
         settings: The settings of the run, which the loggers show.
 
     Raises:
@@ -243,6 +244,10 @@ class _Unsent:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if (step, frozenset(values)) not in self.sent:
             self.logger.write(step, values)
+
+
+def _run_name(folder: Path) -> str:
+    return "/".join(folder.absolute().parts[-2:])
 
 
 def _parts(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -51,7 +51,7 @@ def train(tokenizer, folder, opened):
     )  # fmt: skip
 
 
-TRAINING, EVALUATIONS = list(range(2, 21, 2)), [5, 10, 15, 20]
+TRAINING, EVALUATIONS = list(range(2, 21, 2)), [0, 5, 10, 15, 20]
 
 
 def main(name, folder, kill):
@@ -102,7 +102,7 @@ def wandb(folder):
                 record, parts = wandb_internal_pb2.Record.FromString(parts), b""
                 if record.HasField("run"):
                     run = record.run
-                    assert run.display_name == folder.name
+                    assert run.display_name == f"{folder.parent.name}/run"
                     config = {item.key: json.loads(item.value_json) for item in run.config.update}
                     assert config.items() >= SETTINGS.items()
                     assert run.run_id == json.loads((folder / "loggers.json").read_text())["wandb"]
@@ -116,7 +116,7 @@ def mlflow(folder):
 
     client, run_id = mlflow.MlflowClient(), json.loads((folder / "loggers.json").read_text())["mlflow"]
     run = client.get_run(run_id)
-    assert (run.info.run_name, run.info.status) == (folder.name, "FINISHED")
+    assert (run.info.run_name, run.info.status) == (f"{folder.parent.name}/run", "FINISHED")
     assert run.data.params == {name: str(value) for name, value in SETTINGS.items()}
     return [
         (each.step, name, each.value) for name in run.data.metrics for each in client.get_metric_history(run_id, name)
@@ -127,7 +127,7 @@ def trackio(folder):
     from trackio.sqlite_storage import SQLiteStorage
 
     name = json.loads((folder / "loggers.json").read_text())["trackio"]
-    assert re.fullmatch(rf"{folder.name}-\w{{8}}", name)
+    assert re.fullmatch(rf"{folder.parent.name}-run-\w{{8}}", name)
     assert SQLiteStorage.get_run_config("bert-jax", name).items() >= SETTINGS.items()
     return [
         (line["step"], key, value)

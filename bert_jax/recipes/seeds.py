@@ -1,0 +1,87 @@
+"""Fine-tunes a model once per seed, and reports the mean and the standard deviation of each metric."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from bert_jax.errors import InputError, quoted
+from bert_jax.recipes import finetuning, runs
+from bert_jax.settings import Settings
+from bert_jax.tools import report
+
+SEEDS = "seeds.json"
+
+
+def read_seeds(text: str) -> list[int]:
+    """Reads seeds such as "1,2,3".
+
+    Raises:
+        InputError: If there are fewer than two seeds, if one occurs twice, or if one is not a whole number from 0 on.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    seeds = [int(part) for part in parts if part.isdecimal() and len(part) < 10]
+    if len(seeds) < max(2, len(parts)) or len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds is {quoted(text)}; expected at least two different whole numbers, such as 1,2,3.")
+    return seeds
+
+
+def finetune_seeds(settings: Settings, seeds: Sequence[int], *, console: Console | None = None) -> Path:
+    """Fine-tunes once per seed, in the folders `seed-1`, … of `settings.output.folder`.
+
+    The file `seeds.json` in this folder has, for each split and metric, the values by seed, their mean, their sample
+    standard deviation (with n - 1 in the denominator), and their number n. If the call was stopped, the same call
+    resumes; finished runs are not repeated.
+
+    Args:
+        settings: The settings of the runs. Each seed replaces `training.seed`.
+        seeds: The seeds, at least two.
+        console: Shows the runs and the table; None shows nothing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: If the folder contains a run itself, or see `finetune`, which also raises other errors.
+    """
+    console, folder = console or Console(quiet=True), Path(settings.output.folder)
+    if (folder / runs.SETTINGS).exists():
+        raise InputError(f"output.folder: {folder} contains a single run; use another folder for several seeds.")
+    found = []
+    for n, seed in enumerate(seeds, 1):
+        console.print(f"seed {seed} ({n} of {len(seeds)})", highlight=False)
+        training = settings.training.model_copy(update={"seed": seed})
+        output = settings.output.model_copy(update={"folder": str(folder / f"seed-{seed}")})
+        one = finetuning.finetune(settings.model_copy(update={"training": training, "output": output}), console=console)
+        found.append(json.loads((one / runs.RESULTS).read_text(encoding="utf-8")))
+    metrics = {split: summary([each[split] for each in found]) for split in ("validation", "test") if split in found[0]}
+    runs.write(folder / SEEDS, json.dumps({"seeds": list(seeds), "metrics": metrics}, indent=2) + "\n")
+    rows = [
+        [f"{split} {name}", f"{entry['mean']:.4f}", f"{entry['standard_deviation']:.4f}", str(entry["n"]),
+         ", ".join(f"{value:.4f}" for value in entry["values"])]
+        for split, entries in metrics.items() for name, entry in entries.items()
+    ]  # fmt: skip
+    console.print(Markdown(report.table(["metric", "mean", "standard deviation", "n", "by seed"], rows)))
+    return folder
+
+
+def summary(metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The mean, the sample standard deviation and the values of each number that all these metrics have."""
+    found = {
+        name: [each[name] for each in metrics]
+        for name, value in metrics[0].items()
+        if isinstance(value, float) and all(name in each for each in metrics)
+    }
+    return {
+        name: {
+            "mean": statistics.mean(values),
+            "standard_deviation": statistics.stdev(values),
+            "n": len(values),
+            "values": values,
+        }
+        for name, values in found.items()
+    }

@@ -351,7 +351,8 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
         """
         self.check_float32("save_pretrained")
         params, _ = tree.split(self)
-        config = {"architectures": [type(self).__name__], **self.config.to_dict()}
+        layers = {"num_hidden_layers": len(self.encoder.layers)}  # some may have been removed
+        config = {"architectures": [type(self).__name__], **self.config.to_dict(), **layers}
         weights.save(Path(folder), tree.flatten(params), config)
 
 

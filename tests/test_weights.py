@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
+from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -486,6 +487,15 @@ def test_load_save_load_is_bitwise(checkpoint, tmp_path, architecture):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [architecture]
     again = getattr(bert_jax, architecture).from_pretrained(tmp_path / "out")
     assert again.config == model.config
+    assert_equal(again, model)
+
+
+def test_a_model_without_its_last_layer_is_saved_with_its_number_of_layers(checkpoint, tmp_path):
+    model = bert_jax.BertForMaskedLM.from_pretrained(checkpoint("BertForMaskedLM"))
+    model.bert.layers = nnx.List(list(model.bert.layers)[:-1])
+    model.save_pretrained(tmp_path)
+    again = bert_jax.BertForMaskedLM.from_pretrained(tmp_path)
+    assert again.config.num_hidden_layers == len(model.bert.layers) == model.config.num_hidden_layers - 1
     assert_equal(again, model)
 
 

@@ -144,7 +144,7 @@ def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
         axes = figure.add_subplot(1, len(names), n, xlabel=CLASSES[name], ylabel="accuracy@1")
         every = {part["from"]: _class(part) for result in results.values() for part in result[name]}
         # An invisible line through all classes puts them on the horizontal axis in ascending order.
-        axes.plot([every[low] for low in sorted(every)], [0.0] * len(every), alpha=0)
+        axes.plot([every[low] for low in sorted(every)], [0.0] * len(every), color="none")
         for model, result in results.items():
             parts = result[name]
             axes.plot([_class(part) for part in parts], [part["accuracy@1"] for part in parts], "o-", label=model)

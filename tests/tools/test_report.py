@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from matplotlib.colors import to_hex
 
 from bert_jax.recipes import runs
 from bert_jax.settings import Pretraining, Settings
@@ -248,3 +249,10 @@ def test_the_card_of_a_model_that_may_say_nothing_tells_its_threshold():
 def test_model_card_of_several_files():
     _, _, body = card(data={"train": ["one.csv", "two.csv"], "validation": "three.csv"})
     assert "on one.csv, two.csv with " in body
+
+
+def test_the_first_model_of_a_held_out_figure_has_the_first_colour():
+    classes = [{"from": 1, "to": None, "tokens": 4, "nll": 1.0, "accuracy@1": 0.5}]
+    figure = report.held_out_figure({name: {"by_frequency": classes} for name in ("a", "b")})
+    colours = {line.get_label(): line.get_color() for line in figure.axes[0].get_lines()}
+    assert [to_hex(colours[name]) for name in ("a", "b")] == [to_hex("C0"), to_hex("C1")]

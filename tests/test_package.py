@@ -23,7 +23,7 @@ FLOORS = [
         "training.memory",
         "inference.ray_files",
         "data.formats",
-    ],  # fmt: skip
+    ],
     ["upload", "config", "tree", "interventions", "losses", "evaluation.metrics", "data.sources", "data.rows"],
     ["data.loader"],
     ["weights", "tokenizer_files", "sharding", "sentence_embedding"],

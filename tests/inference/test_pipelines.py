@@ -333,7 +333,7 @@ def test_every_task_has_an_overload_of_its_own():
     assert found == registry.TASKS
     assert typing.get_type_hints(of_names)["task"] is registry.TaskName
     made, *parameters = (list(inspect.signature(one).parameters) for one in (bert_jax.pipeline, *of_tasks, of_names))
-    assert all([*names, "compute_dtype"] == made for names in parameters)  # a former name, which is refused
+    assert all(names == made for names in parameters)
 
 
 def test_tokens_added_after_the_pipeline_was_made(tmp_path):

@@ -477,7 +477,7 @@ def info(model: Model, revision: Revision = None, ignore: Ignore = None) -> None
     from bert_jax.quantization import DTYPES, hold
 
     folder = hub.download(model, revision=revision)
-    config = bert_jax.BertConfig.from_file(folder / hub.CONFIG_FILE)
+    config = bert_jax.BertConfig.from_file(hub.config_file(folder))
     architecture = next((name for name in hub.architectures(folder) if name in bert_jax.__all__), "BertModel")
     console = Console()
     console.print(f"[bold]{model}[/bold]  {architecture}  {folder}", highlight=False, soft_wrap=True)

@@ -55,7 +55,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, i
     if not in_place and target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target} contains other files; expected a new or empty folder, or {source} itself.")
     network = hub.download(source)
-    config = BertConfig.from_file(network / hub.CONFIG_FILE)
+    config = BertConfig.from_file(hub.config_file(network))
     for name in (hub.WEIGHTS_FILE, hub.INDEX_FILE):
         if (network / name).exists():
             raise CheckpointError(f"{network} contains {name}, which this package loads; there is nothing to convert.")

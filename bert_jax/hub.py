@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "google-bert/bert-base-cased"
 CONFIG_FILE = "config.json"
+MERGED_CONFIG_FILE = "merged_config.json"
+"""The config of the merged model, in a folder of adapters. If it were a config.json, transformers would expect weights."""
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 """The name of the index file of a checkpoint with several weight files."""
@@ -53,7 +55,7 @@ OTHER_FORMATS = {
     "flax_model.msgpack.index.json": _SAVE_AGAIN.format(tool="transformers 4.46.3"),
     "tf_model.h5": _SAVE_AGAIN.format(tool="transformers 4.46.3"),
     "*.ckpt*.index": _SAVE_AGAIN.format(tool="transformers 4.46.3"),
-    "adapter_config.json": "load the base model, then call bert_jax.lora.load_adapters",
+    "adapter_config.json": "load the base model, then call bert_jax.lora.load_adapters(Path('{folder}'), model)",
     "*.onnx": _EXPORTED,
     "*.gguf": _EXPORTED,
     "openvino_model.xml": _EXPORTED,
@@ -85,7 +87,7 @@ def download(model_id: str | os.PathLike[str], *, revision: str | None = None, t
     folder = Path(model_id)
     if folder.is_dir():
         network = network_folder(folder)
-        if not (network / CONFIG_FILE).is_file():
+        if not config_file(network).is_file():
             raise ModelNotFoundError(
                 f"{folder} is not a model folder; expected a folder that contains {CONFIG_FILE}."
                 + advice([name for name in names_in(folder) if OTHER_FORMATS.get(name) != _CONVERT], folder)
@@ -94,6 +96,12 @@ def download(model_id: str | os.PathLike[str], *, revision: str | None = None, t
     if (EMBEDDED / folder).is_dir() and len(folder.parts) == 1:
         return EMBEDDED / folder
     return _from_hub(str(model_id), revision or "main", timeout)
+
+
+def config_file(folder: Path) -> Path:
+    """The file with the config of a model: `config.json` or, in a folder of adapters, `merged_config.json`."""
+    merged = folder / MERGED_CONFIG_FILE
+    return merged if merged.is_file() else folder / CONFIG_FILE
 
 
 def names_in(folder: Path) -> list[str]:
@@ -198,7 +206,7 @@ def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[s
 def architectures(folder: Path) -> list[str]:
     """The names of the classes that a model was saved from, as listed in its config.json; empty if none are listed."""
     try:
-        names = read_json(folder / CONFIG_FILE).get("architectures")
+        names = read_json(config_file(folder)).get("architectures")
     except CheckpointError:  # ignored here, because `BertConfig.from_file` reports a damaged file
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

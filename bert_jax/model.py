@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from bert_jax import hub, porting, processor, sharding, tree, weights
+from bert_jax import adapters, hub, porting, processor, sharding, tree, weights
 from bert_jax.attention import ATTENTION, Attended, SelfAttention, check, choose
 from bert_jax.config import BertConfig, ConfigChanges
 from bert_jax.errors import InputError, quoted
@@ -203,7 +203,8 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
         why.
 
         Args:
-            model_id: A folder, an id on the Hugging Face Hub, or `bert-mini-cased`.
+            model_id: A folder, an id on the Hugging Face Hub, or `bert-mini-cased`. If the folder has adapters, as the
+                subfolder `adapters` of a LoRA run has, they are merged into the base model that it names.
             revision: Branch, tag or commit on the Hub.
             new: Regular expressions that match whole parameter paths, for example `[r"classifier\\..*"]` to train a new
                 head. These parameters are initialised instead of loaded. Loading fails if the checkpoint lacks any
@@ -243,7 +244,7 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
         if new and dtype != "float32":
             raise InputError(f"dtype is {dtype!r}, which is for inference; `new` parameters require 'float32'.")
         folder = hub.download(model_id, revision=revision)
-        config = BertConfig.from_file(folder / hub.CONFIG_FILE).replace(**config_changes)
+        config = BertConfig.from_file(hub.config_file(folder)).replace(**config_changes)
         options: dict[str, Any] = {"attention": attention, "remat": remat, "scan_layers": scan_layers}
         if add_pooling_layer is not None:
             options["add_pooling_layer"] = add_pooling_layer
@@ -256,7 +257,8 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
         if mesh is not None:
             sharding.check(mesh, config)
             places = sharding.placements(mesh, dict(skeleton.specs))
-        arrays, report = weights.load(folder, skeleton.specs, new=new, ignore=ignore, places=places)
+        load = adapters.load if hub.config_file(folder).name == hub.MERGED_CONFIG_FILE else weights.load
+        arrays, report = load(folder, skeleton.specs, new=new, ignore=ignore, places=places)
         logger.info("%s: %s", model_id, report)
         if report.new:
             # Under jit, the parameters that this function does not return are not computed.
@@ -351,9 +353,12 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
         """
         self.check_float32("save_pretrained")
         params, _ = tree.split(self)
+        weights.save(Path(folder), tree.flatten(params), self.config_json())
+
+    def config_json(self) -> dict[str, Any]:
+        """The content of `config.json`: the config, and the name of this class in `architectures`."""
         layers = {"num_hidden_layers": len(self.encoder.layers)}  # some may have been removed
-        config = {"architectures": [type(self).__name__], **self.config.to_dict(), **layers}
-        weights.save(Path(folder), tree.flatten(params), config)
+        return {"architectures": [type(self).__name__], **self.config.to_dict(), **layers}
 
 
 class BertModel(BertPreTrainedModel):

@@ -107,7 +107,7 @@ class Tokenizer(PushToHub):
             ) from None
         name = settings.get("tokenizer_class")
         if name is None:
-            name = hub.read_json(folder / hub.CONFIG_FILE).get("tokenizer_class")
+            name = hub.read_json(hub.config_file(folder)).get("tokenizer_class")
         kind = re.sub("(Tokenizer)?(Fast)?$", "", "Bert" if name is None else str(name))
         bert = kind in files.BERT_CLASSES
         if (folder / "tokenizer.json").is_file():

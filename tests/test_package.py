@@ -27,7 +27,7 @@ FLOORS = [
     ["upload", "config", "tree", "interventions", "losses", "evaluation.metrics", "data.sources", "data.rows"],
     ["data.loader"],
     ["weights", "tokenizer_files", "sharding", "sentence_embedding"],
-    ["tokenizer"],
+    ["tokenizer", "adapters"],
     ["random"],
     ["nn"],
     ["attention", "quantization"],

@@ -22,10 +22,10 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 import bert_jax
-from bert_jax import hub, recipes
+from bert_jax import hub, recipes, sharding
 from bert_jax import tree as tree_module
 from bert_jax.data.loader import Loader
-from bert_jax.errors import CheckpointError, ConfigError, InputError
+from bert_jax.errors import CheckpointError, ConfigError, InputError, ModelNotFoundError
 from bert_jax.recipes import preparation, runs
 from bert_jax.recipes import pretraining as pretraining_recipe
 from bert_jax.settings import Pretraining, Settings
@@ -517,6 +517,34 @@ def test_lora_is_saved_merged_and_apart(tree, tmp_path):
     before = load_file(Path(tree["model"]["id"]) / "model.safetensors")[f"{name}.weight"]
     assert np.abs(b @ a).max() > 1e-3
     np.testing.assert_allclose(merged.bert.layers[0].attention.query.weight[...], before + 3 / 2 * b @ a, atol=1e-6)
+
+    # The folder of the adapters is a model as well: its weights are those of the base, with the adapters merged.
+    place = folder / "adapters"
+    assert not (place / "model.safetensors").exists()
+    loaded = bert_jax.BertForSequenceClassification.from_pretrained(place, mesh=sharding.mesh(data=1, fsdp=2, tensor=2))
+    expected, found = (tree_module.flatten(tree_module.split(model)[0]) for model in (merged, loaded))
+    assert expected.keys() == found.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(found[path], leaf, atol=1e-6, err_msg=path)
+    texts = ["good", "bad and dull"]
+    one, other = (bert_jax.pipeline("text-classification", model)(texts) for model in (folder, place))
+    assert [entry["label"] for entry in one] == [entry["label"] for entry in other]
+    assert {entry["label"] for entry in other} <= {"no", "yes"}
+    np.testing.assert_allclose([entry["score"] for entry in one], [entry["score"] for entry in other], atol=1e-6)
+    new = bert_jax.BertForSequenceClassification.from_pretrained(place, new=[r"classifier\..*"], rngs=nnx.Rngs(5))
+    assert np.abs(new.classifier.weight[...] - merged.classifier.weight[...]).max() > 1e-3
+    with pytest.raises(
+        InputError, match=r"adapters contains adapters, which are merged in float32; expected dtype='floa"
+    ):
+        bert_jax.BertForSequenceClassification.from_pretrained(place, dtype="int8")
+    shutil.rmtree(tree["model"]["id"])
+    with pytest.raises(ModelNotFoundError, match=r"^The base model of the adapters in .*adapters is missing: "):
+        bert_jax.BertForSequenceClassification.from_pretrained(place)
+    (place / "merged_config.json").unlink()  # as peft writes adapters
+    with pytest.raises(
+        ModelNotFoundError, match=r"then call bert_jax\.lora\.load_adapters\(Path\('.*adapters'\), model\)\.$"
+    ):
+        bert_jax.BertForSequenceClassification.from_pretrained(place)
 
 
 def test_top_layers_drawn_anew(tree, tmp_path):

@@ -77,7 +77,17 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     if not distributed.first():
         return folder
     if run.plan.lora:
-        lora.save_adapters(folder / runs.ADAPTERS, trained.trained, run.plan.lora, settings.model.id, task.peft_type)
+        place, start = folder / runs.ADAPTERS, settings.model
+        lora.save_adapters(
+            place,
+            trained.trained,
+            run.plan.lora,
+            start.id,
+            task.peft_type,
+            revision=start.revision,
+            model=trained.model,
+        )
+        prepared.tokenizer.save_pretrained(place)
     if evaluated:
         predictions = task.predictions(evaluated.outputs, examples[split])
         lines = [row | {"prediction": p} for row, p in zip(prepared.rows[split], predictions, strict=True)]

@@ -84,7 +84,7 @@ def prepare(settings: Settings) -> Prepared:
     folder = hub.download(settings.model.id, revision=settings.model.revision)
     new = [task_class.head, *settings.model.new]
     if task_class.model_class.__name__ in hub.architectures(folder):
-        before, names = BertConfig.from_file(folder / hub.CONFIG_FILE), tuple(config["id2label"])
+        before, names = BertConfig.from_file(hub.config_file(folder)), tuple(config["id2label"])
         if not settings.data.labels:
             check_order(before.labels, names)
         if before.labels == names and before.problem_type in (None, config.get("problem_type")):

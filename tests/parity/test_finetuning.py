@@ -400,6 +400,11 @@ def test_adapters_load_in_peft(close, run, base):
         assert np.abs(logits(model, base) - expected).max() > 1e-2
     loaded = lora.load_adapters(folder / runs.ADAPTERS, new_classifier(base))
     close("LoRA: logits", our_logits(loaded, base), expected)
+    # From the folder of the adapters alone.
+    ours = bert_jax.BertForSequenceClassification.from_pretrained(folder / runs.ADAPTERS)
+    assert np.abs(our_logits(ours, folder / runs.ADAPTERS) - logits(model, base)).max() < 1e-5
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder / runs.ADAPTERS, num_labels=3)
+    near(logits(theirs, folder / runs.ADAPTERS), expected)
     saved = bert_jax.BertForSequenceClassification.from_pretrained(folder)
     close("LoRA: logits", our_logits(saved, base), expected)
 

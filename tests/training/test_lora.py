@@ -167,6 +167,7 @@ def test_files_are_pefts(folder, adapters, head):
         "peft_type": "LORA",
         "task_type": "SEQ_CLS",
         "base_model_name_or_path": "base",
+        "revision": None,
         "r": 3,
         "lora_alpha": 12,
         "lora_dropout": 0,

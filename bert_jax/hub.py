@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "google-bert/bert-base-cased"
 CONFIG_FILE = "config.json"
 MERGED_CONFIG_FILE = "merged_config.json"
-"""The config of the merged model in a folder of adapters. With a config.json, transformers would expect weights there."""
+"""The config of the merged model in a folder of adapters. With a config.json, transformers would look for weights."""
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 """The name of the index file of a checkpoint with several weight files."""

@@ -52,7 +52,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, i
     if not source.is_dir():
         raise InputError(f"{source} is not a folder. To get a model from the Hub: hf download MODEL --local-dir FOLDER")
     in_place = target.exists() and target.samefile(source)
-    if not in_place and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if not in_place and not hub.is_vacant(target):
         raise InputError(f"{target} contains other files; expected a new or empty folder, or {source} itself.")
     network = hub.download(source)
     config = BertConfig.from_file(hub.config_file(network))

@@ -254,6 +254,11 @@ def embedded() -> list[str]:
     return sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())
 
 
+def is_vacant(path: Path) -> bool:
+    """Whether a new folder can be written to `path`: nothing is there, or an empty folder."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder, into which the caller writes files. Once all are written, they move into `folder`.

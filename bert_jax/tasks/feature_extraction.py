@@ -37,29 +37,37 @@ class FeatureExtraction:
 
     @functools.cached_property
     def embedding(self) -> SentenceEmbedding:
-        """How the sentence-transformers model in `folder` turns token vectors into one vector.
+        """`declared`, for the pooling "auto".
 
         Raises:
-            InputError: If there is no such model, or if this package does not support what it declares.
+            InputError: If the model was not loaded from a folder, or if `declared` raises `CheckpointError`.
         """
         if self.folder is None:
             raise InputError("pooling is 'auto', but the model was not loaded from a folder; expected 'cls' or 'mean'.")
         try:
-            embedding = SentenceEmbedding.from_pretrained(self.folder)
-            if embedding.size != self.config.hidden_size:
-                raise CheckpointError(
-                    f"{self.folder} declares vectors of {embedding.size} dimensions; the model has "
-                    f"{self.config.hidden_size}."
-                )
-            if embedding.lowercase and not getattr(self.tokenizer.backend.normalizer, "lowercase", False):
-                raise CheckpointError(f"{self.folder} declares do_lower_case, but its tokenizer keeps the case.")
-            if min(embedding.max_length or 0, self.config.max_position_embeddings) > self.max_length:
-                raise CheckpointError(
-                    f"{self.folder} declares max_seq_length {embedding.max_length}, but its tokenizer has the "
-                    f"model_max_length {self.max_length}."
-                )
+            return self.declared(self.folder)
         except CheckpointError as error:
             raise InputError(f"pooling is 'auto', but {error} To choose the pooling, pass 'cls' or 'mean'.") from None
+
+    def declared(self, folder: Path) -> SentenceEmbedding:
+        """How the sentence-transformers model in a folder turns token vectors into one vector.
+
+        Raises:
+            CheckpointError: If there is no such model, if this package does not support what it declares, or if it does
+                not fit the network or the tokenizer.
+        """
+        embedding = SentenceEmbedding.from_pretrained(folder)
+        if embedding.size != self.config.hidden_size:
+            raise CheckpointError(
+                f"{folder} declares vectors of {embedding.size} dimensions; the model has {self.config.hidden_size}."
+            )
+        if embedding.lowercase and not getattr(self.tokenizer.backend.normalizer, "lowercase", False):
+            raise CheckpointError(f"{folder} declares do_lower_case, but its tokenizer keeps the case.")
+        if min(embedding.max_length or 0, self.config.max_position_embeddings) > self.max_length:
+            raise CheckpointError(
+                f"{folder} declares max_seq_length {embedding.max_length}, but its tokenizer has the model_max_length "
+                f"{self.max_length}."
+            )
         return embedding
 
     @property

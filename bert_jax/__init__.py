@@ -18,6 +18,7 @@ _CONTENTS = {
     "pipeline": "inference.pipelines",
     "push_folder": "upload",
     "train": "training.loop",
+    "export": "tools.export",
     "lora": "training.lora",
     "optim": "training.optim",
     "sharding": "sharding",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from bert_jax.model import BertModel as BertModel
     from bert_jax.sentence_embedding import SentenceEmbedding as SentenceEmbedding
     from bert_jax.tokenizer import Tokenizer as Tokenizer
+    from bert_jax.tools.export import export as export
     from bert_jax.training import lora as lora
     from bert_jax.training import optim as optim
     from bert_jax.training.loop import train as train
@@ -49,8 +51,8 @@ def __getattr__(name: str) -> Any:
     if name not in _CONTENTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_CONTENTS[name]}")
-    # Some public names are modules, such as `tree`. The others, such as `train`, are defined in a module.
-    return module if _CONTENTS[name].endswith(name) else getattr(module, name)
+    # Some public names are modules, such as `tree`. The others, such as `export`, are defined in a module.
+    return getattr(module, name, module)
 
 
 def __dir__() -> list[str]:

@@ -522,6 +522,29 @@ def convert(
 
 
 @app.command()
+def export(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    task: Annotated[str, typer.Option(help="Name of the task: fill-mask, text-classification, …")],
+    revision: Revision = None,
+    ignore: Ignore = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Dtype of the large weights.")] = "float32",
+) -> None:
+    """Export a model as a program that JAX runs without this package, on CPUs, NVIDIA GPUs and TPUs."""
+    from bert_jax import hub
+    from bert_jax.tools.export import check_folder
+    from bert_jax.tools.export import export as export_model
+
+    check_folder(folder)  # fails now, not after the model is loaded
+    _, pipe = _pipeline(task, model, revision, ignore, dtype)
+    embedding = None
+    if task == "feature-extraction" and hub.find_modules(pipe.task.folder):
+        embedding = pipe.task.declared(pipe.task.folder)
+    export_model(pipe.model(pipe.params), folder, task=task, tokenizer=pipe.tokenizer, embedding=embedding)
+    print(f"{folder} contains the program, its parameters and tokenizer, and run.py, which runs it with JAX alone.")
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="The folder of a finished run, or another folder with a model.")],
     repo_id: Annotated[str, typer.Argument(metavar="ID", help="The id of the model on the Hub, such as me/emotion.")],

@@ -48,7 +48,7 @@ FLOORS = [
     ["tasks.pseudo_log_likelihood", "inference.batches"],
     ["tasks.registry"],
     ["inference.run"],
-    ["evaluation.measure", "inference.pipelines", "tools.report", "training.step"],
+    ["evaluation.measure", "inference.pipelines", "tools.export", "tools.report", "training.step"],
     ["training.loop", "tools.verify", "inference.catalogue"],
     [
         "inference.prediction",

@@ -6,13 +6,17 @@ import io
 import json
 from pathlib import Path
 
+import jax
+import jax.export
+import numpy as np
 import pytest
 import sentiments
 from flax import nnx
 from rich.console import Console
+from safetensors.numpy import load_file
 
 import bert_jax
-from bert_jax import recipes
+from bert_jax import recipes, sharding
 from bert_jax.data.loader import Shape
 from bert_jax.inference.batches import Bucket
 from bert_jax.settings import Settings
@@ -117,3 +121,18 @@ def test_a_dry_run_says_what_the_compiler_says(tmp_path, monkeypatch, name):
     assert "DOES NOT FIT, " in shown.getvalue()
     for part in [f"compiles for {name}", "not run on it", "GiB per device", "all-reduce", "rows per device"]:
         assert part in report
+
+
+@pytest.mark.parametrize("name", ["v5e:2x4", "h100:1"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_exported_program(tmp_path, name, dtype):
+    bert_jax.export(bert_jax.BertForMaskedLM.from_pretrained("bert-mini-cased", dtype=dtype), tmp_path)
+    program = jax.export.deserialize(bytearray((tmp_path / "program.bin").read_bytes()))
+    target = aot.get(name)
+    place = jax.sharding.SingleDeviceSharding(target.devices[0])
+    params = sharding.abstract(load_file(tmp_path / "model.safetensors"), place)
+    inputs = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), np.zeros((8, 128), np.int32))
+    inputs["masked_positions"] = np.zeros((8, 3), np.int32)
+    check = aot.check(jax.jit(program.call).trace(params, sharding.abstract(inputs, place)), target)
+    assert check.fits
+    assert check.memory > sum(param.nbytes for param in load_file(tmp_path / "model.safetensors").values())

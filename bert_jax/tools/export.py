@@ -1,0 +1,208 @@
+"""Exports a model as a program that JAX runs without this package, on CPUs, NVIDIA GPUs and TPUs.
+
+One program serves all batches and all lengths up to the model's limit, because these sizes are symbols in it. The
+parameters are in a file of their own. See docs/export.md.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from bert_jax import hub, sharding, tree, weights
+from bert_jax.errors import InputError, check_extra, quoted
+from bert_jax.heads import BertForMaskedLM, BertForMultipleChoice, BertForPreTraining
+from bert_jax.model import BertModel, BertPreTrainedModel
+from bert_jax.sentence_embedding import SentenceEmbedding
+from bert_jax.tasks.base import check_vocabulary
+from bert_jax.tasks.registry import TASKS, task_name
+from bert_jax.tokenizer import Tokenizer
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+"""The platforms that a program runs on, as JAX names them."""
+PROGRAM_FILE, EXAMPLE_FILE = "program.bin", "run.py"
+
+# While a model is traced on this mesh, `sharding.platform()` is none of the platforms. The model then selects no code
+# that is for one of them.
+_ANY_PLATFORM = AbstractMesh((), (), abstract_device=AbstractDevice("any", None, "any"))
+
+_EXAMPLE = '''"""Runs the program in this folder, after `pip install jax flatbuffers safetensors`.
+
+Inputs:
+    {inputs}
+Outputs:
+    {outputs}
+"""
+
+from pathlib import Path
+
+import jax
+import jax.export
+import numpy as np
+from safetensors.numpy import load_file
+
+folder = Path(__file__).parent
+program = jax.export.deserialize(bytearray((folder / "{program}").read_bytes()))
+params = jax.device_put(load_file(folder / "{weights}"))
+call = jax.jit(program.call)  # compiles once for each shape of the inputs
+
+inputs = {{
+    {arrays}
+}}
+for name, output in call(params, inputs).items():
+    print(name, output.dtype, output.shape)
+'''
+
+
+def export(
+    model: BertPreTrainedModel,
+    folder: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    embedding: SentenceEmbedding | None = None,
+) -> None:
+    """Writes a model as a program for CPUs, NVIDIA GPUs and TPUs, which JAX runs without this package.
+
+    The folder gets `program.bin`, the program as `jax.export` serializes it; `run.py`, an example that runs it; and
+    `model.safetensors` and `config.json`, from which `from_pretrained` and PyTorch transformers load the same model.
+
+    The program's call is `outputs = call(params, inputs)`. The parameters are the tensors of `model.safetensors` by
+    name. The inputs are `input_ids`, `attention_mask` and `token_type_ids`, int32 [B, T]; `BertForMultipleChoice` has
+    [B, C, T] for C choices. Models that score the vocabulary also have `masked_positions`, int32 [B, K]. The outputs
+    are those of the model's own call with these inputs, by name, without hidden states and attentions. The program does
+    not check the inputs' values: an id that is too large gives NaN, and a negative id counts from the end.
+
+    Args:
+        model: A loaded model, in float32 or bfloat16.
+        folder: A new or empty folder.
+        task: The name of a task, as in `bert_jax.pipeline`, whose models the model must be one of. None for any model.
+            The class of the model alone defines the program.
+        tokenizer: If given, its files are written, too.
+        embedding: For a `BertModel` only. If given, the program has the output `sentence_embedding`, float32 [B, D],
+            and the folder gets the files of sentence-transformers.
+
+    Raises:
+        InputError: If the folder contains other files, if the task is unknown or does not fit the model, if the model
+            cannot be exported, if the embedding does not fit it, or if flatbuffers is not installed.
+        CheckpointError: If the tokenizer does not fit the model, or if the folder cannot be written.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    _check_model(model, task, embedding)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model.config)
+    params, skeleton = tree.split(model)
+    flat = tree.flatten(params)
+    try:
+        names = dict(zip(flat, weights.published_names(flat), strict=True))
+    except KeyError as path:
+        raise InputError(
+            f"{type(model).__name__} has the parameter {path}, which no published BERT has; expected a model of this "
+            "package. Export your own with jax.export."
+        ) from None
+    if any(isinstance(array, jax.ShapeDtypeStruct) for array in flat.values()):
+        raise InputError("The model has no parameters yet; load it with from_pretrained, or pass rngs.")
+
+    def forward(tensors: Mapping[str, jax.Array], inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        network = tree.merge(skeleton, tree.unflatten({path: tensors[name] for path, name in names.items()}))
+        fields = vars(network(**inputs))
+        outputs = {
+            name: array
+            for name, array in fields.items()
+            if name not in ("hidden_states", "attentions") and array is not None
+        }
+        if embedding is not None:
+            outputs["sentence_embedding"] = _embed(embedding, outputs["last_hidden_state"], inputs["attention_mask"])
+        return outputs
+
+    tensors = {names[path]: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in flat.items()}
+    inputs = _inputs(model)
+    # The program is for one device, even if the caller has set a mesh of several.
+    with jax.set_mesh(sharding.mesh(devices=jax.local_devices()[:1])), jax.sharding.use_abstract_mesh(_ANY_PLATFORM):
+        program = jax.export.export(jax.jit(forward), platforms=PLATFORMS)(tensors, inputs)
+    with hub.replacing(folder) as staging:
+        weights.save(staging, flat, {"architectures": [type(model).__name__], **model.config.to_dict()})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        if embedding is not None:
+            embedding.save_pretrained(staging)
+        (staging / PROGRAM_FILE).write_bytes(program.serialize())
+        (staging / EXAMPLE_FILE).write_text(_example(inputs, program), encoding="utf-8")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `InputError` if the folder contains files, or if flatbuffers, which jax.export needs, is not installed."""
+    check_extra("export", "flatbuffers")
+    if not hub.is_vacant(folder):
+        raise InputError(f"{folder} contains other files; expected a new or empty folder.")
+
+
+def _check_model(model: Any, task: str | None, embedding: SentenceEmbedding | None) -> None:
+    if not isinstance(model, BertPreTrainedModel):
+        raise InputError(f"model is {quoted(model)}; expected a loaded model, as from_pretrained returns it.")
+    kind = type(model).__name__
+    if task is not None and not isinstance(model, expected := TASKS[task_name(task)].model_class):
+        raise InputError(f"{task} expects a {expected.__name__}, got a {kind}.")
+    if model.dtype == "int8":
+        raise InputError(
+            "The model is loaded in int8, which cannot be exported, because no other library reads such weights. Load "
+            "it with dtype='float32' or 'bfloat16'."
+        )
+    if model.encoder.attention not in ("plain", "auto"):
+        raise InputError(
+            f"attention is {model.encoder.attention!r}, a fused kernel for one platform; the program runs on "
+            f"{', '.join(PLATFORMS)}. Load the model with attention='plain'."
+        )
+    if embedding is not None and not isinstance(model, BertModel):
+        raise InputError(f"embedding is given, which is for a BertModel, got a {kind}.")
+    if embedding is not None and embedding.size != model.config.hidden_size:
+        raise InputError(f"embedding has {embedding.size} dimensions; the model has {model.config.hidden_size}.")
+
+
+def _inputs(model: BertPreTrainedModel) -> dict[str, jax.ShapeDtypeStruct]:
+    """The inputs of a program, with symbols for the sizes that may vary."""
+    scope = jax.export.SymbolicScope([f"length <= {model.config.max_position_embeddings}"])
+
+    def ids(shape: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape, scope=scope), jnp.int32)
+
+    tokens = ids("batch, choices, length" if isinstance(model, BertForMultipleChoice) else "batch, length")
+    inputs = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), tokens)
+    if isinstance(model, BertForMaskedLM | BertForPreTraining):
+        inputs["masked_positions"] = ids("batch, masks")
+    return inputs
+
+
+def _embed(embedding: SentenceEmbedding, states: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    """The vectors of texts, float32 [B, D], from those of their tokens, [B, T, D]."""
+    states = states.astype(jnp.float32)
+    vectors = states[:, 0]
+    if embedding.pooling == "mean":
+        counted = (attention_mask != 0).astype(jnp.float32)[..., None]
+        vectors = (states * counted).sum(axis=1) / jnp.maximum(counted.sum(axis=1), 1.0)
+    if embedding.normalize:
+        vectors = vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    return vectors
+
+
+def _example(inputs: Mapping[str, jax.ShapeDtypeStruct], program: jax.export.Exported) -> str:
+    outputs = jax.tree.unflatten(program.out_tree, program.out_avals)
+
+    def table(arrays: Mapping[str, Any]) -> str:
+        rows = (f"{name}: {array.dtype} [{', '.join(map(str, array.shape))}]" for name, array in arrays.items())
+        return "\n    ".join(rows)
+
+    arrays = (
+        f'"{name}": np.{"ones" if name == "attention_mask" else "zeros"}({(2,) * len(array.shape)}, np.int32),'
+        for name, array in inputs.items()
+    )
+    return _EXAMPLE.format(
+        inputs=table(inputs), outputs=table(outputs), arrays="\n    ".join(arrays), program=PROGRAM_FILE,
+        weights=hub.WEIGHTS_FILE,
+    )  # fmt: skip

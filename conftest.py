@@ -1,9 +1,9 @@
 """Runs the code blocks of README.md and docs/ as tests: `pytest -m docs README.md docs`.
 
-The Python blocks of a page run one after another in one namespace and in a temporary folder. google-bert/bert-base-cased is
-in a cache of the Hub that is made for the tests: 12 layers of random weights, with the published vocabulary. A comment
-`<!-- skip: next "reason" -->` before a block says why it is not run. The commands in shell blocks are parsed by the command
-line's own parser but not run, and the scripts that they name must exist.
+The Python blocks of a page run one after another in one namespace and in a temporary folder. A cache of the Hub that is
+made for the tests has google-bert/bert-base-cased: 12 layers of random weights, with the published vocabulary. A comment
+`<!-- skip: next "reason" -->` before a block says why it is not run. The commands in shell blocks are parsed by the
+command line's own parser but not run, and the scripts that they name must exist.
 """
 
 import itertools

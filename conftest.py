@@ -1,9 +1,9 @@
 """Runs the code blocks of README.md and docs/ as tests: `pytest -m docs README.md docs`.
 
-The Python blocks of a page run one after another in one namespace and in a temporary folder. A cache of the Hub that is
-made for the tests has google-bert/bert-base-cased: 12 layers of random weights, with the published vocabulary. A comment
-`<!-- skip: next "reason" -->` before a block says why it is not run. The commands in shell blocks are parsed by the
-command line's own parser but not run, and the scripts that they name must exist.
+The Python blocks of a page run one after another in one namespace and in a temporary folder. They find two models, both
+of random weights: google-bert/bert-base-cased in a cache of the Hub, with 12 layers and the published vocabulary, and
+runs/emotion in the folder. A comment `<!-- skip: next "reason" -->` before a block says why it is not run. The commands
+in shell blocks are parsed by the command line's own parser but not run, and the scripts that they name must exist.
 """
 
 import itertools
@@ -48,7 +48,7 @@ def commands(block: str) -> Iterator[list[str]]:
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
-    """A cache of the Hub with google-bert/bert-base-cased, and a temporary folder to run in."""
+    """Models for the blocks, and a temporary folder to run in."""
     from flax import nnx
     from huggingface_hub import constants
 
@@ -59,13 +59,17 @@ def published(tmp_path_factory):
     folder = model / "snapshots" / ("0" * 40)
     config = bert_jax.BertConfig(hidden_size=48, num_hidden_layers=12, num_attention_heads=12, intermediate_size=96)
     bert_jax.BertForPreTraining(config, rngs=nnx.Rngs(0)).save_pretrained(folder)
-    bert_jax.Tokenizer.from_pretrained("bert-mini-cased").save_pretrained(folder)
+    run = tmp_path_factory.mktemp("run")
+    config = config.replace(num_hidden_layers=1, num_labels=6)
+    bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0)).save_pretrained(run / "runs" / "emotion")
+    for place in (folder, run / "runs" / "emotion"):
+        bert_jax.Tokenizer.from_pretrained("bert-mini-cased").save_pretrained(place)
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text("0" * 40)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        patch.chdir(tmp_path_factory.mktemp("run"))
+        patch.chdir(run)
         yield
 
 

@@ -89,7 +89,6 @@ def prepare(settings: Settings) -> Prepared:
             check_order(before.labels, names)
         if before.labels == names and before.problem_type in (None, config.get("problem_type")):
             new = list(settings.model.new)
-            found = "\n".join(filter(None, [found, "head: that of the checkpoint, which has the same labels"]))
     tokenizer = Tokenizer.from_pretrained(settings.model.id, revision=settings.model.revision)
     model = task_class.model_class.from_pretrained(
         settings.model.id,
@@ -100,6 +99,9 @@ def prepare(settings: Settings) -> Prepared:
         **network_options(settings),
         **config | settings.model.model_dump(include=DROPOUT, exclude_none=True),
     )
+    specs = tree.split(model)[1].specs
+    if not {*tree.select([task_class.head], specs)} & {*tree.select(new, specs)}:
+        found = "\n".join(filter(None, [found, "head: that of the checkpoint, which has the same labels"]))
     model.encoder.compute_dtype = settings.precision.compute_dtype
     if add_tokens(tokenizer, settings):
         model.resize_embeddings(max(tokenizer.vocab_size, model.config.vocab_size))

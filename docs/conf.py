@@ -4,6 +4,7 @@ pip install -e '.[docs]' && sphinx-build -W docs docs/_build
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,9 @@ html_title = "bert_jax"
 exclude_patterns = ["_build"]
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib.openapi"]
-nb_execution_mode = "off"  # .ci/run executes the notebooks before it builds the pages
+nb_execution_mode = "off"
+NOTEBOOKS = Path(os.environ.get("BERT_JAX_EXECUTED_NOTEBOOKS", Path(__file__).parents[1] / "notebooks"))
+"""A folder with executed notebooks, which `pytest -m notebooks` fills. Without it, the pages have no outputs."""
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 default_role = "code"  # docstrings have `code` in single backticks
@@ -54,6 +57,15 @@ def write_openapi(app: Sphinx) -> None:
     OPENAPI.write_text(json.dumps(guarded.app.openapi()), encoding="utf-8")
 
 
+def add_notebooks(app: Sphinx) -> None:
+    """Copies the notebooks to the folder of the pages."""
+    pages = Path(__file__).parent / "notebooks"
+    pages.mkdir(exist_ok=True)
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        text = path.read_text(encoding="utf-8")
+        (pages / path.name).write_text(text.replace("](../docs/", "](../"), encoding="utf-8")
+
+
 def add_commands(app: Sphinx, page: str, source: list[str]) -> None:
     """Writes the help of all commands, as Markdown, in the page `reference/commands`."""
     if page == "reference/commands":
@@ -65,4 +77,5 @@ def add_commands(app: Sphinx, page: str, source: list[str]) -> None:
 def setup(app: Sphinx) -> None:
     """Adds the pages that the package's code writes."""
     app.connect("builder-inited", write_openapi)
+    app.connect("builder-inited", add_notebooks)
     app.connect("source-read", add_commands)

@@ -1,0 +1,82 @@
+"""Builds the site of the documentation, and looks up what the package has in it."""
+
+import html
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import bert_jax
+from bert_jax import cli, settings
+from bert_jax.yaml_file import Section
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.docs
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the site. A warning, such as one of a broken link, is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "docs", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def names(site):
+    """The full names of everything in Python that has an entry."""
+    from sphinx.util.inventory import InventoryFile
+
+    inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="")
+    return {name for kind, names in inventory.data.items() if kind.startswith("py:") for name in names}
+
+
+def test_every_public_name_has_an_entry(names):
+    for name in bert_jax.__all__:
+        value = getattr(bert_jax, name)
+        assert f"bert_jax.{name}" in names or (inspect.ismodule(value) and value.__name__ in names), name
+
+
+def test_every_setting_has_an_entry(names):
+    sections = [kind for _, kind in inspect.getmembers(settings, inspect.isclass) if issubclass(kind, Section)]
+    sections = [kind for kind in sections if kind.__module__ == settings.__name__ and not kind.__name__.startswith("_")]
+    assert len(sections) > 15
+    for kind in sections:
+        assert kind.model_fields
+        for field in kind.model_fields:
+            assert f"{settings.__name__}.{kind.__name__}.{field}" in names, f"{kind.__name__}.{field}"
+
+
+def test_every_command_has_an_entry(site):
+    page = html.unescape((site / "reference" / "commands.html").read_text(encoding="utf-8"))
+    text = re.sub("<[^>]+>", "", page)
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        assert f"bert-jax {name}" in text
+        for parameter in command.params:
+            shown = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.metavar or parameter.name
+            assert shown in text, f"{name} {shown}"
+
+
+def test_every_route_has_an_entry(site):
+    page = html.unescape(re.sub("<[^>]+>", "", (site / "reference" / "http.html").read_text(encoding="utf-8")))
+    routes = json.loads((ROOT / "docs" / "_build" / "openapi.json").read_text(encoding="utf-8"))["paths"]
+    assert len(routes) > 15
+    for path, methods in routes.items():
+        for method in methods:
+            assert f"{method.upper()} {path}" in page
+
+
+def test_every_notebook_has_a_page(site):
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert (site / "notebooks" / f"{path.stem}.html").is_file()
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000

@@ -13,9 +13,10 @@ from bert_jax import porting, sharding
 from bert_jax.config import BertConfig
 from bert_jax.errors import InputError
 from bert_jax.interventions import NONE, Interventions
-from bert_jax.model import Attention, BertModel, BertModelOutput, BertPreTrainedModel, ComputeDtype, check_inputs
+from bert_jax.model import BertModel, BertModelOutput, ComputeDtype, check_inputs
 from bert_jax.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, last_axis, new_param, split_key
 from bert_jax.outputs import ModelOutput
+from bert_jax.pretrained import Attention, BertPreTrainedModel
 
 Output = TypeVar("Output")
 

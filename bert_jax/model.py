@@ -1,4 +1,4 @@
-"""BERT's encoder (Devlin et al. 2018, arXiv:1810.04805) in Flax NNX, and the base class that loads and saves models.
+"""BERT's encoder (Devlin et al. 2018, arXiv:1810.04805) in Flax NNX.
 
 The variables of the modules are all `nnx.Param`s, in float32 unless a model is loaded for inference with another
 `dtype` (see `bert_jax.quantization`). A call applies dropout if and only if it is given a `dropout_key`. The
@@ -7,12 +7,9 @@ of that dtype and accumulate in float32. Softmax, LayerNorm and the pooler compu
 The docstring of `nn` explains the letters in shapes.
 """
 
-import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self, Unpack
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +17,17 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from bert_jax import adapters, hub, porting, processor, sharding, tree, weights
+from bert_jax import porting, sharding
 from bert_jax.attention import ATTENTION, Attended, SelfAttention, check, choose
-from bert_jax.config import BertConfig, ConfigChanges
+from bert_jax.config import BertConfig
 from bert_jax.errors import InputError, quoted
 from bert_jax.interventions import NONE, Interventions, checked_interventions, intervene, within
-from bert_jax.nn import ACTIVATIONS, Embedding, Keys, LayerNorm, Linear, dropout, split_key
+from bert_jax.nn import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, split_key
 from bert_jax.outputs import ModelOutput
-from bert_jax.quantization import DTYPES, Dtype, hold
-from bert_jax.upload import PushToHub
-
-logger = logging.getLogger(__name__)
+from bert_jax.pretrained import Attention, BertPreTrainedModel
+from bert_jax.quantization import Dtype
 
 ComputeDtype = Literal["float32", "bfloat16"]
-Attention = Literal["plain", "auto", "splash", "triton", "cudnn"]
 COMPUTE_DTYPES: dict[Dtype, tuple[ComputeDtype, ...]] = {
     "float32": ("float32", "bfloat16"), "bfloat16": ("bfloat16",), "int8": ("float32",)
 }  # fmt: skip
@@ -155,212 +149,6 @@ class BertEmbeddings(nnx.Module):
         return dropout(self.layer_norm(x), self.config.hidden_dropout_prob, dropout_key)
 
 
-class BertPreTrainedModel(nnx.Module, PushToHub):
-    """The base class of all models: it has the config, and it loads and saves checkpoints.
-
-    Args of every model:
-        config: The hyperparameters.
-        rngs: The random numbers for the initial parameters. If None, the parameters have shapes but no values.
-        compute_dtype: The dtype of the activations, "float32" or "bfloat16". The parameters of a new model are float32.
-        attention: The name of a kernel in `attention.ATTENTION`, or "auto", which stands for a fused kernel in each
-            call that one supports, and for "plain" in the others; see `attention.choose`.
-        remat: Whether the forward pass stores only the input of each layer. The backward pass then recomputes the rest.
-        scan_layers: Whether to compile the layers as one loop. Each layer still has its own parameters.
-    """
-
-    config: BertConfig
-
-    def __init__(self, config: BertConfig) -> None:
-        raise TypeError(f"{type(self).__name__} is not a network; use one of the models, such as BertModel.")
-
-    def __repr__(self) -> str:
-        c = self.config
-        return (
-            f"{type(self).__name__}({c.num_hidden_layers} layers, {c.hidden_size} wide, {c.num_attention_heads} heads)"
-        )
-
-    @classmethod
-    @porting.suggests(porting.FROM_PRETRAINED)
-    def from_pretrained(
-        cls,
-        model_id: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        new: Sequence[str] = (),
-        ignore: Sequence[str] = (),
-        rngs: nnx.Rngs | None = None,
-        dtype: Dtype = "float32",
-        attention: Attention = "plain",
-        remat: bool = False,
-        scan_layers: bool = False,
-        add_pooling_layer: bool | None = None,
-        mesh: jax.sharding.Mesh | None = None,
-        **config_changes: Unpack[ConfigChanges],
-    ) -> Self:
-        """Loads a model from a checkpoint.
-
-        The log (level INFO) and the command `bert-jax info` report which tensors of the checkpoint are left out, and
-        why.
-
-        Args:
-            model_id: A folder, an id on the Hugging Face Hub, or `bert-mini-cased`. If the folder has adapters, as the
-                subfolder `adapters` of a LoRA run has, they are merged into the base model that it names.
-            revision: Branch, tag or commit on the Hub.
-            new: Regular expressions that match whole parameter paths, for example `[r"classifier\\..*"]` to train a new
-                head. These parameters are initialised instead of loaded. Loading fails if the checkpoint lacks any
-                other parameter.
-            ignore: Regular expressions that match whole tensor names, for example `[r"loss_fct\\..*"]`. These tensors
-                of the checkpoint are left out. Loading fails if it has other tensors that no BERT model has.
-            rngs: The random numbers for the `new` parameters; `nnx.Rngs(0)` by default.
-            dtype: "float32" matches the reference implementation, and is required for training. "bfloat16" and "int8"
-                are for inference only: they store the weights of the layers and the word embeddings in half or a
-                quarter of the memory; see `bert_jax.quantization`. Each tensor is converted when it is read. With
-                "bfloat16", the activations are also bfloat16. To train with bfloat16 activations, load the model in
-                float32, and then set `model.encoder.compute_dtype = "bfloat16"`.
-            attention: See `BertPreTrainedModel`.
-            remat: See `BertPreTrainedModel`.
-            scan_layers: See `BertPreTrainedModel`.
-            add_pooling_layer: For `BertModel` only: whether the model has a pooler, True by default. Some checkpoints
-                lack a pooler.
-            mesh: The devices to load the parameters on, from `bert_jax.sharding.mesh`. The axes `fsdp` and `tensor`
-                shard them, so that a model can be larger than the memory of one device. None for the default device.
-            **config_changes: New values for fields of the config, for example `hidden_dropout_prob=0.0`. `num_labels=6`
-                sets the size of a new head, or corrects a config that contradicts the weights.
-
-        Raises:
-            InputError: If `dtype` is unknown, if `mesh` does not fit the model, if `new` parameters are requested in a
-                dtype other than float32, or if a fused `attention` is requested with int8.
-            ModelNotFoundError: If the model does not exist, or if the Hub does not answer and the model is not cached.
-            ConfigError: If the config does not describe a BERT, or if a change is invalid.
-            CheckpointError: If the weights are missing, are damaged or do not fit the model. The message lists the
-                first 40 tensors and parameters that do not fit.
-        """
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise InputError(f"dtype is {quoted(dtype)}; expected one of {', '.join(DTYPES)}.")
-        if attention not in ("plain", "auto") and dtype == "int8":
-            raise InputError(
-                f"attention is {quoted(attention)}, which computes in bfloat16; dtype='int8' needs 'plain'."
-            )
-        if new and dtype != "float32":
-            raise InputError(f"dtype is {dtype!r}, which is for inference; `new` parameters require 'float32'.")
-        folder = hub.download(model_id, revision=revision)
-        config = BertConfig.from_file(hub.config_file(folder)).replace(**config_changes)
-        options: dict[str, Any] = {"attention": attention, "remat": remat, "scan_layers": scan_layers}
-        if add_pooling_layer is not None:
-            options["add_pooling_layer"] = add_pooling_layer
-        network = cls(config, **options)
-        hold(network.encoder, dtype)
-        if dtype != "float32":
-            processor.warn_if_slow(dtype)
-        _, skeleton = tree.split(network)
-        places = None
-        if mesh is not None:
-            sharding.check(mesh, config)
-            places = sharding.placements(mesh, dict(skeleton.specs))
-        load = adapters.load if hub.config_file(folder).name == hub.MERGED_CONFIG_FILE else weights.load
-        arrays, report = load(folder, skeleton.specs, new=new, ignore=ignore, places=places)
-        logger.info("%s: %s", model_id, report)
-        if report.new:
-            # Under jit, the parameters that this function does not return are not computed.
-            @jax.jit
-            def drawn(key: jax.Array) -> dict[str, jax.Array]:
-                model_class: Any = cls  # typed as Any, because the constructor of the base class accepts no rngs
-                flat = tree.flatten(tree.split(model_class(config, rngs=Keys(key), **options))[0])
-                return {path: flat[path] for path in report.new}
-
-            initial = drawn((rngs or nnx.Rngs(0)).params())
-            arrays |= {path: jax.device_put(array, places and places[path]) for path, array in initial.items()}
-        model: Self = tree.merge(skeleton, tree.unflatten(arrays))
-        return model
-
-    @property
-    def encoder(self) -> "BertModel":
-        """The `BertModel` below the head; the model itself if it has no head."""
-        return self if isinstance(self, BertModel) else self.bert
-
-    @property
-    def dtype(self) -> Dtype:
-        """The dtype of the weights of the layers and of the word embeddings."""
-        held = self.encoder.embeddings.word_embeddings.weight.dtype
-        return next(dtype for dtype in DTYPES if held == dtype)
-
-    def check_float32(self, purpose: str) -> None:
-        """Raises `InputError` unless the model was loaded in float32, as `purpose` requires."""
-        if self.dtype != "float32":
-            raise InputError(
-                f"The model is loaded in {self.dtype}, but {purpose} requires float32. Load it with dtype='float32'."
-            )
-
-    def resize_embeddings(
-        self,
-        size: int,
-        *,
-        initialize: Literal["mean", "normal"] = "mean",
-        multiple_of: int = 1,
-        rngs: nnx.Rngs | None = None,
-    ) -> None:
-        """Adds rows to the word embeddings, as needed after `Tokenizer.add_tokens`. The tied decoder grows with them.
-
-        For the old tokens, the output of the encoder is bitwise the same. Their logits are, too, if the compiler sums
-        in the same order for both sizes. On CPUs, the order in jaxlib 0.10 depends on the size modulo 16: 1 to 8, which
-        28,996 is with 4, have one order, and 9 to 15 and 0 the other. Between the two, logits differ by rounding.
-
-        Args:
-            size: The new size of the vocabulary, such as `tokenizer.vocab_size`; at least the current size.
-            initialize: "mean" gives each new row, and its bias in the decoder, the mean of the old ones (Hewitt 2021,
-                nlp.stanford.edu/~johnhew/vocab-expansion.html). "normal" initializes the rows and
-                biases as in a new model.
-            multiple_of: The size is rounded up to a multiple of this number, such as 64 or 128.
-            rngs: The random numbers for "normal"; `nnx.Rngs(0)` by default.
-
-        Raises:
-            InputError: If `size` is below the current size, if an argument is invalid, or if the model is not loaded in
-                float32.
-        """
-        self.check_float32("resize_embeddings")
-        old = self.config
-        for name, value, least in [("size", size, old.vocab_size), ("multiple_of", multiple_of, 1)]:
-            if type(value) is not int or value < least:
-                raise InputError(f"{name} is {quoted(value)}; expected a whole number of at least {least}.")
-        if initialize not in ("mean", "normal"):
-            raise InputError(f"initialize is {quoted(initialize)}; expected 'mean' or 'normal'.")
-        new = old.replace(vocab_size=-(-size // multiple_of) * multiple_of)
-        added = new.vocab_size - old.vocab_size
-        grown = [self.encoder.embeddings.word_embeddings.weight]
-        if (predictions := getattr(self, "predictions", None)) is not None:
-            grown.append(predictions.bias)
-        for param in grown:
-            shape = (added, *param.shape[1:])
-            if initialize == "mean":
-                rows = jnp.broadcast_to(param[...].mean(axis=0), shape)
-            elif param.ndim == 1:
-                rows = jnp.zeros(shape)
-            else:
-                draw = jax.nn.initializers.truncated_normal(old.initializer_range)
-                rows = draw((rngs or nnx.Rngs(0)).params(), shape)
-            param.set_value(jnp.concatenate([param[...], rows]))
-        for _, module in nnx.iter_modules(self):
-            if getattr(module, "config", None) == old:
-                module.config = new
-
-    @porting.suggests(porting.SAVE)
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `model.safetensors` and `config.json`, from which PyTorch transformers loads bit-identical weights.
-
-        Raises:
-            InputError: If the model is not loaded in float32.
-            CheckpointError: If the folder cannot be written. The message names the files that were already replaced.
-        """
-        self.check_float32("save_pretrained")
-        params, _ = tree.split(self)
-        weights.save(Path(folder), tree.flatten(params), self.config_json())
-
-    def config_json(self) -> dict[str, Any]:
-        """The content of `config.json`: the config, and the name of this class in `architectures`."""
-        layers = {"num_hidden_layers": len(self.encoder.layers)}  # some may have been removed
-        return {"architectures": [type(self).__name__], **self.config.to_dict(), **layers}
-
-
 class BertModel(BertPreTrainedModel):
     """The encoder. Its pooler is used by next-sentence prediction and sequence classification."""
 
@@ -384,6 +172,11 @@ class BertModel(BertPreTrainedModel):
         size, std = config.hidden_size, config.initializer_range
         self.pooler = Linear(size, size, std, rngs) if add_pooling_layer else None
         self._check_compute_dtype()
+
+    @property
+    def encoder(self) -> "BertModel":
+        """The model itself."""
+        return self
 
     def _check_compute_dtype(self) -> None:
         allowed = COMPUTE_DTYPES[self.dtype]

@@ -12,7 +12,7 @@ import pytest
 import typer.main
 
 import bert_jax
-from bert_jax import cli, settings
+from bert_jax import cli, server_settings, settings
 from bert_jax.yaml_file import Section
 
 ROOT = Path(__file__).parents[1]
@@ -45,13 +45,15 @@ def test_every_public_name_has_an_entry(names):
 
 
 def test_every_setting_has_an_entry(names):
-    sections = [kind for _, kind in inspect.getmembers(settings, inspect.isclass) if issubclass(kind, Section)]
-    sections = [kind for kind in sections if kind.__module__ == settings.__name__ and not kind.__name__.startswith("_")]
-    assert len(sections) > 15
-    for kind in sections:
+    modules = (settings, server_settings)
+    classes = [(module, kind) for module in modules for _, kind in inspect.getmembers(module, inspect.isclass)]
+    kinds = [kind for module, kind in classes if issubclass(kind, Section) and kind.__module__ == module.__name__]
+    kinds = [kind for kind in kinds if not kind.__name__.startswith("_")]
+    assert len(kinds) > 15
+    for kind in kinds:
         assert kind.model_fields
         for field in kind.model_fields:
-            assert f"{settings.__name__}.{kind.__name__}.{field}" in names, f"{kind.__name__}.{field}"
+            assert f"{kind.__module__}.{kind.__name__}.{field}" in names, f"{kind.__name__}.{field}"
 
 
 def test_every_command_has_an_entry(site):

@@ -19,7 +19,8 @@ from bert_jax.errors import CheckpointError, InputError
 from bert_jax.evaluation import held_out
 from bert_jax.inference.server import models
 from bert_jax.quantization import quantized_product
-from bert_jax.settings import HeldOut, Pretraining, Serving, Settings
+from bert_jax.server_settings import Serving
+from bert_jax.settings import HeldOut, Pretraining, Settings
 from bert_jax.training import lora, step
 
 HEADS = ["BertModel", "BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction",

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from bert_jax import sharding, tree
 from bert_jax.data.loader import Batch, Examples, Loader, Place, Shape
 from bert_jax.errors import TrainingError, listed
-from bert_jax.model import BertPreTrainedModel
+from bert_jax.pretrained import BertPreTrainedModel
 from bert_jax.tasks.base import Objective
 from bert_jax.training import memory
 

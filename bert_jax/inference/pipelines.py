@@ -33,7 +33,8 @@ from bert_jax.inference.batches import (
     shapes,
 )
 from bert_jax.inference.run import Run, explain_out_of_memory
-from bert_jax.model import BertModel, BertPreTrainedModel
+from bert_jax.model import BertModel
+from bert_jax.pretrained import BertPreTrainedModel
 from bert_jax.quantization import Dtype
 from bert_jax.tasks.base import Request, Task, check_vocabulary
 from bert_jax.tasks.feature_extraction import FeatureExtraction

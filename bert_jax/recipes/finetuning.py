@@ -15,7 +15,7 @@ from bert_jax.config import BertConfig
 from bert_jax.data.loader import Examples, Shape
 from bert_jax.errors import InputError, check_extra
 from bert_jax.evaluation import measure
-from bert_jax.model import BertPreTrainedModel
+from bert_jax.pretrained import BertPreTrainedModel
 from bert_jax.quantization import Dtype
 from bert_jax.recipes import preparation, runs
 from bert_jax.settings import Settings

@@ -17,13 +17,13 @@ from bert_jax import hub, losses, tree
 from bert_jax.config import BertConfig
 from bert_jax.data import sources
 from bert_jax.data.formats import TEXT, Row, Table
+from bert_jax.data.labels import REGRESSION
 from bert_jax.data.loader import Examples
 from bert_jax.errors import InputError, listed, quoted
-from bert_jax.model import BertPreTrainedModel
+from bert_jax.pretrained import BertPreTrainedModel
 from bert_jax.settings import Data, HeldOut, Pretraining, Settings
 from bert_jax.tasks.base import Loss, ReadOptions, TrainableTask, check_vocabulary
 from bert_jax.tasks.registry import TASKS
-from bert_jax.tasks.sequence_classification import REGRESSION
 from bert_jax.tokenizer import Tokenizer
 
 WORDS = "bert.embeddings.word_embeddings.weight"

@@ -16,7 +16,7 @@ from bert_jax.data import corpus
 from bert_jax.data.masking import MaskedExamples, Masking
 from bert_jax.errors import InputError
 from bert_jax.evaluation import held_out
-from bert_jax.model import BertPreTrainedModel
+from bert_jax.pretrained import BertPreTrainedModel
 from bert_jax.recipes import preparation, runs
 from bert_jax.settings import HeldOut, Pretraining
 from bert_jax.tasks.base import check_pairs

@@ -19,7 +19,7 @@ from rich.console import Console
 from bert_jax import distributed, hub, sharding, tree
 from bert_jax.data.loader import Examples
 from bert_jax.errors import InputError, check_extra
-from bert_jax.model import BertPreTrainedModel
+from bert_jax.pretrained import BertPreTrainedModel
 from bert_jax.settings import Pretraining, Settings
 from bert_jax.tasks.base import Loss, Objective
 from bert_jax.tokenizer import Tokenizer

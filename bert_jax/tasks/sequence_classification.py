@@ -1,10 +1,7 @@
 """text-classification: predicts labels, or a number, for a text or a pair (Devlin et al. 2018, section 4.1)."""
 
 import copy
-import itertools
-import math
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -15,7 +12,21 @@ from tokenizers import Encoding
 
 from bert_jax import losses
 from bert_jax.config import BertConfig
-from bert_jax.data.formats import TEXT, Row, literal
+from bert_jax.data.formats import TEXT, Row
+from bert_jax.data.labels import (
+    MULTI,
+    REGRESSION,
+    SINGLE,
+    UNKNOWN,
+    as_number,
+    check_label,
+    is_vector,
+    label_set,
+    names_of,
+    read_ids,
+    read_lists,
+    read_sets,
+)
 from bert_jax.data.loader import Examples
 from bert_jax.data.sources import PAIRS, TEXTS
 from bert_jax.errors import InputError, listed, quoted
@@ -34,7 +45,6 @@ from bert_jax.tasks.base import (
 )
 from bert_jax.tokenizer import Tokenizer
 
-SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 METRICS = {
     SINGLE: ("accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews"),
     MULTI: ("f1_micro", "f1_macro", "f1_weighted", "accuracy"),
@@ -52,8 +62,6 @@ FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 LABEL = ("label", "label_string", "labels", "label_name", "class", "score")
 """Usual names of the label column."""
-UNKNOWN = -1
-"""The label id of an unlabelled example, as in GLUE's test sets. In float targets, NaN is used instead."""
 
 
 @dataclass(frozen=True)
@@ -185,16 +193,16 @@ class SequenceClassification(TrainableTask):
         labels = {where: row["label"] for where, row in labelled.items()}
         names, problem_type, note = options.labels or (), options.problem_type, ""
         if problem_type in (None, MULTI):
-            _read_lists(labels, problem_type)
+            read_lists(labels, problem_type)
         for where, label in labels.items():
             labels[where] = list(label) if isinstance(label, tuple) else label
-            _check(where, labels[where], names)
+            check_label(where, labels[where], names)
             if isinstance(label, list | tuple) and problem_type in (SINGLE, REGRESSION):
                 raise InputError(f"{where}: the label is {quoted(label)}; {problem_type} expects one label.")
         if problem_type == MULTI or any(isinstance(label, list) for label in labels.values()):
-            note = _read_sets(labels, names)
+            note = read_sets(labels, names)
         elif problem_type != REGRESSION:
-            note = _read_ids(labels, names)
+            note = read_ids(labels, names)
         for where, row in labelled.items():
             row["label"] = labels[where]
         return cleaned, note
@@ -252,11 +260,11 @@ class SequenceClassification(TrainableTask):
             width = {SINGLE: None, MULTI: len(ids), REGRESSION: 1}[self.problem_type]
             return np.int32(UNKNOWN) if width is None else np.full(width, np.nan, np.float32)
         if self.problem_type == REGRESSION:
-            number = _number(label)
+            number = as_number(label)
             if number is not None and abs(number) <= float(np.finfo(np.float32).max):  # NaN fails the comparison
                 return np.array([number], np.float32)
             raise InputError(f"the label is {quoted(label)}; regression expects a number.")
-        if self.problem_type == MULTI and _is_vector(label):
+        if self.problem_type == MULTI and is_vector(label):
             if len(label) != len(ids):
                 raise InputError(f"the label has {len(label)} numbers; {known_labels(self.labels)}")
             return np.array(label, np.float32)
@@ -353,151 +361,3 @@ class SequenceClassification(TrainableTask):
             threshold = self.decision.threshold
             return [{"labels": [name for name, p in row.items() if p > threshold], "scores": row} for row in scores]
         return [{"label": self.labels[row.argmax()], "score": float(row.max())} for row in outputs["scores"]]
-
-
-def _read_lists(labels: dict[str, Any], problem_type: str | None) -> None:
-    """Parses labels that are lists written as texts, as in the cells of a CSV file.
-
-    If `problem_type` is None and one text is a list, all texts have to be lists or blank. If `problem_type` is `MULTI`,
-    all texts in brackets have to be lists.
-
-    Args:
-        labels: The label of each row, changed in place. The keys name the rows in messages, by split and number.
-        problem_type: None or `MULTI`.
-
-    Raises:
-        InputError: If a text that has to be a list is not one; the message names the row.
-    """
-    found = False  # whether any text is a list; if not, and if `problem_type` is None, brackets are part of names
-    for where, label in labels.items():
-        if isinstance(label, str) and re.fullmatch(r"\s*\[.*\]\s*", label, re.S):
-            try:
-                labels[where], found = list(literal(label)), True
-            except InputError as error:
-                if problem_type == MULTI:
-                    raise InputError(f"{where}: the label {error}") from None
-    for where, label in labels.items():
-        if found and problem_type is None and isinstance(label, str) and label.strip():
-            raise InputError(
-                f"{where}: the label is {quoted(label)}; expected a list, as in other rows. If it is a name, set "
-                "data.problem_type."
-            )
-
-
-def _check(where: str, label: Any, names: Collection[str]) -> None:
-    """Raises `InputError` if a label, or an item of a list of labels, is invalid."""
-    for part in label if isinstance(label, list) else [label]:
-        invalid = isinstance(part, list | tuple | set | Mapping | bytes | None)
-        if invalid or (not isinstance(part, int) and not math.isfinite(_number(part) or 0) and part not in names):
-            raise InputError(
-                f"{where}: a label is {quoted(part)}; expected a name, a finite number, or an empty cell. "
-                "A name such as 'nan' must be in data.labels."
-            )
-
-
-def _read_ids(labels: dict[str, Any], names: tuple[str, ...]) -> str:
-    """If the labels are class ids, replaces them in place by class names; returns a note for the user.
-
-    Labels are class ids if all are integers or "", and if none of them is in `names`. The id -1 and "" become None. If
-    `names` is empty, nothing is replaced.
-    """
-    whole = [re.fullmatch("-1|[0-9]{1,9}", str(label)) for label in labels.values() if label != ""]
-    if not names or not whole or not all(whole) or any(str(label) in names for label in labels.values()):
-        return ""
-    for where, label in labels.items():
-        id = UNKNOWN if label == "" else int(label)
-        if id >= len(names):
-            raise InputError(f"{where}: the class id is {id}; data.labels has {len(names)} names. Add a name for it.")
-        labels[where] = None if id == UNKNOWN else names[id]
-    return "labels: class ids"
-
-
-def _read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
-    """Converts labels in place to lists of names or to 0/1 vectors; returns a note for the user.
-
-    Raises:
-        InputError: If a label is neither a list nor a text, if the lists differ in form, or if their form is ambiguous.
-            The message names a row.
-    """
-    blank = {where for where, label in labels.items() if isinstance(label, str) and not label.strip()}
-    for where, label in labels.items():
-        if isinstance(label, str):
-            labels[where] = names_of(label)
-            _check(where, labels[where], names)
-        elif not isinstance(label, list):
-            raise InputError(f"{where}: the label is {quoted(label)}; expected a list of labels.")
-    lists = {where: label for where, label in labels.items() if where not in blank}
-    parts = [part for label in lists.values() for part in label]
-    # Whether the lists hold 0 and 1 as texts that are not the names of labels.
-    digits = {"0", "1"}.issuperset(parts) and not set(names).issuperset(parts)
-    if not digits and all(isinstance(part, str) for part in parts):
-        return ""
-    binary = digits or {0, 1}.issuperset(parts)
-    lengths = {len(label) for label in lists.values()}
-    if binary and len(lengths) == 1 and (lengths == {len(names)} if names else lengths != {1}):
-        for where, label in lists.items():
-            vector = [int(part) for part in label]
-            # Names, if given, replace the vector, which would be wrong for a model with the labels in another order.
-            labels[where] = list(itertools.compress(names, vector)) if names else vector
-        labels.update(dict.fromkeys(blank))
-        return f"labels: 0/1 vectors over {listed(names or _numbered(*lengths))}"
-    ids = all(type(part) is int and 0 <= part < (len(names) or math.inf) for part in parts)
-    repeated = any(len(set(label)) < len(label) for label in lists.values())
-    vectors = any(len(label) == len(names) and {0, 1}.issuperset(label) for label in lists.values())
-    if ids and not repeated and not vectors and (names or not binary):
-        for where, label in lists.items():
-            labels[where] = [names[part] if names else str(part) for part in label]
-        return "labels: class ids"
-    first, *others = lists
-    other = max(
-        others or [first],
-        key=lambda where: (len(lists[where]) != len(lists[first]), not {0, 1}.issuperset(lists[where])),
-    )
-    raise InputError(
-        f"{other}: the label is {quoted(lists[other])}, and that of {first} is {quoted(lists[first])}; expected "
-        f"names, 0/1 vectors of {f'length {len(names)}' if names else 'equal length'}, or class ids of data.labels."
-    )
-
-
-def _numbered(count: int) -> tuple[str, ...]:
-    return tuple(f"LABEL_{i}" for i in range(count))
-
-
-def _is_vector(label: Any) -> bool:
-    return isinstance(label, list) and bool(label) and isinstance(label[0], int)
-
-
-def _number(label: Any) -> float | None:
-    try:
-        return float(label)
-    except OverflowError:  # an integer too large for float64
-        return math.inf
-    except (TypeError, ValueError):
-        return None
-
-
-def names_of(label: Any) -> list[str]:
-    """The label names of a multi-label row, given as a list or as a text in which commas separate the names."""
-    parts = label.split(",") if isinstance(label, str) else label or []
-    return [str(part).strip() for part in parts if str(part).strip()]
-
-
-def label_set(labels: Sequence[Any], problem_type: str | None) -> tuple[str, tuple[str, ...]]:
-    """Infers the problem type, unless it is given, and the sorted label names from the labels of training examples.
-
-    Lists mean multi-label classification. Numbers mean regression if at least one is not whole. Anything else means one
-    label per example. The labels of 0/1 vectors are named LABEL_0, LABEL_1, …
-    """
-    if problem_type is None:
-        several = any(isinstance(label, list | tuple) for label in labels)
-        numbers = [_number(label) for label in labels]  # numbers may be written as texts
-        fractions = None not in numbers and any(number % 1 for number in numbers if number and math.isfinite(number))
-        problem_type = MULTI if several else REGRESSION if fractions else SINGLE
-    if problem_type == REGRESSION:
-        return REGRESSION, ("LABEL_0",)
-    if problem_type == MULTI and (vectors := [label for label in labels if _is_vector(label)]):
-        return MULTI, _numbered(len(vectors[0]))
-    found = {name for label in labels for name in (names_of(label) if problem_type == MULTI else [str(label)])}
-    numeric = all(name.isascii() and name.isdigit() for name in found)  # if so, names are sorted by value
-    width = max(map(len, found), default=0) if numeric else 0
-    return problem_type, tuple(sorted(found, key=lambda name: (name.zfill(width), name)))

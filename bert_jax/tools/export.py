@@ -17,7 +17,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from bert_jax import hub, sharding, tree, weights
 from bert_jax.errors import InputError, check_extra, quoted
 from bert_jax.heads import BertForMaskedLM, BertForMultipleChoice, BertForPreTraining
-from bert_jax.model import BertModel, BertPreTrainedModel
+from bert_jax.model import BertModel
+from bert_jax.pretrained import BertPreTrainedModel
 from bert_jax.sentence_embedding import SentenceEmbedding
 from bert_jax.tasks.base import check_vocabulary
 from bert_jax.tasks.registry import TASKS, task_name

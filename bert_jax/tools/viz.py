@@ -4,7 +4,7 @@ import numpy as np
 
 from bert_jax.errors import InputError
 from bert_jax.inference.pipelines import Pipeline
-from bert_jax.model import BertPreTrainedModel
+from bert_jax.pretrained import BertPreTrainedModel
 from bert_jax.tasks.masked_lm import FillMask
 from bert_jax.tokenizer import Tokenizer
 from bert_jax.tools.figure import Figure

@@ -21,7 +21,7 @@ from bert_jax import attention, distributed, sharding, tree
 from bert_jax.data.loader import Examples, Loader, Place, Shape
 from bert_jax.errors import InputError, Interrupted, TrainingError, listed
 from bert_jax.evaluation import measure
-from bert_jax.model import BertPreTrainedModel
+from bert_jax.pretrained import BertPreTrainedModel
 from bert_jax.tasks.base import Loss, Objective
 from bert_jax.training import memory
 from bert_jax.training.checkpoint import Checkpoints

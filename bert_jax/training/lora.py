@@ -21,7 +21,7 @@ from bert_jax.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, published, read
 from bert_jax.adapters import merge as merge
 from bert_jax.errors import InputError
 from bert_jax.hub import MERGED_CONFIG_FILE, replacing
-from bert_jax.model import BertPreTrainedModel
+from bert_jax.pretrained import BertPreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import optax
 from bert_jax import tree
 from bert_jax.data.loader import Batch
 from bert_jax.errors import InputError
-from bert_jax.model import BertPreTrainedModel
+from bert_jax.pretrained import BertPreTrainedModel
 from bert_jax.tasks.base import Loss, Objective
 from bert_jax.training import lora as adapters
 from bert_jax.training.lora import LoRA

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
-from conftest import wheel
 
 import bert_jax
 from bert_jax import hub
 from bert_jax.recipes import preparation
 from bert_jax.settings import Settings
 from bert_jax.tasks import registry
+from conftest import wheel
 
 SHARED = os.environ.get("BERT_JAX_SHARED")
 pytestmark = pytest.mark.skipif(SHARED is None, reason="BERT_JAX_SHARED names no folder with the data sets")

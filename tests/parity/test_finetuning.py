@@ -13,7 +13,6 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import read_config, wheel
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -27,6 +26,7 @@ from bert_jax.tasks.sequence_classification import MULTI, REGRESSION, SINGLE, UN
 from bert_jax.training import lora, optim
 from bert_jax.training.lora import LoRA
 from bert_jax.training.step import init_state, make_step, plan
+from conftest import read_config, wheel
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import wheel
 
 import bert_jax
 from bert_jax import hub
+from conftest import wheel
 
 
 @torch.no_grad()

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import openai
 import pytest
-from conftest import wheel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 from serving import start
 
 import bert_jax
 from bert_jax.errors import InputError
+from conftest import wheel
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,18 +8,11 @@ from flax import nnx
 
 import bert_jax
 from bert_jax import losses, tree
+from bert_jax.data.labels import MULTI, REGRESSION, SINGLE, UNKNOWN, label_set
 from bert_jax.data.loader import Examples, one_a_row
 from bert_jax.errors import InputError
 from bert_jax.tasks.base import ReadOptions
-from bert_jax.tasks.sequence_classification import (
-    MULTI,
-    REGRESSION,
-    SINGLE,
-    UNKNOWN,
-    DecisionOptions,
-    SequenceClassification,
-    label_set,
-)
+from bert_jax.tasks.sequence_classification import DecisionOptions, SequenceClassification
 
 NAMES = ("anger", "joy", "love")
 LONG = "word " * 100

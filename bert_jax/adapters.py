@@ -99,7 +99,7 @@ def load(
     ignore: Iterable[str] = (),
     places: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> tuple[dict[str, jax.Array], weights.Report]:
-    """Loads the base model of the adapters in a folder, and merges the adapters. See `weights.load`, of its weights.
+    """Loads the base model of the adapters in a folder, and merges the adapters. For the arguments, see `weights.load`.
 
     Raises:
         InputError: If the model is not loaded in float32.
@@ -114,7 +114,7 @@ def load(
     found = read(folder, specs)
     if not isinstance(found.base, str):
         raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG} names no base model. Load it, then call bert_jax.lora.load_adapters."
+            f"{folder / ADAPTER_CONFIG} names no base model. Load that model, then call bert_jax.lora.load_adapters."
         )
     try:
         base = hub.download(found.base, revision=found.revision)

@@ -36,7 +36,7 @@ class ModelNotFoundError(BertJaxError, OSError):
 
 
 class HubUnreachableError(ModelNotFoundError):
-    """A model that is not cached and cannot be downloaded, or not uploaded, because the Hub does not answer."""
+    """The Hub does not answer, so a model that is not cached cannot be downloaded, or a model cannot be uploaded."""
 
 
 class TrainingError(BertJaxError, ArithmeticError):

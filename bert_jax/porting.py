@@ -64,7 +64,7 @@ FROM_PRETRAINED = _DOWNLOAD | {
     "output_hidden_states": CALL["output_hidden_states"],
     "return_dict": _OUTPUT,
     "seed": "pass rngs=nnx.Rngs(seed)",
-    "_do_init": "parameters without values are those of a class called with a config",
+    "_do_init": "to create a model whose parameters have no values, call its class with a config",
 }
 """Arguments of `from_pretrained` of a model."""
 
@@ -126,7 +126,7 @@ SAVE = {
 
 
 def suggests(hints: Mapping[str, str]) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Decorates a function so that arguments in `hints`, which it does not have, raise an error that names its own.
+    """Decorates a function so that each argument in `hints` raises an error that says what takes its place.
 
     Python itself reports all other unknown arguments. The decorated function keeps its signature.
 

@@ -29,7 +29,7 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
         config: The hyperparameters.
         rngs: The random numbers for the initial parameters. If None, the parameters have shapes but no values.
         compute_dtype: The dtype of the activations, "float32" or "bfloat16". The parameters of a new model are float32.
-        attention: The name of a kernel in `attention.ATTENTION`, or "auto", which stands for a fused kernel in each
+        attention: The name of a kernel in `attention.ATTENTION`, or "auto", which selects a fused kernel for each
             call that one supports, and for "plain" in the others; see `attention.choose`.
         remat: Whether the forward pass stores only the input of each layer. The backward pass then recomputes the rest.
         scan_layers: Whether to compile the layers as one loop. Each layer still has its own parameters.

@@ -47,7 +47,7 @@ class Serving(SettingsFile):
     allow_origins: tuple[str, ...] = ()
     """Origins of web pages that may read answers, such as https://example.com; `*` for all."""
     wait: NonNegativeFloat = 0.0005
-    """When a request reaches an idle server, the server waits this many seconds for others to compute with it."""
+    """When a request reaches an idle server, the server waits this many seconds for others to share its batch."""
     timeout: PositiveFloat = 30.0
     """A time limit in seconds. If the body of a request does not arrive in time, the status is 408. If the answer is
     not ready in time, the status is 504. If the client does not read it in time, the connection is closed."""
@@ -65,7 +65,7 @@ class Serving(SettingsFile):
     more is refused with status 413."""
     max_queue_tokens: Annotated[int, Field(ge=16)] = 2**15
     """Maximum number of tokens that the model may have to process for all unanswered requests. A request that would
-    exceed it is refused with status 429. One request counts as three quarters of it at most."""
+    exceed it is refused with status 429. A single request counts for at most three quarters of this maximum."""
     max_connections: PositiveInt = 1024
     """Maximum number of open connections. When another client connects, the one idle for the longest time is closed."""
     truncate: bool = False

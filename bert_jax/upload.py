@@ -13,7 +13,7 @@ from bert_jax.errors import HubUnreachableError, InputError, ModelNotFoundError,
 RUN_FILES = ("results.json", "metrics.jsonl", "curve.png")
 """The files of a run that are uploaded with its model: the final metrics, those of each step, and the learning curve.
 
-What a run writes besides stays on this machine: settings.yaml has local paths, predictions.jsonl and answers.json have
+All other files of a run stay on this machine: settings.yaml has local paths, predictions.jsonl and answers.json have
 texts of the data, and checkpoints, TensorBoard's events and adapters are not needed to use the model.
 """
 
@@ -78,7 +78,7 @@ def push_folder(
     Raises:
         ModelNotFoundError: If the folder has no model.
         CheckpointError: If the index of the weights or `modules.json` is damaged.
-        InputError: If there is no token, if `repo_id` is invalid, if the model exists and is not as `private` says, if
+        InputError: If there is no token, if `repo_id` is invalid, if an existing model contradicts `private`, if
             the metadata of README.md is invalid, or if the Hub refuses the upload.
         HubUnreachableError: If the Hub does not answer.
     """
@@ -169,7 +169,7 @@ def _explained(repo_id: str) -> Iterator[None]:
             ) from None
         raise HubUnreachableError(f"The Hub has an error ({why}). Run the same command later.") from None
     except ValueError as error:  # the Hub says so of the metadata of a model card, before any file is uploaded
-        raise InputError(f"{repo_id} is not uploaded: {quoted(str(error))}. Correct it.") from None
+        raise InputError(f"Nothing is uploaded to {repo_id}: {quoted(str(error))}. Correct the card.") from None
     except (errors.HTTPError, OSError, RuntimeError) as error:
         raise HubUnreachableError(
             f"The upload to {repo_id} failed: {quoted(str(error))}. Run the same command again."

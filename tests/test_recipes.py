@@ -333,11 +333,11 @@ def test_a_run_with_a_loss_of_the_settings(tree):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"loss": {"class_weights": {"yes": 1.0}}}, "'no' is only among one of them"),
-        ({"loss": {"class_weights": {"yes": 1.0, "no": 1, "maybe": 2}}}, "'maybe' is only among one of them"),
+        ({"loss": {"class_weights": {"yes": 1.0}}}, "'no' is in only one of these lists"),
+        ({"loss": {"class_weights": {"yes": 1.0, "no": 1, "maybe": 2}}}, "'maybe' is in only one of these lists"),
         ({"loss": {"class_weights": "balanced"}, "data": {"labels": ["no", "yes", "maybe"]}}, "label 'maybe' in no"),
         ({"decision": {"threshold": 0.3}}, "decision is for multi_label_classification"),
-        ({"decision": {"tune": True}, "data": {"validation": None}}, "decision.tune chooses the threshold on"),
+        ({"decision": {"tune": True}, "data": {"validation": None}}, "decision.tune requires data.validation"),
         ({"answers": {"n_best": 3}}, "The settings of answers are for question-answering"),
     ],
 )

@@ -74,7 +74,7 @@ def prepare(settings: Settings) -> Prepared:
     if settings.data.train is None:
         raise InputError("data.train is not set; expected a file or, if data.id is set, the name of a split.")
     if settings.decision.tune and settings.data.validation is None:
-        raise InputError("decision.tune chooses the threshold on data.validation; set it, or decision.tune=false.")
+        raise InputError("decision.tune requires data.validation. Set data.validation, or set decision.tune=false.")
     task_class = TASKS[settings.task]
     splits = {split: read_split(settings, split) for split in ("train", "validation", "test")}
     rows = {split: found.rows for split, found in splits.items() if found.rows}
@@ -176,7 +176,7 @@ def _class_weights(given: Literal["balanced"] | Mapping[str, float], task: Any, 
         wrong = [name for name in (*given, *names) if (name in given) != (name in names)]
         raise InputError(
             f"loss.class_weights has the labels {listed(given)}, but those of the model are {listed(names)}; "
-            f"{quoted(wrong[0])} is only among one of them. Give each label of the model a weight."
+            f"{quoted(wrong[0])} is in only one of these lists. Give each label of the model a weight."
         )
     return np.array([given[name] for name in names], np.float32)
 

@@ -46,7 +46,7 @@ def finetune_seeds(settings: Settings, seeds: Sequence[int], *, console: Console
         The folder.
 
     Raises:
-        InputError: If the folder contains a run itself, or see `finetune`, which also raises other errors.
+        InputError: If the folder itself contains a run. `finetune` documents the other errors.
     """
     console, folder = console or Console(quiet=True), Path(settings.output.folder)
     if (folder / runs.SETTINGS).exists():

@@ -82,7 +82,7 @@ def export(
     Args:
         model: A loaded model, in float32 or bfloat16.
         folder: A new or empty folder.
-        task: The name of a task, as in `bert_jax.pipeline`, whose models the model must be one of. None for any model.
+        task: The name of a task, as in `bert_jax.pipeline`, that the model must support. None for any model.
             The class of the model alone defines the program.
         tokenizer: If given, its files are written, too.
         embedding: For a `BertModel` only. If given, the program has the output `sentence_embedding`, float32 [B, D],

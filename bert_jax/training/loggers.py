@@ -231,7 +231,7 @@ def opened(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> I
 
 @dataclass(frozen=True)
 class _Unsent:
-    """Passes on what a logger has not got before the run was resumed.
+    """Passes on only the values that a logger did not receive before the run was resumed.
 
     Attributes:
         logger: The logger.

@@ -178,7 +178,7 @@ def test_a_public_model_does_not_become_private_silently(server, python, run_fol
 def test_an_invalid_card_is_refused(server, python, run_folder):
     (run_folder / "README.md").write_text("---\npipeline_tag: pretraining\nbase_model: /home/me/base\n---\n")
     run = python(["push", run_folder, "me/mine"])
-    assert "me/mine is not uploaded: 'Invalid metadata in README.md." in run.stderr
+    assert "Nothing is uploaded to me/mine: 'Invalid metadata in README.md." in run.stderr
     assert "pretraining" in run.stderr
     assert server.repositories["me/mine"].branches["main"] == []
 

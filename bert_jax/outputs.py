@@ -25,9 +25,12 @@ class ModelOutput(Mapping[str, Any]):
         """
         if not isinstance(key, str):
             return self.to_tuple()[key]
-        if key not in {*self}:
+        if key not in self:
             raise KeyError(key)
         return getattr(self, key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in list(self)
 
     def __iter__(self) -> Iterator[str]:
         names = (field.name for field in dataclasses.fields(self))  # type: ignore[arg-type]  # see the class

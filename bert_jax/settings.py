@@ -7,7 +7,7 @@ any field that has a default. Unknown settings are refused.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -39,6 +39,13 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     if repeated := [name for n, name in enumerate(names) if name in names[:n]]:
         raise ValueError(f"{quoted(repeated[0])} occurs twice")
     return names
+
+
+def _by_label(given: Any) -> Any:
+    for label in given if isinstance(given, Mapping) else ():
+        if not isinstance(label, str):
+            raise ValueError(f"the label {label} is not a text for YAML; put it in quotes")
+    return given
 
 
 Labels = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)]
@@ -260,7 +267,7 @@ class Decision(Section):
 class Loss(Section):
     """The loss of the training steps in classification; evaluations report the loss without these options."""
 
-    class_weights: Literal["balanced"] | dict[str, PositiveFloat] | None = None
+    class_weights: Annotated[Literal["balanced"] | dict[str, PositiveFloat] | None, BeforeValidator(_by_label)] = None
     """The weight of each label in the loss. `balanced` gives rare labels more weight, so that every label has the same
     influence. In multi-label classification, the weight of a label applies where it is present; `balanced` makes it the
     ratio of absent to present. multiple-choice does not have this setting."""

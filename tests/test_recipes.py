@@ -301,6 +301,23 @@ def test_a_threshold_found_on_validation_is_used_from_then_on(tree, tmp_path):
         assert line["prediction"]["labels"] == [name for name, score in scores.items() if score > threshold]
 
 
+def test_a_resumed_run_keeps_the_threshold(tree, tmp_path):
+    changes = {"decision": {"tune": True}, "training": {"max_steps": 4, "evaluate_every": 1}}
+    expected = validation(recipes.finetune(Settings.from_dict(sets(tree, tmp_path) | changes)))
+    # As after a kill between the last checkpoint and the results: the outputs of the best evaluation are lost.
+    (Path(tree["output"]["folder"]) / "results.json").unlink()
+    assert validation(recipes.finetune(Settings.from_dict(tree | changes))) == expected
+    assert expected["threshold"]
+
+
+def test_a_threshold_that_no_run_has_found(tree, tmp_path):
+    folder = run(sets(tree, tmp_path) | {"training": {"max_steps": 1}})
+    (folder / "results.json").unlink()
+    settings = Settings.from_dict(tree | {"decision": {"tune": True}})
+    with pytest.raises(InputError, match=r"has no results.json with the threshold of a run. Set decision.threshold"):
+        recipes.evaluate(str(folder), settings, "validation")
+
+
 @pytest.mark.parametrize(
     ("weights", "expected"),
     [("balanced", [1.0, 3.0]), ({"b": 5.0, "a": 2.0}, [2.0, 5.0]), (None, None)],
@@ -317,17 +334,22 @@ def test_the_loss_of_the_settings(tree, tmp_path, weights, expected):
     assert preparation.training_loss(plain, prepared.task, prepared.examples["train"]) is None
 
 
+def first_loss(tree):
+    """The loss of the first training step of a run."""
+    lines = (Path(tree["output"]["folder"]) / "metrics.jsonl").read_text().splitlines()
+    return next(line["loss"] for line in map(json.loads, lines) if "loss" in line)
+
+
 def test_a_run_with_a_loss_of_the_settings(tree):
     tree |= {"training": {"max_steps": 1}}
     plain = validation(run(tree))["loss"]
-    first = json.loads((Path(tree["output"]["folder"]) / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    first = first_loss(tree)
     tree["output"] = {"folder": tree["output"]["folder"] + "-weighted"}
     tree["loss"] = {"class_weights": {"yes": 5, "no": 1}, "label_smoothing": 0.2}
     tree["optimizer"] = {"learning_rate": 1e-12}
     weighted = validation(run(tree))["loss"]
     assert weighted == pytest.approx(plain, abs=1e-3)  # the evaluation's loss has no weights
-    journal = (Path(tree["output"]["folder"]) / "metrics.jsonl").read_text().splitlines()
-    assert abs(json.loads(journal[0])["loss"] - first) > 1e-3
+    assert abs(first_loss(tree) - first) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -674,7 +696,7 @@ def test_columns_that_the_first_row_lacks(tree, tmp_path):
 def test_a_run_of_another_kind_is_named(tree, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "settings.yaml").write_text("task: pretraining\n")
-    with pytest.raises(InputError, match="contains another kind of run; use a new folder"):
+    with pytest.raises(InputError, match="contains a run of another kind, or of an earlier version; use a new folder"):
         run(tree)
 
 

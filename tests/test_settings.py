@@ -319,8 +319,9 @@ def test_overrides_with_signs_of_yaml_that_lose_nothing(tmp_path):
     assert load(tmp_path, "data.text=''").data.text == ""
 
 
-def test_overrides_of_the_readme_are_taken():
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+def test_overrides_of_the_documentation_are_taken():
+    root = Path(__file__).parents[1]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (root / "README.md", *(root / "docs").glob("*.md")))
     commands = [
         shlex.split(line, comments=True)
         for line in re.findall(r"^bert-jax (?:finetune|evaluate|pretrain) .*", text, re.M)

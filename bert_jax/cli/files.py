@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bert_jax.cli.options import Ignore, Model, Revision, app, load_pipeline
 from bert_jax.compilation import use_compilation_cache
-from bert_jax.errors import HubUnreachableError, check_extra
+from bert_jax.errors import HubUnreachableError, InputError, check_extra
 from bert_jax.training import memory
 
 if TYPE_CHECKING:
@@ -28,7 +28,11 @@ def info(model: Model, revision: Revision = None, ignore: Ignore = None) -> None
     from bert_jax.quantization import DTYPES, hold
 
     folder = hub.download(model, revision=revision)
-    config = bert_jax.BertConfig.from_file(hub.config_file(folder))
+    if hub.config_file(folder).name == hub.MERGED_CONFIG_FILE:
+        raise InputError(
+            f"{folder} contains adapters. Show the model of the run instead: bert-jax info {folder.parent}"
+        )
+    config = bert_jax.BertConfig.from_file(folder / hub.CONFIG_FILE)
     architecture = next((name for name in hub.architectures(folder) if name in bert_jax.__all__), "BertModel")
     console = Console()
     console.print(f"[bold]{model}[/bold]  {architecture}  {folder}", highlight=False, soft_wrap=True)

@@ -64,16 +64,16 @@ def best_threshold(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float
         scores: float [N, C], at least 0.
 
     Returns:
-        The threshold, which is 0 or one of the scores, and its `f1_micro`.
+        The threshold, which is midway between two neighbouring scores, and its `f1_micro`.
     """
-    flat = scores.ravel()
+    flat = scores.ravel().astype(np.float64)
     order = np.argsort(-flat, kind="stable")
     ranked = np.append(flat[order], 0.0)
     right = np.cumsum(labels.ravel()[order])
     # The first n scores can be the predicted ones only if the next score is lower.
     f1 = np.where(ranked[:-1] > ranked[1:], 2 * right / (np.arange(1, len(flat) + 1) + right[-1]), 0.0)
     best = int(np.argmax(f1))
-    return float(ranked[best + 1]), float(f1[best])
+    return float(ranked[best] + ranked[best + 1]) / 2, float(f1[best])
 
 
 def _scores(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -5,6 +5,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
         evaluated = measure.Evaluation(trained.metrics | adopted, trained.outputs)
     elif split in examples:
         evaluated = evaluate_examples(task, trained.model, examples[split], settings)
+        if split == "validation":
+            evaluated = replace(evaluated, metrics=trained.metrics | evaluated.metrics)
     if not distributed.first():
         return folder
     if run.plan.lora:
@@ -268,8 +271,16 @@ def evaluate(
     examples = preparation.featurize(task, rows)[split]
     if not task.labelled(examples):
         raise InputError(f"data.{split} has no labels; expected some. Use `bert-jax predict` for unlabelled examples.")
-    if (results := Path(model_id) / runs.RESULTS).is_file():
-        task = task.tuned(json.loads(results.read_text(encoding="utf-8"))["validation"])
+    for folder in (Path(model_id), Path(model_id).parent if Path(model_id).name == runs.ADAPTERS else Path(model_id)):
+        if (results := folder / runs.RESULTS).is_file():
+            task = task.tuned(json.loads(results.read_text(encoding="utf-8"))["validation"])
+            break
+    else:
+        if settings.decision.tune:
+            raise InputError(
+                f"decision.tune is set, but {model_id} has no {runs.RESULTS} with the threshold of a run. Set "
+                "decision.threshold, and decision.tune=false."
+            )
     if console and found:
         console.print(found, highlight=False, markup=False)
     return evaluate_examples(task, model, examples, settings).metrics

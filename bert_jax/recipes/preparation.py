@@ -82,6 +82,11 @@ def prepare(settings: Settings) -> Prepared:
     rows, found = task_class.clean(rows, options)
     config = task_class.config(rows["train"], options, splits["train"].labels)
     folder = hub.download(settings.model.id, revision=settings.model.revision)
+    if settings.model.lora and hub.config_file(folder).name == hub.MERGED_CONFIG_FILE:
+        raise InputError(
+            f"model.lora is set, but {folder} contains adapters, whose own base these new adapters would lose. Set "
+            f"model.id={folder.parent}, which has them merged."
+        )
     new = [task_class.head, *settings.model.new]
     if task_class.model_class.__name__ in hub.architectures(folder):
         before, names = BertConfig.from_file(hub.config_file(folder)), tuple(config["id2label"])

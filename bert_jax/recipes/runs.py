@@ -196,7 +196,10 @@ def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
     try:
         before = type(settings).from_file(folder / SETTINGS)
     except InputError as error:
-        raise InputError(f"output.folder: {folder} contains another kind of run; use a new folder. {error}") from None
+        raise InputError(
+            f"output.folder: {folder} contains a run of another kind, or of an earlier version; use a new folder. "
+            f"{error}"
+        ) from None
     if different := [line for line in before.differences(settings) if not line.startswith("output.")]:
         problem = f"output.folder: {folder} contains a run with other settings (old, new):\n  " + "\n  ".join(different)
         if (folder / RESULTS).exists() and {line.partition(":")[0] for line in different} & LENGTHS:

@@ -344,7 +344,7 @@ class SequenceClassification(TrainableTask):
         if self.problem_type == REGRESSION:
             return metrics.regression(labels[:, 0], scores[:, 0])
         if self.problem_type == MULTI:
-            found = metrics.multi_label(labels, scores > self.decision.threshold, self.labels)
+            found = metrics.multi_label(labels, scores.astype(np.float64) > self.decision.threshold, self.labels)
             if self.decision.tune:
                 found["threshold"], found["best_f1_micro"] = metrics.best_threshold(labels, scores)
             return found

@@ -128,7 +128,7 @@ def export(
     with jax.set_mesh(sharding.mesh(devices=jax.local_devices()[:1])), jax.sharding.use_abstract_mesh(_ANY_PLATFORM):
         program = jax.export.export(jax.jit(forward), platforms=PLATFORMS)(tensors, inputs)
     with hub.replacing(folder) as staging:
-        weights.save(staging, flat, {"architectures": [type(model).__name__], **model.config.to_dict()})
+        weights.save(staging, flat, model.config_json())
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         if embedding is not None:

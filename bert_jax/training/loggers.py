@@ -116,14 +116,14 @@ class MLflow:
             active = mlflow.active_run() is not None
             self.id: str = mlflow.start_run(id, run_name=_run_name(folder), nested=active).info.run_id
             if id is None:  # MLflow refuses to change the parameters of a run
-                for part in _parts({name: str(value) for name, value in settings.items()}):
+                for part in _parts({_mlflow_name(name): str(value) for name, value in settings.items()}):
                     mlflow.log_params(part)
         except mlflow.MlflowException as error:
             raise InputError(f"MLflow cannot start a run: {_sentence(error)}.") from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Sends the values of a step. If the server refuses them, logs a warning."""
-        named = {re.sub(r"[^\w\-. :/]", "_", name): value for name, value in values.items()}  # others are refused
+        named = {_mlflow_name(name): value for name, value in values.items()}
         with self._warns(f"the metrics of step {step}"):
             for part in _parts(named):
                 self._mlflow.log_metrics(part, step=step, run_id=self.id)
@@ -248,6 +248,11 @@ class _Unsent:
 
 def _run_name(folder: Path) -> str:
     return "/".join(folder.absolute().parts[-2:])
+
+
+def _mlflow_name(name: str) -> str:
+    """A name without the characters that MLflow refuses."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
 
 
 def _parts(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -99,6 +99,8 @@ def set_up(
         InputError: If the arguments do not fit the model, the task or the devices.
     """
     names = ("loss", *task.metrics, *(metrics or {}))
+    if twice := {"loss", *task.metrics} & {*(metrics or {})}:
+        raise InputError(f"metrics has {min(twice)!r}, which is a metric of the task; expected another name.")
     if metric not in (None, *names):
         raise InputError(f"metric is {metric!r}; expected one of {', '.join(names)}.")
     mesh, encoder = mesh or sharding.mesh(), model.encoder
@@ -262,6 +264,8 @@ def fit(
     console: Console | None = None,
 ) -> Trained:
     """Carries out a run; see `train` for the arguments and errors."""
+    if patience is not None and patience < 1:
+        raise InputError(f"patience is {patience}; expected at least 1, or None.")
     console, folder = console or Console(quiet=True), None if folder is None else Path(folder)
     # ── Devices, parameters, programs ────────────────────────────────────────────────────────────────────────────────
     mesh, task, loader, planned, layout, metric = run.mesh, run.task, run.loader, run.plan, run.layout, run.metric
@@ -343,12 +347,16 @@ def fit(
             task, evaluate_batch, combine(state.params, frozen), examples, batch_size=evaluation_batch_size,
             packing=loader.packing, multiple=loader.multiple, mesh=mesh,
         )  # fmt: skip
-        for name, compute in run.metrics.items():
-            result.metrics[name] = float(compute(result.outputs, examples))
-        if metric not in result.metrics:
+        if metric not in {*result.metrics, *run.metrics}:
             raise InputError(
                 f"The validation examples have no labels; {metric} requires labels. Label them or omit them."
             )
+        for name, compute in run.metrics.items():
+            value = result.metrics[name] = float(compute(result.outputs, examples))
+            if not math.isfinite(value):
+                raise InputError(
+                    f"The metric {name} is {result.metrics[name]} at step {step}; expected a finite number."
+                )
         if journal:
             journal.write(step, {"validation": result.metrics})
         since += time.perf_counter() - paused

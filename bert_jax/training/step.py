@@ -170,7 +170,7 @@ def make_step(
 
             zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.params))
             ((total, count), gradients), _ = jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulation)))
-            count = jnp.maximum(count, 1.0)
+            count = jnp.where(count > 0, count, 1.0)  # a sum of class weights may be less than 1
             loss, gradients = total / count, jax.tree.map(lambda g: g / count, gradients)
         updates, opt_state = plan.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -11,11 +11,13 @@ import sys
 import time
 import tracemalloc
 
+import jax
 import pyarrow.parquet
 import pytest
 from flax import nnx
 
 import bert_jax
+from bert_jax import tree
 from bert_jax.data import sources
 from bert_jax.data.formats import Table
 from bert_jax.errors import InputError
@@ -271,7 +273,7 @@ def test_scores_of_sentences(tmp_path):
 def test_the_dtype_belongs_to_the_run(pipe, model, tmp_path):
     (tmp_path / "in.txt").write_text("good\n")
     run(pipe, [tmp_path / "in.txt"], tmp_path / "out.jsonl")
-    with pytest.raises(InputError, match=r"to another run \(dtype: 'float32', now 'int8'\)"):
+    with pytest.raises(InputError, match=r"to another run \(dtype: 'float32', now 'int8'; the weights"):
         run(
             bert_jax.pipeline("text-classification", model, dtype="int8"), [tmp_path / "in.txt"], tmp_path / "out.jsonl"
         )
@@ -288,6 +290,13 @@ def test_outputs_of_others_are_left_alone(pipe, tmp_path):
     assert run(pipe, [tmp_path / "in.txt"], tmp_path / "other.jsonl").predicted == 1  # finished: nothing to do
     with pytest.raises(InputError, match=r"to another run \(parameters: \{\}, now \{'top_k': 2\}\)"):
         run(pipe, [tmp_path / "in.txt"], tmp_path / "other.jsonl", parameters={"top_k": 2})
+    params = jax.tree.map(lambda leaf: leaf, pipe.params)
+    bias = params["classifier"]["bias"]
+    params["classifier"]["bias"] = bias.at[0].add(1e-6)
+    retrained = bert_jax.pipeline("text-classification", tree.merge(tree.split(pipe.model(pipe.params))[1], params),
+                                  tokenizer=pipe.tokenizer)  # fmt: skip
+    with pytest.raises(InputError, match="the weights or the tokenizer of the model have changed"):
+        run(retrained, [tmp_path / "in.txt"], tmp_path / "other.jsonl")
     (tmp_path / "in.txt").write_text("good\nbad\n")
     with pytest.raises(InputError, match="belongs to another run"):
         run(pipe, [tmp_path / "in.txt"], tmp_path / "other.jsonl")

@@ -71,6 +71,13 @@ def test_any_loss_and_any_metric(make):
         assert np.array_equal(flat[path], leaf) == (path != "classifier.bias")
     assert isinstance(trained.metrics["sevenfold"], float)
     assert trained.metrics["loss"] > 0.1  # that of the task
+    bad = {"bad": lambda *_: math.nan}
+    with pytest.raises(InputError, match="The metric bad is nan at step 0; expected a finite number"):
+        loop.train(model, task, examples, optax.sgd(0.1), metrics=bad, validation=validation, **options)
+    with pytest.raises(InputError, match="metrics has 'accuracy', which is a metric of the task"):
+        loop.train(model, task, examples, optax.sgd(0.1), metrics={"accuracy": yes}, **options)
+    with pytest.raises(InputError, match="patience is 0; expected at least 1"):
+        loop.train(model, task, examples, optax.sgd(0.1), patience=0, validation=validation, **options)
     with pytest.raises(InputError, match=r"metric is 'eightfold'; expected one of loss, .*, sevenfold"):
         loop.train(model, task, examples, optax.sgd(0.1), metrics={"sevenfold": yes}, metric="eightfold", **options)
 

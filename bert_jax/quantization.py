@@ -71,11 +71,11 @@ def quantized_product(x: jax.Array, weight: jax.Array, scale: jax.Array, total: 
     x32 = x.astype(jnp.float32)
     # Of each token. Halves are subtracted, because the difference of two large numbers may overflow.
     low, high = jnp.min(x32, axis=-1, keepdims=True) / 2, jnp.max(x32, axis=-1, keepdims=True) / 2
-    middle, step = low + high, jnp.maximum(high - low, 1e-30) / 127
-    levels = jnp.round((x32 - middle) / step).astype(jnp.int8)
+    middle, half = low + high, jnp.maximum(high - low, 1e-30)
+    levels = jnp.round((x32 - middle) * (127 / half)).astype(jnp.int8)
     contracted = (((x.ndim - 1,), (1,)), ((), ()))
     y = jax.lax.dot_general(levels, weight, contracted, preferred_element_type=jnp.int32)
-    return y.astype(jnp.float32) * step * last_axis(scale, y) + middle * last_axis(total, y)
+    return y.astype(jnp.float32) * (half / 127) * last_axis(scale, y) + middle * last_axis(total, y)
 
 
 @quantized_product.defjvp

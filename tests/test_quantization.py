@@ -96,7 +96,7 @@ def test_the_product_is_exact_but_for_the_rounding_of_x():
     x[0, 1], x[0, 2] = 7, abs(x[0, 2])
     low, high = (function(x, axis=-1, keepdims=True) / np.float32(2) for function in (np.min, np.max))
     middle, step = low + high, np.maximum(high - low, np.float32(1e-30)) / 127
-    rounded = np.rint((x - middle) / step).astype(np.float64) * step + middle
+    rounded = np.rint((x - middle) * (np.float32(1) / step)).astype(np.float64) * step + middle
     assert np.all(abs(rounded - x) <= 0.501 * step)
     exact = (scale[:, None] * weight).astype(np.float64)
     total = exact.sum(axis=1).astype(np.float32)

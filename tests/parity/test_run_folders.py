@@ -62,7 +62,7 @@ def finished(base, tmp_path):
         tree = {
             "task": task, "model": {"id": str(base)}, "mesh": {"data": 1},
             "optimizer": {"learning_rate": 1e-2}, "training": {"max_steps": steps, "batch_size": 12},
-            "output": {"folder": str(folder), "tensorboard": False},
+            "output": {"folder": str(folder), "report_to": []},
         }  # fmt: skip
         if rows is None:
             (tmp_path / "texts.txt").write_text("\n\n".join(f"{a} moved to {b}.\nIt is good." for a, b in SENTENCES))

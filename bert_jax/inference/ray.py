@@ -218,10 +218,11 @@ def predict(
         "task": task_name(task), "model": os.path.abspath(model) if os.path.isdir(model) else model,
         "revision": revision, "ignore": list(ignore), "dtype": dtype, "columns": list(columns),
         "parameters": dict(parameters or {}),
-        "weights": content_of(os.path.abspath(model)) if os.path.isdir(model) else None,
     }  # fmt: skip
     output = output if "://" in output else os.path.abspath(output)
-    journal = Journal(output, {"inputs": [content_of(name) for name in files], "format": kind, **options})
+    weights = content_of(os.path.abspath(model)) if os.path.isdir(model) else None
+    identity = {"inputs": [content_of(name) for name in files], "format": kind, "weights": weights, **options}
+    journal = Journal(output, identity)
     if journal.complete:
         return
     if ray.is_initialized():

@@ -20,10 +20,12 @@ import sentiments
 from flax import nnx
 from rich.console import Console
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 import bert_jax
 from bert_jax import hub, recipes, sharding
 from bert_jax import tree as tree_module
+from bert_jax.cli import app
 from bert_jax.data.loader import Loader
 from bert_jax.errors import CheckpointError, ConfigError, InputError, ModelNotFoundError
 from bert_jax.recipes import preparation, runs
@@ -542,6 +544,12 @@ def test_lora_is_saved_merged_and_apart(tree, tmp_path):
 
     # The folder of the adapters is a model as well: its weights are those of the base, with the adapters merged.
     place = folder / "adapters"
+    settings = Settings.from_dict(tree | {"model": {"id": str(place), "lora": {"rank": 2}}})
+    with pytest.raises(InputError, match=re.escape(f"model.lora is set, but {place} contains adapters")):
+        preparation.prepare(settings)
+    shown = CliRunner().invoke(app, ["info", str(place)])
+    assert isinstance(shown.exception, InputError)
+    assert "contains adapters. Show the model of the run instead" in str(shown.exception)
     assert not (place / "model.safetensors").exists()
     loaded = bert_jax.BertForSequenceClassification.from_pretrained(place, mesh=sharding.mesh(data=1, fsdp=2, tensor=2))
     expected, found = (tree_module.flatten(tree_module.split(model)[0]) for model in (merged, loaded))

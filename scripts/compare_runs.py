@@ -21,6 +21,7 @@ from bert_jax.recipes import runs
 from bert_jax.training import log
 
 COLORS = {"ours": "C0", "theirs": "C1"}
+LABELS = {"ours": "bert_jax", "theirs": "transformers"}
 
 
 def scores(run: Path) -> dict[str, Any]:
@@ -73,11 +74,12 @@ def chart(sides: dict[str, list[Path]], metric: str | None) -> Figure:
     axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[0].yaxis.set_major_formatter("{x:g}")  # 0.2 instead of 2 × 10⁻¹
     axes[0].yaxis.set_minor_formatter(NullFormatter())
-    for panel, name in zip(axes, ("loss", f"{metric} on validation"), strict=False):
+    for panel, name in zip(axes, ("training loss, log scale", f"{metric} on validation"), strict=False):
         panel.set_title(name, fontsize="medium", loc="left")
         panel.set_xlabel("step")
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False)
+    figure.supxlabel("thick lines: means over the seeds; thin lines: single runs", fontsize="small")
     return figure
 
 
@@ -86,7 +88,7 @@ def _lines(panel: Any, side: str, runs: list[list[tuple[int, float]]], **style: 
         panel.plot(*zip(*points, strict=True), color=COLORS[side], alpha=0.25, linewidth=0.8)
     shared = sorted(set.intersection(*({step for step, _ in points} for points in runs)))
     means = [np.mean([dict(points)[step] for points in runs]) for step in shared]
-    panel.plot(shared, means, color=COLORS[side], label=side, **style)
+    panel.plot(shared, means, color=COLORS[side], label=LABELS[side], **style)
 
 
 def main() -> None:

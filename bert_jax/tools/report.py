@@ -64,19 +64,20 @@ def learning_curve(
             right, label = axes.twinx(), f"validation {metric}"
             right.set_ylabel(f"{label} ({unit})" if metric == "mse" or metric.endswith("loss") else label)
             right.plot(x, [line["validation"][metric] for line in tested], "s-", color="C1", label=label)
-            _in_percent(right.yaxis, metric)
+            _show_shares(right, metric)
     if best is not None:
         axes.axvline(best, color="0.7", linestyle=":", zorder=0, label=f"best: step {best}")
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
-def _in_percent(axis: Any, metric: str) -> None:
-    """Labels an axis in percent if the metric is a share, such as an accuracy."""
+def _show_shares(axes: Any, metric: str) -> None:
+    """Makes the vertical axis go from 0 to 100 % if the metric is a share, such as an accuracy."""
     from matplotlib.ticker import PercentFormatter
 
     if re.search("accuracy|f1|precision|recall|exact_match", metric):
-        axis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
+        axes.set_ylim(0, 1.02)  # room for the marks of a perfect score
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
 
 
 def markdown(metrics: Mapping[str, Any]) -> str:
@@ -134,7 +135,8 @@ def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Plots the results of `held_out.evaluate`.
 
     For fill-mask, the figure shows the accuracy by the frequency and by the position of the tokens, one line per model.
-    For next-sentence-prediction and minimal pairs, it shows the accuracy of each model with its interval.
+    For next-sentence-prediction and minimal pairs, it shows the accuracy of each model with its interval; the line at
+    50 % is chance.
     """
     from bert_jax.tools.figure import Figure
 
@@ -148,8 +150,7 @@ def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
         for model, result in results.items():
             parts = result[name]
             axes.plot([_class(part) for part in parts], [part["accuracy@1"] for part in parts], "o-", label=model)
-        axes.set_ylim(bottom=0)
-        _in_percent(axes.yaxis, "accuracy@1")
+        _show_shares(axes, "accuracy@1")
         axes.legend()
     if not names:
         axes = figure.add_subplot(ylabel="accuracy")
@@ -158,7 +159,7 @@ def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
             around = [[max(0.0, value - low)], [max(0.0, high - value)]]
             axes.errorbar([model], [value], around, fmt="o", capsize=4)
         axes.axhline(0.5, color="0.7")
-        _in_percent(axes.yaxis, "accuracy")
+        _show_shares(axes, "accuracy")
     return figure
 
 

@@ -77,14 +77,25 @@ def _cells(values: list[float], best: Callable[..., float]) -> list[str]:
     return [_digits(best(values)), _digits(statistics.median(values)), f"{_digits(deciles[0])}–{_digits(deciles[-1])}"]
 
 
+WORK = {
+    "C0": "ours, bert_jax: all layers but the last in full; the last layer and the head only at the masks",
+    "0.6": "“gathered”: the same work",
+    "0.8": "“all”: the head at every token; “head”: all layers in full, the head only at the masks",
+}
+"""What the sides of each color compute."""
+
+
 def chart(cases: dict[str, Any]) -> Any:
     """Draws the medians and deciles of the cases peers and texts, one panel per shape."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    panels = {f"{name}, ms": {side: [second * 1e3 for second in seconds] for side, seconds in times.items()}
-              for name, times in cases.get("peers", {}).get("seconds", {}).items()}  # fmt: skip
+    panels = {
+        f"{name} tokens, ms (shorter is better)": {side: [1e3 * t for t in found] for side, found in times.items()}
+        for name, times in cases.get("peers", {}).get("seconds", {}).items()
+    }
     if found := cases.get("texts"):
-        panels[f"{found['sentences']:,} sentences, sentences per second"] = found["rates"]
+        panels[f"{found['sentences']:,} sentences, sentences per second (longer is better)"] = found["rates"]
     figure = Figure(figsize=(10, 2.6 * -(-len(panels) // 2)), layout="constrained")
     for n, (title, values) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(-(-len(panels) // 2), 2, n)
@@ -99,6 +110,9 @@ def chart(cases: dict[str, Any]) -> Any:
         axes.set_title(title, fontsize="medium", loc="left")
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
+    labels = [Patch(color=color, label=work) for color, work in WORK.items()]
+    figure.legend(handles=labels, loc="outside upper left", frameon=False)
+    figure.supxlabel("bars: medians; lines: from the 10th to the 90th percentile", fontsize="small")
     return figure
 
 

@@ -53,6 +53,7 @@ def test_learning_curve():
     np.testing.assert_array_equal(lines(right)["validation accuracy"], [[0, 0.25], [25, 0.5], [50, 0.75]])
     assert (left.get_xlabel(), left.get_ylabel(), right.get_ylabel()) == ("step", "loss (nats)", "validation accuracy")
     assert right.yaxis.get_major_formatter()(0.5) == "50 %"
+    assert right.get_ylim() == (0, 1.02)  # small differences look small
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 4
 

@@ -1,8 +1,9 @@
-"""Turns a pretraining run into the model that ships in the package, in bfloat16, and writes its card with measurements.
+"""Turns pretraining runs into the model that ships in the package, in bfloat16, and writes its card with measurements.
 
-    python scripts/embed_model.py runs/bert-mini-cased --corpus corpus --texts sentences.txt --blanks blanks.txt
+    python scripts/embed_model.py runs/long runs/everyday --corpus corpus --texts sentences.txt --blanks blanks.txt
     python scripts/embed_model.py … --write          # writes the model to bert_jax/embedded/bert-mini-cased
 
+Each run continues the one before; the model is that of the last run.
 The file of `--texts` has one text per line; every third text is used. Each line of the file of `--blanks` has a
 sentence with [MASK], a tab, and the words that count as right, separated by commas. The model must not have been
 trained on either file: `scripts/build_corpus.py --without` leaves out lines that share five consecutive words with the
@@ -13,6 +14,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ import bert_jax
 from bert_jax import hub, recipes
 from bert_jax.recipes import runs
 from bert_jax.settings import HeldOut, Pretraining
+from bert_jax.tools import report
+from bert_jax.training import log
 
 NAME = "bert-mini-cased"
 BODY = "sentence-transformers/all-MiniLM-L6-v2"
@@ -49,7 +53,15 @@ def converted(run: Path, folder: Path) -> None:
     shutil.copyfile(run / "vocab.txt", folder / "vocab.txt")
     settings = {"do_lower_case": False, "model_max_length": 512}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
-    shutil.copyfile(run / "curve.png", folder / "curve.png")
+
+
+def journal(run_folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of all runs, as if they were one run."""
+    lines: list[dict[str, Any]] = []
+    for run in run_folders:
+        before = lines[-1]["step"] if lines else 0
+        lines += [line | {"step": before + line["step"]} for line in log.read_journal(run / log.METRICS)]
+    return lines
 
 
 def blanks(folder: Path, path: Path) -> list[tuple[str, list[str], bool]]:
@@ -86,12 +98,12 @@ def measured(folders: dict[str, Path], texts: Path, sentences: Path) -> dict[str
     return found
 
 
-def card(run: Path, sources: list[dict[str, Any]], found: dict[str, dict[str, Any]]) -> str:
-    results = json.loads((run / "results.json").read_text())
-    settings = Pretraining.from_file(run / runs.SETTINGS)
+def card(run_folders: Sequence[Path], sources: list[dict[str, Any]], found: dict[str, dict[str, Any]]) -> str:
+    results = [json.loads((run / runs.RESULTS).read_text()) for run in run_folders]
+    settings = [Pretraining.from_file(run / runs.SETTINGS) for run in run_folders]
     metadata = ModelCardData(license="apache-2.0", language="en", pipeline_tag="fill-mask", library_name="transformers",
                              tags=["bert", "jax"], base_model=BODY)  # fmt: skip
-    new, validation = found[NAME], results["validation"]
+    new, validation = found[NAME], results[-1]["validation"]
     table = ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
     for label, shown in {
         "masked tokens of sentiment_labelled, nats": lambda f: f"{f['nll']:.2f}",
@@ -103,9 +115,9 @@ def card(run: Path, sources: list[dict[str, Any]], found: dict[str, dict[str, An
         f"“{PROBE}”": lambda f: ", ".join(f["paris"]),
     }.items():
         table.append(f"| {label} | " + " | ".join(shown(entry) for entry in found.values()) + " |")
-    data = ["| MB | times | package | licence | SHA-256 of the package |", "|---|---|---|---|---|"]
-    data += [f"| {s['characters'] / 1e6:.2f} | {s['times']} | {s['place']} | {s['licence']} | `{s['sha256'][:16]}…` |"
-             for s in sources]  # fmt: skip
+    data = ["| MB | times | everyday | package | licence | SHA-256 of the package |", "|---|---|---|---|---|---|"]
+    data += [f"| {s['characters'] / 1e6:.2f} | {s['times']} | {'✓' if s['everyday'] else ''} | {s['place']} | "
+             f"{s['licence']} | `{s['sha256'][:16]}…` |" for s in sources]  # fmt: skip
     answers = [f"| {'✓' if hit else ''} | {sentence} | {', '.join(best)} |" for sentence, best, hit in new["rows"]]
     return "\n\n".join([
         f"---\n{metadata.to_yaml()}\n---",
@@ -126,12 +138,18 @@ def card(run: Path, sources: list[dict[str, Any]], found: dict[str, dict[str, An
         f"{validation['mlm_accuracy']:.1%} right; next sentence {validation['nsp_accuracy']:.1%} right.",
         "## Texts",
         "Made by `python scripts/build_corpus.py corpus --without blanks.txt`; no line shares five words in a row with "
-        "the sentences below.",
+        "the sentences below. `everyday.txt` has the texts with a ✓, `train.txt` all.",
         "\n".join(data),
         "## Training",
-        f"`bert-jax pretrain configs/pretrain/embedded.yaml`, {results['steps']:,} steps on two CPU cores.",
+        "`configs/pretrain/embedded.yaml` has all runs. Each begins with the model of the one before. The first gave "
+        "the model that this card calls “before”. The curve shows the others, whose settings are below, as far as they "
+        "are not the defaults. All ran on two CPU cores.",
         "![learning curve](curve.png)",
-        f"Settings that are not listed have their defaults.\n\n```yaml\n{runs.public_settings(settings)}```",
+        *(
+            f"On `{Path(str(each.data.train)).name}`, {result['steps']:,} steps of {each.training.batch_size} × "
+            f"{each.data.max_length} tokens:\n\n```yaml\n{runs.public_settings(each)}```"
+            for result, each in zip(results, settings, strict=True)
+        ),
         "## Tried before",
         TRIED,
         "## Sentences",
@@ -141,7 +159,7 @@ def card(run: Path, sources: list[dict[str, Any]], found: dict[str, dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--corpus", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--texts", type=Path, required=True, metavar="FILE")
     parser.add_argument("--blanks", type=Path, required=True, metavar="FILE")
@@ -151,9 +169,10 @@ def main() -> None:
     sources = json.loads((arguments.corpus / "sources.json").read_text())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        converted(arguments.run, folder)
+        converted(arguments.runs[-1], folder)
+        report.learning_curve(journal(arguments.runs), "mlm_accuracy").savefig(folder / "curve.png", dpi=120)
         found = measured({"before": arguments.beside, NAME: folder}, arguments.texts, arguments.blanks)
-        (folder / "README.md").write_text(card(arguments.run, sources, found), encoding="utf-8")
+        (folder / "README.md").write_text(card(arguments.runs, sources, found), encoding="utf-8")
         Console().print((folder / "README.md").read_text(), markup=False, highlight=False)
         if arguments.write:
             for path in folder.iterdir():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 from sphinx.application import Sphinx
@@ -27,7 +28,7 @@ html_theme = "furo"
 html_title = "bert_jax"
 exclude_patterns = ["_build"]
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib.openapi"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 nb_execution_mode = "off"
 NOTEBOOKS = Path(os.environ.get("BERT_JAX_EXECUTED_NOTEBOOKS", Path(__file__).parents[1] / "notebooks"))
 """A folder with executed notebooks, which `pytest -m notebooks` fills. Without it, the pages have no outputs."""
@@ -44,10 +45,12 @@ OPENAPI = Path(__file__).parent / "_build" / "openapi.json"
 
 
 def write_openapi(app: Sphinx) -> None:
-    """Writes the routes of a server with models for all tasks, for the page `reference/http`."""
+    """Writes the OpenAPI document of a server with models for all tasks, for the page `reference/http`."""
     config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    served = [models.load("bert-mini-cased", hub.download("bert-mini-cased"))]
-    for task in ("text-classification", "token-classification", "question-answering", "multiple-choice"):
+    new_heads = ("text-classification", "token-classification", "question-answering", "multiple-choice")
+    embedded = [task for task in TASKS if task not in new_heads]
+    served = [models.load("bert-mini-cased", hub.download("bert-mini-cased"), tasks=embedded)]
+    for task in new_heads:
         with tempfile.TemporaryDirectory() as folder:
             TASKS[task].model_class(config, rngs=nnx.Rngs(0)).save_pretrained(folder)
             bert_jax.Tokenizer.from_pretrained("bert-mini-cased").save_pretrained(folder)
@@ -55,6 +58,62 @@ def write_openapi(app: Sphinx) -> None:
     guarded = Server(served, Limits(), Access()).app
     OPENAPI.parent.mkdir(exist_ok=True)
     OPENAPI.write_text(json.dumps(guarded.app.openapi()), encoding="utf-8")
+
+
+def type_of(schema: dict[str, Any]) -> str:
+    """The type that a JSON schema describes, in words; objects with a name are links."""
+    if "$ref" in schema:
+        name = schema["$ref"].split("/")[-1]
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in schema:
+        return " or ".join(map(type_of, schema["anyOf"]))
+    if "enum" in schema:
+        return " or ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{json.dumps(schema['const'])}`"
+    if "prefixItems" in schema:
+        return f"[{', '.join(map(type_of, schema['prefixItems']))}]"
+    if "items" in schema:
+        inner = type_of(schema["items"])
+        return f"array of ({inner})" if " or " in inner else f"array of {inner}"
+    if isinstance(values := schema.get("additionalProperties"), dict):
+        return f"object with values of the type ({type_of(values)})"
+    return schema.get("type", "any")
+
+
+def fields_of(schema: dict[str, Any]) -> list[str]:
+    """The fields of a JSON object, as the lines of a table."""
+    lines = ["", "| field | type | default |", "|---|---|---|"]
+    for name, field in schema.get("properties", {}).items():
+        default = "required" if name in schema.get("required", ()) else f"`{json.dumps(field.get('default'))}`"
+        lines.append(f"| `{name}` | {type_of(field)} | {default} |")
+    return [*lines, ""]
+
+
+def http_reference(document: dict[str, Any]) -> str:
+    """The routes of an OpenAPI document and the fields of their requests and responses, as Markdown."""
+    lines = []
+    for path, methods in document["paths"].items():
+        for method, route in methods.items():
+            section = f"## {route.get('tags', ['Monitoring'])[0]}"
+            if section not in lines:
+                lines += [section, ""]
+            lines += [f"### {method.upper()} {path}", "", route["description"]]
+            task = TASKS.get(path.removeprefix("/v1/"))
+            if task is not None:
+                lines += [f"{{py:meth}}`~{task.__module__}.{task.__name__}.request` describes the parameters."]
+            if body := route.get("requestBody"):
+                schema = body["content"]["application/json"]["schema"]
+                lines += ["", f"Request: {schema.get('description', 'an object.')}"]
+                example = ["", f"    {json.dumps(schema.get('example'))}", ""]
+                lines += fields_of(schema) if "properties" in schema else example
+            if response := route["responses"]["200"]["content"]["application/json"]["schema"]:
+                lines += ["", f"Response: {type_of(response)}", ""]
+    lines += ["## Objects", ""]
+    for name, schema in document["components"]["schemas"].items():
+        if not name.endswith("ValidationError"):  # FastAPI's format of errors, which this server does not use
+            lines += [f"### {name}", "", schema.get("description", ""), *fields_of(schema)]
+    return "\n".join(lines)
 
 
 def add_notebooks(app: Sphinx) -> None:
@@ -66,16 +125,18 @@ def add_notebooks(app: Sphinx) -> None:
         (pages / path.name).write_text(text.replace("](../docs/", "](../"), encoding="utf-8")
 
 
-def add_commands(app: Sphinx, page: str, source: list[str]) -> None:
-    """Writes the help of all commands, as Markdown, in the page `reference/commands`."""
+def add_references(app: Sphinx, page: str, source: list[str]) -> None:
+    """Writes the help of all commands to the page `reference/commands`, and all routes to `reference/http`."""
     if page == "reference/commands":
         command = [sys.executable, "-m", "typer", "bert_jax.cli", "utils", "docs", "--name", "bert-jax"]
         done = subprocess.run([*command, "--title", "Commands"], capture_output=True, text=True, check=True)
         source[0] = done.stdout
+    if page == "reference/http":
+        source[0] += http_reference(json.loads(OPENAPI.read_text(encoding="utf-8")))
 
 
 def setup(app: Sphinx) -> None:
     """Adds the pages that the package's code writes."""
     app.connect("builder-inited", write_openapi)
     app.connect("builder-inited", add_notebooks)
-    app.connect("source-read", add_commands)
+    app.connect("source-read", add_references)

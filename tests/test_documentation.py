@@ -13,6 +13,7 @@ import typer.main
 
 import bert_jax
 from bert_jax import cli, server_settings, settings
+from bert_jax.tasks.registry import TASKS
 from bert_jax.yaml_file import Section
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,7 @@ def test_every_public_name_has_an_entry(names):
     for name in bert_jax.__all__:
         value = getattr(bert_jax, name)
         assert f"bert_jax.{name}" in names or (inspect.ismodule(value) and value.__name__ in names), name
+        assert inspect.getdoc(value), name
 
 
 def test_every_setting_has_an_entry(names):
@@ -52,8 +54,9 @@ def test_every_setting_has_an_entry(names):
     assert len(kinds) > 15
     for kind in kinds:
         assert kind.model_fields
-        for field in kind.model_fields:
+        for field, info in kind.model_fields.items():
             assert f"{kind.__module__}.{kind.__name__}.{field}" in names, f"{kind.__name__}.{field}"
+            assert info.description or info.annotation in kinds, f"{kind.__name__}.{field} has no docstring"
 
 
 def test_every_command_has_an_entry(site):
@@ -61,18 +64,24 @@ def test_every_command_has_an_entry(site):
     text = re.sub("<[^>]+>", "", page)
     for name, command in typer.main.get_command(cli.app).commands.items():
         assert f"bert-jax {name}" in text
+        assert command.help
         for parameter in command.params:
+            assert parameter.help, f"{name} {parameter.name}"
             shown = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.metavar or parameter.name
             assert shown in text, f"{name} {shown}"
 
 
-def test_every_route_has_an_entry(site):
+def test_every_route_has_an_entry_with_the_fields_of_its_request(site):
     page = html.unescape(re.sub("<[^>]+>", "", (site / "reference" / "http.html").read_text(encoding="utf-8")))
     routes = json.loads((ROOT / "docs" / "_build" / "openapi.json").read_text(encoding="utf-8"))["paths"]
-    assert len(routes) > 15
+    assert {f"/v1/{task}" for task in TASKS} < set(routes)
     for path, methods in routes.items():
-        for method in methods:
-            assert f"{method.upper()} {path}" in page
+        for method, route in methods.items():
+            (_, after) = page.split(f"{method.upper()} {path}¶")
+            entry = after.split("¶")[0].split()
+            content = route.get("requestBody", {"content": {"application/json": {"schema": {}}}})["content"]
+            for field in content["application/json"]["schema"].get("properties", {}):
+                assert field in entry, f"{path} {field}"
 
 
 def test_every_notebook_has_a_page(site):

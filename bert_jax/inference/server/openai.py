@@ -22,7 +22,7 @@ from bert_jax.tasks.base import Request as TaskRequest
 
 
 class EmbeddingsBody(StrictBody):
-    """The body of /v1/embeddings. `user` is ignored."""
+    """The body of /v1/embeddings. `dimensions` must be null. `user` is ignored."""
 
     input: str | Items[str] | Items[int] | Items[Items[int]]
     model: str

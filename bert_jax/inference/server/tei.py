@@ -35,7 +35,10 @@ class TruncatingBody(StrictBody):
 
 
 class EmbedBody(TruncatingBody):
-    """The body of /embed."""
+    """The body of /embed. `normalize` scales each vector to length 1. `prompt_name` and `dimensions` must be null.
+
+    If `truncate` is null, the setting of the server applies.
+    """
 
     inputs: TextsOrIds
     normalize: bool = True
@@ -44,21 +47,27 @@ class EmbedBody(TruncatingBody):
 
 
 class EmbedAllBody(TruncatingBody):
-    """The body of /embed_all."""
+    """The body of /embed_all. `prompt_name` must be null. If `truncate` is null, the setting of the server applies."""
 
     inputs: Texts
     prompt_name: None = None
 
 
 class PredictBody(TruncatingBody):
-    """The body of /predict: a text, a pair of texts, or a list of lists with one or two texts each."""
+    """The body of /predict: a text, a pair of texts, or a list of lists with one or two texts each.
+
+    With `raw_scores`, the scores are logits. If `truncate` is null, the setting of the server applies.
+    """
 
     inputs: str | Pair | Annotated[Items[Pair], pydantic.Field(min_length=1)]
     raw_scores: bool = False
 
 
 class RerankBody(TruncatingBody):
-    """The body of /rerank."""
+    """The body of /rerank. With `raw_scores`, the scores are logits. With `return_text`, the answer has the texts.
+
+    If `truncate` is null, the setting of the server applies.
+    """
 
     query: str
     texts: Items[str]
@@ -67,7 +76,7 @@ class RerankBody(TruncatingBody):
 
 
 class TokenizeBody(StrictBody):
-    """The body of /tokenize."""
+    """The body of /tokenize. `prompt_name` must be null."""
 
     inputs: Texts
     add_special_tokens: bool = True

@@ -235,17 +235,28 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
         "\n".join(table),
     ]
 
-    lines = ["| program | collectives (MB per device) | gradients, MB | products in bfloat16 |", "|---|---|---|---|"]
+    reports: dict[str, dict[str, list[str]]] = {}  # program -> what a compiler reports -> the devices
     for name, found in results.items():
         if name.split()[1] in ("finetune", *INFERENCE) and " one " not in name and found["fits"]:
             said = ", ".join(f"{n} {kind} ({size / 1e6:,.1f})" for kind, (n, size) in found["collectives"].items())
             flops = {kinds.split()[0]: flops for kinds, (_, flops) in found["products"].items()}
             share = flops["bfloat16"] / sum(flops.values())
             gradients = f"{found['gradient_bytes'] / 1e6:,.1f}" if "gradient_bytes" in found else ""
-            lines.append(f"| {name} | {said} | {gradients} | {share:.2%} |")
+            chip, program = name.split(" ", 1)
+            reports.setdefault(program, {}).setdefault(f"{said} | {gradients} | {share:.2%}", []).append(chip)
+    lines = [
+        "| program | devices | collectives (MB per device) | gradients, MB | products in bfloat16 |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {program} | {', '.join(chips)} | {report} |"
+            for program, found in reports.items()
+            for report, chips in found.items()
+        ),
+    ]
     parts += [
         "## Communication between devices\n\nData-parallel steps communicate only to sum gradients, and data-parallel "
-        "pipelines not at all.",
+        "pipelines not at all. The name\nof a program ends with the size of the model, the layout, and the rows and "
+        "tokens on all devices.",
         "\n".join(lines),
     ]
 
@@ -301,9 +312,9 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
     parts += [
         "## What `attention: auto` picks\n\nFused kernels never store the attention probabilities, so they cannot drop "
         "any. The published configs have an\nattention dropout of 0.1. To fine-tune with a fused kernel, set "
-        "`model.attention_probs_dropout_prob=0`\n([what this changes](training_quality.md#attention-dropout)). The kernels "
-        "are those of JAX (`jax.experimental.pallas.ops`). Those\nof tokamax were tried, too, but without a GPU they "
-        "cannot be compiled, so the compiler could not confirm them.",
+        "`model.attention_probs_dropout_prob=0`\n([what this changes](training_quality.md#attention-dropout)). The "
+        "kernels are those of JAX (`jax.experimental.pallas.ops`).\nThose of tokamax were tried, too, but without a GPU "
+        "they cannot be compiled, so the compiler could not confirm them.",
         "\n".join(lines),
     ]
     lines = ["| program | products | memory | links | lower bound |", "|---|---|---|---|---|"]

@@ -313,8 +313,8 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
         "## What `attention: auto` picks\n\nFused kernels never store the attention probabilities, so they cannot drop "
         "any. The published configs have an\nattention dropout of 0.1. To fine-tune with a fused kernel, set "
         "`model.attention_probs_dropout_prob=0`\n([what this changes](training_quality.md#attention-dropout)). The "
-        "kernels are those of JAX (`jax.experimental.pallas.ops`).\nThose of tokamax were tried, too, but they cannot be "
-        "compiled without a GPU.",
+        "kernels are those of JAX (`jax.experimental.pallas.ops`).\nThose of tokamax were tried, too, but they cannot "
+        "be compiled without a GPU.",
         "\n".join(lines),
     ]
     lines = ["| program | products | memory | links | lower bound |", "|---|---|---|---|---|"]

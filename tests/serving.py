@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 KEY = "a-key-of-the-tests"
+STARTED_WITHIN = 240
+"""Seconds after which a server that is not ready is killed."""
 WORDS = [
     "paris",
     "is",
@@ -41,18 +44,18 @@ def start(*arguments, wait=True, **environment):
     command = [sys.executable, "-m", "bert_jax.cli", "serve", *map(str, arguments), "--port", "0"]
     flags = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | flags | environment)
+    limit = threading.Timer(STARTED_WITHIN, process.kill)
+    limit.start()
     line = process.stderr.readline()
-    match = re.search(r"http://[0-9.]+:(\d+) answers", line)
-    if not match:
+    try:
+        port = int(re.search(r"http://[0-9.]+:(\d+) answers", line)[1])
+        while wait and ask(port, "GET", "/health")[0] != 200:
+            time.sleep(0.1)
+    except (TypeError, OSError, http.client.HTTPException):
         process.kill()
-        pytest.fail(line + process.stderr.read())
-    port = int(match[1])
-    until = time.monotonic() + 240
-    while wait and ask(port, "GET", "/health")[0] != 200:
-        if time.monotonic() > until:
-            process.kill()
-            pytest.fail("the server is not ready after four minutes")
-        time.sleep(0.1)
+        pytest.fail(f"the server has not started within {STARTED_WITHIN} s: {line}{process.stderr.read()}")
+    finally:
+        limit.cancel()
     return process, port
 
 

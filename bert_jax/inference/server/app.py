@@ -97,7 +97,7 @@ class Server:
             Gauge(name, description, registry=self.registry).set_function(function)
         app = FastAPI(title="bert_jax", version=__version__, lifespan=self._life, docs_url=None, redoc_url=None)
         for kind in (Refused, HTTPException, Exception):
-            app.add_exception_handler(kind, _refused)
+            app.add_exception_handler(kind, self._refused)
         app.get("/health")(self._health)
         app.get("/metrics")(self._metrics)
         for router in (tasks.routes(self.engine, attention), openai.routes(self.engine), tei.routes(self.engine)):
@@ -160,6 +160,21 @@ class Server:
         """The metrics, in Prometheus' text format."""
         return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4")
 
+    async def _refused(self, request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):  # raised by Starlette, for example for an unknown route
+            code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
+            message = self._no_route() if error.status_code == 404 else str(error.detail)
+            error = Refused(error.status_code, code, message, dict(error.headers or {}))
+        if not isinstance(error, Refused):
+            error = Refused(500, "fault", "The server failed; the request may be valid.")
+        return error.response(request.url.path)
+
+    def _no_route(self) -> str:
+        """The message for a route that does not exist, such as that of a task that no model is served for."""
+        first, *_ = self.engine.tasks()
+        routes = [f"/score ({first})", *(f"/v1/{task}" for task in self.engine.tasks())]
+        return f"There is no such route; the tasks of this server are at {', '.join(routes)}, and /docs has all routes."
+
 
 def _settle() -> None:
     """Collects garbage, and freezes what is left, so that a later collection does not stop all threads for a second."""
@@ -169,15 +184,6 @@ def _settle() -> None:
 
 def _file(path: Path) -> Callable[[], FileResponse]:
     return lambda: FileResponse(path)
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    if isinstance(error, HTTPException):  # raised by Starlette, for example for an unknown route
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
-        error = Refused(error.status_code, code, str(error.detail), dict(error.headers or {}))
-    if not isinstance(error, Refused):
-        error = Refused(500, "fault", "The server failed; the request may be valid.")
-    return error.response(request.url.path)
 
 
 def serve(

@@ -80,10 +80,13 @@ class Engine:
 
     def other_task(self, task: str, model: str | None = None) -> Refused:
         """The error for a task that `model` does not serve or, if `model` is None, that no model serves."""
-        tasks = dict.fromkeys(
-            name for served in self.models.values() if model in (None, served.name) for name in served.pipes
-        )
-        return Refused(424, "other_task", f"The server has no model for {task}; it answers {', '.join(tasks)}.")
+        owner = "The server has no model" if model is None else "This model is not served"
+        return Refused(424, "other_task", f"{owner} for {task}; it answers {', '.join(self.tasks(model))}.")
+
+    def tasks(self, model: str | None = None) -> list[str]:
+        """The tasks that `model` is served for or, if `model` is None, that any model is served for."""
+        names = (name for served in self.models.values() if model in (None, served.name) for name in served.pipes)
+        return list(dict.fromkeys(names))
 
     def unknown_model(self) -> Refused:
         """The error for the name of a model that is not served."""

@@ -139,7 +139,7 @@ def routes(engine: Engine, attention: Attention) -> APIRouter:
             responses={200: {"model": answer_model(task)}},
         )(predict)
 
-    for name in dict.fromkeys(task for served in engine.models.values() for task in served.pipes):
+    for name in engine.tasks():
         add(engine.pipeline(name).task)
 
     @router.post("/v1/attention", openapi_extra=documented(AttentionBody), responses={200: {"model": AttentionAnswer}})

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import serving
 from serving import KEY, WORDS, ask, post, same, start
 
 import bert_jax
@@ -127,7 +128,9 @@ SECRET = "Walburga Zwiebelkuchen"
         ("/v1/fill-mask", {"text": SECRET}, 422, "inputs: Field required|unknown field"),
         ("/v1/next-sentence-prediction", {"inputs": [[SECRET, " "]]}, 422, r"inputs\[0\]: the second text is empty"),
         ("/v1/next-sentence-prediction", {"inputs": [SECRET]}, 422, "inputs"),
-        ("/v1/question-answering", {"inputs": []}, 404, "Not Found"),
+        *((path, {"inputs": []}, 404, r"^There is no such route; the tasks of this server are at /score \(fill-mask\), "
+           r"/v1/fill-mask, /v1/next-sentence-prediction, and /docs has all routes\.$")
+          for path in ("/v1/question-answering", "/question-answering", "/v1/ner")),
     ],
 )  # fmt: skip
 def test_refused(port, path, body, status, words):
@@ -146,6 +149,16 @@ def test_other_refusals(port):
             b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
         )
     assert ask(port, "GET", "/health")[0] == 200
+
+
+def test_a_server_that_says_nothing_ends_the_test(tmp_path, monkeypatch):
+    silent = tmp_path / "python"
+    silent.write_text("#!/bin/sh\nexec sleep 600\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr(serving, "STARTED_WITHIN", 0.5)
+    monkeypatch.setattr(sys, "executable", str(silent))
+    with pytest.raises(pytest.fail.Exception, match="the server has not started within"):
+        start("a-model")
 
 
 def test_quotations_are_left_out():

@@ -57,7 +57,7 @@ def test_models(client, reranker):
     ("request_", "status", "words"),
     [
         ({"model": "another"}, 404, "expected one of: embedder, classifier, "),
-        ({"model": "classifier"}, 424, "no model for feature-extraction"),
+        ({"model": "classifier"}, 424, "This model is not served for feature-extraction; it answers text-"),
         ({"encoding_format": "hex"}, 400, "encoding_format: Input should be 'float' or 'base64'"),
         ({"dimensions": 4}, 400, "dimensions is not supported"),
         ({"input": []}, 400, "input is empty"),

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bert_jax.cli.options import Ignore, Model, Revision, app, load_pipeline
+from bert_jax.cli.options import Ignore, Model, Revision, TaskOption, app, load_pipeline
 from bert_jax.compilation import use_compilation_cache
 from bert_jax.errors import HubUnreachableError, InputError, check_extra
 from bert_jax.training import memory
@@ -80,7 +80,7 @@ def convert(
 def export(
     model: Model,
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
-    task: Annotated[str, typer.Option(help="Name of the task: fill-mask, text-classification, …")],
+    task: TaskOption = None,
     revision: Revision = None,
     ignore: Ignore = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Dtype of the large weights.")] = "float32",
@@ -93,9 +93,9 @@ def export(
     check_folder(folder)  # fails now, not after the model is loaded
     _, pipe = load_pipeline(task, model, revision, ignore, dtype)
     embedding = None
-    if task == "feature-extraction" and hub.find_modules(pipe.task.folder):
+    if pipe.task.name == "feature-extraction" and hub.find_modules(pipe.task.folder):
         embedding = pipe.task.declared(pipe.task.folder)
-    export_model(pipe.model(pipe.params), folder, task=task, tokenizer=pipe.tokenizer, embedding=embedding)
+    export_model(pipe.model(pipe.params), folder, task=pipe.task.name, tokenizer=pipe.tokenizer, embedding=embedding)
     print(f"{folder} contains the program, its parameters and tokenizer, and run.py, which runs it with JAX alone.")
 
 

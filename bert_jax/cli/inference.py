@@ -23,8 +23,10 @@ from bert_jax.cli.options import (
     Model,
     ModelOption,
     Revision,
+    TaskOption,
     app,
     find_model,
+    find_task,
     load_pipeline,
 )
 from bert_jax.compilation import use_compilation_cache
@@ -83,7 +85,7 @@ def score(
 @app.command()
 def predict(
     model: Model,
-    task: Annotated[str, typer.Option(help="Name of the task: fill-mask, text-classification, …")],
+    task: TaskOption = None,
     text: Annotated[list[str] | None, typer.Argument(help="Texts to predict. Give either texts or --input.")] = None,
     revision: Revision = None,
     ignore: Ignore = None,
@@ -155,9 +157,9 @@ def predict(
         from bert_jax.inference import ray
 
         ray.predict(
-            task, model, input or (), output or "", revision=revision, ignore=ignore or (), dtype=dtype,
-            columns=tuple(column or ()), parameters=assignments(parameter or ()), format=format, address=address,
-            workers=workers,
+            task or find_task(*find_model(model, revision)), model, input or (), output or "", revision=revision,
+            ignore=ignore or (), dtype=dtype, columns=tuple(column or ()), parameters=assignments(parameter or ()),
+            format=format, address=address, workers=workers,
         )  # fmt: skip
         print(f"{output} contains the predictions. Rows that could not be used have the reason in `error`.")
         return
@@ -180,8 +182,7 @@ def predict(
         shard=(part, parts), parameters=parameters, console=console,
     )  # fmt: skip
     rejected = f"; {counts.rejected:,} rejected, see {output}.rejected.jsonl" if counts.rejected else ""
-    line = f"{output}: {counts.predicted:,} rows{rejected} ({len(pipe.programs)} programs)"
-    console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"{output}: {counts.predicted:,} rows{rejected}", highlight=False, soft_wrap=True)
 
 
 @app.command()

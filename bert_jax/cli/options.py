@@ -8,7 +8,7 @@ import typer
 
 from bert_jax import __version__
 from bert_jax.compilation import CACHE_VARIABLE, use_compilation_cache
-from bert_jax.errors import BertJaxError, HubUnreachableError, Interrupted
+from bert_jax.errors import BertJaxError, HubUnreachableError, InputError, Interrupted
 from bert_jax.hub import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ MeshOption = Annotated[
         help="Size of an axis of the device mesh, such as data=4 or fsdp=2. Repeatable. Default: all accelerators "
         "of this machine share the rows."
     ),
+]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(help="Name of the task: fill-mask, text-classification, … Default: that of the model, if it has one."),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change, as section.key=value.")]
 Processes = Annotated[
@@ -85,7 +89,12 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def load_pipeline(
-    task: str, model: ModelOption, revision: Revision, ignore: Ignore, dtype: DtypeOption, mesh: MeshOption = None
+    task: str | None,
+    model: ModelOption,
+    revision: Revision,
+    ignore: Ignore,
+    dtype: DtypeOption,
+    mesh: MeshOption = None,
 ) -> tuple[str, "Pipeline[Task]"]:
     """The name of a model, from `find_model`, and its pipeline. The arguments are those of the options."""
     use_compilation_cache()
@@ -98,7 +107,21 @@ def load_pipeline(
     sizes = Serving.from_dict({"mesh": assignments(mesh)}, source="--mesh").mesh if mesh else None
     devices = sharding.local(sizes.model_dump()) if sizes else None
     name, folder = find_model(model, revision)
-    return name, pipelines.pipeline(registry.task_name(task), folder, ignore=ignore or (), dtype=dtype, mesh=devices)
+    task = registry.task_name(task or find_task(name, folder))
+    return name, pipelines.pipeline(task, folder, ignore=ignore or (), dtype=dtype, mesh=devices)
+
+
+def find_task(name: str, folder: Path) -> str:
+    """The only task that a model has a head for. Raises `InputError` if there are none or several."""
+    from bert_jax import hub
+    from bert_jax.inference.pipelines import tasks_of
+    from bert_jax.tasks.registry import TASKS
+
+    fitting = tasks_of(hub.architectures(folder))
+    if len(fitting) == 1:
+        return fitting[0]
+    known = f"is for {' and '.join(fitting)}" if fitting else "names no task"
+    raise InputError(f"--task is missing, and {name} {known}; expected one of {', '.join(fitting or TASKS)}.")
 
 
 def find_model(model: str | None, revision: str | None) -> tuple[str, Path]:

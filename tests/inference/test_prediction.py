@@ -415,11 +415,16 @@ def test_the_command(model, tmp_path):
     command, environment = predict(*arguments, "--output", tmp_path / "out.jsonl", "--parameter", "top_k=2")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "2 rows; 1 rejected, see" in done.stdout
+    rejected = f"{tmp_path}/out.jsonl.rejected.jsonl"
+    assert done.stdout.lstrip() == f"{tmp_path}/out.jsonl: 2 rows; 1 rejected, see {rejected}\n"
     assert [len(row["prediction"]) for row in lines(tmp_path / "out.jsonl")] == [2, 2]
-    command, environment = predict(model, "good", "bad", "--task", "text-classification")
+    command, environment = predict(model, "good", "bad")  # the task is that of the model
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert [set(json.loads(line)) for line in done.stdout.splitlines()] == [{"label", "score"}] * 2
+    command, environment = predict("bert-mini-cased", "a [MASK]")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "bert-jax: --task is missing, and bert-mini-cased is for fill-mask "
+        "and next-sentence-prediction; expected one of fill-mask, next-sentence-prediction.\n")  # fmt: skip
     for wrong in (
         ["--output", "x"],
         ["--shard", "0/2", "--output", "x.jsonl"],

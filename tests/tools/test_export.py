@@ -374,6 +374,22 @@ def test_the_command(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_the_command_finds_the_task(tmp_path):
+    def export(*options):
+        return CliRunner().invoke(app, ["export", str(tmp_path / "model"), str(tmp_path / "out"), *options])
+
+    classifier = bert_jax.BertForSequenceClassification(CONFIG.replace(vocab_size=28996), rngs=nnx.Rngs(0))
+    shutil.copytree(hub.EMBEDDED / "bert-mini-cased", tmp_path / "model")
+    classifier.save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace("BertForSequenceClassification", "BertForSomethingElse"))
+    expected = rf"^--task is missing, and {tmp_path}/model names no task; expected one of fill-mask, .*text-class"
+    assert re.search(expected, str(export().exception))
+    config.write_text(config.read_text().replace("BertForSomethingElse", "BertForSequenceClassification"))
+    assert export().exit_code == 0
+    assert load(tmp_path / "out")[1]["classifier.weight"].shape[0] == classifier.config.num_labels
+
+
 def test_the_command_embeds_as_the_folder_declares(tmp_path, tokenizer):
     shutil.copytree(hub.EMBEDDED / "bert-mini-cased", tmp_path / "model")
     bert_jax.SentenceEmbedding("cls", 384, normalize=True).save_pretrained(tmp_path / "model")

@@ -81,14 +81,14 @@ def parse_json(lines: Iterator[str]) -> Rows:
         yield number, row if isinstance(row, dict) else InputError(f"{type(row).__name__}; expected a JSON object.")
 
 
-def parse_table(lines: Iterator[str], *, table: Table, sure: bool, path: Path) -> Rows:
+def parse_table(lines: Iterator[str], *, table: Table, sure: bool, path: Path | None) -> Rows:
     """CSV or TSV. The first line names the columns, unless `table` does.
 
     Args:
         lines: The lines.
         table: The delimiter, the quoting and, if there is no header line, the columns.
         sure: Whether the caller, and not the format, chose the delimiter.
-        path: The file, for warnings.
+        path: The file, for warnings; None for no warnings.
     """
     csv.field_size_limit(2**24)  # a field may hold a book; the default limit is 131,072 characters
     record: list[str] = []  # the lines that the reader has read for the current row
@@ -121,7 +121,7 @@ def parse_table(lines: Iterator[str], *, table: Table, sure: bool, path: Path) -
             if not names:
                 return
             continue
-        if not quotes and not quoted_cells and any(re.fullmatch('".+"', field) for field in fields):
+        if path and not quotes and not quoted_cells and any(re.fullmatch('".+"', field) for field in fields):
             quoted_cells = True
             logger.warning(
                 "%s: in line %d, a cell begins and ends with a quote, and both quotes are read as text. If quotes "

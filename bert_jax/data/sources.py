@@ -144,6 +144,7 @@ def entries(
     *,
     labelled: bool = True,
     table: Table = Table(),  # noqa: B008
+    warn: bool = True,
 ) -> Iterator[Entry]:
     """Streams the rows of a file, with an error in place of each row that cannot be read.
 
@@ -169,6 +170,7 @@ def entries(
               before the first row.
         labelled: If `format` is None, whether the format of a .txt file is "text;label" instead of "text".
         table: How a table is read. For other formats, only the default is allowed.
+        warn: Whether to log warnings; false if the caller reads the file twice.
 
     Raises:
         InputError: If the file cannot be read, if its format is unknown, or if `table` is invalid, or is given and the
@@ -192,7 +194,7 @@ def entries(
             raise InputError(f"the list of columns has {quoted(repeated[0])} twice; expected distinct names.")
         sure = table.delimiter is not None
         table = Table(delimiter, table.quoting or usual.quoting, table.columns)
-        parse[format] = functools.partial(formats.parse_table, table=table, sure=sure, path=path)
+        parse[format] = functools.partial(formats.parse_table, table=table, sure=sure, path=path if warn else None)
     elif table != Table():
         raise InputError(f"{path} has the format {format}; delimiter, quoting and columns apply only to csv and tsv.")
     if format not in parse:

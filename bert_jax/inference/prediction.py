@@ -112,7 +112,8 @@ def predict_files(
     candidates = [columns] if columns else pipe.task.columns_of_input
     flat = not output.name.endswith(OUTPUTS[:2])
     for path in paths:
-        first = ((path, 0, entry) for entry in islice(sources.entries(path, format, labelled=False, table=table), 100))
+        begin = sources.entries(path, format, labelled=False, table=table, warn=False)  # warned of when read again
+        first = ((path, 0, entry) for entry in islice(begin, 100))
         window = _window(lambda entry: entry, first, candidates, flat)
         if window and not window.requests:
             raise InputError(f"{path}: {window.rejected[0]['reason']}")
@@ -343,7 +344,7 @@ def _convert(partial: Path, output: Path) -> None:
         return
     opened: Any = gzip.open if output.suffix == ".gz" else open
     with _replacing(output) as staged, open(partial, "rb") as rows:
-        if ".jsonl" in output.suffixes:
+        if output.name.endswith(".jsonl.gz"):
             with opened(staged, "wb") as file:
                 shutil.copyfileobj(rows, file)
         else:

@@ -112,6 +112,25 @@ def test_formats_of_outputs(pipe, tmp_path, name):
     assert list(rows[0]) == ["text", "n", "t", "prediction_label", "prediction_score", "late"]
 
 
+@pytest.mark.parametrize("name", ["out.jsonl.csv", "out.jsonl.csv.gz", "out.jsonl.parquet", "out.csv.jsonl"])
+def test_the_last_ending_of_an_output_counts(pipe, tmp_path, name):
+    (tmp_path / "in.txt").write_text("good\n")
+    path = tmp_path / name
+    run(pipe, [tmp_path / "in.txt"], path)
+    names = ["text", "prediction"] if name == "out.csv.jsonl" else ["text", "prediction_label", "prediction_score"]
+    assert [list(row) for row in sources.read(path)] == [names]
+
+
+def test_quotes_are_warned_of_once_a_file(pipe, tmp_path, caplog):
+    for name in ("a.tsv", "b.tsv"):
+        (tmp_path / name).write_text('text\tn\n"good"\t1\n"bad"\t2\n')
+    run(pipe, [tmp_path / "a.tsv", tmp_path / "b.tsv"], tmp_path / "out.jsonl")
+    assert [record.args[0].name for record in caplog.records if "both quotes are read" in record.msg] == [
+        "a.tsv",
+        "b.tsv",
+    ]
+
+
 def test_a_table_without_a_header_in_quotes(pipe, tmp_path):
     (tmp_path / "in.tsv").write_text('"a ""good"" day"\t"1"\n"a bad\nday"\t"2"\n')
     table = Table(quoting="minimal", columns=("text", "n"))

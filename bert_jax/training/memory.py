@@ -16,7 +16,6 @@ _HUGE_PAGE = 2 << 20
 _CHUNK, _CHUNKS, _FENCE = 64 << 20, 32, 1 << 20
 
 
-@functools.cache
 def keep_freed(*, asynchronous: bool = False) -> None:
     """Makes glibc's malloc keep freed memory for the next allocation instead of returning it to the system.
 
@@ -39,8 +38,8 @@ def keep_freed(*, asynchronous: bool = False) -> None:
       3.4 GB with asynchronous dispatch and 1.7 GB without it. A training step on CPU keeps all cores busy, so it gains
       nothing from asynchronous dispatch.
 
-    The call does nothing if malloc is not glibc's, and uses no huge pages if the system has none. A second call with
-    the same argument does nothing.
+    The call does nothing if malloc is not glibc's, and uses no huge pages if the system has none. A second call leaves
+    the heap as it is.
 
     Args:
         asynchronous: Leaves JAX's asynchronous dispatch on, for commands that prepare or decode one batch while
@@ -52,6 +51,11 @@ def keep_freed(*, asynchronous: bool = False) -> None:
         import jax
 
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+    _arrange_heap(libc)
+
+
+@functools.cache
+def _arrange_heap(libc: Any) -> None:
     # All threads use one arena, because the arenas of threads other than the first have no room for a large block.
     libc.mallopt(_M_ARENA_MAX, 1)
     libc.mallopt(_M_MMAP_MAX, 0)

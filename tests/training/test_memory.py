@@ -101,6 +101,13 @@ def test_release_gives_back_what_is_free_and_no_more(how):
     assert run(RELEASE, how) > (0.9 * 300e6 if how == "keep" else -10e6)
 
 
+def test_another_call_leaves_the_heap_as_it_is():
+    size = "int(open('/proc/self/statm').read().split()[0])"  # in pages
+    calls = "memory.keep_freed(asynchronous=True); memory.keep_freed(asynchronous=False); memory.keep_freed()"
+    program = f"memory.keep_freed()\nbefore = {size}\n{calls}\nprint({size} - before)"
+    assert run(program) == 0
+
+
 def test_dispatch_stays_asynchronous_where_asked():
     program = "from jax._src import xla_bridge\nprint(int(xla_bridge._CPU_ENABLE_ASYNC_DISPATCH.value))"
     assert run(program, "keep", "asynchronous") == 1

@@ -49,7 +49,11 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name not in _CONTENTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from bert_jax.porting import ours
+
+        other = ours(name)
+        hint = f"; use bert_jax.{other}" if other in _CONTENTS else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
     module = importlib.import_module(f"{__name__}.{_CONTENTS[name]}")
     # Some public names are modules, such as `tree`. The others, such as `export`, are defined in a module.
     return getattr(module, name, module)

@@ -354,7 +354,8 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
     except errors.LocalEntryNotFoundError:
         raise HubUnreachableError(
             f"{repo} (revision {revision}) is not in the cache, and {cache_only or 'the Hub does not answer'}. "
-            "Connect to the Hub, or give a folder that contains the model."
+            "There is no folder of this name, so it is taken as an id on the Hub. Connect to the Hub, or give a folder "
+            "that contains the model."
         ) from None
     except errors.EntryNotFoundError:
         advised = ""

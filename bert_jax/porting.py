@@ -1,9 +1,11 @@
-"""Names of arguments in transformers and FlaxBert that this package does not have, and what takes their place.
+"""Names in transformers and FlaxBert that this package does not have, and what takes their place.
 
-docs/porting.md has more. The functions that users call with such names are decorated with `suggests`.
+docs/porting.md has more. The functions that users call with names of such arguments are decorated with `suggests`.
 """
 
 import functools
+import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar
 
@@ -12,7 +14,8 @@ from bert_jax.errors import UnknownArgumentError
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-_DROPOUT = "dropout is on if `dropout_key` is given"
+DROPOUT = "dropout is on if `dropout_key` is given"
+"""How dropout is turned on."""
 _ALWAYS = "the output always has {}; under jit, it costs nothing unless it is returned"
 _OUTPUT = "an output is read as out.logits, out['logits'] or out[0], and out.to_tuple() is a tuple"
 _LOSS = "models return logits; bert_jax.losses has the losses"
@@ -22,11 +25,11 @@ _MESH = "pass mesh=bert_jax.sharding.mesh(…)"
 
 CALL = {
     "params": "the model holds its parameters; for a function of them, see bert_jax.tree.split and merge",
-    "train": _DROPOUT,
-    "training": _DROPOUT,
-    "deterministic": _DROPOUT,
-    "dropout_rng": _DROPOUT,
-    "rngs": _DROPOUT,
+    "train": DROPOUT,
+    "training": DROPOUT,
+    "deterministic": DROPOUT,
+    "dropout_rng": DROPOUT,
+    "rngs": DROPOUT,
     "output_attentions": _ALWAYS.format("`attentions`"),
     "output_hidden_states": _ALWAYS.format("`hidden_states`"),
     "return_dict": _OUTPUT,
@@ -124,25 +127,44 @@ SAVE = {
 }
 """Arguments of `save_pretrained`."""
 
+TASKS = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
+"""Other names that transformers has for tasks."""
+
+
+def ours(name: str) -> str:
+    """The name that a class of transformers or FlaxBert, such as `AutoModelForMaskedLM`, would have here."""
+    name = re.sub("^(Flax|TF)?(AutoModel(?=For)|Auto|Bert)", "Bert", name)
+    return re.sub("^BertTokenizer(Fast)?$", "Tokenizer", name)
+
 
 def suggests(hints: Mapping[str, str]) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Decorates a function so that each argument in `hints` raises an error that says what takes its place.
 
-    Python itself reports all other unknown arguments. The decorated function keeps its signature.
+    If there are too many positional arguments, the error says which ones have to be named. Python itself reports all
+    other wrong arguments. The decorated function keeps its signature.
 
     Args:
         hints: Maps the names of arguments that the function does not have to what takes their place.
     """
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        parameters = inspect.signature(function).parameters.values()
+        named = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        positional = sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters)
+
         @functools.wraps(function)
         def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-            for name in kwargs:
-                if name in hints:
-                    owner = args[0] if args and "." in function.__qualname__ else None
-                    kind = owner if isinstance(owner, type) else type(owner)
-                    place = function.__name__ if owner is None else f"{kind.__name__}.{function.__name__}"
-                    raise UnknownArgumentError(f"{place} has no argument {name!r}; {hints[name]}.")
+            wrong = next((name for name in kwargs if name in hints), None)
+            if wrong is not None or len(args) > positional:
+                owner = args[0] if args and "." in function.__qualname__ else None
+                kind = owner if isinstance(owner, type) else type(owner)
+                place = function.__name__ if owner is None else f"{kind.__name__}.{function.__name__}"
+                if wrong is not None:
+                    raise UnknownArgumentError(f"{place} has no argument {wrong!r}; {hints[wrong]}.")
+                raise UnknownArgumentError(
+                    f"{place} got {len(args) - (owner is not None)} arguments without names; expected at most "
+                    f"{positional - (owner is not None)}. Give the others by name ({', '.join(named)})."
+                )
             return function(*args, **kwargs)
 
         return call

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -180,6 +180,20 @@ def nearest(given: Any, names: Iterable[str]) -> str | None:
     return close[0] if close else None
 
 
+def _section(kind: Any) -> Any:
+    """The section in the type of a setting, which may be optional; the type itself if there is none."""
+    return next((arm for arm in get_args(kind) if hasattr(arm, "model_fields")), kind)
+
+
+def _paths(section: Any, name: str) -> Iterator[str]:
+    """Yields the paths, within a section, of the settings of this name."""
+    for key, field in section.model_fields.items():
+        if key == name:
+            yield key
+        if hasattr(inner := _section(field.annotation), "model_fields"):
+            yield from (f"{key}.{path}" for path in _paths(inner, name))
+
+
 def _problem(root: type[BaseModel], entry: Any) -> str:
     """Describes one entry of pydantic's `ValidationError.errors()` in one line."""
     path = [str(part) for part in entry["loc"]]
@@ -189,9 +203,8 @@ def _problem(root: type[BaseModel], entry: Any) -> str:
     if entry["type"] == "extra_forbidden":
         section: Any = root
         for part in path[:-1]:
-            kind = section.model_fields[part].annotation
-            section = next((arm for arm in get_args(kind) if hasattr(arm, "model_fields")), kind)
-        near = nearest(path[-1], section.model_fields)
+            section = _section(section.model_fields[part].annotation)
+        near = " or ".join(_paths(root, path[-1])) or nearest(path[-1], section.model_fields)
         hint = f"did you mean {near}?" if near else f"expected one of {', '.join(section.model_fields)}."
         return f"{key}: there is no such setting; {hint}"
     # An error of a whole section does not quote it, because it may hold a key.

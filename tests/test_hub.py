@@ -259,6 +259,7 @@ def test_a_named_model_never_falls_back(python, model):
     assert run.returncode == 2
     assert run.stdout == ""
     assert f"{model} (revision main) is not in the cache" in run.stderr
+    assert "There is no folder of this name, so it is taken as an id on the Hub." in run.stderr
 
 
 def test_a_default_model_that_the_hub_refuses_does_not_fall_back(server, python):

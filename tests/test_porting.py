@@ -71,6 +71,45 @@ def test_the_message_names_python_s_own_words_otherwise(model, tokenizer):
     assert type(raised.value) is TypeError
 
 
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("AutoModel", "BertModel"),
+        ("AutoModelForMaskedLM", "BertForMaskedLM"),
+        ("FlaxAutoModelForTokenClassification", "BertForTokenClassification"),
+        ("FlaxBertForPreTraining", "BertForPreTraining"),
+        ("TFBertModel", "BertModel"),
+        ("AutoConfig", "BertConfig"),
+        ("AutoTokenizer", "Tokenizer"),
+        ("BertTokenizerFast", "Tokenizer"),
+    ],
+)
+def test_classes_of_other_libraries(name, ours):
+    with pytest.raises(AttributeError, match=f"^module 'bert_jax' has no attribute '{name}'; use bert_jax.{ours}$"):
+        getattr(bert_jax, name)
+    assert hasattr(bert_jax, ours)
+
+
+@pytest.mark.parametrize("name", ["AutoModelForCausalLM", "BertForEverything", "Trainer"])
+def test_names_without_a_counterpart(name):
+    with pytest.raises(AttributeError, match=f"^module 'bert_jax' has no attribute '{name}'$"):
+        getattr(bert_jax, name)
+
+
+def test_too_many_positional_arguments(model, tokenizer, tmp_path):
+    for call, message in [
+        (lambda: bert_jax.export(model, tmp_path / "out", tokenizer),
+         "export got 3 arguments without names; expected at most 2. Give the others by name (task, tokenizer, embed"),
+        (lambda: bert_jax.pipeline("fill-mask", model, tokenizer),
+         "pipeline got 3 arguments without names; expected at most 2. Give the others by name (tokenizer, "),
+        (lambda: bert_jax.BertForMaskedLM.from_pretrained("bert-mini-cased", "main"),
+         "BertForMaskedLM.from_pretrained got 2 arguments without names; expected at most 1. Give the others by name"),
+    ]:  # fmt: skip
+        with pytest.raises(UnknownArgumentError) as raised:
+            call()
+        assert str(raised.value).startswith(message)
+
+
 def test_signatures_are_those_of_the_functions(model, tokenizer):
     for function, *_ in functions(model, tokenizer):
         plain = inspect.unwrap(function.__func__ if inspect.ismethod(function) else function)

@@ -65,6 +65,17 @@ def test_pretraining_configs_load(path, name):
         ({"trainig": {}}, "trainig: there is no such setting; did you mean training?"),
         ({"training": {"epoch": 1}}, "training.epoch: there is no such setting; did you mean epochs?"),
         ({"training": {"xyzzy": 1}}, "training.xyzzy: there is no such setting; expected one of epochs, max_steps, "),
+        ({"learning_rate": 1e-5}, "learning_rate: there is no such setting; did you mean optimizer.learning_rate?"),
+        (
+            {"training": {"learning_rate": 1}},
+            "training.learning_rate: there is no such setting; did you mean optimizer.learning_rate?",
+        ),
+        ({"rank": 8}, "rank: there is no such setting; did you mean model.lora.rank?"),
+        (
+            {"compute_dtype": "bfloat16"},
+            "compute_dtype: there is no such setting; did you mean precision.compute_dtype?",
+        ),
+        ({"threshold": 0.3}, "threshold: there is no such setting; did you mean decision.threshold?"),
         ({"model": {"lora": {"rnk": 1}}}, "model.lora.rnk: there is no such setting; did you mean rank?"),
         (
             {"optimizer": {"rates": [{"parameters": "a", "factor": 1}]}},
@@ -194,6 +205,7 @@ def test_the_last_override_counts(tmp_path):
         ("training.epochs", "^'training.epochs' has no value; expected key=value, or key=null to unset it.$"),
         ("training.epochs=[", r"^'training.epochs=\[': the value is not valid YAML"),
         ("training.epoch=1", "training.epoch: there is no such setting; did you mean epochs?"),
+        ("learning_rate=1e-5", "learning_rate: there is no such setting; did you mean optimizer.learning_rate\\?"),
         ("training.epochs.a=1", "training.epochs: Input should be a valid number"),
         ("training=1", "training: Input should be a valid dictionary"),
     ],

@@ -2,6 +2,7 @@
 
 from typing import Any, NewType
 
+from bert_jax import porting
 from bert_jax.errors import InputError, quoted
 from bert_jax.tasks.base import TrainableTask
 from bert_jax.tasks.feature_extraction import FeatureExtraction
@@ -34,6 +35,8 @@ TaskName = NewType("TaskName", str)
 
 def task_name(given: str) -> TaskName:
     """Checks a name that is known only at run time. Raises `InputError` if there is no task with this name."""
+    if given in porting.TASKS:
+        raise InputError(f"The task {quoted(given)} has another name here; use {porting.TASKS[given]}.")
     if given not in TASKS:
         raise InputError(f"The task {quoted(given)} is unknown; expected one of {', '.join(TASKS)}.")
     return TaskName(given)

@@ -14,7 +14,7 @@ import jax.export
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from bert_jax import hub, sharding, tree, weights
+from bert_jax import hub, porting, sharding, tree, weights
 from bert_jax.errors import InputError, check_extra, quoted
 from bert_jax.heads import BertForMaskedLM, BertForMultipleChoice, BertForPreTraining
 from bert_jax.model import BertModel
@@ -60,6 +60,7 @@ for name, output in call(params, inputs).items():
 '''
 
 
+@porting.suggests({})
 def export(
     model: BertPreTrainedModel,
     folder: str | os.PathLike[str],

@@ -114,6 +114,12 @@ class BertWithHead(BertPreTrainedModel):
         )  # fmt: skip
         self._add_head(rngs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute. Raises `InputError` for an option of the encoder, which would have no effect here."""
+        if name in ("compute_dtype", "attention", "remat", "scan_layers") and not isinstance(value, nnx.Module):
+            raise InputError(f"{name} is an option of the encoder; set model.encoder.{name} instead.")
+        super().__setattr__(name, value)
+
     def _add_head(self, rngs: nnx.Rngs | None) -> None:
         """Adds the layers of the head to the model."""
         raise NotImplementedError

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, Unpack
+from typing import Any, Literal, NoReturn, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +42,8 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
 
     def __repr__(self) -> str:
         c = self.config
-        return (
-            f"{type(self).__name__}({c.num_hidden_layers} layers, {c.hidden_size} wide, {c.num_attention_heads} heads)"
-        )
+        layers = len(self.encoder.layers)
+        return f"{type(self).__name__}({layers} layers, {c.hidden_size} wide, {c.num_attention_heads} heads)"
 
     @classmethod
     @porting.suggests(porting.FROM_PRETRAINED)
@@ -146,10 +145,19 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
         return self.bert
 
     @property
+    def current_config(self) -> BertConfig:
+        """The config, with the number of layers that the model has now: some may have been removed."""
+        return self.config.replace(num_hidden_layers=len(self.encoder.layers))
+
+    @property
     def dtype(self) -> Dtype:
         """The dtype of the weights of the layers and of the word embeddings."""
         held = self.encoder.embeddings.word_embeddings.weight.dtype
         return next(dtype for dtype in DTYPES if held == dtype)
+
+    def train(self, **attributes: object) -> NoReturn:
+        """Raises `InputError`, because a model has no training mode."""
+        raise InputError(f"A {type(self).__name__} has no training mode: in each call, {porting.DROPOUT}.")
 
     def check_float32(self, purpose: str) -> None:
         """Raises `InputError` unless the model was loaded in float32, as `purpose` requires."""
@@ -224,5 +232,4 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
 
     def config_json(self) -> dict[str, Any]:
         """The content of `config.json`: the config, and the name of this class in `architectures`."""
-        layers = {"num_hidden_layers": len(self.encoder.layers)}  # some may have been removed
-        return {"architectures": [type(self).__name__], **self.config.to_dict(), **layers}
+        return {"architectures": [type(self).__name__], **self.current_config.to_dict()}

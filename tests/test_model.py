@@ -581,6 +581,30 @@ def test_unknown_options_are_refused(options, message):
         heads.BertForMaskedLM(SMALL, **options)
 
 
+@pytest.mark.parametrize("name", ["compute_dtype", "attention", "remat", "scan_layers"])
+def test_an_option_of_the_encoder_is_not_set_on_a_model_with_a_head(name):
+    network = heads.BertForSequenceClassification(SMALL)
+    before = getattr(network.encoder, name)
+    with pytest.raises(
+        InputError, match=rf"^{name} is an option of the encoder; set model\.encoder\.{name} instead\.$"
+    ):
+        setattr(network, name, before)
+    setattr(network.encoder, name, before)
+    headless = model.BertModel(SMALL)
+    setattr(headless, name, before)
+    network.attention = nnx.Linear(1, 1, rngs=nnx.Rngs(0))  # a layer of one's own
+    assert network.attention.in_features == 1
+
+
+@pytest.mark.parametrize("architecture", ["BertModel", "BertForMaskedLM"])
+def test_there_is_no_training_mode(architecture):
+    network = getattr(bert_jax, architecture)(SMALL)
+    message = f"^A {architecture} has no training mode: in each call, dropout is on if `dropout_key` is given.$"
+    with pytest.raises(InputError, match=message):
+        network.train()
+    network.eval()  # as it is
+
+
 def test_base_class_is_no_network():
     with pytest.raises(TypeError, match="BertPreTrainedModel is not a network"):
         model.BertPreTrainedModel(SMALL)

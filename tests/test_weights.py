@@ -493,6 +493,7 @@ def test_load_save_load_is_bitwise(checkpoint, tmp_path, architecture):
 def test_a_model_without_its_last_layer_is_saved_with_its_number_of_layers(checkpoint, tmp_path):
     model = bert_jax.BertForMaskedLM.from_pretrained(checkpoint("BertForMaskedLM"))
     model.bert.layers = nnx.List(list(model.bert.layers)[:-1])
+    assert repr(model).startswith(f"BertForMaskedLM({len(model.bert.layers)} layers, ")
     model.save_pretrained(tmp_path)
     again = bert_jax.BertForMaskedLM.from_pretrained(tmp_path)
     assert again.config.num_hidden_layers == len(model.bert.layers) == model.config.num_hidden_layers - 1

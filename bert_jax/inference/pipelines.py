@@ -208,9 +208,10 @@ def pipeline(
                 )
         except CheckpointError as error:
             raise misfit if other else error from None
-    check_vocabulary(tokenizer, network.config)
-    max_length = min(tokenizer.model_max_length, network.config.max_position_embeddings)
-    return Pipeline(TASKS[task](tokenizer, network.config, max_length, **options), network, tokenizer, max_length, mesh)
+    config = network.current_config
+    check_vocabulary(tokenizer, config)
+    max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    return Pipeline(TASKS[task](tokenizer, config, max_length, **options), network, tokenizer, max_length, mesh)
 
 
 def tasks_of(architectures: Sequence[str]) -> list[str]:
@@ -227,8 +228,9 @@ class Pipeline(Generic[Task_co]):
     def __init__(self, task: Task_co, model: BertPreTrainedModel, tokenizer: Tokenizer, max_length: int, mesh: Mesh):
         self.task: Any = task
         self.tokenizer = tokenizer
-        self.config = model.config
-        self.dtype = model.dtype
+        self.config = model.current_config
+        # A float32 model may compute in bfloat16, which changes the results as the dtype bfloat16 does.
+        self.dtype: Dtype = "bfloat16" if model.encoder.compute_dtype == "bfloat16" else model.dtype
         self.max_length = max_length
         self.params, self._skeleton = tree.split(model)
         self.mesh, self._share = mesh, sharding.share(mesh)

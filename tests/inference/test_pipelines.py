@@ -322,6 +322,39 @@ def test_rows_of_scored_sentences_are_padded_to_few_masks(tokenizer):
     assert counts("fill-mask", "cudnn") == [2, 32, 128]
 
 
+def test_layers_are_counted_in_a_model_without_its_last_layer(tokenizer):
+    model = bert_jax.BertModel(bert_jax.BertConfig(
+        hidden_size=8, num_hidden_layers=3, num_attention_heads=1, intermediate_size=8
+    ), rngs=nnx.Rngs(0))  # fmt: skip
+    model.layers = nnx.List(list(model.layers)[:-1])
+    pipe = bert_jax.pipeline("feature-extraction", model, tokenizer=tokenizer)
+    assert pipe.config.num_hidden_layers == 2
+    last, second, embeddings = pipe("Paris", layers=[-1, 2, -3])
+    assert np.array_equal(last, second)
+    expected = model(**tokenizer(["Paris"])).hidden_states
+    np.testing.assert_allclose(last, expected[2][0], atol=1e-5)
+    np.testing.assert_allclose(embeddings, expected[0][0], atol=1e-5)
+    with pytest.raises(InputError, match=r"from 0 \(the embeddings\) to 2 \(the last layer\)"):
+        pipe("Paris", layers=[3])
+
+
+def test_the_dtype_is_the_one_that_results_depend_on(tokenizer):
+    config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    model = bert_jax.BertForMaskedLM(config, rngs=nnx.Rngs(0))
+    assert bert_jax.pipeline("fill-mask", model, tokenizer=tokenizer).dtype == "float32"
+    model.encoder.compute_dtype = "bfloat16"
+    assert bert_jax.pipeline("fill-mask", model, tokenizer=tokenizer).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [("ner", "token-classification"), ("sentiment-analysis", "text-classification")]
+)
+def test_other_names_of_tasks(name, ours):
+    with pytest.raises(InputError, match=rf"^The task '{name}' has another name here; use {ours}\.$"):
+        bert_jax.pipeline(name, "bert-mini-cased")
+    assert ours in registry.TASKS
+
+
 def test_every_task_has_an_overload_of_its_own():
     """The types that an editor knows agree with the registry."""
     *of_tasks, of_names = typing.get_overloads(bert_jax.pipeline)

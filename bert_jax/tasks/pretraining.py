@@ -34,8 +34,13 @@ class MaskedLanguageModeling(Objective):
         return self._mlm_outputs(self._logits(model, batch, None)[0], batch)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """`mlm_loss` in nats, `mlm_accuracy`, and `pseudo_perplexity`, the exponential of `mlm_loss`."""
+        """`mlm_loss` in nats, `mlm_accuracy`, and `pseudo_perplexity`, the exponential of `mlm_loss`.
+
+        If no token is masked, there are no metrics.
+        """
         masked = float(outputs["masked"].sum())
+        if not masked:
+            return {}
         loss = float(outputs["mlm_nll"].sum()) / masked
         return {
             "mlm_loss": loss,

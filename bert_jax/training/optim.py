@@ -255,7 +255,8 @@ def schedule(
         final_learning_rate: The learning rate at the end of "polynomial".
 
     Raises:
-        InputError: If the schedule is unknown, or if an argument is set that it does not have.
+        InputError: If the schedule is unknown, if an argument is set that it does not have, or if the only step is the
+            first of the warm-up, whose learning rate is 0.
     """
     if name not in SCHEDULES:
         raise InputError(f"The schedule {name!r} is unknown; expected one of {', '.join(SCHEDULES)}.")
@@ -268,6 +269,11 @@ def schedule(
     ):
         if given and name not in names:
             raise InputError(f"The schedule {name} has no {what}. Leave it out, or use {', '.join(names)}.")
+    if steps == 1 and warmup:
+        raise InputError(
+            "The run has 1 step, and the learning rate of the first step of a warm-up is 0, so nothing would be "
+            "trained. Take more steps, or set warmup_steps and warmup_ratio to 0."
+        )
 
     def cosine(angle: jax.Array) -> jax.Array:
         return jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(angle)))

@@ -101,3 +101,10 @@ def test_gradients_reach_everything(case, examples):
 
     gradients = tree.flatten(jax.jit(jax.grad(loss))(params))
     assert [path for path, g in gradients.items() if not np.any(g)] == []
+
+
+@pytest.mark.parametrize("task", [task for task, _ in TASKS])
+def test_nothing_masked_has_no_metrics_of_masked_tokens(task):
+    zeros = {name: np.zeros(3, np.float32) for name in ("masked", "mlm_nll", "mlm_correct")}
+    found = task.evaluate(zeros | {"nsp_nll": np.ones(3), "nsp_correct": np.ones(3)}, None)
+    assert found == ({"nsp_loss": 1.0, "nsp_accuracy": 1.0} if isinstance(task, PreTraining) else {})

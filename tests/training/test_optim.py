@@ -232,6 +232,16 @@ def test_arguments_that_a_schedule_does_not_have(name, options, message):
         optim.schedule(name, 1.0, 10, **options)
 
 
+@pytest.mark.parametrize("options", [{"warmup_steps": 1}, {"warmup_ratio": 0.1}])
+def test_a_run_of_one_step_has_no_warm_up(options):
+    with pytest.raises(
+        InputError, match=r"^The run has 1 step, .* warm-up is 0, so nothing would be trained\. Take more"
+    ):
+        optim.schedule("linear", 1.0, 1, **options)
+    assert optim.schedule("linear", 1.0, 1)(0) == 1
+    assert optim.schedule("linear", 1.0, 2, **options)(1) == 1
+
+
 def test_an_unknown_schedule():
     with pytest.raises(InputError, match="The schedule 'liner' is unknown; expected one of linear, cosine"):
         optim.schedule("liner", 1.0, 10)

@@ -238,6 +238,10 @@ def _snippets(name: str, task: str, results: Mapping[str, Any]) -> str:
     if options:
         ours += '  # the answer "" means that there is none'
     theirs = TRANSFORMERS.get(task, f'pipe = transformers.pipeline("{task}", model)\npipe({example})')
+    if (threshold := results.get("validation", {}).get("threshold")) is not None:
+        # The threshold above which a label is predicted. Pipelines return scores and do not apply it.
+        labels = f'[each["label"] for each in pipe({example}, top_k=None) if each["score"] > {threshold:.6g}]'
+        ours, theirs = (code.replace(f"pipe({example})", labels) for code in (ours, theirs))
     return "\n\n".join(
         f'```python\nimport {package}\n\nmodel = "OWNER/{name}"\n{code}\n```'
         for package, code in (("bert_jax", ours), ("transformers", theirs))

@@ -247,6 +247,15 @@ def test_the_card_of_a_model_that_may_say_nothing_tells_its_threshold():
     assert '"Anna moved to Oslo."}, null_threshold=-0.2500)' in body
 
 
+def test_the_card_of_a_model_with_a_tuned_threshold_applies_it():
+    _, _, body = card(RESULTS | {"validation": {"f1_micro": 0.5, "threshold": 0.3125}}, **PAIR)
+    ours, theirs = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+    scores = [{"label": "a", "score": 0.32}, {"label": "b", "score": 0.31}]
+    for snippet in (ours, theirs):
+        compile(snippet, "snippet", "exec")
+        assert eval(snippet.splitlines()[-1], {"pipe": lambda text, top_k: scores}) == ["a"]
+
+
 def test_model_card_of_several_files():
     _, _, body = card(data={"train": ["one.csv", "two.csv"], "validation": "three.csv"})
     assert "on one.csv, two.csv with " in body

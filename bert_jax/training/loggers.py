@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from bert_jax.errors import InputError
 from bert_jax.training.log import METRICS, Logger, read_journal, scalars
@@ -22,8 +22,10 @@ from bert_jax.training.log import METRICS, Logger, read_journal, scalars
 logger = logging.getLogger(__name__)
 
 TENSORBOARD, IDS, PROJECT = "tensorboard", "loggers.json", "bert-jax"
-BATCH = 100
-"""Maximum number of parameters, and of metrics, that one request to MLflow sends."""
+BATCH, LONGEST_NAME = 100, 250
+"""Maximum number of parameters, and of metrics, that one request to MLflow sends, and of characters of a name."""
+
+Value = TypeVar("Value")
 
 
 class OpenLogger(Logger, Protocol):
@@ -116,16 +118,15 @@ class MLflow:
             active = mlflow.active_run() is not None
             self.id: str = mlflow.start_run(id, run_name=_run_name(folder), nested=active).info.run_id
             if id is None:  # MLflow refuses to change the parameters of a run
-                for part in _parts({_mlflow_name(name): str(value) for name, value in settings.items()}):
+                for part in _parts(_named_for_mlflow({name: str(value) for name, value in settings.items()})):
                     mlflow.log_params(part)
         except mlflow.MlflowException as error:
             raise InputError(f"MLflow cannot start a run: {_sentence(error)}.") from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Sends the values of a step. If the server refuses them, logs a warning."""
-        named = {_mlflow_name(name): value for name, value in values.items()}
         with self._warns(f"the metrics of step {step}"):
-            for part in _parts(named):
+            for part in _parts(_named_for_mlflow(values)):
                 self._mlflow.log_metrics(part, step=step, run_id=self.id)
 
     def close(self, *, failed: bool) -> None:
@@ -250,9 +251,22 @@ def _run_name(folder: Path) -> str:
     return "/".join(folder.absolute().parts[-2:])
 
 
-def _mlflow_name(name: str) -> str:
-    """A name without the characters that MLflow refuses."""
-    return re.sub(r"[^\w\-. :/]", "_", name)
+def _named_for_mlflow(values: Mapping[str, Value]) -> dict[str, Value]:
+    """The values by names that MLflow accepts. (It cuts parameters with too long values itself.)
+
+    Such a name has at most `LONGEST_NAME` characters, and none but letters, digits and `_-. :/`. It is also a relative
+    path without needless parts, because MLflow may store it as a file. If several values would get the same name, the
+    later ones get a number.
+    """
+    named: dict[str, Value] = {}
+    for name, value in values.items():
+        parts = [part.lstrip(".") for part in re.sub(r"[^\w\-. :/]", "_", name).split("/")]
+        base, end, n = "/".join(filter(None, parts)) or "_", "", 1
+        while (accepted := base[: LONGEST_NAME - len(end)].rstrip("/") + end) in named:
+            n += 1
+            end = f"_{n}"
+        named[accepted] = value
+    return named
 
 
 def _parts(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

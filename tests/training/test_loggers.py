@@ -244,5 +244,24 @@ def test_mlflow_that_cannot_start_or_is_lost(environment, monkeypatch, caplog):
     logger.close(failed=False)
 
 
+@pytest.mark.loggers
+def test_mlflow_takes_every_name_and_value(environment, caplog):
+    import mlflow
+
+    names = {
+        "optimizer.lr_multipliers.bert\\.layers\\.(0|1)\\..*": "optimizer.lr_multipliers.bert_.layers_._0_1__.._",
+        "a+": "a_", "a*": "a__2", "a_": "a__3",
+        "per_class///f1": "per_class/f1", "per_class/f1": "per_class/f1_2", "../b": "b", "./": "_", "": "__2",
+        "n" * 300: "n" * 250, "n" * 301: "n" * 248 + "_2", f"{'m' * 249}/n": "m" * 249, "Größe": "Größe",
+    }  # fmt: skip
+    logger = loggers.MLflow(environment, dict.fromkeys(names, "v" * 7000), None)
+    logger.write(1, {name: float(n) for n, name in enumerate(names)})
+    logger.close(failed=False)
+    data = mlflow.MlflowClient().get_run(logger.id).data
+    assert data.metrics == {name: float(n) for n, name in enumerate(names.values())}
+    assert data.params == dict.fromkeys(names.values(), "v" * 6000)
+    assert "MLflow did not take" not in caplog.text
+
+
 if __name__ == "__main__":
     main(*sys.argv[1:])

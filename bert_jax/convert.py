@@ -64,6 +64,8 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, i
         advised = hub.advice(hub.names_in(network), network)
         raise CheckpointError(f"{network} contains neither {MSGPACK} nor {PICKLE}.{advised}")
     tensors = _from_msgpack(file) if file.name == MSGPACK else _from_pickle(file)
+    if "__metadata__" in tensors:
+        raise CheckpointError(f"{file} has a tensor __metadata__, a name that safetensors reserves; use another file.")
     place = network.relative_to(source)
     with hub.replacing(target) as staging:
         (staging / place).mkdir(exist_ok=True)

@@ -88,6 +88,14 @@ def test_other_content_is_refused(folder, tmp_path, content, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_name_that_safetensors_reserves(folder, tmp_path):
+    source = folder(tensors() | {"__metadata__": torch.zeros(1)})
+    message = rf"^{source}/pytorch_model\.bin has a tensor __metadata__, a name that safetensors reserves; use another"
+    with pytest.raises(CheckpointError, match=message):
+        convert(source, tmp_path / "out", ignore=["__metadata__"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_files(folder, tmp_path):
     source = folder(tensors())
     content = (source / "pytorch_model.bin").read_bytes()

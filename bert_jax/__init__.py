@@ -1,4 +1,4 @@
-"""BERT in JAX (Flax NNX). With published checkpoints, the outputs match those of PyTorch transformers.
+"""BERT in JAX (Flax NNX). With published checkpoints, its outputs match those of Hugging Face Transformers (PyTorch).
 
 This module lists the public names. Each is imported on first use, so that `import bert_jax` does not import JAX.
 """
@@ -25,7 +25,7 @@ _CONTENTS = {
     "tree": "tree",
 }
 
-# The names of the models with heads are read from the text of heads.py, because importing it would import JAX.
+# The names of the models with heads are read from the text of heads.py, because importing that module would import JAX.
 _MODELS = re.findall(r"^class (BertFor\w+)", Path(__file__).with_name("heads.py").read_text("utf-8"), re.MULTILINE)
 _CONTENTS |= dict.fromkeys(_MODELS, "heads")
 
@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
         hint = f"; use bert_jax.{other}" if other in _CONTENTS else ""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
     module = importlib.import_module(f"{__name__}.{_CONTENTS[name]}")
-    # Some public names are modules, such as `tree`. The others, such as `export`, are defined in a module.
+    # Some public names, such as `tree`, are modules. The others, such as `export`, are defined in a module.
     return getattr(module, name, module)
 
 

@@ -1,4 +1,4 @@
-"""Reads low-rank adapters in the format of Hugging Face's `peft`, and merges them into the weights of a model."""
+"""Reads low-rank adapters in the Hugging Face `peft` format and merges them into the weights of a model."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,9 +14,9 @@ from safetensors.numpy import load_file
 from bert_jax import hub, tree, weights
 from bert_jax.errors import CheckpointError, InputError, ModelNotFoundError, quoted
 
-# The fields of peft's LoraConfig (0.19) that may be set. This module reads some of them. The others, such as those that
-# tell how the adapters were trained, do not change the meaning of stored adapters. If a field outside this list is set,
-# such as one of a later version, loading fails, because the field might change that meaning.
+# The fields of peft's LoraConfig (version 0.19) that may be set. This module reads some of them. The others, such as
+# those that describe how the adapters were trained, do not change the meaning of stored adapters. Loading fails if any
+# other field is set, such as one from a later version, because that field might change the meaning.
 _INERT = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -30,10 +30,10 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 
 
 class Adapters(NamedTuple):
-    """The content of a folder of adapters.
+    """The contents of an adapter folder.
 
     Attributes:
-        base: The base model that the folder names, a path or an id on the Hub; None if it names none.
+        base: The base model that the folder names (a path or an id on the Hub); None if it does not name one.
         revision: Branch, tag or commit of the base model.
         scale: The factor that scales the product B A.
         params: float32 arrays by path: `….lora_A` [rank, in], `….lora_B` [out, rank], and the parameters that were
@@ -47,14 +47,14 @@ class Adapters(NamedTuple):
 
 
 def read(folder: Path, specs: Mapping[str, jax.ShapeDtypeStruct]) -> Adapters:
-    """Reads a folder of adapters.
+    """Reads an adapter folder.
 
     Args:
-        folder: A folder that `lora.save_adapters` or `peft` has written.
+        folder: A folder written by `lora.save_adapters` or `peft`.
         specs: The shapes and dtypes of the model's parameters by path.
 
     Raises:
-        CheckpointError: If the files are missing, damaged or not supported, or if they do not fit the model.
+        CheckpointError: If the files are missing, damaged or unsupported, or if they do not fit the model.
     """
     try:
         config = hub.read_json(folder / ADAPTER_CONFIG)
@@ -99,12 +99,12 @@ def load(
     ignore: Iterable[str] = (),
     places: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> tuple[dict[str, jax.Array], weights.Report]:
-    """Loads the base model of the adapters in a folder, and merges the adapters. For the arguments, see `weights.load`.
+    """Loads the adapters in a folder and their base model, and merges them. See `weights.load` for the arguments.
 
     Raises:
         InputError: If the model is not loaded in float32.
         ModelNotFoundError: If the base model does not exist.
-        CheckpointError: If the adapters or the weights of the base model cannot be used.
+        CheckpointError: If the adapters or the base model's weights cannot be used.
     """
     if any(spec.dtype != np.float32 for spec in specs.values()):
         raise InputError(
@@ -141,7 +141,7 @@ def merge(params: Mapping[str, jax.Array], scale: float) -> dict[str, jax.Array]
 
 
 def published(paths: Iterable[str]) -> dict[str, str]:
-    """Maps each path to the name in peft's files, without the prefix `base_model.model.`.
+    """Maps each parameter path to its name in peft files, without the prefix `base_model.model.`.
 
     For example, the matrix A of a module `m` is named `m.lora_A.weight`.
     """
@@ -154,10 +154,10 @@ def published(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _scale(config: Mapping[str, Any]) -> float:
-    """Checks peft's config, and returns the factor that scales the product B A.
+    """Checks the peft config and returns the factor that scales the product B A.
 
     Raises:
-        ValueError: If the config is not for LoRA, has an initialisation that changes the base weights, sets an
+        ValueError: If the config is not for LoRA, specifies an initialization that changes the base weights, sets an
             unsupported field, or has an invalid `r` or `lora_alpha`.
         KeyError: If `r` or `lora_alpha` is missing.
     """

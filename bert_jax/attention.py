@@ -1,4 +1,4 @@
-"""Attention kernels: plain attention and, for TPUs and GPUs, fused kernels, which never store the probabilities.
+"""Attention kernels: plain attention, and fused kernels for TPUs and GPUs, which never store the probabilities.
 
 The arguments of a kernel are the query [B, T, N, H], the key and value [B, S, N, H], an `Attended` or None, the dropout
 rate and the dropout key. Query, key and value are in the compute dtype. A kernel returns the context [B, T, N, H] and
@@ -22,22 +22,25 @@ from bert_jax.interventions import NONE, Interventions, intervene
 from bert_jax.nn import Linear, dropout, product
 
 FUSED = {"splash": ("TPUs", "tpu"), "triton": ("NVIDIA GPUs", "gpu"), "cudnn": ("NVIDIA GPUs", "gpu")}
-"""Maps each fused kernel to two names of the hardware that it runs on: the name in messages, and JAX's name."""
+"""Maps each fused kernel to the name of its hardware in messages and to JAX's name for the platform."""
 AUTO = {"tpu": "splash", "gpu": "triton"}
-"""The kernel that "auto" uses on each platform. cudnn is left out: it is wrong if padding comes before tokens, which
-cannot be checked under jit."""
+"""The fused kernel that "auto" uses on each platform. "cudnn" is left out, because its results are wrong if padding
+precedes tokens, and this cannot be checked under jit."""
 UNPACKED = ("cudnn",)
-"""The fused kernels that do not support packed rows, which hold several texts."""
+"""The fused kernels that do not support packed rows, which contain several texts."""
 BLOCKS = {"splash": 128, "triton": 128}
-"""The kernels that compute in blocks, with the smallest block in tokens. Row lengths must be multiples of it."""
+"""Maps each kernel that computes in blocks to its smallest block size in tokens. Row lengths must be multiples of this
+size."""
 
 
 class Attended(NamedTuple):
-    """Which tokens attend to which. Each query and key has a number. A query attends to the keys with the same number.
+    """Which tokens attend to which: a query attends to the keys with the same segment id.
+
+    The ids are the `SegmentIds` of JAX's fused kernels. They are independent of `token_type_ids`.
 
     Attributes:
-        queries: The numbers of the queries, int32 [B, T]; [B, 1] if all queries of a row have the same number.
-        keys: The numbers of the keys, int32 [B, S].
+        queries: The segment ids of the queries, int32 [B, T]; [B, 1] if all queries in a row have the same id.
+        keys: The segment ids of the keys, int32 [B, S].
     """
 
     queries: jax.Array
@@ -49,13 +52,13 @@ class Attended(NamedTuple):
 
 
 def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length: int | None = None) -> None:
-    """Raises `InputError` if the kernel `name` cannot run, or would give wrong results.
+    """Raises `InputError` if the kernel `name` cannot run or would return wrong results.
 
     Args:
         name: The name of the kernel.
         platform: JAX's name for the platform of the devices, such as "gpu".
         compute_dtype: The dtype of the activations.
-        packed: Whether rows hold several texts.
+        packed: Whether rows contain several texts.
         length: The number of tokens per row; None if it is not known yet.
     """
     if name not in FUSED:
@@ -78,17 +81,17 @@ def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length:
 
 
 def multiple(name: str) -> int:
-    """The kernel `name` requires row lengths that are multiples of this number of tokens."""
+    """Returns the block size of the kernel `name`: row lengths must be multiples of this number of tokens."""
     return BLOCKS.get(name, 1)
 
 
 def choose(
     name: str, *, platform: str, compute_dtype: str, dropout_rate: float = 0.0, length: int | None = None
 ) -> tuple[str, str]:
-    """Chooses the kernel for "auto": a fused kernel if one can run, otherwise "plain".
+    """Resolves "auto" to a fused kernel if one can run, and to "plain" otherwise.
 
     Args:
-        name: "auto", or the name of a kernel, which is returned as it is.
+        name: "auto", or the name of a kernel, which is returned unchanged.
         platform: JAX's name for the platform of the devices, such as "gpu".
         compute_dtype: The dtype of the activations.
         dropout_rate: The rate of attention dropout; 0 for inference.
@@ -116,7 +119,7 @@ def choose(
 
 
 def _supports_fused() -> bool:
-    """Whether the GPUs of this machine run the fused kernels. True without a GPU, when programs are only compiled."""
+    """Whether this machine's GPUs support the fused kernels. True without a GPU, when programs are only compiled."""
     try:
         (device, *_) = jax.devices("gpu")
     except RuntimeError:
@@ -150,10 +153,10 @@ def splash(
         query: [B, T, N, H], with T a multiple of 128.
         key: [B, S, N, H], with S a multiple of 128.
         value: [B, S, N, H].
-        attended: Which tokens attend to which; None if all attend to all.
-        dropout_rate: Not used, because `check_dropout` refuses attention dropout with fused kernels.
-        dropout_key: Not used.
-        interpret: Whether to interpret the kernel. This is slow, but tests can do it without a TPU.
+        attended: Which tokens attend to which; None if all tokens attend to all tokens.
+        dropout_rate: Unused, because `check_dropout` rejects attention dropout with fused kernels.
+        dropout_key: Unused.
+        interpret: Whether to interpret the kernel. This is slow, but it lets tests run without a TPU.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -189,20 +192,20 @@ def triton(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, None]:
-    """JAX's Pallas kernel for GPUs, which Triton compiles (Dao et al. 2022, "FlashAttention"); also for packed rows.
+    """JAX's Pallas kernel for GPUs, compiled by Triton (Dao et al. 2022, "FlashAttention"). It supports packed rows.
 
-    JAX recommends the package tokamax in place of this kernel. The kernels of tokamax do not compile without a GPU.
+    JAX recommends the tokamax package instead of this kernel, but the tokamax kernels do not compile without a GPU.
 
     Args:
         query: [B, T, N, H], with T a multiple of 128.
         key: [B, T, N, H].
         value: [B, T, N, H].
-        attended: Which tokens attend to which; None if all attend to all. A token attends to the tokens whose key has
-            the same number as its own key. The numbers of the queries are not used, so the contexts of padding differ
-            from those of the other kernels.
-        dropout_rate: Not used, because `check_dropout` refuses attention dropout with fused kernels.
-        dropout_key: Not used.
-        interpret: Whether to interpret the kernel. This is slow, but tests can do it without a GPU.
+        attended: Which tokens attend to which; None if all tokens attend to all tokens. A token attends to the tokens
+            whose keys have the same segment id as its own key. The segment ids of the queries are not used, so the
+            context at padding positions differs from that of the other kernels.
+        dropout_rate: Unused, because `check_dropout` rejects attention dropout with fused kernels.
+        dropout_key: Unused.
+        interpret: Whether to interpret the kernel. This is slow, but it lets tests run without a GPU.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -220,7 +223,7 @@ def _on_each_device(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array
     """Gives each device of the current mesh its own rows and heads, because compilers do not shard custom kernels.
 
     Args:
-        kernel: A function of query, key, value [B, T, N, H] and arrays [B, T], which returns [B, T, N, H].
+        kernel: A function that maps query, key and value [B, T, N, H] and segment ids [B, T] to an array [B, T, N, H].
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not set(sharding.BATCH_AXES) <= set(mesh.axis_names) or mesh.size == 1:
@@ -240,19 +243,19 @@ def cudnn(
     dropout_rate: float,
     dropout_key: jax.Array | None,
 ) -> tuple[jax.Array, None]:
-    """cuDNN's fused attention (Dao et al. 2022) for rows of one text each, padded on the right.
+    """cuDNN's fused attention (Dao et al. 2022) for rows that contain one text each and are padded on the right.
 
     Args:
         query: bfloat16 [B, T, N, H].
         key: bfloat16 [B, S, N, H].
         value: bfloat16 [B, S, N, H].
-        attended: Which tokens attend to which; None if all attend to all. Its `keys` must be 1 for tokens and 0
-            for padding, because only their sum in each row, the number of tokens, is used.
-        dropout_rate: Not used, because `check_dropout` refuses attention dropout with fused kernels.
-        dropout_key: Not used.
+        attended: Which tokens attend to which; None if all tokens attend to all tokens. Its `keys` must be 1 for tokens
+            and 0 for padding, because only their sum over each row (the number of tokens) is used.
+        dropout_rate: Unused, because `check_dropout` rejects attention dropout with fused kernels.
+        dropout_key: Unused.
 
     Raises:
-        InputError: If cuDNN is not installed, or if padding comes before tokens. The padding is not checked under jit.
+        InputError: If cuDNN is not installed, or if padding precedes tokens (not checked under jit).
     """
     lengths = None
     if attended is not None:
@@ -288,17 +291,17 @@ def plain_attention(
         query: [B, T, N, H].
         key: [B, S, N, H].
         value: [B, S, N, H].
-        attended: Which tokens attend to which; None if all attend to all. If no key has the number of a query, the
-            query attends to all keys equally.
+        attended: Which tokens attend to which; None if all tokens attend to all tokens. If no key has the same segment
+            id as a query, that query attends to all keys equally.
         dropout_rate: The fraction of the probabilities that is dropped.
-        dropout_key: PRNG key; without one, nothing is dropped.
-        interventions: May change the "probabilities"; see `bert_jax.interventions`.
+        dropout_key: PRNG key; None disables dropout.
+        interventions: Functions that may change the "probabilities"; see `bert_jax.interventions`.
 
     Returns:
         The context [B, T, N, H] in the dtype of value, and the probabilities, float32 [B, N, T, S], before dropout.
     """
-    # The axis of the heads is moved before that of the tokens here, once. If the einsums moved it instead, CPUs would
-    # repeat the transposes in the backward pass.
+    # The heads axis is moved before the tokens axis once, here. If the einsums moved it instead, CPUs would repeat the
+    # transposes in the backward pass.
     query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))  # [B, N, T, H]
     scores = product("bnth,bnsh->bnts", query, key) * query.shape[-1] ** -0.5
     if attended is not None:
@@ -335,21 +338,21 @@ class SelfAttention(nnx.Module):
         interventions: Interventions = NONE,
         kernel: str = "plain",
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Computes the attention of the tokens x [B, T, D] to all tokens, `states` [B, S, D].
+        """Computes the attention of the tokens `x` [B, T, D] to all tokens `states` [B, S, D].
 
-        If x is not `states` itself but only some of its tokens, plain attention is used, because a fused kernel would
-        gain little.
+        If `x` contains only some of the tokens in `states`, plain attention is used, because a fused kernel would gain
+        little.
 
         Args:
             x: The tokens that attend.
             states: The tokens attended to.
-            attended: Which tokens attend to which; None if all attend to all.
-            dropout_key: PRNG key; without one, nothing is dropped.
-            interventions: Those at "query", "key", "value", "probabilities", "heads" and "output".
+            attended: Which tokens attend to which; None if all tokens attend to all tokens.
+            dropout_key: PRNG key; None disables dropout.
+            interventions: The interventions at "query", "key", "value", "probabilities", "heads" and "output".
             kernel: The name of a kernel in `ATTENTION`.
 
         Returns:
-            The output [B, T, D], and the probabilities [B, N, T, S], or None in their place if a fused kernel was used.
+            The output [B, T, D], and the probabilities [B, N, T, S] or, if a fused kernel was used, None.
         """
         rate = self.config.attention_probs_dropout_prob
         if dropout_key is not None:

@@ -1,21 +1,21 @@
-"""Keeps compiled programs on disk, so that the second run of a command does not compile."""
+"""Caches compiled programs on disk, so that later runs of a command need not recompile them."""
 
 import os
 from pathlib import Path
 
 CACHE_VARIABLE = "BERT_JAX_COMPILATION_CACHE"
-"""Name of the environment variable that moves the cache to another folder, or turns it `off`."""
+"""Name of the environment variable that sets the cache folder; the value `off` disables the cache."""
 
 
 def use_compilation_cache() -> None:
-    """Makes JAX read compiled programs from the user's cache folder, and write them there. For commands and workers."""
+    """Makes JAX cache compiled programs in the user's cache folder. Commands and workers call this function."""
     place = os.environ.get(CACHE_VARIABLE)
     if not place:
         try:
             place = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_jax" / "programs")
         except RuntimeError:  # the user has no home folder
             return
-    # With jaxlib 0.10.2, a program for several simulated devices can deadlock when it is loaded from the cache. So
+    # With jaxlib 0.10.2, a program for several simulated devices can deadlock when it is loaded from the cache, so
     # nothing is cached if devices are simulated.
     if place == "off" or "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return

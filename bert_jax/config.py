@@ -28,7 +28,7 @@ _FIXED = {
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 HIDDEN_ACTS = ("gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh", "relu")
 
-# The largest accepted sizes, well above those of any published BERT. A config with a larger size is refused.
+# The largest accepted sizes, well above those of any published BERT model. A config with a larger size is rejected.
 _LIMITS = {
     "vocab_size": 2**24,
     "hidden_size": 2**16,
@@ -40,7 +40,7 @@ _LIMITS = {
     "num_labels": 2**20,
 }
 
-# Pairs of a field and a value that is accepted although it is outside the field's range, because it means "not set".
+# Pairs of a field and a value outside its range that is accepted nevertheless, because it means "not set".
 _UNSET = [("num_labels", -1), ("pad_token_id", None), ("classifier_dropout", None), ("problem_type", None)]
 
 
@@ -72,7 +72,7 @@ class BertConfig:
     """Hyperparameters of BERT (Devlin et al. 2018, section 3), with the field names of Hugging Face's `config.json`.
 
     Raises:
-        ConfigError: If a value is invalid or contradicts another one.
+        ConfigError: If a value is invalid or contradicts another value.
     """
 
     vocab_size: int = 28996
@@ -96,12 +96,12 @@ class BertConfig:
     num_labels: int = -1
     """The number of labels. -1 means one per name in `id2label` or `label2id`, or 2 if there are no names."""
     id2label: Mapping[int | str, str] | Sequence[str] | None = None
-    """The label names: a dict from ids to names, or a sequence in the order of the ids; stored as a tuple.
+    """The label names: a dict from ids to names, or a sequence of names in the order of their ids. Stored as a tuple.
 
     None means LABEL_0, LABEL_1, …
     """
     label2id: Mapping[str, int] | None = dataclasses.field(default=None, compare=False, repr=False)
-    """The inverse of `id2label`; may be given instead of it."""
+    """The inverse of `id2label`. Either of the two may be given."""
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class BertConfig:
         object.__setattr__(self, "label2id", {label: i for i, label in enumerate(self.labels)})
 
     def _checks(self) -> Iterator[tuple[str, bool, str]]:
-        """Yields for each check: the name of a field, whether its value is valid, and which values are valid.
+        """Yields, for each check, the name of a field, whether its value is valid, and which values are valid.
 
         Later checks rely on the earlier ones, so the caller must raise at the first invalid value.
         """
@@ -147,12 +147,12 @@ class BertConfig:
 
     @classmethod
     def base_cased(cls) -> "BertConfig":
-        """BERT-base, cased: 12 layers, 768 wide, 12 heads; 108,310,272 parameters with the pooler."""
+        """BERT-base, cased: 12 layers, hidden size 768, 12 heads; 108,310,272 parameters including the pooler."""
         return cls()
 
     @classmethod
     def large_cased(cls) -> "BertConfig":
-        """BERT-large, cased: 24 layers, 1024 wide, 16 heads; 333,579,264 parameters with the pooler."""
+        """BERT-large, cased: 24 layers, hidden size 1024, 16 heads; 333,579,264 parameters including the pooler."""
         return cls(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
 
     @property
@@ -162,7 +162,7 @@ class BertConfig:
         return self.id2label or tuple(f"LABEL_{i}" for i in range(self.num_labels))
 
     def replace(self, **changes: Unpack[ConfigChanges]) -> "BertConfig":
-        """A copy with some fields changed.
+        """Returns a copy with some fields changed.
 
         New label names also change `num_labels`. If `num_labels` changes and no names are given, the names become
         LABEL_0, LABEL_1, …
@@ -181,17 +181,17 @@ class BertConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "BertConfig":
-        """The config that a parsed `config.json` describes.
+        """Creates a config from a parsed `config.json`.
 
         Keys that are not BERT's hyperparameters (`pooler_type`, `transformers_version`, …) are ignored.
 
         Args:
-            config: A parsed `config.json`. It must have `vocab_size`, `hidden_size`, `num_hidden_layers`,
-                `num_attention_heads` and `intermediate_size`. All other keys may be absent.
+            config: A parsed `config.json`. It must contain `vocab_size`, `hidden_size`, `num_hidden_layers`,
+                `num_attention_heads` and `intermediate_size`. All other keys are optional.
 
         Raises:
-            ConfigError: If the config is of another kind of model, lacks a required key, or has a value that is not
-                supported.
+            ConfigError: If the config describes another kind of model, lacks a required key, or contains an unsupported
+                value.
         """
         for key, value in _FIXED.items():
             if config.get(key, value) != value:
@@ -206,7 +206,7 @@ class BertConfig:
         if names is not None:
             if not isinstance(names, Mapping):
                 raise ConfigError(f"id2label is {quoted(names)}; expected a JSON object of ids and names.")
-            # If the file has both, id2label takes precedence over label2id, as in transformers.
+            # If the file contains both, id2label takes precedence over label2id, as in transformers.
             known.pop("label2id", None)
             if known.pop("num_labels", len(names)) != len(names):
                 logger.warning("The %d label names override num_labels %s.", len(names), quoted(config["num_labels"]))
@@ -217,7 +217,7 @@ class BertConfig:
         """Reads a config from a JSON file.
 
         Raises:
-            ConfigError: If the file cannot be read, or if `from_dict` refuses its content.
+            ConfigError: If the file cannot be read, or if `from_dict` rejects its contents.
         """
         config = hub.read_json(Path(path), ConfigError)
         try:
@@ -226,7 +226,7 @@ class BertConfig:
             raise ConfigError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a `config.json` that both this class and PyTorch transformers can read."""
+        """Returns the contents of a `config.json` that both this class and transformers can read."""
         config = {"model_type": "bert", "position_embedding_type": "absolute", **dataclasses.asdict(self)}
         del config["num_labels"]
         return config | {"id2label": {str(i): label for i, label in enumerate(self.labels)}}

@@ -1,6 +1,6 @@
-"""Converts weights that are stored as `flax_model.msgpack` or `pytorch_model.bin` to `model.safetensors`.
+"""Converts weights stored as `flax_model.msgpack` or `pytorch_model.bin` to `model.safetensors`.
 
-Sources: transformers 4.57, `modeling_flax_pytorch_utils.py`, for the names and layouts of FlaxBert's parameters;
+Sources: transformers 4.57, `modeling_flax_pytorch_utils.py`, for the names and layouts of FlaxBert parameters;
 `flax/serialization.py` for the msgpack format.
 """
 
@@ -22,21 +22,21 @@ from bert_jax.model import BertModel
 
 MSGPACK, PICKLE = "flax_model.msgpack", "pytorch_model.bin"
 
-# Maps the last part of a parameter's name in Flax to that in PyTorch.
+# Maps the last component of a Flax parameter name to the one that PyTorch uses.
 _LAST = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, ignore: Iterable[str] = ()) -> Path:
-    """Converts the weights of a model folder, and copies its config and tokenizer.
+    """Converts the weights in a model folder and copies its config and tokenizer.
 
-    If the folder has both files, `flax_model.msgpack` is read. `pytorch_model.bin` is read with PyTorch, which must be
-    installed, and with `weights_only=True`, so that no code in the file is run.
+    If the folder contains both `flax_model.msgpack` and `pytorch_model.bin`, the former is read. The latter requires
+    PyTorch and is read with `weights_only=True`, so that no code in the file is run.
 
     Args:
-        source: A folder with `config.json`, or that of a sentence-transformers model.
-        target: A new or empty folder; or `source` itself, to which `model.safetensors` is then added.
-        ignore: Regular expressions that match the whole names of tensors that no BERT model has. These tensors are
-            converted, too. Any other tensor with an unknown name is an error.
+        source: A folder that contains `config.json`, or the folder of a sentence-transformers model.
+        target: A new or empty folder, or `source` itself, to which `model.safetensors` is then added.
+        ignore: Regular expressions that match the whole names of tensors that no BERT model has. These tensors are also
+            converted. Any other tensor with an unknown name is an error.
 
     Returns:
         The file that was read.
@@ -44,9 +44,9 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, i
     Raises:
         InputError: If `target` contains other files, or if PyTorch is required and not installed.
         ModelNotFoundError: If `source` is not a model folder.
-        ConfigError: If the config does not describe a BERT.
-        CheckpointError: If `source` has neither of the two files or already has safetensors weights, if its file is
-            damaged or its encoder does not fit the config, or if `target` cannot be written.
+        ConfigError: If the config does not describe a BERT model.
+        CheckpointError: If `source` contains neither weight file or already contains safetensors weights, if the weight
+            file is damaged, if its encoder does not fit the config, or if `target` cannot be written.
     """
     source, target = Path(source), Path(target)
     if not source.is_dir():
@@ -85,7 +85,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, i
 
 
 def _companions(source: Path, network: Path) -> Iterator[Path]:
-    """The paths, within `source`, of the files other than weights that belong to a model."""
+    """Returns the paths, relative to `source`, of all files of a model except its weights."""
     names = [network / name for name in (hub.CONFIG_FILE, *hub.TOKENIZER_FILES, hub.SENTENCE_FILES[1])]
     if found := hub.find_modules(network):
         folder, modules = found
@@ -95,12 +95,12 @@ def _companions(source: Path, network: Path) -> Iterator[Path]:
 
 
 def _from_msgpack(file: Path) -> dict[str, np.ndarray]:
-    """Reads the tensors of FlaxBert under the names that PyTorch gives to them."""
+    """Reads FlaxBert tensors and gives them their PyTorch names."""
     try:
         with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
 
             def array(code: int, data: bytes) -> np.ndarray:
-                """Decodes an array from the msgpack extension type 1 of `flax.serialization`."""
+                """Decodes an array that `flax.serialization` stored as msgpack extension type 1."""
                 if code != 1:
                     raise ValueError(f"extension type {code}; expected arrays")
                 shape, dtype, content = msgpack.unpackb(data)
@@ -113,7 +113,7 @@ def _from_msgpack(file: Path) -> dict[str, np.ndarray]:
             flat = tree.flatten(msgpack.unpackb(mapped, ext_hook=array, strict_map_key=False))
     except OSError as error:
         raise CheckpointError(f"Cannot read {file}: {error.strerror or error}.") from None
-    # Damaged bytes can raise any of msgpack's and numpy's exceptions.
+    # A damaged file can raise any msgpack or NumPy exception.
     except Exception as error:
         what = quoted(str(error) or type(error).__name__)
         raise CheckpointError(f"{file} is damaged ({what}); download it again.") from None
@@ -127,16 +127,16 @@ def _from_msgpack(file: Path) -> dict[str, np.ndarray]:
                 f"{file} contains {quoted(path)}, which FlaxBert does not have; expected parameter names that end in "
                 f"{listed(_LAST)}."
             )
-        # Flax holds the kernel of a linear layer as [in, out], and PyTorch its weight as [out, in].
+        # Flax stores the kernel of a linear layer as [in, out], and PyTorch stores its weight as [out, in].
         tensors[f"{head}.{_LAST[last]}".lstrip(".")] = np.ascontiguousarray(array.T if last == "kernel" else array)
     return tensors
 
 
 def _from_pickle(file: Path) -> dict[str, np.ndarray]:
-    """Reads the tensors of a file that `torch.save` has written.
+    """Reads the tensors in a file written by `torch.save`.
 
     The arrays share memory with the tensors, which are memory-mapped if the file allows it. A tied tensor, such as the
-    weight of the decoder, is left out if it shares memory with its original.
+    decoder weight, is left out if it shares memory with its original.
     """
     check_extra("parity", "torch")
     import torch
@@ -146,18 +146,18 @@ def _from_pickle(file: Path) -> dict[str, np.ndarray]:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         arrays = {}
         for name, tensor in tensors.items():
-            name.encode()  # raises an error if the name is not a string, or not valid text
+            name.encode()  # raises an error if the name is not a string or not valid text
             original = tensors.get(weights.TIED.get(name))
             if original is not None and original.data_ptr() == tensor.data_ptr():
                 continue
-            if tensor.dtype == torch.bfloat16:  # which PyTorch does not convert to numpy
+            if tensor.dtype == torch.bfloat16:  # PyTorch cannot convert this dtype to NumPy
                 arrays[name] = tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
             else:
                 arrays[name] = tensor.contiguous().numpy()
         return arrays
     except OSError as error:
         raise CheckpointError(f"Cannot read {file}: {error.strerror or error}.") from None
-    # A damaged file, or one that is not a dict of named tensors, can raise many kinds of exceptions.
+    # A file that is damaged or does not contain a dict of named tensors can raise many kinds of exceptions.
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(

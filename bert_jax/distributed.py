@@ -1,4 +1,4 @@
-"""Training runs with several processes, such as one on each host of a TPU pod or on each node of a cluster.
+"""Training runs with several processes, such as one per host of a TPU pod or one per node of a cluster.
 
 Each process has its own devices. All processes run the same command, and each prepares its own rows of a batch. Only
 the first process writes files, except for checkpoints: each process writes the shards that its devices hold.
@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from bert_jax.errors import InputError, TrainingError, quoted
 
 HEARTBEAT = 30
-"""Seconds without a heartbeat after which a process counts as lost and the other processes end."""
+"""Seconds without a heartbeat after which a process is considered lost and the other processes end."""
 JOIN = 300
 """Seconds to wait for the other processes to join."""
 
@@ -30,7 +30,7 @@ def start(given: str) -> None:
 
     Args:
         given: `auto` on a TPU pod or under SLURM or Open MPI, where the environment describes the processes.
-            Otherwise `i/n@host:port`: this is process i of n, counted from 1, and process 1 is at `host:port`.
+            Otherwise, `i/n@host:port` for process i of n, counted from 1; `host:port` is the address of process 1.
 
     Raises:
         InputError: If `given` is invalid, or if the other processes cannot be joined.
@@ -54,12 +54,12 @@ def start(given: str) -> None:
 
 
 def _reach(address: str) -> None:
-    """Waits until an address answers.
+    """Waits until an address accepts connections.
 
-    Without this check, JAX would abort the process if the address did not answer.
+    Without this check, JAX would abort the process if the address accepted no connection.
 
     Raises:
-        OSError: If nothing has answered after `JOIN` seconds.
+        OSError: If the address accepts no connection within `JOIN` seconds.
     """
     host, _, port = address.rpartition(":")
     until = time.monotonic() + JOIN
@@ -74,14 +74,14 @@ def _reach(address: str) -> None:
 
 
 def first() -> bool:
-    """Whether this is the first process, the one that writes files and shows progress."""
+    """Whether this is the first process, which writes files and shows progress."""
     return jax.process_index() == 0
 
 
 def number_among(given: str) -> tuple[int, int]:
-    """Finds the number of this process among the processes. After that, the processes separate again.
+    """Determines the number of this process, then disconnects it from the other processes.
 
-    Each process can then end or fail alone. This has been tried with two processes on one machine.
+    Afterwards, each process can end or fail independently. This has been tested with two processes on one machine.
 
     Args:
         given: As in `start`.
@@ -104,7 +104,7 @@ def name() -> str:
 
 
 def agree(what: str, text: Callable[[], str]) -> None:
-    """Checks that a text is the same in all processes. Every process must call this.
+    """Checks that a text is the same in all processes. Every process must call this function.
 
     If there is only one process, `text` is not called.
 
@@ -125,7 +125,7 @@ def agree(what: str, text: Callable[[], str]) -> None:
 
 
 def wait(what: str) -> None:
-    """Waits until all processes have called this."""
+    """Waits until all processes have called this function."""
     multihost_utils.sync_global_devices(what)
 
 
@@ -147,14 +147,14 @@ def share_folder(folder: Path, name: str) -> None:
 def asked_to_stop(step: int) -> bool:
     """Whether any process received SIGTERM; always False if there is only one process.
 
-    Every process must call this at every step, and all get the same answer.
+    Every process must call this function at every step. All processes get the same answer.
     """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
 @contextlib.contextmanager
 def lost_ones_named() -> Iterator[None]:
-    """Turns the error of a collective operation into a `TrainingError` if another process ended or does not answer."""
+    """Converts a collective operation's error into a `TrainingError` if another process ended or does not respond."""
     try:
         yield
     except (ValueError, jax.errors.JaxRuntimeError) as error:  # on CPU, Gloo's errors are ValueErrors

@@ -1,6 +1,6 @@
-"""Errors that the user can fix, such as invalid input. None of these exceptions reports a bug in this package.
+"""Errors that the user can fix, such as invalid input. None of these exceptions indicates a bug in this package.
 
-Each message says what was given, what was expected and what to do. The command line prints it without a traceback.
+Each message states what was given, what was expected and what to do. The command line prints it without a traceback.
 """
 
 import importlib.util
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 QUOTED = 200
-"""A message shows at most this number of characters of a value."""
+"""The maximum number of characters of a value that a message shows."""
 
 
 class BertJaxError(Exception):
@@ -20,7 +20,7 @@ class InputError(BertJaxError, ValueError):
 
 
 class UnknownArgumentError(InputError, TypeError):
-    """An argument that a function has in another library, but not here."""
+    """An argument that the function accepts in another library but not in this package."""
 
 
 class ConfigError(BertJaxError, ValueError):
@@ -28,7 +28,7 @@ class ConfigError(BertJaxError, ValueError):
 
 
 class CheckpointError(BertJaxError, ValueError):
-    """Model or run files that are damaged, are incomplete, belong to another model, or cannot be written."""
+    """Model or run files that are damaged or incomplete, belong to another model, or cannot be written."""
 
 
 class ModelNotFoundError(BertJaxError, OSError):
@@ -36,23 +36,23 @@ class ModelNotFoundError(BertJaxError, OSError):
 
 
 class HubUnreachableError(ModelNotFoundError):
-    """The Hub does not answer, so a model that is not cached cannot be downloaded, or a model cannot be uploaded."""
+    """The Hub does not respond, so an uncached model cannot be downloaded, or a model cannot be uploaded."""
 
 
 class TrainingError(BertJaxError, ArithmeticError):
-    """A run that cannot continue: a result is not finite, or one of its processes has ended."""
+    """A run that cannot continue, because a result is not finite or because one of its processes has ended."""
 
 
 class OutOfMemoryError(BertJaxError, MemoryError):
-    """A model or a batch that does not fit in the memory of the devices."""
+    """A model or batch that does not fit in device memory."""
 
 
 class Interrupted(BertJaxError):
-    """A run that was asked to stop. If it has a folder, it has saved its state there.
+    """A run that was asked to stop. If the run has a folder, its state was saved there.
 
     Args:
         step: The number of steps done.
-        folder: The folder of the run; None if it has none.
+        folder: The run's folder; None if the run has no folder.
         signal: The number of the signal that stopped the run.
     """
 
@@ -71,12 +71,12 @@ def check_extra(extra: str, *modules: str) -> None:
 
 
 def quoted(value: Any) -> str:
-    """`repr(value)`, cut after `QUOTED` characters. Of a large value, only the part before the cut is converted."""
+    """Returns `repr(value)`, truncated to `QUOTED` characters. The rest of a large value is never formatted."""
     return _cut(_written(value))
 
 
 def listed(values: Iterable[Any]) -> str:
-    """The values separated by commas, cut after `QUOTED` characters."""
+    """Returns the values separated by commas, truncated to `QUOTED` characters."""
     return _cut(f"{', ' * (i > 0)}{str(value)[: QUOTED + 1]}" for i, value in enumerate(values))
 
 
@@ -84,7 +84,7 @@ def _cut(parts: Iterable[str]) -> str:
     text = ""
     for part in parts:
         if len(text) + len(part) > QUOTED:
-            closing = part[-1] if part[-1] in "'\"" else ""  # a quotation ends with a quotation mark, even if it is cut
+            closing = part[-1] if part[-1] in "'\"" else ""  # a truncated quotation also ends with a quotation mark
             return text + part[: QUOTED - len(text)] + "…" + closing
         text += part
     return text
@@ -108,7 +108,7 @@ def _written(value: Any) -> Iterator[str]:
         yield "," * (type(value) is tuple and len(value) == 1) + closing
     elif isinstance(value, str | bytes):
         yield repr(value[: QUOTED + 1])
-    elif isinstance(value, int) and value.bit_length() > 10_000:  # repr fails for integers of more than 4,300 digits
+    elif isinstance(value, int) and value.bit_length() > 10_000:  # repr fails for integers with more than 4,300 digits
         yield f"a whole number of {value.bit_length()} bits"
     else:
         yield repr(value)

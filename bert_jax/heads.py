@@ -1,4 +1,4 @@
-"""Models that consist of an encoder and a head. The head computes the logits of a task from the encoder's output."""
+"""Models that consist of an encoder and a head. The head computes a task's logits from the encoder's output."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
@@ -61,8 +61,8 @@ class PreTrainingOutput(ModelOutput):
 class QuestionAnsweringOutput(ModelOutput):
     """The output of `BertForQuestionAnswering`.
 
-    The logits, float32 [B, T], score each token as the first (`start_logits`) and as the last (`end_logits`) of the
-    answer.
+    The logits, float32 [B, T], score each token as the first token (`start_logits`) and as the last token
+    (`end_logits`) of the answer.
     """
 
     start_logits: jax.Array
@@ -72,7 +72,7 @@ class QuestionAnsweringOutput(ModelOutput):
 
 
 class MaskedLMHead(nnx.Module):
-    """Scores the vocabulary: a dense layer, an activation, LayerNorm, then products with the word embeddings."""
+    """Scores the vocabulary: a dense layer, an activation, LayerNorm, then dot products with the word embeddings."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs | None):
         self.config = config
@@ -89,7 +89,7 @@ class MaskedLMHead(nnx.Module):
 
 
 class BertWithHead(BertPreTrainedModel):
-    """An encoder, `bert`, with a head.
+    """An encoder (`bert`) with a head.
 
     Subclasses set `pooled`, create the head in `_add_head`, and apply it to the encoder's output.
     """
@@ -115,7 +115,7 @@ class BertWithHead(BertPreTrainedModel):
         self._add_head(rngs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute. Raises `InputError` for an option of the encoder, which would have no effect here."""
+        """Sets an attribute. Raises `InputError` for an encoder option, which would have no effect on this model."""
         if name in ("compute_dtype", "attention", "remat", "scan_layers") and not isinstance(value, nnx.Module):
             raise InputError(f"{name} is an option of the encoder; set model.encoder.{name} instead.")
         super().__setattr__(name, value)
@@ -125,7 +125,7 @@ class BertWithHead(BertPreTrainedModel):
         raise NotImplementedError
 
     def _linear(self, features: int, rngs: nnx.Rngs | None) -> Linear:
-        """Makes a linear layer with `hidden_size` inputs and `features` outputs."""
+        """Creates a linear layer with `hidden_size` inputs and `features` outputs."""
         return Linear(self.config.hidden_size, features, self.config.initializer_range, rngs)
 
 
@@ -164,9 +164,9 @@ class BertForPreTraining(BertWithHead):
             document_ids: See `BertModel`.
             masked_positions: int [B, P], the indices of the tokens at which to score the vocabulary; None for all
                 tokens.
-            first_positions: int [B, K], the index of the first token of each example, if a row holds several. The
-                next-sentence logits are then [B, K, 2]. If None, the first token of the row is used, and these logits
-                are [B, 2].
+            first_positions: int [B, K], the index of each example's first token, if a row contains several examples.
+                The next-sentence logits are then [B, K, 2]. If None, the first token of the row is used, and these
+                logits are [B, 2].
             inputs_embeds: See `BertModel`.
             dropout_key: See `BertModel`.
             interventions: See `BertModel`.
@@ -215,7 +215,7 @@ class BertForMaskedLM(BertWithHead):
         dropout_key: jax.Array | None = None,
         interventions: Interventions = NONE,
     ) -> HeadOutput:
-        """Scores the vocabulary at the tokens whose indices are `masked_positions`, int [B, K].
+        """Scores the vocabulary at the token indices `masked_positions`, int [B, K].
 
         If `masked_positions` is None, scores the vocabulary at all tokens. The other arguments are those of
         `BertModel`.
@@ -235,7 +235,7 @@ class BertForMaskedLM(BertWithHead):
 
 
 class BertWithLinearHead(BertWithHead, Generic[Output]):
-    """An encoder with a head that is one linear layer."""
+    """An encoder with a head that consists of one linear layer."""
 
     head_dropout: ClassVar[bool] = False
     """Whether dropout is applied to the input of the head."""
@@ -272,9 +272,9 @@ class BertWithLinearHead(BertWithHead, Generic[Output]):
         """Applies the head.
 
         Args:
-            hidden: float32. The pooler's output [B, D] if `pooled` is true, and the last hidden state [B, T, D]
-                otherwise. If `positions` are given, both are [B, K, D].
-            out: The whole output of the encoder.
+            hidden: float32, the pooler's output [B, D] if `pooled` is true, or the last hidden state [B, T, D]
+                otherwise. If `positions` are given, either is [B, K, D].
+            out: The complete output of the encoder.
         """
         raise NotImplementedError
 
@@ -296,7 +296,7 @@ class BertForNextSentencePrediction(BertWithLinearHead[HeadOutput]):
 
 
 class BertWithClassifier(BertWithLinearHead[HeadOutput]):
-    """An encoder with a linear classifier of `num_labels` labels. Dropout is applied to the classifier's input."""
+    """An encoder with a linear classifier for `num_labels` labels. Dropout is applied to the classifier's input."""
 
     head_dropout = True
 
@@ -309,7 +309,7 @@ class BertWithClassifier(BertWithLinearHead[HeadOutput]):
 
 
 class BertForSequenceClassification(BertWithClassifier):
-    """The encoder with a classifier of the pooler's output.
+    """The encoder with a classifier on the pooler's output.
 
     The logits are [B, C], or [B, K, C] if `positions` are given.
     """
@@ -318,7 +318,7 @@ class BertForSequenceClassification(BertWithClassifier):
 
 
 class BertForMultipleChoice(BertWithClassifier):
-    """The encoder with a linear layer that scores a text by the pooler's output (transformers' `modeling_bert.py`)."""
+    """The encoder with a linear layer that scores texts from the pooler's output (transformers' `modeling_bert.py`)."""
 
     pooled = True
 
@@ -340,15 +340,14 @@ class BertForMultipleChoice(BertWithClassifier):
         dropout_key: jax.Array | None = None,
         interventions: Interventions = NONE,
     ) -> HeadOutput:
-        """Scores the choices of each example. The softmax of its scores gives the probabilities of its choices.
+        """Scores the choices of each example. The softmax over an example's scores gives the choices' probabilities.
 
-        The arguments are those of `BertModel`, with one more axis, that of the C choices: `input_ids` is [B, C, T]. For
-        packed rows, pass the arguments of `BertModel` instead, and the index of each choice's first token as
-        `positions`.
+        The arguments are those of `BertModel` with an additional axis for the C choices: `input_ids` is [B, C, T]. For
+        packed rows, pass the arguments without this axis, and the index of each choice's first token as `positions`.
 
         Returns:
-            A `HeadOutput` with logits [B, C], and hidden states of B · C rows; or, if `positions` [B, K] are given,
-            logits [B, K].
+            A `HeadOutput` with logits [B, C] and the hidden states of B · C rows. If `positions` [B, K] are given, the
+            logits are [B, K].
         """
         inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
@@ -375,11 +374,11 @@ class BertForMultipleChoice(BertWithClassifier):
 
 
 class BertForTokenClassification(BertWithClassifier):
-    """The encoder with a classifier of each token. The logits are [B, T, C], or [B, K, C] if `positions` are given."""
+    """The encoder with a classifier for each token. The logits are [B, T, C], or [B, K, C] if `positions` are given."""
 
 
 class BertForQuestionAnswering(BertWithLinearHead[QuestionAnsweringOutput]):
-    """The encoder with a head that scores tokens as start and end of an answer (Devlin et al. 2018, section 4.2)."""
+    """The encoder with a head that scores tokens as answer starts and ends (Devlin et al. 2018, section 4.2)."""
 
     def _add_head(self, rngs: nnx.Rngs | None) -> None:
         self.qa_outputs = self._linear(2, rngs)

@@ -1,6 +1,7 @@
-"""Finds, downloads and writes the files of a model.
+"""Finds, downloads and writes model files.
 
-A model id is the path of a local folder, the name of a model in this package, or an id on the Hugging Face Hub.
+A model id is the path of a local folder, the name of the embedded model (`bert-mini-cased`), or an id on the Hugging
+Face Hub.
 """
 
 import contextlib
@@ -24,14 +25,15 @@ logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "google-bert/bert-base-cased"
 CONFIG_FILE = "config.json"
 MERGED_CONFIG_FILE = "merged_config.json"
-"""The config of the merged model in a folder of adapters. With a config.json, transformers would look for weights."""
+"""The name of the merged model's config in an adapter folder. If it were config.json, transformers would look for
+weights."""
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-"""The name of the index file of a checkpoint with several weight files."""
+"""The name of the index file of a sharded checkpoint."""
 CARD_FILE = "README.md"
 """The name of the model card."""
 EMBEDDED = Path(__file__).parent / "embedded"
-"""The folder of the models that ship in the package, with one subfolder per model."""
+"""The folder of the models that ship with the package, with one subfolder per model."""
 
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -39,11 +41,12 @@ TOKENIZER_FILES = (
 MODULES_FILE = "modules.json"
 """The file in which a sentence-transformers model lists its modules.
 
-Each module has a folder within that of the model. The first module is the network; it may be in the model's folder
+Each module has a subfolder of the model's folder. The first module is the network, which may be in the model's folder
 itself.
 """
 SENTENCE_FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
-"""Other files of a sentence-transformers model: the first is in the model's folder, the second in the network's."""
+"""Other files of a sentence-transformers model. The first is in the model's folder, the second in the network's
+folder."""
 
 _CONVERT = "convert it once: bert-jax convert {folder} --output NEW_FOLDER"
 _SAVE_AGAIN = "load it with {tool} and call save_pretrained there; see docs/files_from_elsewhere.md"
@@ -64,25 +67,25 @@ OTHER_FORMATS = {
 
 
 def download(model_id: str | os.PathLike[str], *, revision: str | None = None, timeout: float = 10.0) -> Path:
-    """Finds the folder with a model's files. If the model is on the Hub, its files are downloaded into the local cache.
+    """Returns the folder that contains a model's files. A model on the Hub is first downloaded to the local cache.
 
-    If `HF_HUB_OFFLINE=1` is set or the Hub does not answer, nothing is downloaded, and the cache is used as it is.
+    If `HF_HUB_OFFLINE=1` is set or the Hub does not respond, nothing is downloaded, and the cache is used as it is.
 
     Args:
-        model_id: A folder, the name of an embedded model (`bert-mini-cased`), or an id on the Hub. An existing
-            folder takes precedence.
+        model_id: A folder, the name of the embedded model (`bert-mini-cased`), or an id on the Hub. An existing folder
+            takes precedence.
         revision: Branch, tag or commit on the Hub; None for `main`.
-        timeout: Seconds to wait for the Hub's first answer.
+        timeout: Seconds to wait for the Hub's first response.
 
     Returns:
-        A folder that contains config.json. For a sentence-transformers model, it may be a subfolder of the model's
-        folder, which `find_modules` returns.
+        The folder that contains the model's config. For a sentence-transformers model, this may be a subfolder of the
+        model's folder. `find_modules` returns the model's folder.
 
     Raises:
         ModelNotFoundError: If the folder, model or revision does not exist, or if a download fails.
-        HubUnreachableError: If nothing can be downloaded and the cache lacks files of the model.
-        CheckpointError: If a model on the Hub has no safetensors weights, or if the index of its weights or its
-            `modules.json` is damaged.
+        HubUnreachableError: If nothing can be downloaded and the cache lacks some of the model's files.
+        CheckpointError: If a model on the Hub has no safetensors weights, or if its weight index or `modules.json` is
+            damaged.
     """
     folder = Path(model_id)
     if folder.is_dir():
@@ -99,25 +102,25 @@ def download(model_id: str | os.PathLike[str], *, revision: str | None = None, t
 
 
 def config_file(folder: Path) -> Path:
-    """The file with the config of a model: `config.json` or, in a folder of adapters, `merged_config.json`."""
+    """Returns the path of a model's config: `config.json` or, in an adapter folder, `merged_config.json`."""
     merged = folder / MERGED_CONFIG_FILE
     return merged if merged.is_file() else folder / CONFIG_FILE
 
 
 def names_in(folder: Path) -> list[str]:
-    """The paths of the files in a folder and in its subfolders, relative to the folder."""
+    """Returns the paths of the files in a folder and its subfolders, relative to the folder."""
     return [path.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(pattern)]
 
 
 def advice(names: Iterable[str], folder: str | os.PathLike[str]) -> str:
-    """What to do with the files of a folder that has no safetensors weights.
+    """Explains what to do with a folder that contains no safetensors weights.
 
     Args:
         names: The paths of the files, relative to the folder.
         folder: The folder, for the message.
 
     Returns:
-        A sentence that begins with a space. If no file is of a known format, the result is empty.
+        A sentence that begins with a space; empty if no file has a known format.
     """
     paths = sorted(names)
     for pattern, what in OTHER_FORMATS.items():
@@ -142,11 +145,11 @@ def read_modules(file: Path) -> list[Module]:
     """Reads the `modules.json` of a sentence-transformers model.
 
     Raises:
-        CheckpointError: If the file is damaged, or if it names a folder outside that of the model.
+        CheckpointError: If the file is damaged, or if it names a folder outside the model's folder.
     """
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-        # A class of another library keeps its full name.
+        # Classes from other libraries keep their full names.
         modules = [
             Module(re.sub(r"^sentence_transformers\.(.*\.)?", "", entry["type"]), entry["path"].rstrip("/"))
             for entry in entries
@@ -159,19 +162,19 @@ def read_modules(file: Path) -> list[Module]:
 
 
 def network_folder(folder: Path) -> Path:
-    """The folder that contains the network of a model. In a sentence-transformers model, it may be a subfolder."""
+    """Returns the folder of a model's network. In a sentence-transformers model, this may be a subfolder."""
     file = folder / MODULES_FILE
     return folder / read_modules(file)[0].path if file.is_file() else folder
 
 
 def find_modules(network: Path) -> tuple[Path, list[Module]] | None:
-    """The folder and the modules of the sentence-transformers model that a network belongs to.
+    """Finds the sentence-transformers model that a network belongs to.
 
     Args:
         network: The folder of the network, from `network_folder`.
 
     Returns:
-        None if the network does not belong to a sentence-transformers model.
+        The model's folder and its modules; None if the network does not belong to a sentence-transformers model.
     """
     for folder in (network, network.parent):
         with contextlib.suppress(CheckpointError):
@@ -181,14 +184,14 @@ def find_modules(network: Path) -> tuple[Path, list[Module]] | None:
 
 
 def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[str, Any]:
-    """The object in a JSON file of a model.
+    """Reads the JSON object in one of a model's files.
 
     Args:
         path: The file.
         error: The exception class to raise.
 
     Raises:
-        BertJaxError: If the file cannot be read, or if its content is not a JSON object. The exception is of the class
+        BertJaxError: If the file cannot be read or does not contain a JSON object. The exception is an instance of
             `error`.
     """
     try:
@@ -204,7 +207,7 @@ def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[s
 
 
 def architectures(folder: Path) -> list[str]:
-    """The names of the classes that a model was saved from, as listed in its config.json; empty if none are listed."""
+    """Returns the class names that a model was saved from, as listed in its config; empty if none are listed."""
     try:
         names = read_json(config_file(folder)).get("architectures")
     except CheckpointError:  # ignored here, because `BertConfig.from_file` reports a damaged file
@@ -213,7 +216,7 @@ def architectures(folder: Path) -> list[str]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the name of a model or data set is an id on the Hub: not a folder, nor a model in this package."""
+    """Whether the name of a model or data set is an id on the Hub, and neither a local path nor an embedded model."""
     from huggingface_hub import errors
     from huggingface_hub.utils import validate_repo_id
 
@@ -225,14 +228,14 @@ def is_hub_id(name: str) -> bool:
 
 
 def read_card(model_id: str, revision: str | None = None) -> dict[str, Any]:
-    """The metadata of a model's card. Nothing is downloaded: `download` has fetched the card with the model.
+    """Reads the metadata of a model card. Nothing is downloaded, because `download` fetches the card with the model.
 
     Args:
-        model_id: A folder, the name of an embedded model, or an id on the Hub.
+        model_id: A folder, the name of the embedded model, or an id on the Hub.
         revision: Branch, tag or commit on the Hub; None for `main`.
 
     Returns:
-        The metadata; empty if there is no card, or if its metadata are not valid YAML.
+        The metadata; empty if there is no card or if its metadata is not valid YAML.
     """
     import yaml
     from huggingface_hub import ModelCard, try_to_load_from_cache
@@ -250,18 +253,18 @@ def read_card(model_id: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def embedded() -> list[str]:
-    """The names of the models that ship in the package."""
+    """Returns the names of the models that ship with the package."""
     return sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())
 
 
 def is_vacant(path: Path) -> bool:
-    """Whether a new folder can be written to `path`: nothing is there, or an empty folder."""
+    """Whether `path` does not exist or is an empty folder, so that a new folder can be written there."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder, into which the caller writes files. Once all are written, they move into `folder`.
+    """Yields a temporary folder for the caller to write files to, then moves these files into `folder`.
 
     The files may be in subfolders.
 
@@ -276,7 +279,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         yield staging
         files = sorted(path for path in staging.rglob("*") if path.is_file())
         for path in files:
-            # safetensors makes its files private. Here, each file gets the permissions that the umask allows.
+            # safetensors makes its files readable only by their owner, so each file is given the permissions that the
+            # umask allows.
             path.chmod(0o666 & staging.stat().st_mode)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -287,7 +291,7 @@ def replacing(folder: Path) -> Iterator[Path]:
                 os.replace(path, folder / place)
                 replaced.append(str(place))
             if (folder / INDEX_FILE).exists() and (folder / WEIGHTS_FILE).exists():
-                # The folder held an earlier checkpoint with several weight files. Its index no longer applies.
+                # The folder contained an earlier sharded checkpoint, whose index no longer applies.
                 (folder / INDEX_FILE).unlink()
         else:
             os.rename(staging, folder)
@@ -335,8 +339,8 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
                 fetch(name, revision)
 
     try:
-        # Fetched by the revision, not by its commit: the cache then records which commit the revision names, so that
-        # later calls find the files without the Hub.
+        # These files are fetched by revision rather than by commit. The cache then records which commit the revision
+        # refers to, so that later calls find the files without the Hub.
         prefix = ""
         with contextlib.suppress(errors.EntryNotFoundError):
             prefix = f"{read_modules(fetch(MODULES_FILE, revision))[0].path}/".lstrip("/")
@@ -380,7 +384,7 @@ def _commit(repo: str, revision: str, timeout: float) -> str:
     """
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
-    # Asks in a thread, because the HTTP client's own timeout covers neither a slow name server nor a retry.
+    # The request runs in a thread, because the HTTP client's own timeout covers neither a slow name server nor a retry.
     commit: Future[str] = Future()
 
     def commit_of(name: str) -> str:
@@ -414,10 +418,10 @@ def _commit(repo: str, revision: str, timeout: float) -> str:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Reads a `model.safetensors.index.json`, which maps the name of each tensor to the name of its file.
+    """Reads a `model.safetensors.index.json`, which maps each tensor name to a file name.
 
     Raises:
-        CheckpointError: If the index is damaged, or names anything other than files in its own folder.
+        CheckpointError: If the index is damaged or names anything other than files in its own folder.
     """
     content = read_json(index)
     files = content.get("weight_map")

@@ -1,4 +1,4 @@
-"""Changes the activations of a model during a call: functions of arrays, applied at named sites.
+"""Changes a model's activations during a call by applying functions at named sites.
 
 A site is a named activation. Most names follow the path of the module that computes the activation. `SITES` lists all
 names and shapes. Under jit, grad and vmap, the functions are traced together with the model.
@@ -17,7 +17,8 @@ import jax
 from bert_jax.errors import InputError, quoted
 
 Interventions = Mapping[str, Callable[[jax.Array], jax.Array]]
-"""Maps the name of a site to a function from the activation to its replacement, which has the same shape."""
+"""Maps the name of a site to a function that takes the activation and returns its replacement, an array of the same
+shape."""
 
 NONE: Interventions = MappingProxyType({})
 """No interventions."""
@@ -34,30 +35,30 @@ SITES = {
     "layers.{i}": "[B, T, D]",
     "pooler": "[B, D]",
 }
-"""The sites, in the order of the computation, with the shapes of their activations. `{i}` is the number of a layer.
+"""The sites, in the order of computation, with the shapes of their activations. `{i}` is the layer number.
 
-`heads` is the context of each head, before the output projection. `intermediate` is the inside of the feed-forward
-block, after the activation function. `attention.output` and `output` are what the two blocks add to the residual
-stream. `layers.{i}` is the output of the layer, and `hidden_states[i + 1]`. In the last layer of a call that selects
-tokens, T is the number of selected tokens, and `pooler` is [B, T, D].
+`heads` is the context of each head before the output projection. `intermediate` is the hidden state of the feed-forward
+block after the activation function. `attention.output` and `output` are the values that the two blocks add to the
+residual stream. `layers.{i}` is the output of the layer, which is also `hidden_states[i + 1]`. If a call selects tokens
+with `positions`, T is the number of selected tokens in the last layer, and `pooler` is [B, T, D].
 """
 
 
 def checked_interventions(
     interventions: Interventions, *, layers: int, pooler: bool, fused: str | None, scan: bool
 ) -> Interventions:
-    """Checks that a model has the sites.
+    """Checks that a model has the sites of the interventions.
 
     Args:
         interventions: The interventions.
-        layers: The number of layers of the model.
+        layers: The number of layers in the model.
         pooler: Whether the model has a pooler.
         fused: The name of the attention kernel if it is fused; otherwise None.
         scan: Whether the layers are compiled as one loop.
 
     Returns:
-        The interventions. Each function now raises `InputError` if it returns anything but an array of the same shape,
-        and converts its result to the dtype of the activation.
+        The interventions. Each function now raises `InputError` if it returns anything other than an array of the
+        activation's shape, and converts its result to the activation's dtype.
 
     Raises:
         InputError: If `interventions` is not a dict, or if a site is unknown or cannot be reached.
@@ -97,7 +98,7 @@ def _call(site: str, function: Callable[[jax.Array], jax.Array], x: jax.Array) -
 
 
 def within(interventions: Interventions, module: str) -> Interventions:
-    """The interventions in a module, by their names there; that at the output of the module itself has the name ""."""
+    """Returns the interventions in a module by site name relative to the module; "" is the module's own output."""
     return {
         site.removeprefix(module).removeprefix("."): function
         for site, function in interventions.items()
@@ -106,5 +107,5 @@ def within(interventions: Interventions, module: str) -> Interventions:
 
 
 def intervene(interventions: Interventions, site: str, x: jax.Array) -> jax.Array:
-    """Applies the function of a site to its activation. Without one, returns the activation itself."""
+    """Applies a site's function to its activation. If the site has no function, returns the activation unchanged."""
     return interventions[site](x) if site in interventions else x

@@ -1,4 +1,4 @@
-"""Losses. Each is a float32 mean that leaves out the entries whose label is `IGNORE` or whose weight is 0.
+"""Losses. Each is a float32 mean over all entries except those whose label is `IGNORE` or whose weight is 0.
 
 Cross entropies are in nats.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from bert_jax.errors import InputError
 
 IGNORE = -100
-"""The label of entries that a loss leaves out. PyTorch and Hugging Face's data sets use the same number."""
+"""The label of entries that losses ignore. PyTorch and Hugging Face data sets use the same number."""
 
 
 def cross_entropy(
@@ -28,17 +28,17 @@ def cross_entropy(
 
     Args:
         logits: float [..., C].
-        labels: int [...]; `IGNORE` where nothing is to be predicted.
+        labels: int [...]; `IGNORE` marks the entries that have no target.
         class_weights: float [C], the weight of each class in the mean, as in `torch.nn.CrossEntropyLoss`. By default,
             all classes have the same weight.
-        label_smoothing: The share of each target that is divided equally among all classes (Szegedy et al. 2016,
-            section 7).
-        focal_gamma: If p is the probability of the label, its negative log-likelihood is multiplied by
-            (1 - p)^focal_gamma, so that well-predicted labels count less (Lin et al. 2017, section 3.2).
+        label_smoothing: The share of each target's probability that is divided equally among all classes (Szegedy et
+            al. 2016, section 7).
+        focal_gamma: If p is the predicted probability of a label, its negative log-likelihood is multiplied by (1 -
+            p)^focal_gamma, so that well-predicted labels count less (Lin et al. 2017, section 3.2).
 
     Returns:
-        float32 [], nats per label that is not `IGNORE` (with class weights, a weighted mean); 0 if all labels are
-        `IGNORE`.
+        float32 [], in nats per label. The mean is over the labels that are not `IGNORE` and is weighted if class
+        weights are given. The loss is 0 if all labels are `IGNORE`.
 
     Raises:
         InputError: If `class_weights` are not C numbers.
@@ -63,10 +63,10 @@ def cross_entropy(
 
 
 def total_weight(labels: jax.Array, class_weights: jax.Array | None = None) -> jax.Array:
-    """The divisor of the mean of `cross_entropy`: float32 [].
+    """Returns the divisor of the mean that `cross_entropy` computes, float32 [].
 
-    Without class weights, it is the number of labels that are not `IGNORE`; with class weights, the sum of the weights
-    of these labels.
+    Without class weights, the divisor is the number of labels that are not `IGNORE`. With class weights, it is the sum
+    of these labels' weights.
     """
     counts = labels != IGNORE
     if class_weights is None:
@@ -76,16 +76,17 @@ def total_weight(labels: jax.Array, class_weights: jax.Array | None = None) -> j
 
 
 def balanced(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Class weights that give every class the same influence on a loss.
+    """Returns class weights that give every class the same influence on a loss.
 
     Args:
-        labels: int [N], in which `IGNORE` and other negative numbers are left out, for `cross_entropy`; or 0 and 1
-            [N, C], in which rows with NaN are left out, for `binary_cross_entropy`.
-        classes: The number C of classes.
+        labels: For `cross_entropy`, int [N]; `IGNORE` and other negative numbers are left out. For
+            `binary_cross_entropy`, zeros and ones [N, C]; rows that contain NaN are left out.
+        classes: The number of classes, C.
 
     Returns:
-        float32 [C]. For int [N], labels / (C · labels of the class), as `compute_class_weight` of scikit-learn. For
-        [N, C], zeros of the class / ones of the class. A class that does not occur gets infinity or NaN.
+        float32 [C]. For int [N], the number of labels divided by C times the number of labels of the class, as in
+        scikit-learn's `compute_class_weight`. For [N, C], the number of zeros of the class divided by the number of
+        ones. The weight of a class that does not occur is infinity or NaN.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         if labels.ndim == 2:
@@ -106,19 +107,19 @@ def binary_cross_entropy(
     label_smoothing: float = 0.0,
     focal_gamma: float = 0.0,
 ) -> jax.Array:
-    """Mean negative log-likelihood of independent yes-no labels: the loss of multi-label classification.
+    """Mean negative log-likelihood of independent binary labels, the loss of multi-label classification.
 
     Args:
         logits: float [B, C].
         labels: [B, C], 0 or 1.
         weights: float [B], 1 for each row to include and 0 for each row to leave out. All rows are included by default.
-        class_weights: float [C], by which the loss of each label is multiplied where the label is 1, as with
-            `pos_weight` of `torch.nn.BCEWithLogitsLoss`.
-        label_smoothing: Labels of 0 and 1 become label_smoothing / 2 and 1 - label_smoothing / 2.
-        focal_gamma: As in `cross_entropy`. p is the probability of the label's value, 0 or 1.
+        class_weights: float [C], factors for the loss of each class where its label is 1, like `pos_weight` in
+            `torch.nn.BCEWithLogitsLoss`.
+        label_smoothing: The labels 0 and 1 become label_smoothing / 2 and 1 - label_smoothing / 2.
+        focal_gamma: As in `cross_entropy`, where p is the predicted probability of the label's value, 0 or 1.
 
     Returns:
-        float32 [], nats per label.
+        float32 [], in nats per label.
 
     Raises:
         InputError: If `class_weights` are not C numbers.
@@ -134,7 +135,7 @@ def binary_cross_entropy(
 
 
 def _by_class(weights: jax.Array, like: jax.Array) -> jax.Array:
-    """Weights [C] with as many axes as `like`, [..., C]."""
+    """Reshapes weights [C] to the rank of `like`, [..., C]."""
     weights = jnp.asarray(weights, jnp.float32)
     if weights.shape != like.shape[-1:]:
         raise InputError(f"class_weights has the shape {weights.shape}; there are {like.shape[-1]} classes.")
@@ -143,12 +144,12 @@ def _by_class(weights: jax.Array, like: jax.Array) -> jax.Array:
 
 def _focus(nll: jax.Array, gamma: float) -> jax.Array:
     """Multiplies a negative log-likelihood -log p by (1 - p)^gamma."""
-    # The lower limit keeps the derivative finite where p is 1 and gamma less than 1.
+    # The lower limit keeps the derivative finite where p is 1 and gamma is less than 1.
     return jnp.maximum(-jnp.expm1(-nll), float(np.finfo(np.float32).tiny)) ** gamma * nll
 
 
 def squared_error(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """Mean squared error: the loss of regression.
+    """Mean squared error, the loss of regression.
 
     Args:
         logits: float [B, C].
@@ -156,7 +157,7 @@ def squared_error(logits: jax.Array, labels: jax.Array, weights: jax.Array | Non
         weights: float [B], 1 for each row to include and 0 for each row to leave out. All rows are included by default.
 
     Returns:
-        float32 [], in the labels' unit squared.
+        float32 [], in the squared unit of the labels.
     """
     return _mean_of_rows(jnp.square(logits.astype(jnp.float32) - labels.astype(jnp.float32)), weights)
 
@@ -170,7 +171,7 @@ def _mean_of_rows(values: jax.Array, weights: jax.Array | None) -> jax.Array:
 def span_cross_entropy(
     start_logits: jax.Array, end_logits: jax.Array, start_positions: jax.Array, end_positions: jax.Array
 ) -> jax.Array:
-    """Mean of the cross entropies of the first and last token of an answer (Devlin et al. 2018, section 4.2).
+    """Mean of the cross entropies of an answer's first and last tokens (Devlin et al. 2018, section 4.2).
 
     Args:
         start_logits: float [B, T].
@@ -179,6 +180,6 @@ def span_cross_entropy(
         end_positions: int [B], the index of the answer's last token; `IGNORE` leaves out the row.
 
     Returns:
-        float32 [], nats.
+        float32 [], in nats.
     """
     return (cross_entropy(start_logits, start_positions) + cross_entropy(end_logits, end_positions)) / 2

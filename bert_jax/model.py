@@ -1,10 +1,10 @@
 """BERT's encoder (Devlin et al. 2018, arXiv:1810.04805) in Flax NNX.
 
-The variables of the modules are all `nnx.Param`s, in float32 unless a model is loaded for inference with another
+All variables of the modules are `nnx.Param`s. They are float32 unless a model is loaded for inference with another
 `dtype` (see `bert_jax.quantization`). A call applies dropout if and only if it is given a `dropout_key`. The
 activations are converted to `compute_dtype` once, after the embeddings. The matrix products of the layers take operands
 of that dtype and accumulate in float32. Softmax, LayerNorm and the pooler compute in float32, and logits are float32.
-The docstring of `nn` explains the letters in shapes.
+The docstring of `nn` explains the letters used in shapes.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ COMPUTE_DTYPES: dict[Dtype, tuple[ComputeDtype, ...]] = {
 }  # fmt: skip
 """Maps the dtype of a model's large weights to the dtypes that its activations may have."""
 POSITIONS = ("positions", "masked_positions", "first_positions")
-"""The names of the model arguments that hold indices of tokens within a row."""
+"""The names of the model arguments that contain the indices of tokens within a row."""
 
 
 # The encoder always returns every field. Under jit, a field that the jitted function neither uses nor returns costs
@@ -41,13 +41,13 @@ POSITIONS = ("positions", "masked_positions", "first_positions")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BertModelOutput(ModelOutput):
-    """The output of `BertModel`. `positions` is the argument of its call.
+    """The output of `BertModel`. Below, `positions` refers to the argument of the call.
 
     Attributes:
         last_hidden_state: [B, T, D] in the compute dtype; [B, K, D] if `positions` are given.
         pooler_output: float32 [B, D], for the first token; [B, K, D] if `positions` are given; None if the model has no
             pooler.
-        hidden_states: The output of the embeddings, then that of each layer, [B, T, D] each. The last one is
+        hidden_states: The output of the embeddings, then the output of each layer, [B, T, D] each. The last entry is
             `last_hidden_state`, which is [B, K, D] if `positions` are given.
         attentions: For each layer, the attention probabilities, float32 [B, N, T, S], or None if the kernel is fused.
             If `positions` are given, the last layer uses plain attention, and its probabilities are [B, N, K, S].
@@ -84,16 +84,16 @@ class BertLayer(nnx.Module):
 
         Args:
             x: [B, S, D].
-            attended: Which tokens attend to which; None if all attend to all.
-            dropout_key: PRNG key; without one, nothing is dropped.
+            attended: Which tokens attend to which; None if all tokens attend to all tokens.
+            dropout_key: PRNG key; None disables dropout.
             positions: int [B, T] or [1, T], the indices in x of the tokens to compute; None for all S tokens. These
                 tokens can also attend to tokens that are not computed.
-            interventions: Those in this layer; see `bert_jax.interventions`.
+            interventions: The interventions in this layer; see `bert_jax.interventions`.
             kernel: The name of an attention kernel in `ATTENTION`.
 
         Returns:
-            The output [B, T, D] in the dtype of x, and the attention probabilities [B, N, T, S], or None in their place
-            if a fused kernel was used.
+            The output [B, T, D] in the dtype of x, and the attention probabilities [B, N, T, S] or, if a fused kernel
+            was used, None.
         """
         rate = self.config.hidden_dropout_prob
         attention_key, context_key, output_key = split_key(dropout_key, 3)
@@ -136,13 +136,13 @@ class BertEmbeddings(nnx.Module):
     ) -> jax.Array:
         """Returns float32 [B, T, D]. Each array of ids is int [B, T], or [1, T] if all rows have the same ids.
 
-        `inputs_embeds`, float32 [B, T, D], takes the place of the word embeddings of `input_ids`.
+        `inputs_embeds`, float32 [B, T, D], replaces the word embeddings of `input_ids`.
         """
         words: Any = inputs_embeds
         if input_ids is not None:
             words = sharding.by_rows_from_features(self.word_embeddings(input_ids))
             if self.config.pad_token_id is not None:
-                # This lookup passes no gradient to the vector of [PAD], as with torch.nn.Embedding(padding_idx=…).
+                # This lookup passes no gradient to the [PAD] vector, like torch.nn.Embedding(padding_idx=…).
                 pads = (input_ids == self.config.pad_token_id)[..., None]
                 words = jnp.where(pads, jax.lax.stop_gradient(words), words)
         x = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)  # [B, T, D]
@@ -203,22 +203,23 @@ class BertModel(BertPreTrainedModel):
     ) -> BertModelOutput:
         """Encodes tokens.
 
-        Models with heads accept the same arguments. Two of them replace `positions`: `BertForMaskedLM` has
-        `masked_positions` instead, and `BertForPreTraining` has `masked_positions` and `first_positions`.
+        Models with heads accept the same arguments, with two exceptions: instead of `positions`, `BertForMaskedLM` has
+        `masked_positions`, and `BertForPreTraining` has `masked_positions` and `first_positions`.
 
         Args:
             input_ids: int [B, T], with T at most `max_position_embeddings` unless `position_ids` are given.
             attention_mask: [B, T], 1 for tokens and 0 for padding; None if there is no padding.
             token_type_ids: int [B, T], 0 for the first text and 1 for the second; None for zeros.
             position_ids: int [B, T], or [1, T] for all rows; None for 0, 1, 2, …
-            document_ids: int [B, T], the number of the text that each token belongs to, for packed rows, which hold
-                several texts. Tokens then attend only to tokens of their own text.
-            inputs_embeds: float [B, T, D], vectors in place of the word embeddings of `input_ids`. Pass one of the two.
-            positions: int [B, K], or [1, K] for all rows: the indices of the tokens whose outputs the caller reads;
+            document_ids: int [B, T], the id of the text that each token belongs to, for packed rows, which contain
+                several texts. Tokens then attend only to tokens of the same text.
+            inputs_embeds: float [B, T, D], vectors that replace the word embeddings of `input_ids`. Pass exactly one of
+                the two arguments.
+            positions: int [B, K], or [1, K] for all rows: the indices of the tokens whose outputs the caller needs;
                 None for all tokens. The last layer is computed only for these tokens, so that `last_hidden_state` and
                 `pooler_output` are [B, K, D], and the last of the `attentions` is [B, N, K, S].
-            dropout_key: PRNG key; without one, nothing is dropped.
-            interventions: Functions that change activations, by the names of their sites; see `bert_jax.interventions`.
+            dropout_key: PRNG key; None disables dropout.
+            interventions: Functions that change activations, by site name; see `bert_jax.interventions`.
 
         Raises:
             InputError: If T is too large, if shapes do not match, if an id or position is out of range, if both or
@@ -281,7 +282,7 @@ class BertModel(BertPreTrainedModel):
         """Applies the layers in order. Returns the hidden states (x, then each layer's output) and the attentions."""
 
         def runner(own: Interventions) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
-            """Makes a function that applies a layer with its own interventions."""
+            """Returns a function that applies a layer with the given interventions."""
 
             def run(layer: BertLayer, x: jax.Array, i: ArrayLike, positions: Any = None) -> Any:
                 return layer(x, attended, None if key is None else jax.random.fold_in(key, i), positions, own, kernel)
@@ -319,10 +320,10 @@ def check_inputs(
 ) -> tuple[int, int]:
     """Checks the arguments of a model.
 
-    Under jit, ids and positions are not checked, because their values are not known.
+    Under jit, ids and positions are not checked, because their values are unknown.
 
     Returns:
-        The number of rows and of tokens per row.
+        The number of rows and the number of tokens per row.
 
     Raises:
         InputError: If rows are too long, if shapes do not match, if an id or position is out of range, or if both or

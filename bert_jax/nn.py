@@ -27,17 +27,18 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, in_features: int, out_features: int, std: float, rngs: nnx.Rngs | None):
-        # As in the original BERT code, weights are normally distributed and truncated at two standard deviations.
+        # As in the original BERT code, weights are drawn from a normal distribution, truncated at two standard
+        # deviations.
         self.weight = new_param(rngs, (out_features, in_features), truncated_normal(std))
         self.bias = new_param(rngs, (out_features,), zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]."""
         tokens = x.reshape(-1, x.shape[-1])
-        # In an exported program, the number of tokens is a symbol.
+        # In an exported program, the number of tokens is symbolic.
         if isinstance(tokens.shape[0], int) and tokens.shape[0] <= 128:
-            # For few tokens, CPUs are faster with the weight as the left operand: 31 ms instead of 35 ms for BERT-base
-            # on 16 tokens. For many tokens, transposing the result takes longer than the faster product saves. On GPUs
+            # With few tokens, CPUs are faster if the weight is the left operand: 31 ms instead of 35 ms for BERT-base
+            # on 16 tokens. With many tokens, transposing the result takes longer than the faster product saves. On GPUs
             # and TPUs, the order of the operands makes no difference.
             y = jnp.moveaxis(product("ni,oi->on", tokens, self.weight[...]).reshape(-1, *x.shape[:-1]), 0, -1)
         else:
@@ -81,7 +82,7 @@ class Embedding(nnx.Module):
 
 
 def new_param(rngs: nnx.Rngs | None, shape: tuple[int, ...], init: Callable[..., jax.Array]) -> nnx.Param:
-    """A newly initialised parameter. If `rngs` is None, the parameter has only a shape until a checkpoint fills it."""
+    """Creates an initialized parameter. If `rngs` is None, it has a shape but no values until it is loaded."""
     if rngs is None:
         return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
     return nnx.Param(init(rngs.params(), shape, jnp.float32))
@@ -90,8 +91,8 @@ def new_param(rngs: nnx.Rngs | None, shape: tuple[int, ...], init: Callable[...,
 class Keys:
     """Draws the same keys as `nnx.Rngs(key)`, for use under jit.
 
-    This class counts the keys with a Python integer, whereas the count of `nnx.Rngs` would be traced. At each change of
-    a traced count, JAX composes an error message that Flax discards; this takes 5 ms per parameter.
+    This class counts the keys with a Python integer, whereas the count of `nnx.Rngs` would be traced. Whenever a traced
+    count changes, JAX composes an error message that Flax discards. This takes 5 ms per parameter.
     """
 
     def __init__(self, key: jax.Array):
@@ -105,9 +106,9 @@ class Keys:
 def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """An einsum of two matrices, or of batches of matrices, with operands in the dtype of x and a float32 result.
 
-    The same holds for the backward pass.
+    The same applies to the backward pass.
 
-    If x is float32, the multiplication is in float32 too. By default, TPUs would multiply in bfloat16 and recent GPUs
+    If x is float32, the multiplication is also in float32. By default, TPUs would multiply in bfloat16 and recent GPUs
     in TF32.
     """
     if x.dtype != jnp.float32:
@@ -117,7 +118,7 @@ def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _low_product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`product` for x narrower than float32. Has its own backward pass, because JAX's would multiply in float32."""
+    """`product` for x narrower than float32. It has its own backward pass, because JAX's would multiply in float32."""
     y = y.astype(x.dtype)
     if sharding.platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
         return _low_product_on_cpu(equation, x, y)
@@ -125,9 +126,9 @@ def _low_product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _low_product_on_cpu(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The einsum of matrices, or of batches of matrices, in a form that XLA multiplies in bfloat16 on CPUs.
+    """An einsum of two matrices, or of batches of matrices, in a form that XLA multiplies in bfloat16 on CPUs.
 
-    In this form, the contracted axis is the last one of the left operand, and there is at most one batch axis. XLA
+    In this form, the contracted axis is the last axis of the left operand, and there is at most one batch axis. XLA
     multiplies other forms in float32, which takes twice as long.
     """
     left, right, result = equation.replace("->", ",").split(",")
@@ -168,8 +169,8 @@ def last_axis(vector: jax.Array, like: jax.Array) -> jax.Array:
 
 def _gelu(x: jax.Array) -> jax.Array:
     if x.dtype != jnp.float32 and sharding.platform() == "cpu":
-        # CPUs would convert between bfloat16 and float32 for each operation. `checkpoint` stores x in bfloat16 for the
-        # backward pass.
+        # CPUs would convert between bfloat16 and float32 for each operation, so all operations are in float32.
+        # `checkpoint` stores x in bfloat16 for the backward pass.
         y: jax.Array = jax.checkpoint(lambda x: _gelu(x.astype(jnp.float32)).astype(x.dtype))(x)
         return y
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
@@ -186,7 +187,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Sets a fraction `rate` of x to zero and scales the rest to keep the mean. If `key` is None, returns x."""
+    """Sets a fraction `rate` of x to zero and scales the rest to preserve the mean. If `key` is None, returns x."""
     if key is None or rate == 0.0:
         return x
     dropped = round(rate * 2**16)

@@ -1,4 +1,4 @@
-"""What the outputs of all models have in common: their entries are read by name, by key or by index."""
+"""The base class of all model outputs, whose entries are read by attribute, key or index."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -6,10 +6,10 @@ from typing import Any, overload
 
 
 class ModelOutput(Mapping[str, Any]):
-    """The base class of outputs: `out.logits`, `out["logits"]` and `out[0]` are the same entry.
+    """The base class of model outputs: `out.logits`, `out["logits"]` and `out[0]` are the same entry.
 
-    As in transformers, keys and indices leave out entries that are None, and an output maps the names of its entries to
-    the entries. Subclasses are dataclasses that are registered as pytrees.
+    As in transformers, an output is a mapping from entry names to entries, and keys and indices skip entries that are
+    None. Subclasses are dataclasses that are registered as pytrees.
     """
 
     @overload
@@ -17,10 +17,10 @@ class ModelOutput(Mapping[str, Any]):
     @overload
     def __getitem__(self, key: slice) -> tuple[Any, ...]: ...
     def __getitem__(self, key: str | int | slice) -> Any:
-        """The entry with a name or an index; the entries of a slice, as a tuple.
+        """Returns the entry with a name or an index, or the entries in a slice as a tuple.
 
         Raises:
-            KeyError: If there is no entry of this name, or if it is None.
+            KeyError: If there is no entry with this name, or if it is None.
             IndexError: If the index is out of range.
         """
         if not isinstance(key, str):
@@ -40,5 +40,5 @@ class ModelOutput(Mapping[str, Any]):
         return len(self.to_tuple())
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The entries that are not None."""
+        """Returns the entries that are not None."""
         return tuple([getattr(self, name) for name in self])

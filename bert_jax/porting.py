@@ -1,6 +1,6 @@
-"""Names in transformers and FlaxBert that this package does not have, and what takes their place.
+"""Names that exist in transformers and FlaxBert but not in this package, with their replacements.
 
-docs/porting.md has more. The functions that users call with names of such arguments are decorated with `suggests`.
+See docs/porting.md for details. Functions that users may call with such argument names are decorated with `suggests`.
 """
 
 import functools
@@ -15,7 +15,7 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 DROPOUT = "dropout is on if `dropout_key` is given"
-"""How dropout is turned on."""
+"""Explains how to enable dropout."""
 _ALWAYS = "the output always has {}; under jit, it costs nothing unless it is returned"
 _OUTPUT = "an output is read as out.logits, out['logits'] or out[0], and out.to_tuple() is a tuple"
 _LOSS = "models return logits; bert_jax.losses has the losses"
@@ -39,7 +39,7 @@ CALL = {
     "end_positions": _LOSS,
     "head_mask": "remove heads with `interventions`",
 }
-"""Arguments of the call of a model."""
+"""Arguments of a model call."""
 
 _DOWNLOAD = {
     "cache_dir": "set the variable HF_HUB_CACHE",
@@ -69,7 +69,7 @@ FROM_PRETRAINED = _DOWNLOAD | {
     "seed": "pass rngs=nnx.Rngs(seed)",
     "_do_init": "to create a model whose parameters have no values, call its class with a config",
 }
-"""Arguments of `from_pretrained` of a model."""
+"""Arguments of a model's `from_pretrained`."""
 
 TOKENIZER = {
     "padding": "rows are padded to the longest one, or to `length`",
@@ -85,7 +85,7 @@ TOKENIZER = {
     "return_special_tokens_mask": _ENCODE,
     "return_length": "a row has as many tokens as its attention mask has ones",
 }
-"""Arguments of the call of a tokenizer."""
+"""Arguments of a tokenizer call."""
 
 TOKENIZER_FROM_PRETRAINED = _DOWNLOAD | {
     "use_fast": "leave it out; tokenizers are always fast ones",
@@ -117,7 +117,7 @@ PIPELINE_CALL = {
     "padding": "leave it out; texts are packed into rows",
     "return_tensors": "results are NumPy arrays",
 }
-"""Parameters of the call of a pipeline."""
+"""Arguments of a pipeline call."""
 
 SAVE = {
     "params": "call it on bert_jax.tree.merge(skeleton, params)",
@@ -128,23 +128,23 @@ SAVE = {
 """Arguments of `save_pretrained`."""
 
 TASKS = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
-"""Other names that transformers has for tasks."""
+"""Maps alternative task names in transformers to the names in this package."""
 
 
 def ours(name: str) -> str:
-    """The name that a class of transformers or FlaxBert, such as `AutoModelForMaskedLM`, would have here."""
+    """Returns the name that a transformers or FlaxBert class, such as `AutoModelForMaskedLM`, has in this package."""
     name = re.sub("^(Flax|TF)?(AutoModel(?=For)|Auto|Bert)", "Bert", name)
     return re.sub("^BertTokenizer(Fast)?$", "Tokenizer", name)
 
 
 def suggests(hints: Mapping[str, str]) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Decorates a function so that each argument in `hints` raises an error that says what takes its place.
+    """Decorates a function so that each argument in `hints` raises an error that explains its replacement.
 
-    If there are too many positional arguments, the error says which ones have to be named. Python itself reports all
-    other wrong arguments. The decorated function keeps its signature.
+    If there are too many positional arguments, the error states which of them must be passed by name. Python itself
+    reports all other invalid arguments. The decorated function keeps its signature.
 
     Args:
-        hints: Maps the names of arguments that the function does not have to what takes their place.
+        hints: Maps the names of arguments that the function does not accept to explanations of their replacements.
     """
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

@@ -1,4 +1,4 @@
-"""The base class of all models: it loads and saves checkpoints."""
+"""The base class of all models, which loads and saves checkpoints."""
 
 import logging
 import os
@@ -23,14 +23,15 @@ Attention = Literal["plain", "auto", "splash", "triton", "cudnn"]
 
 
 class BertPreTrainedModel(nnx.Module, PushToHub):
-    """The base class of all models: it has the config, and it loads and saves checkpoints.
+    """The base class of all models. It contains the config, and loads and saves checkpoints.
 
-    Args of every model:
+    Arguments of every model:
         config: The hyperparameters.
-        rngs: The random numbers for the initial parameters. If None, the parameters have shapes but no values.
+        rngs: The random number generators for the initial parameters. If None, the parameters have shapes but no
+            values.
         compute_dtype: The dtype of the activations, "float32" or "bfloat16". The parameters of a new model are float32.
-        attention: The name of a kernel in `attention.ATTENTION`, or "auto", which selects a fused kernel for each
-            call that one supports, and for "plain" in the others; see `attention.choose`.
+        attention: The name of a kernel in `attention.ATTENTION`, or "auto", which uses a fused kernel for each call
+            that one supports and "plain" for all others; see `attention.choose`.
         remat: Whether the forward pass stores only the input of each layer. The backward pass then recomputes the rest.
         scan_layers: Whether to compile the layers as one loop. Each layer still has its own parameters.
     """
@@ -65,41 +66,44 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
     ) -> Self:
         """Loads a model from a checkpoint.
 
-        The log (level INFO) and the command `bert-jax info` report which tensors of the checkpoint are left out, and
+        The log (level INFO) and the command `bert-jax info` report which tensors of the checkpoint are not loaded and
         why.
 
         Args:
-            model_id: A folder, an id on the Hugging Face Hub, or `bert-mini-cased`. If the folder has adapters, as the
-                subfolder `adapters` of a LoRA run has, they are merged into the base model that it names.
+            model_id: A folder, the name of the embedded model (`bert-mini-cased`), or an id on the Hugging Face Hub. If
+                the folder contains adapters, like the subfolder `adapters` of a LoRA run, they are merged into the base
+                model that the folder names.
             revision: Branch, tag or commit on the Hub.
             new: Regular expressions that match whole parameter paths, for example `[r"classifier\\..*"]` to train a new
-                head. These parameters are initialised instead of loaded. Loading fails if the checkpoint lacks any
-                other parameter.
+                head. These parameters are initialized instead of being loaded. Loading fails if the checkpoint lacks
+                any other parameter.
             ignore: Regular expressions that match whole tensor names, for example `[r"loss_fct\\..*"]`. These tensors
-                of the checkpoint are left out. Loading fails if it has other tensors that no BERT model has.
-            rngs: The random numbers for the `new` parameters; `nnx.Rngs(0)` by default.
-            dtype: "float32" matches the reference implementation, and is required for training. "bfloat16" and "int8"
-                are for inference only: they store the weights of the layers and the word embeddings in half or a
-                quarter of the memory; see `bert_jax.quantization`. Each tensor is converted when it is read. With
-                "bfloat16", the activations are also bfloat16. To train with bfloat16 activations, load the model in
-                float32, and then set `model.encoder.compute_dtype = "bfloat16"`.
+                of the checkpoint are not loaded. Loading fails if the checkpoint contains other tensors that no BERT
+                model has.
+            rngs: The random number generators for the `new` parameters; `nnx.Rngs(0)` by default.
+            dtype: "float32" matches the reference implementation and is required for training. "bfloat16" and "int8"
+                are for inference only. They store the layer weights and the word embeddings in a half or a quarter of
+                the memory; see `bert_jax.quantization`. Each tensor is converted as it is read. With "bfloat16", the
+                activations are also bfloat16. To train with bfloat16 activations, load the model in float32 and then
+                set `model.encoder.compute_dtype = "bfloat16"`.
             attention: See `BertPreTrainedModel`.
             remat: See `BertPreTrainedModel`.
             scan_layers: See `BertPreTrainedModel`.
             add_pooling_layer: For `BertModel` only: whether the model has a pooler, True by default. Some checkpoints
-                lack a pooler.
-            mesh: The devices to load the parameters on, from `bert_jax.sharding.mesh`. The axes `fsdp` and `tensor`
-                shard them, so that a model can be larger than the memory of one device. None for the default device.
-            **config_changes: New values for fields of the config, for example `hidden_dropout_prob=0.0`. `num_labels=6`
-                sets the size of a new head, or corrects a config that contradicts the weights.
+                have no pooler.
+            mesh: The devices to load the parameters onto, from `bert_jax.sharding.mesh`. The axes `fsdp` and `tensor`
+                shard the parameters, so that a model can be larger than the memory of one device. None for the default
+                device.
+            **config_changes: New values for config fields, for example `hidden_dropout_prob=0.0`. `num_labels=6` sets
+                the size of a new head or corrects a config that contradicts the weights.
 
         Raises:
             InputError: If `dtype` is unknown, if `mesh` does not fit the model, if `new` parameters are requested in a
                 dtype other than float32, or if a fused `attention` is requested with int8.
-            ModelNotFoundError: If the model does not exist, or if the Hub does not answer and the model is not cached.
-            ConfigError: If the config does not describe a BERT, or if a change is invalid.
-            CheckpointError: If the weights are missing, are damaged or do not fit the model. The message lists the
-                first 40 tensors and parameters that do not fit.
+            ModelNotFoundError: If the model does not exist, or if the Hub does not respond and the model is not cached.
+            ConfigError: If the config does not describe a BERT model, or if a change is invalid.
+            CheckpointError: If the weights are missing or damaged, or do not fit the model. The message lists the first
+                40 tensors and parameters that do not fit.
         """
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise InputError(f"dtype is {quoted(dtype)}; expected one of {', '.join(DTYPES)}.")
@@ -146,12 +150,12 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
 
     @property
     def current_config(self) -> BertConfig:
-        """The config, with the number of layers that the model has now: some may have been removed."""
+        """The config with the model's current number of layers, because some layers may have been removed."""
         return self.config.replace(num_hidden_layers=len(self.encoder.layers))
 
     @property
     def dtype(self) -> Dtype:
-        """The dtype of the weights of the layers and of the word embeddings."""
+        """The dtype of the layer weights and of the word embeddings."""
         held = self.encoder.embeddings.word_embeddings.weight.dtype
         return next(dtype for dtype in DTYPES if held == dtype)
 
@@ -176,17 +180,18 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
     ) -> None:
         """Adds rows to the word embeddings, as needed after `Tokenizer.add_tokens`. The tied decoder grows with them.
 
-        For the old tokens, the output of the encoder is bitwise the same. Their logits are, too, if the compiler sums
-        in the same order for both sizes. On CPUs, the order in jaxlib 0.10 depends on the size modulo 16: 1 to 8, which
-        28,996 is with 4, have one order, and 9 to 15 and 0 the other. Between the two, logits differ by rounding.
+        For the old tokens, the output of the encoder is bitwise identical. Their logits are also identical if the
+        compiler sums in the same order for both sizes. On CPUs with jaxlib 0.10, the order depends on the size modulo
+        16: the remainders 1 to 8 share one order (28,996 has the remainder 4), and the remainders 9 to 15 and 0 share
+        the other. Between the two orders, logits differ by rounding.
 
         Args:
             size: The new size of the vocabulary, such as `tokenizer.vocab_size`; at least the current size.
-            initialize: "mean" gives each new row, and its bias in the decoder, the mean of the old ones (Hewitt 2021,
-                nlp.stanford.edu/~johnhew/vocab-expansion.html). "normal" initializes the rows and
-                biases as in a new model.
+            initialize: "mean" sets each new row and its decoder bias to the mean of the old rows and biases (Hewitt
+                2021, nlp.stanford.edu/~johnhew/vocab-expansion.html). "normal" initializes the rows and biases as in a
+                new model.
             multiple_of: The size is rounded up to a multiple of this number, such as 64 or 128.
-            rngs: The random numbers for "normal"; `nnx.Rngs(0)` by default.
+            rngs: The random number generators for "normal"; `nnx.Rngs(0)` by default.
 
         Raises:
             InputError: If `size` is below the current size, if an argument is invalid, or if the model is not loaded in
@@ -220,7 +225,7 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
 
     @porting.suggests(porting.SAVE)
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `model.safetensors` and `config.json`, from which PyTorch transformers loads bit-identical weights.
+        """Writes `model.safetensors` and `config.json`, from which transformers loads bit-identical weights.
 
         Raises:
             InputError: If the model is not loaded in float32.
@@ -231,5 +236,5 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
         weights.save(Path(folder), tree.flatten(params), self.config_json())
 
     def config_json(self) -> dict[str, Any]:
-        """The content of `config.json`: the config, and the name of this class in `architectures`."""
+        """Returns the contents of `config.json`: the config, with the name of this class in `architectures`."""
         return {"architectures": [type(self).__name__], **self.current_config.to_dict()}

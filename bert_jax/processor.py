@@ -1,4 +1,4 @@
-"""Which dtypes are faster than float32 on this machine."""
+"""Determines which dtypes are faster than float32 on this machine."""
 
 import functools
 import logging
@@ -14,13 +14,13 @@ INSTRUCTIONS = {
     "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},
     "int8": {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"},
 }
-"""The flags in /proc/cpuinfo of x86 and Arm processors that multiply numbers of a dtype."""
+"""Maps each dtype to the flags in /proc/cpuinfo of x86 and Arm processors that can multiply numbers of this dtype."""
 FAST_INT8 = (0, 12)
-"""The first jaxlib with fast int8 products on CPUs."""
+"""The first jaxlib version with fast int8 products on CPUs."""
 
 
 def speed(dtype: str) -> str:
-    """Whether "bfloat16" or "int8" is faster than float32 here, in words that end a sentence about the dtype."""
+    """Describes whether "bfloat16" or "int8" is faster than float32 on this machine, as the predicate of a sentence."""
     if jax.default_backend() != "cpu":
         return f"may be faster than float32; this has not been measured on a {jax.default_backend()}"
     if not CPUINFO.exists():
@@ -40,6 +40,6 @@ def speed(dtype: str) -> str:
 
 @functools.cache
 def warn_if_slow(dtype: str) -> None:
-    """Logs a warning, once per process and dtype, if `dtype` is not faster than float32 here."""
+    """Logs a warning, once per process and dtype, if `dtype` is not faster than float32 on this machine."""
     if not (words := speed(dtype)).startswith(("should be", "may be")):
         logger.warning("%s %s.", dtype, words)

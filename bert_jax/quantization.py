@@ -1,14 +1,14 @@
-"""Models for inference whose large weights, those of the layers and the word embeddings, are bfloat16 or int8.
+"""Models for inference whose large weights (layer weights and word embeddings) are bfloat16 or int8.
 
-The large weights are 99 % of the parameters of BERT-base. All other parameters stay float32.
+The large weights make up 99% of the parameters of BERT-base. All other parameters stay float32.
 
 With bfloat16, the activations are also bfloat16, as in a model whose `compute_dtype` is bfloat16.
 
-With int8, each row of a weight has a scale, the largest absolute value of the row divided by 127. At run time, each
+With int8, each row of a weight has a scale: the largest absolute value in the row divided by 127. At run time, each
 token gets a scale ("vector-wise quantization", Dettmers et al. 2022, arXiv:2208.07339, section 2.1) and a zero point,
-so that the 255 levels extend from its smallest value to its largest ("zeropoint quantization", the same section). The
+so that the 255 levels extend from its smallest to its largest value ("zeropoint quantization", the same section). The
 int8 products are accumulated exactly in int32. The sum is multiplied by both scales in float32. The product of the zero
-point with the weight is added, for which the sum of each row is stored. Everything else is float32.
+point and the weight is then added; to compute it, the sum of each weight row is stored. Everything else is float32.
 """
 
 from typing import Any, Literal
@@ -25,7 +25,7 @@ DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "int8")
 
 
 class QuantizedLinear(Linear):
-    """A `Linear` without gradients, with an int8 weight [out, in], and float32 scale [out] and total [out]."""
+    """A `Linear` without gradients, with an int8 weight [out, in], a float32 scale [out] and a float32 total [out]."""
 
     def __init__(self, linear: Linear):
         self.weight, self.scale, self.total = _int8(linear.weight)
@@ -38,7 +38,7 @@ class QuantizedLinear(Linear):
 
 
 class QuantizedEmbedding(Embedding):
-    """An `Embedding` without gradients, with an int8 table [V, D], and float32 scale [V] and total [V]."""
+    """An `Embedding` without gradients, with an int8 table [V, D], a float32 scale [V] and a float32 total [V]."""
 
     def __init__(self, embedding: Embedding):
         self.weight, self.scale, self.total = _int8(embedding.weight)
@@ -66,10 +66,10 @@ def quantized_product(x: jax.Array, weight: jax.Array, scale: jax.Array, total: 
         float32 [..., out].
 
     Raises:
-        InputError: If it is differentiated. The derivative of rounding is 0, so all gradients would be 0.
+        InputError: If the function is differentiated. The derivative of rounding is 0, so all gradients would be 0.
     """
     x32 = x.astype(jnp.float32)
-    # Of each token. Halves are subtracted, because the difference of two large numbers may overflow.
+    # The range of each token. Halves are subtracted, because the difference of two large numbers may overflow.
     low, high = jnp.min(x32, axis=-1, keepdims=True) / 2, jnp.max(x32, axis=-1, keepdims=True) / 2
     middle, half = low + high, jnp.maximum(high - low, 1e-30)
     levels = jnp.round((x32 - middle) * (127 / half)).astype(jnp.int8)
@@ -84,7 +84,7 @@ def _no_gradients(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...
 
 
 def hold(encoder: Any, dtype: Dtype) -> None:
-    """Prepares an abstract `BertModel`, which has shapes but no values, for loading in `dtype` by `weights.load`."""
+    """Prepares an abstract `BertModel` (shapes without values) so that `weights.load` can load it in `dtype`."""
     encoder.compute_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
     embeddings = encoder.embeddings
     if dtype == "bfloat16":

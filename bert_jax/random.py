@@ -13,10 +13,10 @@ from bert_jax import sharding
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Draws 16 random bits per element, returned as uint32 of `shape`.
+    """Draws 16 random bits per element and returns them as uint32 of `shape`.
 
     With 16 bits, the fraction of dropped elements differs from the dropout rate by less than 1e-5. On TPUs,
-    a key gives different bits than on other platforms.
+    the same key gives different bits than on other platforms.
     """
     key = jax.random.key_data(key)[:2]
     bits: jax.Array = jax.lax.platform_dependent(
@@ -41,16 +41,17 @@ def _rbg(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2).
 
-    This is the algorithm of jax.random. It computes a block of 64 bits from the key and a counter. Here, the counter is
-    the index in the batch and the position in a quarter of the row, and a block serves four elements, one in each
-    quarter. In contrast, jax.random uses a whole block for one element and, on CPU, makes many passes over memory. It
-    is therefore five times slower and would take a tenth of a training step.
+    This is the algorithm that jax.random uses. It computes a block of 64 bits from the key and a counter. In this
+    implementation, the counter consists of the index in the batch and the position in a quarter of the row, and each
+    block serves four elements, one in each quarter. In contrast, jax.random uses a whole block for one element and, on
+    CPUs, makes many passes over memory. It is therefore five times slower and would take a tenth of the time of a
+    training step.
     """
     first, second = key
     keys = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
     batch, *middle, last = shape
     rows = math.prod(middle)
-    # The axes between the first and the last are flattened into one, which is divided into quarters. So each quarter
+    # The axes between the first and the last are flattened into one, which is divided into quarters. Thus, each quarter
     # of a row is contiguous in memory, and the batch axis can still be sharded.
     i, j, k = (jax.lax.broadcasted_iota(jnp.uint32, (batch, -(-rows // 4), last), axis) for axis in range(3))
     x, y = i + keys[0], j * np.uint32(last) + k + keys[1]

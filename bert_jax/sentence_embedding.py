@@ -1,6 +1,6 @@
-"""How a sentence-transformers model (Reimers & Gurevych 2019, arXiv:1908.10084) turns token vectors into one vector.
+"""Pooling and normalization settings of sentence-transformers models (Reimers & Gurevych 2019, arXiv:1908.10084).
 
-Source: the files that the library sentence-transformers reads and writes: `modules.json`, `1_Pooling/config.json`,
+Source: the files that the sentence-transformers library reads and writes: `modules.json`, `1_Pooling/config.json`,
 `sentence_bert_config.json` and `config_sentence_transformers.json`.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, cast
 from bert_jax import hub
 from bert_jax.errors import CheckpointError, InputError, listed, quoted
 
-# Maps each key of 1_Pooling/config.json that selects a pooling to the name of the pooling in newer versions.
+# Maps each key of 1_Pooling/config.json that selects a pooling mode to the mode's name in newer versions.
 _POOLINGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -24,8 +24,8 @@ _POOLINGS = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 
-# The settings that each file may have. ANY marks a setting that this module reads, or that does not affect the vectors.
-# For any other setting, only the given value is supported. null always means the default.
+# The settings that each file may contain. ANY marks a setting that this module reads or that does not affect the
+# vectors. For any other setting, only the given value is supported. null always means the default.
 ANY = object()
 _SETTINGS: dict[str, dict[str, Any]] = {
     "config_sentence_transformers.json": {
@@ -55,11 +55,11 @@ class SentenceEmbedding:
         InputError: If a value is invalid.
 
     Attributes:
-        pooling: "mean" takes the mean over all tokens, [CLS] and [SEP] included; "cls" takes the vector of [CLS].
+        pooling: "mean" takes the mean of all token vectors, including [CLS] and [SEP]; "cls" takes the vector of [CLS].
         size: The number of dimensions of the vector.
         normalize: Whether the vector is scaled to length 1.
-        max_length: The maximum number of tokens per text, special tokens included; None for that of the tokenizer.
-        lowercase: Whether texts are lower-cased, even if the tokenizer itself keeps the case.
+        max_length: The maximum number of tokens per text, including special tokens; None for the tokenizer's maximum.
+        lowercase: Whether texts are lowercased even if the tokenizer itself preserves case.
     """
 
     pooling: Literal["cls", "mean"]
@@ -83,16 +83,16 @@ class SentenceEmbedding:
 
     @classmethod
     def from_pretrained(cls, model_id: str | os.PathLike[str], *, revision: str | None = None) -> Self:
-        """Reads what a model declares.
+        """Reads the settings of a model.
 
         Args:
-            model_id: A folder, or an id on the Hugging Face Hub.
+            model_id: A folder or an id on the Hugging Face Hub.
             revision: Branch, tag or commit on the Hub.
 
         Raises:
             ModelNotFoundError: If the model does not exist.
-            CheckpointError: If it is not a sentence-transformers model, if a file is damaged, or if the model has a
-                module, a pooling or a setting that this package does not support. The message names it.
+            CheckpointError: If the model is not a sentence-transformers model, if a file is damaged, or if the model
+                has a module, a pooling mode or a setting that this package does not support. The message names it.
         """
         network = hub.download(model_id, revision=revision)
         if (found := hub.find_modules(network)) is None:
@@ -126,7 +126,7 @@ class SentenceEmbedding:
             raise CheckpointError(f"{folder} is damaged: {error}") from None
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Adds the files of sentence-transformers to a folder that contains a saved model and its tokenizer.
+        """Adds sentence-transformers files to a folder that contains a saved model and its tokenizer.
 
         Raises:
             CheckpointError: If the folder cannot be written.
@@ -149,10 +149,10 @@ class SentenceEmbedding:
 
 
 def _read(path: Path, kind: str) -> Mapping[str, Any]:
-    """Reads a file of settings; the result is empty if there is no such file.
+    """Reads a settings file. The result is empty if the file does not exist.
 
     Raises:
-        CheckpointError: If the file is damaged, or if a setting is unknown or has a value that is not supported.
+        CheckpointError: If the file is damaged, or if a setting is unknown or has an unsupported value.
     """
     if not path.is_file():
         return {}

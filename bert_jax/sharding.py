@@ -1,6 +1,6 @@
-"""Where arrays live: devices are arranged along named mesh axes, and each axis shards certain arrays.
+"""Where arrays are placed: devices are arranged along named mesh axes, and each axis shards certain arrays.
 
-`data` shards the rows of a batch. `fsdp` shards those rows and also the parameters, their gradients and the optimizer
+`data` shards the rows of a batch. `fsdp` shards those rows as well as the parameters, their gradients and the optimizer
 state (Rajbhandari et al. 2020, "ZeRO", stage 3). `tensor` shards the attention heads and the inner features of the
 feed-forward layers (Shoeybi et al. 2019, "Megatron-LM", section 3).
 """
@@ -24,12 +24,12 @@ Arguments = ParamSpec("Arguments")
 Output = TypeVar("Output")
 
 AXES = ("data", "fsdp", "tensor")
-"""The axes of the meshes that `mesh` makes."""
+"""The axes of the meshes that `mesh` creates."""
 BATCH_AXES = ("data", "fsdp")
 """The mesh axes that shard the rows of a batch."""
 
-# Each rule pairs a pattern of parameter paths with the mesh axes that shard the first, second, … axis of a parameter.
-# The first pattern that matches a path counts. A parameter that no pattern matches is replicated on every device. An
+# Each rule pairs a pattern for parameter paths with the mesh axes that shard the first, second, … axis of a parameter.
+# The first pattern that matches a path applies. A parameter that no pattern matches is replicated on every device. An
 # array axis is not sharded if its size is not a multiple of the mesh axis's size. Weights of linear layers have the
 # shape [out, in].
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
@@ -48,9 +48,9 @@ def mesh(
 
     Args:
         data: Number of device groups that shard the rows of a batch; -1 for as many groups as the devices allow.
-        fsdp: Number of devices that shard the rows of a group, and also the parameters, gradients and optimizer state.
+        fsdp: Number of devices that shard the rows of a group as well as the parameters, gradients and optimizer state.
         tensor: Number of devices that shard the attention heads and the inner features of the feed-forward layers.
-        devices: The devices to use; those of all processes by default.
+        devices: The devices to use; by default, the devices of all processes.
 
     Raises:
         InputError: If the axes do not fit the devices.
@@ -71,12 +71,12 @@ def mesh(
 
 
 def local(sizes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
-    """A mesh of devices of this process.
+    """Returns a mesh of this process's devices.
 
     Args:
-        sizes: The arguments of `mesh`. By default, the axis `data` has all devices of this process, with two
-            exceptions. If `jax.default_device` is set, the mesh has only that device. On CPUs, the mesh has only the
-            first device, because simulated devices share the same cores.
+        sizes: The arguments of `mesh`. By default, the axis `data` contains all devices of this process, with two
+            exceptions. If `jax.default_device` is set, the mesh contains only that device. On CPUs, the mesh contains
+            only the first device, because simulated devices share the same cores.
 
     Raises:
         InputError: If the axes do not fit the devices.
@@ -93,10 +93,10 @@ def local(sizes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
 
 
 def mesh_of(params: Any) -> jax.sharding.Mesh | None:
-    """A mesh of the devices that the arrays of a pytree were placed on; None if they were not placed.
+    """Returns a mesh of the devices that the arrays of a pytree were placed on; None if they were not placed.
 
     Raises:
-        InputError: If the arrays are sharded on a mesh that was not made by `mesh`, or on devices of other processes.
+        InputError: If the arrays are sharded on a mesh that `mesh` did not create, or on devices of other processes.
     """
     first = next(iter(jax.tree.leaves(params)))
     if not isinstance(first, jax.Array) or not first.committed:
@@ -116,14 +116,14 @@ def mesh_of(params: Any) -> jax.sharding.Mesh | None:
 
 
 def _ours(mesh: jax.sharding.Mesh) -> bool:
-    """Whether a mesh has the axes that `mesh` makes."""
+    """Whether a mesh has the axes that `mesh` creates."""
     return mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}
 
 
 def part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
-    """The part of a batch's rows that the devices of this process hold: the part's index, and the number of parts.
+    """Returns the index of the part of a batch's rows that this process's devices hold, and the number of parts.
 
-    Processes that differ only in their place along the axis `tensor` hold the same part.
+    Processes that differ only in their position along the axis `tensor` hold the same part.
 
     Raises:
         InputError: If the mesh has no devices of this process, or if the processes would not hold equal, contiguous
@@ -141,7 +141,7 @@ def part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
 
 
 def check(mesh: jax.sharding.Mesh, config: BertConfig) -> None:
-    """Raises `InputError` if the mesh lacks `AXES`, or if `tensor` does not divide the heads or inner features."""
+    """Raises `InputError` if the mesh lacks `AXES` or if `tensor` does not divide the heads or the inner features."""
     if not _ours(mesh):
         axes = ", ".join(f"{name} ({kind.name})" for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True))
         raise InputError(
@@ -155,28 +155,28 @@ def check(mesh: jax.sharding.Mesh, config: BertConfig) -> None:
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """A sharding that replicates an array on every device."""
+    """Returns a sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_row(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """A sharding of the rows of a batch."""
+    """Returns a sharding that splits a batch by rows."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def placement(mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of a parameter, according to `RULES`."""
+    """Returns the sharding of a parameter according to `RULES`."""
     spec = next((spec for pattern, spec in RULES if re.fullmatch(pattern, path)), PartitionSpec())
     fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False)]
     return NamedSharding(mesh, PartitionSpec(*fitting))
 
 
 def placements(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """The sharding of each array of a pytree, according to `RULES`.
+    """Returns the sharding of each array in a pytree according to `RULES`.
 
-    The last key that leads to an array serves as its parameter path. The parameters and the optimizer state of a
-    training run are in dicts by parameter path. Arrays under other keys, such as the number of steps, match no rule and
-    are replicated.
+    The last key that leads to an array serves as its parameter path. In a training run, the parameters and the
+    optimizer state are in dicts keyed by parameter path. Arrays under other keys, such as the number of steps, match no
+    rule and are replicated.
     """
 
     def of(path: Any, leaf: Any) -> NamedSharding:
@@ -186,7 +186,7 @@ def placements(mesh: jax.sharding.Mesh, tree: Any) -> Any:
 
 
 def put(arrays: Any, layout: Any) -> Any:
-    """Puts a pytree of arrays on devices. `layout` has each array's sharding. Every process passes the whole arrays."""
+    """Puts a pytree of arrays on devices with the shardings in `layout`. Every process passes the complete arrays."""
     if jax.process_count() == 1:
         return jax.device_put(arrays, layout)
 
@@ -197,7 +197,7 @@ def put(arrays: Any, layout: Any) -> Any:
 
 
 def abstract(tree: Any, places: Any) -> Any:
-    """The shapes, dtypes and shardings of a pytree of arrays.
+    """Returns the shapes, dtypes and shardings of a pytree of arrays.
 
     Args:
         tree: The pytree.
@@ -213,7 +213,7 @@ def put_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
 
 
 def share(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
-    """The number of shards that a mesh divides a batch into. The batch must have a multiple of this number of rows."""
+    """Returns the number of shards into which a mesh divides a batch. The number of rows must be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -227,17 +227,17 @@ def by_rows(x: jax.Array) -> jax.Array:
 
     Returns:
         The constrained x. If the current mesh (`jax.set_mesh`) lacks the axes `BATCH_AXES` or does not shard rows, x is
-        returned as it is.
+        returned unchanged.
     """
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)) if shares() > 1 else x
 
 
 def by_rows_from_features(x: jax.Array) -> jax.Array:
-    """`by_rows` for vectors from a table whose features the axis `fsdp` shards, [B, T, D].
+    """`by_rows` for vectors [B, T, D] from a table whose features are sharded by the axis `fsdp`.
 
-    The devices look the vectors up sharded by rows along `data` and by features along `fsdp`. To change from this
-    layout to that of `by_rows`, the devices along `fsdp` exchange parts. Without this intermediate constraint, the
-    compiler would replicate all vectors on a mesh with both axes ("involuntary full rematerialization").
+    The looked-up vectors are sharded by rows along `data` and by features along `fsdp`. To change from this layout to
+    that of `by_rows`, the devices along `fsdp` exchange parts. Without this intermediate constraint, the compiler would
+    replicate all vectors on a mesh with both axes ("involuntary full rematerialization").
     """
     mesh = jax.sharding.get_abstract_mesh()
     both = set(BATCH_AXES) <= set(mesh.axis_names) and min(mesh.shape[axis] for axis in BATCH_AXES) > 1
@@ -253,7 +253,7 @@ def shares() -> int:
 
 
 def platform() -> str:
-    """JAX's name for the platform to compile for: that of the current mesh, or JAX's default if there is no mesh."""
+    """JAX's name for the platform to compile for: the current mesh's platform, or JAX's default if there is no mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else str(device.platform)
 
@@ -261,12 +261,12 @@ def platform() -> str:
 def automatic(
     call: Callable[Concatenate[Model, Arguments], Output],
 ) -> Callable[Concatenate[Model, Arguments], Output]:
-    """Decorates the call of a model so that it also runs on a mesh with Explicit axes.
+    """Decorates a model's call so that it also runs on a mesh with Explicit axes.
 
-    `jax.make_mesh` makes Explicit axes by default. On these axes, an operation must specify the sharding of its result
-    if its operands do not determine it. Inside the decorated call, the compiler chooses the shardings instead. The rows
-    of the output are sharded like those of `input_ids` or `inputs_embeds`. The decorator does nothing unless the
-    current mesh (`jax.set_mesh`) has Explicit axes.
+    `jax.make_mesh` creates Explicit axes by default. On these axes, an operation must specify the sharding of its
+    result if its operands do not determine it. Inside the decorated call, the compiler chooses the shardings instead.
+    The rows of the output are sharded like those of `input_ids` or `inputs_embeds`. The decorator does nothing unless
+    the current mesh (`jax.set_mesh`) has Explicit axes.
     """
 
     @functools.wraps(call)

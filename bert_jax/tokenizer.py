@@ -1,4 +1,4 @@
-"""Converts texts to token ids, and token ids to numpy arrays for a model.
+"""Converts texts to token ids, and token ids to NumPy arrays for a model.
 
 The `tokenizers` library splits the texts into WordPiece tokens. Truncation and padding are arguments of each call, not
 settings of a tokenizer, so that threads can share a tokenizer.
@@ -24,11 +24,11 @@ from bert_jax.upload import PushToHub
 logger = logging.getLogger(__name__)
 
 Text = str | Sequence[str]
-"""A text; a list of words if the argument `is_split_into_words` is true."""
+"""A text or, if the argument `is_split_into_words` is true, a list of words."""
 
 
 class ModelInputs(TypedDict):
-    """The arguments of a model for B texts, padded to T tokens. Each argument is int32 [B, T]."""
+    """The model arguments for B texts, padded to T tokens. Each argument is int32 [B, T]."""
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
@@ -74,16 +74,16 @@ class Tokenizer(PushToHub):
         """Reads the tokenizer of a checkpoint from its `tokenizer.json` or, if it has none, from its `vocab.txt`.
 
         The files are read as transformers 5 reads them. `tokenizer_config.json` determines the special tokens and, for
-        BERT's tokenizer classes, `do_lower_case`, `strip_accents` and `tokenize_chinese_chars`. If that file has
+        BERT's tokenizer classes, `do_lower_case`, `strip_accents` and `tokenize_chinese_chars`. If that file contains
         `added_tokens_decoder`, no other file is read for added tokens. Otherwise, `added_tokens.json`, `tokenizer.json`
-        and `special_tokens_map.json` are read, too; `special_tokens_map.json` overrides `tokenizer_config.json`.
+        and `special_tokens_map.json` are also read, and `special_tokens_map.json` overrides `tokenizer_config.json`.
 
-        There is one difference from transformers, whose BERT classes lower-case all text if `do_lower_case` is not set.
-        In two such cases, this class keeps the case and logs a warning: if there is a `tokenizer.json` that does not
-        lower-case text, or if there is no `tokenizer.json` but the vocabulary has capital letters.
+        There is one difference from transformers, whose BERT classes lowercase all text if `do_lower_case` is not set.
+        In two such cases, this class preserves case and logs a warning: if there is a `tokenizer.json` that does not
+        lowercase text, or if there is no `tokenizer.json` but the vocabulary contains capital letters.
 
         Args:
-            model_id: A folder, an id on the Hugging Face Hub, or `bert-mini-cased`.
+            model_id: A folder, the name of the embedded model (`bert-mini-cased`), or an id on the Hugging Face Hub.
             revision: Branch, tag or commit on the Hub.
 
         Raises:
@@ -126,8 +126,8 @@ class Tokenizer(PushToHub):
                 (None, files.added_token(token)) for token in named.values() if backend.token_to_id(token) is not None
             ]
         backend.add_tokens([token for _, token in tokens])
-        # Equal lines of a vocab.txt leave ids unused, and an added token may then get the id of another token. This
-        # check refuses a tokenizer in which two tokens have the same id.
+        # Duplicate lines in a vocab.txt leave ids unused, and an added token may then get the id of another token. This
+        # check rejects a tokenizer in which two tokens have the same id.
         files.check_vocab(folder, backend.get_vocab(), [])
         if absent := [token for token in named.values() if backend.token_to_id(token) is None]:
             logger.warning("%s: the vocabulary has no %s, so texts cannot contain it.", folder, " and no ".join(absent))
@@ -159,9 +159,9 @@ class Tokenizer(PushToHub):
         }
         pieces = {id: piece for piece, id in self.backend.get_vocab(with_added_tokens=False).items()}
         for id in range(max(pieces), 0, -1):
-            # A vocab.txt may repeat a piece. Only its last line counts, so the ids of the earlier lines have no piece.
-            # The file written here needs a line for every id. An id without a piece gets the piece of the next id,
-            # which does not change the id of that piece: only its last line will count.
+            # A vocab.txt may repeat a piece. Only the last line with the piece counts, so the ids of the earlier lines
+            # have no piece. The file to write needs a line for every id. An id without a piece gets the piece of the
+            # next id. This does not change the id of that piece, because only its last line counts.
             pieces.setdefault(id - 1, pieces[id])
         with hub.replacing(Path(folder)) as staging:
             self.backend.save(str(staging / "tokenizer.json"))
@@ -174,16 +174,16 @@ class Tokenizer(PushToHub):
         Afterwards, call `model.resize_embeddings(tokenizer.vocab_size)`, and only then make pipelines.
 
         Args:
-            tokens: The tokens. Tokens that the vocabulary already has keep their ids.
-            special: Whether the tokens are special, as [MASK] is. `decode` can skip special tokens, and they are
-                matched before normalization. Other tokens are matched after normalization, so that a tokenizer that
-                lower-cases matches them regardless of case.
+            tokens: The tokens. Tokens that the vocabulary already contains keep their ids.
+            special: Whether the tokens are special, like [MASK]. `decode` can skip special tokens, and they are matched
+                before normalization. Other tokens are matched after normalization, so that a tokenizer that lowercases
+                text matches them regardless of case.
 
         Returns:
-            The number of tokens that the vocabulary did not have.
+            The number of tokens that the vocabulary did not contain.
 
         Raises:
-            InputError: If a token is not a string, is blank or has lone surrogates.
+            InputError: If a token is not a string, is blank or contains lone surrogates.
         """
         if not _are_words(tokens) or not all(token.strip() for token in tokens):
             raise InputError(f"tokens is {quoted(tokens)}; expected a list of strings that are not blank.")
@@ -197,11 +197,11 @@ class Tokenizer(PushToHub):
         return self.backend.get_vocab_size() - before
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token; None if the token is not in the vocabulary."""
+        """Returns the id of a token; None if the token is not in the vocabulary."""
         return self.backend.token_to_id(token)
 
     def get_vocab(self) -> dict[str, int]:
-        """Maps all tokens, added ones included, to their ids."""
+        """Returns a dict from all tokens, including added ones, to their ids."""
         vocab: dict[str, int] = self.backend.get_vocab()
         return vocab
 
@@ -212,7 +212,7 @@ class Tokenizer(PushToHub):
     @overload
     def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int | None]: ...
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int | None] | None:
-        """The id of a token, or those of several tokens. A token that is not in the vocabulary gets `unk_token_id`."""
+        """Returns the id of a token or the ids of several. Tokens outside the vocabulary get `unk_token_id`."""
         if isinstance(tokens, str):
             id = self.token_to_id(tokens)
             return self.unk_token_id if id is None else id
@@ -227,12 +227,12 @@ class Tokenizer(PushToHub):
     def convert_ids_to_tokens(
         self, ids: int | Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False
     ) -> str | list[str]:
-        """The token with an id, or those with several ids.
+        """Returns the token with an id or the tokens with several ids.
 
         Args:
             ids: One id or several.
-            skip_special_tokens: Whether to leave out the `special_tokens`, such as [CLS], if several ids are given.
-                Special tokens of `add_tokens` stay, as in transformers; `decode` leaves these out, too.
+            skip_special_tokens: Whether to leave out the `special_tokens`, such as [CLS], if several ids are given. As
+                in transformers, special tokens from `add_tokens` are kept; `decode` also leaves these out.
 
         Raises:
             InputError: If an id has no token.
@@ -268,7 +268,7 @@ class Tokenizer(PushToHub):
                 lists.
             add_special_tokens: Whether to add [CLS] and [SEP].
             max_length: The maximum number of tokens per row, including special tokens; None for no limit.
-            stride: The number of tokens by which neighbouring windows overlap; None keeps only the first window.
+            stride: The number of tokens by which neighboring windows overlap; None keeps only the first window.
             truncate: Which text of a pair loses tokens: the longer one ("longest_first"), or always the second
                 ("only_second").
 
@@ -278,8 +278,8 @@ class Tokenizer(PushToHub):
 
         Raises:
             InputError: If an entry of `text` or `text_pair` has the wrong type (the message gives the entry's index),
-                if a text has lone surrogates, if `text` and `text_pair` differ in length, or if `max_length` leaves no
-                room for a text.
+                if a text contains lone surrogates, if `text` and `text_pair` differ in length, or if `max_length`
+                leaves no room for a text.
         """
         if truncate not in ("longest_first", "only_second"):
             raise InputError(f"truncate is {quoted(truncate)}; expected 'longest_first' or 'only_second'.")
@@ -314,7 +314,7 @@ class Tokenizer(PushToHub):
         return rows
 
     def _truncating(self, max_length: int, stride: int, strategy: str) -> tokenizers.Tokenizer:
-        """A copy of the backend, set to truncate. Threads share the backend itself, so its settings must not change."""
+        """Returns a truncating copy of the backend. Threads share the backend, so its settings must not change."""
         key = (max_length, stride, strategy)
         if key not in self._copies:
             copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
@@ -339,9 +339,9 @@ class Tokenizer(PushToHub):
             text: One text or several.
             text_pair: The second text of each pair.
             is_split_into_words: Whether the texts are lists of words.
-            truncation: Whether to cut rows that are too long. If false, such rows are refused.
+            truncation: Whether to truncate rows that are too long. If false, such rows are rejected.
             max_length: The maximum number of tokens per row; `model_max_length` by default.
-            length: The number of tokens to pad to; that of the longest row by default.
+            length: The number of tokens to pad to; by default, the length of the longest row.
 
         Returns:
             `input_ids`, `attention_mask` and `token_type_ids`, each int32 [B, T].
@@ -382,7 +382,7 @@ class Tokenizer(PushToHub):
         Args:
             ids: The token ids of each row.
             type_ids: The token types of each row.
-            length: The number of tokens to pad to; that of the longest row by default.
+            length: The number of tokens to pad to; by default, the length of the longest row.
             rows: The number of rows to pad to, if `ids` has fewer. The added rows consist of padding.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Reads the files of a tokenizer, which declare special and added tokens and describe a `tokenizers.Tokenizer`."""
+"""Reads tokenizer files, which declare special and added tokens and describe a `tokenizers.Tokenizer`."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """The object in a JSON file of a folder; empty if there is no such file."""
+    """Reads the JSON object in one of a folder's files. The result is empty if the file does not exist."""
     path = folder / name
     if not path.is_file() and (path.exists() or path.is_symlink()):
         raise CheckpointError(f"{path} is not a regular file; replace or remove it.")
@@ -41,10 +41,10 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def max_length_of(given: Any) -> int:
-    """The maximum number of tokens per row, from the value of `model_max_length`; 512 for None.
+    """Returns the maximum number of tokens per row for a value of `model_max_length`; 512 for None.
 
     Raises:
-        ValueError: If the value is not a number, or leaves no room for a token of text between [CLS] and [SEP].
+        ValueError: If the value is not a number or leaves no room for a token of text between [CLS] and [SEP].
     """
     given = 512 if given is None else given
     if not (isinstance(given, int | float) and given >= 3):
@@ -56,7 +56,7 @@ def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """Maps the names of special tokens, such as "mask_token", to the tokens.
 
     Args:
-        settings: As in `declared_tokens`. Tokens that it does not set are those of `SPECIAL_TOKENS`.
+        settings: As in `declared_tokens`. Tokens that are not set there default to those in `SPECIAL_TOKENS`.
 
     Raises:
         ValueError: If a token is None or empty, if another token is the same as the mask token, or if
@@ -74,10 +74,10 @@ def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def added_token(given: Any, *, special: bool = True) -> AddedToken:
-    """Makes an added token from its declaration in a file.
+    """Creates an added token from its declaration in a file.
 
     Args:
-        given: The declaration: the token's text, or an object with flags and the text (`content`).
+        given: The declaration: the token's text, or an object with the text (`content`) and flags.
         special: The value of the flag `special` if the declaration does not set it.
     """
     if isinstance(given, str):
@@ -88,14 +88,14 @@ def added_token(given: Any, *, special: bool = True) -> AddedToken:
 def declared_tokens(
     settings: Mapping[str, Any], added: Mapping[str, int], of_file: Sequence[Mapping[str, Any]]
 ) -> list[tuple[int | None, AddedToken]]:
-    """The added tokens that files declare, in the order in which to add them to the tokenizer.
+    """Returns the added tokens that the files declare, in the order in which to add them to the tokenizer.
 
     Each token comes with its declared id, or with None if no id is declared.
 
     Args:
-        settings: The content of `tokenizer_config.json`. If it has no `added_tokens_decoder`, the caller must
-            update it with the content of `special_tokens_map.json`.
-        added: The content of `added_tokens.json`, which maps tokens to ids.
+        settings: The contents of `tokenizer_config.json`. If they lack `added_tokens_decoder`, the caller must update
+            them with the contents of `special_tokens_map.json`.
+        added: The contents of `added_tokens.json`, which maps tokens to ids.
         of_file: The `added_tokens` in `tokenizer.json`.
     """
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
@@ -123,8 +123,8 @@ def declared_tokens(
 def read_vocab(vocab_file: Path) -> dict[str, int]:
     """Reads the id of each piece from a file with one piece per line.
 
-    The id is the index of the line. If several lines are equal, the last of them counts. White space at the end of a
-    line is removed.
+    The id is the index of the line. If several lines are equal, the last of them counts. Trailing whitespace is removed
+    from each line.
     """
     try:
         pieces = vocab_file.read_bytes().decode().removesuffix("\n").split("\n")
@@ -136,13 +136,13 @@ def read_vocab(vocab_file: Path) -> dict[str, int]:
 def from_json(
     path: Path, file: Mapping[str, Any], settings: Mapping[str, Any] | None, named: dict[str, str]
 ) -> Tokenizer:
-    """The tokenizer that a `tokenizer.json` describes, without the added tokens that the file declares.
+    """Creates the tokenizer that a `tokenizer.json` describes, without the added tokens that the file declares.
 
     Args:
         path: The path of the file.
-        file: The content of the file.
-        settings: The content of `tokenizer_config.json`, which takes precedence over the file. For classes that are
-            not in `BERT_CLASSES`, pass None to use the file as it is.
+        file: The contents of the file.
+        settings: The contents of `tokenizer_config.json`, which take precedence over the file. For classes that are not
+            in `BERT_CLASSES`, pass None to use the file as it is.
         named: The special tokens by name, from `named_tokens`.
 
     Raises:
@@ -153,8 +153,8 @@ def from_json(
         model = file["model"]
         kind, vocab = model.get("type", "WordPiece"), dict(model["vocab"])
         if kind == "WordPiece":
-            # If `settings` is given, the vocabulary is left out here, because the library parses it slowly; `wordpiece`
-            # adds it later.
+            # If `settings` is given, the vocabulary is left out, because the library parses it slowly. `wordpiece` adds
+            # it later.
             content = {**file, "added_tokens": [], "model": {**model, "vocab": {}} if settings is not None else model}
             backend = Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises no narrower exception
@@ -175,15 +175,15 @@ def from_json(
 def wordpiece(
     path: Path, vocab: dict[str, int], settings: Mapping[str, Any], named: dict[str, str], *, cased: bool | None = None
 ) -> Tokenizer:
-    """Makes BERT's tokenizer (tokenization.py in google-research/bert) with the given vocabulary.
+    """Creates BERT's tokenizer (tokenization.py in google-research/bert) with the given vocabulary.
 
     Args:
-        path: The file of the vocabulary, for messages.
+        path: The vocabulary file, for messages.
         vocab: Maps pieces to ids.
-        settings: The content of `tokenizer_config.json`.
+        settings: The contents of `tokenizer_config.json`.
         named: The special tokens by name, from `named_tokens`.
-        cased: Whether text keeps its case if `settings` has no `do_lower_case`. With None, it keeps its case if the
-            vocabulary has capital letters.
+        cased: Whether case is preserved if `settings` has no `do_lower_case`. If None, case is preserved if the
+            vocabulary contains capital letters.
 
     Raises:
         CheckpointError: If the vocabulary or a setting is invalid.
@@ -217,7 +217,7 @@ def wordpiece(
 
 
 def unlike_bert(backend: Tokenizer) -> list[str]:
-    """The names of the parts of a tokenizer that differ from those of BERT's tokenizer; empty if none does."""
+    """Returns the names of the parts in which a tokenizer differs from BERT's tokenizer; empty if there are none."""
     model, normalizer = backend.model, backend.normalizer
     parts = {
         "normalizer": isinstance(normalizer, normalizers.BertNormalizer) and normalizer.clean_text,

@@ -1,8 +1,8 @@
 """Models as nested dicts of arrays, and the dotted paths that name their parameters.
 
-Users hold an `nnx.Module`. Code for jit, optax and checkpoints holds the parameters of the model as a plain nested
-dict. Only `params, skeleton = split(model)` and `model = merge(skeleton, params)` convert between the two.
-A path is a parameter's place in the module, such as `bert.layers.11.attention.query.weight`.
+Users work with an `nnx.Module`. Code for jit, optax and checkpoints works with the model's parameters as a plain nested
+dict. Only `params, skeleton = split(model)` and `model = merge(skeleton, params)` convert between the two. A path is a
+parameter's location in the module, such as `bert.layers.11.attention.query.weight`.
 """
 
 import re
@@ -67,7 +67,7 @@ def merge(skeleton: Skeleton, params: Params) -> Any:
 
 
 def flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
-    """Converts a nested dict to one keyed by dotted paths, in the same order: `{"a": {0: x}}` becomes `{"a.0": x}`."""
+    """Flattens a nested dict to dotted paths, in the same order: `{"a": {0: x}}` becomes `{"a.0": x}`."""
     return {".".join(map(str, keys)): leaf for keys, leaf in nnx.traversals.flatten_mapping(tree).items()}
 
 
@@ -79,7 +79,7 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
 
 
 def select(patterns: Iterable[str], paths: Iterable[str]) -> list[str]:
-    """The paths that at least one of the regular expressions `patterns` matches in full, in the order of `paths`.
+    """Returns the paths that fully match at least one of the regular expressions `patterns`, in the order of `paths`.
 
     Raises:
         InputError: If a pattern is not a regular expression.

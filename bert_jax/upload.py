@@ -1,4 +1,4 @@
-"""Uploads models, tokenizers and the folders of runs to the Hugging Face Hub."""
+"""Uploads models, tokenizers and run folders to the Hugging Face Hub."""
 
 import contextlib
 import glob
@@ -11,15 +11,15 @@ from bert_jax import hub
 from bert_jax.errors import HubUnreachableError, InputError, ModelNotFoundError, quoted
 
 RUN_FILES = ("results.json", "metrics.jsonl", "curve.png")
-"""The files of a run that are uploaded with its model: the final metrics, those of each step, and the learning curve.
+"""The run files that are uploaded with the model: the final metrics, the metrics of each step, and the learning curve.
 
-All other files of a run stay on this machine: settings.yaml has local paths, predictions.jsonl and answers.json have
-texts of the data, and checkpoints, TensorBoard's events and adapters are not needed to use the model.
+All other files of a run stay on this machine: settings.yaml contains local paths, predictions.jsonl and answers.json
+contain texts from the data, and checkpoints, TensorBoard events and adapters are not needed to use the model.
 """
 
 
 class PushToHub:
-    """A base class of models and tokenizers, whose `save_pretrained` writes their files."""
+    """A base class of models and tokenizers. Subclasses write their files in `save_pretrained`."""
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the files to a folder."""
@@ -34,7 +34,7 @@ class PushToHub:
         token: str | None = None,
         revision: str | None = None,
     ) -> str:
-        """Uploads the files of `save_pretrained` to the Hugging Face Hub, in one commit.
+        """Uploads the output of `save_pretrained` to the Hugging Face Hub in one commit.
 
         The arguments and errors are those of `bert_jax.push_folder`.
 
@@ -58,18 +58,19 @@ def push_folder(
     token: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """Uploads a model with its tokenizer and, if it is the model of a run, with its card, metrics and learning curve.
+    """Uploads a model with its tokenizer and, if a run produced it, with its model card, metrics and learning curve.
 
-    The uploaded files are config.json, the safetensors weights, the files of the tokenizer, those of
-    sentence-transformers, README.md and `RUN_FILES`. All other files in the folder stay on this machine.
+    The uploaded files are config.json, the safetensors weights, the tokenizer files, the sentence-transformers files,
+    README.md and `RUN_FILES`. All other files in the folder stay on this machine.
 
     Args:
-        folder: The folder of a finished run, or another folder with a model.
-        repo_id: The id of the model on the Hub, such as `me/emotion`; `emotion` is a model of your own account. A model
+        folder: The folder of a finished run, or another folder that contains a model.
+        repo_id: The id of the model on the Hub, such as `me/emotion`; `emotion` is a model in your own account. A model
             that does not exist yet is created.
-        private: Whether a new model is private. None for the default of the account, which is usually public.
-        commit_message: The first line of the commit; "Upload model" by default.
-        token: A token with write access. None for the one of `hf auth login` or of the variable HF_TOKEN.
+        private: Whether a new model is private. None uses the account's default, which is usually public.
+        commit_message: The first line of the commit message; "Upload model" by default.
+        token: A token with write access. None uses the token from `hf auth login` or from the environment variable
+            HF_TOKEN.
         revision: The branch to upload to, which is created if it does not exist; `main` by default.
 
     Returns:
@@ -88,7 +89,7 @@ def push_folder(
 
 
 def model_files(folder: Path) -> list[str]:
-    """The paths of the files that `push_folder` uploads, relative to the folder.
+    """Returns the paths of the files that `push_folder` uploads, relative to the folder.
 
     Raises:
         ModelNotFoundError: If the folder has no model.
@@ -131,7 +132,7 @@ def _upload(
     api = HfApi(token=token or None)
     with _explained(repo_id):
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        # `create_repo` leaves an existing model as it is.
+        # `create_repo` does not change an existing model.
         if private is not None and bool(api.repo_info(repo).private) != private:
             is_now, expected = ("public", "private") if private else ("private", "public")
             raise InputError(
@@ -149,7 +150,7 @@ def _upload(
 
 @contextlib.contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
-    """Turns the errors of huggingface_hub into those of this package."""
+    """Converts huggingface_hub errors to errors of this package."""
     from huggingface_hub import errors
 
     try:
@@ -168,7 +169,7 @@ def _explained(repo_id: str) -> Iterator[None]:
                 f"The Hub refuses the upload to {repo_id} ({why}). Check the id, and that the token may write to it."
             ) from None
         raise HubUnreachableError(f"The Hub has an error ({why}). Run the same command later.") from None
-    except ValueError as error:  # the Hub says so of the metadata of a model card, before any file is uploaded
+    except ValueError as error:  # the Hub rejects a model card's metadata before any file is uploaded
         raise InputError(f"Nothing is uploaded to {repo_id}: {quoted(str(error))}. Correct the card.") from None
     except (errors.HTTPError, OSError, RuntimeError) as error:
         raise HubUnreachableError(

@@ -1,4 +1,4 @@
-"""Computes word embeddings for a new vocabulary from those of the old one.
+"""Computes word embeddings for a new vocabulary from the embeddings of the old vocabulary.
 
 The embedding of a new piece is the mean of the embeddings of the old pieces that spell it. If there are
 none, it is the mean of all old embeddings.
@@ -14,18 +14,18 @@ SAME, LOWER, PIECES, NONE = "copied", "copied from lower case", "averaged over o
 
 
 def carry(before: Tokenizer, after: Tokenizer) -> tuple[list[list[int]], dict[str, int]]:
-    """Finds the old pieces that the embedding of each new piece is computed from.
+    """Finds the old pieces from which the embedding of each new piece is computed.
 
-    If the old vocabulary has the new piece, that piece is used alone. If it has only the lower-case form of the new
-    piece, that form is used alone. Otherwise, the pieces that the old tokenizer splits the new piece into are used.
+    If the old vocabulary contains the new piece, only that piece is used. If it contains only the lowercase form of the
+    new piece, only that form is used. Otherwise, the pieces into which the old tokenizer splits the new piece are used.
 
     Args:
         before: The tokenizer with the old vocabulary.
         after: The tokenizer with the new vocabulary.
 
     Returns:
-        For each new id, a list of old ids, which is empty if no old piece was found. Also the number of new pieces for
-        each way in which their embeddings are computed: `SAME`, `LOWER`, `PIECES` or `NONE`.
+        For each new id, a list of old ids, which is empty if no old piece was found; and the number of new pieces for
+        each way of computing their embeddings: `SAME`, `LOWER`, `PIECES` or `NONE`.
     """
     old = before.backend.get_vocab()
     sources: list[list[int]] = [[] for _ in range(after.vocab_size)]
@@ -37,7 +37,7 @@ def carry(before: Tokenizer, after: Tokenizer) -> tuple[list[list[int]], dict[st
             sources[i], how = [old[piece.lower()]], LOWER
         else:
             pieces = before.encode([piece.removeprefix("##")], add_special_tokens=False)[0][0].tokens
-            # If the new piece continues a word ("##ing"), its first old piece should continue a word, too.
+            # If the new piece continues a word ("##ing"), its first old piece should also continue a word.
             if piece.startswith("##") and pieces and f"##{pieces[0]}" in old:
                 pieces[0] = f"##{pieces[0]}"
             sources[i] = [old[p] for p in pieces if old[p] != before.unk_token_id]

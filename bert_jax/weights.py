@@ -1,4 +1,4 @@
-"""Loads and saves weights. `load` and `save` use the same table, from published tensor names to parameter paths.
+"""Loads and saves weights. `load` and `save` use the same table, which maps published tensor names to parameter paths.
 
 `load` reads a dict of arrays from a folder, given the shapes that a model expects. `save` writes such a dict to a
 folder. This module does not depend on any model class.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  makes the name bfloat16 known to numpy, and so to safetensors
+import ml_dtypes  # noqa: F401  registers the dtype bfloat16 with NumPy, and thus with safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -25,8 +25,8 @@ from bert_jax.errors import CheckpointError, listed
 from bert_jax.hub import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, advice, names_in, read_index, replacing
 
 # Maps the name of a tensor in published checkpoints (such as google-bert/bert-base-cased) to the path of a parameter.
-# `{i}` stands for the number of a layer. The tensor and the parameter have the same shape. The weight of a linear layer
-# is [out, in].
+# `{i}` stands for the layer number. The tensor and the parameter have the same shape. The weight of a linear layer is
+# [out, in].
 TABLE = {
     "bert.embeddings.word_embeddings.weight": "bert.embeddings.word_embeddings.weight",
     "bert.embeddings.position_embeddings.weight": "bert.embeddings.position_embeddings.weight",
@@ -70,8 +70,8 @@ TIED = {
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
 
-# Matches the prefixes that wrappers of a network put before the name of every tensor: `_orig_mod.` (torch.compile),
-# `module.` (DistributedDataParallel) and `model.` (a module that holds the network).
+# Matches the prefixes that wrappers of a network add to every tensor name: `_orig_mod.` (torch.compile), `module.`
+# (DistributedDataParallel) and `model.` (a module that holds the network).
 WRAPPERS = re.compile(r"^((_orig_mod|module|model)\.)*")
 
 _LISTED = 40
@@ -79,15 +79,15 @@ _LISTED = 40
 _PART = 2**18
 """The number of values that are converted at once when weights are loaded."""
 _SMALLEST = 127 * np.finfo(np.float32).tiny
-"""The smallest value that a row's largest value counts as, so that no scale is 0."""
+"""A lower limit for the largest absolute value of a row, so that no scale is 0."""
 
-# Buffers that PyTorch stores next to the weights and that the network does not need.
+# Buffers that PyTorch stores with the weights but that the network does not need.
 BUFFERS = {"bert.embeddings.position_ids", "bert.embeddings.token_type_ids"}
 
 
 @dataclass
 class Report:
-    """What was done with each tensor of a checkpoint and with each parameter of the model.
+    """A report on what was done with each tensor of a checkpoint and with each parameter of the model.
 
     Tensors are named as in their files.
     """
@@ -96,11 +96,11 @@ class Report:
     """The prefix that was removed from every name in the file, such as `module.`; empty if there was none."""
     loaded: list[str] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
-    """Second copies of tied tensors, each as the text "copy = original". Loading fails if the two differ."""
+    """Second copies of tied tensors, each as a string "copy = original". Loading fails if the two differ."""
     ignored: dict[str, str] = field(default_factory=dict)
     """The reasons why tensors were not loaded, by tensor name."""
     new: list[str] = field(default_factory=list)
-    """Paths of the parameters that the caller asked to reinitialise instead of loading them."""
+    """Paths of the parameters that were reinitialized instead of being loaded, as the caller requested."""
 
     def __str__(self) -> str:
         lines = [f"loaded {len(self.loaded)} tensors" + (f", all named {self.prefix}…" if self.prefix else "")]
@@ -112,7 +112,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor is stored, and its shape and dtype. Each loaded parameter is read from one such tensor."""
+    """The location, shape and dtype of a stored tensor. Each loaded parameter is read from one such tensor."""
 
     name: str
     file: Path
@@ -121,7 +121,7 @@ class Source:
     """The dtype as safetensors names it, such as F32, F16 or BF16."""
 
     def read(self) -> np.ndarray:
-        """Reads the tensor, in the dtype in which it is stored."""
+        """Reads the tensor in its stored dtype."""
         with _opened(self.file) as file:
             tensor: np.ndarray = file.get_tensor(self.name)
             return tensor
@@ -130,26 +130,26 @@ class Source:
 def plan(
     folder: Path, specs: Mapping[str, jax.ShapeDtypeStruct], *, new: Iterable[str] = (), ignore: Iterable[str] = ()
 ) -> tuple[dict[str, Source], Report]:
-    """Finds where in a folder the tensor of each parameter of a model is stored.
+    """Finds the stored tensor of each model parameter in a folder.
 
-    Reads only the headers of the files. If a tied tensor is stored twice, however, both copies are read and compared.
+    Only the file headers are read. However, if a tied tensor is stored twice, both copies are read and compared.
 
     Args:
-        folder: Contains `model.safetensors`, or shards and their index.
+        folder: A folder that contains `model.safetensors`, or shards and their index.
         specs: The shape and dtype of each parameter of the model, by path (`tree.Skeleton.specs`).
-        new: Regular expressions of whole parameter paths. These parameters are reinitialised, even if the folder has
-            tensors for them.
-        ignore: Regular expressions of whole tensor names, as in the files. These tensors are left out.
+        new: Regular expressions that match whole parameter paths. These parameters are reinitialized, even if the
+            folder contains tensors for them.
+        ignore: Regular expressions that match whole tensor names, as in the files. These tensors are not loaded.
 
     Returns:
         The sources by parameter path, and the report.
 
     Raises:
-        CheckpointError: If tensors do not fit the model, for example because they are missing, unknown or of another
-            shape; the message lists at most 40 of them. Also if a regular expression matches nothing, or if a file is
+        CheckpointError: If tensors do not fit the model, for example because they are missing or unknown or have the
+            wrong shape (the message lists at most 40 of them), if a regular expression matches nothing, or if a file is
             missing or damaged.
     """
-    # The parameter paths of a bare BertModel lack the prefix `bert.`, so it is removed from the paths of `TABLE`, too.
+    # The parameter paths of a bare BertModel lack the prefix `bert.`, so it is also removed from the paths in `TABLE`.
     bare = "" if any(path.startswith("bert.") for path in specs) else "bert."
     stored = _stored(folder)
     fresh, left_out = tree.select(new, specs), tree.select(ignore, stored)
@@ -230,10 +230,10 @@ def load(
         places: Where to put the arrays, by parameter path; None for the default device.
 
     Returns:
-        The arrays by parameter path, in the dtypes of `specs`, and the report. Reinitialised parameters have no array.
+        The arrays by parameter path, in the dtypes of `specs`, and the report. Reinitialized parameters have no array.
 
     Raises:
-        CheckpointError: If `plan` raises it, or if tensors have values that are not finite. The message names these
+        CheckpointError: If `plan` raises it, or if tensors contain values that are not finite. The message names these
             tensors.
     """
     sources, report = plan(folder, specs, new=new, ignore=ignore)
@@ -259,15 +259,15 @@ def load(
 
 
 def save(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Writes `model.safetensors` and `config.json` in the form that PyTorch transformers reads.
+    """Writes `model.safetensors` and `config.json` in the format that transformers reads.
 
-    Both files are written to disk next to the folder, and only then moved into it. Even if the process is killed or the
-    disk is full, each file in the folder is either the old or the new one, never incomplete.
+    Both files are first written to disk next to the folder and then moved into it. Even if the process is killed or the
+    disk is full, each file in the folder is either the old or the new version, never an incomplete file.
 
     Args:
-        folder: Created if necessary; other files in it stay.
+        folder: The folder, which is created if necessary. Other files in it are kept.
         params: The arrays by parameter path.
-        config: The content of `config.json`.
+        config: The contents of `config.json`.
 
     Raises:
         CheckpointError: If the folder cannot be written. The message names the old files that were already replaced.
@@ -285,14 +285,14 @@ def write(tensors: Mapping[str, np.ndarray], file: Path) -> None:
         OSError: If the file cannot be written.
     """
     try:
-        # PyTorch transformers refuses a file without `format`.
+        # transformers rejects a file whose metadata lacks `format`.
         save_file(dict(tensors), file, metadata={"format": "pt"})
     except SafetensorError as error:  # raised if, for example, the disk is full
         raise OSError(str(error)) from None
 
 
 def published_names(paths: Iterable[str]) -> list[str]:
-    """The names that parameters have in published checkpoints, in the order of `paths`."""
+    """Returns the names that parameters have in published checkpoints, in the order of `paths`."""
     paths = list(paths)
     names = {path: published for published, path in _table(paths).items()}
     return [names[path] for path in paths]
@@ -310,11 +310,11 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _tensors(sources: Mapping[str, Source]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the path of each parameter, with its tensor in the dtype in which it is stored.
+    """Yields the path of each parameter and its tensor in the stored dtype.
 
     Files are read through memory maps. While a map is open, the pages that were read stay in memory, in addition to
     the arrays. Therefore, a file is reopened after every 32 MB. Reopening it for each tensor would cost 0.3 ms per
-    tensor, which is 55 ms for BERT-base.
+    tensor, or 55 ms for BERT-base.
     """
     rest = sorted(sources.items(), key=lambda item: item[1].file)[::-1]
     while rest:
@@ -328,7 +328,7 @@ def _tensors(sources: Mapping[str, Source]) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _stored(folder: Path) -> dict[str, Source]:
-    """The sources of all tensors in a folder, by name. Only the headers of the files are read."""
+    """Returns the sources of all tensors in a folder by name. Only the file headers are read."""
     index: dict[str, str] = {}
     if (folder / WEIGHTS_FILE).is_file():
         files = [folder / WEIGHTS_FILE]
@@ -356,13 +356,13 @@ def _stored(folder: Path) -> dict[str, Source]:
 
 
 def _shard(folder: Path, name: str) -> Path:
-    """The path of a shard in a folder.
+    """Returns the path of a shard in a folder.
 
-    If the shard is a link, it must lead to a file in the same folder or, in the Hub's cache, to a file of the same
+    If the shard is a link, it must point to a file in the same folder or, in the Hub's cache, to a file of the same
     model.
 
     Raises:
-        CheckpointError: If the shard is missing, or is a link to another place.
+        CheckpointError: If the shard is missing or links to another location.
     """
     path, home = folder / name, folder.resolve()
     if home.parent.name == "snapshots":  # in the Hub's cache, where shards are links to files in the model's folder
@@ -375,7 +375,7 @@ def _shard(folder: Path, name: str) -> Path:
 
 
 def _converted(tensor: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, bool]:
-    """Copies an array in `dtype` to aligned memory. Returns the copy, and whether all its values are finite."""
+    """Copies an array to aligned memory in `dtype`. Returns the copy and whether all its values are finite."""
     copy, finite = _aligned(tensor.shape, dtype), True
     target, source = copy.reshape(-1), tensor.reshape(-1)
     # The tensor is copied in parts, so that each part is checked while it is still in the CPU's cache.
@@ -389,11 +389,11 @@ def _converted(tensor: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, bo
 
 
 def _quantized(tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rounds each row of a weight [out, in] to multiples of its scale, which is its largest absolute value / 127.
+    """Rounds each row of a weight [out, in] to multiples of its scale: the row's largest absolute value / 127.
 
     Returns:
-        The multiples, int8 [out, in], the scales, float32 [out], and the sum of each rounded row, float32 [out]. If a
-        value of a row is not finite, its scale is not finite either.
+        The multiples, int8 [out, in]; the scales, float32 [out]; and the sum of each rounded row, float32 [out]. If a
+        row contains a value that is not finite, its scale is not finite either.
     """
     weight = _aligned(tensor.shape, np.dtype(np.int8))
     scale, total = (_aligned(tensor.shape[:1], np.dtype(np.float32)) for _ in range(2))
@@ -411,10 +411,11 @@ def _quantized(tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     """Allocates an array that JAX's CPU backend can use without copying it.
 
-    Such memory is aligned to 64 bytes. Arrays of at least 4 MB are aligned to 2 MB, so that Linux can give them huge
-    pages. The rest of an array, which does not fill a huge page, gets small ones. Inference on one sentence reads all
+    The memory is aligned to 64 bytes. Arrays of at least 4 MB are aligned to 2 MB, so that Linux can use huge pages for
+    them. The end of an array, which does not fill a huge page, gets small pages. Inference on one sentence reads all
     weights, and reading them from huge pages is 10% faster. The memory of these large arrays comes from mmap, not from
-    malloc: malloc's bookkeeping between two arrays would occupy additional huge pages, 140 MB in total for BERT-large.
+    malloc, because malloc's bookkeeping between two arrays would occupy additional huge pages, 140 MB in total for
+    BERT-large.
     """
     size, page = math.prod(shape) * dtype.itemsize, 64
     if size < 2**22 or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -429,7 +430,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 
 
 def _published_name(name: str) -> str:
-    """Converts the name of a tensor to the one that it has in current published checkpoints.
+    """Converts the name of a tensor to its name in current published checkpoints.
 
     The tensors of a bare model get the prefix `bert.`. LayerNorm's `gamma` becomes `weight`, and its `beta` becomes
     `bias`.
@@ -440,7 +441,7 @@ def _published_name(name: str) -> str:
 
 
 def _line(name: str) -> tuple[str, str]:
-    """Replaces the layer number in a name or path by `{i}`, as in `TABLE`.
+    """Replaces the layer number in a name or path with `{i}`, as in `TABLE`.
 
     Returns:
         The name or path with `{i}`, and the layer number as a string. Without a layer number, the name or path is
@@ -452,7 +453,7 @@ def _line(name: str) -> tuple[str, str]:
 
 
 def _table(paths: Iterable[str]) -> dict[str, str]:
-    """Maps the published name of each parameter to its path. Paths that `TABLE` lacks are left out.
+    """Maps the published name of each parameter to its path. Paths that are not in `TABLE` are left out.
 
     For a bare `BertModel`, neither the paths nor the published names have the prefix `bert.`.
     """
@@ -473,6 +474,6 @@ def _misfit(source: Source, expected: list[int]) -> list[str]:
 
 
 def _pattern(name: str) -> str:
-    """Python source of a regular expression that matches a name, and all names that differ only after the last dot."""
+    """Python source of a regular expression that matches a name and all names that differ only after the last dot."""
     pattern = re.escape(name.rpartition(".")[0]) + r"\..*" if "." in name else re.escape(name)
     return f"r'{listed([pattern])}'"

@@ -1,4 +1,4 @@
-"""Reads and validates YAML files of settings. A file, one of its variants and overrides are merged into one tree."""
+"""Reads and validates YAML settings files. A file, one of its variants and overrides are merged into one tree."""
 
 import difflib
 import re
@@ -13,7 +13,7 @@ from bert_jax.errors import InputError, listed, quoted
 from bert_jax.tree import flatten
 
 VALUES = 100_000
-"""Maximum number of values in a settings file. Without a limit, a small file of nested aliases could fill memory."""
+"""Maximum number of values in a settings file. Without a limit, a small file with nested aliases could fill memory."""
 RENAMED = {"optimizer.rates": "optimizer.lr_multipliers", "queue": "max_queue_tokens", "model": "models",
            "compute_dtype": "dtype", "precision": "dtype", "output.tensorboard": "output.report_to"}  # fmt: skip
 """Maps the name of a setting in earlier versions to its current name."""
@@ -22,7 +22,7 @@ PROBLEMS = 20
 
 
 class Section(BaseModel):
-    """A section of settings: unknown keys are refused, and the docstring of each field describes it."""
+    """A section of settings. Unknown keys are rejected, and each field is described by its docstring."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -32,18 +32,18 @@ class SettingsFile(Section):
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
-        """Reads a YAML file.
+        """Reads a settings file.
 
-        A file may hold variants under `task_names`. If `task_name` is mrpc, for example, the settings of the variant
-        `task_names: {mrpc: …}` replace the settings of the same names in the rest of the file.
+        A file may define variants under `task_names`. If `task_name` is mrpc, for example, the settings of the variant
+        `task_names: {mrpc: …}` replace the settings with the same names in the rest of the file.
 
         Args:
             path: The file.
-            overrides: Texts of the form `section.key=value`, with the value in YAML.
+            overrides: Strings of the form `section.key=value`, with the value in YAML.
 
         Raises:
             InputError: If the file cannot be read, if a key is unknown, or if a value is missing or invalid. The
-                message lists at most `PROBLEMS` problems, and suggests known keys.
+                message lists at most `PROBLEMS` problems and suggests known keys.
         """
         return cls.from_dict(read_tree(path, overrides), source=f"{path} and overrides" if overrides else str(path))
 
@@ -53,7 +53,7 @@ class SettingsFile(Section):
 
         Args:
             tree: The settings by section and key.
-            source: How the error message refers to the tree.
+            source: The name of the tree in the error message.
 
         Raises:
             InputError: If a key is unknown, or if a value is missing or invalid; see `from_file`.
@@ -81,7 +81,7 @@ class SettingsFile(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that refuses duplicate keys. PyYAML itself would silently drop the first value."""
+    """A YAML loader that rejects duplicate keys. PyYAML itself would silently drop the first value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         given: set[str] = set()
@@ -93,10 +93,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parsed(text: str) -> Any:
-    """Parses a YAML text.
+    """Parses YAML text.
 
     Raises:
-        ValueError: If the text is not valid YAML, is nested too deeply, or holds more than `VALUES` values.
+        ValueError: If the text is not valid YAML, is nested too deeply, or contains more than `VALUES` values.
     """
     try:
         found = yaml.load(text, _Loader)
@@ -113,10 +113,10 @@ def _parsed(text: str) -> Any:
 
 
 def read_tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
-    """Reads a file of settings, and merges one of its variants and the overrides into it.
+    """Reads a settings file and applies one of its variants and the overrides.
 
-    If the file or an override sets `task_name`, this is the name of a variant in the file's `task_names`. The settings
-    of the variant replace settings of the same names in the rest of the file. The overrides replace settings of both.
+    If the file or an override sets `task_name`, it selects a variant from the file's `task_names`. The variant's
+    settings replace settings with the same names in the rest of the file. The overrides replace settings from either.
 
     Raises:
         InputError: If the file, the variant or an override cannot be used.
@@ -139,7 +139,7 @@ def read_tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def assignments(texts: Iterable[str]) -> dict[str, Any]:
-    """Converts texts of the form `section.key=value`, with the value in YAML, to a tree.
+    """Converts strings of the form `section.key=value`, with the value in YAML, to a tree.
 
     Raises:
         InputError: If a value is missing or is not valid YAML, or if part of a value would be lost as a YAML comment.
@@ -162,7 +162,7 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
     return changes
 
 
-# These tokens come after a trailing comment, so their positions do not tell where the value ends.
+# These tokens come after a trailing comment, so their positions do not show where the value ends.
 _ENDS = (yaml.BlockEndToken, yaml.StreamEndToken)
 
 
@@ -175,18 +175,18 @@ def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
 
 
 def nearest(given: Any, names: Iterable[str]) -> str | None:
-    """The name that is closest to `given`, which may be mistyped; None if no name is close."""
+    """Returns the name that is closest to `given`, which may be misspelled; None if no name is close."""
     close = difflib.get_close_matches(given[:100], names, n=1, cutoff=0.5) if isinstance(given, str) else []
     return close[0] if close else None
 
 
 def _section(kind: Any) -> Any:
-    """The section in the type of a setting, which may be optional; the type itself if there is none."""
+    """Returns the section in the type of a setting, which may be optional; the type itself if there is none."""
     return next((arm for arm in get_args(kind) if hasattr(arm, "model_fields")), kind)
 
 
 def _paths(section: Any, name: str) -> Iterator[str]:
-    """Yields the paths, within a section, of the settings of this name."""
+    """Yields the paths, within a section, of the settings with this name."""
     for key, field in section.model_fields.items():
         if key == name:
             yield key
@@ -207,7 +207,7 @@ def _problem(root: type[BaseModel], entry: Any) -> str:
         near = " or ".join(_paths(root, path[-1])) or nearest(path[-1], section.model_fields)
         hint = f"did you mean {near}?" if near else f"expected one of {', '.join(section.model_fields)}."
         return f"{key}: there is no such setting; {hint}"
-    # An error of a whole section does not quote it, because it may hold a key.
+    # The message about a whole section does not quote it, because it may contain an API key.
     given = "" if entry["type"] == "missing" or not path else f", got {quoted(entry['input'])}"
     near = nearest(entry["input"], re.findall("'([^']+)'", entry.get("ctx", {}).get("expected", "")))
     hint = f"; did you mean {near}?" if near else ""

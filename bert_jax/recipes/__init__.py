@@ -1,8 +1,8 @@
 """The functions behind the commands `finetune`, `pretrain` and `evaluate`. Each function takes settings.
 
-`finetune`, `finetune_seeds` and `pretrain` return the folder of a run, `dry_run` returns a description, and `evaluate`
-and `evaluate_held_out` return metrics. In `bert_jax`, only `recipes` and the modules `settings`, `yaml_file` and `cli`
-use YAML.
+`finetune`, `finetune_seeds` and `pretrain` return a run's folder, `dry_run` returns a description, and `evaluate` and
+`evaluate_held_out` return metrics. In `bert_jax`, only `recipes` and the modules `settings`, `yaml_file` and `cli` use
+YAML.
 """
 
 from bert_jax.recipes.finetuning import dry_run, evaluate, finetune

@@ -105,16 +105,16 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
 
 
 def dry_run(settings: Settings, target: str | None = None, *, console: Console | None = None) -> str:
-    """Describes what a run would do, without running a training step.
+    """Describes what a run would do, without performing a training step.
 
-    The text has the settings, the number of examples, the tokens of the first examples, how the parameters are trained,
-    the number of steps, the shapes of batches, and the memory that the run needs.
+    The text contains the settings, the number of examples, the tokens of the first examples, the update rules of the
+    parameters, the number of steps, the batch shapes, and the memory that the run needs.
 
     Args:
         settings: The settings of the run.
         target: Chips to compile the training step for, such as `v5e:2x4`. This machine need not have them. None
             compiles the step for the devices of this machine.
-        console: If a target is given, shows for each tried batch shape whether it fits; None shows nothing.
+        console: If a target is given, the console that shows whether each tried batch shape fits; None shows nothing.
 
     Raises:
         InputError: If the settings or the data cannot be used, if the target is unknown, or if the compiler for the
@@ -163,10 +163,10 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
 def peak_memory(settings: Settings, prepared: preparation.Prepared, run: loop.Run, shape: Shape) -> str | None:
     """Describes the peak memory of a run; None if the compiler does not report memory.
 
-    On CPU, this is the memory of the whole process. It is the sum of three parts: what the process occupies now
-    (libraries, data, model and programs), the training state with a batch, and what the largest phase of the run needs
-    in addition. On other devices, it is the memory of one device, and the sum of only the last two parts. If the run
-    uses LoRA, the sum does not include the merged weights that an evaluation needs.
+    On CPUs, this is the memory of the whole process. It is the sum of three parts: the memory that the process occupies
+    now (libraries, data, model and programs), the training state with a batch, and the additional memory that the
+    largest phase of the run needs. On other devices, it is the memory of one device, which is the sum of only the last
+    two parts. If the run uses LoRA, the sum does not include the merged weights that an evaluation needs.
 
     Args:
         settings: The settings of the run.
@@ -207,7 +207,8 @@ def peak_memory(settings: Settings, prepared: preparation.Prepared, run: loop.Ru
 def compile_for(chips: aot.Target, run: loop.Run, shape: Shape, config: BertConfig, console: Console) -> str:
     """Describes what a target's compiler reports for a step on a batch of `shape`, and the largest batch that fits.
 
-    A batch fits if each chip has enough memory for the step. To find the largest, only the number of rows is varied.
+    A batch fits if each chip has enough memory for the step. To find the largest batch, only the number of rows is
+    varied.
     """
     share = run.loader.share
 
@@ -237,18 +238,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a fine-tuned model on a split of the settings' data.
 
-    A run may find values, such as a threshold, on its validation split. These values are applied if the model's folder
-    has the results of its run.
+    A run may tune values, such as a threshold, on its validation split. These values are applied if the model's folder
+    contains the results of its run.
 
     Args:
         model_id: A folder or an id on the Hub.
         settings: Settings with the task, the data, the maximum length and the batch size.
         split: "validation" or "test".
-        dtype: "float32", "bfloat16" or "int8", in which the model is loaded. By default, float32, and the activations
-            have the dtype `precision.compute_dtype`, as in the run.
-        ignore: Regular expressions for the names of tensors in the checkpoint that are not loaded. An expression has to
-            match the whole name.
-        console: Shows notes on the data; None shows nothing.
+        dtype: The dtype in which the model is loaded: "float32", "bfloat16" or "int8". By default, the model is loaded
+            in float32, and the activations have the dtype `precision.compute_dtype`, as in the run.
+        ignore: Regular expressions that match the whole names of tensors in the checkpoint that are not loaded.
+        console: The console that shows notes on the data; None shows nothing.
 
     Returns:
         The metrics.

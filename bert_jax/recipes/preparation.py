@@ -1,4 +1,4 @@
-"""Makes the task, the model and the examples of a run from its settings and data."""
+"""Prepares the task, the model and the examples of a run from its settings and data."""
 
 import functools
 import inspect
@@ -28,19 +28,19 @@ from bert_jax.tokenizer import Tokenizer
 
 WORDS = "bert.embeddings.word_embeddings.weight"
 DROPOUT = {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"}
-"""The settings of `model` that are dropout rates. A rate that is set replaces the one in the model's config."""
+"""The settings in `model` that are dropout rates. A rate that is set replaces the one in the model's config."""
 
 
 class Prepared(NamedTuple):
-    """What a run starts from.
+    """The task, the model and the data that a run starts from.
 
     Attributes:
-        task: The task, made for this model.
-        model: The model. Its head is new, or that of the checkpoint.
+        task: The task, created for this model.
+        model: The model. Its head is either new or from the checkpoint.
         tokenizer: The tokenizer of the model.
         rows: The rows of each split. Their columns have the names that the task uses.
-        examples: The examples of each split, made from its rows.
-        found: Notes on the data and on the head for the user.
+        examples: The examples of each split, created from its rows.
+        found: Notes for the user on the data and on the head.
     """
 
     task: TrainableTask
@@ -56,7 +56,8 @@ class Split(NamedTuple):
 
     Attributes:
         rows: The rows. Their columns have the names that the task uses.
-        labels: If the data set stores labels as class ids, the names of the classes in the order of the ids, else None.
+        labels: The names of the classes in the order of their ids if the data set stores labels as class ids, otherwise
+            None.
     """
 
     rows: list[Row]
@@ -115,7 +116,7 @@ def prepare(settings: Settings) -> Prepared:
 
 
 def add_tokens(tokenizer: Tokenizer, settings: Settings | Pretraining) -> int:
-    """Adds the tokens in `model.add_tokens` to a tokenizer, and returns how many of them are new.
+    """Adds the tokens in `model.add_tokens` to a tokenizer and returns how many of them are new.
 
     Raises:
         InputError: If a token is blank, or if the embeddings of the new tokens would not be trained.
@@ -135,12 +136,12 @@ def add_tokens(tokenizer: Tokenizer, settings: Settings | Pretraining) -> int:
 
 
 def read_options(settings: Settings) -> ReadOptions:
-    """The options of `data` that decide how a task reads rows."""
+    """Returns the options in `data` that determine how a task reads rows."""
     return ReadOptions(settings.data.labels, settings.data.problem_type, settings.data.wrong_answers)
 
 
 def network_options(settings: Settings | Pretraining) -> dict[str, Any]:
-    """The keyword arguments of a model class that decide how the network is computed."""
+    """Returns the keyword arguments of a model class that determine how the network is computed."""
     return {
         "attention": settings.model.attention,
         "remat": settings.training.remat,
@@ -149,7 +150,7 @@ def network_options(settings: Settings | Pretraining) -> dict[str, Any]:
 
 
 def training_loss(settings: Settings, task: TrainableTask, examples: Examples) -> Loss | None:
-    """The loss of the training steps, with the options of `loss`; None for the loss of the task.
+    """Returns the loss of the training steps with the options in `loss`; None for the task's default loss.
 
     Raises:
         InputError: If an option does not apply to the task, or if the class weights do not fit the labels.
@@ -165,7 +166,7 @@ def training_loss(settings: Settings, task: TrainableTask, examples: Examples) -
 
 
 def _class_weights(given: Literal["balanced"] | Mapping[str, float], task: Any, examples: Examples) -> np.ndarray:
-    """The weight of each label of a task, float32 [C]."""
+    """Returns the weight of each label of a task, float32 [C]."""
     names: tuple[str, ...] = task.labels
     if given == "balanced":
         labels = examples.targets.get("labels")
@@ -187,7 +188,7 @@ def _class_weights(given: Literal["balanced"] | Mapping[str, float], task: Any, 
 
 
 def make_task(settings: Settings, tokenizer: Tokenizer, config: BertConfig) -> TrainableTask:
-    """Makes the task that the settings name, for a model with this config.
+    """Creates the task that the settings name, for a model with this config.
 
     Raises:
         InputError: If the vocabulary does not fit the model, or if a section of the settings is for another task.
@@ -216,7 +217,7 @@ def max_length(settings: Settings | Pretraining, config: BertConfig) -> int:
 
 
 def featurize(task: TrainableTask, rows: dict[str, list[Row]]) -> dict[str, Examples]:
-    """Makes the examples of each split from its rows; an error names the split."""
+    """Creates the examples of each split from its rows. Error messages name the split."""
     examples = {}
     for split, found in rows.items():
         try:
@@ -227,7 +228,7 @@ def featurize(task: TrainableTask, rows: dict[str, list[Row]]) -> dict[str, Exam
 
 
 def read_split(settings: Settings | HeldOut, split: str) -> Split:
-    """Reads a split; the result is empty if the split is not set.
+    """Reads a split. The result is empty if the split is not set.
 
     Raises:
         InputError: If the split cannot be read, if it has no rows, if it lacks a column, or if `data.labels` is not set
@@ -276,7 +277,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
         usual = {"text": ("sentence_good",), "text_pair": ("sentence_bad",), "label": ("linguistics_term",)}
         required = ("text", "text_pair")
     try:
-        # Some columns have no setting; `data.id` is the id of the data set.
+        # Some columns have no setting. The setting `data.id` is the id of the data set, not a column.
         wanted = {
             name: sources.column(there, None if name == "id" else getattr(data, name, None), names)
             for name, names in usual.items()
@@ -299,7 +300,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
 
 
 def table(data: Data) -> Table:
-    """The table format that the settings describe."""
+    """Returns the table format that the settings describe."""
     return Table(data.delimiter, data.quoting, data.columns)
 
 
@@ -312,9 +313,9 @@ def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None
         labels: The names of the data's classes in the order of their ids; None if the data has no class ids.
 
     Raises:
-        InputError: If the names in `data.labels` are more or fewer than the labels that they replace. Also if a metric
-            depends on the order of the model's two labels, and `data.labels` (or `labels`, if `data.labels` is not set)
-            has them in the other order.
+        InputError: If the number of names in `data.labels` differs from the number of labels that they replace. Also if
+            a metric depends on the order of the model's two labels, and `data.labels` (or `labels`, if `data.labels` is
+            not set) lists them in the other order.
     """
     given, names = settings.data.labels, config.labels
     if given and all(re.fullmatch(r"LABEL_\d+", name) for name in names):
@@ -327,7 +328,7 @@ def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None
 
 
 def check_order(model: tuple[str, ...], data: tuple[str, ...]) -> None:
-    """Raises `InputError` if the data has the same labels as the model, but in another order."""
+    """Raises `InputError` if the data has the same labels as the model but in a different order."""
     if model != data and sorted(model) == sorted(data):
         order = yaml.safe_dump(list(model), default_flow_style=True, width=10**6, allow_unicode=True).strip()
         raise InputError(
@@ -338,7 +339,7 @@ def check_order(model: tuple[str, ...], data: tuple[str, ...]) -> None:
 
 
 def overview(settings: Settings, prepared: Prepared) -> str:
-    """Describes in a few lines what a run starts from."""
+    """Describes the task, the model and the examples of a run in a few lines."""
     sizes = ", ".join(
         f"{len(rows):,} {split}"
         + (f" ({windows:,} windows)" if (windows := len(prepared.examples[split])) != len(rows) else "")
@@ -354,6 +355,6 @@ def overview(settings: Settings, prepared: Prepared) -> str:
 
 
 def describe(model: BertPreTrainedModel) -> str:
-    """Describes how many parameters a model has, and which devices it is to run on."""
+    """Describes the number of parameters of a model and the devices that it will run on."""
     count = sum(spec.size for spec in tree.split(model)[1].specs.values())
     return f"{count / 1e6:.1f} M parameters, {jax.device_count()} × {jax.devices()[0].device_kind}"

@@ -1,4 +1,4 @@
-"""Pretraining: trains a model on a corpus (`pretrain`), and evaluates models on other texts (`evaluate_held_out`)."""
+"""Pretraining: trains a model on a corpus (`pretrain`) and evaluates models on held-out texts (`evaluate_held_out`)."""
 
 import time
 from collections.abc import Sequence
@@ -76,7 +76,7 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
 
 
 def read_corpus(settings: Pretraining, split: str, tokenizer: Tokenizer, console: Console) -> MaskedExamples:
-    """Reads the examples of a split from its shards. Missing shards are made first.
+    """Reads the examples of a split from its shards. Missing shards are created first.
 
     Raises:
         InputError: See `corpus.tokenize`.
@@ -105,12 +105,12 @@ def read_corpus(settings: Pretraining, split: str, tokenizer: Tokenizer, console
 
 
 def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any) -> tuple[BertPreTrainedModel, str]:
-    """Returns the model that training begins with, and notes on the model for the user.
+    """Returns the model that training starts from, and notes for the user on the model.
 
     Raises:
-        ConfigError: If `model.config` names an unknown field, or if its values do not make a valid network.
+        ConfigError: If `model.config` names an unknown field, or if its values do not define a valid network.
         ModelNotFoundError: If the checkpoint `model.id` does not exist.
-        CheckpointError: If the weights of the checkpoint do not fit the model. To initialise parameters that the
+        CheckpointError: If the weights of the checkpoint do not fit the model. To initialize parameters that the
             checkpoint lacks, set `model.new`.
     """
     options = preparation.network_options(settings)
@@ -152,7 +152,7 @@ def evaluate_held_out(
 ) -> dict[str, dict[str, Any]]:
     """Evaluates pretrained models on a split.
 
-    Returns the results of `held_out.minimal_pairs` for minimal pairs, else those of `held_out.evaluate`.
+    Returns the results of `held_out.minimal_pairs` for minimal pairs, and the results of `held_out.evaluate` otherwise.
     """
     rows = preparation.read_split(settings, split).rows
     if not rows:

@@ -1,4 +1,4 @@
-"""What fine-tuning and pretraining have in common: the setup of a run, its folder, and the files written at its end."""
+"""Code shared by fine-tuning and pretraining: the setup of a run, its folder, and the files written at its end."""
 
 import functools
 import inspect
@@ -29,11 +29,11 @@ from bert_jax.training import log, loggers, loop, lora, optim
 SETTINGS, RESULTS, CURVE, CARD = "settings.yaml", "results.json", "curve.png", "README.md"
 PREDICTIONS, ADAPTERS = "predictions.jsonl", "adapters"
 LENGTHS = {"training.epochs", "training.max_steps"}
-"""The settings that decide on the number of steps."""
+"""The settings that determine the number of steps."""
 
 
 def steps_of(settings: Settings | Pretraining, examples: Examples) -> int:
-    """The number of training steps of a run."""
+    """Returns the number of training steps in a run."""
     options = settings.training
     return options.max_steps or math.ceil(options.epochs * -(-len(examples) // options.batch_size))
 
@@ -48,12 +48,12 @@ def set_up(
     loss: Loss | None = None,
     devices: Sequence[Any] | None = None,
 ) -> loop.Run:
-    """Makes a run on the given devices; None uses the devices of all processes.
+    """Sets up a run on the given devices; None uses the devices of all processes.
 
-    `loss` replaces the loss of the task in the training steps.
+    `loss` replaces the task's loss in the training steps.
 
     Raises:
-        InputError: If the settings do not fit the model or the devices, if a pattern of the settings matches no
+        InputError: If the settings do not fit the model or the devices, if a pattern in the settings matches no
             parameter, or if nothing is left to train.
     """
     options = settings.model.lora
@@ -86,7 +86,7 @@ def fit(settings: Settings | Pretraining, run: loop.Run, validation: Examples | 
     """Creates the run's folder, writes the settings to it, and trains.
 
     Raises:
-        InputError: If training.patience is set without data.validation, if the folder cannot be written, if it has
+        InputError: If training.patience is set without data.validation, if the folder cannot be written, if it contains
             checkpoints of a run with other training examples, or if a logger cannot start.
         TrainingError: If the loss or an output is not finite.
         OutOfMemoryError: If a batch does not fit in memory.
@@ -128,7 +128,7 @@ def fit(settings: Settings | Pretraining, run: loop.Run, validation: Examples | 
 
 
 def make_schedule(settings: Settings | Pretraining, steps: int) -> optax.Schedule:
-    """The learning rate as a function of the step."""
+    """Returns the learning rate as a function of the step."""
     return optim.schedule(learning_rate=settings.optimizer.learning_rate, steps=steps, **settings.schedule.model_dump())
 
 
@@ -142,16 +142,17 @@ TRANSFORMS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "lion": optax.scale_by_lion,
     "adafactor": _adafactor,
 }
-"""Maps each `optimizer.name` to a function that makes its gradient transformation, without the learning-rate factor."""
+"""Maps each `optimizer.name` to a function that creates its gradient transformation, without the learning-rate
+factor."""
 KEYWORDS = {"beta1": "b1", "beta2": "b2", "epsilon": "eps", "bias_correction": "bias_correction"}
 """Maps the settings of `optimizer` to the keyword arguments of the functions in `TRANSFORMS`."""
 
 
 def make_optimizer(settings: Settings | Pretraining, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run with this number of steps.
+    """Creates the optimizer of a run with this number of steps.
 
     Raises:
-        InputError: If a setting is given that the chosen optimizer does not have.
+        InputError: If a setting is given that does not apply to the chosen optimizer.
     """
     options = settings.optimizer
     make = TRANSFORMS[options.name]
@@ -173,15 +174,15 @@ def make_optimizer(settings: Settings | Pretraining, steps: int) -> optax.Gradie
 
 
 def rule_options(settings: Settings | Pretraining) -> dict[str, Any]:
-    """The settings of `optimizer` that are arguments of `optim.rules`."""
+    """Returns the settings in `optimizer` that are arguments of `optim.rules`."""
     return settings.optimizer.model_dump(include={"weight_decay", "no_decay", "lr_multipliers", "layer_decay"})
 
 
 def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
-    """Whether the run's folder already has the results of the run; if so, prints that the run is finished.
+    """Whether the run's folder already contains the results of the run. If so, prints that the run is finished.
 
     Raises:
-        InputError: If the settings differ between processes, if the folder holds other files or a run with other
+        InputError: If the settings differ between processes, if the folder contains other files or a run with other
             settings, or if a package that the run needs is not installed.
     """
     distributed.agree("The settings", settings.to_yaml)
@@ -227,7 +228,7 @@ def end(
     began: float,
     console: Console,
 ) -> None:
-    """Writes the files that a finished run leaves, and prints a summary.
+    """Writes the files of a finished run and prints a summary.
 
     The files are the model, the tokenizer, the learning curve, the model card and the results. The results are written
     last, because they mark the run as finished.
@@ -237,10 +238,10 @@ def end(
         run: The run.
         trained: The result of the training.
         tokenizer: The tokenizer of the model.
-        found: Further results, if there are any. The key "validation" or "test" has the metrics of that split, and the
-            key "predictions" has the name of the split that was predicted.
+        found: Additional results, if there are any. The key "validation" or "test" contains the metrics of that split,
+            and the key "predictions" contains the name of the split that was predicted.
         began: The value of `time.perf_counter` when the run began.
-        console: Shows the summary.
+        console: The console that shows the summary.
     """
     folder = Path(settings.output.folder)
     trained.model.save_pretrained(folder)
@@ -273,7 +274,7 @@ def end(
 
 
 def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> str:
-    """The text of README.md, the model card of a run's model. It contains no local path."""
+    """Returns the text of README.md, the model card of a run's model. It contains no local paths."""
     model, data = settings.model, settings.data
     places = {split: getattr(data, split, None) or () for split in ("train", "validation", "test")}
     names = {split: ", ".join(Path(place).name for place in ([given] if isinstance(given, str) else given))
@@ -310,10 +311,10 @@ def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> 
 
 
 def _license_and_language(settings: Settings | Pretraining) -> dict[str, Any]:
-    """The metadata `license` and `language` of a model: those in the settings, or else those of the base model's card.
+    """Returns the `license` and `language` metadata of a model, from the settings or else from the base model's card.
 
-    If the card declares several languages, it is unknown in which of them the model was trained. So is the language if
-    the vocabulary is not that of the base model.
+    The language is unknown if the card declares several languages, because the model may have been trained in any of
+    them. It is also unknown if the vocabulary differs from the base model's.
     """
     model, output = settings.model, settings.output
     card = hub.read_card(model.id, model.revision) if model.id else {}
@@ -326,13 +327,13 @@ def _license_and_language(settings: Settings | Pretraining) -> dict[str, Any]:
         (language,) = language
     if output.language:
         found["language"] = output.language if isinstance(output.language, str) else list(output.language)
-    elif kept and isinstance(language, str):  # YAML reads the code of Norwegian, no, as a boolean
+    elif kept and isinstance(language, str):  # YAML reads the code for Norwegian, no, as a boolean
         found["language"] = language
     return found
 
 
 def public_settings(settings: Settings | Pretraining) -> str:
-    """The settings that differ from their defaults, as YAML, without local paths."""
+    """Returns the settings that differ from their defaults as YAML, without local paths."""
     tree = settings.model_dump(mode="json", exclude_defaults=True, exclude={"output"})
     model, data = tree.get("model", {}), tree.get("data", {})
     for name in ("id", "tokenizer"):
@@ -345,11 +346,11 @@ def public_settings(settings: Settings | Pretraining) -> str:
 
 
 def _shown(model_id: str) -> str | None:
-    """How a card names a model; None if it is in a local folder."""
+    """Returns a model's name for a model card; None if the model is in a local folder."""
     return f"`{model_id}`" if hub.is_hub_id(model_id) or model_id in hub.embedded() else None
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file, either completely or not at all."""
+    """Writes a file atomically."""
     with hub.replacing(path.parent) as staging:
         (staging / path.name).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Fine-tunes a model once per seed, and reports the mean and the standard deviation of each metric."""
+"""Fine-tunes a model once per seed and reports the mean and the standard deviation of each metric."""
 
 import json
 import statistics
@@ -21,7 +21,8 @@ def read_seeds(text: str) -> list[int]:
     """Reads seeds such as "1,2,3".
 
     Raises:
-        InputError: If there are fewer than two seeds, if one occurs twice, or if one is not a whole number from 0 on.
+        InputError: If there are fewer than two seeds, if a seed occurs twice, or if a seed is not a non-negative
+            integer.
     """
     parts = [part.strip() for part in text.split(",")]
     seeds = [int(part) for part in parts if part.isdecimal() and len(part) < 10]
@@ -31,16 +32,16 @@ def read_seeds(text: str) -> list[int]:
 
 
 def finetune_seeds(settings: Settings, seeds: Sequence[int], *, console: Console | None = None) -> Path:
-    """Fine-tunes once per seed, in the folders `seed-1`, … of `settings.output.folder`.
+    """Fine-tunes once per seed, in the subfolders `seed-1`, … of `settings.output.folder`.
 
-    The file `seeds.json` in this folder has, for each split and metric, the values by seed, their mean, their sample
-    standard deviation (with n - 1 in the denominator), and their number n. If the call was stopped, the same call
-    resumes; finished runs are not repeated.
+    The file `seeds.json` in this folder contains, for each split and metric, the values by seed, their mean, their
+    sample standard deviation (with n - 1 in the denominator), and their number n. If the call was stopped, the same
+    call resumes it; finished runs are not repeated.
 
     Args:
         settings: The settings of the runs. Each seed replaces `training.seed`.
         seeds: The seeds, at least two.
-        console: Shows the runs and the table; None shows nothing.
+        console: The console that shows the runs and the table; None shows nothing.
 
     Returns:
         The folder.
@@ -70,7 +71,7 @@ def finetune_seeds(settings: Settings, seeds: Sequence[int], *, console: Console
 
 
 def summary(metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The mean, the sample standard deviation and the values of each number that all these metrics have."""
+    """Returns the mean, the sample standard deviation and the values of each number that all these metrics contain."""
     found = {
         name: [each[name] for each in metrics]
         for name, value in metrics[0].items()

@@ -1,4 +1,4 @@
-"""Training checkpoints, written by orbax: the latest and the best are kept, and the newest readable one is restored."""
+"""Orbax training checkpoints. The latest and the best are kept, and the newest readable checkpoint is restored."""
 
 import json
 import logging
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Writes and reads the checkpoints in a folder. Each belongs to one step.
+    """Writes and reads the checkpoints in a folder. Each checkpoint belongs to one step.
 
     Args:
         folder: The folder; it is created if it does not exist.
-        keep: How many of the latest checkpoints to keep, in addition to the best.
+        keep: Number of latest checkpoints to keep, in addition to the best.
 
     Raises:
         CheckpointError: If the folder cannot be created.
@@ -37,30 +37,30 @@ class Checkpoints:
             try:
                 json.loads(file.read_text())
             except ValueError:
-                # If the damaged file stayed, orbax could not open the other checkpoints, either.
+                # If the damaged file stayed, Orbax could not open the other checkpoints either.
                 logger.warning("The checkpoint of step %s is damaged (its score).", file.parts[-3])
                 shutil.rmtree(file.parents[1])
-        # A checkpoint without a score is stored with the score -inf. Of checkpoints with equal scores, the latest
+        # A checkpoint without a score is stored with the score -inf. Among checkpoints with equal scores, the latest
         # counts as the best.
         policy = [LatestN(keep), BestN(get_metric_fn=_score, n=1)]
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy(policy),
-                best_fn=_score,  # without it, orbax does not store the scores
+                best_fn=_score,  # without it, Orbax does not store the scores
                 # A background write would read arrays that are donated to the next step, which overwrites them.
                 enable_async_checkpointing=False,
-                cleanup_tmp_directories=True,  # removes what is left of a write during which the run was killed
+                cleanup_tmp_directories=True,  # removes incomplete checkpoints from a killed run
             ),
         )
 
     def save(self, step: int, state: Any, progress: Mapping[str, Any], score: float | None) -> None:
-        """Writes a checkpoint, completely or not at all. Does nothing if the step already has a checkpoint.
+        """Writes a checkpoint atomically. Does nothing if the step already has a checkpoint.
 
         Args:
             step: Number of steps done.
             state: A pytree of arrays.
-            progress: What the training loop needs, besides the arrays, to resume; stored as JSON.
+            progress: The values, in addition to the arrays, that the training loop needs to resume; stored as JSON.
             score: The score of the model after this step; higher is better. None if the model was not evaluated, or if
                 the score of an earlier step was at least as high.
 
@@ -80,11 +80,11 @@ class Checkpoints:
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
         """Reads the newest readable checkpoint, or the checkpoint of a given step.
 
-        Skips and removes damaged checkpoints that are newer than the one read, and logs each as a warning.
+        Skips and removes damaged checkpoints that are newer than the one read, and logs a warning for each.
 
         Args:
             like: A pytree of arrays, or of `jax.ShapeDtypeStruct`, with the shapes and shardings to restore.
-            step: The step whose checkpoint to read; None reads the newest readable checkpoint.
+            step: The step of the checkpoint to read; None for the newest readable checkpoint.
 
         Returns:
             The number of steps done, the state and the progress; None if there is no checkpoint, or if the checkpoint
@@ -112,7 +112,7 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Waits for orbax's manager to finish its last write, and closes the manager."""
+        """Waits for Orbax to finish its last write, then closes the checkpoint manager."""
         self._manager.close()
 
 

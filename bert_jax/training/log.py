@@ -1,4 +1,4 @@
-"""What a run reports: the metrics of its steps to a journal and to loggers, and its progress to a console."""
+"""Reports a run's metrics to a journal and to loggers, and its progress to a console."""
 
 import contextlib
 import json
@@ -21,13 +21,13 @@ def in_words(metrics: Mapping[str, Any]) -> str:
 
 
 class Logger(Protocol):
-    """Any object that has this method gets the metrics of a run."""
+    """The interface of a logger. Any object with this method can receive the metrics of a run."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Gets values of a step.
+        """Receives values of a step.
 
-        A step may have two sets of values: the means of the training steps since the last set, such as `loss`, and the
-        metrics of an evaluation, such as `validation/accuracy`.
+        A step may have two sets of values: the means over the training steps since the previous set, such as `loss`,
+        and the metrics of an evaluation, such as `validation/accuracy`.
 
         Args:
             step: Number of steps done.
@@ -36,18 +36,18 @@ class Logger(Protocol):
 
 
 def scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """The floats in a dict, which may contain nested dicts, as a flat dict for a `Logger`."""
+    """Returns the floats in a dict, which may contain nested dicts, as a flat dict for a `Logger`."""
     return {name.replace(".", "/"): x for name, x in tree.flatten(values).items() if isinstance(x, float)}
 
 
 class Journal:
-    """Writes the metrics of the steps of a run, as lines of JSON, and passes them on to loggers.
+    """Writes the metrics of a run's steps as JSON lines and passes them on to loggers.
 
     Args:
-        folder: The folder of the run; None writes no file.
-        start: Number of steps already done. If `metrics.jsonl` has lines of later steps, these lines are dropped,
+        folder: The run's folder; None writes no file.
+        start: Number of steps already done. If `metrics.jsonl` contains lines for later steps, these lines are dropped,
             because the steps are computed again.
-        loggers: Objects that get the floats among the metrics.
+        loggers: Objects that receive the metrics that are floats.
     """
 
     def __init__(self, folder: Path | None, start: int, loggers: Sequence[Logger]):
@@ -69,13 +69,13 @@ class Journal:
             logger.write(step, scalars(values))
 
     def close(self) -> None:
-        """Closes the file. The loggers stay open, because whoever opened them closes them."""
+        """Closes the file. The loggers stay open, because the code that opened them closes them."""
         if self._file:
             self._file.close()
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a `metrics.jsonl`. Drops invalid lines, such as one that a killed process did not finish."""
+    """Reads the lines of a `metrics.jsonl`. Skips invalid lines, such as one that a killed process did not finish."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -87,7 +87,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 def progress_bar(console: Console, start: int, steps: int) -> Iterator[Callable[[int, str | None], None]]:
     """Shows a progress bar.
 
-    Yields a function that sets the number of steps done and the text beside the bar; if the text is None, the previous
+    Yields a function that sets the number of steps done and the text next to the bar. If the text is None, the previous
     text stays.
     """
     with Progress(

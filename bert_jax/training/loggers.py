@@ -1,4 +1,4 @@
-"""Loggers: they send the metrics of a run to TensorBoard, Weights & Biases, MLflow or Trackio.
+"""Loggers that send the metrics of a run to TensorBoard, Weights & Biases, MLflow or Trackio.
 
 with loggers.opened(["wandb"], folder, {"learning_rate": 2e-5}) as opened:
     bert_jax.train(model, task, examples, optimizer, steps=500, folder=folder, loggers=opened)
@@ -23,33 +23,33 @@ logger = logging.getLogger(__name__)
 
 TENSORBOARD, IDS, PROJECT = "tensorboard", "loggers.json", "bert-jax"
 BATCH, LONGEST_NAME = 100, 250
-"""Maximum number of parameters, and of metrics, that one request to MLflow sends, and of characters of a name."""
+"""Maximum number of parameters or metrics in one request to MLflow, and maximum number of characters in a name."""
 
 Value = TypeVar("Value")
 
 
 class OpenLogger(Logger, Protocol):
-    """A logger that has to be closed.
+    """A logger that must be closed.
 
     Attributes:
-        id: Identifies the run at the logger's service. With it, a resumed run continues that run.
+        id: The id of the run in the logger's service. A resumed run uses it to continue there.
     """
 
     id: str
 
     def close(self, *, failed: bool) -> None:
-        """Sends what is left, and marks the run as finished or as failed."""
+        """Sends the remaining values and marks the run as finished or failed."""
 
 
 class TensorBoard:
-    """Writes the event files of a run to the subfolder `tensorboard` of its folder."""
+    """Writes a run's event files to the subfolder `tensorboard` of its folder."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], id: str | None):
         self.id, self._folder = "", str(folder / TENSORBOARD)
         self._events: Any = None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the values of a step. The first call makes TensorBoard drop earlier events from this step on."""
+        """Writes the values of a step. The first call makes TensorBoard drop existing events from this step on."""
         from tensorboardX import SummaryWriter
 
         self._events = self._events or SummaryWriter(self._folder, purge_step=step)
@@ -64,10 +64,10 @@ class TensorBoard:
 
 
 class WandB:
-    """Sends the metrics to a run of Weights & Biases.
+    """Sends the metrics to a Weights & Biases run.
 
-    The project is `bert-jax`, unless the environment variable WANDB_PROJECT names another. The run's files are in the
-    subfolder `wandb` of the folder, unless WANDB_DIR names another folder.
+    The project is `bert-jax`, unless the environment variable WANDB_PROJECT names another project. The wandb files are
+    in the subfolder `wandb` of the run's folder, unless WANDB_DIR names another folder.
 
     Raises:
         InputError: If wandb cannot start the run, for example because there is no API key.
@@ -92,7 +92,7 @@ class WandB:
             ) from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Sends the values of a step. wandb sends them in a process of its own."""
+        """Passes the values of a step to wandb, which sends them in a separate process."""
         self._run.log(dict(values), step=step)
 
     def close(self, *, failed: bool) -> None:
@@ -101,10 +101,10 @@ class WandB:
 
 
 class MLflow:
-    """Sends the metrics to a run of MLflow.
+    """Sends the metrics to an MLflow run.
 
-    MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME in the environment, or `mlflow.set_tracking_uri` and
-    `mlflow.set_experiment`, decide where the run is.
+    The environment variables MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME, or the functions `mlflow.set_tracking_uri`
+    and `mlflow.set_experiment`, determine where the run is stored.
 
     Raises:
         InputError: If MLflow cannot start the run.
@@ -124,19 +124,19 @@ class MLflow:
             raise InputError(f"MLflow cannot start a run: {_sentence(error)}.") from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Sends the values of a step. If the server refuses them, logs a warning."""
+        """Sends the values of a step. If the server rejects them, logs a warning."""
         with self._warns(f"the metrics of step {step}"):
             for part in _parts(_named_for_mlflow(values)):
                 self._mlflow.log_metrics(part, step=step, run_id=self.id)
 
     def close(self, *, failed: bool) -> None:
-        """Marks the run as finished or as failed."""
+        """Marks the run as finished or failed."""
         with self._warns("the end of the run"):
             self._mlflow.end_run("FAILED" if failed else "FINISHED")
 
     @contextlib.contextmanager
     def _warns(self, what: str) -> Iterator[None]:
-        # Training does not end because a server is down for a while. The journal has everything.
+        # Training does not end if a server is temporarily unavailable. The journal contains all metrics.
         try:
             yield
         except self._mlflow.MlflowException as error:
@@ -144,17 +144,17 @@ class MLflow:
 
 
 class Trackio:
-    """Sends the metrics to a run of Trackio, in the project `bert-jax`. Trackio's environment variables apply."""
+    """Sends the metrics to a Trackio run in the project `bert-jax`. Trackio's environment variables apply."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], id: str | None):
         import trackio
 
-        # Trackio finds a run to resume by its name, so the name has to be unique.
+        # Trackio finds a run to resume by its name, so the name must be unique.
         self.id = id or f"{_run_name(folder).replace('/', '-')}-{uuid.uuid4().hex[:8]}"
         self._run = trackio.init(PROJECT, self.id, resume="allow", config=dict(settings), embed=False)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Sends the values of a step. Trackio sends them in a thread of its own."""
+        """Passes the values of a step to Trackio, which sends them in a separate thread."""
         self._run.log(dict(values), step=step)
 
     def close(self, *, failed: bool) -> None:
@@ -166,9 +166,10 @@ class Kind(NamedTuple):
     """A kind of logger.
 
     Attributes:
-        make: Makes a logger from the folder of a run, its settings, and the id of the logger's run if it is resumed.
-        module: The module that the logger needs.
-        package: What pip installs to provide this module.
+        make: Creates a logger from the folder of a run, its settings and, if the run is resumed, the id of the logger's
+            run.
+        module: The module that the logger requires.
+        package: The pip package that provides this module.
     """
 
     make: Callable[[Path, Mapping[str, Any], str | None], OpenLogger]
@@ -182,31 +183,31 @@ LOGGERS = {
     "mlflow": Kind(MLflow, "mlflow", "mlflow"),
     "trackio": Kind(Trackio, "trackio", "trackio"),
 }
-"""Maps the names of the loggers, which are those of transformers' `report_to`, to their kinds."""
+"""Maps the names of the loggers, which are the same as in transformers' `report_to`, to their kinds."""
 
 
 def check(names: Sequence[str]) -> None:
     """Raises `InputError` if the package of one of these loggers is not installed."""
     for name in names:
         spec = importlib.util.find_spec(LOGGERS[name].module)
-        # Python also finds a folder that has the name, such as the one in which wandb keeps its runs.
+        # Python also finds a folder with the same name, such as the one in which wandb stores its runs.
         if spec is None or spec.origin is None:
             raise InputError(f"The logger {name} is not installed: pip install '{LOGGERS[name].package}'.")
 
 
 @contextlib.contextmanager
 def opened(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> Iterator[list[Logger]]:
-    """Opens loggers for a run, and closes them at the end.
+    """Opens loggers for a run and closes them at the end.
 
-    If the run is resumed, the loggers continue their runs, whose ids are in the file `loggers.json` of the folder.
-    Steps that are computed again are not sent again. If the process was killed, a logger lacks what it had not yet
-    stored (up to 15 seconds of an offline run of wandb); `metrics.jsonl` has everything.
+    If the run is resumed, the loggers continue their runs, whose ids are in the file `loggers.json` in the folder.
+    Steps that are computed again are not sent again. If the process was killed, a logger lacks the values that it had
+    not yet stored (up to 15 seconds of an offline wandb run), but `metrics.jsonl` contains all values.
 
     Args:
         names: The names of the loggers, from `LOGGERS`.
-        folder: The folder of the run; it must exist. Its last two names are the name of the run, such as
+        folder: The folder of the run, which must exist. The last two components of its path are the run's name, such as
             "runs/emotion".
-        settings: The settings of the run, which the loggers show.
+        settings: The settings of the run, which the loggers display.
 
     Raises:
         InputError: If a logger is not installed or cannot start.
@@ -236,7 +237,7 @@ class _Unsent:
 
     Attributes:
         logger: The logger.
-        sent: The step, and the names of the values, of each line that the logger has got.
+        sent: The step and the names of the values of each line that the logger has received.
     """
 
     logger: Logger
@@ -252,11 +253,11 @@ def _run_name(folder: Path) -> str:
 
 
 def _named_for_mlflow(values: Mapping[str, Value]) -> dict[str, Value]:
-    """The values by names that MLflow accepts. (It cuts parameters with too long values itself.)
+    """Returns the values under names that MLflow accepts. (MLflow itself truncates parameter values that are too long.)
 
-    Such a name has at most `LONGEST_NAME` characters, and none but letters, digits and `_-. :/`. It is also a relative
-    path without needless parts, because MLflow may store it as a file. If several values would get the same name, the
-    later ones get a number.
+    Such a name has at most `LONGEST_NAME` characters and contains only letters, digits and `_-. :/`. It is also a
+    normalized relative path, because MLflow may use it as a file name. If several values would get the same name, a
+    number is appended to the later names.
     """
     named: dict[str, Value] = {}
     for name, value in values.items():

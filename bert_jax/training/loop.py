@@ -32,7 +32,7 @@ from bert_jax.training.step import Arrays, Plan, TrainState, init_state, make_st
 CHECKPOINTS = "checkpoints"
 LESS_MEMORY = "Lower batch_size or the length of the examples, raise accumulation, or set remat."
 Metric = Callable[[Mapping[str, Any], Examples], float]
-"""A metric: a function of the outputs of a model for all examples (`Evaluation.outputs`) and of these examples."""
+"""A metric: a function of a model's outputs for all examples (`Evaluation.outputs`) and of these examples."""
 LOWER_IS_BETTER = ("loss", "mse", "mlm_loss", "nsp_loss", "pseudo_perplexity")
 
 
@@ -41,14 +41,14 @@ class Run(NamedTuple):
 
     Attributes:
         mesh: The devices.
-        task: Gives the loss and the metrics.
-        loader: Makes the batches.
+        task: Defines the loss and the metrics.
+        loader: Creates the batches.
         plan: The parameters and the optimizer.
-        layout: A `TrainState` that holds the sharding of each array in place of the array.
+        layout: A `TrainState` that contains the sharding of each array instead of the array.
         step: The step as a jitted function; see `make_step`.
         metric: The name of the metric by which the best parameters are chosen.
-        metrics: Further metrics, by name.
-        kernel: The name of the attention kernel of the steps.
+        metrics: Additional metrics, by name.
+        kernel: The name of the attention kernel that the steps use.
         reason: Why this kernel was chosen.
     """
 
@@ -64,7 +64,7 @@ class Run(NamedTuple):
     reason: str
 
     def trace(self, shape: Shape) -> jax.stages.Traced:
-        """Traces the step for batches of a shape. The result can be compiled even without the devices of `mesh`."""
+        """Traces the step for batches of `shape`. The result can be compiled even without the devices of `mesh`."""
         padding = self.loader.examples.batch(Place(np.zeros(0, int), np.zeros(0, int), shape))
         arguments = (
             sharding.abstract(state_shapes(self.plan), self.layout),
@@ -136,12 +136,12 @@ class Trained:
         model: The model with the parameters of the best evaluation. If there was no evaluation, or if the best
             checkpoint is damaged, it has the parameters of the last step.
         trained: The trained parameters by path. Adapters are not merged into the weights.
-        step: Number of steps after which training reached the parameters of `model`.
+        step: Number of steps after which training had reached the parameters of `model`.
         steps: Number of steps done in total.
         stopped: Why training stopped early; None if it did not.
-        metrics: The metrics of the evaluation after `step` steps; empty if there was none.
-        outputs: The model's outputs in that evaluation (`Evaluation.outputs`). None if there was none, or if it took
-            place before the run was resumed.
+        metrics: The metrics of the evaluation after `step` steps; empty if there was no evaluation.
+        outputs: The model's outputs in that evaluation (`Evaluation.outputs`). None if there was no evaluation, or if
+            it took place before the run was resumed.
     """
 
     model: BertPreTrainedModel
@@ -188,49 +188,49 @@ def train(
         result = bert_jax.train(model, task, task.featurize(rows), optimizer, steps=500)
         result.model.save_pretrained("mine")
 
-    If `folder` has checkpoints, the run resumes from the newest, and its result is byte-identical to that of an
-    uninterrupted run.
+    If `folder` contains checkpoints, the run resumes from the newest one, and its result is byte-identical to that of
+    an uninterrupted run.
 
     Args:
         model: The model to start from; it is not changed.
-        task: Gives the loss and the metrics.
+        task: Defines the loss and the metrics.
         examples: The training examples.
         optimizer: An optax transformation over a flat dict of parameters by path.
-        steps: Number of steps of the whole run.
-        batch_size: Examples per step, over all devices.
-        accumulation: Number of parts that each batch is divided into. To save memory, the parts are computed one after
+        steps: Total number of steps.
+        batch_size: Examples per step, across all devices.
+        accumulation: Number of parts into which each batch is divided. To save memory, the parts are computed one after
             another (gradient accumulation).
-        packing: Puts several examples into a row. A token attends only to the tokens of its own example.
-        trainable: One or several regular expressions that match the paths of the parameters to train. None trains all
+        packing: Whether to pack several examples into a row. A token attends only to the tokens of its own example.
+        trainable: One or more regular expressions that match the paths of the parameters to train. None trains all
             parameters or, if `lora` is given, only the adapters.
-        lora: Trains low-rank adapters in addition to the parameters that `trainable` matches.
+        lora: Low-rank adapters to train in addition to the parameters that `trainable` matches.
         mesh: The devices, from `sharding.mesh`; all devices by default.
         seed: Seed for the order of the examples, the initial adapters and dropout.
-        validation: Examples to evaluate on during the run, to find the best parameters; None for no evaluations. The
-            evaluation before the first step is only reported; it does not count as the best.
+        validation: Examples to evaluate on during the run, to find the best parameters; None disables evaluation. The
+            evaluation before the first step is only reported and does not count as the best.
         evaluate_every: Steps between evaluations; one epoch by default.
         evaluation_batch_size: Examples per batch of an evaluation.
-        loss: The loss of the training steps; `task.loss` by default. The losses of evaluations are always those of
-            `task.loss`. Losses of classification have options:
-            `functools.partial(task.loss, label_smoothing=0.1)`.
+        loss: The loss of the training steps; `task.loss` by default. Evaluations always use `task.loss`. Classification
+            losses have options, for example `functools.partial(task.loss, label_smoothing=0.1)`.
         metric: The name of the metric by which the best parameters are chosen; the task's first metric by default.
             Higher is better, except for the metrics in `LOWER_IS_BETTER`.
-        metrics: Further metrics, by name. Each is a function of the `outputs` of an `Evaluation` and of the examples.
-            `task.predictions`, a function of the same two arguments, returns the predictions.
-        patience: Stops after this number of evaluations in a row without a better metric; None never stops early.
-        folder: Where checkpoints and the journal are written; None trains without writing files.
+        metrics: Additional metrics, by name. Each is a function of the `outputs` of an `Evaluation` and of the
+            examples. `task.predictions`, a function of the same two arguments, returns the predictions.
+        patience: Number of consecutive evaluations without a better metric after which training stops; None disables
+            early stopping.
+        folder: The folder for checkpoints and the journal; None trains without writing files.
         save_every: Steps between additional checkpoints. Regardless of these, a checkpoint is written every
             `evaluate_every` steps and after the last step.
-        keep: Number of the latest checkpoints to keep, in addition to the best.
-        log_every: Steps between lines of the journal.
-        schedule: The learning rate by step. It is only reported and does not change the optimizer.
-        loggers: Objects that get the metrics of the journal; see `bert_jax.training.log.Logger`. Only the first process
+        keep: Number of latest checkpoints to keep, in addition to the best.
+        log_every: Steps between journal lines.
+        schedule: The learning rate as a function of the step. It is only reported and does not change the optimizer.
+        loggers: Objects that receive the journal's metrics; see `bert_jax.training.log.Logger`. Only the first process
             calls them.
-        console: Shows the progress; None shows nothing.
+        console: The console that shows the progress; None shows nothing.
 
     Raises:
-        InputError: If the arguments do not fit the model, the task or the devices, if `folder` has checkpoints of a run
-            with other training examples, or if `validation` lacks the labels that `metric` requires.
+        InputError: If the arguments do not fit the model, the task or the devices, if `folder` contains checkpoints of
+            a run with other training examples, or if `validation` lacks the labels that `metric` requires.
         TrainingError: If the loss or the results of an evaluation are not finite.
         OutOfMemoryError: If the state of the run or a batch does not fit in memory.
         Interrupted: After Ctrl-C or SIGTERM, if `folder` is given. The state is saved; the same call resumes the run.
@@ -307,11 +307,11 @@ def fit(
     in_flight: list[tuple[int, Arrays]] = []
     lines: list[dict[str, float]] = progress["lines"]
     outputs: Mapping[str, Any] | None = None  # outputs of the best evaluation
-    best_params: Arrays | None = None  # stays None if there is a folder, because the best checkpoint holds them
+    best_params: Arrays | None = None  # stays None if there is a folder, because the best checkpoint contains them
     seen, since = 0, time.perf_counter()
 
     def take_in(n: int, metrics: Arrays) -> str | None:
-        """Waits for a step and reads its metrics; returns the text to show if the step is logged, else None."""
+        """Waits for a step and reads its metrics. Returns the text to show if the step is logged, otherwise None."""
         nonlocal seen, since
         place = loader.place(n - 1)
         with memory.explain_out_of_memory(f"A batch of {place.shape}", LESS_MEMORY):
@@ -325,8 +325,8 @@ def fit(
         seen += len(place.indices)
         if n % log_every and n != steps:
             return None
-        # The same reading of the clock ends this interval and starts the next. A second reading below would leave out
-        # the time for which `schedule` waits for the step in progress.
+        # The same clock reading ends this interval and starts the next. A second reading further below would leave out
+        # the time during which `schedule` waits for the step in progress.
         now = time.perf_counter()
         rate, seen, since = seen / (now - since), 0, now
         means = {name: float(np.mean([line[name] for line in lines])) for name in values}
@@ -339,7 +339,7 @@ def fit(
         return f"loss {means['loss']:.4f}{shown}  {rate:.0f} examples/s"
 
     def evaluate(examples: Examples) -> measure.Evaluation:
-        """Evaluates the parameters of the current step, and adds the metrics to the journal."""
+        """Evaluates the parameters of the current step and adds the metrics to the journal."""
         nonlocal since
         paused = time.perf_counter()
         memory.release()
@@ -364,7 +364,8 @@ def fit(
 
     with _signals(console, folder) as received, progress_bar(console, start, steps) as show, jax.set_mesh(mesh):
         if validation is not None and start == 0:
-            # Only reported: it never counts as the best, because the result of a run is a model that was trained.
+            # This evaluation is only reported. It never counts as the best, because the result of a run is a trained
+            # model.
             console.print(f"step 0: {in_words(evaluate(validation).metrics)}  (before training)", soft_wrap=True)
         for batch in loader.batches(start, steps):
             if patience is not None and progress["evaluations_without_better"] >= patience:
@@ -381,7 +382,7 @@ def fit(
             evaluate_now = step % every == 0 or step == steps
             save_now = evaluate_now or stopping or bool(save_every and step % save_every == 0)
             # The metrics are read one step late, so that the device computes the current step while the host prepares
-            # the next one. Before an evaluation or a checkpoint, those of the current step are read, too.
+            # the next one. Before an evaluation or a checkpoint, the metrics of the current step are also read.
             while in_flight and (len(in_flight) > 1 or save_now):
                 show(step, take_in(*in_flight.pop(0)))
             score = None
@@ -426,7 +427,7 @@ def fit(
 
 
 def _note_best(progress: dict[str, Any], step: int, metrics: dict[str, Any], metric: str) -> float | None:
-    """Records an evaluation. Returns the score (higher is better) if the evaluation is the best so far, else None."""
+    """Records an evaluation. Returns the score (higher is better) if it is the best so far, otherwise None."""
     score: float = -metrics[metric] if metric in LOWER_IS_BETTER else metrics[metric]
     if progress["best"] is None or score > progress["best"]["score"]:
         progress.update(best={"step": step, "score": score, "metrics": metrics}, evaluations_without_better=0)

@@ -1,8 +1,8 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685): low-rank adapters for frozen weights, as plain arrays by path.
 
 The model itself has no adapters. Before parameters are put into the model, each weight W that has an adapter becomes
-W + alpha / rank · B A, and gradients flow through this sum to A and B. Adapters are saved separately, in the format of
-Hugging Face's `peft`.
+W + alpha / rank · B A, and gradients flow through this sum to A and B. Adapters are saved separately in the Hugging
+Face `peft` format.
 """
 
 import json
@@ -26,12 +26,12 @@ from bert_jax.pretrained import BertPreTrainedModel
 
 @dataclass(frozen=True)
 class LoRA:
-    """Which weights get adapters, and the size of the adapters.
+    """Which weights get adapters, and how large the adapters are.
 
     Attributes:
         rank: Number of rows of A and of columns of B.
         alpha: The product B A is scaled by alpha / rank.
-        targets: Regular expression that matches the paths of the weights that get adapters.
+        targets: A regular expression that matches the paths of the weights that get adapters.
     """
 
     rank: int = 8
@@ -51,7 +51,7 @@ def init(lora: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) 
     do not change the model at first.
 
     Args:
-        lora: The rank, and the weights that get adapters.
+        lora: The rank of the adapters, and the weights that get adapters.
         specs: The shapes and dtypes of the model's parameters by path.
         key: PRNG key.
 
@@ -59,7 +59,7 @@ def init(lora: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) 
         `….lora_A` float32 [rank, in] and `….lora_B` float32 [out, rank] for each `….weight` [out, in].
 
     Raises:
-        InputError: If `lora.targets` matches no parameter, or one that is not the weight of a linear layer.
+        InputError: If `lora.targets` matches no parameter, or matches one that is not the weight of a linear layer.
     """
     targets = tree.select([lora.targets], specs)
     if not targets:
@@ -87,11 +87,11 @@ def save_adapters(
     revision: str | None = None,
     model: BertPreTrainedModel | None = None,
 ) -> None:
-    """Writes adapters, and the parameters that were trained in full, in peft's format.
+    """Writes adapters, and the parameters that were trained in full, in the peft format.
 
     Args:
         folder: The folder; it is created if it does not exist.
-        params: All trained parameters by path, adapters included.
+        params: All trained parameters by path, including adapters.
         lora: Rank and alpha of the adapters.
         base: Name or path of the base model.
         task_type: The task type as peft names it: SEQ_CLS, TOKEN_CLS or QUESTION_ANS.
@@ -113,7 +113,7 @@ def save_adapters(
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        # The names are full, because peft would apply a shorter name to all modules whose names end with it.
+        # Full module names are listed, because peft would apply a shorter name to all modules whose names end with it.
         "target_modules": sorted({name.partition(".lora_")[0] for name in names.values() if ".lora_" in name}),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in names.values() if ".lora_" not in name}),
     }
@@ -130,12 +130,12 @@ def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedMod
     Parameters in the folder that were trained in full replace those of the model.
 
     Args:
-        folder: A folder that `save_adapters` or `peft` has written.
+        folder: A folder written by `save_adapters` or `peft`.
         model: The base model of the adapters.
 
     Raises:
         InputError: If the model is not loaded in float32.
-        CheckpointError: If the files are missing, damaged or not supported, or if they do not fit the model.
+        CheckpointError: If the files are missing, damaged or unsupported, or if they do not fit the model.
     """
     model.check_float32("load_adapters")
     params, skeleton = tree.split(model)

@@ -1,4 +1,4 @@
-"""Makes each computation reuse the memory that the previous one freed, and says what to do if there is too little."""
+"""Lets each computation reuse the memory that the previous one freed, and explains what to do if memory runs out."""
 
 import contextlib
 import ctypes
@@ -19,31 +19,32 @@ _CHUNK, _CHUNKS, _FENCE = 64 << 20, 32, 1 << 20
 def keep_freed(*, asynchronous: bool = False) -> None:
     """Makes glibc's malloc keep freed memory for the next allocation instead of returning it to the system.
 
-    On CPU, a program allocates all its temporaries as one block, up to gigabytes for a training step, and frees the
-    block after each call. By default malloc maps and unmaps that block each time, and the kernel clears every page
-    again, which takes a third of the time of a training step. So this function keeps malloc from mapping blocks and
-    from trimming its heap, and asks the system for huge pages for the heap.
+    On CPUs, a program allocates all its temporaries as one block, up to gigabytes for a training step, and frees the
+    block after each call. By default, malloc maps and unmaps that block each time, and the kernel clears every page
+    again, which takes a third of the time of a training step. This function therefore keeps malloc from mapping blocks
+    and from trimming its heap, and requests huge pages for the heap.
 
-    A heap that only grows must not fragment. A small allocation inside the hole that a block leaves makes the hole too
-    small for the next block. A small allocation directly above a block keeps its hole from growing for a larger block.
-    In both cases, the heap grows by another block. Fine-tuning MiniLM on SQuAD (a block of 2.1 GB) took 9 to 10 GB
-    for this reason. Two measures prevent fragmentation:
+    A heap that only grows must not fragment. A small allocation inside the hole that a freed block leaves makes the
+    hole too small for the next block. A small allocation directly above a block prevents its hole from growing for a
+    larger block. In both cases, the heap grows by another block. For this reason, fine-tuning MiniLM on SQuAD (a block
+    of 2.1 GB) took 9 to 10 GB. Two measures prevent fragmentation:
 
-    - Small allocations have their own place: free chunks of 64 MB at the start of the heap, separated by small blocks
+    - Small allocations have their own area: free chunks of 64 MB at the start of the heap, separated by small blocks
       that are never freed (fences). malloc uses the smallest free chunk that fits, so these chunks serve all requests
-      of less than 64 MB. An unused chunk takes address space, not memory. Larger blocks go to the end of the heap,
+      of less than 64 MB. An unused chunk takes up address space but no memory. Larger blocks go to the end of the heap,
       where a freed block merges with the free space behind it.
-    - Unless `asynchronous` is true, JAX's asynchronous dispatch is turned off. With it, the next step would allocate
-      its block before the thread of the previous step has freed the previous block: training with batches of 4 took
-      3.4 GB with asynchronous dispatch and 1.7 GB without it. A training step on CPU keeps all cores busy, so it gains
+    - Unless `asynchronous` is true, JAX's asynchronous dispatch is turned off. With asynchronous dispatch, the next
+      step would allocate its block before the thread of the previous step has freed the previous block. Training with
+      batches of 4 took 3.4 GB with it and 1.7 GB without it. A training step on CPUs keeps all cores busy, so it gains
       nothing from asynchronous dispatch.
 
-    The call does nothing if malloc is not glibc's, and uses no huge pages if the system has none. A second call leaves
-    the heap as it is.
+    The call does nothing if malloc is not glibc's, and it uses no huge pages if the system does not support them. A
+    second call does not change the heap.
 
     Args:
-        asynchronous: Leaves JAX's asynchronous dispatch on, for commands that prepare or decode one batch while
-            another is computed. If False, call this before JAX computes anything; later, the setting has no effect.
+        asynchronous: Whether to leave JAX's asynchronous dispatch on, for commands that prepare or decode one batch
+            while another is computed. If false, call this function before JAX computes anything, because the setting
+            has no effect later.
     """
     if (libc := _glibc()) is None:
         return
@@ -64,7 +65,7 @@ def _arrange_heap(libc: Any) -> None:
     chunks = list(filter(None, blocks[::2]))  # the fences stay allocated; otherwise, freed chunks would merge
     for chunk in chunks:
         _advise(libc, chunk, _CHUNK, _MADV_HUGEPAGE)
-    release()  # asks for huge pages at the end of the heap, too, where larger blocks go
+    release()  # also requests huge pages at the end of the heap, where larger blocks go
     for chunk in chunks:
         libc.free(chunk)
 
@@ -72,10 +73,10 @@ def _arrange_heap(libc: Any) -> None:
 def release() -> None:
     """Returns all free memory to the system.
 
-    Call this between phases of a run. The run then needs as much memory as its largest phase, not as much as all phases
-    together. For example, the temporaries of a training step are returned before an evaluation or a checkpoint
-    allocates its own. The memory that a compilation leaves behind, up to 0.3 GB, is returned, too. Does nothing if
-    malloc is not glibc's.
+    Call this function between the phases of a run. The run then needs only as much memory as its largest phase, not as
+    much as all phases together. For example, the temporaries of a training step are returned before an evaluation or a
+    checkpoint allocates its own. The memory that a compilation leaves behind, up to 0.3 GB, is also returned. The call
+    does nothing if malloc is not glibc's.
     """
     if (libc := _glibc()) is None:
         return
@@ -90,7 +91,7 @@ def release() -> None:
 
 @contextlib.contextmanager
 def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
-    """Turns JAX's out-of-memory error into an `OutOfMemoryError` that says what does not fit, and what to do."""
+    """Converts JAX's out-of-memory error into an `OutOfMemoryError` that states what does not fit and what to do."""
     try:
         yield
     except RuntimeError as error:  # jax.errors.JaxRuntimeError
@@ -100,7 +101,7 @@ def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
 
 
 def resident() -> int | None:
-    """Bytes of physical memory that the process occupies now; None if the system does not report it (not Linux)."""
+    """Returns the bytes of physical memory that the process occupies now; None if the system does not report them."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -2,7 +2,7 @@
 
     optimizer = optim.adamw(optim.schedule("linear", 2e-5, steps=500, warmup_ratio=0.1), weight_decay=0.01)
 
-`bert_jax.train` accepts any `optax.GradientTransformation`. The optimizers of this module choose the weight decay and
+`bert_jax.train` accepts any `optax.GradientTransformation`. The optimizers in this module choose the weight decay and
 the learning-rate multiplier of each parameter by its path.
 """
 
@@ -19,18 +19,18 @@ import optax
 from bert_jax.errors import InputError
 
 NO_DECAY = (r".*\bbias", r".*norm\.weight")
-"""Default patterns of the parameters without weight decay: biases and the weights of LayerNorm."""
+"""Default patterns for the parameters without weight decay: biases and LayerNorm weights."""
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a parameter is updated.
+    """The update rule of a parameter.
 
     Attributes:
-        weight_decay: Decoupled weight decay; it is multiplied by the learning rate.
-        lr_multiplier: Multiplies the learning rate.
-        reasons: The patterns and settings that the two numbers come from.
+        weight_decay: Decoupled weight decay, which is multiplied by the learning rate.
+        lr_multiplier: A factor for the learning rate.
+        reasons: The patterns and settings that determined the two numbers.
     """
 
     weight_decay: float
@@ -53,19 +53,19 @@ def rules(
 ) -> dict[str, Rule]:
     """Returns the rule of each parameter, by path.
 
-    Patterns are regular expressions that match whole paths. If several patterns match a path, the first one counts.
+    Patterns are regular expressions that match whole paths. If several patterns match a path, the first one applies.
 
     Args:
         paths: The paths of the parameters, such as `bert.layers.0.attention.query.weight`.
         weight_decay: Weight decay of the parameters that `no_decay` does not match.
-        no_decay: Patterns of the parameters without weight decay.
+        no_decay: Patterns for the parameters without weight decay.
         lr_multipliers: Maps each pattern to the learning-rate multiplier of the parameters that the pattern matches.
-        layer_decay: The learning rate of a layer is that of the layer above, times this factor. The head counts as the
-            layer above the top layer, and the embeddings count as the layer below layer 0 (Howard & Ruder 2018,
-            section 3.2). This does not apply to parameters that `lr_multipliers` matches.
+        layer_decay: The learning rate of each layer is that of the layer above, multiplied by this factor. The head
+            counts as the layer above the top layer, and the embeddings count as the layer below layer 0 (Howard & Ruder
+            2018, section 3.2). The factor does not apply to parameters that `lr_multipliers` matches.
 
     Raises:
-        InputError: If a pattern matches no parameter; the default patterns of `no_decay` need not match.
+        InputError: If a pattern matches no parameter. The default patterns of `no_decay` need not match.
     """
     paths, lr_multipliers = list(paths), lr_multipliers or {}
     layers = 1 + max((int(match[1]) for path in paths if (match := re.search(r"\blayers\.(\d+)\.", path))), default=-1)
@@ -101,7 +101,7 @@ def _first(patterns: Iterable[str], path: str) -> str | None:
 
 
 def _layers_above(path: str, layers: int) -> int:
-    """How far a parameter is below the head: 0 for the head, 1 for the top layer, layers + 1 for the embeddings."""
+    """A parameter's distance from the head: 0 for the head, 1 for the top layer, layers + 1 for the embeddings."""
     if match := re.search(r"\blayers\.(\d+)\.", path):
         return layers - int(match[1])
     return layers + 1 if ".embeddings." in path else 0
@@ -122,20 +122,20 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), with a `Rule` for each parameter.
 
-    The gradients are clipped by their global norm. m and v are running means of the gradients and of their squares
-    (Kingma & Ba 2015). A step updates each parameter w:
+    The gradients are clipped by their global norm. m and v are running means of the gradients and their squares (Kingma
+    & Ba 2015). A step updates each parameter w:
 
         w <- w - learning_rate(step) · lr_multiplier · (m̂ / (√v̂ + eps) + weight_decay · w)
 
-    m̂ and v̂ are m and v, corrected for their start at zero if `bias_correction` is set.
+    m̂ and v̂ are m and v. If `bias_correction` is true, they are corrected for their initialization at zero.
 
     Args:
-        learning_rate: A number, or a function of the step.
+        learning_rate: A number or a function of the step.
         b1: Decay rate of m.
         b2: Decay rate of v.
-        eps: Added to √v̂ (google-research/bert uses 1e-6).
-        bias_correction: False omits the correction, as in google-research/bert's optimization.py. Small data sets need
-            the correction (Zhang et al. 2020, Mosbach et al. 2020).
+        eps: A constant added to √v̂ (google-research/bert uses 1e-6).
+        bias_correction: Whether to correct m and v. google-research/bert (optimization.py) omits the correction, but
+            small data sets need it (Zhang et al. 2020, Mosbach et al. 2020).
         weight_decay: See `rules`.
         no_decay: See `rules`.
         lr_multipliers: See `rules`.
@@ -164,14 +164,14 @@ def by_path(
 
     Args:
         transform: A transformation without a learning rate, such as `optax.scale_by_lion()`.
-        learning_rate: A number, or a function of the step.
+        learning_rate: A number or a function of the step.
         weight_decay: See `rules`.
         no_decay: See `rules`.
         lr_multipliers: See `rules`.
         layer_decay: See `rules`.
         max_grad_norm: Gradients with a larger global norm are scaled down to this norm; None for no limit.
-        trust_ratio: Multiplies each parameter's update by the parameter's norm divided by the update's norm, as LAMB
-            does (You et al. 2020, arXiv:1904.00962).
+        trust_ratio: Whether to multiply each parameter's update by the parameter's norm divided by the update's norm,
+            as LAMB does (You et al. 2020, arXiv:1904.00962).
     """
 
     def by_parameter(params: optax.Params) -> dict[str, Rule]:
@@ -197,7 +197,7 @@ def by_path(
 
     def clip(updates: optax.Updates, params: optax.Params) -> optax.Updates:
         # XLA repeats this multiplication wherever the gradients are read. The division in
-        # optax.clip_by_global_norm is not repeated: XLA stores its quotients, which costs another pass over memory.
+        # optax.clip_by_global_norm is not repeated: XLA stores the quotients, which costs another pass over memory.
         factor = jnp.minimum(1.0, max_grad_norm / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda g: g * factor, updates)
 
@@ -244,19 +244,19 @@ def schedule(
     """Returns one of transformers' schedules: a function that maps the step (from 0) to the learning rate (float32).
 
     Args:
-        name: The schedule after warm-up, as transformers names it.
+        name: The schedule after warm-up, named as in transformers.
         learning_rate: The peak learning rate.
-        steps: Number of steps of the whole run.
-        warmup_steps: Number of steps of linear warm-up.
+        steps: Total number of steps in the run.
+        warmup_steps: Number of linear warm-up steps.
         warmup_ratio: Warm-up as a share of all steps, rounded up to whole steps; used if `warmup_steps` is None.
-        cycles: For "cosine", the number of cosine waves (0.5 by default). For "cosine_with_restarts", how often the
-            rate falls from its peak to 0 (1 by default).
+        cycles: For "cosine", the number of cosine waves (0.5 by default). For "cosine_with_restarts", the number of
+            times that the rate falls from its peak to 0 (1 by default).
         power: The exponent of "polynomial".
         final_learning_rate: The learning rate at the end of "polynomial".
 
     Raises:
-        InputError: If the schedule is unknown, if an argument is set that it does not have, or if the only step is the
-            first of the warm-up, whose learning rate is 0.
+        InputError: If the schedule is unknown, if an argument is set that does not apply to it, or if the only step is
+            the first warm-up step, whose learning rate is 0.
     """
     if name not in SCHEDULES:
         raise InputError(f"The schedule {name!r} is unknown; expected one of {', '.join(SCHEDULES)}.")

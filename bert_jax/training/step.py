@@ -32,11 +32,11 @@ Arrays = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """The state of training, which each step updates.
+    """The training state, which each step updates.
 
     Attributes:
-        step: int32 [], number of steps done.
-        params: The trained parameters by path, float32; LoRA adapters are among them.
+        step: int32 [], the number of steps done.
+        params: The trained parameters by path, including LoRA adapters, float32.
         opt_state: The state of the optimizer.
         key: The data of a PRNG key, uint32. The dropout key of a step is derived from this key and the step number.
     """
@@ -49,11 +49,11 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which parameters of a model are trained, and with which optimizer.
+    """The trained and frozen parameters of a model, and the optimizer.
 
     Attributes:
         skeleton: The model without its arrays (`tree.split`).
-        trained: The trained parameters by path, LoRA adapters included.
+        trained: The trained parameters by path, including LoRA adapters.
         frozen: The model's other parameters by path.
         optimizer: Updates the trained parameters.
         lora: The settings of the adapters; None if there are no adapters.
@@ -66,7 +66,7 @@ class Plan:
     lora: LoRA | None = None
 
     def params(self, trained: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array]) -> tree.Params:
-        """The parameters of the model: the trained and the frozen ones, with the adapters merged."""
+        """Returns the parameters of the model, both trained and frozen, with the adapters merged."""
         return tree.unflatten(adapters.merge({**frozen, **trained}, self.lora.scale if self.lora else 0.0))
 
 
@@ -78,14 +78,14 @@ def plan(
     lora: LoRA | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Sorts the parameters of a model into trained and frozen ones.
+    """Divides the parameters of a model into trained and frozen ones.
 
     Args:
         model: The model.
         optimizer: An optax transformation over a flat dict of parameters by path.
-        trainable: One or several regular expressions that match the paths of the parameters to train. All other
-            parameters are frozen: they get neither gradient nor optimizer state. None trains all parameters or, if
-            `lora` is given, only the adapters.
+        trainable: One or more regular expressions that match the paths of the parameters to train. All other parameters
+            are frozen: they have neither gradients nor optimizer state. None trains all parameters or, if `lora` is
+            given, only the adapters.
         lora: Adapters to train in addition to the parameters that `trainable` matches.
         seed: Seed for the initial adapters.
 
@@ -134,13 +134,13 @@ def make_step(
     """Returns the jitted step: (state, frozen parameters, batch) -> (next state, metrics `loss` and `grad_norm`).
 
     The loss is the mean over all entries of the batch that the task counts (padding is not counted), even if gradients
-    are accumulated. The step overwrites the arrays of the state that it gets (donation).
+    are accumulated. The step overwrites the arrays in the state that is passed to it (donation).
 
     Args:
-        task: Gives the loss.
+        task: Defines the loss.
         plan: The parameters and the optimizer.
-        loss: A loss in place of `task.loss`.
-        accumulation: Number of parts that a batch is divided into. The parts are computed one after another (gradient
+        loss: A loss that replaces `task.loss`.
+        accumulation: Number of parts into which a batch is divided. The parts are computed one after another (gradient
             accumulation).
         out_shardings: The shardings of the next state and of the metrics.
     """
@@ -162,7 +162,7 @@ def make_step(
             (loss, _), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.params, frozen, batch, key)
         else:
             gradient = jax.value_and_grad(total_loss, has_aux=True)
-            # Row i goes to part i % accumulation. The rows of padding, which come last, are thus spread over all parts.
+            # Row i goes to part i % accumulation. The padding rows, which come last, are thus spread over all parts.
             parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch)
 
             def add(sums: Any, part: Any) -> tuple[Any, None]:
@@ -181,7 +181,7 @@ def make_step(
 
 
 def state_shapes(plan: Plan) -> TrainState:
-    """The shapes and dtypes of the arrays in the state that `init_state` returns for a plan."""
+    """Returns the shapes and dtypes of the arrays in the state that `init_state` returns for a plan."""
 
     shapes: TrainState = jax.eval_shape(lambda trained: init_state(replace(plan, trained=trained), 0), plan.trained)
     return shapes

@@ -1,9 +1,9 @@
-"""Settings of runs, evaluations and servers, read from YAML files and from `key=value` overrides, and validated.
+"""Settings of runs and evaluations, read from YAML files and from `key=value` overrides, and validated.
 
     settings = Settings.from_file("configs/finetune/emotion.yaml", ["training.epochs=1"])
 
-The docstring of a field gives its meaning and unit, and its annotation gives its valid values. A file may leave out
-any field that has a default. Unknown settings are refused.
+The docstring of a field gives its meaning and unit, and its annotation gives its valid values. A file may omit any
+field that has a default. Unknown settings are refused.
 """
 
 import re
@@ -49,7 +49,7 @@ def _by_label(given: Any) -> Any:
 
 
 Labels = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)]
-"""Distinct names of labels."""
+"""Distinct label names."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction", "minimal-pairs")
 
@@ -57,18 +57,18 @@ HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction", "minimal-pairs")
 class LoRA(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685).
 
-    A weight W that has an adapter is replaced by W + alpha / rank · B A, of which only A and B are trained.
+    A weight W that has an adapter is replaced with W + alpha / rank · B A, in which only A and B are trained.
     """
 
     rank: PositiveInt = 8
-    """Number of rows of A, and of columns of B."""
+    """Number of rows of A and of columns of B."""
     alpha: PositiveFloat = 16.0
     """The product B A is scaled by alpha / rank."""
     targets: Pattern = r"bert\.layers\.\d+\.attention\.(query|value)\.weight"
-    """Weights that get adapters."""
+    """Weights to which adapters are added."""
     trained: Pattern = r"(classifier|qa_outputs)\..*"
-    """Parameters that are trained in full, in addition to the adapters; by default those of the head. Parameters that
-    match model.new are also trained in full."""
+    """Parameters that are trained in full, in addition to the adapters; by default, the parameters of the head.
+    Parameters that match model.new are also trained in full."""
 
 
 class _Start(Section):
@@ -77,18 +77,18 @@ class _Start(Section):
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     new: Patterns = ()
-    """Parameters to reinitialise, such as top layers or the pooler. In fine-tuning, the head is also reinitialised,
-    unless the checkpoint has a head for the same task and the same labels."""
+    """Parameters to reinitialize, such as those of the top layers or the pooler. In fine-tuning, the head is also
+    reinitialized, unless the checkpoint has a head for the same task and the same labels."""
     ignore: Patterns = ()
     """Tensors in the checkpoint that are not loaded: regular expressions that match their whole names. A tensor that
-    no BERT model has is an error unless one of these expressions matches its name."""
+    does not belong to any BERT model is an error, unless one of these expressions matches its name."""
     add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Tokens to add to the vocabulary; the tokenizer never splits them. The rows that are added to the embeddings are
     initialized to the mean of all rows or, in pretraining, to the mean of the rows of the token's pieces."""
     hidden_dropout_prob: Fraction | None = None
-    """Dropout rate of embeddings, attention outputs and feed-forward layers; the checkpoint's by default."""
+    """Dropout rate of embeddings, attention outputs and feed-forward layers; by default, the checkpoint's."""
     attention_probs_dropout_prob: Fraction | None = None
-    """Dropout rate of attention probabilities; the checkpoint's by default."""
+    """Dropout rate of attention probabilities; by default, the checkpoint's."""
     attention: Literal["plain", "auto", "splash", "triton", "cudnn"] = "plain"
     """Attention kernel. splash (TPUs), triton (GPUs) and cudnn (GPUs, without packing) save memory. They require
     compute_dtype: bfloat16 and attention_probs_dropout_prob: 0. auto uses splash or triton if the devices and the
@@ -96,108 +96,108 @@ class _Start(Section):
 
 
 class Model(_Start):
-    """Which checkpoint to start from, and which parts of it to use."""
+    """The checkpoint to start from, and how to use it."""
 
     classifier_dropout: Fraction | None = None
-    """Dropout rate before the classifier. By default it is that of the checkpoint or, if the checkpoint sets none,
+    """Dropout rate before the classifier. By default, it is that of the checkpoint or, if the checkpoint sets none,
     hidden_dropout_prob."""
     lora: LoRA | None = None
     """If set, only low-rank adapters and the parameters that match lora.trained or model.new are trained."""
 
 
 class PretrainingModel(_Start):
-    """Which checkpoint to continue from, or the config of a new network."""
+    """The checkpoint to continue from, or the config of a new network."""
 
     id: str | None = None  # type: ignore[assignment]
-    """The checkpoint: a folder, an id on the Hugging Face Hub, or bert-mini-cased. If it is not set, all parameters are
-    newly initialised."""
+    """The checkpoint: a folder, an id on the Hugging Face Hub, or bert-mini-cased. If this is not set, all parameters
+    are newly initialized."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Fields of config.json and their new values, which replace those of the checkpoint or, for a new network, those of
+    """Fields of config.json and their values, which replace those of the checkpoint or, for a new network, those of
     BERT-base."""
     tokenizer: str | None = None
-    """Folder or id of the tokenizer; by default that of the checkpoint. It is required for a new network. If its
-    vocabulary differs from the checkpoint's, each of its pieces starts with the mean embedding of the checkpoint's
-    pieces that spell it or, if there are none, of all the checkpoint's pieces."""
+    """Folder or id of the tokenizer; by default, that of the checkpoint. It is required for a new network. If its
+    vocabulary differs from the checkpoint's, the embedding of each of its pieces is initialized to the mean embedding
+    of the checkpoint's pieces that spell it or, if there are none, of all the checkpoint's pieces."""
     lora: ClassVar[None] = None
 
 
 class Data(Section):
-    """Where examples come from. `train`, `validation` and `test` each name one or more files or, if `id` is set, one or
-    more splits of the data set `id`."""
+    """The source of the examples. `train`, `validation` and `test` each name one or more files or, if `id` is set, one
+    or more splits of the data set `id`."""
 
     id: str | None = None
-    """The id of a data set on the Hugging Face Hub. Reading it requires the package extra `data`. If `id` is not set,
-    `train`, `validation` and `test` name files."""
+    """The id of a data set on the Hugging Face Hub. Reading it requires the extra `data`. If `id` is not set, `train`,
+    `validation` and `test` name files."""
     name: str | None = None
-    """Configuration of the data set on the Hub, such as mrpc of nyu-mll/glue."""
+    """Configuration of the data set on the Hub, such as mrpc for nyu-mll/glue."""
     revision: str | None = None
     """Branch, tag or commit of the data set on the Hub."""
     train: str | tuple[str, ...] | None = None
     """Examples to train on."""
     validation: str | tuple[str, ...] | None = None
-    """Examples to choose the best checkpoint by."""
+    """Examples that determine the best checkpoint."""
     test: str | tuple[str, ...] | None = None
     """Examples to evaluate once, at the end of the run."""
     format: Literal["jsonl", "json", "csv", "tsv", "parquet", "conll", "squad", "text", "text;label"] | None = None
-    """Format of the files; by default, the name of each file gives its format. A name that ends in .txt means
+    """Format of the files; by default, the name of each file determines its format. A name that ends in .txt means
     `text;label` or, in an evaluation on held-out texts, `text`. For a name that ends in .json, the beginning of the
     file decides between `json` (an array, or an object whose `data` is an array), `squad` and `jsonl`."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
-    """Character between the cells of tables; by default a comma in csv and a tab in tsv."""
+    """Character between the cells of tables; by default, a comma for csv and a tab for tsv."""
     quoting: Literal["minimal", "none"] | None = None
     """`minimal`: the cells of tables may be enclosed in double quotes, as pandas and spreadsheets write them. `none`:
-    quotes are text. By default `minimal` for csv and `none` for tsv."""
+    quotes are text. The default is `minimal` for csv and `none` for tsv."""
     columns: Annotated[tuple[str, ...], AfterValidator(_distinct)] = ()
     """Column names, for tables without a header line. By default, the first line is the header."""
     text: str | None = None
-    """Column of the text; by default the first of `text`, `sentence`, `sentence1`, … that exists."""
+    """Column of the text; by default, the first of `text`, `sentence`, `sentence1`, … that exists."""
     text_pair: str | None = None
     """Column of the second text of a pair; none by default."""
     label: str | None = None
-    """Column of the label; by default the first of `label`, `label_string`, … that exists."""
+    """Column of the label; by default, the first of `label`, `label_string`, … that exists."""
     tokens: str | None = None
-    """Column of the words of a sentence; `tokens` or `words` by default."""
+    """Column of the words of a sentence; by default, `tokens` or `words`."""
     tags: str | None = None
-    """Column of the tags of the words; `ner_tags_str`, `ner_tags` or `tags` by default."""
+    """Column of the words' tags; by default, `ner_tags_str`, `ner_tags` or `tags`."""
     question: str | None = None
-    """Column of the question; `question` by default, or `sent2` in multiple-choice."""
+    """Column of the question; by default, `question` or, in multiple-choice, also `sent2`."""
     context: str | None = None
-    """Column of the text that holds the answer; `context` by default. In multiple-choice, the column of the text that
-    the choices refer to; by default the first of `context`, `article`, `passage`, `sent1`, … that exists."""
+    """Column of the text that contains the answer; by default, `context`. In multiple-choice, the column of the text
+    that the choices refer to; by default, the first of `context`, `article`, `passage`, `sent1`, … that exists."""
     answers: str | None = None
-    """Column of the answers; `answers` by default. It gives the `text` and the `answer_start` of each answer. If there
-    are none, the question has no answer. In multiple-choice, the column of the list of choices; by default `choices`,
-    `options` or `endings`, or else the columns `ending0`, `ending1`, …"""
+    """Column of the answers; by default, `answers`. It contains the `text` and the `answer_start` of each answer. If it
+    contains none, the question has no answer. In multiple-choice, the column of the list of choices; by default,
+    `choices`, `options` or `endings`, or else the columns `ending0`, `ending1`, …"""
     wrong_answers: Literal["skip", "stop"] = "skip"
-    """What to do with an invalid row of question answering, such as one whose answer is not at its `answer_start`: skip
-    the row, or stop."""
+    """What to do with an invalid row in question answering, such as a row whose answer is not at its `answer_start`:
+    skip the row, or stop."""
     labels: Labels | None = None
-    """Names of the labels in the order of their ids. By default, they are the class names that the data set defines
-    (ClassLabel), in its order. If it defines none, they are the names in the training examples, sorted; among tags of
-    entities, O comes first. If there are two labels, the metric f1 is that of the second. If `labels` is set, whole
+    """Label names in the order of their ids. By default, they are the class names that the data set defines
+    (ClassLabel), in the same order. If it defines none, they are the names in the training examples, sorted; among
+    entity tags, O comes first. If there are two labels, the metric f1 is that of the second. If `labels` is set, whole
     numbers in the label column, alone or in lists, are read as class ids, unless they are themselves names in `labels`.
-    If `labels` is set and the label column holds 0/1 vectors, each needs one number per name in `labels`. If the labels
-    of a model are LABEL_0, LABEL_1, …, `bert-jax evaluate` replaces them by the names in `labels`."""
+    If `labels` is set and the label column contains 0/1 vectors, each vector needs one number per name in `labels`. If
+    the labels of a model are LABEL_0, LABEL_1, …, `bert-jax evaluate` replaces them with the names in `labels`."""
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
-    """What the labels mean. If this is not set, the labels decide: lists mean multi-label classification, numbers mean
-    regression if at least one is not whole, and anything else means one label per example. A list holds names or class
-    ids, or it is a 0/1 vector with one number per label. If `labels` is not set, the labels of 0/1 vectors are named
-    LABEL_0, LABEL_1, … In the cells of a table, lists are written as in JSON, Python or numpy. If
-    multi_label_classification is set, a cell may instead hold names separated by commas."""
+    """The kind of problem that the labels describe. If this is not set, it follows from the labels: lists mean
+    multi-label classification, numbers mean regression if at least one is not whole, and anything else means one label
+    per example. A list contains names or class ids, or it is a 0/1 vector with one number per label. If `labels` is not
+    set, the labels of 0/1 vectors are named LABEL_0, LABEL_1, … In the cells of a table, lists are written as in JSON,
+    Python or NumPy. If `multi_label_classification` is set, a cell may instead contain names separated by commas."""
     max_length: PositiveInt = 128
     """Maximum number of tokens per example, special tokens included; longer texts are truncated."""
     packing: bool = True
-    """Packs several examples into a row; each example attends only to itself. Rows then have little padding and all
-    the same length, so one compiled program is enough."""
+    """Whether to pack several examples into a row; the tokens of each example attend only to one another. The rows then
+    have little padding and all have the same length, so one compiled program is enough."""
     limit: PositiveInt | None = None
     """Maximum number of examples per split; only the first ones are used."""
 
 
 class Masked(Section):
-    """Which tokens of an example the model predicts."""
+    """The tokens of an example that the model learns to predict."""
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of the tokens of an example that are chosen for prediction; at least one token is chosen."""
+    """Share of an example's tokens that are chosen for prediction; at least one token is chosen."""
     most: PositiveInt = 20
     """Maximum number of chosen tokens per example. The original BERT (max_predictions_per_seq) chooses up to 20 in an
     example of 128 tokens, and up to 76 in one of 512 tokens."""
@@ -212,16 +212,16 @@ class Corpus(Section):
     train: str | tuple[str, ...]
     """Files to train on."""
     validation: str | tuple[str, ...] | None = None
-    """Files to choose the best checkpoint by."""
+    """Files that determine the best checkpoint."""
     format: Literal["text", "jsonl"] | None = None
-    """Format of the files; by default it follows from their names."""
+    """Format of the files; by default, it follows from their names."""
     text: str = "text"
     """Key of the text in JSON lines."""
     shards: str | None = None
     """Folder for the tokenized texts; several runs may share it. By default, it is output.folder with .shards
     appended."""
     processes: PositiveInt | None = None
-    """Number of processes that tokenize; by default the number of processors."""
+    """Number of processes that tokenize; by default, the number of processors."""
     next_sentence: bool = True
     """If true, an example is a pair of segments, and the model learns to predict both the masked tokens and whether the
     second segment follows the first. If false, the model learns to predict masked tokens only."""
@@ -232,27 +232,27 @@ class Corpus(Section):
     three special tokens. The target length of the other pairs is max_length - 3."""
     masked: Masked = Masked()
     packing: bool = True
-    """Packs several examples into a row; each example attends only to itself."""
+    """Whether to pack several examples into a row; the tokens of each example attend only to one another."""
 
 
 class Answers(Section):
     """Settings for question-answering: how contexts are cut into windows, and how answers are read from them."""
 
     stride: NonNegativeInt | None = None
-    """Number of tokens by which neighbouring windows of a context overlap; a third of data.max_length by default."""
+    """Number of tokens by which neighboring windows of a context overlap; by default, a third of data.max_length."""
     max_question_length: PositiveInt = 64
     """Maximum number of tokens of a question; the rest is truncated."""
     max_answer_length: PositiveInt = 30
     """Maximum number of tokens of an answer."""
     n_best: PositiveInt = 20
-    """The `n_best` likeliest first tokens are combined with the `n_best` likeliest last tokens, and the `n_best` best
-    of the resulting answers are kept."""
+    """The `n_best` most likely first tokens are combined with the `n_best` most likely last tokens, and the `n_best`
+    best of the resulting answers are kept."""
     unanswerable: bool = False
     """Whether a question may have no answer, as in SQuAD 2.0."""
     null_threshold: float = 0.0
     """Has an effect only if `unanswerable` is set. "No answer" is then predicted if the sum of the start and end logits
-    of [CLS] exceeds the sum for the best answer by more than this threshold. If data.validation has questions without
-    an answer, the threshold that gives the best f1 on that split replaces this one after training."""
+    of [CLS] exceeds the sum for the best answer by more than this threshold. If data.validation contains questions
+    without an answer, the threshold that gives the best f1 on that split replaces this one after training."""
 
 
 class Decision(Section):
@@ -265,16 +265,18 @@ class Decision(Section):
 
 
 class Loss(Section):
-    """The loss of the training steps in classification; evaluations report the loss without these options."""
+    """The loss that training minimizes in classification; evaluations report the loss without these options."""
 
     class_weights: Annotated[Literal["balanced"] | dict[str, PositiveFloat] | None, BeforeValidator(_by_label)] = None
     """The weight of each label in the loss. `balanced` gives rare labels more weight, so that every label has the same
-    influence. In multi-label classification, the weight of a label applies where it is present; `balanced` makes it the
-    ratio of absent to present. multiple-choice does not have this setting."""
+    influence. In multi-label classification, the weight of a label applies to the examples that have this label;
+    `balanced` sets it to the number of examples without the label divided by the number of examples with it.
+    multiple-choice does not have this setting."""
     label_smoothing: Fraction = 0.0
     """The share of each target that is divided equally among all labels (Szegedy et al. 2016)."""
     focal_gamma: NonNegativeFloat = 0.0
-    """If p is the probability of the right label, its loss is multiplied by (1 - p)^focal_gamma (Lin et al. 2017)."""
+    """If p is the probability of the correct label, the loss of this label is multiplied by (1 - p)^focal_gamma (Lin et
+    al. 2017)."""
 
 
 class Optimizer(Section):
@@ -303,11 +305,11 @@ class Optimizer(Section):
     correction, but training on small data sets needs it (Zhang et al. 2020, Mosbach et al. 2020). Optimizers other than
     AdamW do not have this setting."""
     max_grad_norm: PositiveFloat | None = 1.0
-    """Gradients with a larger global norm are scaled down to this norm; null for no limit."""
+    """Gradients with a larger global norm are scaled down to this norm; null means no limit."""
     frozen: Patterns = ()
     """Parameters that are not trained; they have no gradients and no optimizer state."""
     lr_multipliers: dict[Pattern, NonNegativeFloat] = Field(default_factory=dict)
-    """Maps a pattern to the learning-rate multiplier of the parameters that it matches. layer_decay has no effect on
+    """Maps each pattern to the learning-rate multiplier of the parameters that it matches. layer_decay has no effect on
     these parameters. If several patterns match a parameter, the first one counts."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The learning rate of a layer is that of the layer above it, times this factor. The head counts as the layer above
@@ -329,9 +331,9 @@ class Schedule(Section):
     """For cosine, the number of cosine waves (0.5 by default). For cosine_with_restarts, the number of times that the
     rate falls from its peak to 0 (1 by default)."""
     power: PositiveFloat = 1.0
-    """Exponent of the schedule `polynomial`."""
+    """Exponent of the `polynomial` schedule."""
     final_learning_rate: NonNegativeFloat = 1e-7
-    """Learning rate at the end of the schedule `polynomial`."""
+    """Learning rate at the end of the `polynomial` schedule."""
 
 
 class Training(Section):
@@ -342,34 +344,34 @@ class Training(Section):
     max_steps: PositiveInt | None = None
     """Number of steps of the run; if set, `epochs` has no effect."""
     batch_size: PositiveInt = 32
-    """Examples per step, over all devices."""
+    """Number of examples per step, over all devices."""
     accumulation: PositiveInt = 1
     """Gradient accumulation: the number of parts of a batch that are computed one after another, to save memory."""
     evaluation_batch_size: PositiveInt = 64
-    """Examples per batch of an evaluation."""
+    """Number of examples per batch in evaluations."""
     evaluate_every: PositiveInt | None = None
-    """Number of steps between evaluations, each of which is followed by a checkpoint; one epoch by default. The
-    evaluation before the first step is only reported; it does not count as the best."""
+    """Number of steps between evaluations, each of which is followed by a checkpoint; by default, one epoch. The
+    evaluation before the first step is only reported; it cannot be the best."""
     save_every: PositiveInt | None = None
     """Number of steps between checkpoints, in addition to those after evaluations."""
     log_every: PositiveInt = 10
     """Number of steps between lines of metrics.jsonl."""
     metric: str | None = None
-    """Metric that chooses the best checkpoint; the task's first metric by default. Losses, `mse` and
-    `pseudo_perplexity` are better if lower, all others if higher."""
+    """Metric that determines the best checkpoint; by default, the task's first metric. For losses, `mse` and
+    `pseudo_perplexity`, lower is better; for all other metrics, higher is better."""
     patience: PositiveInt | None = None
-    """The run stops after this number of evaluations in a row without a better metric."""
+    """The run stops after this number of consecutive evaluations without an improvement of the metric."""
     keep: PositiveInt = 1
     """Number of the latest checkpoints to keep, in addition to the best."""
     seed: NonNegativeInt = 42
-    """Seed for initialising new parameters, for the order of examples and for dropout; in pretraining, also for making
+    """Seed for initializing new parameters, for the order of examples and for dropout; in pretraining, also for making
     pairs and for choosing and replacing tokens."""
     remat: bool = False
-    """Recomputes the inner activations of each layer in the backward pass. This saves memory and takes a third more
-    time."""
+    """Whether to recompute the inner activations of each layer in the backward pass. This saves memory but takes a
+    third more time."""
     scan_layers: bool = False
-    """Compiles the program of one layer and runs it for all layers. This makes compilation faster and steps slightly
-    slower."""
+    """Whether to compile the program of one layer and run it for all layers. This makes compilation faster but steps
+    slightly slower."""
 
 
 class Precision(Section):
@@ -385,7 +387,7 @@ class Mesh(Section):
     data: Annotated[int, Field(ge=-1)] = -1
     """Number of device groups that a batch is divided among; -1 for as many groups as the devices allow."""
     fsdp: PositiveInt = 1
-    """Number of devices among which a group's rows of the batch are divided, and also the parameters, gradients and
+    """Number of devices among which a group's rows of the batch are divided, as well as the parameters, gradients and
     optimizer state."""
     tensor: PositiveInt = 1
     """Number of devices among which the attention heads and the inner features of feed-forward layers are divided. The
@@ -396,25 +398,25 @@ class Output(Section):
     """What a run writes."""
 
     folder: str
-    """Folder for the model, in Hugging Face's format, and for the settings, metrics, predictions, learning curve and
+    """Folder for the model, in Hugging Face format, and for the settings, metrics, predictions, learning curve and
     checkpoints of the run."""
     report_to: Annotated[tuple[Literal[tuple(LOGGERS)], ...], _SEVERAL, AfterValidator(_distinct)] = ("tensorboard",)  # type: ignore[valid-type]
     """Loggers, in addition to metrics.jsonl: tensorboard (event files in the folder), wandb (Weights & Biases), mlflow
-    or trackio; `[]` for none. All but tensorboard require a package of this name. The environment variables of each
-    package say where it sends the metrics, such as WANDB_MODE=offline or MLFLOW_TRACKING_URI."""
+    or trackio; `[]` for none. All but tensorboard require the package of the same name. Each package's environment
+    variables, such as WANDB_MODE=offline or MLFLOW_TRACKING_URI, determine where it sends the metrics."""
     license: str | None = None
     """The Hub's identifier of the model's license, such as apache-2.0, for the model card. By default, it is the
-    license that the card of the base model declares, if there is one."""
+    license that the base model's card declares, if there is one."""
     language: str | tuple[str, ...] | None = None
     """ISO 639 codes of the model's languages, such as en, for the model card. By default, it is the language that the
-    card of the base model declares, if it is only one and the vocabulary is that of the base model."""
+    base model's card declares, if the card declares only one and the vocabulary is that of the base model."""
 
 
 class Settings(SettingsFile):
     """A fine-tuning run."""
 
     task: Literal[TRAINABLE]  # type: ignore[valid-type]
-    """Hugging Face's name of the task."""
+    """Hugging Face's name for the task."""
     model: Model = Model()
     data: Data = Data()
     answers: Answers = Answers()
@@ -444,7 +446,7 @@ class Pretraining(SettingsFile):
 
 
 class Masking(Section):
-    """Which tokens are replaced by [MASK] for a model to predict."""
+    """The tokens that are replaced with [MASK] for a model to predict."""
 
     words: Literal["random", "each"] = "random"
     """`random` masks a share of a text's tokens at once; `each` masks one word at a time, with all its pieces."""
@@ -456,15 +458,15 @@ class HeldOut(SettingsFile):
     """An evaluation of pretrained models on texts that they have not seen."""
 
     task: Literal["fill-mask", "next-sentence-prediction", "minimal-pairs"]
-    """fill-mask and next-sentence-prediction are Hugging Face's names of these tasks. `minimal-pairs` compares the
-    pseudo-log-likelihoods of two sentences: `data.text` is the column of the acceptable one (`sentence_good` by
-    default), `data.text_pair` that of the other (`sentence_bad`), and `data.label` that of the phenomenon
-    (`linguistics_term`)."""
+    """fill-mask and next-sentence-prediction are Hugging Face's names for these tasks. `minimal-pairs` compares the
+    pseudo-log-likelihoods of two sentences: `data.text` is the column of the acceptable sentence (by default,
+    `sentence_good`), `data.text_pair` is that of the other sentence (`sentence_bad`), and `data.label` is that of the
+    phenomenon (`linguistics_term`)."""
     data: Data = Data()
     masking: Masking = Masking()
     metric: Literal["original", "within_word_l2r"] = "original"
     """How minimal-pairs scores a sentence: `original` masks one token at a time (Salazar et al. 2020);
-    `within_word_l2r` also masks the later pieces of its word (Kauf and Ivanova 2023)."""
+    `within_word_l2r` also masks the later pieces of the same word (Kauf and Ivanova 2023)."""
     seed: NonNegativeInt = 42
     """Seed for choosing masked tokens, for cutting and pairing texts, and for resampling."""
     resamples: PositiveInt = 1000

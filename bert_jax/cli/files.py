@@ -1,4 +1,4 @@
-"""Commands about models' files, and about this machine: info, convert, export, push, check and verify."""
+"""Commands for model files and for checking this machine: info, convert, export, push, check and verify."""
 
 import itertools
 import json

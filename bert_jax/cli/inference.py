@@ -49,7 +49,7 @@ def fill_mask(
     joint: Annotated[bool, typer.Option("--joint", help="Fill all masks of a text jointly, not one by one.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the model's name.")] = False,
 ) -> None:
-    """Fill the [MASK]s of texts."""
+    """Fill the [MASK] tokens of texts."""
     name, filler = load_pipeline("fill-mask", model, revision, ignore, dtype)
     results = filler(text, top_k=top_k, targets=target, joint=joint)
     if as_json:
@@ -71,7 +71,7 @@ def score(
     ignore: Ignore = None,
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Answer a request in the catalogue's JSON: {"inputs": {"input_string": ["…"]}, "parameters": {"top_k": 2}}."""
+    """Answer a request in the model catalog's JSON: {"inputs": {"input_string": ["…"]}, "parameters": {"top_k": 2}}."""
     try:
         request = json.loads(file.read_bytes() if file else sys.stdin.buffer.read())
     except (ValueError, RecursionError) as error:
@@ -216,7 +216,7 @@ def serve(
         bool | None, typer.Option("--accept-token-ids", help="Accept token ids instead of texts to embed.")
     ] = None,
 ) -> None:
-    """Serve models over HTTP, in the formats of Azure's model catalogue, OpenAI and text-embeddings-inference."""
+    """Serve models over HTTP, in the formats of Azure's model catalog, OpenAI and text-embeddings-inference."""
     from bert_jax.server_settings import Serving
 
     files = [given for given in models or () if given.endswith((".yaml", ".yml"))]
@@ -236,7 +236,7 @@ def serve(
     check_extra("serve", "fastapi", "uvicorn", "prometheus_client", "orjson", "fastapi_offline")
     memory.keep_freed(asynchronous=True)
     use_compilation_cache()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the server tokenizes in a thread of its own
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the server tokenizes in a separate thread
     from bert_jax import sharding
     from bert_jax.inference.server import app as server
     from bert_jax.inference.server import models as served

@@ -1,4 +1,4 @@
-"""What the commands share: the app, options, and how models are found."""
+"""The parts that the commands share: the app, the options, and the search for models."""
 
 import sys
 from pathlib import Path
@@ -96,7 +96,7 @@ def load_pipeline(
     dtype: DtypeOption,
     mesh: MeshOption = None,
 ) -> tuple[str, "Pipeline[Task]"]:
-    """The name of a model, from `find_model`, and its pipeline. The arguments are those of the options."""
+    """The name of a model, from `find_model`, and its pipeline. The arguments are the values of the options."""
     use_compilation_cache()
     from bert_jax import sharding
     from bert_jax.inference import pipelines
@@ -112,7 +112,7 @@ def load_pipeline(
 
 
 def find_task(name: str, folder: Path) -> str:
-    """The only task that a model has a head for. Raises `InputError` if there are none or several."""
+    """The only task that a model has a head for. Raises `InputError` if there is none or more than one."""
     from bert_jax import hub
     from bert_jax.inference.pipelines import tasks_of
     from bert_jax.tasks.registry import TASKS
@@ -127,7 +127,7 @@ def find_task(name: str, folder: Path) -> str:
 def find_model(model: str | None, revision: str | None) -> tuple[str, Path]:
     """The name and folder of `model`, or of `DEFAULT_MODEL` if `model` is not given.
 
-    If `DEFAULT_MODEL` is neither cached nor reachable, `FALLBACK_MODEL` takes its place, unless a revision is given.
+    If `DEFAULT_MODEL` is neither cached nor reachable, `FALLBACK_MODEL` is used instead, unless a revision is given.
     """
     from bert_jax import hub
 

@@ -206,17 +206,17 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
     results = {name: results[name] for name in programs() if name in results}
     parts = [
         "# TPUs and GPUs",
-        "The programs of this package compile for TPU v5e, v6e and v5p and for H100 with the compilers of those "
-        "chips, on a\nmachine that has none of them. **They have never been run on one.** This page shows what the "
-        "compilers report about\nmemory, communication and types, and theoretical bounds. It says nothing about "
-        "the actual speed.",
+        "The programs of this package compile for TPU v5e, v6e and v5p and for H100 with those chips' own compilers, "
+        "on a machine\nthat has none of these chips. **They have never been run on any of them.** This page shows "
+        "what the compilers report\nabout memory, communication and data types, and theoretical bounds. It says "
+        "nothing about the actual speed.",
         "```sh\npip install '.[aot]'\n"
         "bert-jax finetune configs/finetune/emotion.yaml precision.compute_dtype=bfloat16 --dry-run --target v5e:2x4\n"
         "python scripts/aot_check.py    # writes this page\n```",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".\nIn training, activations are bfloat16, and parameters and the optimizer state are float32. The state is "
         "donated. Rows are\npacked unless stated otherwise. TPU programs are compiled with "
-        "`exec_time_optimization_effort` −1, H100 programs\nwithout autotuning.",
+        "`exec_time_optimization_effort` −1, and H100\nprograms without autotuning.",
     ]  # fmt: skip
     table = ["| program | layout | " + " | ".join(CHIPS) + " |", "|---|---|" + "---|" * len(CHIPS)]
     kinds = list(
@@ -231,7 +231,8 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
             table.append(f"| {rows} | {layout} | " + " | ".join(words) + " |")
     room = ", ".join(f"{chip} {aot.CHIPS[chip.split(':')[0]].memory / gib:.2f}" for chip in CHIPS)
     parts += [
-        f"## Memory per device, GiB\n\nA device has: {room}.\nShapes are the rows and tokens on all devices.",
+        f"## Memory per device, GiB\n\nEach device has this memory: {room}.\nShapes are the rows and tokens on all "
+        "devices.",
         "\n".join(table),
     ]
 
@@ -255,8 +256,8 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
     ]
     parts += [
         "## Communication between devices\n\nData-parallel steps communicate only to sum gradients, and data-parallel "
-        "pipelines not at all. The name\nof a program ends with the size of the model, the layout, and the rows and "
-        "tokens on all devices.",
+        "pipelines do not\ncommunicate at all. The name of a program ends with the model size, the layout, and the "
+        "rows and tokens on all\ndevices.",
         "\n".join(lines),
     ]
 
@@ -272,26 +273,27 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
             fits = "" if found["fits"] else "**does not fit** "
             lines.append(f"| {chip} | {what} | {fits}{found['memory'] / gib:.2f} | {flops:.1f} | {kernels} |")
     parts += [
-        "## What fused attention, remat and packing change\n\nA training step of base on [256, 512] over eight "
-        "devices, without attention dropout. Products inside custom kernels are\nnot counted.",
+        "## What fused attention, remat and packing change\n\nThese are training steps of the base model on "
+        "[256, 512] over eight devices, without attention dropout. Products inside\ncustom kernels are not counted.",
         "\n".join(lines),
     ]
     padded, packed = (results.get(f"v5e:2x4 packing {packed}") for packed in (False, True))
     if padded and packed:
         parts.append(
             "Packing: a batch of 256 texts of 4 to 128 tokens, 22 on average, has the shape "
-            f"{padded['shape'][:2]} padded and {packed['shape'][:2]} packed. It\nneeds "
-            f"{padded['memory'] / gib:.2f} and {packed['memory'] / gib:.2f} GiB per device of v5e:2x4, and "
-            f"{padded['flops'] / 1e12:.1f} and {packed['flops'] / 1e12:.1f} TFLOP by formula."
+            f"{padded['shape'][:2]} if padded and {packed['shape'][:2]} if\npacked. It then needs "
+            f"{padded['memory'] / gib:.2f} and {packed['memory'] / gib:.2f} GiB, respectively, per device on v5e:2x4, "
+            f"and {padded['flops'] / 1e12:.1f} and {packed['flops'] / 1e12:.1f} TFLOP by\nformula."
         )
     if found := results.get("v5e:2x4 largest large 512 remat"):
         parts.append(
-            f"The largest batch of large at 512 tokens with remat on v5e:2x4 has {found['rows']} rows per chip."
+            "With remat, the largest batch of 512-token rows for the large model on v5e:2x4 has "
+            f"{found['rows']} rows per chip."
         )
     if found := results.get("v5e:2x4 too much"):
         parts.append(
-            f"Large on [512, 512] without remat {'fits' if found['fits'] else 'does not fit'} v5e:2x4. According to "
-            f"the compiler, it needs {found['memory'] / gib:.1f} GiB per chip."
+            f"Without remat, the large model on [512, 512] {'fits' if found['fits'] else 'does not fit'} on v5e:2x4. "
+            f"According to the compiler, it needs {found['memory'] / gib:.1f} GiB per\nchip."
         )
     lines = [
         "| devices | activations | attention dropout | tokens per row | kernel | reason |",
@@ -310,11 +312,11 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
         )
         lines.append(f"| {devices.upper()} | {dtype} | {dropout:g} | {length} | {kernel} | {reason} |")
     parts += [
-        "## What `attention: auto` picks\n\nFused kernels never store the attention probabilities, so they cannot drop "
-        "any. The published configs have an\nattention dropout of 0.1. To fine-tune with a fused kernel, set "
-        "`model.attention_probs_dropout_prob=0`\n([what this changes](training_quality.md#attention-dropout)). The "
-        "kernels are those of JAX (`jax.experimental.pallas.ops`).\nThose of tokamax were tried, too, but they cannot "
-        "be compiled without a GPU.",
+        "## What `attention: auto` chooses\n\nFused kernels never store the attention probabilities, so they cannot "
+        "apply dropout to them. The published configs have\nan attention dropout of 0.1. To fine-tune with a fused "
+        "kernel, set `model.attention_probs_dropout_prob=0`\n([what this changes](training_quality.md#attention-"
+        "dropout)). The kernels are those of JAX (`jax.experimental.pallas.ops`).\nThe tokamax kernels were tried, "
+        "too, but they cannot be compiled without a GPU.",
         "\n".join(lines),
     ]
     lines = ["| program | products | memory | links | lower bound |", "|---|---|---|---|---|"]
@@ -329,10 +331,10 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
             cells = " | ".join(f"{1e3 * value:.2f}" for value in seconds.values())
             lines.append(f"| {name} | {cells} | {1e3 * max(seconds.values()):.2f} |")
     parts += [
-        "## Theoretical lower bounds\n\nThe least time of a step in milliseconds, from only the published rates of "
-        "each chip (`bert_jax.tools.aot.CHIPS`): the\nproducts of the program at the peak rate of bfloat16, its "
-        "arguments and results through memory once, and its all-reduces\nthrough the links. These are bounds on what "
-        "is possible, not measurements or promises.",
+        "## Theoretical lower bounds\n\nThis is the minimum time of a step in milliseconds, computed only from the "
+        "published rates of each chip\n(`bert_jax.tools.aot.CHIPS`): for the program's products at the peak bfloat16 "
+        "rate, for moving its arguments and results\nthrough memory once, and for its all-reduces over the links. The "
+        "lower bound is the largest of the three. These are\nbounds on what is possible, not measurements or promises.",
         "\n".join(lines),
     ]
     return "\n\n".join(parts) + "\n"

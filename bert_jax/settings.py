@@ -185,7 +185,8 @@ class Data(Section):
     set, the labels of 0/1 vectors are named LABEL_0, LABEL_1, … In the cells of a table, lists are written as in JSON,
     Python or NumPy. If `multi_label_classification` is set, a cell may instead contain names separated by commas."""
     max_length: PositiveInt = 128
-    """Maximum number of tokens per example, special tokens included; longer texts are truncated."""
+    """Maximum number of tokens per example, special tokens included. Longer texts are truncated; in
+    token-classification and question-answering, they are cut into windows."""
     packing: bool = True
     """Whether to pack several examples into a row; the tokens of each example attend only to one another. The rows then
     have little padding and all have the same length, so one compiled program is enough."""
@@ -378,7 +379,8 @@ class Precision(Section):
     """Numerical precision. Parameters, gradients and optimizer state are always float32."""
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations and of the operands of matrix products. bfloat16 is meant for TPUs and recent GPUs."""
+    """Dtype of activations and of the operands of matrix products. bfloat16 is meant for TPUs, recent GPUs
+    and CPUs with bfloat16 instructions."""
 
 
 class Mesh(Section):

@@ -1,1 +1,1 @@
-"""Reads data, and makes batches of examples from it."""
+"""Reads data and makes batches of examples from it."""

@@ -1,9 +1,9 @@
 """Prepares texts for pretraining: splits documents into sentences, tokenizes them, and writes rows to shards on disk.
 
-A shard is a numpy file of rows. A row has the three numbers that `HEADER` names, then the token ids of an example.
-In the folder of the shards, `corpus.json` records the files, the tokenizer and the settings that the shards are made
-from. `manifest.json`, which is written last, records the size and the hash of each shard. A shard gets its final name
-only when it is complete. After an interruption, `tokenize` therefore makes only the missing shards.
+A shard is a NumPy file of rows. Each row contains the three numbers that `HEADER` names, followed by the token ids of
+an example. In the shard folder, `corpus.json` records the files, the tokenizer and the settings from which the shards
+are made. `manifest.json`, which is written last, records the size and the hash of each shard. A shard gets its final
+name only when it is complete. After an interruption, `tokenize` therefore makes only the missing shards.
 """
 
 import collections
@@ -33,24 +33,24 @@ from bert_jax.tokenizer import Tokenizer
 
 HEADER = ("tokens", "tokens of the first segment", "whether the second is of another document")
 SHARD = 2**24
-"""A shard is full when its documents together have at least this number of characters."""
+"""A shard is full when its documents contain at least this number of characters in total."""
 PIECE = 100_000
 """Maximum number of characters of a sentence.
 
-A longer sentence is cut after the last space within this length, or exactly at this length if there is no such space.
+A longer sentence is split after the last space within this length, or exactly at this length if there is no such space.
 """
 WHOLE, PARTS = "manifest.json", "corpus.json"
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'’”)\]]*(?=\s+[\"'‘“(\[]*[A-Z0-9])")
 
 Document = list[list[int]]
-"""Sentences, each a list of token ids."""
+"""A list of sentences, each of which is a list of token ids."""
 
 
 # ── From texts to documents ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Reader:
-    """Reads the documents of files, one after another.
+    """Reads the documents in files one after another.
 
     Attributes:
         replaced: Number of U+FFFD characters that replace invalid UTF-8 in the lines read so far.
@@ -62,7 +62,7 @@ class Reader:
     def __iter__(self) -> Iterator[list[str]]:
         """Yields each document as a list of lines.
 
-        In JSON lines, each row is a document. In text files, empty lines separate the documents.
+        In JSON Lines files, each row is a document. In text files, empty lines separate the documents.
         """
         for path in self.paths:
             lines = self._lines(path)
@@ -89,7 +89,7 @@ class Reader:
 
 
 def sentences(line: str) -> Iterator[str]:
-    """Splits a line into sentences by punctuation; no sentence has more than `PIECE` characters."""
+    """Splits a line into sentences at punctuation. No sentence has more than `PIECE` characters."""
     ends = [match.end() for match in SENTENCE_END.finditer(line)]
     for start, end in itertools.pairwise([0, *ends, len(line)]):
         sentence = line[start:end]
@@ -107,18 +107,19 @@ def sentences(line: str) -> Iterator[str]:
 def pairs(
     documents: Sequence[Document], room: int, short: float, random: np.random.Generator
 ) -> Iterator[tuple[list[int], list[int], bool]]:
-    """Makes pairs of segments for next-sentence prediction, as `create_instances_from_document` of BERT's code does.
+    """Makes pairs of segments for next-sentence prediction, as `create_instances_from_document` in BERT's code does.
 
     Args:
         documents: Two or more documents, none of them empty.
         room: Maximum number of tokens of both segments together.
-        short: Share of the pairs whose target length is drawn from 2 to `room` tokens; that of the others is `room`.
+        short: Share of pairs whose target length is drawn from 2 to `room` tokens. The target length of the others is
+            `room`.
         random: The random generator.
 
     Yields:
-        The first segment, the second segment, and whether the second is from another document than the first. This is
-        so with a probability of 1/2, and always if only one sentence of the first segment's document is left, or if the
-        next sentence has at least the target length.
+        The first segment, the second segment, and whether the second segment is from a different document than the
+        first. It is from a different document with a probability of 1/2. It always is if only one sentence of the first
+        segment's document remains, or if the next sentence has at least the target length.
     """
     for number, document in enumerate(documents):
         start = 0
@@ -146,9 +147,9 @@ def pairs(
 
 
 def _trimmed(first: int, second: int, room: int, random: np.random.Generator) -> tuple[slice, slice]:
-    """Shortens two segments until both together have at most `room` tokens.
+    """Shortens two segments until they have at most `room` tokens in total.
 
-    In each step, the longer segment loses its first or its last token, at random.
+    In each step, the first or the last token of the longer segment is removed, chosen at random.
 
     Args:
         first: The length of the first segment.
@@ -157,7 +158,7 @@ def _trimmed(first: int, second: int, room: int, random: np.random.Generator) ->
         random: The random generator.
 
     Returns:
-        The slice of each segment that remains.
+        The remaining slice of each segment.
     """
     lengths, fronts = [first, second], [0, 0]
     while sum(lengths) > room:
@@ -168,7 +169,7 @@ def _trimmed(first: int, second: int, room: int, random: np.random.Generator) ->
 
 
 def runs(documents: Iterable[Document], room: int) -> Iterator[list[int]]:
-    """Joins the sentences of each document into texts of at most `room` tokens. Sentences longer than that are cut."""
+    """Joins the sentences of each document into texts of at most `room` tokens. Longer sentences are split."""
     for document in documents:
         tokens: list[int] = []
         for sentence in document:
@@ -188,10 +189,10 @@ class Layout:
     """How documents become examples.
 
     Attributes:
-        max_length: Maximum number of tokens of an example, special tokens included.
+        max_length: Maximum number of tokens in an example, including special tokens.
         next_sentence: Whether to make pairs of segments for next-sentence prediction instead of single texts.
-        short: Share of the pairs whose target length is drawn from 2 to `max_length` - 3 tokens; that of the others is
-            `max_length` - 3. Special tokens are not counted.
+        short: Share of pairs whose target length is drawn from 2 to `max_length` - 3 tokens. The target length of the
+            others is `max_length` - 3. Special tokens are not counted.
     """
 
     max_length: int = 128
@@ -244,23 +245,23 @@ def tokenize(
     processes: int | None = None,
     console: Console | None = None,
 ) -> "Shards":
-    """Makes the shards that do not exist yet, and opens all shards.
+    """Makes the shards that do not exist yet and opens all shards.
 
     Args:
-        files: Text files with an empty line between documents, or JSON lines; both may be gzipped.
+        files: Text files with an empty line between documents, or JSON Lines files. Both may be gzipped.
         folder: The folder of the shards.
         tokenizer: The tokenizer of the model.
         layout: How documents become examples.
-        seed: The seed of the random choices that make pairs.
-        format: The format of the files; None to infer it from their names.
-        text: The key of the text in JSON lines.
-        processes: Number of processes that tokenize; by default the number of processors.
-        console: Shows the progress; None shows nothing.
+        seed: The seed of the random choices in making pairs.
+        format: The format of the files; None to infer it from the file names.
+        text: The key of the text in JSON Lines files.
+        processes: Number of tokenization processes; by default, the number of processors.
+        console: The console for a progress bar; None for no progress bar.
 
     Raises:
-        InputError: If the tokenizer lacks a special token, if a file cannot be read, if the files hold no text, if
-            pairs are to be made from only one document, if the folder cannot be written, if it holds files that are not
-            shards, or if it holds shards that were made with other arguments. Finished shards are kept.
+        InputError: If the tokenizer lacks a special token, if a file cannot be read, if the files contain no text, if
+            pairs are to be made from only one document, if the folder cannot be written, if it contains files that are
+            not shards, or if it contains shards that were made with different arguments. Finished shards are kept.
         CheckpointError: If a shard is damaged or missing.
     """
     special: Any = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
@@ -301,12 +302,12 @@ def tokenize(
 
 
 def _units(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
-    """Groups documents into one group for each shard.
+    """Groups documents into one group per shard.
 
-    If possible, a group has at least `SHARD` characters, and at least two documents, because pairs need two.
+    If possible, each group contains at least `SHARD` characters and, because pairs need two, at least two documents.
     """
     unit: list[list[str]] = []
-    # A full group. It is held back because, if only one document remains at the end, that document joins this group.
+    # A full group. It is held back because if only one document remains at the end, that document joins this group.
     ready: list[list[str]] = []
     size = 0
     for document in documents:
@@ -350,7 +351,7 @@ def _make_shards(
 def _make_shard(
     folder: Path, backend: str, layout: Layout, special: tuple[int, ...], seed: int, number: int, unit: list[list[str]]
 ) -> Any:
-    """Tokenizes documents and writes them to a shard, unless the shard exists. Returns the record of the shard.
+    """Tokenizes documents and writes them to a shard, unless the shard exists. Returns the shard's record.
 
     The record becomes an entry of `manifest.json`. This function runs in a worker process.
     """
@@ -358,7 +359,7 @@ def _make_shard(
     record = path.with_suffix(".json")
     if record.exists():
         return json.loads(record.read_text(encoding="utf-8"))
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads, because several worker processes run in parallel
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads, because worker processes run in parallel
     tokenizer = tokenizers.Tokenizer.from_str(backend)
     documents = []
     for lines in unit:
@@ -384,7 +385,7 @@ def _make_shard(
 
 @dataclass(frozen=True)
 class Shards:
-    """The rows of all shards in a folder.
+    """All rows of the shards in a folder.
 
     Attributes:
         tables: A memory-mapped array for each shard, [rows, len(HEADER) + max_length].
@@ -396,7 +397,7 @@ class Shards:
 
     @classmethod
     def opened(cls, folder: Path) -> "Shards":
-        """Opens the shards of a folder and checks their hashes.
+        """Opens the shards in a folder and checks their hashes.
 
         Raises:
             CheckpointError: If a shard is damaged or missing.
@@ -412,15 +413,15 @@ class Shards:
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
-        """Index of the first row of each shard, and then the number of rows in all shards: int64 [shards + 1]."""
+        """The index of each shard's first row, followed by the number of rows in all shards: int64 [shards + 1]."""
         return np.cumsum([0, *map(len, self.tables)])
 
     def column(self, name: str) -> np.ndarray:
-        """For each row, the number that has this name in `HEADER`: int32 [rows]."""
+        """For each row, the number with this name in `HEADER`: int32 [rows]."""
         return np.concatenate([table[:, HEADER.index(name)].astype(np.int32) for table in self.tables])
 
     def ids(self, row: int) -> np.ndarray:
-        """The token ids of a row, padding included."""
+        """The token ids of a row, including padding."""
         shard = int(np.searchsorted(self.starts, row, "right")) - 1
         return self.tables[shard][row - self.starts[shard], len(HEADER) :]
 
@@ -431,7 +432,7 @@ def _digest(path: Path) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, and renames it when it is complete."""
+    """Writes a file under a temporary name and renames it when it is complete."""
     staged = _staged(path)
     with open(staged, "wb") as file:
         file.write(content)

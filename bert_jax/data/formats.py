@@ -1,4 +1,4 @@
-"""Parses the formats of text files: turns lines into rows. A row is a dict from column to value."""
+"""Parsers for text file formats, which convert lines to rows. Each row is a dict from column to value."""
 
 import ast
 import bisect
@@ -17,25 +17,26 @@ from bert_jax.errors import InputError, quoted
 logger = logging.getLogger(__name__)
 
 DELIMITERS = (",", ";", "\t", "|")
-"""The usual characters between the cells of a table."""
+"""The usual delimiters between the cells of a table."""
 COMMENT = re.compile(r"# +(?:[\w.:-]+ *=|newdoc\b|newpar\b|(?P<id>id) )")
-"""The beginning of a comment in a CoNLL file. Any other line that begins with # holds a word."""
+"""The beginning of a comment in a CoNLL file. Any other line that begins with # contains a word."""
 
 TEXT = ("text", "sentence", "sentence1", "question1", "premise", "question", "review", "content", "input_string")
-"""Usual names of the text column. If a data set has several of them, the first in this list is used."""
+"""Usual names of the text column. If a data set has several of these columns, the first in this list is used."""
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[int, Row | InputError]]
-"""The rows of a file, each with its number (see `sources.Entry`), and errors in place of those that cannot be read."""
+"""The rows of a file, with their numbers (see `sources.Entry`). An error replaces each row that cannot be read."""
 
 
 class Table(NamedTuple):
-    """How the lines of a table (CSV or TSV) are read.
+    """Options for reading the lines of a table (CSV or TSV).
 
     Attributes:
-        delimiter: The character between two cells. None means a comma in CSV, and a tab in TSV.
-        quoting: "minimal": A cell may be enclosed in double quotes. Inside them, delimiters and line breaks are text,
-            and a doubled quote is one quote. "none": Quotes are text. None means "minimal" for CSV, and "none" for TSV.
+        delimiter: The character between cells. None means a comma for CSV and a tab for TSV.
+        quoting: "minimal": A cell may be enclosed in double quotes. Within the quotes, delimiters and line breaks are
+            part of the text, and two consecutive quotes represent one. "none": Quotes are part of the text. None means
+            "minimal" for CSV and "none" for TSV.
         columns: The names of the columns, if the file has no header line.
     """
 
@@ -45,7 +46,7 @@ class Table(NamedTuple):
 
 
 def decoded_lines(file: IO[str], undecodable: list[str]) -> Iterator[str]:
-    """Yields the lines of a file; a line with bytes that are not UTF-8 is also appended to `undecodable`."""
+    """Yields the lines of a file. Each line with bytes that are not valid UTF-8 is also appended to `undecodable`."""
     for line in file:
         try:
             line.encode()
@@ -55,7 +56,7 @@ def decoded_lines(file: IO[str], undecodable: list[str]) -> Iterator[str]:
 
 
 def parse_jsonl(lines: Iterator[str]) -> Rows:
-    """A line is a row, as a JSON object."""
+    """Each line is a JSON object that represents a row."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -68,7 +69,7 @@ def parse_jsonl(lines: Iterator[str]) -> Rows:
 
 
 def parse_json(lines: Iterator[str]) -> Rows:
-    """An array of objects, or an object whose value `data` is one. An object is a row."""
+    """An array of objects, or an object whose `data` field is such an array. Each object in the array is a row."""
     try:
         rows = json.loads("".join(lines))
         rows = rows["data"] if isinstance(rows, dict) else rows
@@ -87,10 +88,10 @@ def parse_table(lines: Iterator[str], *, table: Table, sure: bool, path: Path | 
     Args:
         lines: The lines.
         table: The delimiter, the quoting and, if there is no header line, the columns.
-        sure: Whether the caller, and not the format, chose the delimiter.
+        sure: Whether the delimiter was chosen by the caller instead of the format.
         path: The file, for warnings; None for no warnings.
     """
-    csv.field_size_limit(2**24)  # a field may hold a book; the default limit is 131,072 characters
+    csv.field_size_limit(2**24)  # a field may contain a book; the default limit is 131,072 characters
     record: list[str] = []  # the lines that the reader has read for the current row
 
     def noted() -> Iterator[str]:
@@ -144,12 +145,12 @@ def parse_table(lines: Iterator[str], *, table: Table, sure: bool, path: Path | 
 
 
 def _misfit(fields: list[str], names: list[str], delimiter: str | None) -> str:
-    """What is wrong with the first line of a table; empty if nothing is.
+    """Describes the problem with the first line of a table; empty if there is none.
 
     Args:
         fields: The cells of the first line.
-        names: The names of the columns, if the caller gives them.
-        delimiter: The delimiter; None if the caller gives it.
+        names: The names of the columns, if the caller specifies them.
+        delimiter: The delimiter; None if the caller specifies it.
     """
     others = [character for character in DELIMITERS if character != delimiter and character in fields[0]]
     if delimiter and len(fields) == 1 and others and len(names) != 1:
@@ -166,20 +167,20 @@ def _misfit(fields: list[str], names: list[str], delimiter: str | None) -> str:
 
 
 def _last_quote(record: list[str]) -> int:
-    """The index of the line in which the last quote opens. `record` has the lines of a row."""
+    """The index of the line in which the last quote opens. `record` contains the lines of a row."""
     # A quote opens at the beginning of the row, or after a comma, a line break or another quote.
     openings = [match.start() for match in re.finditer(r'(?<![^,\n"])"[^"]*"?', "".join(record))]
     return bisect.bisect(list(itertools.accumulate(map(len, record))), max(openings, default=0))
 
 
 def parse_text(lines: Iterator[str]) -> Rows:
-    """A line is the `text` of a row."""
+    """Each line is the `text` of one row."""
     for number, line in enumerate(lines, 1):
         yield number, {"text": line.rstrip("\r\n")}
 
 
 def parse_text_and_label(lines: Iterator[str]) -> Rows:
-    """A line has the `text` of a row, a semicolon and the `label`. A first line that names columns is skipped."""
+    """Each line contains the `text` of a row, a semicolon and the `label`. A header in the first line is skipped."""
     for number, line in enumerate(lines, 1):
         text, semicolon, label = line.strip().rpartition(";")
         if not line.strip() or (number == 1 and text.strip().lower() in TEXT):
@@ -188,14 +189,14 @@ def parse_text_and_label(lines: Iterator[str]) -> Rows:
 
 
 def parse_conll(lines: Iterator[str]) -> Rows:
-    """A line has a word in its first column and its tag in the last; a blank line ends a row of `tokens` and `tags`."""
+    """Each line has a word in the first column and its tag in the last. A blank line ends a row (`tokens`, `tags`)."""
     words: list[list[str]] = []  # the columns of each word of the row
     columns, wrong = 0, ""
-    ambiguous: set[int] = set()  # numbers of columns of lines that may be comments
+    ambiguous: set[int] = set()  # column counts of lines that may be comments
     for number, line in enumerate(itertools.chain(lines, [""]), 1):
         fields = [field.strip() for field in line.split("\t" if "\t" in line.strip() else " ") if field.strip()]
         if not words and (comment := COMMENT.match(line)):
-            if comment["id"]:  # `# id O` may also be the word # with its columns
+            if comment["id"]:  # `# id O` may also be the word "#" with its columns
                 ambiguous.add(len(fields))
             continue
         if fields and fields[0] != "-DOCSTART-":
@@ -212,7 +213,7 @@ def parse_conll(lines: Iterator[str]) -> Rows:
 
 
 def parse_squad(lines: Iterator[str]) -> Rows:
-    """SQuAD's JSON, or the array of its articles. A question is a row."""
+    """SQuAD's JSON, or the array of its articles. Each question is a row."""
     try:
         content = json.loads("".join(lines))
         rows = [
@@ -235,11 +236,11 @@ PARSERS: dict[str, Callable[[Iterator[str]], Rows]] = {
     "conll": parse_conll,
     "squad": parse_squad,
 }
-"""The functions that parse the lines of a file, by format. For tables, it is `parse_table`."""
+"""The functions that parse the lines of a file, by format. For tables, the function is `parse_table`."""
 
 
 def literal(text: str) -> Any:
-    """Parses a cell of a table that holds a list or object in the notation of JSON, of Python or of numpy.
+    """Parses a table cell that contains a list or an object in the notation of JSON, Python or NumPy.
 
     The result for an empty cell is an empty list.
 
@@ -269,7 +270,7 @@ _CONSTANTS = {"true": "True", "false": "False", "null": "None"}
 
 
 def _with_commas(text: str) -> str:
-    """Turns the notation of numpy into a Python literal: adds the commas that numpy leaves out.
+    """Converts NumPy notation to a Python literal by adding the commas that NumPy omits.
 
     Without the added commas, Python would join the strings in `['a' 'b']`.
 
@@ -287,8 +288,9 @@ def _with_commas(text: str) -> str:
         if part == ",":
             separators[-1].add(part)
         if kind == "opening":
-            # `separators` has the separators in each open bracket. If there are both commas and spaces, the error below
-            # is raised. Spaces are allowed only in lists, so other brackets have the comma from the start.
+            # `separators` contains the separators found in each open bracket. If there are both commas and spaces, the
+            # error below is raised. Spaces are allowed only in lists, so for other brackets, the set starts with a
+            # comma.
             separators.append(set() if part == "[" else {","})
         if kind == "closing" and (len(separators) == 1 or len(separators.pop()) > 1):
             raise ValueError("commas or brackets are missing")

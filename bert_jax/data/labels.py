@@ -1,4 +1,4 @@
-"""Reads the labels of text classification, which data sets write as names, numbers, class ids, lists or 0/1 vectors."""
+"""Reads labels for text classification, which may be names, numbers, class ids, lists or 0/1 vectors."""
 
 import itertools
 import math
@@ -12,23 +12,23 @@ from bert_jax.errors import InputError, listed, quoted
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 """The problem types, as in the `problem_type` of config.json."""
 UNKNOWN = -1
-"""The label id of an unlabelled example, as in GLUE's test sets. In float targets, NaN is used instead."""
+"""The label id of an unlabeled example, as in the GLUE test sets. In float targets, NaN is used instead."""
 
 
 def read_lists(labels: dict[str, Any], problem_type: str | None) -> None:
-    """Parses labels that are lists written as texts, as in the cells of a CSV file.
+    """Parses labels that are lists written as strings, as in the cells of a CSV file.
 
-    If `problem_type` is None and one text is a list, all texts have to be lists or blank. If `problem_type` is `MULTI`,
-    all texts in brackets have to be lists.
+    If `problem_type` is None and any string is a list, all strings must be lists or blank. If `problem_type` is
+    `MULTI`, all strings in brackets must be lists.
 
     Args:
-        labels: The label of each row, changed in place. The keys name the rows in messages, by split and number.
+        labels: The label of each row, modified in place. The keys identify the rows in messages by split and number.
         problem_type: None or `MULTI`.
 
     Raises:
-        InputError: If a text that has to be a list is not one; the message names the row.
+        InputError: If a string that must be a list is not a list. The message states the row.
     """
-    found = False  # whether any text is a list; if not, and if `problem_type` is None, brackets are part of names
+    found = False  # whether any string is a list; if not, and if `problem_type` is None, brackets are part of names
     for where, label in labels.items():
         if isinstance(label, str) and re.fullmatch(r"\s*\[.*\]\s*", label, re.S):
             try:
@@ -56,10 +56,10 @@ def check_label(where: str, label: Any, names: Collection[str]) -> None:
 
 
 def read_ids(labels: dict[str, Any], names: tuple[str, ...]) -> str:
-    """If the labels are class ids, replaces them in place by class names; returns a note for the user.
+    """If the labels are class ids, replaces them in place with class names. Returns a note for the user.
 
-    Labels are class ids if all are integers or "", and if none of them is in `names`. The id -1 and "" become None. If
-    `names` is empty, nothing is replaced.
+    Labels are class ids if each label is an integer or "" and no label is in `names`. The id -1 and "" become None. If
+    `names` is empty, no labels are replaced.
     """
     whole = [re.fullmatch("-1|[0-9]{1,9}", str(label)) for label in labels.values() if label != ""]
     if not names or not whole or not all(whole) or any(str(label) in names for label in labels.values()):
@@ -73,11 +73,11 @@ def read_ids(labels: dict[str, Any], names: tuple[str, ...]) -> str:
 
 
 def read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
-    """Converts labels in place to lists of names or to 0/1 vectors; returns a note for the user.
+    """Converts labels in place to lists of names or to 0/1 vectors. Returns a note for the user.
 
     Raises:
-        InputError: If a label is neither a list nor a text, if the lists differ in form, or if their form is ambiguous.
-            The message names a row.
+        InputError: If a label is neither a list nor a string, if the lists differ in form, or if their form is
+            ambiguous. The message states a row.
     """
     blank = {where for where, label in labels.items() if isinstance(label, str) and not label.strip()}
     for where, label in labels.items():
@@ -88,7 +88,7 @@ def read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
             raise InputError(f"{where}: the label is {quoted(label)}; expected a list of labels.")
     lists = {where: label for where, label in labels.items() if where not in blank}
     parts = [part for label in lists.values() for part in label]
-    # Whether the lists hold 0 and 1 as texts that are not the names of labels.
+    # Whether the lists contain 0 and 1 as strings that are not label names.
     digits = {"0", "1"}.issuperset(parts) and not set(names).issuperset(parts)
     if not digits and all(isinstance(part, str) for part in parts):
         return ""
@@ -97,7 +97,7 @@ def read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
     if binary and len(lengths) == 1 and (lengths == {len(names)} if names else lengths != {1}):
         for where, label in lists.items():
             vector = [int(part) for part in label]
-            # Names, if given, replace the vector, which would be wrong for a model with the labels in another order.
+            # Names, if given, replace the vector, which would be wrong for a model with a different label order.
             labels[where] = list(itertools.compress(names, vector)) if names else vector
         labels.update(dict.fromkeys(blank))
         return f"labels: 0/1 vectors over {listed(names or numbered(*lengths))}"
@@ -120,7 +120,7 @@ def read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
 
 
 def numbered(count: int) -> tuple[str, ...]:
-    """The names of labels without names, as in transformers."""
+    """The default names of `count` labels, as in transformers."""
     return tuple(f"LABEL_{i}" for i in range(count))
 
 
@@ -130,7 +130,7 @@ def is_vector(label: Any) -> bool:
 
 
 def as_number(label: Any) -> float | None:
-    """A label as a number, which may be written as a text; None if it is not a number."""
+    """Converts a label, which may be a string, to a number; None if it is not a number."""
     try:
         return float(label)
     except OverflowError:  # an integer too large for float64
@@ -140,20 +140,20 @@ def as_number(label: Any) -> float | None:
 
 
 def names_of(label: Any) -> list[str]:
-    """The label names of a multi-label row, given as a list or as a text in which commas separate the names."""
+    """The label names of a multi-label row, given as a list or as a string of comma-separated names."""
     parts = label.split(",") if isinstance(label, str) else label or []
     return [str(part).strip() for part in parts if str(part).strip()]
 
 
 def label_set(labels: Sequence[Any], problem_type: str | None) -> tuple[str, tuple[str, ...]]:
-    """Infers the problem type, unless it is given, and the sorted label names from the labels of training examples.
+    """Infers the problem type (unless it is given) and the sorted label names from the labels of training examples.
 
-    Lists mean multi-label classification. Numbers mean regression if at least one is not whole. Anything else means one
-    label per example. The labels of 0/1 vectors are named LABEL_0, LABEL_1, …
+    Lists imply multi-label classification. Numbers imply regression if at least one is not an integer. All other labels
+    imply one label per example. The labels of 0/1 vectors are named LABEL_0, LABEL_1, …
     """
     if problem_type is None:
         several = any(isinstance(label, list | tuple) for label in labels)
-        numbers = [as_number(label) for label in labels]  # numbers may be written as texts
+        numbers = [as_number(label) for label in labels]  # numbers may be strings
         fractions = None not in numbers and any(number % 1 for number in numbers if number and math.isfinite(number))
         problem_type = MULTI if several else REGRESSION if fractions else SINGLE
     if problem_type == REGRESSION:

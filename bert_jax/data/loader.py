@@ -1,4 +1,4 @@
-"""Makes batches of examples. The batch of any step can be made directly, without the batches of earlier steps."""
+"""Makes batches of examples. The batch of any step can be made without making the batches of earlier steps."""
 
 import functools
 import hashlib
@@ -12,24 +12,24 @@ from bert_jax.data.rows import Spot, best_fit, lay_out, model_inputs
 from bert_jax.losses import IGNORE
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-"""The row lengths that batches without packing are padded to. Each length needs its own compiled program.
+"""The row lengths to which unpacked batches are padded. Each length needs a separate compiled program.
 
-To limit padding, a length is at most 1.5 times the previous length.
+To limit padding, each length is at most 1.5 times the previous length.
 """
 SORTED_TOGETHER = 50
-"""Shuffled examples are sorted by length in groups of this many batches, as with transformers' `group_by_length`."""
+"""Shuffled examples are sorted by length within groups of this many batches, like `group_by_length` in transformers."""
 
 
 class Batch(TypedDict):
-    """B rows of T tokens. A row has one example, or up to K examples if rows are packed, followed by padding.
+    """B rows of T tokens. Each row contains one example, or up to K examples if rows are packed, followed by padding.
 
     Attributes:
         inputs: The keyword arguments of the model, int32 [B, T]: `input_ids`, `token_type_ids` and `attention_mask`.
-            Packed rows have `document_ids` (0 for padding) and `position_ids` instead of `attention_mask`.
-        targets: The targets that the task's loss expects: [B, K, …] for targets of examples, [B, T] for targets of
-            tokens. `MaskedExamples` adds targets of up to P masked tokens per row, [B, P].
+            For packed rows, `document_ids` (0 for padding) and `position_ids` replace `attention_mask`.
+        targets: The targets that the task's loss expects: [B, K, …] for example targets, [B, T] for token targets.
+            `MaskedExamples` adds targets for up to P masked tokens per row, [B, P].
         starts: int32 [B, K], the index of each example's first token in its row.
-        weights: float32 [B, K], 1 for an example, 0 for an unused entry.
+        weights: float32 [B, K], 1 for examples, 0 for unused entries.
     """
 
     inputs: dict[str, np.ndarray]
@@ -41,7 +41,7 @@ class Batch(TypedDict):
 class Shape(NamedTuple):
     """The shape of a batch: rows, tokens per row, and maximum number of examples per row.
 
-    Each shape needs its own compiled program.
+    Each shape needs a separate compiled program.
     """
 
     rows: int
@@ -53,11 +53,11 @@ class Shape(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Which examples a batch has, and in which rows.
+    """The examples in a batch and their rows.
 
     Attributes:
         indices: Indices of the examples, int64 [n].
-        rows: The row of each example, int64 [n]. Examples in the same row follow one another in the order of `indices`.
+        rows: The row of each example, int64 [n]. Examples in the same row are in the order of `indices`.
         shape: The shape of the batch.
         epoch: The epoch of the batch; `MaskedExamples` masks different tokens in each epoch.
     """
@@ -69,24 +69,23 @@ class Place(NamedTuple):
 
 
 def one_a_row(indices: np.ndarray, rows: int, length: int) -> Place:
-    """Gives each example its own row, in a batch of `rows` rows of `length` tokens."""
+    """Assigns each example to a separate row in a batch of `rows` rows of `length` tokens."""
     return Place(indices, np.arange(len(indices)), Shape(rows, length, 1))
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Featurized examples, in the order of the rows of data that they are made from.
+    """Featurized examples, in the order of the data rows from which they are made.
 
     Attributes:
-        input_ids: One array of token ids per example, special tokens included.
+        input_ids: One array of token ids per example, including special tokens.
         token_type_ids: One array of token types per example.
         targets: Arrays by name, with one number ([N]) or one vector ([N, …]) per example.
-        token_targets: For each name, one array per example with one entry per token. In a batch, the entries of padding
-            are `losses.IGNORE`.
-        origins: One tuple per example, which tells the task what the example is made from. The tuple begins with the
-            index of the row of data. Origins are not part of batches. If `origins` is empty, example i is made from
-            row i.
-        pad_token_id: The id that rows are padded with.
+        token_targets: For each name, one array per example with one entry per token. In a batch, the entries for
+            padding are `losses.IGNORE`.
+        origins: One tuple per example, which tells the task from what the example is made. The first item is the index
+            of the data row. Origins are not part of batches. If `origins` is empty, example i is made from row i.
+        pad_token_id: The id with which rows are padded.
     """
 
     packed: ClassVar[bool] = False
@@ -116,11 +115,11 @@ class Examples:
         return found.hexdigest()
 
     def rows(self, indices: np.ndarray) -> list[int]:
-        """The row numbers, counted from 1, of the data that the given examples are made from."""
+        """The numbers, starting at 1, of the data rows from which the given examples are made."""
         return sorted({1 + (self.origins[i][0] if self.origins else int(i)) for i in indices})
 
     def spots(self, place: Place, part: tuple[int, int] = (0, 1)) -> list[Spot]:
-        """Where examples lie in one part of the rows of a batch. `Spot.row` counts from the first row of that part.
+        """The locations of examples in one part of a batch's rows. `Spot.row` is relative to the first row of the part.
 
         Args:
             place: The examples of the batch.
@@ -132,7 +131,7 @@ class Examples:
         return lay_out(indices.tolist(), rows.tolist(), self.lengths[indices].tolist())
 
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
-        """Makes a batch, or one part of its rows; `part` is the index of the part and the number of parts."""
+        """Makes a batch or one part of its rows. `part` is the index of the part and the number of parts."""
         shape = place.shape.rows // part[1], place.shape.length
         by_example = shape[0], place.shape.examples
         spots = self.spots(place, part)
@@ -161,7 +160,7 @@ def bucketed(
 ) -> list[Place]:
     """Groups examples of similar length into batches, one example per row, and returns the batches in random order.
 
-    If the number of examples is not a multiple of `batch_size`, one batch has fewer examples than the others.
+    If the number of examples is not a multiple of `batch_size`, one batch contains fewer examples than the others.
     """
     order = random.permutation(len(lengths))
     window = np.arange(len(order)) // (SORTED_TOGETHER * batch_size)
@@ -174,8 +173,8 @@ def bucketed(
 def padded_length(tokens: int, multiple: int = 1) -> int:
     """The row length for a number of tokens.
 
-    This is the smallest of `LENGTHS` that is at least `tokens`, or `tokens` itself if it exceeds all `LENGTHS`. The
-    result is rounded up to a multiple of `multiple`.
+    This is the smallest of `LENGTHS` that is at least `tokens`, or `tokens` itself if it exceeds all of `LENGTHS`,
+    rounded up to a multiple of `multiple`.
     """
     return -(-next((length for length in LENGTHS if length >= tokens), tokens) // multiple) * multiple
 
@@ -183,11 +182,11 @@ def padded_length(tokens: int, multiple: int = 1) -> int:
 def balanced(lengths: np.ndarray, batch_size: int, random: np.random.Generator) -> list[np.ndarray]:
     """Randomly groups examples into batches with nearly equal numbers of tokens.
 
-    The examples are sorted by length and divided into strata; each batch gets a random example of every stratum.
+    The examples are sorted by length and divided into strata. Each batch gets a random example from every stratum.
 
     Args:
         lengths: Number of tokens of each example.
-        batch_size: Maximum number of examples per batch; the sizes of two batches differ by at most 1.
+        batch_size: Maximum number of examples per batch. Batch sizes differ by at most 1.
         random: The random generator.
 
     Returns:
@@ -209,7 +208,7 @@ def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.nd
         length: Tokens per row.
 
     Returns:
-        The row of each example, in the order of `indices`, and the shape of a batch that these rows fill.
+        The row of each example, in the order of `indices`, and the shape of the batch that consists of these rows.
     """
     rows = best_fit(lengths[indices].tolist(), length)
     return np.array(rows), Shape(max(rows) + 1, length, int(np.bincount(rows).max()))
@@ -218,19 +217,19 @@ def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.nd
 def packed_shape(
     lengths: np.ndarray, batches: Sequence[np.ndarray], share: int, limit: int, multiple: int = 1
 ) -> Shape:
-    """Finds the shape with the least work among those that every batch fits into when packed.
+    """Finds the shape with the least work among the shapes into which every batch fits when packed.
 
     Args:
         lengths: Number of tokens of each example.
         batches: The indices of the examples of each batch, longest example first.
-        share: The number of rows has to be a multiple of this.
-        limit: Maximum number of tokens per row, unless an example is longer.
+        share: The number of rows must be a multiple of this number.
+        limit: Maximum number of tokens per row, unless an example is longer than this.
         multiple: The number of tokens per row has to be a multiple of this.
     """
     most, longest = max(int(lengths[batch].sum()) for batch in batches), int(lengths.max())
 
     def least(length: int) -> int:
-        """A lower bound on the work with rows of this length: the work if rows had no padding."""
+        """A lower bound on the work with rows of this length: the work without padding."""
         return _work(Shape(-(-most // length // share) * share, length, 1))
 
     step = max(8, multiple)
@@ -248,21 +247,22 @@ def packed_shape(
 
 
 def _work(shape: Shape) -> int:
-    """Estimates the work of a batch: a token costs 1000 plus the length of its row (measured at hidden size 384)."""
+    """Estimates the work of a batch. Each token costs 1000 plus the length of its row (measured at hidden size 384)."""
     return shape.rows * shape.length * (1000 + shape.length)
 
 
 class Loader:
-    """Makes the batch of each step. If there are several processes, each makes one part of the rows of the batch.
+    """Makes the batch of each step. With several processes, each process makes one part of the batch's rows.
 
     The examples of a batch and their rows depend only on the step and on the arguments other than `part`.
 
     Args:
         examples: The examples to learn from or to evaluate.
-        batch_size: Maximum number of examples per batch, over all processes.
-        seed: The seed of the order of the examples.
-        share: The number of rows of a batch has to be a multiple of this, so that devices get equal parts.
-        packing: Maximum number of tokens of a packed row, which holds several examples; None for one example per row.
+        batch_size: Maximum number of examples per batch, across all processes.
+        seed: The seed for the order of the examples.
+        share: The number of rows in a batch must be a multiple of this number, so that devices get equal parts.
+        packing: Maximum number of tokens in a packed row, which contains several examples; None for one example per
+            row.
         multiple: The number of tokens per row has to be a multiple of this.
         part: The index of the part of the rows to make, and the number of parts.
     """
@@ -285,7 +285,7 @@ class Loader:
 
     @functools.cached_property
     def _shape(self) -> Shape:
-        """A shape that every batch of the first epoch fits into."""
+        """A shape into which every batch of the first epoch fits."""
         batches = balanced(self.examples.lengths, self.batch_size, np.random.default_rng((self.seed, 0)))
         return packed_shape(self.examples.lengths, batches, self.share, self.packing or 0, self.multiple)
 
@@ -303,16 +303,16 @@ class Loader:
         return Place(indices, rows, self._shape._replace(rows=self._shape.rows + more, examples=examples))
 
     def place(self, step: int) -> Place:
-        """The examples and rows of the batch of a step, the same in all processes. Steps are counted from 0."""
+        """The examples and rows of a step's batch, which are the same in all processes. Steps are numbered from 0."""
         epoch, n = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[n]._replace(epoch=epoch)
 
     def batch_at(self, step: int) -> Batch:
-        """Makes this process's rows of the batch of a step."""
+        """Makes this process's rows of a step's batch."""
         return self.examples.batch(self.place(step), self.part)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yields the batches of the steps `start` to `stop` - 1. A thread prepares the batches in advance."""
+        """Yields the batches of steps `start` to `stop` - 1. A thread prepares the batches in advance."""
         import grain
 
         steps = grain.MapDataset.range(start, stop).map(self.batch_at)

@@ -1,4 +1,4 @@
-"""Chooses the tokens that a model is to predict, and replaces them in its input (Devlin et al. 2018, appendix A.1)."""
+"""Chooses the tokens that a model must predict and replaces them in its input (Devlin et al. 2018, appendix A.1)."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -16,11 +16,11 @@ from bert_jax.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Masking:
-    """How the tokens to predict are chosen in an example.
+    """Options for choosing the tokens to predict in an example.
 
     Attributes:
         share: Share of the example's tokens to choose; at least one token is chosen.
-        most: Maximum number of tokens to choose. BERT's own maximum (max_predictions_per_seq) is 20 for examples of 128
+        most: Maximum number of tokens to choose. BERT's maximum (max_predictions_per_seq) is 20 for examples of 128
             tokens and 76 for examples of 512 tokens.
         whole_words: Whether to choose all pieces of a word together.
     """
@@ -31,7 +31,7 @@ class Masking:
 
 
 def count(tokens: int, share: float, most: int) -> int:
-    """How many tokens to choose in an example. `tokens` is its number of tokens, special tokens included."""
+    """The number of tokens to choose in an example with `tokens` tokens, including special tokens."""
     return min(most, max(1, round(share * tokens)))
 
 
@@ -44,8 +44,8 @@ def choose(
         candidates: Positions to choose from, int [m], ascending.
         n: Number of tokens to choose.
         random: The random generator.
-        continuing: bool [m], true for a candidate that continues the word of the previous candidate. If given, whole
-            words are tried in random order, and a word is skipped if it would bring the number of tokens above n. If
+        continuing: bool [m], true for each candidate that continues the word of the previous candidate. If given, whole
+            words are chosen in random order, and a word is skipped if it would raise the number of tokens above n. If
             every word has more than n tokens, the first n candidates are chosen.
 
     Returns:
@@ -64,14 +64,14 @@ def choose(
 
 
 def hide(ids: np.ndarray, random: np.random.Generator, mask_id: int, vocab_size: int) -> np.ndarray:
-    """Replaces chosen tokens: 80 % become [MASK], 10 % a random token of the vocabulary, and 10 % stay as they are."""
+    """Replaces chosen tokens: 80 % become [MASK], 10 % become a random token, and 10 % remain unchanged."""
     fate = random.random(len(ids))
     return np.where(fate < 0.8, mask_id, np.where(fate < 0.9, random.integers(vocab_size, size=len(ids)), ids))
 
 
 @dataclass(frozen=True)
 class _Lazy(Sequence[np.ndarray]):
-    """A sequence that calls `read(i)` whenever its item i is accessed."""
+    """A sequence that calls `read(i)` whenever item i is accessed."""
 
     read: Callable[[int], np.ndarray]
     size: int
@@ -80,25 +80,26 @@ class _Lazy(Sequence[np.ndarray]):
         return self.size
 
     def __getitem__(self, i: Any) -> Any:
-        return self.read(range(self.size)[i])  # `range` raises an IndexError past the end, as a sequence must
+        return self.read(range(self.size)[i])  # `range` raises IndexError past the end, as a sequence must
 
 
 @dataclass(frozen=True)
 class MaskedExamples(Examples):
-    """Examples in which some tokens are chosen for prediction.
+    """Examples in which some tokens are masked for prediction.
 
     The choice depends only on the seed, the epoch and the example. Up to P tokens are chosen per row. Three arrays,
-    int32 [B, P], are added to the `targets` of a batch. They have an entry per chosen token: `masked_positions` has the
-    index of the token in the row, `labels` has the token's original id, and `guessed_in` has the index of the token's
-    example among the examples of the row. Unused entries are `IGNORE` in `labels` and 0 in the other two arrays.
+    int32 [B, P], are added to the `targets` of a batch, with one entry per chosen token: `masked_positions` contains
+    the index of the token in the row, `labels` contains the token's original id, and `guessed_in` contains the index of
+    the token's example among the examples in the row. Unused entries are `IGNORE` in `labels` and 0 in the other two
+    arrays.
 
     Attributes:
-        masking: How many tokens are chosen, and whether whole words are chosen.
+        masking: The number of tokens to choose, and whether to choose whole words.
         seed: The seed of the choice.
         mask_id: The id of [MASK].
-        vocab_size: The size of the vocabulary, from which random replacements are drawn.
+        vocab_size: The size of the vocabulary from which random replacements are drawn.
         special: Ids that are never chosen.
-        continuing: bool [vocab_size], true for pieces that continue a word.
+        continuing: bool [vocab_size], true for each piece that continues a word.
     """
 
     masking: Masking = Masking()
@@ -133,18 +134,18 @@ class MaskedExamples(Examples):
             special=tuple(id for id in special if id is not None),
             continuing=continuing,
         )
-        vars(examples)["lengths"] = lengths.astype(np.int64)  # otherwise, `lengths` would read every example
+        vars(examples)["lengths"] = lengths.astype(np.int64)  # without this, `lengths` would read every example
         return examples
 
     def digest(self) -> str:
-        """SHA-256 of the lengths. The tokens are left out, because the hashes of the shards already protect them."""
+        """SHA-256 of the lengths. The tokens are omitted, because the hashes of the shards already cover them."""
         return hashlib.sha256(self.lengths.tobytes()).hexdigest()
 
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
         """See `Examples.batch`."""
         batch = super().batch(place, part)
         rows, (_, length, examples) = len(batch["starts"]), place.shape
-        # An upper bound on the number of chosen tokens per row: rounding adds at most 1 for each example in the row.
+        # An upper bound on the number of chosen tokens per row. Rounding adds at most 1 for each example in the row.
         most = min(examples * self.masking.most, int(self.masking.share * length) + examples)
         positions, guessed_in = (np.zeros((rows, most), np.int32) for _ in range(2))
         labels = np.full((rows, most), IGNORE, np.int32)

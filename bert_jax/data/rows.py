@@ -1,4 +1,4 @@
-"""Lays out texts one after another in rows of equal length, and records where in the rows each text lies.
+"""Lays out texts one after another in rows of equal length and records the location of each text.
 
 Training, evaluation, inference and the tokenizer all use this module.
 """
@@ -11,12 +11,12 @@ import numpy as np
 
 
 class Spot(NamedTuple):
-    """Where an item lies in a batch.
+    """The location of an item in a batch.
 
     Attributes:
         item: The index of the item.
         row: The row of the batch.
-        number: The number of the item within its row, counted from 0.
+        number: The number of the item within its row, starting at 0.
         start: The index of the item's first token in the row.
         stop: The index after the item's last token.
     """
@@ -34,7 +34,7 @@ class Spot(NamedTuple):
 
 
 def lay_out(items: Iterable[int], rows: Iterable[int], lengths: Iterable[int]) -> list[Spot]:
-    """Lays out items, each in the given row; items in the same row follow one another in the order of `items`."""
+    """Lays out each item in the given row. Items in the same row are in the order of `items`."""
     used: dict[int, tuple[int, int]] = {}  # for each row, the number of items and the number of tokens so far
     spots = []
     for item, row, length in zip(items, rows, lengths, strict=True):
@@ -53,19 +53,19 @@ def model_inputs(
     packed: bool,
     pad_token_id: int,
 ) -> dict[str, np.ndarray]:
-    """Makes the keyword arguments of a model for a batch of items.
+    """Makes a model's keyword arguments for a batch of items.
 
     Args:
-        spots: Where the items lie.
+        spots: The locations of the items.
         input_ids: The token ids of each item.
         token_type_ids: The token types of each item.
-        shape: The number of rows and of tokens per row.
+        shape: The number of rows and the number of tokens per row.
         packed: Whether a row may hold several items.
         pad_token_id: The id of padding.
 
     Returns:
-        int32 arrays of the given shape: `input_ids`, `token_type_ids` and `attention_mask`. If rows are packed, there
-        are `document_ids` (0 for padding) and `position_ids` instead of `attention_mask`.
+        int32 arrays of the given shape: `input_ids`, `token_type_ids` and `attention_mask`. If rows are packed,
+        `document_ids` (0 for padding) and `position_ids` replace `attention_mask`.
     """
     masks = ("document_ids", "position_ids") if packed else ("attention_mask",)
     inputs = {name: np.zeros(shape, np.int32) for name in ("input_ids", "token_type_ids", *masks)}
@@ -80,16 +80,16 @@ def model_inputs(
 
 
 def best_fit(tokens: Sequence[int], length: int, *, rows: int | None = None, items: int | None = None) -> list[int]:
-    """Packs items one after another, each into the fullest row that still has room for it.
+    """Packs items one after another, each into the fullest row that has room for it.
 
     Args:
-        tokens: Number of tokens of each item, in descending order (best fit decreasing).
+        tokens: Number of tokens in each item, in descending order (best-fit decreasing).
         length: Tokens per row.
         rows: Maximum number of rows; None for no limit.
         items: Maximum number of items per row; None for no limit.
 
     Returns:
-        The row of each item; -1 if no row has room for it.
+        The row of each item; -1 if no row has room for the item.
     """
     room: list[tuple[int, int, int]] = []  # (tokens left in the row, row, items in the row), fullest row first
     chosen: list[int] = []

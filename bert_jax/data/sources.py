@@ -1,4 +1,4 @@
-"""Reads the rows of files and of data sets on the Hub. Each row is a dict from column to value."""
+"""Reads the rows of files and of data sets on the Hugging Face Hub. Each row is a dict from column to value."""
 
 import contextlib
 import functools
@@ -28,9 +28,9 @@ FORMATS = {
     ".conll": "conll",
     ".txt": "text;label",
 }
-"""Maps the extension of a file's name to the format of the file.
+"""Maps file name extensions to file formats.
 
-A final `.gz` of the name is ignored. For `.json` and `.txt`, `format_of` may choose another format.
+A final `.gz` in the name is ignored. For `.json` and `.txt`, `format_of` may choose a different format.
 """
 
 TEXTS: tuple[tuple[str, ...], ...] = tuple((name,) for name in TEXT)
@@ -38,21 +38,21 @@ PAIRS: tuple[tuple[str, ...], ...] = (
     ("text", "text_pair"), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"),
     ("question", "sentence"),
 )  # fmt: skip
-"""Usual names of the two columns in which a data set has pairs of texts."""
+"""Usual names of the two columns that contain pairs of texts."""
 
 ClassLabels = dict[str, tuple[str, ...]]
 """Maps each column of class ids to the names of the classes, in the order of the ids."""
 
 
 class Entry(NamedTuple):
-    """A row of a file, or an error in place of a row that cannot be read.
+    """A row of a file, or an error instead of a row that cannot be read.
 
     Attributes:
-        line: The place of the row, counted from 1. For most formats, it is the line on which the row begins; for CoNLL,
-            the line after the row; for Parquet, JSON and SQuAD, the number of the row; for a folder, the number of the
-            file.
-        row: The row as a dict from column to value, or an error that says why the row cannot be read.
-        position: Number of bytes of the file that have been read so far, to show progress; 0 if unknown.
+        line: The location of the row, starting at 1. For most formats, it is the line on which the row begins. For
+            CoNLL, it is the line after the row; for Parquet, JSON and SQuAD, the number of the row; for a folder, the
+            number of the file.
+        row: The row as a dict from column to value, or an error that states why the row cannot be read.
+        position: Number of bytes read from the file so far, for progress bars; 0 if unknown.
     """
 
     line: int
@@ -62,10 +62,10 @@ class Entry(NamedTuple):
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Turns errors in reading a file into an `InputError`.
+    """Converts errors that occur while a file is read to an `InputError`.
 
     Raises:
-        InputError: If the body of the `with` statement raises an error of the file system or of gzip.
+        InputError: If the body of the `with` statement raises a file system error or a gzip error.
     """
     try:
         yield
@@ -80,10 +80,10 @@ def read(
     labelled: bool = True,
     table: Table = Table(),  # noqa: B008
 ) -> Iterator[Row]:
-    """Streams the rows of a file (see `entries`), and replaces class ids (see `class_labels`) by class names.
+    """Streams the rows of a file (see `entries`) and replaces class ids (see `class_labels`) with class names.
 
     Raises:
-        InputError: If the file or a line of it cannot be read; the message names the line.
+        InputError: If the file or a line in it cannot be read. The message states the line.
     """
     names = class_labels(path, format)
     for line, row, _ in entries(path, format, labelled=labelled, table=table):
@@ -96,7 +96,7 @@ def read(
 
 
 def class_labels(path: str | Path, format: str | None = None) -> ClassLabels:
-    """Finds the columns of class ids, and their class names, in a Parquet file that `datasets` wrote.
+    """Finds the columns that contain class ids, and their class names, in a Parquet file that `datasets` wrote.
 
     For other files, the result is empty.
 
@@ -114,10 +114,10 @@ def class_labels(path: str | Path, format: str | None = None) -> ClassLabels:
 
 
 def _class_labels(features: Mapping[str, Any]) -> ClassLabels:
-    """Finds the columns of class ids, or of lists of class ids, in the result of `datasets.Features.to_dict`."""
+    """Finds columns of class ids or of lists of class ids in the result of `datasets.Features.to_dict`."""
     found = {}
     for column, kind in features.items():
-        # Earlier versions of `datasets` describe a column of lists by a list that contains the kind of the items.
+        # Earlier versions of `datasets` describe a column of lists as a list that contains the type of the items.
         kind = kind[0] if isinstance(kind, list) and kind else kind
         kind = kind.get("feature", kind) if isinstance(kind, Mapping) else {}
         if isinstance(kind, Mapping) and kind.get("_type") == "ClassLabel" and kind.get("names"):
@@ -126,7 +126,7 @@ def _class_labels(features: Mapping[str, Any]) -> ClassLabels:
 
 
 def _named(row: Row, labels: ClassLabels) -> Row:
-    """Replaces class ids by class names. The id -1, which unlabelled test sets have, becomes None."""
+    """Replaces class ids with class names. The id -1, which unlabeled test sets contain, becomes None."""
     named: Row = dict.fromkeys(labels)
     for column, names in labels.items():
         ids: Any = row.get(column)
@@ -146,35 +146,36 @@ def entries(
     table: Table = Table(),  # noqa: B008
     warn: bool = True,
 ) -> Iterator[Entry]:
-    """Streams the rows of a file, with an error in place of each row that cannot be read.
+    """Streams the rows of a file, with an error instead of each row that cannot be read.
 
     Args:
         path: A file or a folder. A file may be gzipped, unless it is Parquet. In a folder and its subfolders, each .txt
-            file is the `text` of a row.
-        format: The format of the file. None infers the format from the file's name and, for a name that ends in .json,
-            from the beginning of the file: "json", "squad" or "jsonl".
+            file is the `text` of one row.
+        format: The format of the file. If None, the format is inferred from the file's name. For names that end in
+            .json, the beginning of the file determines whether it is "json", "squad" or "jsonl".
 
-            - "jsonl": A line is a row, as a JSON object.
-            - "json": An array of objects, or an object whose value `data` is such an array. An object is a row. The
-              file is read as a whole before the first row.
-            - "csv", "tsv": A table; its first line names the columns, unless `table` does.
+            - "jsonl": Each line is a JSON object that represents a row.
+            - "json": An array of objects, or an object whose `data` field is such an array. Each object in the array is
+              a row. The whole file is read before the first row is returned.
+            - "csv", "tsv": A table. The first line names the columns, unless `table` does.
             - "parquet": A Parquet file.
-            - "text": A line is the `text` of a row.
-            - "text;label": A line has the `text` of a row, a semicolon, and the `label` of the row. If a line has
-              several semicolons, the last one counts. The first line is skipped as a header if its text is one of
-              `TEXT`.
-            - "conll": A line has a word in its first column and the word's tag in its last. A row has the columns
-              `tokens` and `tags`, and ends at a blank line. Before the first word of a row, there may be comments, such
-              as `# id 3b1c` or `# text = A sentence.`
-            - "squad": SQuAD's JSON, or the array of its articles. A question is a row. The file is read as a whole
-              before the first row.
+            - "text": Each line is the `text` of one row.
+            - "text;label": Each line contains the `text` of a row, a semicolon, and the `label` of the row. If a line
+              contains several semicolons, the last one is the separator. The first line is skipped as a header if its
+              text is one of `TEXT`.
+            - "conll": Each line has a word in the first column and the word's tag in the last column. Each row has the
+              columns `tokens` and `tags` and ends at a blank line. The first word of a row may be preceded by comments,
+              such as `# id 3b1c` or `# text = A sentence.`
+            - "squad": SQuAD's JSON, or the array of its articles. Each question is a row. The whole file is read before
+              the first row is returned.
         labelled: If `format` is None, whether the format of a .txt file is "text;label" instead of "text".
-        table: How a table is read. For other formats, only the default is allowed.
-        warn: Whether to log warnings; false if the caller reads the file twice.
+        table: Options for reading a table. For other formats, only the default is allowed.
+        warn: Whether to log warnings. A caller that reads a file twice passes False for one of the reads, so that each
+            warning is logged only once.
 
     Raises:
-        InputError: If the file cannot be read, if its format is unknown, or if `table` is invalid, or is given and the
-            format is neither "csv" nor "tsv".
+        InputError: If the file cannot be read, if its format is unknown, if `table` is invalid, or if `table` is given
+            and the format is neither "csv" nor "tsv".
     """
     path = Path(path)
     if path.is_dir() and format in (None, "text"):
@@ -207,7 +208,7 @@ def entries(
         undecodable: list[str] = []
         with io.TextIOWrapper(unpacked, "utf-8-sig", "surrogateescape", newline="") as text:
             for line, row in parse[format](formats.decoded_lines(text, undecodable)):
-                if undecodable and format in ("json", "squad"):  # which are read as a whole
+                if undecodable and format in ("json", "squad"):  # these are read as a whole
                     yield Entry(line, InputError("this is not UTF-8 text."), 0)
                     return
                 row = InputError("this is not UTF-8 text.") if undecodable else row
@@ -221,7 +222,7 @@ def format_of(path: Path, labelled: bool) -> str:
     The formats are those of `entries`.
 
     Raises:
-        InputError: If the name does not tell the format.
+        InputError: If the format cannot be inferred from the name.
     """
     suffix = Path(path.stem if path.suffix == ".gz" else path).suffix
     if suffix not in FORMATS:
@@ -239,7 +240,7 @@ def format_of(path: Path, labelled: bool) -> str:
             if re.match(r'\{\s*"(version|data)"\s*:', start):
                 file.seek(0)
                 line, more = file.readline(), file.read(1000)
-                # If an object ends with the first line, and more lines follow, each line is a row.
+                # If an object ends on the first line and more lines follow, each line is a row.
                 if not (line.rstrip().endswith(b"}") and more.strip()):
                     content = json.loads(line if line.rstrip().endswith(b"}") else line + more + file.read())
                     return "json" if content.keys() <= {"version", "data"} else "jsonl"
@@ -278,20 +279,20 @@ def _parquet(file: IO[bytes]) -> Iterator[Entry]:
 
 
 def read_hub(id: str, name: str | None, split: str, revision: str | None) -> tuple[ClassLabels, Iterator[Row]]:
-    """Reads a split of a data set on the Hub.
+    """Reads a split of a data set on the Hugging Face Hub.
 
     Returns:
-        The columns of class ids, with the names of the classes; and the rows, with class names in place of class ids.
+        The columns of class ids with their class names, and the rows with class names instead of class ids.
 
     Raises:
-        InputError: If the split cannot be loaded, or if the extra `data` is not installed.
+        InputError: If the split cannot be loaded, or if the `data` extra is not installed.
     """
     check_extra("data", "datasets")
     import datasets
 
     try:
         found = datasets.load_dataset(id, name, split=split, revision=revision)
-    except Exception as error:  # the library raises all kinds of exceptions
+    except Exception as error:  # the library raises many kinds of exceptions
         raise InputError(f"Cannot load {split} of {id}{f' ({name})' if name else ''}: {error}") from None
     labels = _class_labels(found.features.to_dict())
     return labels, (_named(row, labels) for row in found)

@@ -1,1 +1,1 @@
-"""Evaluation: metrics, and evaluation of models on examples and on held-out texts."""
+"""Evaluation: metrics, and the evaluation of models on examples and on held-out texts."""

@@ -1,9 +1,11 @@
-"""Evaluates pretrained models on held-out texts, by the tasks of pretraining: fill-mask and next-sentence-prediction.
-Also on minimal pairs of sentences, by their pseudo-log-likelihood.
+"""Evaluates pretrained models on held-out texts and on minimal pairs of sentences.
 
-The measures of fill-mask are means over all masked tokens, except the pseudo-perplexity, which is the exponential of
-such a mean. The measures of next-sentence-prediction are means over all pairs. The 95 % intervals are found by the
-bootstrap (Efron 1979), which resamples the texts for fill-mask, and the pairs for next-sentence-prediction.
+Held-out texts are evaluated with the pretraining tasks: fill-mask and next-sentence-prediction. Minimal pairs are
+evaluated by the pseudo-log-likelihoods of their sentences.
+
+The fill-mask measures are means over all masked tokens, except for the pseudo-perplexity, which is the exponential of
+such a mean. The next-sentence-prediction measures are means over all pairs. The 95 % intervals are computed by the
+bootstrap (Efron 1979), which resamples texts for fill-mask and pairs for next-sentence-prediction.
 """
 
 import hashlib
@@ -33,21 +35,21 @@ from bert_jax.tasks.pseudo_log_likelihood import Metric
 from bert_jax.tools import report
 
 FREQUENCIES = (1, 2, 10, 100, 1000)
-"""Lower bounds of the frequency classes. The frequency of a token is how often it occurs in the evaluated texts."""
+"""Lower bounds of the frequency classes. A token's frequency is its number of occurrences in the evaluated texts."""
 POSITIONS = (1, 16, 32, 64, 128, 256)
-"""Lower bounds of the position classes. The position of a token is its index in its row."""
+"""Lower bounds of the position classes. A token's position is its index in the row."""
 KS = (1, 5, 10)
 Words = Literal["random", "each"]
 
 
 class Hidden(NamedTuple):
-    """A masked token, and how likely a model finds it.
+    """A masked token and its likelihood according to a model.
 
     Attributes:
         token: The id of the true token.
-        position: The index of the token in its row; that of [CLS] is 0.
+        position: The index of the token in its row; [CLS] has index 0.
         nll: Negative log-likelihood of the true token, in nats.
-        rank: The rank of the true token in the vocabulary, 1 for the likeliest.
+        rank: The rank of the true token in the vocabulary; the most likely token has rank 1.
     """
 
     token: int
@@ -57,26 +59,27 @@ class Hidden(NamedTuple):
 
 
 class HiddenTokens(FillMask):
-    """The fill-mask task for masks whose true tokens are known."""
+    """The fill-mask task for masks with known true tokens."""
 
     with_labels = True
 
     def forward(self, model: BertForMaskedLM, inputs: dict[str, Any], starts: jax.Array) -> dict[str, jax.Array]:
-        """Returns `nll` float32 [B, P] in nats and `rank` int32 [B, P] of each masked position."""
+        """Returns the `nll` (float32 [B, P], in nats) and the `rank` (int32 [B, P]) of each masked position."""
         labels = inputs["labels"][..., None]
         logits = model(**{name: array for name, array in inputs.items() if name != "labels"}).logits  # [B, P, V]
         label = jnp.take_along_axis(logits, labels, axis=-1)
         nll = jax.nn.logsumexp(logits, axis=-1) - label[..., 0]
-        # The rank is one more than the number of other logits that are not below the label's; NaNs count. The label's
-        # own logit is left out: in int8 models, the compiler may compute it twice, with different roundings.
+        # The rank is one more than the number of other logits that are not below the label's logit; NaNs count. The
+        # label's logit itself is excluded, because in int8 models, the compiler may compute it twice with different
+        # rounding.
         others = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) != labels
         return {"nll": nll, "rank": 1 + jnp.sum(others & ~(logits < label), axis=-1)}
 
     def hide(self, text: str, words: Words, share: float, seed: int) -> Steps[list[Hidden]]:
-        """The steps of a request that masks tokens of a text. The result of the request is a list of `Hidden`.
+        """The steps of a request that masks tokens in a text. The result of the request is a list of `Hidden`.
 
-        The text is truncated to `max_length`. The other arguments are those of `evaluate`. The choice of the masked
-        tokens depends only on the arguments, the tokenizer and `max_length`.
+        The text is truncated to `max_length`. For the other arguments, see `evaluate`. The choice of masked tokens
+        depends only on the arguments, the tokenizer and `max_length`.
         """
         encoding = self.tokenizer.encode([text], max_length=self.max_length)[0][0]
         inside = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
@@ -103,19 +106,19 @@ class HiddenTokens(FillMask):
 
 
 class Following(NextSentencePrediction):
-    """The next-sentence-prediction task with log-probabilities as outputs."""
+    """The next-sentence-prediction task, with log-probabilities as outputs."""
 
     def forward(
         self, model: BertForNextSentencePrediction, inputs: dict[str, Any], starts: jax.Array
     ) -> dict[str, jax.Array]:
-        """Returns the log-probabilities of the two labels: `log_p` float32 [B, K, 2]."""
+        """Returns the log-probabilities of the two labels: `log_p`, float32 [B, K, 2]."""
         return {"log_p": jax.nn.log_softmax(model(**inputs, positions=starts).logits)}
 
     def judge(self, first: str, second: str) -> Steps[np.ndarray]:
-        """The steps of a request for the log-probabilities of the two labels for a pair, float32 [2].
+        """The steps of a request whose result is the log-probabilities of the two labels for a pair, float32 [2].
 
         If the pair is too long, the end of the first text and the beginning of the second are kept. A text that needs
-        at most half of the available tokens is kept whole; if both need more, each gets half.
+        at most half of the available tokens is kept in full; if both texts need more, each gets half.
         """
         a, b = (row[0].ids for row in self.tokenizer.encode([first, second], add_special_tokens=False))
         room = self.max_length - 3
@@ -148,25 +151,25 @@ def evaluate(
         models: Folders, ids on the Hub, or `bert-mini-cased`.
         texts: The texts to evaluate on.
         task: The task to measure.
-        max_length: Maximum number of tokens of a text, special tokens included; longer texts are truncated.
-        words: "random" masks a share of the tokens of a text at once. "each" masks one word at a time, with all its
-            pieces.
-        share: The share of the tokens that "random" masks; at least one token is masked.
-        seed: Seed for the choice of masked tokens, for cutting and pairing texts, and for resampling.
-        resamples: How often to resample the texts, or the pairs, to find the 95 % intervals.
+        max_length: Maximum number of tokens in a text, including special tokens; longer texts are truncated.
+        words: "random" masks a share of a text's tokens at the same time. "each" masks one word at a time, including
+            all its pieces.
+        share: The share of tokens that "random" masks; at least one token is masked.
+        seed: Seed for choosing masked tokens, for splitting and pairing texts, and for resampling.
+        resamples: Number of bootstrap resamples of the texts or pairs for the 95 % intervals.
         dtype: "float32", "bfloat16" or "int8"; see `BertModel.from_pretrained`.
         mesh: The devices; see `bert_jax.pipeline`.
         ignore: Regular expressions for the names of tensors in the first model's checkpoint that are not loaded.
         console: Shows progress; None shows nothing.
 
     Returns:
-        The results of each model, by its name in `models`. A measure is `{value, low, high}`; `low` and `high` bound
-        its 95 % interval.
+        The results of each model, by its name in `models`. Each measure is `{value, low, high}`, where `low` and `high`
+        are the bounds of the 95 % interval.
 
         fill-mask: The measures are `nll` (in nats), `pseudo_perplexity` (exponential of `nll`), `accuracy@k` for k = 1,
-        5 and 10, and `mrr` (mean reciprocal rank). `texts` is the number of texts, and `tokens` that of masked tokens.
-        `by_frequency` and `by_position` are lists with the number of tokens, the nll and the accuracy@1 of each class.
-        If `words` is "each" and every word has one piece, `pseudo_perplexity` is the measure of Salazar et al. 2020,
+        5 and 10, and `mrr` (mean reciprocal rank). `texts` is the number of texts, and `tokens` is the number of masked
+        tokens. `by_frequency` and `by_position` list the number of tokens, the nll and the accuracy@1 of each class. If
+        `words` is "each" and every word has one piece, `pseudo_perplexity` is the measure of Salazar et al. 2020,
         arXiv:1910.14659.
 
         next-sentence-prediction: The measures are `accuracy` and `nll`. `pairs` is the number of pairs.
@@ -174,8 +177,8 @@ def evaluate(
         `blank` is the number of blank texts, which are skipped.
 
     Raises:
-        InputError: If an entry is not a text, if the texts are too few or too short, or if a model does not support the
-            task or `max_length`.
+        InputError: If an entry is not a string, if there are too few texts or they are too short, or if a model does
+            not support the task or `max_length`.
     """
     texts = list(texts)
     _check(texts, "text")
@@ -213,15 +216,15 @@ def minimal_pairs(
     ignore: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Measures how often models find the first sentence of a pair likelier than the second (Warstadt et al. 2020).
+    """Measures how often models score the first sentence of a pair higher than the second (Warstadt et al. 2020).
 
     Args:
         models: Folders, ids on the Hub, or `bert-mini-cased`.
         pairs: The acceptable and the unacceptable sentence of each pair.
-        phenomena: What each pair tests; None for no table of phenomena.
-        metric: How sentences are scored; see `PseudoLogLikelihood.request`.
+        phenomena: The phenomenon that each pair tests; None for no table of phenomena.
+        metric: The scoring method; see `PseudoLogLikelihood.request`.
         seed: Seed for resampling.
-        resamples: How often to resample the pairs to find the 95 % interval.
+        resamples: Number of bootstrap resamples of the pairs for the 95 % interval.
         dtype: "float32", "bfloat16" or "int8"; see `BertModel.from_pretrained`.
         mesh: The devices; see `bert_jax.pipeline`.
         ignore: Regular expressions for the names of tensors in the first model's checkpoint that are not loaded.
@@ -232,8 +235,8 @@ def minimal_pairs(
         `by_phenomenon`, a list with the number of pairs and the accuracy of each phenomenon. A tie counts as an error.
 
     Raises:
-        InputError: If a sentence is not a text or cannot be scored, if a pair does not have two sentences, if there are
-            no pairs, if a pair has no phenomenon and others have one, or if a model cannot fill masks.
+        InputError: If a sentence is not a string or cannot be scored, if a pair does not have two sentences, if there
+            are no pairs, if only some pairs have a phenomenon, or if a model cannot fill masks.
     """
     pairs = list(pairs)
     if not pairs:
@@ -257,7 +260,7 @@ def minimal_pairs(
             except InputError as error:
                 raise InputError(f"Row {i}: {error}") from None
         scores = np.array([result["score"] for result in _run(pipe, requests, model, console)]).reshape(-1, 2)
-        # The scores of equal sentences can differ by rounding.
+        # The scores of identical sentences can differ due to rounding.
         ids = [encoding.ids for (encoding,) in pipe.tokenizer.encode([sentence for pair in pairs for sentence in pair])]
         differ = [good != bad for good, bad in zip(ids[::2], ids[1::2], strict=True)]
         right = (scores[:, 0] > scores[:, 1]) & differ
@@ -339,16 +342,16 @@ def _next_sentence(follows: np.ndarray, found: list[np.ndarray], seed: int, resa
 
 
 def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.ndarray]:
-    """Cuts each text in two at the end of a sentence, and pairs first parts with second parts.
+    """Splits each text in two at the end of a sentence and pairs first parts with second parts.
 
-    Half of the first parts are paired with the second part of another text, the rest with that of their own text. Texts
-    of one sentence are left out.
+    Half of the first parts are paired with the second part of a different text, and the rest with the second part of
+    the same text. Texts with only one sentence are omitted.
 
     Returns:
         The pairs, and whether the second part follows the first: bool [pairs].
 
     Raises:
-        InputError: If fewer than two texts can be cut.
+        InputError: If fewer than two texts can be split.
     """
     halves = []
     for text in texts:
@@ -365,15 +368,15 @@ def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.nd
 def _means(
     values: dict[str, np.ndarray], owner: np.ndarray, texts: int, seed: int, resamples: int
 ) -> dict[str, dict[str, float]]:
-    """The mean of each array, and the 95 % interval of the mean, which is found by resampling the texts or pairs.
+    """The mean of each array and its 95 % interval, which is computed by resampling the texts or pairs.
 
-    `owner` has, for each entry of the arrays, the index of its text or, for next-sentence-prediction, of its pair.
-    `texts` is the number of texts or pairs, including those without an entry.
+    `owner` contains, for each entry of the arrays, the index of its text or, for next-sentence-prediction, its pair.
+    `texts` is the number of texts or pairs, including those without entries.
     """
     sums = np.stack([np.bincount(owner, v, minlength=texts) for v in (np.ones(len(owner)), *values.values())], axis=1)
     random = np.random.default_rng(seed)
     drawn = np.array([random.multinomial(texts, np.full(texts, 1 / texts)) @ sums for _ in range(resamples)])
-    # If there are few texts, a resample may have no token. Its mean is then NaN, and `nanpercentile` leaves it out.
+    # If there are few texts, a resample may contain no tokens. Its mean is then NaN, which `nanpercentile` ignores.
     low, high = np.nanpercentile(drawn[:, 1:] / np.where(drawn[:, :1] > 0, drawn[:, :1], np.nan), [2.5, 97.5], axis=0)
     return {
         name: {"value": float(np.mean(v)), "low": float(low[i]), "high": float(high[i])}

@@ -1,4 +1,4 @@
-"""Evaluates a model on examples: computes its outputs for each example, and the metrics."""
+"""Evaluates a model on examples: computes its outputs for each example and the metrics."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -24,12 +24,11 @@ class Evaluation:
     """The results of an evaluation.
 
     Attributes:
-        metrics: The metrics of the task, and `loss`, the mean loss over the examples or tokens that have a target.
-            The loss is in nats or, for regression, in the squared unit of the target. If nothing has a target,
-            `metrics` is empty.
-        outputs: The outputs that `Objective.outputs` computes, by name and in the order of the examples. An output is
-            an array with one entry per example. If the task's `per_token` is true, an output is a list instead, in
-            which the array of each example has one entry per token.
+        metrics: The task's metrics, and `loss`, the mean loss over the examples or tokens that have a target. The loss
+            is in nats or, for regression, in the squared unit of the target. Empty if there are no targets.
+        outputs: The outputs that `Objective.outputs` computes, by name and in the order of the examples. Each output is
+            an array with one entry per example. If the task's `per_token` is true, each output is instead a list with
+            one array per example, which has one entry per token.
     """
 
     metrics: dict[str, Any]
@@ -39,8 +38,8 @@ class Evaluation:
 def program(task: Objective, skeleton: tree.Skeleton) -> jax.stages.Wrapped:
     """Returns a jitted function of the parameters and a batch.
 
-    The function returns the outputs, the mean loss, and the number of entries in this mean. Every device gets the full
-    results.
+    The function returns the outputs, the mean loss, and the number of entries in the mean. Every device receives the
+    full results.
     """
 
     def evaluate_batch(params: tree.Params, batch: Any) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
@@ -62,15 +61,16 @@ def evaluate(
     multiple: int = 1,
     mesh: jax.sharding.Mesh,
 ) -> Evaluation:
-    """Evaluates a model once on each example; padding does not affect the results.
+    """Evaluates a model on each example once. Padding does not affect the results.
 
     Args:
-        task: Gives the loss, the outputs and the metrics.
+        task: The task that defines the loss, the outputs and the metrics.
         evaluate_batch: The function that `program` returns.
         params: The parameters of the model.
         examples: All examples to evaluate.
-        batch_size: Examples per batch, over all devices.
-        packing: Maximum number of tokens of a packed row, which holds several examples; None for one example per row.
+        batch_size: Number of examples per batch, across all devices.
+        packing: Maximum number of tokens in a packed row, which contains several examples; None for one example per
+            row.
         multiple: The number of tokens per row is a multiple of this number.
         mesh: The devices.
 
@@ -92,7 +92,7 @@ def evaluate(
             return place, evaluate_batch(params, sharding.put_batch(loader.batch_at(step), mesh))
 
     # The results of a batch are read after the next batch is dispatched, so that the device computes the next batch
-    # while the host reads.
+    # while the host reads the results.
     batches: Iterator[Any] = itertools.chain(map(dispatch, range(loader.steps_per_epoch)), [None])
     for (place, results), _ in itertools.pairwise(batches):
         with memory.explain_out_of_memory(f"A batch of {place.shape}", remedy):
@@ -106,7 +106,7 @@ def evaluate(
         for name, array in outputs.items():
             column = collected.setdefault(name, [None] * len(examples))
             for spot in examples.spots(place):
-                # A copy, because a slice would keep the whole batch in memory.
+                # This is a copy, because a slice would keep the whole batch in memory.
                 column[spot.item] = array[spot.tokens].copy() if task.per_token else array[spot.row, spot.number]
     found = collected if task.per_token else {name: np.stack(column) for name, column in collected.items()}
     return Evaluation({"loss": total / counted} | task.evaluate(found, examples) if counted else {}, found)
@@ -122,17 +122,17 @@ def largest(
     multiple: int = 1,
     mesh: jax.sharding.Mesh,
 ) -> tuple[Shape, jax.stages.Compiled]:
-    """Finds the largest batch that `evaluate` makes if it gets the same arguments.
+    """Finds the largest batch that `evaluate` creates when called with the same arguments.
 
     Returns:
-        The shape of the batch, and the compiled program that evaluates a batch of this shape. The program is not run.
+        The shape of the batch and the compiled program that evaluates batches of this shape. The program is not run.
     """
     loader = Loader(examples, batch_size, seed=0, share=sharding.share(mesh), packing=packing, multiple=multiple)
     shape = max({loader.place(step).shape for step in range(loader.steps_per_epoch)}, key=lambda s: s.rows * s.length)
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
     abstract = tree.unflatten(sharding.abstract(flat, sharding.placements(mesh, flat)))
-    # Only the shapes of the batch are needed, so it has no examples and consists of padding.
+    # Only the shapes of the batch's arrays are needed, so it contains only padding and no examples.
     nowhere = np.zeros(0, int)
     batch = sharding.abstract(examples.batch(Place(nowhere, nowhere, shape)), sharding.by_row(mesh))
     with jax.set_mesh(mesh):

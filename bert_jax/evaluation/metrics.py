@@ -1,6 +1,6 @@
 """Metrics of predictions against labels, computed with scikit-learn and scipy.
 
-Accuracy, precision, recall, F1 and exact match are from 0 to 1 for all tasks.
+Accuracy, precision, recall, F1 and exact match are between 0 and 1 for all tasks.
 """
 
 import re
@@ -15,7 +15,7 @@ from sklearn import metrics
 
 
 def classification(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
-    """Metrics of classification with one label per example.
+    """Metrics for classification with one label per example.
 
     Args:
         labels: int [N].
@@ -25,7 +25,7 @@ def classification(labels: np.ndarray, predictions: np.ndarray, names: tuple[str
     Returns:
         `accuracy`, `f1_macro`, `f1_micro`, `f1_weighted`, `matthews`, `per_class` (precision, recall, f1 and support of
         each label) and `confusion` (one row per true label, one column per predicted label). If there are two labels,
-        there are two more keys: `f1`, the f1 of the second label, and `f1_label`, the name of that label.
+        also `f1`, the f1 of the second label, and `f1_label`, the name of that label.
     """
     scores, per_class = _scores(labels, predictions, names)
     if len(names) == 2:
@@ -39,7 +39,7 @@ def classification(labels: np.ndarray, predictions: np.ndarray, names: tuple[str
 
 
 def multi_label(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
-    """Metrics of classification with any number of labels per example.
+    """Metrics for classification with any number of labels per example.
 
     Args:
         labels: [N, C], 0 or 1.
@@ -47,8 +47,8 @@ def multi_label(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, .
         names: The names of the labels.
 
     Returns:
-        `accuracy` (the share of examples with all labels right), `f1_macro`, `f1_micro`, `f1_weighted`, and `per_class`
-        with precision, recall, f1 and support of each label.
+        `accuracy` (the share of examples for which all labels are correct), `f1_macro`, `f1_micro`, `f1_weighted`, and
+        `per_class` (precision, recall, f1 and support of each label).
     """
     # A column of zeros is added, because scikit-learn would read a single column as two classes.
     labels, predictions = (np.pad(array, ((0, 0), (0, 1))).astype(int) for array in (labels, predictions))
@@ -57,27 +57,27 @@ def multi_label(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, .
 
 
 def best_threshold(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
-    """Finds the threshold with the best `f1_micro` if each label with a score above it is predicted.
+    """Finds the threshold with the best `f1_micro` when each label with a score above the threshold is predicted.
 
     Args:
         labels: [N, C], 0 or 1.
         scores: float [N, C], at least 0.
 
     Returns:
-        The threshold, which is midway between two neighbouring scores, and its `f1_micro`.
+        The threshold, which is midway between two neighboring scores, and its `f1_micro`.
     """
     flat = scores.ravel().astype(np.float64)
     order = np.argsort(-flat, kind="stable")
     ranked = np.append(flat[order], 0.0)
     right = np.cumsum(labels.ravel()[order])
-    # The first n scores can be the predicted ones only if the next score is lower.
+    # The labels with the n highest scores can be the predicted labels only if the next score is lower.
     f1 = np.where(ranked[:-1] > ranked[1:], 2 * right / (np.arange(1, len(flat) + 1) + right[-1]), 0.0)
     best = int(np.argmax(f1))
     return float(ranked[best] + ranked[best + 1]) / 2, float(f1[best])
 
 
 def _scores(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The accuracy and the f1 averages, and the scores of each label (`per_class`)."""
+    """The accuracy and the f1 averages, and the metrics of each label (`per_class`)."""
     options: dict[str, Any] = {"labels": list(range(len(names))), "zero_division": 0.0}
     scores = {"accuracy": float(metrics.accuracy_score(labels, predictions))}
     for average in ("macro", "micro", "weighted"):
@@ -90,14 +90,14 @@ def _scores(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -
 
 
 def regression(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
-    """Metrics of regression: pearson, spearman, and the mean squared error (`mse`, in the squared unit of the labels).
+    """Metrics for regression: pearson, spearman, and the mean squared error (`mse`, in the squared unit of the labels).
 
     Args:
         labels: float [N].
         predictions: float [N].
 
     Returns:
-        The three metrics; both correlations are 0 if the labels or the predictions do not vary.
+        The three metrics. Both correlations are 0 if all labels or all predictions are equal.
     """
     varied = len(labels) > 1 and np.ptp(labels) > 0 and np.ptp(predictions) > 0
     return {
@@ -108,16 +108,16 @@ def regression(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Finds the entities of a sentence as conlleval and seqeval do.
+    """Finds the entities in a sentence in the same way as conlleval and seqeval.
 
-    The tags are IOB1, IOB2 or BIOES, and may be ill-formed.
+    The tags use the scheme IOB1, IOB2 or BIOES, and may be malformed.
 
     Args:
-        tags: The tag of each word: "O", or one of the prefixes B-, I-, E- and S- followed by a type, such as "B-PER".
-            A tag without a type, such as "B", gets the type "_", as in seqeval.
+        tags: The tag of each word: "O", or one of the prefixes B-, I-, E- and S- followed by a type, as in "B-PER". A
+            tag without a type, such as "B", gets the type "_", as in seqeval.
 
     Returns:
-        (type, index of the first word, index of the last word) of each entity, in order.
+        One tuple (type, index of the first word, index of the last word) per entity, in order.
     """
     found: list[tuple[str, int, int]] = []
     before, kind_before, begin = "O", "", 0
@@ -133,11 +133,11 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def tagging(labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Metrics of token classification, from the tags of each sentence.
+    """Metrics for token classification, computed from the tags of each sentence.
 
     Returns:
-        `precision`, `recall` and `f1` over all entities, `accuracy` of the tags, and `per_class` with precision,
-        recall, f1 and support of each type. An entity is right if its type, its first word and its last word are right.
+        `precision`, `recall` and `f1` over all entities, `accuracy` of the tags, and `per_class` (precision, recall, f1
+        and support of each type). An entity is correct if its type, its first word and its last word are correct.
     """
     truth, found = ({(n, *span) for n, tags in enumerate(side) for span in entities(tags)}
                     for side in (labels, predictions))  # fmt: skip
@@ -157,7 +157,7 @@ def _span_scores(truth: set[Any], found: set[Any]) -> dict[str, Any]:
 
 
 def normalized(answer: str) -> str:
-    """Normalises an answer as SQuAD's official script does: lower case, no punctuation, no articles, single spaces."""
+    """Normalizes an answer as SQuAD's official script does: lower case, no punctuation, no articles, single spaces."""
     kept = "".join(character for character in answer.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
@@ -165,23 +165,23 @@ def normalized(answer: str) -> str:
 def answering(
     golds: Sequence[Sequence[str]], answers: Sequence[str], null_over_best: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """Metrics of answers to questions, as in evaluate-v2.0.py of SQuAD 2.0.
+    """Metrics for question answering, as in evaluate-v2.0.py of SQuAD 2.0.
 
-    If all questions have an answer, the metrics are those of SQuAD 1.1.
+    If all questions have an answer, the metrics are the SQuAD 1.1 metrics.
 
     Args:
         golds: The accepted answers of each question; empty if the question has no answer.
-        answers: The answer given to each question, "" for no answer.
-        null_over_best: For each question, the score of "no answer" minus the score of the best other answer. If
-            `null_over_best` is given, `answers` must be these best other answers, and the best threshold is found: each
-            question whose difference is above the threshold gets "no answer".
+        answers: The predicted answer to each question, or "" for no answer.
+        null_over_best: For each question, the score of "no answer" minus the score of the best non-empty answer. If
+            `null_over_best` is given, `answers` must be these best non-empty answers, and the best threshold is found.
+            "No answer" is predicted for each question whose difference is above the threshold.
 
     Returns:
-        `exact_match` and `f1`, which are means over the questions. All means are from 0 to 1 (in the script, from 0 to
-        100). If some questions have no answer, `has_answer_…` are the means over the questions with an answer, and
-        `no_answer_…` those over the questions without one. If `null_over_best` is given, `best_f1` and
-        `best_exact_match` are the means at the threshold that is best for each, and `null_threshold` is the threshold
-        of `best_f1`.
+        `exact_match` and `f1`, which are means over the questions. All means are between 0 and 1 (in the script,
+        between 0 and 100). If some questions have no answer, the `has_answer_…` metrics are means over the questions
+        with an answer, and the `no_answer_…` metrics are means over the questions without one. If `null_over_best` is
+        given, `best_f1` and `best_exact_match` are the values at the respective best threshold, and `null_threshold` is
+        the threshold of `best_f1`.
     """
     has_answer = np.array([bool(gold) for gold in golds])
     golds = [[answer for answer in gold if normalized(answer)] or [""] for gold in golds]
@@ -201,7 +201,7 @@ def answering(
     # totals[n] below is the sum of the scores if only the n questions with the lowest `null_over_best` are answered.
     order = np.argsort(null_over_best, kind="stable")
     thresholds = np.asarray(null_over_best)[order]
-    for name, values in scores.items():  # f1 comes last, so that after the loop, `best` is that of f1
+    for name, values in scores.items():  # f1 is last, so that `best` belongs to f1 after the loop
         gains = np.where(has_answer, values, np.where(np.array(answers) == "", 0.0, -1.0))[order]
         totals = np.concatenate([[0.0], np.cumsum(gains)]) + (~has_answer).sum()
         best = int(np.argmax(totals))

@@ -1,1 +1,1 @@
-"""Inference: pipelines, prediction of files, and a server."""
+"""Inference: pipelines, prediction from files, and a server."""

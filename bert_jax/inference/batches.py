@@ -1,4 +1,4 @@
-"""Divides rows into batches, and chooses for each batch one of a few shapes, the buckets, to pad it to."""
+"""Divides rows into batches and chooses for each batch one of a few shapes, called buckets, to pad it to."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,18 +9,20 @@ from bert_jax.data.rows import Spot, best_fit, lay_out
 from bert_jax.tasks.base import Features
 
 BUCKET_LENGTHS = (16, 32, 64, 128, 256, 384, 512)
-"""Lengths that rows are padded to, in tokens. A row of n tokens holds at most n // 8 texts, unless the attention
-kernel does not support packed rows."""
+"""Lengths that rows are padded to, in tokens.
+
+A row of n tokens holds at most n // 8 texts, or one text if the attention kernel does not support packed rows.
+"""
 BUCKET_TOKENS = 2048
-"""Maximum number of tokens of a batch on one device, padding included."""
+"""Maximum number of tokens in a batch on one device, including padding."""
 BATCH_TOKENS = 32
-"""Starting a batch (a call of the program, which reads all weights) takes about as long as this number of tokens."""
+"""Starting a batch (calling the program, which reads all weights) takes about as long as computing this many tokens."""
 ATTENTION_LENGTH = 2048
-"""In rows of this length, the attention of a token takes about as long as all else that is computed for it."""
+"""In rows of this length, the attention of a token takes about as long as the rest of its computation."""
 
 
 class Shape(NamedTuple):
-    """The shape of a batch. The fields are those of `Bucket`, except `masks`, which lists the choices."""
+    """The shape of a batch. It has the fields of `Bucket`, but `masks` lists all possible values."""
 
     rows: int
     length: int
@@ -29,7 +31,7 @@ class Shape(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """The shape that a program is compiled for.
+    """The shape for which a program is compiled.
 
     Attributes:
         rows: Number of rows.
@@ -48,7 +50,7 @@ class Bucket(NamedTuple):
 
 
 def is_usual(bucket: Bucket) -> bool:
-    """Whether sentences with a few masked positions use a bucket."""
+    """Whether sentences with few masked positions use the bucket."""
     return bucket.length <= 128 and bucket.masks <= max(2, most_texts(bucket.length))
 
 
@@ -58,7 +60,7 @@ class Queued(NamedTuple):
     Attributes:
         features: The tokens of the text.
         request: The request.
-        place: The index of the text among those that the request waits for.
+        place: The index of the text among those for which the request waits.
     """
 
     features: Features
@@ -68,11 +70,11 @@ class Queued(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The texts whose outputs are computed together.
+    """Texts whose outputs are computed together.
 
     Attributes:
         queued: The texts, pairs or windows.
-        rows: For each text, the index of the row that holds it.
+        rows: For each text, the index of the row that contains it.
         bucket: The bucket whose program computes the outputs.
     """
 
@@ -99,19 +101,19 @@ def shapes(
     share: int = 1,
     multiple: int = 1,
 ) -> list[Shape]:
-    """The shapes of batches.
+    """The possible shapes of batches.
 
     Args:
         max_length: The length of the longest text.
         packed: Whether a row may hold several texts.
-        masks: Maps the length of a row, and the number of texts that it may hold, to the numbers of masked positions
-            that it is padded to, in ascending order.
+        masks: A function from the length of a row and the maximum number of texts in it to the possible numbers of
+            masked positions after padding, in ascending order.
         share: The number of parts that the rows are divided into; see `bert_jax.sharding.share`.
         multiple: The attention kernel requires lengths that are multiples of this number.
     """
     max_length = -(-max_length // multiple) * multiple
     lengths = [*(n for n in BUCKET_LENGTHS if n < max_length and n % multiple == 0), max_length]
-    if not packed:  # the numbers of rows are further apart, because each of the many lengths has them
+    if not packed:  # fewer choices for the number of rows, because each of the many lengths multiplies them
         return [
             Shape(share * rows, length, 1, masks(length, 1))
             for length in lengths
@@ -134,16 +136,16 @@ def batches(
     has_program: Callable[[Bucket], bool] = lambda bucket: True,
     share: int = 1,
 ) -> Iterator[Batch]:
-    """Divides texts into batches. Each batch has the shape that the texts fill best.
+    """Divides texts into batches. Each batch has the shape that its texts fill best.
 
-    If rows are packed and there are enough texts for a full batch, only full batches are considered, so that many texts
-    need few programs.
+    If rows are packed and there are enough texts for a full batch, only full batches are considered, so that large
+    numbers of texts need only a few programs.
 
     Args:
         queued: The texts.
         shapes: The shapes to choose from; see `shapes`.
-        has_program: Whether the program of a bucket is compiled. Another bucket is chosen only for a text that fits no
-            bucket with a program, and the batch then has only this text.
+        has_program: Returns whether the program of a bucket is compiled. A bucket without a compiled program is chosen
+            only for a text that fits no other bucket, and the batch then contains only this text.
         share: The number of parts that the rows are divided into, as for `shapes`.
     """
     full = share * BUCKET_TOKENS
@@ -166,11 +168,11 @@ def batches(
 
 
 def _fill(queued: Sequence[Queued], shape: Shape, share: int) -> tuple[float, Batch]:
-    """Fills a batch of a shape with the first texts of those that are given, in descending order of length.
+    """Fills a batch of the given shape with the first texts in `queued`, in descending order of length.
 
     Returns:
-        How well the batch is filled: the tokens and masked positions of its texts, divided by its cost, in tokens.
-        The batch.
+        How well the batch is filled (the tokens and masked positions of its texts, divided by its cost in tokens), and
+        the batch.
     """
     first = queued[: shape.rows * shape.texts]
     rows = best_fit([len(q.features.input_ids) for q in first], shape.length, rows=shape.rows, items=shape.texts)
@@ -196,12 +198,12 @@ def most_texts(length: int) -> int:
 
 
 def mask_counts(length: int, texts: int, one_mask: bool) -> tuple[int, int, int]:
-    """Numbers of masked positions that rows of this length are padded to, if they hold up to this number of texts.
+    """Numbers of masked positions that rows of this length, with up to this number of texts, are padded to.
 
-    If each text has one, they are one for each text that a row may hold, and three quarters and half of that.
-    Otherwise, the smallest is one for each text. The second is a quarter of the row's tokens, enough for the 15 % that
-    pretraining masks. The largest is the number of all tokens of the row. All are at least 2: with 1 position, the head
-    would compute matrix-vector products, which are slow on CPU.
+    If each text has exactly one masked position, the numbers are `texts`, three quarters of it and half of it.
+    Otherwise, the smallest number is `texts`. The second is a quarter of the row's tokens, which is enough for the 15 %
+    that pretraining masks. The largest is the number of tokens in the row. All numbers are at least 2, because with 1
+    position, the head would compute matrix-vector products, which are slow on CPU.
     """
     if one_mask:
         return max(2, texts // 2), max(2, 3 * texts // 4), max(2, texts)

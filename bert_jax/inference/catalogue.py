@@ -1,4 +1,4 @@
-"""Answers requests in the JSON formats that the endpoints of Azure's model catalogue accept."""
+"""Answers requests in the JSON formats that the endpoints of Azure's model catalog accept."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from bert_jax.tasks.base import Task
 INPUTS = ("inputs", "input_data")
 PARAMETERS = ("parameters", "params")
 TEXTS = "input_string"
-"""The catalogue's name for the column of texts."""
+"""The model catalog's name for the text column."""
 
 
 def score(pipe: Pipeline[Task], request: Any) -> Any:
@@ -21,23 +21,23 @@ def score(pipe: Pipeline[Task], request: Any) -> Any:
     The field `inputs` (or `input_data`) is one of:
 
     - an input that is not a list, such as a text
-    - a list of inputs, in which an input that consists of two texts, or of words, is itself a list
+    - a list of inputs, in which an input that consists of two texts or of words is itself a list
     - columns: `{"input_string": […]}` or, for question answering, `{"question": […], "context": […]}`
-    - pandas' split form: `{"columns": […], "index": […], "data": [[…]]}`
+    - the pandas "split" format: `{"columns": […], "index": […], "data": [[…]]}`
 
-    The field `parameters` (or `params`) holds the parameters of the task.
+    The field `parameters` (or `params`) contains the task's parameters.
 
     Args:
-        pipe: The pipeline that answers.
+        pipe: The pipeline that computes the results.
         request: The request, as `json.loads` returns it.
 
     Returns:
-        A value for `json.dumps`: a list with one result per input, in order. If one input was given without a list,
-        the value is its result.
+        A value for `json.dumps`: a list with one result per input, in order. For a single input that is not in a list,
+        the value is the result itself.
 
     Raises:
-        InputError: If the request is invalid. The message names the problem and, if inputs are in a list, the index of
-            the invalid input.
+        InputError: If the request is invalid. The message states the problem and, if the inputs are in a list, the
+            index of the invalid input.
     """
     inputs, parameters = read(request)
     return jsonable(pipe(inputs, **parameters))
@@ -51,7 +51,7 @@ def jsonable(result: Any) -> Any:
 
 
 def read(request: Any) -> tuple[Any, dict[str, Any]]:
-    """The inputs and parameters of a request, as `Pipeline` accepts them; raises `InputError` if they are invalid."""
+    """Returns a request's inputs and parameters in the form for `Pipeline`. Raises `InputError` if they are invalid."""
     if not isinstance(request, Mapping):
         raise InputError(f'expected an object like {{"inputs": {{"{TEXTS}": ["…"]}}}}, got {_kind(request)}.')
     if unknown := [key for key in request if key not in INPUTS + PARAMETERS]:
@@ -71,7 +71,7 @@ def read(request: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _columns(split: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Converts pandas' split form to columns."""
+    """Converts the pandas "split" format to columns."""
     names, data = split.get("columns", [TEXTS]), split["data"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"columns is {quoted(names)}; expected a list of names, such as [{TEXTS!r}].")
@@ -87,8 +87,8 @@ def _columns(split: Mapping[str, Any]) -> dict[str, list[Any]]:
 def _rows(columns: Mapping[str, Any]) -> Any:
     """Converts columns to a list with one dict per row.
 
-    If the column of texts is the only column, its values are returned instead. If a column is not a list, the columns
-    are the fields of a single input, which is returned as a dict.
+    If the text column is the only column, its values are returned instead. If a column is not a list, the columns are
+    the fields of a single input, which is returned as a dict.
     """
     if list(columns) == [TEXTS]:
         return columns[TEXTS]

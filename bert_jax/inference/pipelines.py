@@ -1,4 +1,4 @@
-"""Makes predictions for texts. The rows of many requests share batches, and each batch shape has one compiled program.
+"""Makes predictions for texts. The rows of many requests share batches, and one program is compiled per batch shape.
 
 Example:
     fill_mask = bert_jax.pipeline("fill-mask", "google-bert/bert-base-cased")
@@ -50,7 +50,7 @@ from bert_jax.tokenizer import Tokenizer
 from bert_jax.training import memory
 
 READ_AHEAD = 1024
-"""Number of inputs of a stream that are read ahead per shard of a batch, sorted by length and batched together."""
+"""Number of inputs, per shard of a batch, that are read ahead from a stream, sorted by length and batched together."""
 
 Model = str | os.PathLike[str] | BertPreTrainedModel
 Input = TypeVar("Input")
@@ -62,7 +62,7 @@ Task_co = TypeVar("Task_co", covariant=True)
 
 
 class Asks(Protocol[Input_contra, Parameters, Result_co]):
-    """A task, from which type checkers infer the types of its inputs, parameters and results."""
+    """A task, in a form from which type checkers infer the types of its inputs, parameters and results."""
 
     @property
     def request(self) -> Callable[Concatenate[Input_contra, Parameters], Request[Result_co]]:
@@ -144,24 +144,24 @@ def pipeline(
     dtype: Dtype | None = None,
     mesh: Mesh | None = None,
 ) -> "Pipeline[Task]":
-    """Makes a model ready for a task.
+    """Prepares a model for a task.
 
     Args:
         task: "fill-mask", "next-sentence-prediction", "feature-extraction", "text-classification",
             "token-classification", "question-answering", "multiple-choice" or "pseudo-log-likelihood".
-        model: A folder, an id on the Hugging Face Hub, `bert-mini-cased`, or a loaded model.
-        tokenizer: The tokenizer. It is required with a loaded model; otherwise, None means that of the checkpoint.
+        model: A folder, an id on the Hugging Face Hub, the embedded model (`bert-mini-cased`), or a loaded model.
+        tokenizer: The tokenizer. It is required with a loaded model; otherwise, None loads the checkpoint's tokenizer.
         revision: Branch, tag or commit on the Hub.
-        ignore: Regular expressions for the names of tensors that are not loaded; see `BertModel.from_pretrained`.
+        ignore: Regular expressions for the names of tensors to skip; see `BertModel.from_pretrained`.
         dtype: "float32" (the default), "bfloat16" or "int8". The last two need less memory and, on some processors,
-            less time; see `BertModel.from_pretrained`. A loaded model keeps its own.
-        mesh: The devices, from `bert_jax.sharding.mesh`. They share the rows of each batch. By default, a loaded model
-            stays on the devices that it was placed on, and other models use the devices of `bert_jax.sharding.local`.
+            less time; see `BertModel.from_pretrained`. A loaded model keeps its dtype.
+        mesh: A mesh of devices from `bert_jax.sharding.mesh`. The devices share the rows of each batch. By default, a
+            loaded model stays on its current devices, and other models use the devices of `bert_jax.sharding.local`.
 
     Raises:
-        InputError: If the task or dtype is unknown, if the mesh does not fit the model or has devices of other
+        InputError: If the task or dtype is unknown, if the mesh does not fit the model or contains devices of other
             processes, or if a loaded model does not fit the task, is given without a tokenizer, or is given with
-            arguments that say how to load a model.
+            arguments that specify how to load a model.
         ModelNotFoundError: If there is no such model, or if the Hub does not answer.
         CheckpointError: If the checkpoint lacks the task's head, is damaged, or does not fit the tokenizer.
         OutOfMemoryError: If the model does not fit in the memory of the devices.
@@ -192,7 +192,7 @@ def pipeline(
         folder = hub.download(model, revision=revision)
         tokenizer = tokenizer or Tokenizer.from_pretrained(folder)
         without_pooler = {}
-        if model_class is BertModel:  # feature extraction, which does not use the pooler
+        if model_class is BertModel:  # for feature extraction, which does not use the pooler
             without_pooler["add_pooling_layer"] = False
             options["folder"] = folder
         fitting = tasks_of(hub.architectures(folder))
@@ -215,21 +215,21 @@ def pipeline(
 
 
 def tasks_of(architectures: Sequence[str]) -> list[str]:
-    """The tasks that a model with these architectures was trained for."""
-    if "BertForPreTraining" in architectures:  # has both pretraining heads
+    """The tasks for which a model with these architectures was trained."""
+    if "BertForPreTraining" in architectures:  # it has both pretraining heads
         architectures = [*architectures, "BertForMaskedLM", "BertForNextSentencePrediction"]
-    tasks = {task.model_class.__name__: name for name, task in reversed(TASKS.items())}  # the first task of each class
+    tasks = {task.model_class.__name__: name for name, task in reversed(TASKS.items())}  # first task per class
     return [name for name in TASKS if name in {tasks.get(architecture) for architecture in architectures}]
 
 
 class Pipeline(Generic[Task_co]):
-    """A task, a model and its programs. Call it with one input, a list of inputs, or any other iterable of inputs."""
+    """A task, a model and its programs. Call it with one input, a list of inputs, or another iterable of inputs."""
 
     def __init__(self, task: Task_co, model: BertPreTrainedModel, tokenizer: Tokenizer, max_length: int, mesh: Mesh):
         self.task: Any = task
         self.tokenizer = tokenizer
         self.config = model.current_config
-        # A float32 model may compute in bfloat16, which changes the results as the dtype bfloat16 does.
+        # A float32 model may compute in bfloat16, which changes the results in the same way as the dtype bfloat16.
         self.dtype: Dtype = "bfloat16" if model.encoder.compute_dtype == "bfloat16" else model.dtype
         self.max_length = max_length
         self.params, self._skeleton = tree.split(model)
@@ -257,7 +257,7 @@ class Pipeline(Generic[Task_co]):
 
     @functools.cached_property
     def buckets(self) -> list[Bucket]:
-        """The buckets that inputs can need, the usual ones first; see `is_usual`."""
+        """All buckets that inputs may require, with the usual ones first; see `is_usual`."""
         buckets = [
             Bucket(rows, length, masks, texts)
             for rows, length, texts, counts in self._shapes
@@ -266,16 +266,16 @@ class Pipeline(Generic[Task_co]):
         return sorted(buckets, key=is_usual, reverse=True)
 
     def warm_up(self) -> None:
-        """Compiles the programs of all `buckets`, several at a time, and runs the one that uses the most memory.
+        """Compiles the programs of all `buckets`, several at a time, and runs the one with the highest memory use.
 
-        After that, no input waits for a compiler, and memory use has reached its peak.
+        Afterward, no input waits for compilation, and memory use has reached its peak.
         """
         with ThreadPoolExecutor(os.cpu_count()) as compilers:
             list(compilers.map(self.compile, self.buckets))
         self.run_largest()
 
     def run_largest(self) -> None:
-        """Runs the program that uses the most memory."""
+        """Runs the program with the highest memory use."""
         largest = max(self.buckets, key=lambda bucket: (bucket.masks * bucket.rows, bucket.length * bucket.rows))
         inputs = {name: np.zeros(shape, np.int32) for name, shape in self._arrays(largest).items()}
         with explain_out_of_memory(f"A batch of {largest}"):
@@ -288,7 +288,7 @@ class Pipeline(Generic[Task_co]):
 
     @property
     def __call__(self: "Pipeline[Asks[Input, Parameters, Result]]") -> Predicts[Input, Parameters, Result]:
-        """Makes predictions. A call is `pipe(inputs, …)`; its keyword arguments are those of the task's `request`.
+        """Makes predictions. The call is `pipe(inputs, …)`, with the keyword arguments of the task's `request`.
 
         Args:
             inputs: One input of the task (a text, a pair as a tuple, a dict with question and context or with context
@@ -296,11 +296,11 @@ class Pipeline(Generic[Task_co]):
 
         Returns:
             For one input, the task's result. For a list, a list of results in the same order. For any other iterable,
-            an iterator of results, which reads at most `read_ahead` inputs ahead.
+            an iterator over the results, which reads at most `read_ahead` inputs ahead.
 
         Raises:
-            InputError: If an input or a parameter cannot be used. The message names the problem and, if there
-                are several inputs, the index of the input.
+            InputError: If an input or a parameter is invalid. The message states the problem and, if there are several
+                inputs, the index of the input.
             CheckpointError: If the model's results are not finite.
             OutOfMemoryError: If a batch does not fit in the memory of the devices.
         """
@@ -316,11 +316,11 @@ class Pipeline(Generic[Task_co]):
         return list(results) if isinstance(inputs, list) else results
 
     def request(self, entry: Any, parameters: Mapping[str, Any]) -> Request[Any]:
-        """Makes a request from one input; `run` computes its result.
+        """Makes a request from one input. To compute its result, call `run`.
 
         Raises:
-            InputError: If the input cannot be used, or if the task does not have one of the parameters.
-            CheckpointError: If tokens were added to the tokenizer after the pipeline was made.
+            InputError: If the input is invalid, or if the task does not have one of the parameters.
+            CheckpointError: If tokens were added to the tokenizer after the pipeline was created.
         """
         check_vocabulary(self.tokenizer, self.config)
         self.check_parameters(parameters)
@@ -392,17 +392,17 @@ class Pipeline(Generic[Task_co]):
         return bucket in self._programs
 
     def compile(self, bucket: Bucket) -> jax.stages.Compiled:
-        """The program of a bucket, compiled at the first call."""
+        """Returns the program of a bucket, which is compiled at the first call."""
         if bucket not in self._programs:
             first = not self._programs
             with explain_out_of_memory(f"A batch of {bucket}"):
                 self._programs[bucket] = self.trace(bucket).lower().compile()
-            if first:  # the compiler leaves 50 MB behind, which it needs again only for another program
+            if first:  # the compiler retains 50 MB that it needs only when it compiles another program
                 memory.release()
         return self._programs[bucket]
 
     def trace(self, bucket: Bucket) -> jax.stages.Traced:
-        """Traces the program of a bucket. The parameters may be abstract, and the devices may be in other machines."""
+        """Traces the program of a bucket. Parameters may be abstract, and devices may belong to other machines."""
         flat, rows = tree.flatten(self.params), sharding.by_row(self.mesh)
         params = tree.unflatten(sharding.abstract(flat, sharding.placements(self.mesh, flat)))
         inputs = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in self._arrays(bucket).items()}

@@ -1,8 +1,8 @@
-"""Makes predictions for the rows of files, in order and in constant memory. A run that was killed can be resumed.
+"""Makes predictions for the rows of files, in order and in constant memory. A killed run can be resumed.
 
-Next to the output, here called OUT, a run writes up to three more files. `OUT.partial` holds the rows predicted so
-far and is removed at the end. `OUT.run.json` identifies the run and records its progress. `OUT.rejected.jsonl`
-holds the rows that could not be used, if there are any.
+In addition to the output file, called OUT below, a run writes up to three files next to it. `OUT.partial` contains the
+rows predicted so far and is removed at the end. `OUT.run.json` identifies the run and records its progress.
+`OUT.rejected.jsonl` contains the rows that could not be used, if there are any.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ from bert_jax.inference.pipelines import READ_AHEAD, Pipeline
 from bert_jax.tasks.base import Request, Task
 
 WHOLE = 2**28
-"""Files of up to this many bytes are hashed whole, which takes at most 0.6 s.
+"""Files of up to this many bytes are hashed in full, which takes at most 0.6 s.
 
-Of a larger file, only `SAMPLES` blocks of `BLOCK` bytes are hashed, which takes 0.2 s.
+For a larger file, only `SAMPLES` blocks of `BLOCK` bytes are hashed, which takes 0.2 s.
 """
 SAMPLES, BLOCK = 64, 2**20
 PREDICTION = "prediction"
@@ -46,7 +46,7 @@ OUTPUTS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 
 @dataclass(frozen=True)
 class Counts:
-    """How many rows were predicted, and how many were rejected."""
+    """The numbers of predicted and rejected rows."""
 
     predicted: int
     rejected: int
@@ -65,7 +65,7 @@ def predict_files(
     parameters: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> Counts:
-    """Makes a prediction for each row of the input files, and writes each row with its prediction to the output.
+    """Makes a prediction for each row of the input files and writes each row with its prediction to the output.
 
     If the run is killed, the same call resumes it. A row whose input cannot be used is written to
     `{output}.rejected.jsonl` with the reason, and the run continues.
@@ -73,16 +73,17 @@ def predict_files(
     Args:
         pipe: The pipeline that predicts.
         inputs: Files or folders in the formats that `sources.entries` reads.
-        output: The output file. Its name gives the format: JSONL or CSV, both optionally gzipped, or Parquet.
-        model: Name of the model. The name is recorded with a hash of the weights and the tokenizer, and a run can be
+        output: The output file. Its name determines the format: JSONL or CSV (both optionally gzipped), or Parquet.
+        model: Name of the model. The run records the name and a hash of the weights and the tokenizer, and it can be
             resumed only with the same model.
-        columns: The columns that make up an input: one, two for a pair, or those of a context with choices. By default,
-            the first tuple in the task's `columns_of_input` whose columns a row has.
-        format: Format of the inputs. If None, each file's name gives its format, and a .txt file has one text per line.
-        table: How the inputs are read if they are tables.
+        columns: The columns that form an input: one column, two columns for a pair, or the columns of a context with
+            choices. By default, the first tuple in the task's `columns_of_input` whose columns all exist in the row.
+        format: Format of the inputs. If None, the format is inferred from each file's name, and a .txt file has one
+            text per line.
+        table: Options for reading inputs that are tables.
         shard: (i, n) selects every n-th row, starting with the i-th, counted from 1.
-        parameters: The parameters of the task.
-        console: Where a progress bar is shown; None for no progress bar.
+        parameters: The task's parameters.
+        console: The console for a progress bar; None for no progress bar.
 
     Raises:
         InputError: If a file cannot be read or written, if an argument is invalid, if none of the first 100 rows of a
@@ -112,7 +113,7 @@ def predict_files(
     candidates = [columns] if columns else pipe.task.columns_of_input
     flat = not output.name.endswith(OUTPUTS[:2])
     for path in paths:
-        begin = sources.entries(path, format, labelled=False, table=table, warn=False)  # warned of when read again
+        begin = sources.entries(path, format, labelled=False, table=table, warn=False)  # the second read warns
         first = ((path, 0, entry) for entry in islice(begin, 100))
         window = _window(lambda entry: entry, first, candidates, flat)
         if window and not window.requests:
@@ -141,7 +142,7 @@ def predict_files(
 
 
 def check_request(pipe: Pipeline[Task], columns: tuple[str, ...], parameters: Mapping[str, Any]) -> Request[Any]:
-    """Makes a request from an example. Raises `InputError` if the columns or parameters would fail for all rows."""
+    """Makes a request from an example. Raises `InputError` if the columns or parameters are invalid for all rows."""
     sizes = sorted({len(names) for names in pipe.task.columns_of_input})
     if columns and len(columns) not in sizes:
         raise InputError(f"There are {len(columns)} columns; {pipe.task.name} expects {' or '.join(map(str, sizes))}.")
@@ -150,7 +151,7 @@ def check_request(pipe: Pipeline[Task], columns: tuple[str, ...], parameters: Ma
 
 @dataclass
 class _Journal:
-    """The content of `OUT.run.json`: what identifies a run, and the progress of the run.
+    """The contents of `OUT.run.json`: the data that identifies a run, and the run's progress.
 
     A resumed run truncates `OUT.partial` and `OUT.rejected.jsonl` to the recorded sizes, so no row is lost or repeated.
     """
@@ -195,7 +196,7 @@ class _Journal:
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
-    """Describes how an argument differs from that of the run to resume."""
+    """Describes how an argument differs from the argument of the run to resume."""
     if key == "inputs":
         names = [[name for name, _, _ in files] for files in (before, now)]
         if names[0] == names[1]:
@@ -209,7 +210,7 @@ def _difference(key: str, before: Any, now: Any) -> str:
 
 @dataclass
 class _Window:
-    """Rows that are predicted together, and the rejected rows with their reasons."""
+    """Rows that are predicted together, and rejected rows with the reasons."""
 
     position: int
     rows: list[Row]
@@ -243,7 +244,7 @@ def _predict(pipe: Pipeline[Task], windows: Iterator[_Window], journal: _Journal
             results = pipe.run(window.requests)
             predicted = zip(window.rows, results, strict=True)
             partial.writelines(_line(row | {PREDICTION: jsonable(result)}) for row, result in predicted)
-            # A rejected row may hold lone surrogates, which UTF-8 cannot encode. JSON in ASCII escapes them.
+            # A rejected row may contain lone surrogates, which UTF-8 cannot encode. ASCII JSON escapes them.
             rejected.writelines(_line(row, ascii=True) for row in window.rejected)
             for file in (partial, rejected):
                 file.flush()
@@ -283,7 +284,7 @@ def _window(
 
 
 def _size(path: Path) -> int:
-    """Size of a file, or of the texts in a folder, in bytes."""
+    """Size of a file or of the texts in a folder, in bytes."""
     return sum(file.stat().st_size for file in path.rglob("*.txt")) if path.is_dir() else path.stat().st_size
 
 
@@ -297,9 +298,10 @@ def _weights_digest(pipe: Pipeline[Any]) -> str:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of the content of a file, or of the texts in a folder and their names.
+    """SHA-256 of the contents of a file, or of the names and contents of the texts in a folder.
 
-    If a file has more than `WHOLE` bytes, only `SAMPLES` blocks are hashed, evenly spread from first to last byte.
+    If a file has more than `WHOLE` bytes, only `SAMPLES` blocks are hashed, evenly spaced from the first to the last
+    byte.
     """
     if path.is_dir():
         content = "".join(f"{file.relative_to(path)}\0{_digest(file)}\0" for file in sorted(path.rglob("*.txt")))
@@ -318,11 +320,11 @@ def _digest(path: Path) -> str:
 
 
 def input_of(row: Row, candidates: Sequence[tuple[str, ...]]) -> Any:
-    """The task's input in a row, read from the first of the candidates whose columns the row has."""
+    """The task's input in a row, read from the first of the candidates whose columns all exist in the row."""
     for names in candidates:
         if all(name in row for name in names):
             cells = [row[name] for name in names]
-            if names == ("tokens",) and isinstance(cells[0], str):  # in CSV and TSV files, lists are texts
+            if names == ("tokens",) and isinstance(cells[0], str):  # in CSV and TSV files, lists are strings
                 cells[0] = literal(cells[0])
             values = tuple(tuple(cell) if isinstance(cell, list) else cell for cell in cells)
             return values if len(names) > 1 else values[0]
@@ -338,7 +340,7 @@ def _line(row: Mapping[str, Any], *, ascii: bool = False) -> bytes:
 
 
 def _convert(partial: Path, output: Path) -> None:
-    """Writes the rows in the format that the output's name gives. The output appears only when it is complete."""
+    """Writes the rows in the format that the output's name specifies. The file appears only when it is complete."""
     if output.suffix == ".jsonl":
         os.replace(partial, output)
         return
@@ -366,7 +368,7 @@ def _convert(partial: Path, output: Path) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Yields the path of a file to write. That file then replaces `path`, so that `path` is never incomplete."""
+    """Yields the path of a temporary file. The file then replaces `path`, so that `path` is never incomplete."""
     staged = Path(f"{path}.new")
     yield staged
     with open(staged, "rb") as file:
@@ -375,10 +377,10 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:
-    """Converts a row with its prediction to a row of a table, in which no value is a list or an object.
+    """Converts a row with its prediction to a table row, in which no value is a list or an object.
 
     A prediction that is an object, such as `{label, score}`, becomes one column per field. Lists and all other objects
-    become JSON texts.
+    become JSON strings.
     """
     if isinstance(row[PREDICTION], dict):
         fields = {f"{PREDICTION}_{name}": value for name, value in row[PREDICTION].items()}

@@ -1,6 +1,6 @@
-"""Makes predictions on a Ray cluster (extra `ray`), for data that is too much for one machine.
+"""Makes predictions on a Ray cluster (`ray` extra), for data sets that are too large for one machine.
 
-Ray Data reads and writes the files and keeps the workers busy. If a worker is lost, another one computes its rows.
+Ray Data reads and writes the files and keeps the workers busy. If a worker fails, another worker computes its rows.
 
     dataset = ray.data.read_parquet("s3://bucket/reviews/").map_batches(
         Predictor, fn_constructor_kwargs={"task": "text-classification", "model": "/shared/model"},
@@ -38,45 +38,45 @@ from bert_jax.quantization import Dtype
 from bert_jax.tasks.registry import TASKS, task_name
 
 ERROR = "error"
-"""Name of the column with the reason why a row could not be used."""
+"""Name of the column that contains the reason why a row could not be used."""
 FORMATS = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-"""Maps the endings of file names to formats."""
+"""Maps file name extensions to formats."""
 TYPES = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64()}
-"""Maps the types of predictions to those of columns. All others become texts."""
+"""Maps the types of predictions to the types of columns. All other types become strings."""
 FILE_CPUS = 0.1
 """The share of a CPU that Ray reserves for a task that reads or writes files."""
 CPUS_PER_WORKER = 4
 BLOCK = 2**18
-"""The bytes of rows that a worker computes at a time, and that are computed again if it is lost."""
+"""Number of bytes of rows that a worker computes at a time. These rows are recomputed if the worker fails."""
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that have to be the same in all workers."""
+    """The versions of the packages that must be the same in all workers."""
     return {name: metadata.version(name) for name in ("bert-jax", "jax", "jaxlib", "tokenizers")}
 
 
 class Predictor:
-    """An actor class for `ray.data.Dataset.map_batches`: one model on one device, or on a share of a machine's CPUs.
+    """An actor class for `ray.data.Dataset.map_batches`: one model on one device or on a share of a machine's CPUs.
 
-    Called with a `pyarrow.Table`, it adds columns to it. A prediction that is an object, such as {label, score},
-    becomes one column per field, such as `prediction_label`. Any other prediction becomes the column `prediction`, in
-    which lists are JSON texts. The column `error` has the reason why a row could not be used. Texts are sorted and
-    packed within a table, so tables of about 1,024 rows are efficient (`batch_size`).
+    An actor is called with a `pyarrow.Table` and adds columns to it. A prediction that is an object, such as {label,
+    score}, becomes one column per field, such as `prediction_label`. Any other prediction becomes the column
+    `prediction`, in which lists are JSON strings. The column `error` contains the reason why a row could not be used.
+    Texts are sorted and packed within a table, so tables of about 1,024 rows are efficient (`batch_size`).
 
     Args:
         task: The name of the task.
-        model: A folder that all workers can read, an id on the Hub, or `bert-mini-cased`.
+        model: A folder that all workers can read, an id on the Hub, or the embedded model (`bert-mini-cased`).
         revision: Branch, tag or commit on the Hub.
-        ignore: Regular expressions for the names of tensors that are not loaded.
+        ignore: Regular expressions for the names of tensors to skip.
         dtype: "float32", "bfloat16" or "int8".
-        columns: The columns that make up an input. By default, the task's usual names.
+        columns: The columns that form an input. By default, the task's usual names.
         parameters: The parameters of the task.
-        threads: The number of XLA's threads on a CPU. By default, the number of CPUs that Ray assigned.
-        expected: The versions of the driver, from `versions`; None for no comparison.
+        threads: The number of XLA threads on a CPU. By default, the number of CPUs that Ray assigned.
+        expected: The versions of the driver's packages, from `versions`; None for no comparison.
 
     Raises:
-        InputError: If an argument is invalid, if the worker has other versions than the driver, or if JAX cannot use
-            the device that Ray assigned.
+        InputError: If an argument is invalid, if the worker's package versions differ from the driver's, or if JAX
+            cannot use the device that Ray assigned.
         ModelNotFoundError: If the worker cannot read the model.
         CheckpointError: If the model does not fit the task.
     """
@@ -114,7 +114,7 @@ class Predictor:
         self.types = {name: TYPES.get(type(value), pyarrow.string()) for name, value in fields.items()}
 
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
-        """Adds the columns of the predictions, and the column `error`."""
+        """Adds the prediction columns and the column `error`."""
         results, errors = self.predict(table.to_pylist())
         rows = [
             flat({PREDICTION: result}) if error is None else {} for result, error in zip(results, errors, strict=True)
@@ -124,7 +124,7 @@ class Predictor:
         return table.append_column(ERROR, pyarrow.array(errors, pyarrow.string()))
 
     def predict(self, rows: Sequence[dict[str, Any]]) -> tuple[list[Any], list[str | None]]:
-        """Returns the prediction of each row, and the reason why it could not be used; one of the two is None."""
+        """Returns each row's prediction and the reason why the row could not be used; one of the two is None."""
         requests: list[Any] = []
         errors: list[str | None] = []
         for row in rows:
@@ -138,7 +138,7 @@ class Predictor:
 
 
 class _LinePredictor(Predictor):
-    """A `Predictor` for rows that are lines of JSON. It adds the prediction and the error to the line."""
+    """A `Predictor` for rows that are JSON lines. It adds the prediction and the error to each line."""
 
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
         lines = table[LINE].to_pylist()
@@ -156,7 +156,7 @@ class _LinePredictor(Predictor):
 
 
 def _parsed(line: str) -> dict[str, Any]:
-    """The row in a line; a line that is not a JSON object becomes a row with the column `line`."""
+    """Parses a line to a row. A line that is not a JSON object becomes a row with the column `line`."""
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(row := json.loads(line), dict):
             return row
@@ -164,7 +164,7 @@ def _parsed(line: str) -> dict[str, Any]:
 
 
 def _dumped(row: Mapping[str, Any]) -> str:
-    """A row as JSON. Lone surrogates, which UTF-8 cannot encode, are escaped, and so is all else outside ASCII then."""
+    """A row as JSON. If it has lone surrogates, which UTF-8 cannot encode, all non-ASCII characters are escaped."""
     line = json.dumps(row, ensure_ascii=False)
     return json.dumps(row) if re.search("[\ud800-\udfff]", line) else line
 
@@ -184,26 +184,28 @@ def predict(
     address: str | None = None,
     workers: int | None = None,
 ) -> None:
-    """Makes a prediction for each row of files, and writes the rows with their predictions to a folder.
+    """Makes a prediction for each row of the input files and writes the rows with their predictions to a folder.
 
-    If the run is stopped, the same call resumes it. Rows that were written are not computed again. The order of the
-    rows is not kept; the column `row` has the file and the number of each row.
+    If the run is stopped, the same call resumes it. Rows that have been written are not computed again. The order of
+    the rows is not preserved; the column `row` contains the file and the number of each row.
 
     Args:
         task: See `Predictor`.
         model: See `Predictor`.
         inputs: Files or folders, on disks that all workers share or in an object store such as `s3://bucket/folder`.
-        output: A new folder, likewise. It gets several files in the format of the inputs; JSONL for texts. JSONL files
-            have the prediction and the error of each row, and the other files have the columns of `Predictor`.
+        output: A new folder in such a location. Several files are written to it, in the format of the inputs, or JSONL
+            if the inputs are text files. JSONL files contain the prediction and the error of each row, and files in
+            other formats contain the columns of `Predictor`.
         revision: See `Predictor`.
         ignore: See `Predictor`.
         dtype: See `Predictor`.
         columns: See `Predictor`.
         parameters: See `Predictor`.
-        format: Format of the inputs: "jsonl", "csv", "parquet" or "text". By default, the names of the inputs give it.
+        format: Format of the inputs: "jsonl", "csv", "parquet" or "text". By default, it is inferred from the names of
+            the inputs.
         address: The address of the cluster, such as `ray://host:10001`, or `auto`. By default, a cluster is started on
-            this machine, for this call.
-        workers: The number of workers. By default, one per GPU or TPU chip or, without any, one per 4 CPUs.
+            this machine for the duration of this call.
+        workers: The number of workers. The default is one per GPU or TPU chip, or one per 4 CPUs if there are none.
 
     Raises:
         InputError: If there is no cluster at the address, if an argument is invalid, if none of the first 100 rows can
@@ -230,10 +232,10 @@ def predict(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     cpus = None if address else max(2, os.cpu_count() or 2)
     try:
-        if match := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address or ""):  # Ray would try for two minutes
+        if match := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address or ""):  # Ray itself would retry for two minutes
             socket.create_connection((match[1], int(match[2])), timeout=10).close()
         ray.init(address or "local", num_cpus=cpus, log_to_driver=False, logging_level="error")
-    except (OSError, ValueError, ImportError, RuntimeError) as error:  # a RuntimeError if Ray's versions differ
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: the Ray versions differ
         reason = first_line(error.__cause__ or error)
         raise InputError(f"Cannot connect to a Ray cluster at {quoted(address)}: {reason}") from None
     context = copy.deepcopy(ray.data.DataContext.get_current())
@@ -261,7 +263,7 @@ def predict(
 
 
 def _opened(files: list[str], kind: str, options: Mapping[str, Any]) -> Any:
-    """The rows of the files. Raises `InputError` if none of the first 100 rows has an input."""
+    """The rows of the files as a Ray data set. Raises `InputError` if none of the first 100 rows has an input."""
     try:
         source = RowSource(files, kind)
         rows = source.head(100)
@@ -290,7 +292,7 @@ def _opened(files: list[str], kind: str, options: Mapping[str, Any]) -> Any:
 
 
 def _worker(workers: int | None) -> tuple[dict[str, Any], int, int]:
-    """What Ray reserves for a worker, the number of workers, and the number of threads of each."""
+    """The resources that Ray reserves per worker, the number of workers, and the number of threads per worker."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for device in ("GPU", "TPU"):
         if chips := int(sum(node.get(device, 0) for node in nodes)):
@@ -301,7 +303,7 @@ def _worker(workers: int | None) -> tuple[dict[str, Any], int, int]:
         raise InputError("The Ray cluster has neither CPUs nor GPUs nor TPU chips; add a node.")
     count = _fitting(workers or sum(max(1, int(n) // CPUS_PER_WORKER) for n in cpus), int(sum(cpus)), "CPUs")
     on_machine = -(-count // len(cpus))
-    # The rest of a machine is for reading and writing, and for the actor that leaves out rows that have been written.
+    # The remaining CPUs of a machine are for reading, writing, and the actor that skips rows that have been written.
     share = (min(cpus) - 1.2) / on_machine
     threads = max(1, int(min(cpus)) // on_machine)
     return {"num_cpus": max(FILE_CPUS, min(0.8 * CPUS_PER_WORKER, share))}, count, threads
@@ -314,7 +316,7 @@ def _fitting(workers: int, most: int, what: str) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """The message of the error of this package that made a worker fail or, without one, the last line of the error."""
+    """The message of the `BertJaxError` that made a worker fail or, without one, the last line of the error."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, BertJaxError):

@@ -1,4 +1,4 @@
-"""Files on a Ray cluster: reads rows, writes blocks, and keeps the journal of a run.
+"""Files on a Ray cluster: reads rows, writes blocks, and maintains the journal of a run.
 
 Ray imports this module in the processes that read and write files, so it does not import JAX.
 """
@@ -19,16 +19,16 @@ from ray.data.datasource import BlockBasedFileDatasink, FileBasedDatasource
 from bert_jax.errors import InputError, listed, quoted
 
 ROW = "row"
-"""Name of the column with the file and the number of a row."""
+"""Name of the column that contains the file and the number of a row."""
 LINE = "line"
-"""Name of the column that holds a row as JSON, while it is in Ray."""
+"""Name of the column that contains a row as JSON while Ray processes it."""
 ROWS_PER_TABLE = 1024
 
 
 class RowSource(FileBasedDatasource):
-    """The rows of files. The column `row` has the name of the file and the number of the row, counted from 0.
+    """The rows of files. The column `row` contains the name of the file and the number of the row, starting at 0.
 
-    CSV and Parquet files keep their columns; those of CSV files are texts. The rows of other files are lines of JSON.
+    CSV and Parquet files keep their columns; CSV columns contain strings. The rows of other files are JSON lines.
     """
 
     def __init__(self, paths: list[str], format: str):
@@ -36,7 +36,7 @@ class RowSource(FileBasedDatasource):
         self.format = format
 
     def head(self, count: int) -> list[dict[str, Any]]:
-        """At most `count` of the first rows, read in this process."""
+        """The first rows, at most `count`, read in this process."""
         tables = itertools.chain.from_iterable(read() for read in self.get_read_tasks(1))
         return list(itertools.islice((row for table in tables for row in table.to_pylist()), count))
 
@@ -73,7 +73,7 @@ class RowSource(FileBasedDatasource):
 
 
 class FileSink(BlockBasedFileDatasink):
-    """Writes each block to a file of the output's folder."""
+    """Writes each block to a file in the output folder."""
 
     def __init__(self, path: str, format: str):
         super().__init__(path, file_format=format)
@@ -91,12 +91,12 @@ class FileSink(BlockBasedFileDatasink):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message or, without one, the name of its type."""
+    """The first line of an error's message or, without a message, the name of its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def content_of(name: str) -> list[Any]:
-    """A file or folder, and the sizes and times of its files: a run is resumed only if they are the same."""
+    """A file or folder with the sizes and times of its files. A run is resumed only if these are unchanged."""
     try:
         files, path = pyarrow.fs.FileSystem.from_uri(name)
         selected = pyarrow.fs.FileSelector(path, recursive=True)
@@ -109,7 +109,7 @@ def content_of(name: str) -> list[Any]:
 
 
 class Journal:
-    """The file `OUT.run.json`, which says what a run computes, and whether it is complete."""
+    """The file `OUT.run.json`, which records what a run computes and whether it is complete."""
 
     def __init__(self, output: str, run: Mapping[str, Any]):
         self.run, self.checkpoint = json.loads(json.dumps(run)), f"{output}.checkpoint"
@@ -140,12 +140,12 @@ class Journal:
         self._write(False)
 
     def end(self) -> None:
-        """Marks the run as complete, and removes what only an unfinished run needs."""
+        """Marks the run as complete and removes files that only an unfinished run needs."""
         self._write(True)
         self._delete(f"{self.output}.checkpoint")
 
     def abandon(self) -> None:
-        """Removes the traces of a run that failed before it wrote anything, so that a corrected call can begin."""
+        """Removes all traces of a run that failed before it wrote any rows, so that a corrected call can start."""
         if not self._exists(self.output) or not self.files.get_file_info(pyarrow.fs.FileSelector(self.output)):
             self._delete(self.path, self.output, f"{self.output}.checkpoint")
 

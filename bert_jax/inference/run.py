@@ -1,6 +1,6 @@
-"""Computes requests of several owners together, slice by slice.
+"""Computes the requests of several owners together, slice by slice.
 
-An owner is any hashable object that says whose requests they are. In the server, it is a `Job`.
+An owner is any hashable object that identifies a group of requests. In the server, it is a `Job`.
 """
 
 import contextlib
@@ -20,19 +20,21 @@ from bert_jax.tasks.base import Outputs, Request, Task
 from bert_jax.training import memory
 
 TOKENS_PER_MASK = 8
-"""The number of tokens that a masked position counts as when a slice is filled. Its probabilities of the vocabulary
-need as much memory as the activations of some tokens."""
+"""The number of tokens that a masked position counts as when a slice is filled.
+
+Its probabilities over the vocabulary need as much memory as the activations of several tokens.
+"""
 
 
 explain_out_of_memory = functools.partial(
     memory.explain_out_of_memory,
     remedy="Use dtype bfloat16 or int8, or divide the model among devices by a mesh such as fsdp=2.",
 )
-"""`memory.explain_out_of_memory` for inference."""
+"""`memory.explain_out_of_memory` with the remedy for inference."""
 
 
 class Computes(Protocol):
-    """What a `Run` needs from a pipeline; see `bert_jax.inference.pipelines.Pipeline`."""
+    """The interface that a `Run` requires from a pipeline; see `bert_jax.inference.pipelines.Pipeline`."""
 
     task: Task
 
@@ -48,10 +50,10 @@ class _Work:
     """The requests of one owner.
 
     Attributes:
-        pending: The requests that are not started, with their indices.
-        results: The results by index, as far as they are known.
+        pending: The requests that have not been started, with their indices.
+        results: The results that are known so far, by index.
         left: The number of results that are not known yet.
-        finish: When the row that was taken last would be done, in tokens per owner; see `Run`.
+        finish: The finish time of the row that was taken last, in tokens per owner; see `Run`.
         queued: The rows to compute next.
     """
 
@@ -64,7 +66,7 @@ class _Work:
 
 @dataclass(eq=False)
 class _Started:
-    """A request that was started, and the outputs that it waits for. An output is None until it is computed."""
+    """A request that has been started, and the outputs for which it waits. An output is None until it is computed."""
 
     owner: Hashable
     index: int
@@ -73,23 +75,24 @@ class _Started:
 
 
 class Run:
-    """Requests of several owners, computed together, slice by slice.
+    """Computes the requests of several owners together, slice by slice.
 
-    Owners take turns by fair queueing (Demers, Keshav and Shenker 1989): the next row is the one that would be done
-    first if all owners were computed at the same time, each at the same speed. So a short text waits neither for the
-    many rows of another owner nor for longer texts that came a moment before, and new owners cannot keep an old one
-    waiting.
+    Owners take turns by fair queueing (Demers, Keshav and Shenker 1989): the next row is the one that would finish
+    first if the rows of all owners were computed simultaneously, at the same speed for each owner. A short text
+    therefore waits neither for the many rows of another owner nor for longer texts that arrived shortly before it, and
+    new owners cannot keep an existing owner waiting.
 
     Args:
         pipe: The pipeline that computes.
-        has_program: Returns whether the program of a bucket is compiled. A row that fits no such bucket is deferred,
-            until `resume` queues it again. By default, no rows are deferred, and `pipe` compiles what is missing.
+        has_program: Returns whether the program of a bucket is compiled. A row that fits no bucket with a compiled
+            program is deferred until `resume` queues it again. By default, no rows are deferred, and `pipe` compiles
+            missing programs.
     """
 
     def __init__(self, pipe: Computes, has_program: Callable[[Bucket], bool] = lambda bucket: True):
         self._pipe, self._has_program = pipe, has_program
         self._work: dict[Hashable, _Work] = {}
-        self._time = 0.0  # how many tokens of each owner would be computed by now
+        self._time = 0.0  # number of tokens of each owner that would have been computed by now
         self._deferred: dict[Bucket, list[Queued]] = {}
 
     @property
@@ -99,7 +102,7 @@ class Run:
 
     @property
     def missing(self) -> list[Bucket]:
-        """The buckets that deferred rows need, and whose programs were not compiled."""
+        """The buckets that deferred rows need and whose programs were not compiled."""
         return list(self._deferred)
 
     @property
@@ -108,18 +111,18 @@ class Run:
         return bool(self._deferred) and not any(work.pending or work.queued for work in self._work.values())
 
     def resume(self) -> None:
-        """Queues the deferred rows whose program is compiled now."""
+        """Queues the deferred rows whose program has been compiled."""
         for bucket in [bucket for bucket in self._deferred if self._has_program(bucket)]:
             for queued in self._deferred.pop(bucket):
                 if work := self._work.get(queued.request.owner):
                     work.queued.append(queued)
 
     def add(self, owner: Hashable, requests: Sequence[Request[Any]]) -> None:
-        """Adds the requests of an owner; there must be at least one."""
+        """Adds the requests of an owner, at least one."""
         self._work[owner] = _Work(deque(enumerate(requests)), [None] * len(requests), len(requests), self._time)
 
     def remove(self, owner: Hashable) -> None:
-        """Drops the requests of an owner, if it has any."""
+        """Discards the requests of an owner, if there are any."""
         self._work.pop(owner, None)
 
     def compute(self, tokens: int | None = None) -> Iterator[tuple[Hashable, list[Any] | Exception]]:
@@ -129,8 +132,8 @@ class Run:
             tokens: The size of the slice. If None, the slice holds the next rows of all requests.
 
         Yields:
-            Each owner whose requests are now finished, and the results in the order of the requests. If a request
-            failed, its exception takes the place of the results.
+            Each owner whose requests have finished, with the results in the order of the requests. If a request failed,
+            its exception is yielded instead of the results.
         """
         finished: dict[Hashable, list[Any] | Exception] = {}
         in_flight: deque[tuple[Batch, dict[str, jax.Array]]] = deque()
@@ -153,11 +156,11 @@ class Run:
         yield from _emptied(finished)
 
     def _next(self, tokens: int | None, finished: dict[Hashable, Any]) -> list[Queued]:
-        """Takes the rows of the next slice from the queues, and starts requests as they are needed for it."""
+        """Takes the rows of the next slice from the queues and starts requests as needed."""
         turns: list[tuple[float, int, Hashable]] = []
 
         def queue(i: int, owner: Hashable) -> None:
-            """Queues the next row of an owner, if it has one. Starts requests as they are needed for it."""
+            """Queues the next row of an owner, if it has one. Starts requests as needed."""
             while owner in self._work and self._work[owner].pending and not self._work[owner].queued:
                 index, request = self._work[owner].pending.popleft()
                 self._advance(_Started(owner, index, request), None, finished)
@@ -178,7 +181,7 @@ class Run:
         return taken
 
     def _advance(self, started: _Started, outputs: Any, finished: dict[Hashable, Any]) -> None:
-        """Sends outputs to a request. Queues the rows that it yields, if any, or keeps its result."""
+        """Sends outputs to a request. Queues the rows that it yields, if any, or stores its result."""
         work = self._work[started.owner]
         try:
             rows = started.request.steps.send(outputs)
@@ -198,7 +201,7 @@ class Run:
             work.queued.extend(Queued(row, started, place) for place, row in enumerate(rows))
 
     def _deliver(self, batch: Batch, arrays: dict[str, jax.Array], finished: dict[Hashable, Any]) -> None:
-        """Gives each text of a batch its outputs."""
+        """Delivers the outputs of a batch to its texts."""
         task = self._pipe.task
         with self._failing(batch, finished):
             wanted = {name for queued in batch.queued for name in queued.features.outputs or arrays}
@@ -210,14 +213,14 @@ class Run:
         ):
             if started.owner in self._work:
                 where: Any = spot.tokens if task.masked or task.per_token else (spot.row, spot.number)
-                # Copied, because a view would keep the outputs of the whole batch in memory.
+                # The outputs are copied, because a view would keep the outputs of the whole batch in memory.
                 started.outputs[place] = {name: np.array(on_host[name][where]) for name in features.outputs or arrays}
                 if None not in started.outputs:
                     self._advance(started, started.outputs, finished)
 
     @contextlib.contextmanager
     def _failing(self, batch: Batch, finished: dict[Hashable, Any]) -> Iterator[None]:
-        """If the block raises an exception, every owner with texts in the batch gets the exception as its result."""
+        """If the `with` block raises an exception, it becomes the result of every owner with texts in the batch."""
         try:
             with explain_out_of_memory(f"A batch of {batch.bucket}"):
                 yield
@@ -234,7 +237,7 @@ def _cost(queued: Queued) -> int:
 
 
 def _emptied(finished: dict[Hashable, list[Any] | Exception]) -> Iterator[tuple[Hashable, list[Any] | Exception]]:
-    """Yields the items of a dict, and removes them."""
+    """Yields the items of a dict and removes them."""
     while finished:
         owner = next(iter(finished))
         yield owner, finished.pop(owner)

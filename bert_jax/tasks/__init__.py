@@ -1,1 +1,1 @@
-"""Tasks, one per file. A task converts inputs to rows of tokens, and the model's outputs to results."""
+"""Tasks, one per file. A task converts inputs to rows of tokens and converts the model's outputs to results."""

@@ -1,13 +1,13 @@
 """The interfaces through which inference and training use a task.
 
-For inference, a task has `Task.forward`, a pure function that runs on the device, and `Task.request`, which makes a
-request from an input. The steps of a request are a generator: it yields the rows that it needs computed, receives their
-outputs, may yield more rows that depend on those outputs, and returns its result. A request does not handle batches:
-the pipeline (`bert_jax.inference.pipelines`) collects the rows of many requests in batches, and pads each batch to one
-of a few shapes, the buckets. The result of a request does not depend on the other requests in the batch.
+For inference, a task provides `Task.forward`, a pure function that runs on the device, and `Task.request`, which makes
+a request from an input. A request's steps are a generator. It yields the rows to compute, receives their outputs, may
+yield more rows that depend on those outputs, and finally returns the result. A request does not handle batches. The
+pipeline (`bert_jax.inference.pipelines`) collects the rows of many requests into batches and pads each batch to one of
+a few shapes, called buckets. The result of a request does not depend on the other requests in the batch.
 
-Shapes are written with B rows, T tokens per row, K texts or examples per row, P masked positions per row, C labels and
-V tokens in the vocabulary.
+In shapes, B is the number of rows, T the tokens per row, K the texts or examples per row, P the masked positions per
+row, C the number of labels, and V the vocabulary size.
 """
 
 import re
@@ -27,13 +27,13 @@ from bert_jax.tokenizer import Tokenizer
 
 
 def check_pairs(config: BertConfig) -> None:
-    """Raises `InputError` if the model has only one token type, and so cannot tell the two texts of a pair apart."""
+    """Raises `InputError` if the model has only one token type and therefore cannot distinguish the texts of a pair."""
     if config.type_vocab_size < 2:
         raise InputError("The model has 1 token type; a pair of texts needs 2. Use single texts or another model.")
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: BertConfig) -> None:
-    """Raises `CheckpointError` if the tokenizer has ids for which the model has no embedding."""
+    """Raises `CheckpointError` if the tokenizer has ids for which the model has no embeddings."""
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"The tokenizer has {tokenizer.vocab_size} tokens and the model has {config.vocab_size}. "
@@ -46,7 +46,7 @@ def check_text(text: Any, name: str = "text") -> None:
 
     Args:
         text: The text to check.
-        name: What the error message calls the text if it is blank.
+        name: The name of the text in the error message for a blank text.
     """
     if not isinstance(text, str):
         raise InputError(f"expected a text, got {quoted(text)} ({type(text).__name__}).")
@@ -56,13 +56,13 @@ def check_text(text: Any, name: str = "text") -> None:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How a task reads the rows of a data set.
+    """Options for reading the rows of a data set.
 
     Attributes:
         labels: The names of the labels in the order of their ids; None to take them from the data set.
         problem_type: The problem type of text classification; None to infer it from the labels.
-        wrong_answers: What to do with an invalid row in question answering: skip the row, or stop with an error. A row
-            is invalid if, for example, its context does not have the answer at the given start.
+        wrong_answers: Whether question answering skips an invalid row or stops with an error. A row is invalid if, for
+            example, its context does not contain the answer at the given start.
     """
 
     labels: tuple[str, ...] | None = None
@@ -75,12 +75,12 @@ class Features:
     """The tokens of one text, pair or window: a row for the model, or a part of a packed row.
 
     Attributes:
-        input_ids: Token ids, special tokens included.
+        input_ids: Token ids, including special tokens.
         token_type_ids: 0 or 1 for each token.
         masked_positions: Indices of the tokens at which the model scores every token of the vocabulary; empty if
             `Task.masked` is false.
         labels: Ids of the true tokens at the masked positions; empty if `Task.with_labels` is false.
-        outputs: The names of the outputs that are needed; empty for all.
+        outputs: The names of the required outputs; empty for all.
     """
 
     input_ids: list[int]
@@ -91,24 +91,24 @@ class Features:
 
 
 Outputs = Mapping[str, np.ndarray]
-"""The arrays of `Task.forward` for one `Features`, by name and without padding.
+"""The arrays that `Task.forward` returns for one `Features`, by name and without padding.
 
-Each array has one entry per masked position or per token, or is a single entry for the text.
+Each array has one entry per masked position, one entry per token, or a single entry for the whole text.
 """
 
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 Steps = Generator[list[Features], list[Outputs], Result]
-"""Yields the rows to compute, receives their outputs, and returns the result."""
+"""A generator that yields the rows to compute, receives their outputs, and returns the result."""
 
 
 @dataclass(frozen=True)
 class Request(Generic[Result_co]):
-    """The steps that compute one result, and what they cost. The cost is known before the first step.
+    """The steps that compute one result, and their cost. The cost is known before the first step.
 
     Attributes:
         steps: The steps.
-        tokens: Number of tokens in all rows of all steps.
+        tokens: Total number of tokens in the rows of all steps.
         size: Approximate size of the result as JSON, in bytes.
     """
 
@@ -125,14 +125,14 @@ class LabelScore(TypedDict):
 
 
 class Task(Protocol):
-    """What inference needs from a task. The constructor expects a tokenizer, a config and the maximum row length."""
+    """The interface for inference. The constructor takes a tokenizer, a config and the maximum row length."""
 
     name: str
-    """Hugging Face's name of the task."""
+    """The Hugging Face name of the task."""
     model_class: Any
     """The class of the task's models."""
     per_token: bool
-    """Whether outputs have one entry per token. If neither `per_token` nor `masked` is true, they have one per text."""
+    """Whether outputs have one entry per token. If this and `masked` are false, outputs have one entry per text."""
     masked: bool
     """Whether rows have masked positions. If so, outputs have one entry per masked position."""
     one_mask: bool = False
@@ -140,22 +140,23 @@ class Task(Protocol):
     with_labels: bool = False
     """Whether rows have `labels`, the true tokens at their masked positions."""
     columns_of_input: tuple[tuple[str, ...], ...]
-    """The usual columns of an input, as alternatives. Each row uses the first tuple whose columns it has."""
+    """Alternatives for the columns of an input. For each row, the first tuple whose columns all exist is used."""
     json_input: Any
     """The type of one input in the JSON body that the server receives."""
     example: Any
-    """A valid input. A request with it shows whether parameters are valid."""
+    """A valid input. Making a request from it checks whether parameters are valid."""
 
     def forward(self, model: Any, inputs: dict[str, Any], starts: jax.Array) -> dict[str, jax.Array]:
-        """Computes the outputs of a batch. This function is pure, and is compiled once for each shape of a batch.
+        """Computes the outputs of a batch. This function is pure and is compiled once per batch shape.
 
         Args:
             model: An instance of `model_class`.
             inputs: The keyword arguments of the model.
-            starts: int [B, K], the index of each text's first token in its row; [1, K] if all rows have equal indices.
+            starts: int [B, K], the index of each text's first token in its row; [1, K] if the indices are the same in
+                all rows.
 
         Returns:
-            The arrays of outputs by name: [B, P, …] if `masked`, [B, T, …] if `per_token`, else [B, K, …].
+            The output arrays by name: [B, P, …] if `masked`, [B, T, …] if `per_token`, else [B, K, …].
         """
 
     @property
@@ -167,22 +168,22 @@ class Task(Protocol):
 
 
 Loss = Callable[[Any, Mapping[str, Any], jax.Array | None], tuple[jax.Array, jax.Array]]
-"""A function of a model, a batch and a dropout key, which returns what `Objective.loss` returns."""
+"""A function of a model, a batch and a dropout key, with the same return values as `Objective.loss`."""
 
 
 class Objective(Protocol):
-    """What training and evaluation need to know about a training objective: its loss, outputs and metrics."""
+    """A training objective: the loss, outputs and metrics that training and evaluation require."""
 
     metrics: tuple[str, ...]
     """Names of the metrics; the first one selects the best checkpoint unless the settings name another."""
     per_token: bool
-    """Whether outputs have one entry per token. If not, they have one entry per example."""
+    """Whether outputs have one entry per token. If false, they have one entry per example."""
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The mean loss of a batch and the divisor of this mean, both float32 []. Padding does not count.
+        """The mean loss of a batch and the divisor of this mean, both float32 []. Padding is ignored.
 
-        The divisor is the number of entries in the mean or, if they have weights, the sum of their weights. If the
-        dropout key is None, there is no dropout.
+        The divisor is the number of entries in the mean or, if the entries are weighted, the sum of their weights. If
+        the dropout key is None, no dropout is applied.
         """
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -193,10 +194,10 @@ class Objective(Protocol):
 
 
 class TrainableTask(Task, Objective, Protocol):
-    """A task that pretrained models are fine-tuned for."""
+    """A task for which pretrained models are fine-tuned."""
 
     columns: Mapping[str, tuple[str, ...]]
-    """Maps each field of a row to the usual names of its column. The `data` settings may name another column."""
+    """Maps each field of a row to the usual names of its column. The `data` settings can specify a different column."""
     required: tuple[str, ...]
     """The fields of `columns` that every split must have. The training split must also have `target`."""
     target: str
@@ -204,14 +205,14 @@ class TrainableTask(Task, Objective, Protocol):
     head: str
     """Regular expression for the paths of the head's parameters. Pretrained checkpoints lack these parameters."""
     peft_type: str
-    """The `task_type` that the library `peft` uses for models of this task."""
+    """The `task_type` that the `peft` library uses for models of this task."""
     options: Mapping[str, type] = {}
-    """Maps the names of further arguments of the constructor to their classes.
+    """Maps the names of additional constructor arguments to their classes.
 
-    For each of these arguments, the settings have a section of the same name.
+    For each of these arguments, the settings contain a section of the same name.
     """
     order_matters: bool = False
-    """Whether a metric depends on the order of the labels if the model has two."""
+    """Whether a metric of models with two labels depends on the order of the labels."""
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
@@ -226,32 +227,32 @@ class TrainableTask(Task, Objective, Protocol):
         Args:
             rows: The training rows after `clean`.
             options: The options that were passed to `clean`.
-            labels: The names of the labels in the order that the data set defines; None if it defines no order.
+            labels: The names of the labels in the order that the data set defines; None if it does not define an order.
         """
 
     def labelled(self, examples: Examples) -> bool:
-        """Whether any example has true values for `evaluate` to compare the outputs with."""
+        """Whether any example has true values with which `evaluate` can compare the outputs."""
 
     def tuned(self, metrics: Mapping[str, Any]) -> Self:
-        """Returns a task that uses the values, such as a threshold, that an evaluation found and stored in `metrics`.
+        """Returns a task that uses the values in `metrics` that an evaluation tuned, such as a threshold.
 
         A task without such values returns itself.
         """
         return self
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
-        """Converts rows to examples. If a row cannot be used, raises `InputError` with the number of the row."""
+        """Converts rows to examples. If a row cannot be used, raises an `InputError` that states the row number."""
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The outputs of `forward`."""
         return self.forward(model, batch["inputs"], batch["starts"])
 
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
-        """Converts the outputs of `forward` to readable predictions, one per row of the data."""
+        """Converts the outputs of `forward` to human-readable predictions, one per data row."""
 
     @staticmethod
     def files(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Further files to write besides the predictions: their JSON values by file name. By default, there are none.
+        """Additional files to write next to the predictions, as JSON values by file name. By default, there are none.
 
         Args:
             lines: The rows of the data, each with its `prediction`.
@@ -260,7 +261,7 @@ class TrainableTask(Task, Objective, Protocol):
 
 
 def known_labels(labels: Sequence[str]) -> str:
-    """The last part of an error message about an unknown label: it lists the labels of the model."""
+    """The last part of an error message about an unknown label, which lists the model's labels."""
     if all(re.fullmatch(r"LABEL_\d+", label) for label in labels):
         return f"the model has {listed(labels)}; set data.labels to name them, in this order."
     return f"the labels are {listed(labels)}."

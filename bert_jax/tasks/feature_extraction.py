@@ -20,7 +20,7 @@ POOLING = (None, "cls", "mean", "max", "auto")
 
 
 class FeatureExtraction:
-    """Returns the vectors of the last layer, or of others."""
+    """Returns the vectors of the last layer or of other layers."""
 
     name = "feature-extraction"
     model_class = BertModel
@@ -37,7 +37,7 @@ class FeatureExtraction:
 
     @functools.cached_property
     def embedding(self) -> SentenceEmbedding:
-        """`declared`, for the pooling "auto".
+        """The result of `declared` for the model's folder, which the pooling "auto" applies.
 
         Raises:
             InputError: If the model was not loaded from a folder, or if `declared` raises `CheckpointError`.
@@ -50,11 +50,11 @@ class FeatureExtraction:
             raise InputError(f"pooling is 'auto', but {error} To choose the pooling, pass 'cls' or 'mean'.") from None
 
     def declared(self, folder: Path) -> SentenceEmbedding:
-        """How the sentence-transformers model in a folder turns token vectors into one vector.
+        """Reads how the sentence-transformers model in a folder turns token vectors into one vector.
 
         Raises:
-            CheckpointError: If there is no such model, if this package does not support what it declares, or if it does
-                not fit the network or the tokenizer.
+            CheckpointError: If there is no such model, if it declares something that this package does not support, or
+                if it does not fit the network or the tokenizer.
         """
         embedding = SentenceEmbedding.from_pretrained(folder)
         if embedding.size != self.config.hidden_size:
@@ -72,11 +72,11 @@ class FeatureExtraction:
 
     @property
     def embedding_length(self) -> int:
-        """The maximum number of tokens of a text to embed, special tokens included; raises as `embedding` does."""
+        """The maximum number of tokens per text, including special tokens. Raises the same errors as `embedding`."""
         return min(self.max_length, self.embedding.max_length or self.max_length)
 
     def forward(self, model: BertModel, inputs: dict[str, Any], starts: jax.Array) -> dict[str, jax.Array]:
-        """The hidden states by the number of their layer, "0" for the embeddings: [B, T, D] in the compute dtype."""
+        """The hidden states by layer number, "0" for the embeddings: [B, T, D] in the compute dtype."""
         return {str(i): states for i, states in enumerate(model(**inputs).hidden_states)}
 
     def request(
@@ -92,14 +92,14 @@ class FeatureExtraction:
         Args:
             text: A text; it is truncated to the model's maximum length.
             layers: The layers whose vectors to return, such as `[6, -1]`: 0 for the embeddings, 1 for the first layer,
-                and -1 for the last, as in `hidden_states`. None returns the vectors of the last layer, without the axis
-                of the layers.
+                and -1 for the last, as in `hidden_states`. None returns the vectors of the last layer, without a layer
+                axis.
             pooling: None returns the vector of each token, "cls" returns the vector of [CLS], and "mean" and "max"
-                return the mean and the maximum over all tokens, [CLS] and [SEP] included (Reimers & Gurevych 2019,
+                return the mean and the maximum over all tokens, including [CLS] and [SEP] (Reimers & Gurevych 2019,
                 arXiv:1908.10084, section 3). "auto" applies the pooling, normalization and maximum length that the
                 folder of a sentence-transformers model declares.
             normalize: Whether to scale each vector to length 1. With "auto", vectors are also scaled if the folder
-                declares it.
+                declares normalization.
 
         Returns:
             float32 [T, D] if `pooling` is None, else [D]; [layers, T, D] or [layers, D] if `layers` are given.
@@ -135,20 +135,20 @@ class FeatureExtraction:
         normalize: bool | None = None,
         truncate: bool = True,
     ) -> Request[np.ndarray]:
-        """Embeds one text as the folder of a sentence-transformers model declares it.
+        """Embeds one text with the pooling that the folder of a sentence-transformers model declares.
 
         Args:
-            text: A text, or the ids of its tokens. [CLS] and [SEP] are added to ids that do not have them.
+            text: A text, or its token ids. [CLS] and [SEP] are added to ids that lack them.
             layers: As in `request`.
-            normalize: Whether to scale the vector to length 1; None for what the folder declares.
-            truncate: Whether to truncate a text that is too long. If false, it is refused.
+            normalize: Whether to scale the vector to length 1; None to follow the folder's declaration.
+            truncate: Whether to truncate a text that is too long. If false, such a text is refused.
 
         Returns:
             float32 [D]; [layers, D] if `layers` are given.
 
         Raises:
-            InputError: If `text` is blank, too long or has an invalid id, or if `request` raises it for the pooling
-                "auto".
+            InputError: If `text` is blank, is too long or contains an invalid id, or if `request` raises the error for
+                the pooling "auto".
         """
         embedding, longest = self.embedding, self.embedding_length
         if isinstance(text, str):

@@ -16,16 +16,16 @@ from bert_jax.tasks.base import Features, Outputs, Request, Steps, check_text
 from bert_jax.tokenizer import Tokenizer
 
 BEAMS = 16
-"""Number of partial fillings to keep after each mask if masks are filled jointly; `top_k` if that is larger."""
+"""Number of partial fillings to keep after each mask when masks are filled jointly; `top_k` if that is larger."""
 
 
 MASKS = 64
-"""Maximum number of masked positions whose probabilities of the whole vocabulary a request holds at the same time."""
+"""Maximum number of masked positions for which a request holds probabilities over the vocabulary at the same time."""
 Item = TypeVar("Item")
 
 
 class TargetPiece(TypedDict):
-    """One piece of a target of several pieces, with its probability and its rank among the tokens of the vocabulary."""
+    """One piece of a target with several pieces, with its probability and its rank in the vocabulary."""
 
     score: float
     token: int
@@ -34,7 +34,7 @@ class TargetPiece(TypedDict):
 
 
 class Filling(TypedDict):
-    """A filling of one mask or, if masks are filled jointly, of all masks. `FillMask.request` describes the fields."""
+    """A filling of one mask or, if masks are filled jointly, of all masks. For the fields, see `FillMask.request`."""
 
     score: float
     token: int | list[int]
@@ -48,9 +48,9 @@ Fillings = list[Filling] | list[list[Filling]]
 
 
 class FillMask:
-    """Fills masks like Hugging Face's pipeline.
+    """Fills masks like the Hugging Face pipeline.
 
-    Unlike that pipeline, it can score targets of several pieces and fill masks jointly.
+    Unlike that pipeline, it can score targets with several pieces and fill masks jointly.
     """
 
     name = "fill-mask"
@@ -68,7 +68,7 @@ class FillMask:
         self.example = f"a {tokenizer.mask_token}"
 
     def forward(self, model: BertForMaskedLM, inputs: dict[str, Any], starts: jax.Array) -> dict[str, jax.Array]:
-        """The probabilities of the whole vocabulary at each masked position: float32 [B, P, V]."""
+        """The probabilities over the whole vocabulary at each masked position: float32 [B, P, V]."""
         return {"probabilities": jax.nn.softmax(model(**inputs).logits, axis=-1)}
 
     def request(
@@ -79,26 +79,27 @@ class FillMask:
         Args:
             text: A text with at least one mask token. If it is longer than the model's maximum length, the model sees a
                 window around the masks, or several windows if the masks are far apart.
-            top_k: How many fillings to return; by default 5 or, if there are targets, one per target.
-            targets: Words to score. Scores remain probabilities over the whole vocabulary and do not add up to 1. For a
-                target of several pieces, the mask is replaced by one mask per piece, and the score is the product of
-                the probabilities of the pieces, each given the pieces before it.
-            joint: Whether to fill all masks together by beam search: left to right, each mask given the tokens chosen
-                for the masks before it. The score is the product of the probabilities of the chosen tokens.
+            top_k: How many fillings to return. The default is 5 or, if `targets` is given, the number of targets.
+            targets: Words to score. Each score is a probability over the whole vocabulary, so the scores of the targets
+                do not add up to 1. For a target with several pieces, the mask is replaced with one mask per piece. The
+                score is then the product of the probabilities of the pieces, each conditioned on the pieces before it.
+            joint: Whether to fill all masks together by beam search. Masks are filled from left to right, each
+                conditioned on the tokens chosen for the masks before it. The score is the product of the probabilities
+                of the chosen tokens.
 
         Returns:
-            A list of `{score, token, token_str, sequence}`, best first. If there are several masks, a list of such
-            lists, one per mask; each `sequence` then keeps the special tokens and the other masks.
+            A list of `{score, token, token_str, sequence}`, best first. If the text has several masks, a list of such
+            lists, one per mask. Each `sequence` then retains the special tokens and the other masks.
 
-            If `targets` is given, each entry has a fifth field, `rank`: 1 plus the number of tokens of the vocabulary
-            that are likelier than the target. For a target of several pieces, `token` is a list of ids, and `pieces`
-            describes each piece.
+            If `targets` is given, each entry has a fifth field, `rank`: 1 plus the number of tokens in the vocabulary
+            that are more likely than the target. For a target with several pieces, `token` is a list of ids, and
+            `pieces` describes each piece.
 
-            If `joint` is set, the result is a single list for all masks, and the `token` and `token_str` of an entry
-            are lists with one item per mask.
+            If `joint` is set, the result is a single list for all masks. In each entry, `token` and `token_str` are
+            lists with one item per mask.
 
         Raises:
-            InputError: If an argument cannot be used; the message says what was expected.
+            InputError: If an argument is invalid. The message states what was expected.
         """
         check_text(text)
         size = self.tokenizer.vocab_size
@@ -169,10 +170,10 @@ class FillMask:
     def _score_pieces(
         self, ids: list[int], mask: int, targets: list[list[int]]
     ) -> Steps[dict[tuple[int, ...], list[TargetPiece]]]:
-        """Scores the pieces of each target of several pieces, at one mask.
+        """Scores the pieces of each target with several pieces at one mask.
 
-        To score piece n of a target of k pieces, counted from 0, the mask is replaced by the first n pieces and k - n
-        masks, and the piece is scored at the first of these masks.
+        To score piece n (counted from 0) of a target with k pieces, the mask is replaced with the first n pieces and k
+        - n masks. The piece is scored at the first of these masks.
         """
         found: dict[tuple[int, ...], list[TargetPiece]] = {}
         wanted = [(target, n) for target in targets if len(target) > 1 for n in range(len(target))]
@@ -198,7 +199,8 @@ class FillMask:
                 outputs = yield [self._row(row, [mask], around=masks) for _, row in some]
                 for (score, row), p in zip(some, _each(outputs), strict=True):
                     tokens = _best(p, width)
-                    # The scores fall along `tokens`, so those that follow one that is too low are too low as well.
+                    # The scores are in descending order, so all scores after the first one that is too low are also too
+                    # low.
                     scores = score * p[tokens].astype(np.float64)
                     kept = len(tokens) if len(best) < width else int(np.sum(scores > best[-1][0]))
                     best += [(float(s), row, token) for s, token in zip(scores[:kept], tokens[:kept], strict=True)]
@@ -232,7 +234,7 @@ class FillMask:
         return [list(ids) for ids in found]
 
     def _groups(self, masks: list[int]) -> Iterator[list[int]]:
-        """Splits the masks, in order, into as few groups as possible that each fit into one window."""
+        """Splits the masks, in order, into the fewest possible groups that each fit into one window."""
         group = masks[:1]
         for mask in masks[1:]:
             if mask - group[0] >= self.max_length - 2:
@@ -245,9 +247,9 @@ class FillMask:
         """Makes a row with masked positions: the text or, if the text is too long, a window of it.
 
         Args:
-            ids: Token ids of the whole text, [CLS] first and [SEP] last.
+            ids: Token ids of the whole text, with [CLS] first and [SEP] last.
             positions: The masked positions, as indices in `ids`.
-            around: Indices in `ids` that the window is centred on. If this is empty, `positions` are used.
+            around: Indices in `ids` on which the window is centered. If empty, `positions` is used.
         """
         if len(ids) <= self.max_length:
             return Features(ids, [0] * len(ids), positions)
@@ -266,13 +268,16 @@ class FillMask:
         }
 
     def _sequence(self, ids: list[int], mask: int, *, alone: bool) -> Callable[[list[int]], str]:
-        """A function that decodes the text with pieces in place of a mask. The rest of the text is decoded only once.
+        """Returns a function that decodes the text with pieces in place of a mask.
 
-        The decoder writes each token by itself; only the first one, which follows no space, differs. So a part of the
-        text is what a token before it and the part give together, without what the token gives alone.
+        The rest of the text is decoded only once.
+
+        The decoder decodes each token independently of the others, except the first token, which has no space before
+        it. Therefore, a part of the text is decoded together with a token before it, and the text of that token is cut
+        off.
         """
-        # As in Hugging Face's pipeline, special tokens stay if there are several masks: removing them would also remove
-        # the masks that are not filled.
+        # As in Hugging Face's pipeline, special tokens are kept if there are several masks, because removing them would
+        # also remove the masks that are not filled.
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=alone)
         before, after = ids[:mask], ids[mask + 1 :]
         if not (left := decode(before)):
@@ -289,7 +294,7 @@ def _parts(items: list[Item]) -> Iterator[list[Item]]:
 
 
 def _chunks(rows: list[Features]) -> Iterator[list[Features]]:
-    """Splits rows, in order, into lists with at most `MASKS` masked positions together."""
+    """Splits rows, in order, into lists with a total of at most `MASKS` masked positions each."""
     chunk: list[Features] = []
     for row in rows:
         if chunk and sum(len(other.masked_positions) for other in chunk) + len(row.masked_positions) > MASKS:
@@ -300,12 +305,12 @@ def _chunks(rows: list[Features]) -> Iterator[list[Features]]:
 
 
 def _each(outputs: list[Outputs]) -> Iterator[np.ndarray]:
-    """The probabilities of the vocabulary at each masked position of rows."""
+    """The probabilities over the vocabulary at each masked position of the rows."""
     return (p for output in outputs for p in output["probabilities"])
 
 
 def _best(p: np.ndarray, k: int) -> list[int]:
-    """The ids of the k highest entries, best first; ties go to the lower id."""
+    """The ids of the k highest entries, best first. Among equal entries, lower ids come first."""
     candidates = np.flatnonzero(p >= np.partition(p, -k)[-k])  # np.partition takes half the time of np.argpartition
     best: list[int] = candidates[np.lexsort((candidates, -p[candidates]))][:k].tolist()
     return best

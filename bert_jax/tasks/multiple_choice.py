@@ -1,4 +1,4 @@
-"""multiple-choice: selects an answer to a question (Lai et al. 2017), or the end of a text (Zellers et al. 2018)."""
+"""multiple-choice: selects an answer to a question (Lai et al. 2017) or an ending of a text (Zellers et al. 2018)."""
 
 import math
 import re
@@ -23,15 +23,15 @@ from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, Steps, 
 from bert_jax.tokenizer import Tokenizer
 
 ENDINGS = tuple(f"ending{i}" for i in range(10))
-"""Columns of choices, named as in SWAG, which has the first four."""
+"""Names of the columns that contain choices, as in SWAG, which has the first four."""
 MOST_CHOICES = 32
-"""Maximum number of choices of an example. Each is tokenized with the context."""
+"""Maximum number of choices per example. Each choice is tokenized together with the context."""
 UNKNOWN = -1
-"""The label of a row without a label."""
+"""The label of an unlabeled row."""
 
 
 class Choice(TypedDict):
-    """The likeliest choice: its index, its text, and the probabilities of all choices."""
+    """The most likely choice: its index, its text, and the probabilities of all choices."""
 
     choice: int
     answer: str
@@ -40,9 +40,9 @@ class Choice(TypedDict):
 
 @dataclass(frozen=True)
 class ChoiceExamples(Examples):
-    """Examples of C texts each, one per choice.
+    """Examples that each consist of C texts, one per choice.
 
-    The token arrays concatenate the texts of an example, so its choices always share a row, as separate documents.
+    Each token array concatenates the texts of one example, so its choices always share a row, as separate documents.
 
     Attributes:
         sizes: Number of tokens of each choice, int64 [N, C].
@@ -53,7 +53,7 @@ class ChoiceExamples(Examples):
     sizes: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), int))
 
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
-        """See `Examples.batch`. `starts` are [B, K · C]: those of all choices of the first example, of the second, …"""
+        """See `Examples.batch`. `starts`, [B, K · C], covers the choices of the first example, then of the second, …"""
         batch = super().batch(place, part)
         tokens = {name: batch["inputs"][name] for name in ("input_ids", "token_type_ids")}
         count = self.sizes.shape[1]
@@ -71,7 +71,7 @@ class ChoiceExamples(Examples):
 
 
 class MultipleChoice(TrainableTask):
-    """Assigns each choice a probability. The model reads each choice with the context, independently of the others."""
+    """Assigns a probability to each choice. The model reads each choice separately, together with the context."""
 
     name = "multiple-choice"
     model_class = BertForMultipleChoice
@@ -110,19 +110,19 @@ class MultipleChoice(TrainableTask):
         """Selects one of the choices.
 
         Args:
-            inputs: `{"context": …, "choices": […]}`, perhaps with a `question`. Or a tuple: the context, the question
-                if there is one, and the list of the choices; or the context, the question ("" if there is none), and
-                each choice. A choice replaces the first blank, `_` or `____`, of its question or, without one, follows
-                the question. If the context and the choice are longer than the model's maximum length, the longer of
-                the two loses tokens.
+            inputs: `{"context": …, "choices": […]}`, optionally with a `question`. Alternatively, a tuple, which is
+                either (context, list of choices), (context, question, list of choices), or (context, question, choice,
+                choice, …), where the question is "" if there is none. A choice replaces the first blank (`_` or `____`)
+                in the question. If the question has no blank, the choice follows it. If the context and the choice are
+                longer than the model's maximum length, the longer of the two is truncated.
 
         Returns:
-            `{choice, answer, scores}`: the index of the likeliest choice, its text, and the probabilities of all
-            choices in their order.
+            `{choice, answer, scores}`: the index of the most likely choice, its text, and the probabilities of all
+            choices in the order of the choices.
 
         Raises:
             InputError: If there are fewer than 2 or more than `MOST_CHOICES` choices, or if the context or a choice is
-                not a text or is empty.
+                empty or not a string.
         """
         context, question, choices = _parts(inputs)
         encodings = self._encode(context, question, choices)
@@ -149,13 +149,13 @@ class MultipleChoice(TrainableTask):
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
-        """See `TrainableTask.clean`. The choices of a row become the list `answers`, and its label the index of one.
+        """See `TrainableTask.clean`. A row's choices become the list `answers`, and its label an index into this list.
 
-        A label is an index, counted from 0, or a letter, counted from A. A row without a label gets `UNKNOWN`.
+        A label is an index, starting at 0, or a letter, starting at A. An unlabeled row gets the label `UNKNOWN`.
 
         Raises:
-            InputError: If `options.labels` is set, if a row has no choices or another number of choices than the first
-                row, or if a label is invalid.
+            InputError: If `options.labels` is set, if a row has no choices or a different number of choices than the
+                first row, or if a label is invalid.
         """
         if options.labels:
             raise InputError(
@@ -192,7 +192,7 @@ class MultipleChoice(TrainableTask):
         return {"id2label": ("LABEL_0", "LABEL_1"), "num_labels": 2}
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> ChoiceExamples:
-        """Converts rows of `clean` to examples with the target `labels`, int32 [N]."""
+        """Converts rows that `clean` returned to examples with the target `labels`, int32 [N]."""
         encoded = [self._encode(row["context"], row["question"], row["answers"]) for row in rows]
         return ChoiceExamples(
             input_ids=[np.concatenate([np.array(e.ids, np.int32) for e in choices]) for choices in encoded],
@@ -211,7 +211,7 @@ class MultipleChoice(TrainableTask):
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
     ) -> tuple[jax.Array, jax.Array]:
-        """See `Objective.loss`. The `losses.cross_entropy` over the choices of each labelled example."""
+        """See `Objective.loss`. Computes `losses.cross_entropy` over the choices of each labeled example."""
         labels = batch["targets"]["labels"]  # [B, K]
         logits = model(**batch["inputs"], positions=batch["starts"], dropout_key=dropout_key).logits  # [B, K · C]
         counts = (batch["weights"] > 0) & (labels != UNKNOWN)
@@ -230,7 +230,7 @@ class MultipleChoice(TrainableTask):
         return bool((examples.targets["labels"] != UNKNOWN).any())
 
     def evaluate(self, outputs: Outputs, examples: Examples) -> dict[str, Any]:
-        """The accuracy on the labelled examples; empty if no example is labelled."""
+        """The accuracy on the labeled examples; empty if no example is labeled."""
         labels = examples.targets["labels"]
         known = labels != UNKNOWN
         if not known.any():
@@ -243,7 +243,7 @@ class MultipleChoice(TrainableTask):
 
 
 def _endings(row: Row) -> list[Any]:
-    """The choices of a row that has each in a column of its own."""
+    """The choices of a row that contains each choice in a separate column."""
     cells = [row.get(name) for name in ENDINGS]
     while cells and cells[-1] is None:
         cells.pop()
@@ -266,7 +266,7 @@ def _parts(inputs: Any) -> tuple[str, str, list[str]]:
     if len(question) > 1:
         question, choices = question[:1], [*question[1:], choices]
     asked = (question or [None])[0] or ""
-    if isinstance(choices, str):  # in CSV and TSV files, lists are texts
+    if isinstance(choices, str):  # in CSV and TSV files, lists are strings
         choices = literal(choices)
     if isinstance(choices, np.ndarray):
         choices = choices.tolist()
@@ -282,7 +282,7 @@ def _parts(inputs: Any) -> tuple[str, str, list[str]]:
 
 def _index(label: Any, choices: int) -> int:
     """The index of the right choice; `UNKNOWN` if there is no label."""
-    if isinstance(label, float):  # as pandas writes a column of whole numbers in which some are missing
+    if isinstance(label, float):  # pandas writes integer columns with missing values as floats
         label = None if math.isnan(label) else int(label) if label.is_integer() else label
     text = str("" if label is None else label).strip()
     if text in ("", "-1"):

@@ -1,4 +1,4 @@
-"""next-sentence-prediction: whether a second text follows the first (Devlin et al. 2018, section 3.1, task 2)."""
+"""next-sentence-prediction: predicts whether one text follows another (Devlin et al. 2018, section 3.1, task 2)."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ LABELS = ("IsNext", "NotNext")
 
 
 class NextSentencePrediction:
-    """Tells whether the second text of a pair follows the first."""
+    """Predicts whether the second text of a pair follows the first."""
 
     name = "next-sentence-prediction"
     model_class = BertForNextSentencePrediction
@@ -44,7 +44,7 @@ class NextSentencePrediction:
             pair: Two texts.
 
         Returns:
-            `{label, score}`: the likelier label, "IsNext" or "NotNext", and its probability.
+            `{label, score}`: the more likely label, "IsNext" or "NotNext", and its probability.
 
         Raises:
             InputError: If the input is not a pair of texts, if a text is empty, or if the pair is too long for the

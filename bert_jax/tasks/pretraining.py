@@ -22,7 +22,7 @@ class MaskedLanguageModeling(Objective):
     per_token = False
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The mean loss of the masked tokens, in nats, and the number of masked tokens."""
+        """The mean loss over the masked tokens, in nats, and the number of masked tokens."""
         return self._mlm_loss(self._logits(model, batch, dropout_key)[0], batch)
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -78,8 +78,8 @@ class PreTraining(MaskedLanguageModeling):
     """Masked-language modeling and next-sentence prediction, for a `BertForPreTraining`.
 
     The loss is the sum of the losses of both objectives, as in Devlin et al. 2018. If gradients are accumulated
-    (`training.accumulation`), both losses of a step are means over the parts of its batch, and the weight of a part is
-    its number of masked tokens, even for next-sentence prediction.
+    (`training.accumulation`), each of the two losses of a step is a weighted mean over the parts of the batch. The
+    weight of a part is its number of masked tokens, even for next-sentence prediction.
     """
 
     model_class: Any = BertForPreTraining

@@ -1,4 +1,4 @@
-"""pseudo-log-likelihood: how likely a model finds a text, each token given all others (Salazar et al. 2020)."""
+"""pseudo-log-likelihood: scores a text by the probability of each token given all others (Salazar et al. 2020)."""
 
 from typing import Any, Literal, NotRequired, get_args
 
@@ -27,7 +27,7 @@ class TokenScore(TypedDict):
 
 
 class TextScore(TypedDict):
-    """The score of a text. `PseudoLogLikelihood.request` describes the fields."""
+    """The score of a text. The fields are described in `PseudoLogLikelihood.request`."""
 
     score: float
     tokens: int
@@ -36,7 +36,7 @@ class TextScore(TypedDict):
 
 
 class PseudoLogLikelihood(FillMask):
-    """Scores texts with a masked language model: masks each token in turn, and adds up their log-probabilities."""
+    """Scores texts with a masked language model: masks each token in turn and sums the tokens' log-probabilities."""
 
     name = "pseudo-log-likelihood"
     one_mask = with_labels = True
@@ -52,27 +52,27 @@ class PseudoLogLikelihood(FillMask):
         label = jnp.take_along_axis(logits, labels, axis=-1)[..., 0]
         return {"log_p": label - jax.nn.logsumexp(logits, axis=-1)}
 
-    def request(  # type: ignore[override]  # other parameters than those of fill-mask
+    def request(  # type: ignore[override]  # the parameters differ from those of fill-mask
         self, text: str, *, metric: Metric = "original", per_token: bool = False
     ) -> Request[TextScore]:
-        """Scores one text. Unknown words are scored as the unknown token.
+        """Scores one text. Each unknown word is scored as the unknown token.
 
         Args:
-            text: A text without mask tokens. If it is longer than the model's maximum length, each token is scored in a
-                window around it.
+            text: A text without mask tokens. If the text is longer than the model's maximum length, each token is
+                scored in a window around that token.
             metric: "original" masks one token at a time (Salazar et al. 2020, arXiv:1910.14659, section 2.1).
                 "within_word_l2r" also masks the pieces of the same word that follow the token (Kauf and Ivanova 2023,
                 arXiv:2305.10588, section 3). With "original", the later pieces of a rare word reveal the earlier ones,
                 so the score of the word is too high.
-            per_token: Whether to return the score of each token, too.
+            per_token: Whether to also return the score of each token.
 
         Returns:
-            `{score, tokens, windows}`: the sum of the log-probabilities of all tokens but [CLS] and [SEP], in nats; the
-            number of these tokens; and whether they were scored in windows. If `per_token` is set, `token_scores` is a
-            list of `{token, token_str, score}`, one per token.
+            `{score, tokens, windows}`: the sum of the log-probabilities of all tokens except [CLS] and [SEP], in nats;
+            the number of these tokens; and whether they were scored in windows. If `per_token` is set, `token_scores`
+            is a list of `{token, token_str, score}`, one per token.
 
         Raises:
-            InputError: If `text` is not a string, has no tokens, or has a mask token, or if `metric` is unknown.
+            InputError: If `text` is not a string, has no tokens, or contains a mask token, or if `metric` is unknown.
         """
         check_text(text)
         if metric not in get_args(Metric):

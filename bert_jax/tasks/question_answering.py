@@ -1,4 +1,4 @@
-"""question-answering: the span of a context that answers a question (Devlin et al. 2018, sections 4.2 and 4.3)."""
+"""question-answering: finds the answer to a question in a context (Devlin et al. 2018, sections 4.2 and 4.3)."""
 
 import copy
 import itertools
@@ -23,23 +23,23 @@ from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, Steps, 
 from bert_jax.tokenizer import Tokenizer
 
 MOST_TOKENS = 2**20
-"""Maximum number of tokens in all windows of one context."""
+"""Maximum total number of tokens in all windows of one context."""
 
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """How contexts are cut into windows, and how answers are read from them.
+    """Options for splitting contexts into windows and for extracting answers from them.
 
     Attributes:
-        stride: Number of tokens that neighbouring windows of a context share; None for a third of the maximum row
+        stride: Number of tokens that neighboring windows of a context share; None for a third of the maximum row
             length.
-        max_question_length: The maximum number of tokens of a question; longer questions are truncated.
-        max_answer_length: The maximum number of tokens of an answer.
-        n_best: The `n_best` likeliest first tokens are combined with the `n_best` likeliest last tokens, and the
-            `n_best` best of the resulting answers are kept.
+        max_question_length: The maximum number of tokens in a question; longer questions are truncated.
+        max_answer_length: The maximum number of tokens in an answer.
+        n_best: Candidate answers combine the `n_best` most likely first tokens with the `n_best` most likely last
+            tokens. The `n_best` best candidates are kept.
         unanswerable: Whether a question may have no answer, as in SQuAD 2.0. The empty answer, "", means "no answer".
-        null_threshold: Has an effect only if `unanswerable` is set. The empty answer is then predicted if the sum of
-            its start and end logits exceeds the sum for the best other answer by more than this threshold.
+        null_threshold: Used only if `unanswerable` is set. The empty answer is predicted if the sum of its start and
+            end logits exceeds the sum for the best non-empty answer by more than this threshold.
     """
 
     stride: int | None = None
@@ -54,7 +54,7 @@ DEFAULTS = AnswerOptions()
 
 
 class Answer(TypedDict):
-    """An answer, `context[start:end]`, and its score."""
+    """The answer `context[start:end]` and its score."""
 
     score: float
     start: int
@@ -67,7 +67,7 @@ def _no_answer(score: float) -> Answer:
 
 
 class QuestionAnswering(TrainableTask):
-    """Extracts answers from a context, like the pipeline of transformers up to version 4.57."""
+    """Extracts answers from a context, like the question-answering pipeline of transformers up to version 4.57."""
 
     name = "question-answering"
     model_class = BertForQuestionAnswering
@@ -91,7 +91,7 @@ class QuestionAnswering(TrainableTask):
     def forward(
         self, model: BertForQuestionAnswering, inputs: dict[str, Any], starts: jax.Array
     ) -> dict[str, jax.Array]:
-        """Each token's logits for being the first (`start`) and the last (`end`) of an answer: float32 [B, T] each."""
+        """The logits of each token for the first (`start`) and last (`end`) token of an answer: float32 [B, T] each."""
         out = model(**inputs)
         return {"start": out.start_logits, "end": out.end_logits}
 
@@ -110,26 +110,28 @@ class QuestionAnswering(TrainableTask):
         """Answers one question.
 
         Args:
-            inputs: `{"question": …, "context": …}`, or a tuple of question and context.
+            inputs: `{"question": …, "context": …}`, or the tuple (question, context).
             top_k: How many answers to return.
-            max_answer_len: Maximum number of tokens of an answer.
-            max_seq_len: Maximum number of tokens of a window, which holds the question, the special tokens and a part
-                of the context; by default 384, or the model's maximum length if that is less.
-            doc_stride: Tokens by which neighbouring windows overlap; by default 128, or half a window if that is less.
-            max_question_len: Maximum number of tokens of the question; a longer question is truncated.
+            max_answer_len: Maximum number of tokens in an answer.
+            max_seq_len: Maximum number of tokens in a window, which contains the question, the special tokens and part
+                of the context. The default is 384, or the model's maximum length if that is less.
+            doc_stride: Number of tokens by which neighboring windows overlap. The default is 128, or half a window if
+                that is less.
+            max_question_len: Maximum number of tokens in the question; a longer question is truncated.
             handle_impossible_answer: Whether the empty answer, "", is a candidate. The empty answer means that the
-                question has no answer. Its score is the lowest of the probabilities that the windows give it.
-            null_threshold: If set, the empty answer is a candidate even without `handle_impossible_answer`. It comes
-                first if the sum of its start and end logits exceeds the sum for the best other answer by more than this
-                threshold, and last otherwise. BERT's run_squad.py calls the threshold `null_score_diff_threshold`.
+                question has no answer. Its score is its lowest probability in any window.
+            null_threshold: If set, the empty answer is a candidate even without `handle_impossible_answer`. It is
+                listed first if the sum of its start and end logits exceeds the sum for the best non-empty answer by
+                more than this threshold. Otherwise, it is listed last. BERT's run_squad.py calls this threshold
+                `null_score_diff_threshold`.
 
         Returns:
-            `{score, start, end, answer}` if top_k is 1, else a list of such answers, best first. An answer is
+            `{score, start, end, answer}` if top_k is 1, else a list of such answers, best first. Each answer is
             `context[start:end]` and consists of whole words. Answers that differ only in case are merged, even if they
-            come from different windows. Their scores are added, so a score can exceed 1.
+            come from different windows. The scores of merged answers are added, so a score can exceed 1.
 
         Raises:
-            InputError: If the question or the context is missing or empty, or if a number is invalid.
+            InputError: If the question or the context is missing or empty, or if a numeric parameter is invalid.
         """
         pair: Any = [inputs.get("question"), inputs.get("context")] if isinstance(inputs, Mapping) else inputs
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
@@ -150,8 +152,8 @@ class QuestionAnswering(TrainableTask):
         if window > self.max_length:
             raise InputError(f"max_seq_len is {window}; expected at most {self.max_length}, the model's length.")
         [(cut, used)] = self._truncated([pair[0]], max_question_len)
-        step = window - 3 - used - stride  # by which windows move; the tokenizer refuses it if it is not positive
-        # A context has at most as many tokens as characters, so most contexts need not be counted.
+        step = window - 3 - used - stride  # the offset between windows; the tokenizer rejects it if it is not positive
+        # A context has at most as many tokens as characters, so the tokens of most contexts need not be counted.
         tokens = len(pair[1])
         if step > 0 and window * (tokens // step) > MOST_TOKENS:
             tokens = len(self.tokenizer.encode([pair[1]], add_special_tokens=False)[0][0])
@@ -167,7 +169,7 @@ class QuestionAnswering(TrainableTask):
         return Request(steps, sum(map(len, windows)), (100 + longest) * candidates)
 
     def _truncated(self, questions: Sequence[str], longest: int) -> list[tuple[str, int]]:
-        """Each question, truncated to `longest` tokens, and its number of tokens."""
+        """Each question, truncated to `longest` tokens, with its number of tokens."""
         encoded = self.tokenizer.encode(questions, add_special_tokens=False)
         return [
             (text[: tokens.offsets[longest - 1][1]] if len(tokens) > longest else text, min(len(tokens), longest))
@@ -186,7 +188,7 @@ class QuestionAnswering(TrainableTask):
             null_logits = min(null_logits, float(output["start"][0] + output["end"][0]))
             for first, last, score in spans:
                 best_logits = max(best_logits, float(output["start"][first] + output["end"][last]))
-                # Extend the span to whole words: it may begin or end within a word.
+                # Extend the span to whole words, because it may begin or end within a word.
                 words: list[Any] = [window.token_to_word(token) for token in (first, last)]
                 characters: list[Any] = [window.word_to_chars(word, 1) for word in words]
                 start, end = characters[0][0], characters[1][1]
@@ -207,13 +209,13 @@ class QuestionAnswering(TrainableTask):
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
-        """See `TrainableTask.clean`. The answers of a row become a list of texts and a list of starts.
+        """See `TrainableTask.clean`. A row's answers become a list of texts and a list of starts.
 
         Invalid rows are dropped.
 
         Raises:
-            InputError: If `options.labels` is set, if two rows of a split have the same id, if there are invalid rows
-                and `options.wrong_answers` is "stop", or if dropping the invalid rows leaves a split empty.
+            InputError: If `options.labels` is set, if two rows of a split have the same id, if any row is invalid and
+                `options.wrong_answers` is "stop", or if dropping the invalid rows leaves a split empty.
         """
         if options.labels:
             raise InputError(
@@ -249,9 +251,9 @@ class QuestionAnswering(TrainableTask):
     def config(
         rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
-        """See `TrainableTask.config`. Sets two labels, for the outputs `start` and `end`.
+        """See `TrainableTask.config`. Sets two labels, one for each of the outputs `start` and `end`.
 
-        transformers gives a head as many outputs as there are labels.
+        In transformers, a head has as many outputs as there are labels.
         """
         return {"id2label": ("LABEL_0", "LABEL_1"), "num_labels": 2}
 
@@ -263,10 +265,10 @@ class QuestionAnswering(TrainableTask):
         return tuned
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
-        """Converts rows to windows. A row has `question`, `context` and `answers`; `answers` may be None.
+        """Converts rows to windows. Each row has the fields `question`, `context` and `answers`; `answers` may be None.
 
         The targets `start` and `end` are the indices of the first and the last token of the row's first answer. Both
-        are 0, the index of [CLS], if the row has no answer, or if the window does not hold the whole answer.
+        are 0, the index of [CLS], if the row has no answer or if the window does not contain the whole answer.
 
         Raises:
             InputError: If a question leaves no room for the context.
@@ -286,7 +288,7 @@ class QuestionAnswering(TrainableTask):
         )  # fmt: skip
         places, origins = [], []
         for i, (row, parts) in enumerate(zip(rows, encoded, strict=True)):
-            n = row.get("row", i + 1) - 1  # the index that the row had before `clean` dropped rows
+            n = row.get("row", i + 1) - 1  # the row's index before `clean` dropped rows
             for part in parts:
                 context = np.array([k for k, side in enumerate(part.sequence_ids) if side == 1], np.int32)
                 offsets = np.array(part.offsets, np.int32)[context].reshape(-1, 2)
@@ -305,12 +307,12 @@ class QuestionAnswering(TrainableTask):
     ) -> tuple[jax.Array, jax.Array]:
         """See `Objective.loss`. The loss of a batch is the mean over its windows.
 
-        The loss of a window is the mean of the cross entropies of the answer's first and last token. The softmax is
-        over the tokens of one window, so the loss of a window does not depend on the rest of the batch.
+        The loss of a window is the mean of the cross-entropies of the answer's first and last tokens. The softmax is
+        taken over the tokens of one window, so the loss of a window does not depend on the rest of the batch.
         """
         inputs, starts = batch["inputs"], batch["starts"]
         out = model(**inputs, dropout_key=dropout_key)
-        # For each token, the number of its window in the row, counted from 1, or 0 for padding.
+        # For each token, the number of its window in the row, starting at 1; 0 for padding.
         windows = inputs.get("document_ids", inputs.get("attention_mask"))[:, None]
         own = windows == 1 + jnp.arange(starts.shape[1])[None, :, None]  # [B, K, T]
         start, end = (jnp.where(own, x[:, None], np.finfo(np.float32).min) for x in (out.start_logits, out.end_logits))
@@ -323,7 +325,7 @@ class QuestionAnswering(TrainableTask):
         return any(row["answers"] is not None for _, row, *_ in examples.origins)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """The metrics (`bert_jax.evaluation.metrics.answering`) of the rows with `answers`; empty if there are none."""
+        """The metrics (`bert_jax.evaluation.metrics.answering`) of the rows with `answers`; empty without such rows."""
         from bert_jax.evaluation import metrics
 
         if not self.labelled(examples):
@@ -340,12 +342,12 @@ class QuestionAnswering(TrainableTask):
         return result | {name: searched[name] for name in ("best_f1", "best_exact_match", "null_threshold")}
 
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
-        """One `{answer, best_answer, null_over_best, n_best}` per row, as in run_qa.py of transformers' examples.
+        """One `{answer, best_answer, null_over_best, n_best}` per row, as in the transformers example run_qa.py.
 
-        `best_answer` is the best answer that is not empty, and `null_over_best` says by how much the logits of the
-        empty answer exceed those of `best_answer`. `answer` is the empty answer if `AnswerOptions.unanswerable` is set
-        and `null_over_best` is more than `AnswerOptions.null_threshold`; otherwise, it is `best_answer`. `n_best` lists
-        the best answers with their logits and probabilities.
+        `best_answer` is the best non-empty answer. `null_over_best` is the sum of the start and end logits of the empty
+        answer minus the sum for `best_answer`. `answer` is the empty answer if `AnswerOptions.unanswerable` is set and
+        `null_over_best` exceeds `AnswerOptions.null_threshold`; otherwise, it is `best_answer`. `n_best` lists the best
+        answers with their logits and probabilities.
         """
         count, longest = self.answers.n_best, self.answers.max_answer_length
         best: dict[int, list[tuple[float, int, int]]] = {}
@@ -381,13 +383,13 @@ class QuestionAnswering(TrainableTask):
 
     @staticmethod
     def files(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """See `TrainableTask.files`. `answers.json` has the form that SQuAD's official scripts expect."""
+        """See `TrainableTask.files`. `answers.json` has the format that SQuAD's official scripts expect."""
         ids = [line["row"] - 1 if line.get("id") is None else line["id"] for line in lines]
         return {"answers.json": {str(id): line["prediction"]["answer"] for id, line in zip(ids, lines, strict=True)}}
 
 
 def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | None:
-    """The answers of a row as lists of texts and starts; None if the row does not give answers.
+    """The answers of a row as lists of texts and starts; None if the row does not specify answers.
 
     The lists are empty if the question has no answer.
 
@@ -401,15 +403,15 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
     impossible = row.get("is_impossible")
     if impossible is not None and str(impossible).lower() not in ("", "false", "0", "true", "1"):
         raise InputError(f"is_impossible is {quoted(impossible)}; expected true or false.")
-    # If a question that is marked as impossible comes with answers, these are plausible but wrong, and are ignored.
+    # If a question marked as impossible has answers, they are plausible but wrong, so they are ignored.
     if str(impossible).lower() in ("true", "1"):
         return {"text": [], "answer_start": []}
     given = row.get("answers")
     if given is None and not check:
         return None
-    answers = literal(given) if isinstance(given, str) else given  # a CSV file holds the answers as a text
+    answers = literal(given) if isinstance(given, str) else given  # a CSV file contains the answers as a string
     if isinstance(answers, list | tuple) and all(isinstance(answer, Mapping) for answer in answers):
-        # SQuAD's own files have one object per answer. Convert these objects to one list per field.
+        # The original SQuAD files contain one object per answer. Convert these objects to one list per field.
         answers = {name: [answer.get(name) for answer in answers] for name in ("text", "answer_start")}
     texts, starts = (answers.get(name) if isinstance(answers, Mapping) else None for name in ("text", "answer_start"))
     texts, starts = ([values] if isinstance(values, str | int) else values for values in (texts, starts))
@@ -430,9 +432,9 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
 
 
 def _place(answers: Mapping[str, Any] | None, context: np.ndarray, offsets: np.ndarray) -> tuple[int, int]:
-    """The indices of the first answer's first and last token in a window, found as in run_qa.py of transformers.
+    """The indices of the first and last tokens of the first answer in a window, as in run_qa.py of transformers.
 
-    Both are 0, the index of [CLS], if there is no answer, or if the window does not hold the whole answer.
+    Both are 0, the index of [CLS], if there is no answer or if the window does not contain the whole answer.
     """
     if answers and answers["text"] and len(context):
         begin = answers["answer_start"][0]
@@ -449,22 +451,23 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _spans(window: Encoding, output: Outputs, longest: int, count: int) -> tuple[list[tuple[int, int, float]], float]:
-    """The likeliest spans of a window's context, and the probability that the window holds no answer.
+    """The most likely spans of a window's context, and the probability that the window contains no answer.
 
-    The start and the end probabilities each add up to 1 over the tokens of the context and [CLS]. [CLS] stands for no
-    answer. The probability of a span is the product of the probabilities of its first and its last token.
+    The start probabilities and the end probabilities each add up to 1 over the tokens of the context and [CLS]. [CLS]
+    represents no answer. The probability of a span is the product of the probabilities of its first and last tokens.
 
     Returns:
-        A list of spans, best first, and the probability of no answer. A span is the index of its first token, the index
-        of its last token, and its probability. There are at most `count` spans, each of at most `longest` tokens.
+        A list of spans, best first, and the probability of no answer. Each span is a tuple of the index of its first
+        token, the index of its last token, and its probability. There are at most `count` spans of at most `longest`
+        tokens each.
     """
     length = len(window)
     context = np.array([n == 1 for n in window.sequence_ids])
     allowed = context | (np.arange(length) == 0)
     start, end = (_softmax(np.where(allowed, output[name][:length], -np.inf)) for name in ("start", "end"))
     null = float(start[0] * end[0])
-    # The score of a span is at [last - first, first]. The array is thus [longest, T]; with [first, last] as the index,
-    # it would be [T, T].
+    # The score of a span is at [last - first, first], so the shape of the array is [longest, T]. With the index [first,
+    # last], the shape would be [T, T].
     scores = np.full((min(longest, length), length), -1.0)
     for k in range(len(scores)):
         scores[k, : length - k] = np.where(context[: length - k] & context[k:], start[: length - k] * end[k:], -1.0)

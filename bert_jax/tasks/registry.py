@@ -27,7 +27,7 @@ TASKS: dict[str, Any] = {
         PseudoLogLikelihood,
     )
 }
-"""The classes of all tasks that `pipeline` supports, by name."""
+"""The classes of all tasks that `pipeline` supports, by task name."""
 TRAINABLE = tuple(name for name, task in TASKS.items() if TrainableTask in task.__mro__)
 """The names of the tasks that `finetune` supports."""
 TaskName = NewType("TaskName", str)

@@ -1,4 +1,4 @@
-"""text-classification: predicts labels, or a number, for a text or a pair (Devlin et al. 2018, section 4.1)."""
+"""text-classification: predicts labels or a number for a text or a pair of texts (Devlin et al. 2018, section 4.1)."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -66,11 +66,12 @@ LABEL = ("label", "label_string", "labels", "label_name", "class", "score")
 
 @dataclass(frozen=True)
 class DecisionOptions:
-    """Which labels are predicted in multi-label classification.
+    """Determines which labels are predicted in multi-label classification.
 
     Attributes:
-        threshold: A label is predicted if its score is above this number.
-        tune: Whether an evaluation finds the threshold with the best `f1_micro`, for `SequenceClassification.tuned`.
+        threshold: A label is predicted if its score is above this threshold.
+        tune: Whether evaluation finds the threshold with the best `f1_micro`, which `SequenceClassification.tuned`
+            uses.
     """
 
     threshold: float = 0.5
@@ -78,7 +79,7 @@ class DecisionOptions:
 
 
 class SequenceClassification(TrainableTask):
-    """Predicts one label, any number of labels, or a number, depending on the config's `problem_type`."""
+    """Predicts one label, any number of labels, or a numeric value, depending on the config's `problem_type`."""
 
     name = "text-classification"
     model_class = BertForSequenceClassification
@@ -89,7 +90,7 @@ class SequenceClassification(TrainableTask):
     required, target = ("text",), "label"
     head, peft_type = r"classifier\..*", "SEQ_CLS"
     per_token, masked = False, False
-    order_matters = True  # if there are two labels, the metric `f1` is computed for the second one
+    order_matters = True  # if there are two labels, the metric `f1` is that of the second label
     options = {"decision": DecisionOptions}  # noqa: RUF012
 
     def __init__(
@@ -100,8 +101,8 @@ class SequenceClassification(TrainableTask):
         self.max_length = max_length
         self.labels = config.labels
         self.problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
-        # As in transformers, a model with one label and no problem_type is trained as a regression, but the pipeline
-        # applies a sigmoid to the model's output.
+        # As in transformers, a model with one label and no problem_type is trained for regression, but the pipeline
+        # applies a sigmoid to its output.
         self.scores = SCORES[config.problem_type or (MULTI if config.num_labels == 1 else SINGLE)]
         self.metrics = METRICS[self.problem_type]
         if self.problem_type == SINGLE and config.num_labels == 2:
@@ -119,9 +120,9 @@ class SequenceClassification(TrainableTask):
     ) -> dict[str, jax.Array]:
         """Computes `logits` and `scores`, each float32 [B, K, C].
 
-        The scores are the logits after the function of `SCORES` that the constructor chooses: `SINGLE` gives
-        probabilities that add up to 1, `MULTI` gives an independent probability for each label, and `REGRESSION` gives
-        the predicted numbers.
+        The constructor selects the function in `SCORES` that converts logits to scores. The scores are probabilities
+        that add up to 1 for `SINGLE`, independent probabilities of the labels for `MULTI`, and the predicted numbers
+        for `REGRESSION`.
         """
         logits = model(**inputs, positions=starts).logits
         return {"logits": logits, "scores": self.scores(logits)}
@@ -136,10 +137,11 @@ class SequenceClassification(TrainableTask):
         """Classifies one text.
 
         Args:
-            text: A text, or a pair of texts as a tuple. Inputs are truncated to the model's maximum length; in a pair,
-                the longer text loses tokens.
+            text: A text, or a pair of texts as a tuple. Inputs are truncated to the model's maximum length. In a pair,
+                the longer text is truncated.
             top_k: How many labels to return; None for all.
-            function_to_apply: The function that turns logits into scores; None for that of the model's problem type.
+            function_to_apply: The function that converts logits to scores; None for the function of the model's problem
+                type.
 
         Returns:
             `{label, score}` if top_k is 1, else a list of such entries, best first. In multi-label classification, the
@@ -180,10 +182,10 @@ class SequenceClassification(TrainableTask):
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
-        """See `TrainableTask.clean`. A label becomes a name, a number, a list of names, or a 0/1 vector.
+        """See `TrainableTask.clean`. Each label becomes a name, a number, a list of names, or a 0/1 vector.
 
-        If labels are lists, the labels of all splits together decide whether the lists hold names, class ids, or 0
-        and 1.
+        If labels are lists, the labels of all splits together determine whether the lists contain names, class ids, or
+        0 and 1.
         """
         cleaned = {split: [dict(row) for row in found] for split, found in rows.items()}
         labelled = {
@@ -211,7 +213,7 @@ class SequenceClassification(TrainableTask):
     def config(
         rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
-        """See `TrainableTask.config`. The fields are the problem type, the names of the labels, and their number."""
+        """See `TrainableTask.config`. The fields are the problem type, the label names, and the number of labels."""
         given = [row.get("label") for row in rows]
         problem_type, names = label_set(given, options.problem_type)
         for i, label in enumerate(given, 1):
@@ -226,13 +228,13 @@ class SequenceClassification(TrainableTask):
         return {"problem_type": problem_type, "id2label": names, "num_labels": len(names)}
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
-        """Converts rows to examples with the target `labels`. A row has `text`, and may have `text_pair` and `label`.
+        """Converts rows to examples with the target `labels`. Rows have `text` and optionally `text_pair` and `label`.
 
-        `labels` is int32 [N] for one label per text, float32 [N, C] of 0 and 1 for multi-label classification, and
-        float32 [N, 1] for regression. A row without a label gets `UNKNOWN` (int32) or NaN (float32).
+        `labels` is int32 [N] for one label per text, float32 [N, C] with values 0 and 1 for multi-label classification,
+        and float32 [N, 1] for regression. The label of an unlabeled row is `UNKNOWN` (int32) or NaN (float32).
 
         Raises:
-            InputError: If a text or a label cannot be used; the message names the row.
+            InputError: If a text or a label cannot be used. The message states the row.
         """
         ids = {label: i for i, label in enumerate(self.labels)}
         labels = []
@@ -279,7 +281,7 @@ class SequenceClassification(TrainableTask):
 
     def _known(self, labels: Any) -> Any:
         """Which examples have a label: bool [N], or [B, K] for a batch."""
-        # NaN, which marks unlabelled examples, is the only number that differs from itself.
+        # NaN, which marks unlabeled examples, is the only number that differs from itself.
         return labels != UNKNOWN if self.problem_type == SINGLE else ~(labels != labels).any(-1)
 
     def loss(
@@ -292,10 +294,10 @@ class SequenceClassification(TrainableTask):
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
     ) -> tuple[jax.Array, jax.Array]:
-        """See `Objective.loss`. The loss is the mean over the labelled examples.
+        """See `Objective.loss`. The loss is the mean over the labeled examples.
 
-        `SINGLE` uses `losses.cross_entropy`, `MULTI` `losses.binary_cross_entropy`, and `REGRESSION`
-        `losses.squared_error`. The first two take `class_weights`, `label_smoothing` and `focal_gamma`.
+        `SINGLE` uses `losses.cross_entropy`, `MULTI` uses `losses.binary_cross_entropy`, and `REGRESSION` uses
+        `losses.squared_error`. The first two support `class_weights`, `label_smoothing` and `focal_gamma`.
         """
         logits = model(**batch["inputs"], positions=batch["starts"], dropout_key=dropout_key).logits  # [B, K, C]
         labels = batch["targets"]["labels"]
@@ -314,7 +316,7 @@ class SequenceClassification(TrainableTask):
         return losses.squared_error(logits, labels, weights), jnp.sum(weights)
 
     def outputs(self, model: BertForSequenceClassification, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """See `Objective.outputs`. Computes `scores` with the function of `SCORES` for `self.problem_type`."""
+        """See `Objective.outputs`. Computes `scores` with the function in `SCORES` for `self.problem_type`."""
         logits = model(**batch["inputs"], positions=batch["starts"]).logits
         return {"scores": SCORES[self.problem_type](logits)}
 
@@ -330,7 +332,7 @@ class SequenceClassification(TrainableTask):
         return tuned
 
     def evaluate(self, outputs: Outputs, examples: Examples) -> dict[str, Any]:
-        """The metrics (`bert_jax.evaluation.metrics`) of the labelled examples; empty if no example is labelled.
+        """The metrics (`bert_jax.evaluation.metrics`) of the labeled examples; empty if no example is labeled.
 
         If `DecisionOptions.tune` is set, `threshold` is the threshold with the best `f1_micro`, and `best_f1_micro` is
         the `f1_micro` at this threshold.
@@ -353,8 +355,8 @@ class SequenceClassification(TrainableTask):
     def predictions(self, outputs: Outputs, examples: Examples) -> list[dict[str, Any]]:
         """One `{label, score}` per example.
 
-        In multi-label classification, one `{labels, scores}` per example instead: `labels` lists the labels with a
-        score above `DecisionOptions.threshold`, and `scores` has the scores of all labels by name.
+        In multi-label classification, one `{labels, scores}` per example. `labels` lists the labels with a score above
+        `DecisionOptions.threshold`, and `scores` maps the name of each label to its score.
         """
         if self.problem_type == MULTI:
             scores = [dict(zip(self.labels, row.tolist(), strict=True)) for row in outputs["scores"]]

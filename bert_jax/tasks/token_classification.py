@@ -1,4 +1,4 @@
-"""token-classification: the labels of tokens, or the entities of a text (Devlin et al. 2018, section 5.3)."""
+"""token-classification: predicts labels of tokens or entities of a text (Devlin et al. 2018, section 5.3)."""
 
 import itertools
 import re
@@ -28,12 +28,12 @@ AGGREGATES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "average": lambda scores: scores.mean(0),
     "max": lambda scores: scores[scores.max(1).argmax()],
 }
-"""For each strategy, a function that computes a word's probabilities, [C], from those of its tokens, [tokens, C]."""
+"""Maps each strategy to a function that computes a word's probabilities [C] from those of its tokens [tokens, C]."""
 Item = TypeVar("Item")
 
 
 class TokenEntity(TypedDict):
-    """A token or a whole word with its label; `TokenClassification.request` describes the fields."""
+    """A token or a whole word with its label. The fields are described in `TokenClassification.request`."""
 
     entity: str
     score: float
@@ -44,7 +44,7 @@ class TokenEntity(TypedDict):
 
 
 class Entity(TypedDict):
-    """Neighbouring tokens that are grouped because their labels have the same type."""
+    """A group of neighboring tokens whose labels have the same type."""
 
     entity_group: str
     score: float
@@ -58,9 +58,9 @@ class Piece:
     """A token of the text.
 
     Attributes:
-        token: The token or, if it is [UNK], the characters of the text that it stands for.
-        start: The index in the text of the token's first character.
-        end: The index in the text of the first character after the token.
+        token: The token or, if it is [UNK], the characters of the text that it represents.
+        start: The index of the token's first character in the text.
+        end: The index of the first character after the token in the text.
         index: The position of the token, with [CLS] at 0.
         scores: The probabilities of the labels, float32 [C].
         continues: Whether the token continues a word.
@@ -75,7 +75,7 @@ class Piece:
 
 
 class TokenClassification(TrainableTask):
-    """Labels tokens and groups them into entities, like the pipeline of transformers."""
+    """Labels tokens and groups them into entities, like the transformers pipeline."""
 
     name = "token-classification"
     model_class = BertForTokenClassification
@@ -93,7 +93,7 @@ class TokenClassification(TrainableTask):
         self.max_length = max_length
         self.stride = max_length // 4
         self.labels = config.labels
-        if not _marked(self.labels):  # the labels, such as parts of speech, mark no entities
+        if not _marked(self.labels):  # the labels do not mark entities, as with parts of speech
             self.metrics = ("accuracy",)
 
     def forward(
@@ -112,23 +112,24 @@ class TokenClassification(TrainableTask):
         """Labels the tokens of one text.
 
         Args:
-            text: A text, or its words as a tuple or list. Words are joined by spaces, and `start` and `end` refer to
-                the joined text. A text longer than the model's maximum length is cut into windows that overlap, and
+            text: A text, or its words as a tuple or list. Words are joined with spaces, and `start` and `end` refer to
+                the joined text. A text longer than the model's maximum length is split into overlapping windows, and
                 each token gets its label from the window in which it is farthest from a cut.
-            aggregation_strategy: "none" returns tokens. "simple" groups neighbouring tokens whose labels have the same
-                type; a label with B- begins a new group. The other strategies give each word one label and then group
-                words as "simple" groups tokens. The label of a word is that of its first token ("first"), the likeliest
-                by the average of its tokens' probabilities ("average"), or that of its token with the highest
-                probability ("max").
-            ignore_labels: Labels to leave out; if tokens are grouped, types to leave out, such as "PER".
+            aggregation_strategy: "none" returns tokens. "simple" groups neighboring tokens whose labels have the same
+                type; a label with B- begins a new group. The other strategies assign one label to each word and then
+                group words as "simple" groups tokens. The label of a word is the label of its first token ("first"),
+                the label with the highest mean probability over its tokens ("average"), or the label of its token with
+                the highest probability ("max").
+            ignore_labels: Labels to omit or, if tokens are grouped, types to omit, such as "PER".
 
         Returns:
-            A list of `{entity, score, index, word, start, end}` with the strategy "none", else a list of
-            `{entity_group, score, word, start, end}`. The characters of an entry are `text[start:end]`, and `index` is
-            the position of the token, with [CLS] at 0.
+            A list of `{entity, score, index, word, start, end}` for the strategy "none", else a list of `{entity_group,
+            score, word, start, end}`. Each entry covers the characters `text[start:end]`, and `index` is the position
+            of the token, with [CLS] at 0.
 
         Raises:
-            InputError: If the input is neither a text nor words, if it is empty, or if a parameter is invalid.
+            InputError: If the input is neither a text nor a sequence of words, if it is empty, or if a parameter is
+                invalid.
         """
         words: list[str] | None = None
         if not isinstance(text, str):
@@ -171,7 +172,7 @@ class TokenClassification(TrainableTask):
         self, text: str, words: list[str] | None, windows: list[Encoding], outputs: Sequence[Outputs]
     ) -> list[Piece]:
         """The tokens of the text, each from the window in which it is farthest from a cut."""
-        # Where each word begins in the text, if the text was joined from words.
+        # The start of each word in the text, if the text was joined from words.
         starts = np.cumsum([0, *(len(word) + 1 for word in words or [])]).tolist()
         pieces = []
         for index, (n, i) in enumerate(self._places(windows), 1):
@@ -180,19 +181,19 @@ class TokenClassification(TrainableTask):
             start, end = (shift + offset for offset in window.offsets[i])
             token, shown = window.tokens[i], text[start:end]
             unknown = window.ids[i] == self.tokenizer.unk_token_id
-            # A token that continues a word begins with ##, so it is longer than the characters that it stands for.
+            # A token that continues a word begins with ##, so it is longer than the characters that it represents.
             continues = not unknown and len(token) != len(shown)
             pieces.append(Piece(shown if unknown else token, start, end, index, outputs[n]["scores"][i], continues))
         return pieces
 
     def _places(self, windows: list[Encoding]) -> Iterator[tuple[int, int]]:
-        """For each token of a text, two indices: of the best window, and of the token in that window.
+        """Yields two indices for each token of a text: that of the best window, and that of the token in that window.
 
         The best window is the one in which the token is farthest from a cut.
         """
         for n, window in enumerate(windows):
             inside = [i for i, special in enumerate(window.special_tokens_mask) if not special]
-            # Neighbouring windows share `stride` tokens. The first half of the shared tokens is taken from the earlier
+            # Neighboring windows share `stride` tokens. The first half of the shared tokens is taken from the earlier
             # window, and the rest from the later one.
             start = (self.stride + 1) // 2 if n else 0
             stop = len(inside) - (self.stride // 2 if n < len(windows) - 1 else 0)
@@ -229,7 +230,7 @@ class TokenClassification(TrainableTask):
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
-        """See `TrainableTask.clean`. Tags given as numbers become names, and IOB1 and BIOES become IOB2."""
+        """See `TrainableTask.clean`. Converts numeric tags to names, and IOB1 and BIOES to IOB2."""
         cleaned = {split: [dict(row) for row in found] for split, found in rows.items()}
         for split, found in cleaned.items():
             for i, row in enumerate(found, 1):
@@ -256,14 +257,14 @@ class TokenClassification(TrainableTask):
     def config(
         rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
-        """See `TrainableTask.config`. The fields are the names of the labels and their number.
+        """See `TrainableTask.config`. The fields are the label names and the number of labels.
 
-        The names are the first of these that can be used:
+        The names are taken from the first applicable source:
 
         1. `options.labels`, if given.
-        2. `labels`, if given, unless it lacks a tag of the rows or has tags with E- or S-.
+        2. `labels`, if given, unless it lacks a tag that occurs in the rows or contains tags with E- or S-.
         3. O, then B- and I- of each type in sorted order, then all other tags in sorted order. If no tag marks an
-           entity, all tags in sorted order.
+           entity, the names are all tags in sorted order.
         """
         tags = {tag for row in rows for tag in row["tags"] or ()}
         if not tags:
@@ -280,11 +281,11 @@ class TokenClassification(TrainableTask):
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         """Converts rows with `tokens` and optional `tags` to windows.
 
-        The label of a word is given to its first piece, in only one of the windows that contain this piece. All other
-        tokens get `losses.IGNORE`.
+        The label of a word is assigned to its first piece, in only one of the windows that contain this piece. All
+        other tokens get `losses.IGNORE`.
 
         Raises:
-            InputError: If a tag is unknown; the message names the row.
+            InputError: If a tag is unknown. The message states the row.
         """
         ids = {label: i for i, label in enumerate(self.labels)}
         encoded = self.tokenizer.encode(
@@ -296,7 +297,8 @@ class TokenClassification(TrainableTask):
             if unknown := [tag for tag in tags or () if tag not in ids]:
                 raise InputError(f"row {n + 1}: the tag {quoted(unknown[0])} is unknown; {known_labels(self.labels)}")
             columns = [np.full(len(part), losses.IGNORE, np.int32) for part in parts]
-            # For each window, the words whose tags are read from it, each as (index of its first piece, its own index).
+            # For each window, the words whose tags are read from it, each as (index of the first piece, index of the
+            # word).
             firsts: list[list[tuple[int, int]]] = [[] for _ in parts]
             last = None
             for window, i in self._places(parts):
@@ -326,7 +328,7 @@ class TokenClassification(TrainableTask):
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
     ) -> tuple[jax.Array, jax.Array]:
-        """See `Objective.loss`. The loss is the mean `losses.cross_entropy` over words, which has the same options."""
+        """See `Objective.loss`. The loss is the mean of `losses.cross_entropy` (same options) over words."""
         labels = batch["targets"]["labels"]
         logits = model(**batch["inputs"], dropout_key=dropout_key).logits
         loss = losses.cross_entropy(
@@ -339,7 +341,7 @@ class TokenClassification(TrainableTask):
         return any(row["tags"] for _, row, _ in examples.origins)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """The metrics (`bert_jax.evaluation.metrics.tagging`) of the rows that have tags; empty if there are none."""
+        """The metrics (`bert_jax.evaluation.metrics.tagging`) of the rows that have tags; empty if no row has tags."""
         from bert_jax.evaluation import metrics
 
         if not self.labelled(examples):
@@ -356,7 +358,7 @@ class TokenClassification(TrainableTask):
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
         """One `{tags}` per row, with one tag per word.
 
-        A word that has no tokens gets the tag O or, if the model has no label O, the first label.
+        A word without tokens gets the tag O or, if the model has no label O, the first label.
         """
         found: dict[int, list[str]] = {}
         nothing = "O" if "O" in self.labels else self.labels[0]
@@ -368,7 +370,7 @@ class TokenClassification(TrainableTask):
 
 
 def iob2(tags: Sequence[str]) -> list[str]:
-    """Converts tags of any scheme to IOB2: B- for the first word of an entity, and I- for its other words.
+    """Converts tags in any scheme to IOB2: B- for the first word of an entity and I- for its other words.
 
     Tags without types become B and I.
     """
@@ -382,9 +384,9 @@ def iob2(tags: Sequence[str]) -> list[str]:
 
 
 def _marked(tags: Iterable[str]) -> set[str]:
-    """The tags that mark words of entities: tags with a type, such as B-PER, or the letters B, I, E and S alone.
+    """The tags that mark words of entities: tags with a type, such as B-PER, or the single letters B, I, E and S.
 
-    Letters alone count only if B or I is among them, and if no tags but these letters and O occur.
+    Single letters count only if B or I is among them and no tags other than these letters and O occur.
     """
     tags = set(tags)
     bare = tags - {"O"}
@@ -394,8 +396,8 @@ def _marked(tags: Iterable[str]) -> set[str]:
 
 
 def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """The words of a row, and its tags or None if it has no tags. Tags that are numbers are indices into `names`."""
-    # A CSV file holds a list as a text.
+    """The words and the tags of a row; None instead of tags if it has none. Numeric tags are indices into `names`."""
+    # A CSV file contains a list as a string.
     tokens, tags = (literal(cell) if isinstance(cell, str) else cell for cell in (tokens, tags))
     if not isinstance(tokens, list | tuple) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise InputError(f"tokens is {quoted(tokens)}; expected a list of one or more words.")
@@ -415,7 +417,7 @@ def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str]) -> tuple[list[
 
 
 def _read_scheme(sentences: list[list[str]]) -> tuple[str, list[list[str]]]:
-    """Finds the scheme of the tags of all sentences (IOB1, IOB2, BIOES or none), and converts the tags to IOB2.
+    """Finds the scheme of the tags of all sentences (IOB1, IOB2, BIOES or none) and converts the tags to IOB2.
 
     Tags of the form PER-B are read as B-PER.
 
@@ -423,7 +425,7 @@ def _read_scheme(sentences: list[list[str]]) -> tuple[str, list[list[str]]]:
         The scheme, as a note for the user, and the tags, converted to IOB2 if they have a scheme.
 
     Raises:
-        InputError: If only some tags follow the scheme, or if tags seem to follow an unknown scheme.
+        InputError: If only some tags follow the scheme, or if the tags appear to follow an unknown scheme.
     """
     tags = {tag for sentence in sentences for tag in sentence}
     marked = _marked(tags)
@@ -442,14 +444,14 @@ def _read_scheme(sentences: list[list[str]]) -> tuple[str, list[list[str]]]:
         return "BIOES, read as IOB2", converted
     pairs = zip(itertools.chain(*sentences), itertools.chain(*converted), strict=True)
     begins = [tag[0] for tag, new in pairs if new[0] == "B"]
-    # In IOB1, B- is rare: an entity begins with B- only if it directly follows an entity of the same type.
+    # In IOB1, B- is rare, because an entity begins with B- only if it directly follows an entity of the same type.
     if begins.count("B") > len(begins) / 2:
         return "IOB2", sentences
     return "IOB1, read as IOB2", converted
 
 
 def _runs(items: Iterable[Item], joins: Callable[[Item, Item], bool]) -> list[list[Item]]:
-    """Groups neighbouring items: an item joins the group of the item before it if `joins(before, item)` is true."""
+    """Groups neighboring items. An item joins the group of the item before it if `joins(before, item)` is true."""
     runs: list[list[Item]] = []
     for item in items:
         if runs and joins(runs[-1][-1], item):
@@ -462,7 +464,7 @@ def _runs(items: Iterable[Item], joins: Callable[[Item, Item], bool]) -> list[li
 def _continues(before: TokenEntity, entity: TokenEntity) -> bool:
     """Whether `entity` belongs to the group of `before`: it has the same type, and its label does not begin with B-.
 
-    A label without a prefix counts like one with I-.
+    A label without a prefix is treated like one with I-.
     """
     kinds = {re.sub("^[BI]-", "", neighbour["entity"]) for neighbour in (before, entity)}
     return len(kinds) == 1 and not entity["entity"].startswith("B-")

@@ -1,1 +1,1 @@
-"""Tools: checks of checkpoints, compilation for chips that the machine lacks, figures and reports."""
+"""Tools: checks of machines and checkpoints, ahead-of-time compilation for other chips, export, figures and reports."""

@@ -1,10 +1,10 @@
-"""Compiles programs for chips that the machine lacks; reports their memory use, matrix products and collectives.
+"""Compiles programs for chips that the machine lacks and reports their memory use, matrix products and collectives.
 
     target = aot.get("v5e:2x4")     # `target.devices` can form a mesh, like the machine's own devices
     check = aot.check(step.trace(...), target)
     check.fits, check.memory, check.collectives
 
-TPU and GPU compilers (extra `aot`) run on any machine. They show whether a program compiles and fits into memory. The
+TPU and GPU compilers (`aot` extra) run on any machine. They show whether a program compiles and fits in memory. The
 program is not run, so its speed and its results are not tested.
 """
 
@@ -32,10 +32,11 @@ class Chip:
 
     Attributes:
         platform: The platform as JAX names it, "tpu" or "cuda".
-        topology: The default number and arrangement of chips, such as "2x4".
-        memory: Bytes of memory that a program may use on one chip, as reported by the TPU compiler or the GPU driver.
-        flops: Operations per second in dense products of bfloat16 matrices.
-        memory_rate: Bytes per second to and from the memory of the chip.
+        topology: The default number and layout of chips, such as "2x4".
+        memory: Number of bytes of memory that a program may use on one chip, as reported by the TPU compiler or the GPU
+            driver.
+        flops: Operations per second for dense products of bfloat16 matrices.
+        memory_rate: Bytes per second to and from the chip's memory.
         link_rate: Bytes per second to other chips; the rate from other chips is the same.
     """
 
@@ -47,8 +48,8 @@ class Chip:
     link_rate: float
 
 
-# Sources: cloud.google.com/tpu/docs/v5e, v6e and v5p; NVIDIA's data sheet of the H100 SXM. The published link rates
-# (v5e 400 GB/s, v6e 800, v5p 1200, H100 900) are sums of both directions, so half of each is listed here.
+# Sources: cloud.google.com/tpu/docs/v5e, v6e and v5p; NVIDIA's data sheet for the H100 SXM. The published link rates
+# (v5e 400 GB/s, v6e 800, v5p 1200, H100 900) are the sums of both directions, so the table contains half of each.
 CHIPS = {
     "v5e": Chip("tpu", "2x4", int(15.75 * GIB), 197e12, 819e9, 200e9),
     "v6e": Chip("tpu", "2x4", int(31.25 * GIB), 918e12, 1638e9, 400e9),
@@ -64,8 +65,8 @@ TPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-# An H100 SXM as XLA's `GpuTargetConfigProto`. The limits are those of compute capability 9.0 in the CUDA programming
-# guide. The other values are what the driver reports about the device.
+# An H100 SXM as XLA's `GpuTargetConfigProto`. The limits are from the CUDA programming guide, for compute capability
+# 9.0. The driver reports the other values for this device.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -84,7 +85,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclass(frozen=True)
 class Target:
-    """Devices that programs are compiled for. The machine need not have them."""
+    """Devices for which programs are compiled. The machine does not need to have them."""
 
     name: str
     chip: Chip
@@ -92,7 +93,7 @@ class Target:
 
 
 def get(name: str) -> Target:
-    """Returns the target with a name such as `v5e:2x4` or `h100:8`.
+    """Returns the target with the given name, such as `v5e:2x4` or `h100:8`.
 
     If the name has no topology, as in `v5e`, the target has eight chips.
 
@@ -122,7 +123,7 @@ def get(name: str) -> Target:
     return Target(f"{kind}:{topology}", chip, described.devices)
 
 
-# ── What a compiler reports ───────────────────────────────────────────────────────────────────────────────────────────
+# ── The compiler's report ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,14 @@ class Check:
 
     Attributes:
         target: The devices that the program was compiled for.
-        fits: Whether the program fits into the memory of a device.
-        memory: Peak bytes per device. If the compiler fails because the program does not fit, this is the number in the
-            error message, or 0 if the message has none.
-        resident: Bytes per device of arguments and results, which stay in memory throughout. A donated argument and the
-            result that overwrites it count once. If the compiler fails, this is 0.
-        aliased: Bytes per device of the donated arguments that results overwrite. If the compiler fails, this is 0.
-        seconds: Time that compilation took.
+        fits: Whether the program fits in the memory of a device.
+        memory: Peak memory per device, in bytes. If the compiler fails because the program does not fit, this is the
+            number in the error message, or 0 if the message contains none.
+        resident: Number of bytes per device in arguments and results, which stay in memory throughout. A donated
+            argument and the result that overwrites it count once. If the compiler fails, this is 0.
+        aliased: Number of bytes per device in donated arguments that results overwrite. If the compiler fails, this is
+            0.
+        seconds: Compilation time, in seconds.
         products: Maps the types of a matrix product, such as "bfloat16 × bfloat16 → float32", to the number of such
             products and the total number of their operations on all devices. A multiplication and an addition are two
             operations. Products in custom kernels are not included.
@@ -158,7 +160,7 @@ class Check:
 
     @property
     def line(self) -> str:
-        """Whether the program fits, and the memory that it needs, on one line."""
+        """One line that states whether the program fits and how much memory it needs."""
         verdict = "fits" if self.fits else "DOES NOT FIT"
         return f"{verdict}, {self.memory / GIB:.2f} of {self.target.chip.memory / GIB:.2f} GiB per device"
 
@@ -184,7 +186,7 @@ def _listed(entries: Mapping[str, tuple[int, Any]], words: Callable[[int, Any], 
 def check(traced: jax.stages.Traced, target: Target) -> Check:
     """Compiles a traced program for a target. The program's arguments must be placed on the target's devices.
 
-    TPU compilers run with low effort (`exec_time_optimization_effort`), because the question is whether the program
+    TPU compilers run with low effort (`exec_time_optimization_effort`), because the check tests whether the program
     fits, not how fast it is.
     """
     multiplied = products(traced)
@@ -221,7 +223,7 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
 def products(traced: jax.stages.Traced) -> dict[str, tuple[int, float]]:
     """Counts the matrix products of a program and their operations; see `Check.products`.
 
-    A product in a scan counts once per iteration.
+    A product in a scan is counted once per iteration.
     """
     counts, flops = Counter[str](), Counter[str]()
 
@@ -244,15 +246,15 @@ def products(traced: jax.stages.Traced) -> dict[str, tuple[int, float]]:
 
 _COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-done)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
-# Custom calls that compilers insert themselves. They are not kernels of the program.
+# Custom calls that compilers insert. They are not kernels of the program.
 _OWN = {"AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "X64Combine", "Sharding"}
 
 
 def _collectives(text: str) -> dict[str, tuple[int, int]]:
     """Finds the collectives in the text of a compiled program; see `Check.collectives`.
 
-    A collective in a loop counts once per iteration. The number of iterations is taken to be the largest constant in
-    the loop's condition, which is correct for a scan.
+    A collective in a loop is counted once per iteration. The number of iterations is assumed to be the largest constant
+    in the loop's condition, which is correct for a scan.
     """
     _, *parts = re.split(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", text, flags=re.MULTILINE)
     names, bodies = parts[1::3], parts[2::3]
@@ -283,14 +285,15 @@ def _bytes(shapes: str) -> int:
 
 
 def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
-    """Finds the largest size, such as a number of rows, at which a program fits into memory; returns 0 if none fits.
+    """Finds the largest size, such as a number of rows, at which a program fits in memory. Returns 0 if no size fits.
 
-    A result of 16 or more may be too low, by less than an eighth of it.
+    A result of 16 or more may be too low, but by less than an eighth of the result.
 
-    Apart from the state, memory grows almost linearly with the size. A line through the memory of two programs
-    therefore predicts which size to try next. Near the limit, compilers save memory, so the prediction is too low. For
-    this reason, the next size exceeds the largest size known to fit by at least one step, which is an eighth of that
-    size (rounded down, but at least 1). Until some size does not fit, the difference is at least four steps.
+    Apart from the state, memory use grows almost linearly with the size. The next size to try is therefore extrapolated
+    or interpolated from the memory use of two programs. Near the limit, compilers save memory, so this prediction is
+    too low. For this reason, the next size exceeds the largest size known to fit by at least one step, which is an
+    eighth of that size (rounded down, but at least 1). Until a size does not fit, the difference is at least four
+    steps.
 
     Args:
         try_out: Compiles the program for a size.
@@ -298,8 +301,8 @@ def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
         first: The result for `n`.
     """
     limit, check = first.target.chip.memory, first
-    low: tuple[int, int] = (0, first.resident)  # the largest size that fits, and its bytes
-    high: tuple[int, int] | None = None  # the smallest size that does not fit, and its bytes
+    low: tuple[int, int] = (0, first.resident)  # the largest size that fits, and its memory use in bytes
+    high: tuple[int, int] | None = None  # the smallest size that does not fit, and its memory use
     while True:
         low, high = ((n, check.memory), high) if check.fits else (low, (n, check.memory))
         step = max(1, low[0] // 8)
@@ -308,7 +311,8 @@ def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
         (n1, memory1), (n2, memory2) = (low, high) if high else ((0, first.resident), low)
         pointed = min(n1 + (limit - memory1) * (n2 - n1) / max(memory2 - memory1, 1), 64 * n2)
         if high:
-            # The prediction is moved halfway to the midpoint of low and high, because memory may be far from linear.
+            # The prediction is moved halfway to the midpoint of low and high, because memory use may be far from
+            # linear.
             pointed = min((2 * pointed + low[0] + high[0]) / 4, high[0] - 1)
         n = int(max(pointed, low[0] + (step if high else 4 * step)))
         check = try_out(n)
@@ -318,7 +322,7 @@ def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
 
 
 def train_flops(config: BertConfig, rows: int, length: int) -> float:
-    """Operations of a training step: three times the operations of the encoder's matrix products in a forward pass.
+    """Operations in a training step: three times the operations of the encoder's matrix products in a forward pass.
 
     This is 6·B·T·L·(4D² + 2DF + 2TD) for B rows of T tokens, L layers, hidden size D and intermediate size F.
     """
@@ -328,14 +332,14 @@ def train_flops(config: BertConfig, rows: int, length: int) -> float:
 
 
 def bound(check: Check) -> dict[str, float]:
-    """The least time that each kind of work of a program takes at the published rates of its chip.
+    """The minimum time that each kind of work in a program takes at the published rates of its chip.
 
     The largest of these times is the roofline bound of the program.
 
     Returns:
-        The seconds for each kind of work:
+        The time in seconds for each kind of work:
 
-        - `products`: computing all matrix products, except those of custom kernels, at the peak rate of bfloat16.
+        - `products`: computing all matrix products, except those in custom kernels, at the peak rate of bfloat16.
         - `memory`: reading the arguments once and writing the results once.
         - `links`: sending the results of collectives to other devices. On n devices, each device sends (n - 1) / n of
           the bytes of a result or, for an all-reduce, twice as many, as in a ring.

@@ -1,8 +1,8 @@
-"""Checks a machine: compares what its devices compute with reference outputs, and measures how fast they are.
+"""Checks a machine: compares the outputs of its devices with reference outputs and measures the devices' speed.
 
-PyTorch transformers computed the reference outputs in `check.safetensors` from the embedded model, in float64
-(`scripts/make_golden.py`). The tolerance is tight enough to detect products in fewer bits than float32, which TPUs and
-some GPUs use by default.
+The reference outputs in `check.safetensors` were computed by PyTorch transformers in float64 from the embedded model
+(`bert-mini-cased`); see `scripts/make_golden.py`. The tolerance is tight enough to detect products in lower precision
+than float32, which TPUs and some GPUs use by default.
 """
 
 import functools
@@ -40,11 +40,11 @@ MARKS = {True: "✓", False: "✗", None: ""}
 LABELS = ["odd", "even"]
 GOLDEN = Path(__file__).parent / "check.safetensors"
 EXACT = 1e-5
-"""The largest error of float32 results, relative to 1 + the size of a number."""
+"""The maximum error of float32 results, relative to 1 plus the absolute value of the expected number."""
 ERRORS = {"bfloat16": 0.03, "int8": 0.06}
-"""The largest relative error of the logits in each dtype, ‖x − reference‖ / ‖reference‖."""
+"""The maximum relative error of the logits in each dtype, ‖x − reference‖ / ‖reference‖."""
 FUSED_ERROR = 2e-2
-"""The largest error of a fused kernel in bfloat16, relative to the largest number of the result."""
+"""The maximum error of a fused kernel in bfloat16, relative to the largest absolute value in the result."""
 PEAKS = {
     **dict.fromkeys(("TPU v5 lite", "TPU v5e"), aot.CHIPS["v5e"].flops),
     **dict.fromkeys(("TPU v6 lite", "TPU v6e"), aot.CHIPS["v6e"].flops),
@@ -53,7 +53,7 @@ PEAKS = {
     **dict.fromkeys(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), 312e12),
     "TPU v4": 275e12, "NVIDIA L4": 121e12, "NVIDIA B200": 2250e12,
 }  # fmt: skip
-"""The published rate of bfloat16 products of each kind of device, in operations per second without sparsity.
+"""The published rate of bfloat16 products on each kind of device, in operations per second without sparsity.
 
 Sources: cloud.google.com/tpu/docs and NVIDIA's data sheets.
 """
@@ -69,10 +69,11 @@ class Row:
 
     Attributes:
         part: The part of the report.
-        what: What was computed or measured.
+        what: The computed or measured quantity.
         found: The result.
-        expected: What the result should be; empty if nothing is expected of it.
-        passed: Whether the result is as expected; None if nothing is expected, or if it could not be computed here.
+        expected: The expected result; empty if there is no expectation.
+        passed: Whether the result is as expected; None if there is no expectation, or if this machine cannot compute
+            the result.
     """
 
     part: str
@@ -83,16 +84,16 @@ class Row:
 
 
 def check() -> Iterator[Row]:
-    """Computes the rows of the report, one after the other.
+    """Computes the rows of the report one after another.
 
-    The first row takes some seconds: the training run that it stops and resumes is in a process of its own, which has
-    to have the devices for itself.
+    The first row takes several seconds. Before it, a separate process stops and resumes a training run, because that
+    process needs exclusive access to the devices.
     """
     resumed = _resume_elsewhere()  # before this process takes the devices
     for part in (machine, goldens, dtypes, kernels, lambda: [resumed], layouts, speed):
         try:
             yield from part()
-        except Exception as error:  # whatever it is, the other parts can still be checked
+        except Exception as error:  # after any error, the other parts can still be checked
             reason = (str(error).splitlines() or [""])[0]
             yield Row("stopped", getattr(part, "__name__", ""), f"{type(error).__name__}: {reason}", "", False)
 
@@ -102,14 +103,14 @@ def _row(part: str, what: str, error: float, limit: float) -> Row:
 
 
 def _error(found: Any, expected: Any) -> float:
-    """The largest difference, relative to 1 + the size of the expected number; infinite if a number is not finite."""
+    """The largest difference, relative to 1 plus the expected absolute value; infinite if a number is not finite."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     difference = np.abs(found - expected) / (1 + np.abs(expected))
     return float(difference.max()) if np.isfinite(difference).all() else np.inf
 
 
 def machine() -> Iterator[Row]:
-    """The versions of the packages, the devices, and whether each dtype is faster than float32."""
+    """The package versions, the devices, and whether each dtype is faster than float32."""
     part = "machine"
     versions = ("bert-jax", "jax", "jaxlib", "flax", "optax", "numpy")
     yield Row(
@@ -143,7 +144,7 @@ def _inputs() -> dict[str, Any]:
 
 
 def _loss(skeleton: tree.Skeleton, flat: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> tuple[jax.Array, Any]:
-    """The pretraining loss of a batch, and the output of the model."""
+    """The pretraining loss of a batch, and the model's output."""
     labels = dict(batch)
     mlm, following = labels.pop("labels"), labels.pop("next_sentence_label")
     out = tree.merge(skeleton, tree.unflatten(dict(flat)))(**labels)
@@ -151,7 +152,7 @@ def _loss(skeleton: tree.Skeleton, flat: Mapping[str, jax.Array], batch: Mapping
 
 
 def goldens() -> Iterator[Row]:
-    """Outputs and gradients of the embedded model in float32, beside those of PyTorch transformers."""
+    """Outputs and gradients of the embedded model in float32, compared with those of PyTorch transformers."""
     part, golden = "float32 beside PyTorch", _golden()
     params, skeleton = tree.split(bert_jax.BertForPreTraining.from_pretrained(MODEL))
     batch = _inputs() | {name: golden[name] for name in ("labels", "next_sentence_label")}
@@ -174,7 +175,7 @@ def goldens() -> Iterator[Row]:
 
 
 def dtypes() -> Iterator[Row]:
-    """The logits of the embedded model in bfloat16 and int8, beside those of PyTorch transformers in float32."""
+    """The logits of the embedded model in bfloat16 and int8, compared with those of PyTorch transformers in float32."""
     expected = _golden()["logits of words"]
     for dtype, limit in ERRORS.items():
         params, skeleton = tree.split(bert_jax.BertForPreTraining.from_pretrained(MODEL, dtype=dtype))  # type: ignore[arg-type]
@@ -188,7 +189,7 @@ def dtypes() -> Iterator[Row]:
 
 
 def kernels() -> Iterator[Row]:
-    """Each fused kernel beside plain attention: contexts and gradients, for rows of each kind."""
+    """Contexts and gradients of each fused kernel for each kind of row, compared with those of plain attention."""
     part, platform = "fused attention", jax.default_backend()
     for name, (hardware, needed) in attention.FUSED.items():
         dtype, limit, kernel = jnp.bfloat16, FUSED_ERROR, attention.ATTENTION[name]
@@ -223,7 +224,7 @@ def _kernel_errors(kernel: Callable[..., Any], rows: str, dtype: Any) -> dict[st
 
     def loss(kernel: Callable[..., Any], *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
         context = kernel(*arrays, attended, 0.0, None)[0].astype(jnp.float32)
-        context = context * jnp.asarray(real, jnp.float32)[:, :, None, None]  # padding attends to nothing that is read
+        context = context * jnp.asarray(real, jnp.float32)[:, :, None, None]  # ignores the outputs of padding
         return jnp.sum(jnp.sin(context)), context
 
     def results(kernel: Callable[..., Any], arrays: Any) -> tuple[Any, Any]:
@@ -246,7 +247,7 @@ def _kernel_errors(kernel: Callable[..., Any], rows: str, dtype: Any) -> dict[st
 def _examples(
     config: bert_jax.BertConfig, count: int, length: int, *, full: bool
 ) -> tuple[SequenceClassification, Examples]:
-    """A task, and examples for it: of different lengths or, if `full`, all of `length` tokens."""
+    """A task with examples of different lengths or, if `full` is set, of exactly `length` tokens."""
     task = SequenceClassification(Tokenizer.from_pretrained(MODEL), config, max_length=length)
     words = [length if full else 1 + 7 * n % 20 for n in range(count)]
     rows = [{"text": "a word " * words[n], "label": LABELS[n % 2]} for n in range(count)]
@@ -254,7 +255,7 @@ def _examples(
 
 
 def _resume_elsewhere() -> Row:
-    """Stops a training run and resumes it, in another process, with deterministic operations on GPUs."""
+    """Stops and resumes a training run in a separate process, with deterministic operations on GPUs."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
     command = [sys.executable, "-m", "bert_jax.tools.check"]
     done = subprocess.run(
@@ -265,7 +266,7 @@ def _resume_elsewhere() -> Row:
 
 
 def _resume() -> str:
-    """Trains the embedded model for six steps at once, and for three and then three more; compares the parameters."""
+    """Trains the embedded model for six steps in one run, and for three plus three steps; compares the parameters."""
     model = bert_jax.BertForSequenceClassification.from_pretrained(MODEL, new=[r"classifier\..*"], id2label=LABELS)
     task, examples = _examples(model.config, 32, 32, full=False)
 
@@ -282,7 +283,7 @@ def _resume() -> str:
 
 
 def layouts() -> Iterator[Row]:
-    """The loss and gradients of a batch on meshes of all local devices, beside those of one device."""
+    """The loss and gradients of a batch on meshes of all local devices, compared with those on one device."""
     part, devices = "several devices", jax.local_devices()
     n = len(devices)
     if n == 1:
@@ -351,7 +352,7 @@ def _measured(
     peak: float,
     of: str,
 ) -> Row:
-    """Measures with half as many rows for as long as the device is out of memory."""
+    """Measures the speed. If the device runs out of memory, halves the number of rows and tries again."""
     while True:
         try:
             seconds, sizes, flops = measure(config, dtype, rows, tokens)
@@ -378,7 +379,7 @@ def _memory(sizes: Any) -> str:
 def inference(
     config: bert_jax.BertConfig, dtype: Any, rows: int, tokens: int, attention: Any = "plain"
 ) -> tuple[float, Any, float]:
-    """Seconds to fill two masks per row, the memory of the program, and the operations of its products."""
+    """The seconds for filling two masks per row, the program's memory use, and the operations of its products."""
     model = bert_jax.BertForMaskedLM(config, attention=attention)
     hold(model.encoder, dtype)
     _, skeleton = tree.split(model)
@@ -406,7 +407,7 @@ def _random(specs: tuple[tuple[str, jax.ShapeDtypeStruct], ...]) -> dict[str, ja
 def training(
     config: bert_jax.BertConfig, dtype: Any, rows: int, tokens: int, attention: Any = "plain"
 ) -> tuple[float, Any, float]:
-    """Seconds of a training step of classification, the memory of its program, and the operations of its products."""
+    """The seconds per training step of classification, its program's memory use, and the operations of its products."""
     config = config.replace(id2label=LABELS)
     options: dict[str, Any] = {"compute_dtype": dtype, "attention": attention}
     model = nnx.jit(lambda: bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0), **options))()
@@ -434,7 +435,7 @@ def _product_rate() -> float:
 
 
 def _seconds(call: Callable[[], Any], least: float = 2.0) -> float:
-    """Mean seconds of a call, over calls that take at least `least` seconds altogether."""
+    """Mean seconds per call, over calls that take at least `least` seconds in total."""
     jax.block_until_ready(call())
     count, began = 0, time.perf_counter()
     while count < 2 or time.perf_counter() - began < least:

@@ -1,7 +1,7 @@
 """Exports a model as a program that JAX runs without this package, on CPUs, NVIDIA GPUs and TPUs.
 
-One program serves all batches and all lengths up to the model's limit, because these sizes are symbols in it. The
-parameters are in a file of their own. See docs/export.md.
+One program supports all batch sizes and all lengths up to the model's limit, because these sizes are symbolic. The
+parameters are in a separate file. See docs/export.md.
 """
 
 import os
@@ -25,11 +25,11 @@ from bert_jax.tasks.registry import TASKS, task_name
 from bert_jax.tokenizer import Tokenizer
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-"""The platforms that a program runs on, as JAX names them."""
+"""The platforms on which a program runs, as JAX names them."""
 PROGRAM_FILE, EXAMPLE_FILE = "program.bin", "run.py"
 
-# While a model is traced on this mesh, `sharding.platform()` is none of the platforms. The model then selects no code
-# that is for one of them.
+# While a model is traced on this mesh, `sharding.platform()` is not one of `PLATFORMS`, so the model does not select
+# any platform-specific code.
 _ANY_PLATFORM = AbstractMesh((), (), abstract_device=AbstractDevice("any", None, "any"))
 
 _EXAMPLE = '''"""Runs the program in this folder, after `pip install jax flatbuffers safetensors`.
@@ -69,29 +69,31 @@ def export(
     tokenizer: Tokenizer | None = None,
     embedding: SentenceEmbedding | None = None,
 ) -> None:
-    """Writes a model as a program for CPUs, NVIDIA GPUs and TPUs, which JAX runs without this package.
+    """Exports a model as a program for CPUs, NVIDIA GPUs and TPUs, which JAX runs without this package.
 
-    The folder gets `program.bin`, the program as `jax.export` serializes it; `run.py`, an example that runs it; and
-    `model.safetensors` and `config.json`, from which `from_pretrained` and PyTorch transformers load the same model.
+    The export consists of `program.bin`, the program as serialized by `jax.export`; `run.py`, an example that runs it;
+    and `model.safetensors` and `config.json`, from which `from_pretrained` and PyTorch transformers load the same
+    model.
 
-    The program's call is `outputs = call(params, inputs)`. The parameters are the tensors of `model.safetensors` by
-    name. The inputs are `input_ids`, `attention_mask` and `token_type_ids`, int32 [B, T]; `BertForMultipleChoice` has
-    [B, C, T] for C choices. Models that score the vocabulary also have `masked_positions`, int32 [B, K]. The outputs
-    are those of the model's own call with these inputs, by name, without hidden states and attentions. The program does
-    not check the inputs' values: an id that is too large gives NaN, and a negative id counts from the end.
+    Call the program as `outputs = call(params, inputs)`. `params` contains the tensors in `model.safetensors` by name.
+    `inputs` contains `input_ids`, `attention_mask` and `token_type_ids`, int32 [B, T], or [B, C, T] with C choices for
+    `BertForMultipleChoice`. For models that score the vocabulary, it also contains `masked_positions`, int32 [B, K].
+    `outputs` contains the outputs that the model returns for these inputs, by name, without hidden states and
+    attentions. The program does not check the values of the inputs: an id that is too large results in NaN, and a
+    negative id counts from the end.
 
     Args:
         model: A loaded model, in float32 or bfloat16.
         folder: A new or empty folder.
-        task: The name of a task, as in `bert_jax.pipeline`, that the model must support. None for any model.
-            The class of the model alone defines the program.
-        tokenizer: If given, its files are written, too.
-        embedding: For a `BertModel` only. If given, the program has the output `sentence_embedding`, float32 [B, D],
-            and the folder gets the files of sentence-transformers.
+        task: The name of a task, as in `bert_jax.pipeline`, that the model must support; None for any model. The
+            program depends only on the model's class.
+        tokenizer: If given, its files are also written.
+        embedding: For `BertModel` only. If given, the program has the output `sentence_embedding`, float32 [B, D], and
+            the sentence-transformers files are also written.
 
     Raises:
         InputError: If the folder contains other files, if the task is unknown or does not fit the model, if the model
-            cannot be exported, if the embedding does not fit it, or if flatbuffers is not installed.
+            cannot be exported, if the embedding does not fit the model, or if flatbuffers is not installed.
         CheckpointError: If the tokenizer does not fit the model, or if the folder cannot be written.
     """
     folder = Path(folder)
@@ -125,7 +127,7 @@ def export(
 
     tensors = {names[path]: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in flat.items()}
     inputs = _inputs(model)
-    # The program is for one device, even if the caller has set a mesh of several.
+    # The program is for one device, even if the caller has set a mesh of several devices.
     with jax.set_mesh(sharding.mesh(devices=jax.local_devices()[:1])), jax.sharding.use_abstract_mesh(_ANY_PLATFORM):
         program = jax.export.export(jax.jit(forward), platforms=PLATFORMS)(tensors, inputs)
     with hub.replacing(folder) as staging:
@@ -139,7 +141,7 @@ def export(
 
 
 def check_folder(folder: Path) -> None:
-    """Raises `InputError` if the folder contains files, or if flatbuffers, which jax.export needs, is not installed."""
+    """Raises `InputError` if the folder contains files or if flatbuffers, which jax.export needs, is not installed."""
     check_extra("export", "flatbuffers")
     if not hub.is_vacant(folder):
         raise InputError(f"{folder} contains other files; expected a new or empty folder.")
@@ -168,7 +170,7 @@ def _check_model(model: Any, task: str | None, embedding: SentenceEmbedding | No
 
 
 def _inputs(model: BertPreTrainedModel) -> dict[str, jax.ShapeDtypeStruct]:
-    """The inputs of a program, with symbols for the sizes that may vary."""
+    """The inputs of a program, with symbolic sizes for the dimensions that may vary."""
     scope = jax.export.SymbolicScope([f"length <= {model.config.max_position_embeddings}"])
 
     def ids(shape: str) -> jax.ShapeDtypeStruct:
@@ -182,7 +184,7 @@ def _inputs(model: BertPreTrainedModel) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _embed(embedding: SentenceEmbedding, states: jax.Array, attention_mask: jax.Array) -> jax.Array:
-    """The vectors of texts, float32 [B, D], from those of their tokens, [B, T, D]."""
+    """Computes the vectors of texts, float32 [B, D], from the vectors of their tokens, [B, T, D]."""
     states = states.astype(jnp.float32)
     vectors = states[:, 0]
     if embedding.pooling == "mean":

@@ -1,4 +1,4 @@
-"""The class of the figures in `viz` and `report`."""
+"""The figure class that `viz` and `report` use."""
 
 import io
 
@@ -6,14 +6,14 @@ from matplotlib import figure
 
 
 class Figure(figure.Figure):
-    """A matplotlib figure that is made without pyplot and that notebooks show as an image.
+    """A Matplotlib figure that is created without pyplot and that notebooks display as an image.
 
-    Figures made with pyplot stay in memory until they are closed. IPython would show a figure made without pyplot as
-    text. This class therefore adds `_repr_png_`, the method that IPython calls to show an image.
+    Figures created with pyplot stay in memory until they are closed. IPython would display a figure created without
+    pyplot as text. This class therefore adds `_repr_png_`, which IPython calls to display an image.
     """
 
     def _repr_png_(self) -> bytes:
-        """The PNG file that IPython shows."""
+        """The PNG file that IPython displays."""
         file = io.BytesIO()
         self.savefig(file, format="png")
         return file.getvalue()

@@ -1,4 +1,4 @@
-"""Readable reports of runs and evaluations: learning curves, tables, figures and model cards."""
+"""Human-readable reports on runs and evaluations: learning curves, tables, figures and model cards."""
 
 import math
 import re
@@ -13,7 +13,7 @@ HUB_METRICS = {
     "pearson": "pearsonr", "spearman": "spearmanr", "precision": "precision", "recall": "recall", "mse": "mse",
     "perplexity": "perplexity",
 }  # fmt: skip
-"""Maps parts of our metrics' names to the names of these metrics on the Hub."""
+"""Maps parts of the package's metric names to the names of these metrics on the Hugging Face Hub."""
 EXAMPLES = {
     "text-classification": '"I am glad that it works."',
     "token-classification": '"Anna moved to Oslo."',
@@ -36,19 +36,19 @@ choices = ["She went in.", "It was a Monday."]
 inputs = tokenizer(["She opened the door."] * 2, choices, padding=True, return_tensors="pt")
 network(**{name: tensor[None] for name, tensor in inputs.items()}).logits.softmax(-1)""",
 }
-"""Code for the tasks for which transformers 5 has no pipeline."""
+"""Code for the tasks for which transformers 5 does not have a pipeline."""
 CLASSES = {"by_frequency": "times in the texts", "by_position": "position in the row"}
 
 
 def learning_curve(
     journal: Sequence[Mapping[str, Any]], metric: str, *, best: int | None = None, unit: str = "nats"
 ) -> "Figure":
-    """Plots the training and validation loss by step and, on a second axis, the metric.
+    """Plots the training and validation losses by step and, on a second axis, the metric.
 
     Args:
         journal: The lines of a run's `metrics.jsonl`, from `read_journal`. Step 0 is the model before training.
         metric: The validation metric to plot.
-        best: The step to mark as the best; None marks none.
+        best: The step to mark as the best; None for no mark.
         unit: The unit of the loss.
     """
     from bert_jax.tools.figure import Figure
@@ -72,7 +72,7 @@ def learning_curve(
 
 
 def _show_shares(axes: Any, metric: str) -> None:
-    """Makes the vertical axis go from 0 to 100 % if the metric is a share, such as an accuracy."""
+    """Sets the range of the vertical axis to 0 to 100 % if the metric is a share, such as accuracy."""
     from matplotlib.ticker import PercentFormatter
 
     if re.search("accuracy|f1|precision|recall|exact_match", metric):
@@ -83,7 +83,7 @@ def _show_shares(axes: Any, metric: str) -> None:
 def markdown(metrics: Mapping[str, Any]) -> str:
     """Formats metrics as Markdown.
 
-    The first table has the single-number metrics. Scores by class and a confusion matrix, if any, get their own tables.
+    The first table contains the scalar metrics. Scores by class and a confusion matrix, if any, are in separate tables.
     """
     names = {"f1": f"f1 of {metrics['f1_label']}"} if "f1_label" in metrics else {}
     numbers = {names.get(name, name): value for name, value in metrics.items() if isinstance(value, int | float)}
@@ -101,9 +101,9 @@ def markdown(metrics: Mapping[str, Any]) -> str:
 def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Formats the results of `held_out.evaluate` as Markdown.
 
-    The first table has the measures and their intervals, one column per model. For fill-mask, two more tables follow:
-    one has the results by the frequency of the tokens, the other by their position. For minimal pairs, one more table
-    has the accuracy by phenomenon.
+    The first table contains the measures and their intervals, with one column per model. For fill-mask, two more tables
+    contain the results by token frequency and by token position. For minimal pairs, one more table contains the
+    accuracy by phenomenon.
     """
     first = next(iter(results.values()))
     rows = []
@@ -134,9 +134,9 @@ def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
 def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Plots the results of `held_out.evaluate`.
 
-    For fill-mask, the figure shows the accuracy by the frequency and by the position of the tokens, one line per model.
-    For next-sentence-prediction and minimal pairs, it shows the accuracy of each model with its interval; the line at
-    50 % is chance.
+    For fill-mask, the figure shows the accuracy by token frequency and by token position, with one line per model. For
+    next-sentence-prediction and minimal pairs, it shows the accuracy of each model with its interval. A line at 50 %
+    marks chance level.
     """
     from bert_jax.tools.figure import Figure
 
@@ -145,7 +145,7 @@ def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
     for n, name in enumerate(names, 1):
         axes = figure.add_subplot(1, len(names), n, xlabel=CLASSES[name], ylabel="accuracy@1")
         every = {part["from"]: _class(part) for result in results.values() for part in result[name]}
-        # An invisible line through all classes puts them on the horizontal axis in ascending order.
+        # An invisible line through all classes arranges them in ascending order on the horizontal axis.
         axes.plot([every[low] for low in sorted(every)], [0.0] * len(every), color="none")
         for model, result in results.items():
             parts = result[name]
@@ -178,17 +178,18 @@ def model_card(
     datasets: Mapping[str, Mapping[str, str | None]],
     settings: str,
 ) -> str:
-    """Returns the README.md of a model: its metadata, what it is, how to use it, its metrics, and how it was made.
+    """Returns the model card (README.md): metadata, description, usage, metrics, and how the model was made.
 
-    The metadata follow the rules of huggingface_hub (`ModelCardData`). The metrics are in them, too, as `model-index`.
+    The metadata follows the format of `ModelCardData` in huggingface_hub. It also contains the metrics, as
+    `model-index`.
 
     Args:
         name: The name of the model.
-        task: Hugging Face's name of the model's task.
+        task: The Hugging Face name of the model's task.
         made: How the model was made, such as "`bert-base-cased` fine-tuned for …".
-        results: The content of `results.json`.
+        results: The contents of `results.json`.
         metadata: Arguments of `ModelCardData`, such as license, language and base_model.
-        datasets: The data of each split, as those arguments of huggingface_hub's `EvalResult` whose names begin with
+        datasets: The data of each split, as the arguments of `EvalResult` in huggingface_hub whose names begin with
             `dataset_`.
         settings: The settings of the run, as YAML.
     """
@@ -220,7 +221,7 @@ def model_card(
 
 
 def hub_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """Yields the Hub's name of each metric, ours, and its value. Losses and values that are not finite are omitted."""
+    """Yields each metric's Hub name, its name in this package, and its value. Omits losses and non-finite values."""
     names = {"f1": f"f1 of {metrics['f1_label']}"} if "f1_label" in metrics else {}
     for name, value in metrics.items():
         kind = next((kind for part, kind in HUB_METRICS.items() if part in name), None)
@@ -229,7 +230,7 @@ def hub_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
 
 
 def _snippets(name: str, task: str, results: Mapping[str, Any]) -> str:
-    """The code that uses a model with bert_jax, and the code that does so with transformers."""
+    """Example code that uses the model with bert_jax and with transformers."""
     example, options = EXAMPLES[task], ""
     threshold = results.get("validation", {}).get("null_threshold")
     if threshold is not None:
@@ -239,7 +240,8 @@ def _snippets(name: str, task: str, results: Mapping[str, Any]) -> str:
         ours += '  # the answer "" means that there is none'
     theirs = TRANSFORMERS.get(task, f'pipe = transformers.pipeline("{task}", model)\npipe({example})')
     if (threshold := results.get("validation", {}).get("threshold")) is not None:
-        # The threshold above which a label is predicted. Pipelines return scores and do not apply it.
+        # `threshold` is the score above which a label is predicted. Pipelines return scores and do not apply the
+        # threshold.
         labels = f'[each["label"] for each in pipe({example}, top_k=None) if each["score"] > {threshold:.6g}]'
         ours, theirs = (code.replace(f"pipe({example})", labels) for code in (ours, theirs))
     return "\n\n".join(
@@ -249,7 +251,7 @@ def _snippets(name: str, task: str, results: Mapping[str, Any]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table in Markdown."""
+    """Returns a Markdown table."""
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in [header, ["---"] * len(header), *rows]]
     return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
 

@@ -1,7 +1,8 @@
-"""Compares the outputs that we compute from published checkpoints with outputs that others have published for them.
+"""Compares this package's outputs for published checkpoints with outputs that others have published for them.
 
-The published scores are from model cards and were computed in float32 by an older PyTorch; the published hidden states
-are from a test of transformers. Token ids and their order must be equal; numbers may differ by up to 1e-4.
+The published scores are from model cards and were computed in float32 by an older version of PyTorch. The published
+hidden states are from a test in transformers. Token ids and their order must be equal. Numbers may differ by up to
+1e-4.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from bert_jax.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4
 
-# For each model and text, the first tokens on the model card, each with its id and score.
+# The first tokens on the model card for each model and text, each with its id and score.
 FILL_MASK: dict[str, dict[str, list[tuple[str, int, float]]]] = {
     "google-bert/bert-base-cased": {
         "Hello I'm a [MASK] model.": [
@@ -81,14 +82,14 @@ MODELS = (*FILL_MASK, UNCASED, NER)
 
 @dataclass(frozen=True)
 class Check:
-    """One published output compared with ours.
+    """A published output, compared with this package's output.
 
     Attributes:
         what: The input, or a short name of the output.
         expected: The published output.
-        got: The output that we compute.
-        difference: The largest absolute difference of the numbers.
-        passed: Whether ids or labels, if any, are equal and the difference is at most `TOLERANCE`.
+        got: This package's output.
+        difference: The largest absolute difference between the numbers.
+        passed: Whether ids or labels (if any) are equal and the difference is at most `TOLERANCE`.
     """
 
     what: str
@@ -99,13 +100,13 @@ class Check:
 
 
 def verify(model: str) -> Iterator[Check]:
-    """Compares our outputs with the published outputs of a model, one by one.
+    """Compares this package's outputs with the published outputs of a model one by one.
 
     Args:
         model: One of `MODELS`, or a folder that is named like one of them (`./bert-base-cased`).
 
     Raises:
-        InputError: If nothing is published for the model.
+        InputError: If there are no published outputs for the model.
         ModelNotFoundError: If the model does not exist, or if the Hub does not answer.
     """
     names = [name for name in MODELS if model == name or Path(model).resolve().name == name.partition("/")[2]]
@@ -158,6 +159,6 @@ def _ner(model: str) -> Iterator[Check]:
 
 
 def _numbers(what: str, expected: Any, got: Any) -> Check:
-    """Compares numbers that are published with four decimals. `TOLERANCE` allows for the rounding of those numbers."""
+    """Compares numbers that were published with four decimals. `TOLERANCE` allows for their rounding."""
     difference = float(np.max(np.abs(expected - got)))
     return Check(what, str(expected.tolist()), str(np.round(got, 4).tolist()), difference, difference <= TOLERANCE)

@@ -1,4 +1,4 @@
-"""Figures for notebooks (extra `notebooks`): what a model predicts for masks, and which tokens attend to which."""
+"""Figures for notebooks (`notebooks` extra): a model's predictions for masks, and the attention between tokens."""
 
 import numpy as np
 
@@ -30,17 +30,17 @@ def fillings(fill_mask: Pipeline[FillMask], text: str, *, top_k: int = 5) -> Fig
 def attention(
     model: BertPreTrainedModel, tokenizer: Tokenizer, text: str, *, layer: int = -1, head: int | None = None
 ) -> Figure:
-    """Plots lines from each token to the tokens that it attends to; darker lines mean more attention.
+    """Plots lines from each token to the tokens to which it attends. Darker lines indicate more attention.
 
     Args:
-        model: Any model with plain attention; a fused attention kernel does not store the attention probabilities.
+        model: Any model with plain attention. Fused attention kernels do not store the attention probabilities.
         tokenizer: The tokenizer of the model.
-        text: A text; the figure is legible up to a few dozen tokens.
-        layer: Index of the layer; a negative index counts from the last layer.
-        head: Index of the head; a negative index counts from the last head. None plots the mean of all heads.
+        text: A text of up to a few dozen tokens; figures of longer texts are not legible.
+        layer: Index of the layer. A negative index counts from the last layer.
+        head: Index of the head. A negative index counts from the last head. None plots the mean of all heads.
 
     Raises:
-        InputError: If there is no such layer or head, or if the attention kernel is fused.
+        InputError: If there is no such layer or head, or if the model uses a fused attention kernel.
     """
     tokens, weights = _weights(model, tokenizer, text)  # [L, N, T, T]
     for name, index, size in (("layer", layer, weights.shape[0]), ("head", head, weights.shape[1])):
@@ -63,7 +63,7 @@ def attention(
 def attentions(model: BertPreTrainedModel, tokenizer: Tokenizer, text: str) -> Figure:
     """Plots the attention of all heads in a grid, one row per layer and one column per head.
 
-    In each cell, rows are tokens and columns are the tokens that they attend to.
+    In each cell, rows are tokens and columns are the tokens to which they attend.
     """
     _, weights = _weights(model, tokenizer, text)
     layers, heads = weights.shape[:2]

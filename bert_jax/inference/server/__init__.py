@@ -1,1 +1,1 @@
-"""The HTTP server: what it accepts (limits, guard, connections), its routes, and how it computes (engine, batcher)."""
+"""The HTTP server: access and limits (limits, guard, connections), routes, and computation (engine, batcher)."""

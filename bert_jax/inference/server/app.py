@@ -1,9 +1,9 @@
-"""Serves models over HTTP: requests of many clients are computed together, and each is answered in bounded time.
+"""Serves models over HTTP. Requests from many clients are computed together, and each is answered in bounded time.
 
     bert-jax serve bert-mini-cased
     curl -H 'Content-Type: application/json' localhost:8000/score -d '{"inputs": {"input_string": ["A [MASK] day."]}}'
 
-The answers are those of `pipeline(…)`: the server uses the same tokenization, batches and programs.
+The results are the same as those of `pipeline(…)`, because the server uses the same tokenization, batches and programs.
 """
 
 import asyncio
@@ -45,10 +45,12 @@ logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 SWITCH_SECONDS = 0.0005
-"""Python's thread switch interval. With the default of 5 ms, a request would wait more than once for the thread that
-prepares large requests."""
+"""Python's thread switch interval, in seconds.
+
+With the default of 5 ms, a request would wait more than once for the thread that prepares large requests.
+"""
 SPARE_FILES = 256
-"""The number of files that the process may open besides its connections."""
+"""The number of files that the process may open in addition to its connections."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,12 @@ class Access:
     """Who may use the server.
 
     Attributes:
-        api_key: The key that clients must send as `Authorization: Bearer …`; none if empty. /health needs no key.
-        allowed_hosts: Values of the header Host that the server accepts, except on /health; `*.example.com` accepts all
-            subdomains. If empty, the server accepts any value or, if it listens on a loopback address, localhost,
-            127.0.0.1 and [::1].
-        allow_origins: The origins of web pages that may read answers; `*` for all. By default there are none.
+        api_key: The key that clients must send as `Authorization: Bearer …`. If empty, no key is required. /health
+            never requires a key.
+        allowed_hosts: Values of the Host header that the server accepts, except on /health; `*.example.com` accepts all
+            subdomains. If empty, the server accepts only localhost, 127.0.0.1 and [::1] if it listens on a loopback
+            address, and any value otherwise.
+        allow_origins: The origins of web pages that may read responses; `*` for all. By default, there are none.
     """
 
     api_key: str = ""
@@ -72,16 +75,16 @@ class Server:
     """The application and its metrics.
 
     Args:
-        models: The models. The first one answers requests to /score.
+        models: The models. The first model answers requests to /score.
         limits: What the server accepts.
         access: Who may use the server.
     """
 
     def __init__(self, models: Sequence[Served], limits: Limits, access: Access):
         self.failure = ""
-        """Why the programs cannot be compiled, if they cannot."""
+        """The reason why the programs cannot be compiled; empty if there is none."""
         self.stop: Callable[[], None] = lambda: None
-        """Ends the HTTP server."""
+        """Stops the HTTP server."""
         self.registry = CollectorRegistry()
         shared = Histogram("bert_jax_slice_requests", "Unfinished requests at a slice.", registry=self.registry,
                            buckets=[1, 2, 4, 8, 16, 32, 64, 128])  # fmt: skip
@@ -146,7 +149,7 @@ class Server:
             self.stop()
 
     async def _health(self) -> Response:
-        """Reports whether the server is ready, how many programs are still to be compiled, and the models."""
+        """Reports whether the server is ready, how many programs have not been compiled yet, and the models."""
         models = [
             {"name": model.name, "tasks": list(model.pipes), "layers": pipe.config.num_hidden_layers}
             for model in self.engine.models.values()
@@ -157,7 +160,7 @@ class Server:
         return JSONResponse(state, 200 if ready else 503)
 
     async def _metrics(self) -> Response:
-        """The metrics, in Prometheus' text format."""
+        """The metrics in the Prometheus text format."""
         return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4")
 
     async def _refused(self, request: Request, error: Exception) -> Response:
@@ -170,14 +173,17 @@ class Server:
         return error.response(request.url.path)
 
     def _no_route(self) -> str:
-        """The message for a route that does not exist, such as that of a task that no model is served for."""
+        """The message for a route that does not exist, such as the route of a task for which no model is served."""
         first, *_ = self.engine.tasks()
         routes = [f"/score ({first})", *(f"/v1/{task}" for task in self.engine.tasks())]
         return f"There is no such route; the tasks of this server are at {', '.join(routes)}, and /docs has all routes."
 
 
 def _settle() -> None:
-    """Collects garbage, and freezes what is left, so that a later collection does not stop all threads for a second."""
+    """Collects garbage and freezes the remaining objects.
+
+    Otherwise, a later collection would stop all threads for a second.
+    """
     gc.collect()
     gc.freeze()
 
@@ -194,13 +200,13 @@ def serve(
     limits: Limits | None = None,
     access: Access | None = None,
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C, then answers the requests it has accepted and returns.
+    """Serves until SIGTERM or Ctrl-C, then answers the requests that it has accepted and returns.
 
     Args:
-        models: The models. The first one answers requests to /score.
+        models: The models. The first model answers requests to /score.
         host: The address to listen on.
         port: The port to listen on; 0 for a free one.
-        limits: What the server accepts; the defaults of `Limits` if None.
+        limits: The limits of the server; the defaults of `Limits` if None.
         access: Who may use the server; the defaults of `Access` if None.
 
     Raises:
@@ -217,7 +223,7 @@ def serve(
         raise InputError(f"Cannot listen on {host}, port {port}: {error.strerror}.") from None
     log = JsonLines()
     logging.basicConfig(level=logging.INFO, handlers=[log])
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of each malformed request
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns about each malformed request
     _allow_files(limits.max_connections + SPARE_FILES)
     host, port = listener.getsockname()[:2]
     for model in models:
@@ -233,8 +239,8 @@ def serve(
     http = uvicorn.Server(config)
     server.stop = lambda: setattr(http, "should_exit", True)
     sys.setswitchinterval(SWITCH_SECONDS)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn stops at SIGTERM and raises it again at the end
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has stopped, and raises it again
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn stops at SIGTERM and raises the signal again at the end
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has stopped and raises it again
         http.run(sockets=[listener])
     log.close()
     if server.failure:

@@ -1,4 +1,4 @@
-"""The attention weights of a text, for the page."""
+"""Attention weights of a text, for the web page."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from bert_jax.tasks.base import Task
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 ATTENTION_TOKENS = 128
-"""Maximum number of tokens, special tokens included, of a text for which `Attention` computes weights."""
+"""Maximum number of tokens, including special tokens, of a text for which `Attention` computes weights."""
 
 
 class Attention:
@@ -26,7 +26,7 @@ class Attention:
         self._programs: dict[int, jax.stages.Compiled] = {}
 
     def compile(self, length: int) -> jax.stages.Compiled:
-        """The program for a padded length, compiled at the first call."""
+        """Returns the program for a padded length, which is compiled at the first call."""
 
         def attentions(params: Any, inputs: dict[str, jax.Array]) -> jax.Array:
             return jnp.stack([layer[0] for layer in self.pipe.model(params).encoder(**inputs).attentions])
@@ -37,7 +37,7 @@ class Attention:
         return self._programs[length]
 
     def weights(self, text: str, layer: int) -> dict[str, Any]:
-        """The tokens of a text, and the attention weights of each head in one layer.
+        """Returns the tokens of a text and the attention weights of each head in one layer.
 
         Raises:
             InputError: If the text has too many tokens.

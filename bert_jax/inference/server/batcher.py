@@ -1,4 +1,4 @@
-"""Computes the requests of many clients together, slice by slice, so that small requests pass between large ones."""
+"""Computes the requests of many clients together, slice by slice, so that small requests do not wait for large ones."""
 
 import asyncio
 import enum
@@ -20,8 +20,11 @@ from bert_jax.tasks.base import Request, Task
 logger = logging.getLogger(__name__)
 
 SLICE_TOKENS = 512
-"""The number of tokens that a device computes before new requests get their turn. Twice as many make no difference to
-the throughput of clients that send sentences, and a sentence would wait twice as long."""
+"""The number of tokens that a device computes before new requests get their turn.
+
+Twice as many tokens would not change the throughput of clients that send sentences, but each sentence would wait twice
+as long.
+"""
 
 
 class _Signal(enum.Enum):
@@ -30,7 +33,7 @@ class _Signal(enum.Enum):
 
 
 class Job:
-    """The inputs of one HTTP request, and a future that receives the answer.
+    """The inputs of one HTTP request, and a future that receives the results.
 
     Args:
         pipe: The pipeline that computes the requests.
@@ -40,31 +43,31 @@ class Job:
     def __init__(self, pipe: Pipeline[Task], requests: Sequence[Request[Any]]):
         self.pipe, self.requests = pipe, requests
         self.tokens = sum(max(BUCKET_LENGTHS[0], request.tokens) for request in requests)
-        self.answer: Future[Any] = Future()  # cancelled if the client disconnects or has waited too long
+        self.answer: Future[Any] = Future()  # canceled if the client disconnects or has waited too long
 
 
 class Batcher:
-    """A thread that computes jobs in slices, in which all waiting jobs take turns.
+    """A thread that computes jobs in slices. All waiting jobs take turns.
 
     Args:
-        limits: The limits of the server.
-        seen: Called before each slice with the number of unfinished jobs of its pipeline.
+        limits: The server's limits.
+        seen: Called before each slice with the number of unfinished jobs of the slice's pipeline.
         want: Called with a pipeline and a bucket when a job needs a program that is not compiled. After compiling the
-            program, call `resume`.
+            program, the callee must call `resume`.
     """
 
     def __init__(self, limits: Limits, seen: Callable[[int], None], want: Callable[[Pipeline[Task], Bucket], None]):
         self.limits, self.seen, self.want = limits, seen, want
-        self.waiting = 0  # the tokens of unanswered jobs; accessed only by the event loop's thread
+        self.waiting = 0  # number of tokens in unanswered jobs; accessed only by the event loop's thread
         self._arrivals: queue.SimpleQueue[Job | _Signal] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._compute, name="batcher", daemon=True)
         self._thread.start()
 
     async def submit(self, job: Job) -> Any:
-        """Queues a job and returns the results of its requests, in order.
+        """Queues a job and returns the results of its requests in order.
 
         Raises:
-            Refused: If too many tokens are waiting already, or if the answer takes too long.
+            Refused: If too many tokens are already waiting, or if the computation takes too long.
         """
         tokens = min(job.tokens, self.limits.max_queue_tokens * 3 // 4)
         self.check_room(tokens)
@@ -82,13 +85,13 @@ class Batcher:
         return Refused(504, "timeout", f"There was no answer within {self.limits.timeout:g} s.")
 
     def check_room(self, tokens: int = BUCKET_LENGTHS[0], *, arriving: int = 0) -> None:
-        """Raises `Refused` if there is no room for a job with this number of tokens; by default, for the smallest job.
+        """Raises `Refused` if the queue has no room for a job of this size (by default, the smallest job).
 
-        An eighth of the queue is kept for small jobs.
+        An eighth of the queue is reserved for small jobs.
 
         Args:
             tokens: The number of tokens.
-            arriving: The number of other requests in progress, whether they are submitted yet or not.
+            arriving: The number of other requests in progress, including those not yet submitted.
         """
         waiting, most = max(self.waiting, arriving * BUCKET_LENGTHS[0]), self.limits.max_queue_tokens
         if tokens > max(BUCKET_LENGTHS[0], most // 64):
@@ -97,11 +100,11 @@ class Batcher:
             raise Refused(429, "busy", "Too many requests are waiting; try again in a second.", {"Retry-After": "1"})
 
     def resume(self) -> None:
-        """Tells the thread to look again for rows whose program is compiled now."""
+        """Tells the thread to check for rows whose program has been compiled."""
         self._arrivals.put(_Signal.RESUME)
 
     def close(self) -> None:
-        """Ends the thread after all waiting jobs are done."""
+        """Stops the thread after all waiting jobs are done."""
         self._arrivals.put(_Signal.CLOSE)
         self._thread.join()
 
@@ -122,15 +125,15 @@ class Batcher:
                         _answer(job, results)
                     for bucket in run.missing:
                         self.want(pipe, bucket)
-                    run.resume()  # what has been compiled during the slice
+                    run.resume()  # for programs compiled during the slice
                 if not run.owners:
                     del runs[pipe]
 
     def _accept(self, runs: dict[Pipeline[Task], Run], open_: bool) -> bool:
-        """Adds the jobs that have arrived to the runs. If there is nothing to compute, waits for a job or a signal.
+        """Adds newly arrived jobs to the runs. If there is nothing to compute, waits for a job or a signal.
 
         Returns:
-            Whether more jobs may come.
+            Whether more jobs may arrive.
         """
         until = None if all(run.waiting for run in runs.values()) else 0.0
         while True:

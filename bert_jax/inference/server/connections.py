@@ -1,8 +1,8 @@
-"""Bounds what a connection can take from the server before a request reaches the application, and after its answer.
+"""Limits the resources that a connection can use before a request reaches the application and after its response.
 
-uvicorn itself closes a connection that sends nothing for five seconds after an answer, and stops reading while a body
-waits to be read. This module bounds the rest: how many connections are open, how large headers are, and how long they
-take; how much a client sends after it was refused; and how long it takes to read its answer.
+uvicorn itself closes a connection that sends nothing for five seconds after a response, and it stops reading while a
+body waits to be read. This module limits the number of open connections, the size of headers and the time for receiving
+them, the data that a client sends after a refusal, and the time that a client takes to read its response.
 """
 
 import asyncio
@@ -15,22 +15,22 @@ from uvicorn.server import ServerState
 from bert_jax.inference.server.limits import Limits
 
 HEADER_SECONDS = 10.0
-"""Seconds that the headers of a request may take to arrive, and that a refused client may go on sending its body."""
+"""Time limit, in seconds, for the headers of a request to arrive and for a refused client to keep sending its body."""
 MAX_HEADERS = 2**16
-"""Maximum size of the headers of a request, in bytes."""
+"""Maximum size of a request's headers, in bytes."""
 MAX_PIPELINED = 8
-"""Maximum number of requests that a client may send before the answer to the first one."""
+"""Maximum number of requests that a client may send before the response to the first one."""
 
 
 def protocol(limits: Limits) -> type[HttpToolsProtocol]:
-    """A class of connections that share `limits`, for uvicorn's argument `http`."""
+    """Returns a class of connections that share `limits`, for uvicorn's `http` argument."""
     return type("Connection", (_Connection,), {"limits": limits, "idle": {}})
 
 
 class _Connection(HttpToolsProtocol):
     limits: Limits
     idle: dict["_Connection", None]
-    """The connections without a request, those that have been idle for the longest time first."""
+    """The connections without a request in progress, in descending order of idle time."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class _Connection(HttpToolsProtocol):
     ):
         super().__init__(config, server_state, app_state, _loop)
         self._timer: asyncio.TimerHandle | None = None  # for headers, and for the body of a refused request
-        self._reading: asyncio.TimerHandle | None = None  # for the client's reading of the answer
+        self._reading: asyncio.TimerHandle | None = None  # for the client to read the response
         self._in_headers, self._in_body = True, False
         self._header_bytes = 0
         self._received = 0  # bytes of the headers, or of a body that nobody reads
@@ -82,7 +82,7 @@ class _Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._header_bytes += len(name) + len(value)  # trailers included
         if self._header_bytes > MAX_HEADERS:
-            raise ValueError  # the parser stops, and the answer is 400
+            raise ValueError  # the parser stops, and the status is 400
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -93,7 +93,7 @@ class _Connection(HttpToolsProtocol):
         self._in_headers, self._in_body, self._received = False, True, 0
         super().on_headers_complete()
 
-    # ── The body and the answer ──
+    # ── The body and the response ──
 
     def on_body(self, body: bytes) -> None:
         if self.cycle.response_complete:
@@ -131,7 +131,7 @@ class _Connection(HttpToolsProtocol):
             self._reading = None
 
     def _expire_after(self, seconds: float) -> None:
-        """Closes the connection after some seconds, unless `_keep` is called before."""
+        """Closes the connection after some seconds, unless `_keep` is called first."""
         self._keep()
         self._timer = self.loop.call_later(seconds, self.transport.abort)
 

@@ -1,8 +1,8 @@
-"""From the body of a request to its answer: reads, bounds the cost, computes, and writes JSON.
+"""From the body of a request to the response: reads, limits the cost, computes, and writes JSON.
 
 The cost of a request is known before it is computed, and a request that costs too much is refused. A thread prepares
-large requests and writes large answers, so that the event loop stays free. A second such thread would compete for the
-GIL with the thread that computes.
+large requests and writes large responses, so that the event loop is not blocked. A second such thread would compete for
+the GIL with the thread that computes.
 """
 
 import ast
@@ -27,8 +27,10 @@ from bert_jax.inference.server.models import Served
 from bert_jax.tasks.base import Request as TaskRequest
 
 SMALL = 4096
-"""A request with at most this number of characters, or an answer of about as many bytes, is handled by the event loop
-itself, because handing it to a thread would take longer."""
+"""Requests of up to this number of characters and responses of up to about as many bytes are handled in the event loop.
+
+Passing them to a thread would take longer.
+"""
 
 Body = TypeVar("Body", bound=pydantic.BaseModel)
 Value = TypeVar("Value")
@@ -36,22 +38,22 @@ Value = TypeVar("Value")
 
 Entry = TypeVar("Entry")
 Items = Annotated[list[Entry], pydantic.Field(fail_fast=True)]
-"""A list whose validation stops at the first error: a large body can have an error for each of its bytes."""
+"""A list whose validation stops at the first error, because a large body can contain an error in every byte."""
 
 
 class StrictBody(pydantic.BaseModel):
-    """The body of a request. Fields that it does not declare are refused, and values are not converted."""
+    """The body of a request. Undeclared fields are refused, and values are not converted."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
 
 class Engine:
-    """Answers requests with the pipelines of one or several models.
+    """Answers requests with the pipelines of one or more models.
 
     Args:
-        models: The models. A request that names no model is answered by the first one that has the task.
-        limits: What is accepted.
-        batcher: Computes.
+        models: The models. A request that does not specify a model is answered by the first model that has the task.
+        limits: The server's limits.
+        batcher: The batcher that computes the requests.
     """
 
     def __init__(self, models: Sequence[Served], limits: Limits, batcher: Batcher):
@@ -61,12 +63,12 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, "preparing")
 
     def close(self) -> None:
-        """Ends all threads, after the requests that were accepted are answered."""
+        """Stops all threads after all accepted requests have been answered."""
         self.batcher.close()
         self._thread.shutdown()
 
     def pipeline(self, task: str, model: str | None = None) -> Pipeline[Any]:
-        """The pipeline of a task: that of a model or, if `model` is None, of the first model that has the task.
+        """Returns the pipeline for a task of `model` or, if `model` is None, of the first model that has the task.
 
         Raises:
             Refused: If there is no such model, or if it does not have the task.
@@ -79,17 +81,17 @@ class Engine:
         raise self.other_task(task, model)
 
     def other_task(self, task: str, model: str | None = None) -> Refused:
-        """The error for a task that `model` does not serve or, if `model` is None, that no model serves."""
+        """Returns the error for a task that `model` (or, if it is None, any model) does not serve."""
         owner = "The server has no model" if model is None else "This model is not served"
         return Refused(424, "other_task", f"{owner} for {task}; it answers {', '.join(self.tasks(model))}.")
 
     def tasks(self, model: str | None = None) -> list[str]:
-        """The tasks that `model` is served for or, if `model` is None, that any model is served for."""
+        """Returns the tasks for which `model` is served or, if it is None, for which any model is served."""
         names = (name for served in self.models.values() if model in (None, served.name) for name in served.pipes)
         return list(dict.fromkeys(names))
 
     def unknown_model(self) -> Refused:
-        """The error for the name of a model that is not served."""
+        """Returns the error for a model that is not served."""
         return Refused(
             404, "model_not_found", f"There is no model of this name; expected one of: {', '.join(self.models)}."
         )
@@ -156,15 +158,15 @@ class Engine:
         parameters: Mapping[str, Any] | None = None,
         listed_as: str = "",
     ) -> list[TaskRequest[Any]]:
-        """Makes the requests of a task from the inputs of an HTTP request.
+        """Makes task requests from the inputs of an HTTP request.
 
         Args:
-            longest: The number of tokens that a longer input is truncated to, at least.
+            longest: A lower bound on the number of tokens to which longer inputs are truncated.
             entries: The inputs.
-            make: Makes a request of the task from an input.
-            parameters: The parameters that `make` uses, by names that are not the client's. Messages do not quote the
-                texts in them.
-            listed_as: The name of the list of inputs, for messages; empty if there is no list.
+            make: Makes a task request from an input.
+            parameters: The parameters that `make` uses, by names that the client did not choose. Messages do not quote
+                their texts.
+            listed_as: The name of the list of inputs, for error messages; empty if there is no list.
 
         Raises:
             Refused: If an input or a parameter is invalid, or if the inputs cost too much.
@@ -174,7 +176,7 @@ class Engine:
             for name, values in (parameters or {}).items():
                 self.check_count(name, values)
                 self.check_size(values, name)
-            # `make` handles the texts among the parameters again for each input.
+            # `make` processes the texts among the parameters again for each input.
             work = sum(len(text) + 1 for text in texts_of(entries))
             work += len(entries) * sum(len(text) + 1 for text in texts_of(list((parameters or {}).values())))
             if work > (most := self.limits.max_body):
@@ -226,15 +228,15 @@ class Engine:
     async def compute(
         self, request: Request, pipe: Pipeline[Any], prepared: Sequence[TaskRequest[Any]]
     ) -> Sequence[Any]:
-        """Computes the results of requests of a task, in order.
+        """Computes the results of task requests in order.
 
         Args:
-            request: The HTTP request. If its client disconnects, the computation ends.
+            request: The HTTP request. If its client disconnects, the computation stops.
             pipe: The pipeline that computes.
-            prepared: The requests.
+            prepared: The task requests.
 
         Raises:
-            Refused: If the client disconnects before the answer. See also `Batcher.submit`.
+            Refused: If the client disconnects before the response. See also `Batcher.submit`.
         """
         if not prepared:
             return []
@@ -253,19 +255,20 @@ class Engine:
     async def respond(
         self, content: Any, prepared: Sequence[TaskRequest[Any]] = (), *, large: bool = False
     ) -> Response:
-        """Writes an answer as JSON.
+        """Writes a response as JSON.
 
         Args:
-            content: The answer.
-            prepared: The requests of the task that it answers. Their size decides whether the thread writes it.
-            large: Whether the thread writes it in any case.
+            content: The content of the response.
+            prepared: The task requests that the response answers. Their size determines whether the thread writes the
+                response.
+            large: Whether the thread writes the response regardless of size.
         """
         large = large or sum(made.size for made in prepared) > SMALL
         body = await self.threaded(_json, content) if large else _json(content)
         return Response(body, media_type="application/json")
 
     async def threaded(self, function: Callable[..., Value], *arguments: Any) -> Value:
-        """Calls a function in the thread that keeps work off the event loop."""
+        """Calls a function in the thread that handles work outside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
 
@@ -280,7 +283,7 @@ async def _left(request: Request) -> None:
 
 @contextlib.contextmanager
 def refusing(content: Any) -> Iterator[None]:
-    """Replaces an `InputError` by `Refused`, with a message that quotes none of the client's texts in `content`."""
+    """Replaces an `InputError` with `Refused`, whose message does not quote any of the client's texts in `content`."""
     try:
         yield
     except InputError as error:
@@ -288,11 +291,11 @@ def refusing(content: Any) -> Iterator[None]:
 
 
 def without_quotes(message: str, texts: Sequence[str]) -> str:
-    """The message, with '…' in place of each quotation that occurs in one of the texts or cannot be parsed."""
+    """Returns the message with '…' in place of each quotation that occurs in one of the texts or cannot be parsed."""
 
     def replaced(match: re.Match[str]) -> str:
         try:
-            quoted = str(ast.literal_eval(re.sub("…(.)$", r"\1", match[0])))  # without the mark of a cut
+            quoted = str(ast.literal_eval(re.sub("…(.)$", r"\1", match[0])))  # without the truncation mark
         except (ValueError, SyntaxError):
             return "'…'"
         return "'…'" if any(quoted in text for text in texts) else match[0]
@@ -301,7 +304,7 @@ def without_quotes(message: str, texts: Sequence[str]) -> str:
 
 
 def texts_of(content: Any) -> Iterator[str]:
-    """All texts in a value that was read from JSON, the names of fields included, in no certain order."""
+    """Yields all strings in a value that was read from JSON, including field names, in no particular order."""
     parts = [content]
     while parts:
         part = parts.pop()

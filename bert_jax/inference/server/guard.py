@@ -1,4 +1,4 @@
-"""The middleware around the application: checks the key and the host, adds headers, and counts and logs requests."""
+"""The middleware around the application: checks the key and the host, adds headers, counts requests and logs them."""
 
 import hmac
 import logging
@@ -15,7 +15,10 @@ from bert_jax.inference.server.limits import Refused
 logger = logging.getLogger(__name__)
 
 OPEN = "/health"
-"""The path that needs neither a key nor a known host: load balancers send the server's IP address, and no key."""
+"""The path that needs neither a key nor a known host.
+
+Load balancers send no key, and send the server's IP address as the host.
+"""
 QUIET = (OPEN, "/metrics")
 """Paths whose requests are not logged, because monitoring systems poll them."""
 HEADERS = [
@@ -28,19 +31,18 @@ HEADERS = [
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
 ]
-"""Headers of all responses. The pages load scripts and styles from this server only, and no site can frame them."""
+"""Headers of all responses. Pages load scripts and styles from this server only, and no site can embed the pages."""
 
 
 class Guard:
-    """Middleware. It logs one line for each request, which has the id of the request and none of its texts.
+    """Middleware that logs one line per request. The line contains the request id but none of the request's texts.
 
     Args:
         app: The application.
-        api_key: The key that clients must send as `Authorization: Bearer …`; none if empty.
-        check_room: Called with the number of POST requests that are being answered. If there are too many, it raises
-            `Refused`, and the request is refused before its body is read. An overloaded server must not spend time on
-            reading.
-        allowed_hosts: Values of the header Host that are accepted; `*.example.com` accepts all subdomains. If empty,
+        api_key: The key that clients must send as `Authorization: Bearer …`. If empty, no key is required.
+        check_room: Called with the number of POST requests in progress. If there are too many, it raises `Refused`, and
+            the request is refused before its body is read, because an overloaded server must not spend time on reading.
+        allowed_hosts: Values of the Host header that are accepted; `*.example.com` accepts all subdomains. If empty,
             any value is accepted.
         registry: Receives the metrics.
     """
@@ -115,7 +117,7 @@ class Guard:
 
 
 def _place(error: Exception) -> str:
-    """The type of an exception, and the line of code that raised it."""
+    """The type of an exception and the line of code that raised it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

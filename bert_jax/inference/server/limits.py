@@ -1,4 +1,4 @@
-"""What the server accepts, and how it refuses the rest in the format that the clients of a route expect."""
+"""The server's limits, and the refusal of requests in the format that the clients of a route expect."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 OPENAI = ("/v1/embeddings", "/v1/models")
-"""The routes of OpenAI's API. Longer paths that begin with one of them belong to it, too."""
+"""The routes of OpenAI's API. Longer paths that begin with one of them are also part of the API."""
 TEI = ("/embed", "/embed_all", "/predict", "/rerank", "/info", "/tokenize")
 """The routes of text-embeddings-inference."""
 
 
 class Refused(Exception):
-    """Raised to refuse a request. It holds the HTTP status, the error code and the message of the response.
+    """Raised to refuse a request. Contains the HTTP status, the error code and the message of the response.
 
-    The message must not quote the texts of the client.
+    The message must not quote the client's texts.
     """
 
     def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None):
@@ -22,7 +22,7 @@ class Refused(Exception):
         self.status, self.code, self.headers = status, code, headers
 
     def response(self, path: str) -> JSONResponse:
-        """The response to a request for a path, in the format of the API that the path belongs to."""
+        """Returns the response to a request for a path, in the format of the API to which the path belongs."""
         message, status = str(self), self.status
         content: dict[str, Any] = {"error": {"code": self.code, "message": message}}
         if any(path == route or path.startswith(f"{route}/") for route in OPENAI):
@@ -37,28 +37,29 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server accepts, and how long it works on a request.
+    """The limits of the server on the size, the cost and the time of requests.
 
     Attributes:
-        wait: When a request reaches an idle server, the server waits this many seconds for others, to compute them
-            together.
-        timeout: A time limit in seconds, applied three times. If the body of a request does not arrive in time, the
-            status is 408. If the answer is not ready in time after that, the status is 504. If the client does not read
-            the answer in time, the connection is closed.
-        max_body: The maximum size of the body of a request, in bytes.
-        max_inputs: The maximum number of inputs of a request.
-        max_characters: The maximum number of characters of an input.
-        max_tokens: The maximum number of tokens that the model may process for a request, summed over all its rows.
-        max_answer: The maximum size of the answer to a request, in bytes. The size is estimated before the computation.
+        wait: When a request reaches an idle server, the server waits this many seconds for other requests and computes
+            them together.
+        timeout: A time limit in seconds, which applies to each of three phases. If the body of a request does not
+            arrive in time, the status is 408. If the response is then not ready in time, the status is 504. If the
+            client does not read the response in time, the connection is closed.
+        max_body: The maximum size of a request's body, in bytes.
+        max_inputs: The maximum number of inputs per request.
+        max_characters: The maximum number of characters per input.
+        max_tokens: The maximum number of tokens that the model may process for a request, in all its rows together.
+        max_answer: The maximum size of the response to a request, in bytes. The size is estimated before the
+            computation.
         max_queue_tokens: The maximum number of tokens that the model may have to process for all unanswered requests. A
-            request that would exceed it is refused with status 429. One request counts as three quarters of it at most,
-            so that it leaves room for others.
-        max_connections: The maximum number of open connections. When another client connects, the server closes the
+            request that would exceed this number is refused with status 429. A single request counts as at most three
+            quarters of this number, so that there is room for others.
+        max_connections: The maximum number of open connections. When this number is exceeded, the server closes the
             connection that has been idle longest.
         truncate: Whether the routes of OpenAI and text-embeddings-inference truncate texts that are too long, unless
-            the request says otherwise. If false, such texts are refused.
-        accept_token_ids: Whether the routes for embeddings accept token ids. Clients may send the ids of another
-            model's tokenizer, and the server cannot detect this.
+            the request specifies otherwise. If false, such texts are refused.
+        accept_token_ids: Whether the routes for embeddings accept token ids. The server cannot detect whether a client
+            sends ids from another model's tokenizer.
     """
 
     wait: float = 0.0005

@@ -1,4 +1,4 @@
-"""The log of a server: lines of JSON on stderr, which never delay a request."""
+"""The log of a server: JSON lines on stderr, which never delay a request."""
 
 import contextlib
 import logging
@@ -11,13 +11,13 @@ import time
 import orjson
 
 LINES = 10_000
-"""Maximum number of lines that wait to be written. If nobody reads stderr, further lines are dropped."""
+"""Maximum number of lines that wait to be written. If nothing reads stderr, further lines are dropped."""
 
 
 class JsonLines(logging.Handler):
     """Writes each record as one line of JSON: time, level, message, and the record's `fields`.
 
-    A separate thread writes the lines, because writing to a full pipe that nobody reads blocks.
+    A separate thread writes the lines, because writing to a full pipe that nothing reads would block.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class JsonLines(logging.Handler):
             )
 
     def close(self) -> None:
-        """Waits until the lines are written, or for two seconds if nobody reads them."""
+        """Waits until the lines are written, for at most two seconds if nothing reads them."""
         with contextlib.suppress(queue.Full):
             self._lines.put_nowait(None)
         self._thread.join(2)

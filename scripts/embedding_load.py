@@ -1,11 +1,11 @@
-"""Embeddings per second of `bert-jax serve`, and of sentence-transformers behind a dynamic batcher of the same wait.
+"""Measures the embeddings per second of `bert-jax serve` and of sentence-transformers behind a dynamic batcher.
 
     pip install -e ".[serve,parity]"
     python scripts/embedding_load.py FOLDER         # a sentence-transformers model, such as all-MiniLM-L6-v2
 
-16 clients send 1,000 sentences of this repository's pages, one after another, to /v1/embeddings of both servers in
-turns. Both use all cores. The batcher of sentence-transformers collects what arrives within the same time as ours after
-the first request, up to 64 sentences, and pads them to the longest. The exit status is 1 if the embeddings differ.
+16 clients send 1,000 sentences from this repository's pages, one after another, to /v1/embeddings on the two servers
+alternately. Both servers use all cores. The batcher for sentence-transformers waits as long as ours after the first
+request, collects up to 64 sentences, and pads them to the longest. The exit status is 1 if the embeddings differ.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def theirs(folder: str, port: int) -> None:
 
 
 async def load(port: int, requests: list[bytes]) -> tuple[float, list[np.ndarray]]:
-    """Seconds that all requests take, and the embeddings."""
+    """The seconds for all requests, and the embeddings."""
     found: list[Any] = [None] * len(requests)
     numbers = iter(range(len(requests)))
 

@@ -1,9 +1,9 @@
-"""An example of fine-tuning in Python, without `bert-jax finetune`: trains a text classifier on your own files.
+"""An example of fine-tuning in Python, without `bert-jax finetune`. It trains a text classifier on your files.
 
     pip install "bert-jax[train]"
     python scripts/finetune.py train.jsonl validation.jsonl my-model
 
-The rows of the files are {"text": …, "label": …}.
+Each row of the files has the form {"text": …, "label": …}.
 """
 
 import sys

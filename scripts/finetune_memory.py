@@ -1,15 +1,15 @@
-"""Measures the memory of `bert-jax finetune` on CPU, or compares its speed with that of another checkout.
+"""Measures the memory use of `bert-jax finetune` on CPU or compares its speed with that of another checkout.
 
     python scripts/finetune_memory.py CONFIG [KEY=VALUE …]
     python scripts/finetune_memory.py CONFIG [KEY=VALUE …] --beside CHECKOUT --pairs 15 --steps 2
 
 The first form runs `bert-jax finetune` as a whole process, with evaluations and checkpoints. It prints the process's
-peak memory, the estimate of `--dry-run`, and their ratio. For a short run, set training.max_steps and
+peak memory, the estimate from `--dry-run`, and their ratio. For a short run, set training.max_steps and
 training.evaluate_every.
 
-The second form starts one process for this checkout and one for the other. Each prepares the data and the model and
-compiles the step. The processes then compute a few steps in turns. The script prints the ratio of this checkout's speed
-to that of the other, as the median over all turns.
+The second form starts one process for this checkout and one for the other. Each process prepares the data and the model
+and compiles the step. The processes then alternately compute a few steps each. The script prints the ratio of this
+checkout's speed to the other's, as the median over all turns.
 """
 
 import argparse
@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parents[1]
 
 
 def run(checkout: Path, arguments: list[str], output: str) -> tuple[str, int]:
-    """Runs `bert-jax finetune`; returns what it prints, and its peak memory in bytes."""
+    """Runs `bert-jax finetune`. Returns its output and its peak memory in bytes."""
     command = [sys.executable, "-c", "from bert_jax.cli import main; main()", "finetune", *arguments]
     with tempfile.TemporaryFile("w+") as file:
         child = subprocess.Popen(command, env=environment(checkout), stdout=file, stderr=file)
@@ -54,16 +54,16 @@ def memory(checkout: Path, arguments: list[str]) -> None:
         _, peak = run(checkout, [*arguments, f"output.folder={folder}/run"], "the run")
     text = said[said.index("memory of") :]
     figures = [float(number.replace(",", "")) for number in re.findall(r"([\d,]+) MB", text)]
-    # Older checkouts print the memory of the state and the additional memory of the step, but not their sum.
+    # Older checkouts print the memory for the state and the additional memory for the step, but not the sum.
     figure = figures[0] if "peak" in text else sum(figures[:2])
     print(text.strip())
     print(f"peak of the run: {peak / 1e6:,.0f} MB, {peak / 1e6 / figure:.3f} of the dry run's {figure:,.0f} MB")
 
 
 def serve(arguments: list[str]) -> None:
-    """Runs in a process of its own, and computes as many training steps as each number on stdin says.
+    """Runs in a separate process. For each number n on stdin, computes n training steps.
 
-    Prints "ready", then for each number the seconds of its steps, the loss of the last step, and the peak memory.
+    Prints "ready" and then, for each number, the seconds for its steps, the loss of the last step, and the peak memory.
     """
     from bert_jax.training import memory
 
@@ -124,7 +124,7 @@ def speed(checkouts: list[Path], arguments: list[str], pairs: int, steps: int) -
         )
         answer(children[-1].stdout)
     ratios = []
-    for turn in range(-5, pairs):  # five turns to warm up, in which heaps reach their final size
+    for turn in range(-5, pairs):  # five warm-up turns, in which heaps reach their final size
         order = [0, 1] if turn % 2 else [1, 0]
         seconds, losses, peaks = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
         for n in order:

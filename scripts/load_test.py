@@ -1,23 +1,24 @@
-"""Puts a server on this machine under load, and compares each of its answers with that of a pipeline.
+"""Puts a server on this machine under load and compares each of its responses with the result of a pipeline.
 
     pip install -e ".[serve]"
     python scripts/load_test.py                     # about four minutes
-    python scripts/load_test.py --seconds 600       # ten minutes of load, to see what memory does
-    python scripts/load_test.py --hostile           # about three minutes more: with attackers
+    python scripts/load_test.py --seconds 600       # ten minutes of load, to observe memory use
+    python scripts/load_test.py --hostile           # with attackers; about three minutes longer
 
-ready      how long a start takes if the programs are cached
-batching   errors, throughput and latency of 64 clients that send single sentences
-cost       the time that the server adds to a call: latency of a single client minus that of a pipeline's call
+ready      the time that a start takes if the programs are cached
+batching   errors, throughput and latency with 64 clients that send single sentences
+cost       the time that the server adds to a call: latency of a single client minus the time of a pipeline call
 overload   ten times as many clients as the queue has places: how many requests are refused and how soon, how long the
-           others take, and how fast the server is afterwards
+           others take, and how fast the server is afterward
 SIGTERM    whether all requests that were accepted under load are answered
-costly     16 connections send the most expensive requests possible. Meanwhile, one client sends a sentence once a
-           second, and another polls /health.
-broken     the same two clients, while other connections hang, or send endless bodies and oversized headers
-memory     the memory of the server before and after the load, and its peak during each attack
+costly     16 connections send the most expensive requests possible. Meanwhile, one client sends one sentence per
+           second, and another client polls /health.
+broken     the same two clients, while other connections hang, send endless bodies, or send oversized headers
+memory     the server's memory before and after the load, and its peak during each attack
 
-The model is bert-mini-cased by default. The exit status is 1 if an ordinary client gets a wrong answer or a status
-other than 200 and 429, if the server fails while under attack, or if it does not answer a request that it has accepted.
+By default, the model is the embedded model (`bert-mini-cased`). The exit status is 1 if an ordinary client gets a wrong
+response or a status other than 200 and 429, if the server fails while under attack, or if it does not answer a request
+that it has accepted.
 """
 
 import argparse
@@ -65,7 +66,7 @@ KILLERS = [
 
 @dataclass
 class Served:
-    """A server in a process of its own, its log so far, and the seconds that it took to be ready."""
+    """A server in a separate process, its log so far, and the seconds until it was ready."""
 
     process: subprocess.Popen[Any]
     port: int
@@ -73,28 +74,28 @@ class Served:
     seconds: float
 
     def get(self, path: str) -> str:
-        """The content of a page."""
+        """The contents of a page."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/{path}") as answer:
             content: str = answer.read().decode()
             return content
 
     def memory(self, field: str = "VmRSS") -> int:
-        """Bytes of physical memory: `VmRSS` now, `VmHWM` at most since `forget_peak`."""
+        """Physical memory in bytes: the current use (`VmRSS`) or the peak since `forget_peak` (`VmHWM`)."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(rf"{field}:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
 
     def forget_peak(self) -> None:
-        """Counts the peak of memory from now on."""
+        """Resets the peak memory."""
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
     def entries(self) -> list[dict[str, Any]]:
-        """The log of the server's requests."""
+        """The log entries of the server's requests."""
         return [entry for line in self.log.read_text().splitlines() if "status" in (entry := json.loads(line))]
 
 
 @contextmanager
 def served(model: str, **settings: Any) -> Iterator[Served]:
-    """Starts a server. Yields it when it is ready and has compiled all programs."""
+    """Starts a server and yields it when it is ready and has compiled all programs."""
     with tempfile.TemporaryDirectory() as folder:
         config, log = Path(folder) / "serve.yaml", Path(folder) / "log"
         config.write_text(json.dumps(settings))
@@ -121,7 +122,7 @@ def served(model: str, **settings: Any) -> Iterator[Served]:
 
 
 async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> tuple[str, bytes]:
-    """Sends a request, and returns the status and the body of the answer."""
+    """Sends a request and returns the status and the body of the response."""
     writer.write(request)
     head = (await reader.readuntil(b"\r\n\r\n")).decode()
     body = await reader.readexactly(int(re.search(r"content-length: (\d+)", head)[1]))  # type: ignore[index]
@@ -131,7 +132,7 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reques
 async def client(
     port: int, bodies: list[bytes], expected: list[Any], until: float, seed: int, pause: float = 0.0
 ) -> list[tuple[str, float]]:
-    """Sends one request after another over one connection; returns the status (or "wrong") and the seconds of each."""
+    """Sends requests one after another over one connection. Returns each request's status (or "wrong") and seconds."""
     draw, found = random.Random(seed), []
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     while time.perf_counter() < until:
@@ -148,7 +149,7 @@ async def client(
         right = status != "200" or same(json.loads(body)["outputs"], expected[i])
         found.append((status if right else "wrong", seconds))
         if status == "429":
-            await asyncio.sleep(1.0 + 0.5 * draw.random())  # as Retry-After says, and not all at once
+            await asyncio.sleep(1.0 + 0.5 * draw.random())  # as specified by Retry-After, but not all clients at once
         await asyncio.sleep(pause)
     writer.close()
     return found
@@ -171,7 +172,7 @@ def load(
 
 
 def health(port: int, seconds: float) -> list[float]:
-    """The seconds of each request for /health, ten times a second; infinity if there was no answer."""
+    """The seconds of each request to /health, ten times a second; infinity if there was no response."""
     found = []
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -196,7 +197,7 @@ def request(path: str, content: Any) -> bytes:
 
 
 def variation(draw: random.Random) -> bytes:
-    """A request within the limits of size that needs much: many masks, texts, targets, beams or fillings."""
+    """A costly request within the size limits: many masks, texts, targets, beams or fillings."""
     size = int(10 ** draw.uniform(0, 4))
     kind = draw.randrange(7)
     if kind == 0:
@@ -218,7 +219,7 @@ def variation(draw: random.Random) -> bytes:
 
 
 async def attack(port: int, requests: list[bytes]) -> list[str]:
-    """Sends requests over one connection, and a new one where the server closes it; returns the statuses."""
+    """Sends requests over one connection, or over a new one if the server closes it. Returns the statuses."""
     statuses = []
     for content in requests:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**26)
@@ -231,7 +232,7 @@ async def attack(port: int, requests: list[bytes]) -> list[str]:
 
 
 async def hang(port: int, until: float) -> None:
-    """Holds connections that send nothing, and others that send a byte of a request or of its body each second."""
+    """Holds connections that send nothing, and others that send one byte of a request or of its body per second."""
     head = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n"
     writers = []
     for n in range(IDLE + SLOW):
@@ -247,7 +248,7 @@ async def hang(port: int, until: float) -> None:
 
 
 async def flood(port: int, until: float) -> None:
-    """Sends chunks without end, and headers of a megabyte."""
+    """Sends endless chunks, and headers of one megabyte."""
     endless = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     endless += b"Transfer-Encoding: chunked\r\n\r\n"
     while time.perf_counter() < until:
@@ -264,7 +265,7 @@ async def flood(port: int, until: float) -> None:
 
 
 def costly(port: int) -> dict[str, int]:
-    """Sends requests that need as much as they can; returns how many had each status."""
+    """Sends requests that are as costly as possible. Returns the number of requests by status."""
     draw = random.Random(0)
     requests = [request("/v1/fill-mask", killer) for killer in KILLERS]
     requests += [variation(draw) for _ in range(VARIATIONS)]
@@ -277,7 +278,7 @@ def costly(port: int) -> dict[str, int]:
 
 
 def broken(port: int) -> dict[str, int]:
-    """Holds connections that hang, and floods others, for 30 seconds."""
+    """Holds hanging connections and floods others for 30 seconds."""
 
     async def all_of_them() -> None:
         until = time.perf_counter() + 30
@@ -290,7 +291,7 @@ def broken(port: int) -> dict[str, int]:
 def hostile(
     server: Served, attackers: Callable[[int], dict[str, int]], bodies: list[bytes], expected: list[Any]
 ) -> dict[str, Any]:
-    """What a client that asks once a second, and one that asks for /health, see while attackers are at work."""
+    """Measures, during an attack, the requests of an ordinary client (one per second) and of a client of /health."""
     server.forget_peak()
     before = server.memory()
     with multiprocessing.get_context("spawn").Pool(2) as pool:
@@ -311,7 +312,7 @@ def hostile(
 
 
 def terminated(server: Served, bodies: list[bytes], expected: list[Any]) -> dict[str, Any]:
-    """Stops the server under load. All requests that it has accepted must be answered."""
+    """Stops the server under load. It must answer all requests that it has accepted."""
     before = sum(entry["status"] == 200 for entry in server.entries())
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         loading = pool.apply_async(load, (server.port, CLIENTS, 10.0, bodies, expected))

@@ -3,8 +3,8 @@
     pip install -e '.[parity]'
     python scripts/make_golden.py
 
-The files are small_model.json and embedded_fill_mask.json. Outputs of the embedded model are also written to
-bert_jax/tools/check.safetensors, for `bert-jax check`.
+The files are small_model.json and embedded_fill_mask.json. Outputs of the embedded model (`bert-mini-cased`) are also
+written to bert_jax/tools/check.safetensors for `bert-jax check`.
 """
 
 import json
@@ -37,7 +37,7 @@ SENTENCES = [
 
 
 def forward(folder: Path, architecture: str, given: dict[str, torch.Tensor], losses: dict[str, dict]) -> dict:
-    """The outputs of a model class and, for each of `losses`, the loss and the norms of its gradients."""
+    """The outputs of a model class and, for each entry of `losses`, the loss and the norms of its gradients."""
     model = getattr(transformers, architecture).from_pretrained(folder, attn_implementation="eager").eval()
     out = model(**given, output_hidden_states=True, output_attentions=True)
     found = {
@@ -82,7 +82,7 @@ def small_model() -> dict:
 
 def embedded_fill_mask() -> list[dict]:
     folder = hub.download("bert-mini-cased")
-    # In float64, because scores that transformers computes in float32 are off by up to 1e-5.
+    # In float64, because scores that transformers computes in float32 have errors of up to 1e-5.
     model = transformers.BertForMaskedLM.from_pretrained(folder, dtype=torch.float64)
     tokenizer = transformers.BertTokenizer.from_pretrained(folder)
     filler = transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer)
@@ -90,9 +90,9 @@ def embedded_fill_mask() -> list[dict]:
 
 
 def check() -> dict[str, np.ndarray]:
-    """The inputs, outputs, loss and gradients that `bert-jax check` compares: the embedded model on two rows."""
+    """The inputs, outputs, loss and gradients of the embedded model for two rows, which `bert-jax check` compares."""
     folder = hub.download("bert-mini-cased")
-    # In float64, because what transformers computes in float32 is off by up to 1e-5.
+    # In float64, because outputs that transformers computes in float32 have errors of up to 1e-5.
     model = transformers.BertForPreTraining.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     model.eval()
     tokenizer = transformers.BertTokenizer.from_pretrained(folder)

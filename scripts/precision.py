@@ -1,13 +1,13 @@
-"""What bfloat16 and int8 change beside float32, as one Markdown table.
+"""Measures how results in bfloat16 and int8 differ from results in float32 and prints Markdown tables.
 
 python scripts/precision.py --runs runs/emotion_1 runs/wnut17_1 --texts reviews.txt --embeddings sentence-model
 
---runs        folders of finished fine-tuning runs, evaluated on their validation data: the metric, the difference
-              with a 95 % interval by the paired bootstrap over examples (Efron 1979), how many decisions (labels,
-              tags, answers) are equal, and for how many examples all decisions are equal
---texts       a file of texts, one per line: the negative log-likelihood of masked tokens of --model
---fillings    a file of texts with one [MASK] each, one per line: the three likeliest tokens of --model
---embeddings  a model whose sentence embeddings of the same texts are compared by cosine
+--runs        folders of finished fine-tuning runs, whose models are evaluated on the validation data: the metric, the
+              difference with a 95 % interval from the paired bootstrap over examples (Efron 1979), how many decisions
+              (labels, tags, answers) are equal, and for how many examples all decisions are equal
+--texts       a file of texts, one per line, for the negative log-likelihood of masked tokens under --model
+--fillings    a file of texts with one [MASK] each, one per line, for the three most likely tokens under --model
+--embeddings  a model whose sentence embeddings of the same texts are compared by cosine similarity
 """
 
 import argparse
@@ -32,7 +32,7 @@ RESAMPLES = 2000
 
 
 def counts_of(task: str, row: Mapping[str, Any], prediction: Mapping[str, Any]) -> tuple[float, float]:
-    """What an example adds to the numerator and the denominator of its metric, accuracy or F1."""
+    """The contribution of an example to the numerator and the denominator of its metric (accuracy or F1)."""
     if task == "text-classification":
         return float(prediction["label"] == row["label"]), 1.0
     if task == "token-classification":
@@ -48,7 +48,7 @@ def decisions(prediction: Mapping[str, Any]) -> list[str]:
 
 
 def predicted(folder: Path, settings: Settings, dtype: Any) -> tuple[list[Any], list[Any]]:
-    """The rows of a run's validation data, and the predictions of its model held in `dtype`."""
+    """The rows of a run's validation data, and the predictions of the run's model in `dtype`."""
     task_class = TASKS[settings.task]
     loaded = preparation.read_split(settings, "validation")
     rows, _ = task_class.clean({"validation": loaded.rows}, preparation.read_options(settings))

@@ -1,13 +1,14 @@
-"""Shows which kinds of operations take the time of filling masks on a CPU, and at what rate products are computed.
+"""Shows how long each kind of operation takes when masks are filled on a CPU, and the rate of matrix products.
 
     python scripts/profile_cpu.py                     # BERT-base's shape, random weights; under a minute
 
-Rows hold one text or are packed, with two masks per text. XLA fuses the softmax into the product that follows it.
+Each row contains one text or is packed, with two masks per text. XLA fuses the softmax into the product that follows
+it.
 
-The time of an operation is that from its start to its end, on all cores. Query, key and value are computed at the same
-time and share the cores, but each of them counts the whole time. Their rates therefore look lower than they are, and
-the times of all kinds add up to more than the time of a call. For comparison, the first row of the table has the rate
-of a large product on the same machine.
+The time of an operation is the time from its start to its end, on all cores. Query, key and value are computed
+simultaneously and share the cores, but the whole time is counted for each of them. Their rates therefore appear lower
+than they are, and the times of all kinds add up to more than the time of a call. For comparison, the first row of the
+table contains the rate of a large matrix product on the same machine.
 """
 
 import argparse
@@ -43,7 +44,7 @@ KINDS = {
     "softmax and context": "bnts,bnsh->bnth",
     "head": "predictions/.*->",
 }
-"""Kind -> regular expression that is found in the names of its operations."""
+"""Kind -> regular expression that matches within the names of its operations."""
 CALLS = 5
 
 
@@ -62,7 +63,7 @@ def batch(rows: int, tokens: int, texts: int) -> dict[str, np.ndarray]:
 
 
 def kinds(program: str) -> dict[str, str]:
-    """Operation of a compiled program -> its kind, by the names of the operations fused into it; "" for the rest."""
+    """Operation of a compiled program -> its kind, by the names of the operations fused into it; "" if unknown."""
     names: dict[str, str] = collections.defaultdict(str)  # computation or operation -> `op_name`s in it
     inside = ""
     calls: dict[str, str] = {}
@@ -86,7 +87,7 @@ def kinds(program: str) -> dict[str, str]:
 def flops(config: bert_jax.BertConfig, rows: int, tokens: int, texts: int) -> dict[str, int]:
     """Floating-point operations of each kind.
 
-    The last layer, apart from its keys and values, and the head are computed only at the masked positions.
+    The last layer (except its keys and values) and the head are computed only at the masked positions.
     """
     size, inner = config.hidden_size, config.intermediate_size
     read = 2 * texts

@@ -1,19 +1,19 @@
-"""Fine-tunes with transformers' Trainer and the settings of a YAML file, as a comparison for `bert-jax finetune`.
+"""Fine-tunes with transformers' Trainer and the settings in a YAML file, for comparison with `bert-jax finetune`.
 
     pip install -e ".[parity]"
     python scripts/transformers_trainer.py configs/finetune/emotion_minilm.yaml training.seed=1 output.folder=peer
 
-Model, data, label ids and recipe are the same as in ours. The task is text classification with one label, token
+The model, data, label ids and recipe are the same as in our runs. The task is text classification with one label, token
 classification or question answering. For the last two, examples are prepared as in `run_ner.py` and `run_qa.py` of
-transformers, and answers are read from logits as in `run_qa.py`.
+transformers, and answers are extracted from logits as in `run_qa.py`.
 
-By default, a batch holds examples of similar length and is padded to its longest example. With `--random`, the order is
-random. With `--pad`, it is random and all examples are padded to data.max_length. With `--accuracy`, classifiers keep
-the checkpoint of the best epoch, as ours do. Question answering keeps the last one, as `run_qa.py` does (and as ours
-does if `training.evaluate_every` is not less than the number of steps).
+By default, each batch contains examples of similar length and is padded to the longest one. With `--random`, the order
+of the examples is random. With `--pad`, the order is random and all examples are padded to data.max_length. With
+`--accuracy`, classifiers keep the checkpoint of the best epoch, as our runs do. Question answering keeps the last
+checkpoint, as `run_qa.py` does (and as our runs do if `training.evaluate_every` is not less than the number of steps).
 
-Results are printed as JSON. They are also written to output.folder, with a journal and the model, in the same form as
-those of our runs, so that `scripts/compare_runs.py` can compare both.
+Results are printed as JSON. They are also written to output.folder, together with a journal and the model, in the same
+format as in our runs, so that `scripts/compare_runs.py` can compare both.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def classified(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], set
 
 
 def tagged(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], settings: Settings) -> Features:
-    """Features for token classification, as `tokenize_and_align_labels` of run_ner.py makes them."""
+    """Features for token classification, as in `tokenize_and_align_labels` of run_ner.py."""
     encoded = tokenizer(
         [row["tokens"] for row in rows], is_split_into_words=True, truncation=True, max_length=settings.data.max_length
     )
@@ -58,7 +58,7 @@ def tagged(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], setting
 
 
 def asked(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], settings: Settings) -> Features:
-    """Features for question answering, as `prepare_train_features` of run_qa.py makes them, with token offsets."""
+    """Features for question answering, as in `prepare_train_features` of run_qa.py, with token offsets."""
     encoded = tokenizer(
         [row["question"].lstrip() for row in rows], [row["context"] for row in rows], truncation="only_second",
         max_length=settings.data.max_length, stride=settings.answers.stride or settings.data.max_length // 3,
@@ -92,7 +92,7 @@ def asked(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], settings
 
 
 def answers(rows: list[dict[str, Any]], features: Any, logits: Any, settings: Settings) -> list[str]:
-    """The answer to each question, as `postprocess_qa_predictions` of transformers' utils_qa.py chooses it."""
+    """The answer to each question, as in `postprocess_qa_predictions` of transformers' utils_qa.py."""
     by_row: dict[int, list[int]] = {}
     for i, row in enumerate(features["row"]):
         by_row.setdefault(row, []).append(i)

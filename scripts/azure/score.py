@@ -1,7 +1,7 @@
-"""The scoring script of an Azure Machine Learning endpoint, which calls `init` once and `run` for each request.
+"""The scoring script for an Azure Machine Learning endpoint, which calls `init` once and `run` for each request.
 
-The variable AZUREML_MODEL_DIR names the folder of the model, or a folder that contains it. BERT_JAX_TASK names the
-task, by default fill-mask. Requests and responses are those of Azure's model catalogue; see
+The environment variable AZUREML_MODEL_DIR specifies the model's folder or a folder that contains it. BERT_JAX_TASK
+specifies the task; the default is fill-mask. Requests and responses have the format of Azure's model catalog; see
 `bert_jax.inference.catalogue`. The script has not been run on Azure yet.
 """
 
@@ -22,7 +22,7 @@ pipe: Pipeline[Task]
 
 
 def init() -> None:
-    """Loads the model and compiles its programs."""
+    """Loads the model and compiles the model's programs."""
     global pipe
     root = Path(os.environ["AZUREML_MODEL_DIR"])
     (config,) = sorted(root.rglob(hub.CONFIG_FILE), key=lambda path: len(path.parts))[:1]
@@ -32,7 +32,7 @@ def init() -> None:
 
 
 def run(raw_data: str | bytes) -> Any:
-    """Answers a request; the answer to an invalid request is `{"error": …}`."""
+    """Answers a request. The response to an invalid request is `{"error": …}`."""
     try:
         return catalogue.score(pipe, json.loads(raw_data))
     except (InputError, json.JSONDecodeError) as error:

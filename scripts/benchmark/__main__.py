@@ -1,4 +1,4 @@
-"""Measures bert_jax on this machine's CPU, and PyTorch transformers or other runtimes on the same work.
+"""Measures bert_jax on this machine's CPU, and PyTorch transformers and other runtimes on the same work.
 
     pip install -e ".[parity]"
     python scripts/benchmark                      # the first five cases; four minutes and 3 GB of temporary disk space
@@ -6,29 +6,30 @@
     python scripts/benchmark peers texts --dtype bfloat16 int8
     python scripts/benchmark warm --model ~/bert-base-cased
 
-    warm     calls of a warm fill-mask pipeline with one short sentence, ours and transformers' in turns
-    python   the time of such a call of ours that Python takes: the call minus the compiled program
+    warm     calls of a warm fill-mask pipeline with one short sentence, alternating between ours and transformers'
+    python   the time that Python takes in such a call of ours: the call minus the compiled program
     process  `bert-jax fill-mask` as a whole process with warm caches, and a script with transformers' pipeline
-    load     peak memory of loading weights, relative to the size of their file
-    memory   memory of a fill-mask pipeline in each dtype, after its first answer
-    step     a step of fine-tuning with dropout, ours and PyTorch's in turns, and how near ours comes to the rate of a
-             large matrix product
-    keras    the same step, ours and KerasHub's (requires the extra `bench`, and keras-hub==0.32.0 with --no-deps)
-    peers    logits of two masks per row, ours and those of other runtimes (requires the same as keras; for FlaxBert,
+    load     peak memory during the loading of weights, relative to the size of their file
+    memory   memory of a fill-mask pipeline in each dtype, after its first result
+    step     a fine-tuning step with dropout, alternating between ours and PyTorch's, and the rate of our step relative
+             to that of a large matrix product
+    keras    the same step, ours and KerasHub's (requires the `bench` extra, and keras-hub==0.32.0 with --no-deps)
+    peers    logits of two masks per row, ours and those of other runtimes (same requirements as keras; for FlaxBert,
              see flax_peer.py)
-    texts    1,000 sentences through our pipeline, transformers' pipeline and other runtimes; all but ours take them in
-             order, pad each batch to its longest, and use their best batch size (with peers, half an hour)
+    texts    1,000 sentences through our pipeline, transformers' pipeline and other runtimes; all except ours take the
+             sentences in order, pad each batch to its longest sentence, and use their best batch size (half an hour
+             together with peers)
     scores   pseudo-log-likelihoods of 1,000 sentences, ours and a loop over batches with transformers
-    layers   vectors of a middle layer of 500 sentences, and of the last layer, both ours
-    pretrain a step of pretraining the embedded model on 64 rows of 64 tokens, ours and PyTorch's in turns
-    packing  tokens per second, padding not counted, in training and in prediction: rows padded to 128 tokens, rows
-             padded by length, and packed rows
+    layers   vectors of 500 sentences from a middle layer and from the last layer, both ours
+    pretrain a pretraining step of the embedded model on 64 rows of 64 tokens, alternating between ours and PyTorch's
+    packing  tokens per second (excluding padding) in training and in prediction: rows padded to 128 tokens, rows padded
+             by length, and packed rows
     finetune `bert-jax finetune` as a whole process, one epoch, and transformers' Trainer (requires --finetune)
 
 The weights are random and have the published shapes: BERT-large for load, BERT-base for most other cases. They are
 written to a temporary folder; nothing is downloaded. Two sides never share a process, because their thread pools would
-disturb each other. The exit status is 1 if their outputs differ, but not if a figure misses its target (the columns
-"must" and "aim").
+interfere with each other. The exit status is 1 if the outputs of two sides differ, but not if a figure misses its
+target (the columns "must" and "aim").
 """
 
 import argparse
@@ -54,8 +55,8 @@ from whole_runs import ARRANGEMENTS, finetune
 
 from bert_jax import hub
 
-# This process imports neither jax nor torch: a child's peak memory includes its parent's (Linux's vfork), so the parent
-# of what is measured has to be small.
+# This process imports neither jax nor torch. A child's peak memory includes its parent's (Linux's vfork), so the parent
+# of a measured process must be small.
 
 CASES = {"warm": warm, "python": python, "process": process, "load": load, "memory": memory, "step": step,
          "keras": keras, "pretrain": pretrain, "packing": packing, "scores": scores, "layers": layers, "peers": peers,
@@ -125,7 +126,7 @@ def main() -> None:
             shape = "large" if name == "load" else "base"
             folder = Path(temporary) / (arguments.model.absolute().name if arguments.model else f"bert-{shape}")
             if not folder.exists() and arguments.model:
-                folder.mkdir()  # with links to the files, because graphs are written next to the weights
+                folder.mkdir()  # contains links, because graphs are written next to the weights
                 for file in arguments.model.absolute().iterdir():
                     (folder / file.name).symlink_to(file)
             elif not folder.exists():

@@ -23,9 +23,9 @@ SENTENCES = [
 TOLERANCE = 1e-5
 """Absolute tolerance of scores."""
 TURNS, CALLS = 6, 8
-"""Turns of each side, and calls per turn."""
+"""Number of turns per side, and number of calls per turn."""
 PAIRS = 100
-"""Number of calls, each paired with a run of the compiled program alone."""
+"""Number of calls, each of which is paired with a run of the compiled program alone."""
 
 _fill_mask: Callable[[str], list[dict[str, Any]]]
 """The pipeline of this worker process."""
@@ -52,7 +52,7 @@ def time_calls(text: str, calls: int) -> list[float]:
 
 
 def time_call_and_program(folder: Path, text: str) -> dict[str, list[float]]:
-    """Seconds of calls of our pipeline, and of runs of the compiled program on the inputs of such a call."""
+    """Seconds per call of our pipeline, and per run of the compiled program on the inputs of such a call."""
     import jax
 
     import bert_jax
@@ -99,7 +99,7 @@ def warm(folder: Path, console: Console) -> dict[str, Any]:
 
 
 def _difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str | None:
-    """Describes the difference between the fillings of both sides; None if tokens are equal and scores are close."""
+    """Describes the difference between the two sides' fillings; None if tokens are equal and scores are close."""
     tokens = [[entry["token"] for entry in side] for side in (ours, theirs)]
     if tokens[0] != tokens[1]:
         return f"tokens {tokens[0]} and {tokens[1]}"
@@ -115,7 +115,8 @@ def python(folder: Path, console: Console) -> dict[str, Any]:
         with in_process() as worker:
             times = worker.submit(time_call_and_program, model, SENTENCES[1]).result()
         call, program = statistics.median(times["call"]), statistics.median(times["program"])
-        # The median of the differences, not the difference of the medians: the machine may become slower midway.
+        # The median of the differences, not the difference of the medians, because the machine may become slower
+        # midway.
         share = statistics.median(a - b for a, b in zip(times["call"], times["program"], strict=True))
         table.add_row(model.name, f"{call * 1e3:.2f}", f"{program * 1e3:.2f}", f"{share * 1e3:.2f}",
                       f"{share / call:.1%}", *TARGETS["python"])  # fmt: skip

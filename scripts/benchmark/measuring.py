@@ -1,4 +1,4 @@
-"""What all cases share: random models, worker processes, and measurements of time and memory."""
+"""Code that all cases share: random models, worker processes, and measurements of time and memory."""
 
 import contextlib
 import importlib.util
@@ -27,19 +27,19 @@ SHAPES: dict[str, dict[str, int]] = {
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
 }
 LENGTHS = [3, 8, 11, 14, 16, 18, 20, 21, 23, 25, 27, 29, 31, 33, 36, 38, 41, 46, 51, 61, 215]
-"""Tokens per sentence of movie reviews (Pang and Lee 2004): the quantiles 0, 0.05, …, 1."""
+"""Quantiles 0, 0.05, …, 1 of the number of tokens per sentence in movie reviews (Pang and Lee 2004)."""
 FLAX_PYTHON = "BERT_JAX_FLAX_PYTHON"
-"""The environment variable with the path of the Python that has FlaxBert; see flax_peer.py."""
+"""The environment variable with the path of the Python interpreter that has FlaxBert; see flax_peer.py."""
 
 
 def make_model(folder: Path, shape: str) -> None:
-    """Writes seeded random weights of a published shape, with the embedded model's vocabulary."""
+    """Writes a model with seeded random weights of a published shape and the embedded model's vocabulary."""
     import torch
     import transformers
 
     torch.manual_seed(0)
     model = transformers.BertForPreTraining(transformers.BertConfig(vocab_size=28996, **SHAPES[shape]))
-    with torch.no_grad():  # otherwise all words would be about equally likely
+    with torch.no_grad():  # otherwise, all words would be about equally likely
         model.cls.predictions.transform.LayerNorm.weight.fill_(8.0)
     model.save_pretrained(folder)
     for name in ["vocab.txt", "tokenizer_config.json"]:
@@ -54,7 +54,7 @@ def in_process(initializer: Callable[..., None] | None = None, *arguments: Any) 
 
 
 def run_process(command: Sequence[str], environment: dict[str, str]) -> tuple[float, int]:
-    """Runs a command; returns its seconds, and its peak memory in bytes."""
+    """Runs a command. Returns its run time in seconds and its peak memory in bytes."""
     with tempfile.TemporaryFile() as output:
         start = time.perf_counter()
         child = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
@@ -68,7 +68,7 @@ def run_process(command: Sequence[str], environment: dict[str, str]) -> tuple[fl
 
 
 def installed(sides: list[str], console: Console) -> list[str]:
-    """Returns the peers that are installed, and prints which are not."""
+    """Returns the peers that are installed and prints those that are not."""
     modules = {"ours": "bert_jax", "kerashub": "keras_hub", "openvino gathered int8": "nncf"}
     there = []
     for side in sides:
@@ -94,7 +94,7 @@ def sentence_lengths(count: int) -> list[int]:
 
 
 def matrix_product_rate() -> float:
-    """Floating-point operations per second of a large float32 product in XLA; the best of several runs."""
+    """Floating-point operations per second of a large float32 matrix product in XLA; the best of several runs."""
     import jax
 
     x = jax.random.normal(jax.random.key(0), (2048, 2048))

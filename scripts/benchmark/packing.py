@@ -1,4 +1,4 @@
-"""The case `packing`: throughput of rows padded to 128 tokens, padded by length, and packed."""
+"""The case `packing`: throughput of rows padded to 128 tokens, rows padded by length, and packed rows."""
 
 import statistics
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from bert_jax.training import memory
 SENTENCES, TURNS = 256, 3
 
 _epochs: dict[str, Callable[[], tuple[int, float]]]
-"""The passes of this worker process; see `training_sides.arrangements`."""
+"""This worker process's passes; see `training_sides.arrangements`."""
 
 
 def open_packing(folder: Path, lengths: list[int]) -> None:
@@ -31,7 +31,7 @@ def time_epoch(name: str) -> tuple[int, float]:
 
 
 def packing(folder: Path, console: Console) -> dict[str, Any]:
-    """Measures the same sentences in three kinds of rows. Tests check that all three give the same results."""
+    """Measures the same sentences in three kinds of rows. Tests check that the results are the same for all three."""
     lengths = [min(length, 128) for length in sentence_lengths(SENTENCES)]
     names = [f"{what}, {how}" for what in ("training", "prediction") for how in ("padded", "by length", "packed")]
     rates: dict[str, list[float]] = {name: [] for name in names}

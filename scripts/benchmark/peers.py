@@ -1,4 +1,4 @@
-"""The cases `peers` and `texts`: other runtimes on the same batches, and on many sentences."""
+"""The cases `peers` and `texts`: other runtimes on the same batches and on many sentences."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ PEERS = {
 }  # fmt: skip
 """The sides by dtype; runtimes.py explains their names."""
 TOLERANCE = {"kerashub head": 1e-3, "bfloat16": 0.05, "int8": 0.15}
-"""Tolerance of logits, by side or by dtype, relative to the largest logit; 1e-5 for what is not listed."""
+"""Tolerance of logits by side or dtype, relative to the largest logit; 1e-5 for sides that are not listed."""
 TURNS = 6
 TEXTS, TEXT_TURNS, TEXT_TOLERANCE = 1000, 4, 3e-5
 TEXT_PEERS = {
@@ -32,10 +32,10 @@ TEXT_PEERS = {
     "int8": ["ours gathered int8", "onnxruntime gathered int8", "openvino gathered int8"],
 }
 BATCHES = (1, 4, 16)
-"""Rows per batch of a peer; with more rows, most tokens are padding."""
+"""Rows per batch of a peer. With more rows, most tokens would be padding."""
 
 _peer: Any
-"""What this worker process has opened with `runtimes.open_peer` or `runtimes.open_texts`."""
+"""The function that this worker process opened with `runtimes.open_peer` or `runtimes.open_texts`."""
 
 
 def make_graphs(folder: Path) -> None:
@@ -78,14 +78,14 @@ def _peer_batch(rows: int, tokens: int, padding: int = 0) -> Any:
 
 
 def peer_logits(rows: int, tokens: int) -> Any:
-    """Logits of the batch that is timed, and of one whose last row has padding, which must have no effect."""
+    """Logits of the timed batch, and of a batch whose last row contains padding, which must not have any effect."""
     import numpy as np
 
     return np.stack([_peer(*_peer_batch(rows, tokens, padding)) for padding in (0, tokens // 4)])
 
 
 def time_peer(rows: int, tokens: int, seconds: float) -> list[float]:
-    """Seconds of each call, for at least one call, until they add up to `seconds`."""
+    """Seconds of each call. Makes at least one call and stops when the calls have taken `seconds`."""
     batch, times = _peer_batch(rows, tokens), []
     while not times or sum(times) < seconds:
         times.append(seconds_of(lambda: _peer(*batch)))
@@ -100,7 +100,7 @@ def time_texts(texts: list[str], size: int) -> tuple[float, Any]:
 
 
 def _sides(known: dict[str, list[str]], dtypes: Sequence[str], console: Console) -> list[str]:
-    """The sides of some dtypes, after ours in float32, with which the outputs of all others are compared."""
+    """The sides with the given dtypes, after ours in float32, with which all other outputs are compared."""
     return installed(list(dict.fromkeys(["ours", *(side for dtype in dtypes for side in known[dtype])])), console)
 
 
@@ -138,7 +138,7 @@ def peers(folder: Path, console: Console, dtypes: Sequence[str]) -> dict[str, An
 def texts(folder: Path, console: Console, dtypes: Sequence[str]) -> dict[str, Any]:
     sentences = _sentences(folder)
     sides = _sides(TEXT_PEERS, dtypes, console)
-    sizes = {side: (0,) if side.startswith("ours") else BATCHES for side in sides}  # ours makes its batches itself
+    sizes = {side: (0,) if side.startswith("ours") else BATCHES for side in sides}  # ours forms batches itself
     trials: dict[str, dict[int, float]] = {side: {} for side in sides}
     answers: list[Any] = []
     apart: dict[str, float] = {}
@@ -173,14 +173,14 @@ def texts(folder: Path, console: Console, dtypes: Sequence[str]) -> dict[str, An
 
 
 def _sentences(folder: Path) -> list[str]:
-    """Sentences of random words, with one mask each. Their lengths are those of sentences in movie reviews."""
+    """Sentences of random words with one mask each. Their lengths follow those of sentences in movie reviews."""
     draw = random.Random(0)
     words = [
         word for word in (folder / "vocab.txt").read_text("utf-8").split("\n") if word.isascii() and word.isalpha()
     ]
     sentences = []
     for length in sentence_lengths(TEXTS):
-        chosen = draw.choices(words, k=length - 3)  # beside [CLS], [MASK] and [SEP]
+        chosen = draw.choices(words, k=length - 3)  # in addition to [CLS], [MASK] and [SEP]
         chosen.insert(draw.randint(0, len(chosen)), "[MASK]")
         sentences.append(" ".join(chosen))
     draw.shuffle(sentences)
@@ -188,9 +188,10 @@ def _sentences(folder: Path) -> list[str]:
 
 
 def _apart(ours: list[tuple[int, float]], theirs: list[tuple[int, float]]) -> float:
-    """The largest difference in score between two lists of the likeliest tokens.
+    """The largest difference in score between two lists of the most likely tokens.
 
-    A token that only `ours` has is compared with the last score in `theirs`, as its score there cannot be higher.
+    A token that occurs only in `ours` is compared with the last score in `theirs`, because its score there cannot be
+    higher.
     """
     scores = dict(theirs)
     return max(abs(score - scores.get(token, theirs[-1][1])) for token, score in ours)

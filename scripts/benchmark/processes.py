@@ -1,4 +1,4 @@
-"""The cases `process`, `load` and `memory`: the command line as a process, the loading of weights, and what stays."""
+"""The cases `process`, `load` and `memory`: the command line as a process, loading of weights, and memory use."""
 
 import os
 import resource
@@ -15,7 +15,7 @@ from rich.table import Table
 from tables import TARGETS, add_row, comparison
 
 RUNS, LOADS = 5, 3
-"""Number of processes per side in the case `process`, and in all in the case `load`."""
+"""Number of processes per side in the case `process`, and in total in the case `load`."""
 
 
 def process(folder: Path, console: Console) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def process(folder: Path, console: Console) -> dict[str, Any]:
 
 
 def load_once(folder: Path) -> dict[str, float]:
-    """Seconds that loading a checkpoint takes, and bytes by which it raises the peak memory of the process."""
+    """Seconds for loading a checkpoint, and the increase in the process's peak memory in bytes."""
     import jax
 
     import bert_jax
@@ -72,7 +72,7 @@ def load(folder: Path, console: Console) -> dict[str, Any]:
 
 
 def memory_of(folder: Path, dtype: str) -> dict[str, int]:
-    """Bytes by which a fill-mask pipeline and its first answer raise the memory of a process that has imported JAX."""
+    """Bytes that a fill-mask pipeline and its first result add to the memory of a process that has imported JAX."""
     import jax
 
     import bert_jax
@@ -86,7 +86,7 @@ def memory_of(folder: Path, dtype: str) -> dict[str, int]:
 
 
 def _proportional() -> int:
-    """The memory of this process in bytes, with its share of shared pages (Linux's proportional set size)."""
+    """The memory of this process in bytes, including its share of shared pages (Linux's proportional set size)."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("Pss:")))
 

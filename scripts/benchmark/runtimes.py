@@ -1,13 +1,13 @@
-"""Other runtimes' fill-mask for the cases peers and texts. Each runtime is opened in a process of its own.
+"""Fill-mask in other runtimes, for the cases peers and texts. Each runtime is opened in a separate process.
 
 A side maps the token ids, a mask and the positions of each row to the logits at these positions, all as NumPy arrays.
-The second word of a runtime's name says what it computes for that:
+The second word of a side's name states what the runtime computes:
 
 - `all`: all layers and the head at all tokens, as libraries implement and export BertForMaskedLM
 - `head`: all layers at all tokens, the head only at the positions
 - `gathered`: all layers but the last at all tokens, the last layer and the head only at the positions
 
-Only `gathered` is the same work as ours. A third word is the dtype, if it is not float32: bfloat16 or int8.
+Only `gathered` does the same work as ours. A third word is the dtype (bfloat16 or int8) if it is not float32.
 """
 
 import importlib.util
@@ -24,19 +24,19 @@ Forward = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """Token ids int [B, T], mask int [B, T] and positions int [B, K] -> logits float32 [B, K, V]."""
 
 Answer = Callable[[list[str]], list[list[tuple[int, float]]]]
-"""Texts with one mask each -> the five likeliest tokens of each text, with their scores."""
+"""Texts with one mask each -> the five most likely tokens for each text, with their scores."""
 
 THREADS = os.cpu_count() or 1
-"""Number of threads of PyTorch, ONNX Runtime and OpenVINO, which is that of XLA."""
+"""Number of threads for PyTorch, ONNX Runtime and OpenVINO, which is the same as for XLA."""
 
 
 def export(folder: Path) -> None:
-    """Writes `all.onnx` and `gathered.onnx` to the folder of a checkpoint."""
+    """Writes `all.onnx` and `gathered.onnx` to a checkpoint's folder."""
     import torch
     import transformers
 
     class Gathered(torch.nn.Module):
-        """transformers' BERT, with the last layer and the head computed only at the positions."""
+        """BERT from transformers, with the last layer and the head computed only at the positions."""
 
         def __init__(self, model: Any):
             super().__init__()
@@ -65,9 +65,9 @@ def export(folder: Path) -> None:
         def forward(self, input_ids: Any, attention_mask: Any) -> Any:
             return self.model(input_ids, attention_mask=attention_mask).logits
 
-    # Not "sdpa", whose export also handles fully masked rows, with operations that the runtimes do not optimise away.
+    # Not "sdpa", whose export also handles fully masked rows, with operations that the runtimes do not optimize away.
     model = transformers.BertForMaskedLM.from_pretrained(folder, attn_implementation="eager")
-    # Three separate tensors, because an export takes a tensor that is given twice for a single input.
+    # Three separate tensors, because the export treats a tensor that is passed twice as a single input.
     ids, mask, positions = (torch.ones(shape, dtype=torch.long) for shape in ((2, 16), (2, 16), (2, 3)))
     batch, tokens, count = (torch.export.Dim(name, min=1, max=512) for name in ("batch", "tokens", "count"))
     whole = {0: batch, 1: tokens}
@@ -82,7 +82,7 @@ def export(folder: Path) -> None:
 
 
 def quantize(folder: Path) -> None:
-    """Writes int8 versions of `gathered.onnx`: ONNX Runtime's dynamic one, and a calibrated one for OpenVINO."""
+    """Writes int8 versions of `gathered.onnx`: a dynamic version for ONNX Runtime and a calibrated one for OpenVINO."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     source = folder / "gathered.onnx"
@@ -104,7 +104,7 @@ def quantize(folder: Path) -> None:
 
 
 def open_peer(side: str, folder: Path) -> Forward:
-    """Opens a side by its name, such as "ours" or "openvino gathered int8"."""
+    """Opens a side by name, such as "ours" or "openvino gathered int8"."""
     name, graph, dtype = described(side)
     return {"ours": _ours, "transformers": _transformers, "kerashub": _kerashub, "onnxruntime": _onnxruntime,
             "openvino": _openvino, "flaxbert": _flaxbert}[name](folder, graph, dtype)  # fmt: skip
@@ -121,7 +121,7 @@ def open_texts(side: str, folder: Path) -> Callable[[int], Answer]:
     """Opens a side that answers texts: our pipeline, transformers' pipeline, or a runtime.
 
     Returns:
-        Batch size -> `Answer`. Ours ignores the batch size; the others take texts in order and pad per batch.
+        Batch size -> `Answer`. Ours ignores the batch size. The others take texts in order and pad each batch.
     """
     name, _, dtype = described(side)
     if name == "ours":
@@ -201,20 +201,20 @@ def _transformers(folder: Path, graph: str, dtype: str) -> Forward:
 
 
 def _kerashub(folder: Path, graph: str, dtype: str) -> Forward:
-    """KerasHub. Its logits differ slightly from ours: GELU is the tanh approximation, and an epsilon is different."""
+    """KerasHub. Its logits differ slightly from ours, because it approximates GELU by tanh and one epsilon differs."""
     import jax
     import keras_hub
 
     import bert_jax
 
     model = keras_hub.models.BertMaskedLM(keras_hub.models.BertBackbone.from_preset(str(folder)), preprocessor=None)
-    ours = bert_jax.BertForMaskedLM.from_pretrained(folder)  # KerasHub reads all but the head from a checkpoint
+    ours = bert_jax.BertForMaskedLM.from_pretrained(folder)  # KerasHub does not read the head from a checkpoint
     dense, norm = ours.predictions.transform, ours.predictions.layer_norm
     words = ours.bert.embeddings.word_embeddings.weight
     model.masked_lm_head.set_weights(
         [ours.predictions.bias[...], words[...], dense.weight[...].T, dense.bias[...], norm.weight[...], norm.bias[...]]
     )
-    # Not predict_on_batch, which passes the weights into and out of each call.
+    # Not predict_on_batch, which passes the weights in and out in each call.
     state = [[variable.value for variable in variables]
              for variables in (model.trainable_variables, model.non_trainable_variables)]  # fmt: skip
     program = jax.jit(lambda state, inputs: model.stateless_call(*state, inputs, training=False)[0])
@@ -232,7 +232,7 @@ def _kerashub(folder: Path, graph: str, dtype: str) -> Forward:
 
 
 def _flaxbert(folder: Path, graph: str, dtype: str) -> Forward:
-    """FlaxBert in an environment of its own; see flax_peer.py. The pipe to it takes about a millisecond per call."""
+    """FlaxBert in a separate environment; see flax_peer.py. The pipe to it adds about a millisecond per call."""
     command = [os.environ["BERT_JAX_FLAX_PYTHON"], str(Path(__file__).with_name("flax_peer.py")), str(folder)]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
@@ -249,7 +249,7 @@ def _flaxbert(folder: Path, graph: str, dtype: str) -> Forward:
 def _onnxruntime(folder: Path, graph: str, dtype: str) -> Forward:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()  # all graph optimizations; the offline ones for BERT gain nothing
+    options = onnxruntime.SessionOptions()  # all graph optimizations; the offline ones for BERT bring no gain
     options.intra_op_num_threads = THREADS
     file = folder / ("onnxruntime int8.onnx" if dtype == "int8" else f"{graph}.onnx")
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
@@ -268,7 +268,7 @@ def _openvino(folder: Path, graph: str, dtype: str) -> Forward:
 
     # By default, OpenVINO computes in bfloat16 if the CPU supports it. The hint THROUGHPUT would divide the cores among
     # parallel requests.
-    precision = "bf16" if dtype == "bfloat16" else "f32"  # of what is not quantized
+    precision = "bf16" if dtype == "bfloat16" else "f32"  # for operations that are not quantized
     properties = {
         "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"
     }  # fmt: skip
@@ -277,7 +277,7 @@ def _openvino(folder: Path, graph: str, dtype: str) -> Forward:
 
     def forward(ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
         inputs = [ids, mask] if graph == "all" else [ids, mask, positions]
-        logits = model(inputs, share_outputs=True)[0]  # overwritten by the next call; copying all is slow
+        logits = model(inputs, share_outputs=True)[0]  # overwritten by the next call; a full copy is slow
         return _at(logits, positions) if graph == "all" else logits.copy()
 
     return forward

@@ -1,4 +1,4 @@
-"""The cases `scores` and `layers`: pseudo-log-likelihoods of many sentences, and vectors of one of their layers."""
+"""The cases `scores` and `layers`: pseudo-log-likelihoods of many sentences, and their vectors from one layer."""
 
 import random
 import statistics
@@ -16,14 +16,14 @@ from bert_jax import hub
 from bert_jax.training import memory
 
 SENTENCES, LENGTHS, TURNS = 1000, range(4, 19), 3
-"""Number of sentences, their lengths in words (as in BLiMP), and turns of each side."""
+"""Number of sentences, their lengths in words (as in BLiMP), and number of turns per side."""
 BATCHES = (16, 64, 256)
-"""Rows per batch of the loop, which uses the fastest."""
+"""Batch sizes for the loop, which uses the fastest one."""
 TOLERANCE = 1e-4
 """Tolerance of scores, in nats per word."""
 
 _score: Callable[[list[str], int], list[float]]
-"""Texts and the size of a batch -> the scores; of this worker process."""
+"""Texts and batch size -> scores, in this worker process."""
 
 
 def open_scorer(side: str, folder: Path) -> None:
@@ -46,7 +46,7 @@ def open_scorer(side: str, folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
     def score(texts: list[str], size: int) -> list[float]:
-        """Masks each token in turn. Rows of all texts share batches, in order, padded to the longest row of a batch."""
+        """Masks each token in turn. Rows of all texts share batches, in order, padded to the batch's longest row."""
         encoded = tokenizer(texts)["input_ids"]
         rows = [(n, place, ids) for n, ids in enumerate(encoded) for place in range(1, len(ids) - 1)]
         scores = [0.0] * len(texts)
@@ -101,7 +101,7 @@ def scores(folder: Path, console: Console) -> dict[str, Any]:
 
 
 def time_layers(folder: Path, count: int) -> tuple[dict[str, list[float]], float]:
-    """Seconds of the pipeline with the last layer and with a middle one, and the error of its vectors."""
+    """Seconds of the pipeline for the last layer and for a middle layer, and the error of the latter's vectors."""
     import numpy as np
 
     import bert_jax

@@ -1,4 +1,4 @@
-"""Tables of the measurements with their targets, and a chart."""
+"""Tables of measurements with targets, and a chart."""
 
 import statistics
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 class Target(NamedTuple):
-    """What a figure must reach and what it should reach, as tables show it."""
+    """The required value and the desired value of a figure, as shown in tables."""
 
     must: str
     aim: str
@@ -44,7 +44,7 @@ def comparison(title: str) -> Table:
 
 
 def add_row(table: Table, name: str, values: dict[str, list[float]], unit: float, target: Target = NO_TARGET) -> None:
-    """Adds a row to a table of `comparison`; the ratio is that of the medians."""
+    """Adds a row to a table from `comparison`. The ratio is the ratio of the medians."""
     cells = [cell for side in ("ours", "theirs") for cell in _cells([value * unit for value in values[side]], min)]
     ratio = statistics.median(values["ours"]) / statistics.median(values["theirs"])
     table.add_row(name, *cells, f"{ratio:.3f}", *target)
@@ -57,9 +57,9 @@ def ranking(title: str) -> Table:
 def rank(
     table: Table, name: str, values: dict[str, list[float]], best: Callable[..., Any], targets: dict[str, Target]
 ) -> None:
-    """Adds rows to a table of `ranking`. The last of our sides is compared with all others.
+    """Adds rows to a table from `ranking`. The last of our sides is compared with all others.
 
-    A target is shown with the best side whose name contains the target's key.
+    A target is shown in the row of the best side whose name contains the target's key.
     """
     medians = {side: statistics.median(found) for side, found in values.items()}
     beside = {best((side for side in values if word in side), key=medians.get, default=""): target
@@ -82,11 +82,11 @@ WORK = {
     "0.6": "“gathered”: the same work",
     "0.8": "“all”: the head at every token; “head”: all layers in full, the head only at the masks",
 }
-"""What the sides of each color compute."""
+"""What the sides in each color compute."""
 
 
 def chart(cases: dict[str, Any]) -> Any:
-    """Draws the medians and deciles of the cases peers and texts, one panel per shape."""
+    """Draws the medians and deciles for the cases peers and texts, one panel per shape."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 

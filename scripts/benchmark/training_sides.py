@@ -1,7 +1,7 @@
 """The training steps that `benchmark` compares.
 
-A step is a function (rows, tokens) -> (seconds, seconds that the call alone takes, loss). The second number is 0 where
-it is not measured.
+A step is a function (rows, tokens) -> (seconds, seconds for the call alone, loss). The second number is 0 if it is not
+measured.
 """
 
 import functools
@@ -22,7 +22,7 @@ def classified(rows: int, tokens: int) -> Any:
 
 
 def classifier(folder: Path, dropout: bool) -> Any:
-    """Our task, and a model whose classifier has only zeros as weights."""
+    """Our task, and a model whose classifier weights are all zero."""
     from flax import nnx
 
     import bert_jax
@@ -53,8 +53,9 @@ def our_fine_tuning(folder: Path, dropout: bool, dtype: str = "float32") -> Any:
     state = jax.device_put(step.init_state(planned, 0), everywhere)
     train_step = step.make_step(task, planned, out_shardings=everywhere)
 
-    # A program that has the arguments and results of the step but computes nothing, to measure how long a call alone
-    # takes. The step itself cannot be used for this, because this thread computes a part of it during the call.
+    # A program that computes nothing but has the arguments and results of the step, to measure the time for the call
+    # alone. The step itself cannot be used for this measurement, because this thread computes part of the step during
+    # the call.
     hand_back = jax.jit(
         lambda state, frozen, batch: (state, {"loss": jax.numpy.zeros(()), "grad_norm": jax.numpy.zeros(())}),
         donate_argnums=0, out_shardings=everywhere, keep_unused=True,
@@ -66,7 +67,7 @@ def our_fine_tuning(folder: Path, dropout: bool, dtype: str = "float32") -> Any:
 
         ids, labels = classified(rows, tokens)
         examples = Examples(list(ids), list(np.zeros_like(ids)), {"labels": labels})
-        batch = examples.batch(one_a_row(np.arange(rows), rows, tokens))  # untimed: the loader works ahead
+        batch = examples.batch(one_a_row(np.arange(rows), rows, tokens))  # not timed: the loader works ahead
         state, _ = hand_back(state, {}, sharding.put_batch(batch, mesh))
         jax.block_until_ready(state)
         start = time.perf_counter()
@@ -83,11 +84,11 @@ def our_fine_tuning(folder: Path, dropout: bool, dtype: str = "float32") -> Any:
 
 
 def arrangements(folder: Path, lengths: Sequence[int]) -> dict[str, Callable[[], tuple[int, float]]]:
-    """Prepares passes over random sentences with these lengths: training and prediction, each in three kinds of rows.
+    """Prepares passes over random sentences with these lengths: training and prediction, with three kinds of rows each.
 
     Returns:
-        Name, such as "training, packed" -> function that makes a pass and returns the number of tokens, without
-        padding, and the seconds.
+        Name, such as "training, packed" -> function that makes a pass and returns the number of tokens (excluding
+        padding) and the seconds.
     """
     import jax
     import numpy as np
@@ -168,7 +169,7 @@ def their_fine_tuning(folder: Path, dropout: bool, dtype: str = "float32") -> An
 
 
 def keras_fine_tuning(folder: Path, dropout: bool) -> Any:
-    """The model has random weights. Its losses are not compared, because KerasHub's GELU is the tanh approximation."""
+    """The model has random weights. Losses are not compared, because KerasHub's GELU is the tanh approximation."""
     import keras
     import keras_hub
     import numpy as np
@@ -194,7 +195,7 @@ def keras_fine_tuning(folder: Path, dropout: bool) -> Any:
 
 
 def masked(rows: int, tokens: int) -> Any:
-    """Token ids with 15 % of each row masked, the masked positions, and the ids of the true tokens."""
+    """Token ids in which 15 % of each row is masked, the masked positions, and the ids of the true tokens."""
     import numpy as np
 
     random = np.random.default_rng(0)
@@ -239,7 +240,7 @@ def our_pretraining(folder: Path, dropout: bool) -> Any:
 
 
 def their_pretraining(folder: Path, dropout: bool) -> Any:
-    """transformers computes the logits of all tokens, not only of masked ones."""
+    """transformers computes the logits of all tokens, not only of masked tokens."""
     import torch
     import transformers
 

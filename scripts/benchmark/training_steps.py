@@ -16,12 +16,12 @@ from tables import NO_TARGET, TARGETS, add_row, comparison
 from bert_jax.training import memory
 
 STEPS = {"8 × 128": (8, 128), "4 × 384": (4, 384)}
-"""Rows and tokens of a training step."""
+"""Number of rows, and tokens per row, in a training step."""
 TURNS, CALLS = 4, 3
 PRETRAINING = (64, 64)
 
 _train_step: Callable[[int, int], tuple[float, float, float]]
-"""The training step of this worker process; see training_sides.py."""
+"""This worker process's training step; see training_sides.py."""
 
 
 def open_training(side: str, folder: Path, dropout: bool) -> None:
@@ -38,7 +38,7 @@ def train_steps(rows: int, tokens: int, calls: int) -> list[tuple[float, float, 
 
 
 def step(folder: Path, console: Console, dtypes: Sequence[str]) -> dict[str, Any]:
-    """Steps in float32 or, if bfloat16 is among the dtypes, with our compute_dtype and torch's autocast."""
+    """Compares steps in float32 or, if the dtypes include bfloat16, with our compute_dtype and PyTorch's autocast."""
     if "bfloat16" in dtypes:
         return _steps("ours bfloat16", "theirs bfloat16", folder, console)
     results = _steps("ours", "theirs", folder, console)
@@ -94,7 +94,7 @@ def _steps(side: str, peer: str, folder: Path, console: Console) -> dict[str, An
 
 
 def pretrain(folder: Path, console: Console) -> dict[str, Any]:
-    """Compares steps of masked-language modelling alone. Also checks that losses agree if there is no dropout."""
+    """Compares steps of masked-language modeling alone. Also checks that losses agree without dropout."""
     rows, tokens = PRETRAINING
     runs: dict[str, list[Any]] = {"ours": [], "theirs": []}
     losses = {}

@@ -1,4 +1,4 @@
-"""The case `finetune`: `bert-jax finetune` as a whole process, and transformers' Trainer with the same settings."""
+"""The case `finetune`: a whole `bert-jax finetune` process, and transformers' Trainer with the same settings."""
 
 import os
 import sys
@@ -13,11 +13,11 @@ from rich.table import Table
 from tables import TARGETS
 
 ARRANGEMENTS = {"grouped": [], "dynamic": ["--random"], "padded": ["--pad"]}
-"""How Trainer forms batches -> the option of transformers_trainer.py."""
+"""How Trainer forms batches -> options of transformers_trainer.py."""
 
 
 def finetune(settings: Sequence[str], against: Sequence[str], console: Console) -> dict[str, Any]:
-    """Runs ours with a cold and with a warm cache of programs, then Trainer in each arrangement, once each."""
+    """Runs ours with a cold and a warm program cache, then Trainer with each arrangement, once each."""
     script = Path(sys.executable).with_name("bert-jax")
     peer = [sys.executable, str(Path(__file__).parents[1] / "transformers_trainer.py")]
     results: dict[str, Any] = {}

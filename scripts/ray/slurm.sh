@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Starts a Ray cluster on the nodes of a SLURM job, and predicts on it.
+# Starts a Ray cluster on the nodes of a Slurm job and runs predictions on it.
 #
 #   sbatch --nodes=4 --gpus-per-node=8 scripts/ray/slurm.sh google-bert/bert-base-cased --task fill-mask \
 #       --input /share/texts --format parquet --output /share/predictions
 #
-# The virtual environment that has bert-jax[ray] must be active when the job is submitted, and on a disk that all nodes
-# share. If the job is stopped, submit the same line again: rows that were written are not computed again.
+# When the job is submitted, the virtual environment with bert-jax[ray] must be active. It must be on a disk that all nodes
+# share. If the job is stopped, submit the same command again. Rows that have been written are not computed again.
 #SBATCH --exclusive --ntasks-per-node=1
 set -euo pipefail
 head="$(scontrol show hostnames "${SLURM_JOB_NODELIST:?run this with sbatch}" | head -n 1)"

@@ -2,7 +2,7 @@
 
     pip install '.[ray,serve]' && python scripts/ray/workers_killed.py          # ten minutes on two cores
 
-Then compares the time for 20,000 sentences with that of `bert-jax predict` without Ray, when the cluster runs already.
+Then compares the time for 20,000 sentences on a running cluster with the time of `bert-jax predict` without Ray.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def workers() -> list[int]:
 
 
 def kill_twice(output: Path, stop: threading.Event) -> None:
-    """Kills a worker when the first files are there, and again when there are more."""
+    """Kills a worker when the first files exist, and again when there are more."""
     for files in (4, 12):
         while not stop.is_set() and len(list(output.glob("*.jsonl"))) < files:
             time.sleep(0.5)

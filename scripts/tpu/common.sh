@@ -1,4 +1,4 @@
-# What the scripts here share. DRY_RUN=1 prints the commands for Google Cloud in place of running them.
+# Code that the scripts in this folder share. With DRY_RUN=1, Google Cloud commands are printed instead of run.
 set -euo pipefail
 : "${TPU:?set it to a name for the slice}" "${ZONE:?set it to a zone, such as us-west4-a}"
 
@@ -10,7 +10,7 @@ if [ -n "${DRY_RUN-}" ]; then
     }
 fi
 
-# The software of a slice, by its type.
+# The software version of a slice, by slice type.
 version_of() {
     case "$1" in
         v5litepod-*) echo v2-alpha-tpuv5-lite ;;

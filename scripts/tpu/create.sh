@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates a TPU slice. The other scripts here work on all hosts of the slice.
+# Creates a TPU slice. The other scripts in this folder use all hosts of the slice.
 #
 #   export TPU=bert ZONE=us-west4-a
 #   scripts/tpu/create.sh v5litepod-8              # one host; v5litepod-16 has four
@@ -8,11 +8,11 @@
 #   scripts/tpu/fetch.sh runs/emotion
 #   gcloud compute tpus tpu-vm delete "$TPU" --zone "$ZONE"
 #
-# With DRY_RUN=1, each script only prints its commands. spot.sh does all of this on cheaper slices that Google Cloud may
-# take back at any time.
+# With DRY_RUN=1, each script only prints its commands. spot.sh runs all of these steps on cheaper slices that Google Cloud
+# may reclaim at any time.
 #
-# Runs on several hosts need an output.folder that all hosts can access, such as an NFS share of Filestore. These scripts
-# have not been tried on a slice.
+# Runs on several hosts need an output.folder that all hosts can access, such as a Filestore NFS share. These scripts have
+# not been tested on a slice.
 source "$(dirname "$0")/common.sh"
 type="${1:?a type is missing: v5litepod-8, v5p-8, v6e-8, …}"
 version="$(version_of "$type")"

@@ -14,6 +14,6 @@ gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker=all --command "
         sudo mount '${NFS-}' /mnt/share
     fi
     tar xzf bert_jax.tar.gz
-    pip install -q --user uv  # the images' own Python is too old
+    pip install -q --user uv  # the images' Python is too old
     .local/bin/uv venv -q --python 3.12 .venv
     .local/bin/uv pip install -q -p .venv -e 'bert_jax[tpu,train,data]'"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command on all hosts of a slice at once; see create.sh. In training, the hosts are processes of one run; in
-# predict, they share the rows. To resume a run that was stopped, repeat the command.
+# Runs a command on all hosts of a slice at once; see create.sh. In training, the hosts are processes of one run. In
+# prediction, they share the rows. To resume a stopped run, repeat the command.
 source "$(dirname "$0")/common.sh"
 command="$(printf '%q ' "$@")"
 case "${1:?a command is missing: bert-jax finetune …} ${2-}" in

@@ -477,9 +477,12 @@ def cleaned(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the corpus is left")
+    parser.add_argument("folder", type=Path, help="output folder for the corpus")
     parser.add_argument(
-        "--without", type=Path, metavar="FILE", help="sentences with [MASK], a tab, and words: held out"
+        "--without",
+        type=Path,
+        metavar="FILE",
+        help="sentences to hold out: per line, text with [MASK], a tab, and words",
     )
     arguments = parser.parse_args()
     left_out = held_out_fives(arguments.without) if arguments.without else set()

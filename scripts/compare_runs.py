@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for side in COLORS:
         parser.add_argument(f"--{side}", nargs="+", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--metric", help="of validation, beside the loss in the chart")
+    parser.add_argument("--metric", help="validation metric to plot in addition to the loss")
     parser.add_argument("--chart", type=Path, metavar="PNG")
     arguments = parser.parse_args()
     sides = {side: getattr(arguments, side) for side in COLORS}

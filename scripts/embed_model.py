@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, metavar="FILE")
     parser.add_argument("--blanks", type=Path, required=True, metavar="FILE")
     parser.add_argument("--beside", type=Path, default=hub.EMBEDDED / NAME, metavar="FOLDER")
-    parser.add_argument("--write", action="store_true", help="replaces the embedded model")
+    parser.add_argument("--write", action="store_true", help="replace the embedded model")
     arguments = parser.parse_args()
     sources = json.loads((arguments.corpus / "sources.json").read_text())
     with tempfile.TemporaryDirectory() as temporary:

@@ -150,10 +150,10 @@ def speed(checkouts: list[Path], arguments: list[str], pairs: int, steps: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="+", metavar="CONFIG [KEY=VALUE …]")
-    parser.add_argument("--checkout", type=Path, default=HERE, help="whose memory is measured; this one by default")
-    parser.add_argument("--beside", type=Path, metavar="CHECKOUT", help="compares the speed with this one's")
+    parser.add_argument("--checkout", type=Path, default=HERE, help="checkout to measure; default: this one")
+    parser.add_argument("--beside", type=Path, metavar="CHECKOUT", help="another checkout, to compare the speed")
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=2, help="of a turn")
+    parser.add_argument("--steps", type=int, default=2, help="number of steps per turn")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:

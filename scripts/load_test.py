@@ -341,8 +341,8 @@ def summary(found: list[tuple[str, float]], seconds: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bert-mini-cased")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of load")
-    parser.add_argument("--hostile", action="store_true", help="with attackers")
+    parser.add_argument("--seconds", type=float, default=60.0, help="duration of the load")
+    parser.add_argument("--hostile", action="store_true", help="also test with attackers")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     texts = [f"{name}: {sentence}" if n % 2 else sentence for n, sentence in enumerate(WORDS) for name in NAMES]

@@ -92,15 +92,15 @@ def main() -> None:
     parser.add_argument(
         "cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}, finetune; {', '.join(DEFAULT)} by default"
     )
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="weights to use instead of random ones")
-    parser.add_argument("--finetune", nargs="+", metavar=("YAML", "KEY=VALUE"), help="settings for the case finetune")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="weights to use instead of random weights")
+    parser.add_argument("--finetune", nargs="+", metavar=("YAML", "KEY=VALUE"), help="settings for the finetune case")
     parser.add_argument("--against", nargs="+", choices=ARRANGEMENTS, default=["grouped", "padded"],
-                        help="how Trainer pads: to the longest of a batch, with examples grouped by length or in "
-                        "random order (dynamic), or to data.max_length; grouped and padded by default")  # fmt: skip
+                        help="how Trainer pads: to the longest example of a batch, with examples grouped by length or "
+                        "in random order (dynamic), or to data.max_length; default: grouped and padded")  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "int8"], default=["float32"],
-                        help="dtypes of peers and texts, beside ours in float32; bfloat16 also for step")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all times to a file")
-    parser.add_argument("--chart", type=Path, metavar="PNG", help="draws the cases peers and texts")
+                        help="dtypes for peers and texts, next to ours in float32; bfloat16 also for step")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times to a file")
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="draw a chart of the cases peers and texts")
     arguments = parser.parse_args()
     if unknown := set(arguments.cases) - {*CASES, "finetune"}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; expected {', '.join(CASES)}, finetune")

@@ -85,7 +85,7 @@ class _Lazy(Sequence[np.ndarray]):
 
 @dataclass(frozen=True)
 class MaskedExamples(Examples):
-    """Examples in which some tokens are masked for prediction.
+    """Examples in which some tokens are chosen for prediction.
 
     The choice depends only on the seed, the epoch and the example. Up to P tokens are chosen per row. Three arrays,
     int32 [B, P], are added to the `targets` of a batch, with one entry per chosen token: `masked_positions` contains

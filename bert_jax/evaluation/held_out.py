@@ -159,8 +159,8 @@ def evaluate(
         resamples: Number of bootstrap resamples of the texts or pairs for the 95 % intervals.
         dtype: "float32", "bfloat16" or "int8"; see `BertModel.from_pretrained`.
         mesh: The devices; see `bert_jax.pipeline`.
-        ignore: Regular expressions for the names of tensors in the first model's checkpoint that are not loaded.
-        console: Shows progress; None shows nothing.
+        ignore: Regular expressions for the names of tensors in the first model's checkpoint to skip.
+        console: The console for a progress bar; None for no progress bar.
 
     Returns:
         The results of each model, by its name in `models`. Each measure is `{value, low, high}`, where `low` and `high`
@@ -227,8 +227,8 @@ def minimal_pairs(
         resamples: Number of bootstrap resamples of the pairs for the 95 % interval.
         dtype: "float32", "bfloat16" or "int8"; see `BertModel.from_pretrained`.
         mesh: The devices; see `bert_jax.pipeline`.
-        ignore: Regular expressions for the names of tensors in the first model's checkpoint that are not loaded.
-        console: Shows progress; None shows nothing.
+        ignore: Regular expressions for the names of tensors in the first model's checkpoint to skip.
+        console: The console for a progress bar; None for no progress bar.
 
     Returns:
         The results of each model, by its name in `models`: `accuracy` as `{value, low, high}`, `pairs`, and

@@ -47,7 +47,7 @@ FILE_CPUS = 0.1
 """The share of a CPU that Ray reserves for a task that reads or writes files."""
 CPUS_PER_WORKER = 4
 BLOCK = 2**18
-"""Number of bytes of rows that a worker computes at a time. These rows are recomputed if the worker fails."""
+"""Size, in bytes, of the rows that a worker computes at a time. They are recomputed if the worker fails."""
 
 
 def versions() -> dict[str, str]:
@@ -193,9 +193,9 @@ def predict(
         task: See `Predictor`.
         model: See `Predictor`.
         inputs: Files or folders, on disks that all workers share or in an object store such as `s3://bucket/folder`.
-        output: A new folder in such a location. Several files are written to it, in the format of the inputs, or JSONL
-            if the inputs are text files. JSONL files contain the prediction and the error of each row, and files in
-            other formats contain the columns of `Predictor`.
+        output: A new folder, on such a disk or in an object store. It will contain several files in the format of the
+            inputs, or JSONL files if the inputs are text files. JSONL files contain the prediction and the error of
+            each row, and files in other formats contain the columns of `Predictor`.
         revision: See `Predictor`.
         ignore: See `Predictor`.
         dtype: See `Predictor`.

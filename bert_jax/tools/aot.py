@@ -123,7 +123,7 @@ def get(name: str) -> Target:
     return Target(f"{kind}:{topology}", chip, described.devices)
 
 
-# ── The compiler's report ───────────────────────────────────────────────────────────────────────────────────────────
+# ── The compiler's report ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Computes the requests of many clients together, slice by slice, so that small requests do not wait for large ones."""
+"""Computes the requests of many clients together, slice by slice. Small requests pass between parts of large ones."""
 
 import asyncio
 import enum
@@ -52,8 +52,8 @@ class Batcher:
     Args:
         limits: The server's limits.
         seen: Called before each slice with the number of unfinished jobs of the slice's pipeline.
-        want: Called with a pipeline and a bucket when a job needs a program that is not compiled. After compiling the
-            program, the callee must call `resume`.
+        want: Called with a pipeline and a bucket when a job needs a program that is not compiled. Call `resume` after
+            compiling the program.
     """
 
     def __init__(self, limits: Limits, seen: Callable[[int], None], want: Callable[[Pipeline[Task], Bucket], None]):

@@ -81,7 +81,7 @@ class Engine:
         raise self.other_task(task, model)
 
     def other_task(self, task: str, model: str | None = None) -> Refused:
-        """Returns the error for a task that `model` (or, if it is None, any model) does not serve."""
+        """Returns the error for a task that is not served by `model` or, if `model` is None, by any model."""
         owner = "The server has no model" if model is None else "This model is not served"
         return Refused(424, "other_task", f"{owner} for {task}; it answers {', '.join(self.tasks(model))}.")
 

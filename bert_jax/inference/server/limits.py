@@ -48,7 +48,7 @@ class Limits:
         max_body: The maximum size of a request's body, in bytes.
         max_inputs: The maximum number of inputs per request.
         max_characters: The maximum number of characters per input.
-        max_tokens: The maximum number of tokens that the model may process for a request, in all its rows together.
+        max_tokens: The maximum number of tokens that the model may process for a request, summed over all its rows.
         max_answer: The maximum size of the response to a request, in bytes. The size is estimated before the
             computation.
         max_queue_tokens: The maximum number of tokens that the model may have to process for all unanswered requests. A

@@ -55,7 +55,7 @@ FROM_PRETRAINED = _DOWNLOAD | {
     "from_pt": "leave it out; to convert pytorch_model.bin, run `bert-jax convert`",
     "from_flax": "leave it out; to convert flax_model.msgpack, run `bert-jax convert`",
     "attn_implementation": "pass attention='plain' or 'auto'",
-    "ignore_mismatched_sizes": r"list the parameters to initialise, such as new=[r'classifier\..*']",
+    "ignore_mismatched_sizes": r"list the parameters to initialize, such as new=[r'classifier\..*']",
     "torch_dtype": "pass dtype='float32', 'bfloat16' or 'int8'",
     "compute_dtype": "pass dtype, for inference; for training, set model.encoder.compute_dtype after loading",
     "device_map": _MESH,

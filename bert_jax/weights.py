@@ -181,7 +181,7 @@ def plan(
             unknown.append(name)
             wrong.append(f"unknown: {name} {source.shape}")
         elif path in fresh:
-            report.ignored[name] = "reinitialised"
+            report.ignored[name] = "reinitialized"
         elif path not in specs and path.removeprefix("bert.").startswith("layers."):
             wrong.append(f"unexpected: {name}; the config has fewer layers")
         elif path not in specs:
@@ -204,7 +204,7 @@ def plan(
         if len(wrong) > _LISTED:
             lines.append(f"and {len(wrong) - _LISTED} more")
         if missing:
-            lines.append(f"To reinitialise missing parameters, pass new=[{_pattern(next(iter(missing.values())))}].")
+            lines.append(f"To reinitialize missing parameters, pass new=[{_pattern(next(iter(missing.values())))}].")
         if unknown:
             lines.append(f"To leave out unknown tensors, pass ignore=[{_pattern(unknown[0])}].")
         raise CheckpointError("\n  ".join(lines))

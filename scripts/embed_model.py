@@ -41,7 +41,7 @@ TRIED = """\
   held-out texts. The higher rate was not run to the end.
 - To stop early: 4.07, 3.68, 3.44, 3.29 and 3.25 nats at each 1,000 steps; the blanks were 24 of 40 at step 2,215.
 - Not tried: distilling the hidden states of the body's origin; more everyday texts, of which no more were found under a
-  free licence."""
+  free license."""
 
 
 def converted(run: Path, folder: Path) -> None:
@@ -115,9 +115,9 @@ def card(run_folders: Sequence[Path], sources: list[dict[str, Any]], found: dict
         f"“{PROBE}”": lambda f: ", ".join(f["paris"]),
     }.items():
         table.append(f"| {label} | " + " | ".join(shown(entry) for entry in found.values()) + " |")
-    data = ["| MB | times | everyday | package | licence | SHA-256 of the package |", "|---|---|---|---|---|---|"]
+    data = ["| MB | times | everyday | package | license | SHA-256 of the package |", "|---|---|---|---|---|---|"]
     data += [f"| {s['characters'] / 1e6:.2f} | {s['times']} | {'✓' if s['everyday'] else ''} | {s['place']} | "
-             f"{s['licence']} | `{s['sha256'][:16]}…` |" for s in sources]  # fmt: skip
+             f"{s['license']} | `{s['sha256'][:16]}…` |" for s in sources]  # fmt: skip
     answers = [f"| {'✓' if hit else ''} | {sentence} | {', '.join(best)} |" for sentence, best, hit in new["rows"]]
     return "\n\n".join([
         f"---\n{metadata.to_yaml()}\n---",

@@ -521,14 +521,14 @@ def test_forty_thousand_rows_are_reduced_rightly(width):
 
     x64, weight = x.astype(np.float64), np.asarray(linear.weight[...], np.float64)
     y = x64 @ weight.T
-    centred = y - y.mean(-1, keepdims=True)
+    centered = y - y.mean(-1, keepdims=True)
     heads = x64.reshape(n // 4, 4, width)
     scores = np.exp(np.where(attended.mask()[:, 0], heads @ heads.swapaxes(1, 2) / np.sqrt(width), -1e30))
     scores[~np.asarray(attended.keys, bool).any(-1)] = 1
     nll, gradient = cross_entropy(y)
     share = weights[:, None] / (weights.sum() * width)
     expected = {
-        "linear and norm": centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 0.1),
+        "linear and norm": centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 0.1),
         "attention": (scores / scores.sum(-1, keepdims=True))[:, None],
         "cross entropy": nll,
         "binary cross entropy": ((np.logaddexp(0, y) - y * (x > 1)) * share).sum(),

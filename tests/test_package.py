@@ -60,7 +60,7 @@ FLOORS = [
     ["tasks.registry"],
     ["inference.run"],
     ["evaluation.measure", "inference.pipelines", "tools.export", "tools.report", "training.step"],
-    ["training.loop", "tools.verify", "inference.catalogue"],
+    ["training.loop", "tools.verify", "inference.catalog"],
     [
         "inference.prediction",
         "inference.server.limits",

@@ -726,7 +726,7 @@ def test_a_body_without_a_pooler_says_how_to_draw_one(tree, base, tmp_path):
         if (base / name).exists():
             shutil.copy(base / name, tmp_path / "mlm")
     tree["model"]["id"] = str(tmp_path / "mlm")
-    with pytest.raises(CheckpointError, match=r"To reinitialise .*, pass new=\[r'bert\\.pooler\\\.\.\*'\]"):
+    with pytest.raises(CheckpointError, match=r"To reinitialize .*, pass new=\[r'bert\\.pooler\\\.\.\*'\]"):
         run(tree)
     tree["model"]["new"] = [r"bert\.pooler\..*"]
     tree["training"] = {"max_steps": 1}

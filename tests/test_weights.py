@@ -179,9 +179,9 @@ def test_new_replaces_what_the_file_holds(checkpoint, write):
     assert model.classifier.weight.shape == (7, 8)
     _, report = weights.plan(folder, specs("BertForTokenClassification"), new=[r"classifier\..*"])
     assert report.new == ["classifier.bias", "classifier.weight"]
-    assert report.ignored == {"classifier.bias": "reinitialised", "classifier.weight": "reinitialised"}
+    assert report.ignored == {"classifier.bias": "reinitialized", "classifier.weight": "reinitialized"}
     _, report = weights.plan(folder_with_decoder, specs("BertForMaskedLM"), new=[r"predictions\.bias"])
-    assert report.ignored["cls.predictions.decoder.bias"] == "reinitialised"
+    assert report.ignored["cls.predictions.decoder.bias"] == "reinitialized"
     with pytest.raises(CheckpointError, match="matches no parameter"):
         bert_jax.BertForTokenClassification.from_pretrained(folder, new=[r"head\..*"])
 

@@ -77,9 +77,9 @@ def score(
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file or 'stdin'} is not JSON: {error}") from None
     _, pipe = load_pipeline(task, model, revision, ignore, dtype)
-    from bert_jax.inference import catalogue
+    from bert_jax.inference import catalog
 
-    print(json.dumps(catalogue.score(pipe, request), ensure_ascii=False))
+    print(json.dumps(catalog.score(pipe, request), ensure_ascii=False))
 
 
 @app.command()
@@ -169,11 +169,11 @@ def predict(
     (part, parts), output = _part_of_rows(shard, processes, output)
     _, pipe = load_pipeline(task, model, revision, ignore, dtype, mesh)
     from bert_jax.data.formats import Table
-    from bert_jax.inference import catalogue, prediction
+    from bert_jax.inference import catalog, prediction
 
     if not input or not output:
         for result in pipe(text, **parameters):
-            print(json.dumps(catalogue.jsonable(result), ensure_ascii=False))
+            print(json.dumps(catalog.jsonable(result), ensure_ascii=False))
         return
     console = Console()
     counts = prediction.predict_files(

@@ -77,7 +77,7 @@ def read(
     path: str | Path,
     format: str | None = None,
     *,
-    labelled: bool = True,
+    labeled: bool = True,
     table: Table = Table(),  # noqa: B008
 ) -> Iterator[Row]:
     """Streams the rows of a file (see `entries`) and replaces class ids (see `class_labels`) with class names.
@@ -86,7 +86,7 @@ def read(
         InputError: If the file or a line in it cannot be read. The message states the line.
     """
     names = class_labels(path, format)
-    for line, row, _ in entries(path, format, labelled=labelled, table=table):
+    for line, row, _ in entries(path, format, labeled=labeled, table=table):
         try:
             if isinstance(row, InputError):
                 raise row
@@ -142,7 +142,7 @@ def entries(
     path: str | Path,
     format: str | None = None,
     *,
-    labelled: bool = True,
+    labeled: bool = True,
     table: Table = Table(),  # noqa: B008
     warn: bool = True,
 ) -> Iterator[Entry]:
@@ -168,7 +168,7 @@ def entries(
               such as `# id 3b1c` or `# text = A sentence.`
             - "squad": SQuAD's JSON, or the array of its articles. Each question is a row. The whole file is read before
               the first row is returned.
-        labelled: If `format` is None, whether the format of a .txt file is "text;label" instead of "text".
+        labeled: If `format` is None, whether the format of a .txt file is "text;label" instead of "text".
         table: Options for reading a table. For other formats, only the default is allowed.
         warn: Whether to log warnings. A caller that reads a file twice passes False for one of the reads, so that each
             warning is logged only once.
@@ -183,7 +183,7 @@ def entries(
         return
     tables = {"csv": Table(",", "minimal"), "tsv": Table("\t", "none")}
     parse: Any = {**formats.PARSERS, "parquet": _parquet}
-    format = format_of(path, labelled) if format is None else format
+    format = format_of(path, labeled) if format is None else format
     if format in tables:
         usual = tables[format]
         delimiter = usual.delimiter if table.delimiter is None else table.delimiter
@@ -216,7 +216,7 @@ def entries(
                 yield Entry(line, row, file.tell() if file.seekable() else 0)
 
 
-def format_of(path: Path, labelled: bool) -> str:
+def format_of(path: Path, labeled: bool) -> str:
     """Infers the format of a file from its name and, for a .json file, from the beginning of its content.
 
     The formats are those of `entries`.
@@ -244,7 +244,7 @@ def format_of(path: Path, labelled: bool) -> str:
                 if not (line.rstrip().endswith(b"}") and more.strip()):
                     content = json.loads(line if line.rstrip().endswith(b"}") else line + more + file.read())
                     return "json" if content.keys() <= {"version", "data"} else "jsonl"
-    return "text" if suffix == ".txt" and not labelled else FORMATS[suffix]
+    return "text" if suffix == ".txt" and not labeled else FORMATS[suffix]
 
 
 def _folder(path: Path) -> Iterator[Entry]:

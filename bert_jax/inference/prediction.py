@@ -29,7 +29,7 @@ from bert_jax import tree
 from bert_jax.data import sources
 from bert_jax.data.formats import Row, Table, literal
 from bert_jax.errors import InputError, check_extra, listed, quoted
-from bert_jax.inference.catalogue import jsonable
+from bert_jax.inference.catalog import jsonable
 from bert_jax.inference.pipelines import READ_AHEAD, Pipeline
 from bert_jax.tasks.base import Request, Task
 
@@ -113,7 +113,7 @@ def predict_files(
     candidates = [columns] if columns else pipe.task.columns_of_input
     flat = not output.name.endswith(OUTPUTS[:2])
     for path in paths:
-        begin = sources.entries(path, format, labelled=False, table=table, warn=False)  # the second read warns
+        begin = sources.entries(path, format, labeled=False, table=table, warn=False)  # the second read warns
         first = ((path, 0, entry) for entry in islice(begin, 100))
         window = _window(lambda entry: entry, first, candidates, flat)
         if window and not window.requests:
@@ -121,7 +121,7 @@ def predict_files(
     entries = (
         (path, before, entry)
         for path, before in zip(paths, accumulate((size for _, size, _ in files), initial=0), strict=False)
-        for entry in sources.entries(path, format, labelled=False, table=table)
+        for entry in sources.entries(path, format, labeled=False, table=table)
     )
     try:
         journal = _Journal.opened(output, run)

@@ -30,7 +30,7 @@ from ray.data.checkpoint import CheckpointConfig
 
 from bert_jax.compilation import use_compilation_cache
 from bert_jax.errors import BertJaxError, InputError, listed, quoted
-from bert_jax.inference.catalogue import jsonable
+from bert_jax.inference.catalog import jsonable
 from bert_jax.inference.pipelines import READ_AHEAD, pipeline
 from bert_jax.inference.prediction import PREDICTION, check_request, flat, input_of
 from bert_jax.inference.ray_files import LINE, ROW, FileSink, Journal, RowSource, content_of, first_line

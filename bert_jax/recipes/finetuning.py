@@ -61,7 +61,7 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     distributed.agree("The training examples", train.digest)
     loss = preparation.training_loss(settings, task, train)
     run = runs.set_up(settings, task, prepared.model, train, runs.steps_of(settings, train), loss=loss)
-    if validation and not task.labelled(validation):
+    if validation and not task.labeled(validation):
         raise InputError(
             f"data.validation ({settings.data.validation}) has no labels to choose the best checkpoint by. Set it as "
             "data.test, or leave it out."
@@ -260,7 +260,7 @@ def evaluate(
     check_extra("train", "sklearn")
     loaded = preparation.read_split(settings, split)
     if not loaded.rows:
-        raise InputError(f"data.{split} is not set; expected labelled examples.")
+        raise InputError(f"data.{split} is not set; expected labeled examples.")
     task_class = TASKS[settings.task]
     rows, found = task_class.clean({split: loaded.rows}, preparation.read_options(settings))
     tokenizer = Tokenizer.from_pretrained(model_id)
@@ -269,8 +269,8 @@ def evaluate(
         model.encoder.compute_dtype = settings.precision.compute_dtype
     task = preparation.make_task(settings, tokenizer, preparation.named(model.config, settings, loaded.labels))
     examples = preparation.featurize(task, rows)[split]
-    if not task.labelled(examples):
-        raise InputError(f"data.{split} has no labels; expected some. Use `bert-jax predict` for unlabelled examples.")
+    if not task.labeled(examples):
+        raise InputError(f"data.{split} has no labels; expected some. Use `bert-jax predict` for unlabeled examples.")
     for folder in (Path(model_id), Path(model_id).parent if Path(model_id).name == runs.ADAPTERS else Path(model_id)):
         if (results := folder / runs.RESULTS).is_file():
             task = task.tuned(json.loads(results.read_text(encoding="utf-8"))["validation"])

@@ -260,7 +260,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
                     f"data.id; for none, data.{split}=null."
                 )
             class_labels[place] = sources.class_labels(place, data.format)
-            found = sources.read(place, data.format, labelled=isinstance(settings, Settings), table=table(data))
+            found = sources.read(place, data.format, labeled=isinstance(settings, Settings), table=table(data))
         rows += islice(found, None if data.limit is None else data.limit - len(rows))
     where = f"data.{split} ({places})"
     if not rows:

@@ -230,7 +230,7 @@ class TrainableTask(Task, Objective, Protocol):
             labels: The names of the labels in the order that the data set defines; None if it does not define an order.
         """
 
-    def labelled(self, examples: Examples) -> bool:
+    def labeled(self, examples: Examples) -> bool:
         """Whether any example has true values with which `evaluate` can compare the outputs."""
 
     def tuned(self, metrics: Mapping[str, Any]) -> Self:

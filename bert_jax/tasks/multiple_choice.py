@@ -225,8 +225,8 @@ class MultipleChoice(TrainableTask):
         logits = model(**batch["inputs"], positions=batch["starts"]).logits
         return {"scores": jax.nn.softmax(logits.reshape(*batch["weights"].shape, -1))}
 
-    def labelled(self, examples: Examples) -> bool:
-        """See `TrainableTask.labelled`."""
+    def labeled(self, examples: Examples) -> bool:
+        """See `TrainableTask.labeled`."""
         return bool((examples.targets["labels"] != UNKNOWN).any())
 
     def evaluate(self, outputs: Outputs, examples: Examples) -> dict[str, Any]:

@@ -320,15 +320,15 @@ class QuestionAnswering(TrainableTask):
         places = (jnp.where(counts, starts + batch["targets"][name], losses.IGNORE) for name in ("start", "end"))
         return losses.span_cross_entropy(start, end, *places), jnp.sum(counts, dtype=jnp.float32)
 
-    def labelled(self, examples: Examples) -> bool:
-        """See `TrainableTask.labelled`."""
+    def labeled(self, examples: Examples) -> bool:
+        """See `TrainableTask.labeled`."""
         return any(row["answers"] is not None for _, row, *_ in examples.origins)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
         """The metrics (`bert_jax.evaluation.metrics.answering`) of the rows with `answers`; empty without such rows."""
         from bert_jax.evaluation import metrics
 
-        if not self.labelled(examples):
+        if not self.labeled(examples):
             return {}
         truth = {n: row["answers"] for n, row, *_ in examples.origins}.values()
         found = [one for gold, one in zip(truth, self.predictions(outputs, examples), strict=True) if gold is not None]

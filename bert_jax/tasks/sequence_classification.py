@@ -188,11 +188,11 @@ class SequenceClassification(TrainableTask):
         0 and 1.
         """
         cleaned = {split: [dict(row) for row in found] for split, found in rows.items()}
-        labelled = {
+        labeled = {
             f"data.{split}: row {i}": row
             for split, found in cleaned.items() for i, row in enumerate(found, 1) if row.get("label") is not None
         }  # fmt: skip
-        labels = {where: row["label"] for where, row in labelled.items()}
+        labels = {where: row["label"] for where, row in labeled.items()}
         names, problem_type, note = options.labels or (), options.problem_type, ""
         if problem_type in (None, MULTI):
             read_lists(labels, problem_type)
@@ -205,7 +205,7 @@ class SequenceClassification(TrainableTask):
             note = read_sets(labels, names)
         elif problem_type != REGRESSION:
             note = read_ids(labels, names)
-        for where, row in labelled.items():
+        for where, row in labeled.items():
             row["label"] = labels[where]
         return cleaned, note
 
@@ -320,8 +320,8 @@ class SequenceClassification(TrainableTask):
         logits = model(**batch["inputs"], positions=batch["starts"]).logits
         return {"scores": SCORES[self.problem_type](logits)}
 
-    def labelled(self, examples: Examples) -> bool:
-        """See `TrainableTask.labelled`."""
+    def labeled(self, examples: Examples) -> bool:
+        """See `TrainableTask.labeled`."""
         return bool(self._known(examples.targets["labels"]).any())
 
     def tuned(self, metrics: Mapping[str, Any]) -> Self:
@@ -339,7 +339,7 @@ class SequenceClassification(TrainableTask):
         """
         from bert_jax.evaluation import metrics
 
-        if not self.labelled(examples):
+        if not self.labeled(examples):
             return {}
         known = self._known(examples.targets["labels"])
         labels, scores = examples.targets["labels"][known], outputs["scores"][known]

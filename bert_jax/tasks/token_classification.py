@@ -336,15 +336,15 @@ class TokenClassification(TrainableTask):
         )
         return loss, losses.total_weight(labels, class_weights)
 
-    def labelled(self, examples: Examples) -> bool:
-        """See `TrainableTask.labelled`."""
+    def labeled(self, examples: Examples) -> bool:
+        """See `TrainableTask.labeled`."""
         return any(row["tags"] for _, row, _ in examples.origins)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
         """The metrics (`bert_jax.evaluation.metrics.tagging`) of the rows that have tags; empty if no row has tags."""
         from bert_jax.evaluation import metrics
 
-        if not self.labelled(examples):
+        if not self.labeled(examples):
             return {}
         truth = {n: row["tags"] for n, row, _ in examples.origins}
         found = self.predictions(outputs, examples)

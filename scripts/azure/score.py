@@ -2,7 +2,7 @@
 
 The environment variable AZUREML_MODEL_DIR specifies the model's folder or a folder that contains it. BERT_JAX_TASK
 specifies the task; the default is fill-mask. Requests and responses have the format of Azure's model catalog; see
-`bert_jax.inference.catalogue`. The script has not been run on Azure yet.
+`bert_jax.inference.catalog`. The script has not been run on Azure yet.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 import bert_jax
 from bert_jax import hub
 from bert_jax.errors import InputError
-from bert_jax.inference import catalogue
+from bert_jax.inference import catalog
 from bert_jax.inference.pipelines import Pipeline
 from bert_jax.tasks.base import Task
 
@@ -34,6 +34,6 @@ def init() -> None:
 def run(raw_data: str | bytes) -> Any:
     """Answers a request. The response to an invalid request is `{"error": …}`."""
     try:
-        return catalogue.score(pipe, json.loads(raw_data))
+        return catalog.score(pipe, json.loads(raw_data))
     except (InputError, json.JSONDecodeError) as error:
         return {"error": str(error)}

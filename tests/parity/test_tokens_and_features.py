@@ -103,6 +103,6 @@ def test_features(close, folder):
             mean, normal = reference.mean(0), reference / np.linalg.norm(reference, axis=-1, keepdims=True)
             close("feature-extraction, cls", ours(text, pooling="cls"), reference[0])
             close("feature-extraction, mean", ours(text, pooling="mean"), mean)
-            close("feature-extraction, normalised", ours(text, normalize=True), normal)
-            close("feature-extraction, normalised mean", ours(text, pooling="mean", normalize=True),
+            close("feature-extraction, normalized", ours(text, normalize=True), normal)
+            close("feature-extraction, normalized mean", ours(text, pooling="mean", normalize=True),
                   mean / np.linalg.norm(mean))  # fmt: skip

@@ -83,7 +83,7 @@ def test_targets(fill_mask, distributions, tokenizer):
     for entry in entries:
         token = tokenizer.token_to_id(entry["token_str"])
         assert entry["token"] == token
-        close(entry["score"], p[token])  # of the whole vocabulary: not renormalised
+        close(entry["score"], p[token])  # of the whole vocabulary: not renormalized
         assert entry["rank"] == 1 + np.sum(p > p[token])
         assert entry["sequence"] == f"Paris is the {entry['token_str']} of France."
         assert "pieces" not in entry

@@ -45,7 +45,7 @@ def models():
     def model(**changes):
         key = str(sorted(changes.items()))
         if key not in made:
-            # Initialised by numpy: that is faster than to compile an initialisation for each.
+            # Initialised by numpy: that is faster than to compile an initialization for each.
             abstract = nnx.eval_shape(
                 lambda: bert_jax.BertForSequenceClassification(config(**changes), rngs=nnx.Rngs(0))
             )
@@ -596,7 +596,7 @@ def test_evaluate_passes_over_what_has_no_label(task):
         labels, scores = np.float32(labels), np.float32(labels[:1] * 2)
         result = task(**changes).evaluate({"scores": scores}, examples({"labels": labels}))
         assert result.get("accuracy", 1 - result.get("mse", 0)) == 1
-        assert not task(**changes).labelled(examples({"labels": labels[1:]}))
+        assert not task(**changes).labeled(examples({"labels": labels[1:]}))
 
 
 def test_evaluate_several_labels(task):

@@ -15,7 +15,7 @@ import pydantic
 from fastapi import APIRouter, Request, Response
 
 from bert_jax.errors import InputError
-from bert_jax.inference import catalogue
+from bert_jax.inference import catalog
 from bert_jax.inference.pipelines import Pipeline
 from bert_jax.inference.server.attention import Attention
 from bert_jax.inference.server.engine import Engine, Items, StrictBody, refusing
@@ -119,7 +119,7 @@ def routes(engine: Engine, attention: Attention) -> APIRouter:
         except orjson.JSONDecodeError:
             raise Refused(400, "not_json", "The body is not JSON.") from None
         with refusing(content):
-            inputs, parameters = catalogue.read(content)
+            inputs, parameters = catalog.read(content)
         return await answer(request, next(iter(first.pipes.values())), inputs, parameters)
 
     def add(task: Task) -> None:

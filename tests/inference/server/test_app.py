@@ -19,7 +19,7 @@ from serving import KEY, WORDS, ask, post, same, start
 
 import bert_jax
 from bert_jax.errors import InputError
-from bert_jax.inference import catalogue
+from bert_jax.inference import catalog
 from bert_jax.inference.server import app, engine, models, tasks
 
 CARD = tasks.SAMPLE
@@ -31,7 +31,7 @@ CARD = tasks.SAMPLE
 def test_the_card_s_request(port, pipes):
     status, answer = post(port, "/score", CARD)
     assert status == 200
-    assert same(answer, catalogue.score(pipes["fill-mask"], CARD))
+    assert same(answer, catalog.score(pipes["fill-mask"], CARD))
     assert [len(fillings) for fillings in answer] == [2, 2]
     assert list(answer[0][0]) == ["score", "token", "token_str", "sequence"]
 
@@ -48,7 +48,7 @@ def test_the_card_s_request(port, pipes):
     ],
 )
 def test_every_form_of_a_request(port, pipes, request_):
-    assert same(post(port, "/score", request_)[1], catalogue.score(pipes["fill-mask"], request_))
+    assert same(post(port, "/score", request_)[1], catalog.score(pipes["fill-mask"], request_))
 
 
 def test_typed_bodies(port, pipes):
@@ -414,6 +414,6 @@ def test_the_scoring_script(folder, pipes, monkeypatch):
     monkeypatch.setenv("AZUREML_MODEL_DIR", str(folder.parent / "nowhere" / ".." / folder.name))
     (folder.parent / "nowhere").mkdir(exist_ok=True)
     script.init()
-    assert same(script.run(json.dumps(CARD)), catalogue.score(pipes["fill-mask"], CARD))
+    assert same(script.run(json.dumps(CARD)), catalog.score(pipes["fill-mask"], CARD))
     assert "no [MASK]" in script.run('{"inputs": ["x"]}')["error"]
     assert list(script.run("{")) == ["error"]

@@ -1,4 +1,4 @@
-"""The model catalogue's requests, in every form, and the responses' shape."""
+"""The model catalog's requests, in every form, and the responses' shape."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from flax import nnx
 
 import bert_jax
 from bert_jax.errors import InputError
-from bert_jax.inference import catalogue
+from bert_jax.inference import catalog
 
 TEXTS = ["Paris is the [MASK] of France.", "Today is a [MASK] day!"]
 COLUMN = {"input_string": TEXTS}
@@ -28,7 +28,7 @@ SPLIT = {"columns": ["input_string"], "index": [0, 1], "data": [[text] for text 
     ],
 )
 def test_all_forms_of_a_request_give_the_cards_response(fill_mask, request_):
-    response = json.loads(json.dumps(catalogue.score(fill_mask, request_)))
+    response = json.loads(json.dumps(catalog.score(fill_mask, request_)))
     assert [[entry["token_str"] for entry in entries] for entries in response] == [
         ["capital", "center"],
         ["good", "great"],
@@ -42,15 +42,15 @@ def test_all_forms_of_a_request_give_the_cards_response(fill_mask, request_):
 
 def test_targets_and_joint(fill_mask):
     request = {"inputs": {"input_string": [TEXTS[0]]}, "parameters": {"targets": ["city", "king"]}}
-    assert [entry["token_str"] for entry in catalogue.score(fill_mask, request)[0]] == ["city", "king"]
+    assert [entry["token_str"] for entry in catalog.score(fill_mask, request)[0]] == ["city", "king"]
     request = {"inputs": ["The [MASK] [MASK]."], "parameters": {"joint": True, "top_k": 1}}
-    assert len(catalogue.score(fill_mask, request)[0][0]["token_str"]) == 2
+    assert len(catalog.score(fill_mask, request)[0][0]["token_str"]) == 2
 
 
 def test_a_text_alone_has_its_result_alone(fill_mask):
     for inputs in (TEXTS[0], {"input_string": TEXTS[0]}):
-        assert catalogue.score(fill_mask, {"inputs": inputs})[0]["token_str"] == "capital"
-    assert catalogue.score(fill_mask, {"inputs": []}) == []
+        assert catalog.score(fill_mask, {"inputs": inputs})[0]["token_str"] == "capital"
+    assert catalog.score(fill_mask, {"inputs": []}) == []
 
 
 def test_questions_pairs_and_vectors(checkpoint, tokenizer):
@@ -63,14 +63,14 @@ def test_questions_pairs_and_vectors(checkpoint, tokenizer):
     columns = {"question": ["Who?", "Where?"], "context": ["Anna sings.", "In Paris."]}
     split = {"columns": ["question", "context"], "data": [["Who?", "Anna sings."], ["Where?", "In Paris."]]}
     one_by_one = [qa({"question": q, "context": c}) for q, c in zip(*columns.values(), strict=True)]
-    assert catalogue.score(qa, {"inputs": columns}) == one_by_one
-    assert catalogue.score(qa, {"input_data": split}) == one_by_one
-    assert catalogue.score(qa, {"inputs": {"question": "Who?", "context": "Anna sings."}}) == one_by_one[0]
+    assert catalog.score(qa, {"inputs": columns}) == one_by_one
+    assert catalog.score(qa, {"input_data": split}) == one_by_one
+    assert catalog.score(qa, {"inputs": {"question": "Who?", "context": "Anna sings."}}) == one_by_one[0]
     nsp = bert_jax.BertForNextSentencePrediction(config, rngs=rngs)
     nsp = bert_jax.pipeline("next-sentence-prediction", nsp, tokenizer=tokenizer)
-    assert catalogue.score(nsp, {"inputs": {"input_string": [["A b.", "C d."]]}}) == [nsp(("A b.", "C d."))]
+    assert catalog.score(nsp, {"inputs": {"input_string": [["A b.", "C d."]]}}) == [nsp(("A b.", "C d."))]
     vectors = bert_jax.pipeline("feature-extraction", bert_jax.BertModel(config, rngs=rngs), tokenizer=tokenizer)
-    (found,) = catalogue.score(vectors, {"inputs": ["A b."], "parameters": {"pooling": "cls"}})
+    (found,) = catalog.score(vectors, {"inputs": ["A b."], "parameters": {"pooling": "cls"}})
     np.testing.assert_array_equal(np.array(found, np.float32), vectors("A b.", pooling="cls"))
 
 
@@ -98,12 +98,12 @@ def test_questions_pairs_and_vectors(checkpoint, tokenizer):
 )  # fmt: skip
 def test_bad_requests(fill_mask, request_, message):
     with pytest.raises(InputError) as raised:
-        catalogue.score(fill_mask, request_)
+        catalog.score(fill_mask, request_)
     assert message in str(raised.value)
 
 
 @pytest.mark.parametrize("request_", [{"x" * 10**6: 1}, {"inputs": {"data": [], "columns": ["x" * 10**6, 7]}}])
 def test_messages_quote_little(request_):
     with pytest.raises(InputError) as error:
-        catalogue.read(request_)
+        catalog.read(request_)
     assert len(str(error.value)) < 400

@@ -1,1 +1,1 @@
-"""Reads data and makes batches of examples from it."""
+"""Reads data and converts it to batches of examples."""

@@ -1,9 +1,9 @@
-"""Prepares texts for pretraining: splits documents into sentences, tokenizes them, and writes rows to shards on disk.
+"""Prepares texts for pretraining: splits documents into sentences, tokenizes them, and saves the rows in shards.
 
 A shard is a NumPy file of rows. Each row contains the three numbers that `HEADER` names, followed by the token ids of
-an example. In the shard folder, `corpus.json` records the files, the tokenizer and the settings from which the shards
-are made. `manifest.json`, which is written last, records the size and the hash of each shard. A shard gets its final
-name only when it is complete. After an interruption, `tokenize` therefore makes only the missing shards.
+an example. In the shard folder, `corpus.json` records the input files, the tokenizer and the settings from which the
+shards are made. `manifest.json`, which is written last, records the size and the hash of each shard. A shard gets its
+final name only when it is complete. After an interruption, `tokenize` therefore makes only the missing shards.
 """
 
 import collections
@@ -35,7 +35,7 @@ HEADER = ("tokens", "tokens of the first segment", "whether the second is of ano
 SHARD = 2**24
 """A shard is full when its documents contain at least this number of characters in total."""
 PIECE = 100_000
-"""Maximum number of characters of a sentence.
+"""Maximum number of characters in a sentence.
 
 A longer sentence is split after the last space within this length, or exactly at this length if there is no such space.
 """
@@ -50,10 +50,10 @@ Document = list[list[int]]
 
 
 class Reader:
-    """Reads the documents in files one after another.
+    """Reads the documents of several files, one after another.
 
     Attributes:
-        replaced: Number of U+FFFD characters that replace invalid UTF-8 in the lines read so far.
+        replaced: Number of U+FFFD characters that have replaced invalid UTF-8 in the lines read so far.
     """
 
     def __init__(self, paths: Sequence[Path], format: str | None, column: str):
@@ -111,15 +111,15 @@ def pairs(
 
     Args:
         documents: Two or more documents, none of them empty.
-        room: Maximum number of tokens of both segments together.
-        short: Share of pairs whose target length is drawn from 2 to `room` tokens. The target length of the others is
-            `room`.
+        room: Maximum number of tokens in both segments together.
+        short: Share of pairs whose target length is a random number of tokens from 2 to `room`. The target length of
+            all other pairs is `room`.
         random: The random generator.
 
     Yields:
         The first segment, the second segment, and whether the second segment is from a different document than the
-        first. It is from a different document with a probability of 1/2. It always is if only one sentence of the first
-        segment's document remains, or if the next sentence has at least the target length.
+        first. This is the case with a probability of 1/2, and always if only one sentence of the first segment's
+        document remains or if the next sentence has at least the target length.
     """
     for number, document in enumerate(documents):
         start = 0
@@ -149,12 +149,12 @@ def pairs(
 def _trimmed(first: int, second: int, room: int, random: np.random.Generator) -> tuple[slice, slice]:
     """Shortens two segments until they have at most `room` tokens in total.
 
-    In each step, the first or the last token of the longer segment is removed, chosen at random.
+    In each step, either the first or the last token of the longer segment, chosen at random, is removed.
 
     Args:
         first: The length of the first segment.
         second: The length of the second segment.
-        room: Maximum number of tokens of both segments together.
+        room: Maximum number of tokens in both segments together.
         random: The random generator.
 
     Returns:
@@ -191,8 +191,8 @@ class Layout:
     Attributes:
         max_length: Maximum number of tokens in an example, including special tokens.
         next_sentence: Whether to make pairs of segments for next-sentence prediction instead of single texts.
-        short: Share of pairs whose target length is drawn from 2 to `max_length` - 3 tokens. The target length of the
-            others is `max_length` - 3. Special tokens are not counted.
+        short: Share of pairs whose target length is a random number of tokens from 2 to `max_length` - 3. The target
+            length of all other pairs is `max_length` - 3. Special tokens are not counted.
     """
 
     max_length: int = 128
@@ -245,14 +245,14 @@ def tokenize(
     processes: int | None = None,
     console: Console | None = None,
 ) -> "Shards":
-    """Makes the shards that do not exist yet and opens all shards.
+    """Creates the shards that do not exist yet and opens all shards.
 
     Args:
-        files: Text files with an empty line between documents, or JSON Lines files. Both may be gzipped.
-        folder: The folder of the shards.
-        tokenizer: The tokenizer of the model.
+        files: Text files with empty lines between documents, or JSON Lines files. Both kinds may be gzipped.
+        folder: The shard folder.
+        tokenizer: The model's tokenizer.
         layout: How documents become examples.
-        seed: The seed of the random choices in making pairs.
+        seed: The seed for the random choices when pairs are made.
         format: The format of the files; None to infer it from the file names.
         text: The key of the text in JSON Lines files.
         processes: Number of tokenization processes; by default, the number of processors.
@@ -260,7 +260,7 @@ def tokenize(
 
     Raises:
         InputError: If the tokenizer lacks a special token, if a file cannot be read, if the files contain no text, if
-            pairs are to be made from only one document, if the folder cannot be written, if it contains files that are
+            pairs are to be made from only one document, if writing to the folder fails, if it contains files that are
             not shards, or if it contains shards that were made with different arguments. Finished shards are kept.
         CheckpointError: If a shard is damaged or missing.
     """
@@ -304,10 +304,10 @@ def tokenize(
 def _units(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
     """Groups documents into one group per shard.
 
-    If possible, each group contains at least `SHARD` characters and, because pairs need two, at least two documents.
+    If possible, each group contains at least `SHARD` characters and at least two documents, which pairs require.
     """
     unit: list[list[str]] = []
-    # A full group. It is held back because if only one document remains at the end, that document joins this group.
+    # A full group. It is held back so that, if only one document remains at the end, that document can join it.
     ready: list[list[str]] = []
     size = 0
     for document in documents:
@@ -351,7 +351,7 @@ def _make_shards(
 def _make_shard(
     folder: Path, backend: str, layout: Layout, special: tuple[int, ...], seed: int, number: int, unit: list[list[str]]
 ) -> Any:
-    """Tokenizes documents and writes them to a shard, unless the shard exists. Returns the shard's record.
+    """Tokenizes documents and writes them to a shard, unless the shard already exists. Returns the shard's record.
 
     The record becomes an entry of `manifest.json`. This function runs in a worker process.
     """
@@ -413,11 +413,11 @@ class Shards:
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
-        """The index of each shard's first row, followed by the number of rows in all shards: int64 [shards + 1]."""
+        """The index of each shard's first row, followed by the total number of rows: int64 [shards + 1]."""
         return np.cumsum([0, *map(len, self.tables)])
 
     def column(self, name: str) -> np.ndarray:
-        """For each row, the number with this name in `HEADER`: int32 [rows]."""
+        """The header number with the given name (see `HEADER`) for each row: int32 [rows]."""
         return np.concatenate([table[:, HEADER.index(name)].astype(np.int32) for table in self.tables])
 
     def ids(self, row: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Parsers for text file formats, which convert lines to rows. Each row is a dict from column to value."""
+"""Parsers that convert the lines of text files to rows. Each row is a dict that maps column names to values."""
 
 import ast
 import bisect
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 DELIMITERS = (",", ";", "\t", "|")
 """The usual delimiters between the cells of a table."""
 COMMENT = re.compile(r"# +(?:[\w.:-]+ *=|newdoc\b|newpar\b|(?P<id>id) )")
-"""The beginning of a comment in a CoNLL file. Any other line that begins with # contains a word."""
+"""Matches the beginning of a comment in a CoNLL file. Any other line that begins with # contains a word."""
 
 TEXT = ("text", "sentence", "sentence1", "question1", "premise", "question", "review", "content", "input_string")
 """Usual names of the text column. If a data set has several of these columns, the first in this list is used."""
@@ -34,9 +34,9 @@ class Table(NamedTuple):
 
     Attributes:
         delimiter: The character between cells. None means a comma for CSV and a tab for TSV.
-        quoting: "minimal": A cell may be enclosed in double quotes. Within the quotes, delimiters and line breaks are
-            part of the text, and two consecutive quotes represent one. "none": Quotes are part of the text. None means
-            "minimal" for CSV and "none" for TSV.
+        quoting: With "minimal", a cell may be enclosed in double quotes. Within the quotes, delimiters and line breaks
+            are part of the text, and two consecutive quotes represent one. With "none", quotes are part of the text.
+            None means "minimal" for CSV and "none" for TSV.
         columns: The names of the columns, if the file has no header line.
     """
 
@@ -46,7 +46,7 @@ class Table(NamedTuple):
 
 
 def decoded_lines(file: IO[str], undecodable: list[str]) -> Iterator[str]:
-    """Yields the lines of a file. Each line with bytes that are not valid UTF-8 is also appended to `undecodable`."""
+    """Yields the lines of a file. Each line that contains invalid UTF-8 is also appended to `undecodable`."""
     for line in file:
         try:
             line.encode()
@@ -56,7 +56,7 @@ def decoded_lines(file: IO[str], undecodable: list[str]) -> Iterator[str]:
 
 
 def parse_jsonl(lines: Iterator[str]) -> Rows:
-    """Each line is a JSON object that represents a row."""
+    """Parses JSON Lines. Each line is a JSON object that represents a row."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -69,7 +69,7 @@ def parse_jsonl(lines: Iterator[str]) -> Rows:
 
 
 def parse_json(lines: Iterator[str]) -> Rows:
-    """An array of objects, or an object whose `data` field is such an array. Each object in the array is a row."""
+    """Parses a JSON array of objects, or an object whose `data` field is such an array. Each object is a row."""
     try:
         rows = json.loads("".join(lines))
         rows = rows["data"] if isinstance(rows, dict) else rows
@@ -83,13 +83,13 @@ def parse_json(lines: Iterator[str]) -> Rows:
 
 
 def parse_table(lines: Iterator[str], *, table: Table, sure: bool, path: Path | None) -> Rows:
-    """CSV or TSV. The first line names the columns, unless `table` does.
+    """Parses CSV or TSV. The first line names the columns, unless `table` does.
 
     Args:
         lines: The lines.
         table: The delimiter, the quoting and, if there is no header line, the columns.
-        sure: Whether the delimiter was chosen by the caller instead of the format.
-        path: The file, for warnings; None for no warnings.
+        sure: Whether the caller chose the delimiter. If false, it is the default delimiter of the format.
+        path: The path of the file, for warnings; None for no warnings.
     """
     csv.field_size_limit(2**24)  # a field may contain a book; the default limit is 131,072 characters
     record: list[str] = []  # the lines that the reader has read for the current row
@@ -145,7 +145,7 @@ def parse_table(lines: Iterator[str], *, table: Table, sure: bool, path: Path | 
 
 
 def _misfit(fields: list[str], names: list[str], delimiter: str | None) -> str:
-    """Describes the problem with the first line of a table; empty if there is none.
+    """Describes the problem with the first line of a table. If there is none, the result is empty.
 
     Args:
         fields: The cells of the first line.
@@ -167,20 +167,20 @@ def _misfit(fields: list[str], names: list[str], delimiter: str | None) -> str:
 
 
 def _last_quote(record: list[str]) -> int:
-    """The index of the line in which the last quote opens. `record` contains the lines of a row."""
+    """The index of the line on which the last quote opens. `record` contains the lines of a row."""
     # A quote opens at the beginning of the row, or after a comma, a line break or another quote.
     openings = [match.start() for match in re.finditer(r'(?<![^,\n"])"[^"]*"?', "".join(record))]
     return bisect.bisect(list(itertools.accumulate(map(len, record))), max(openings, default=0))
 
 
 def parse_text(lines: Iterator[str]) -> Rows:
-    """Each line is the `text` of one row."""
+    """Parses plain text. Each line is the `text` of one row."""
     for number, line in enumerate(lines, 1):
         yield number, {"text": line.rstrip("\r\n")}
 
 
 def parse_text_and_label(lines: Iterator[str]) -> Rows:
-    """Each line contains the `text` of a row, a semicolon and the `label`. A header in the first line is skipped."""
+    """Parses lines of the form `text;label`. Each line is a row. A header in the first line is skipped."""
     for number, line in enumerate(lines, 1):
         text, semicolon, label = line.strip().rpartition(";")
         if not line.strip() or (number == 1 and text.strip().lower() in TEXT):
@@ -189,7 +189,10 @@ def parse_text_and_label(lines: Iterator[str]) -> Rows:
 
 
 def parse_conll(lines: Iterator[str]) -> Rows:
-    """Each line has a word in the first column and its tag in the last. A blank line ends a row (`tokens`, `tags`)."""
+    """Parses CoNLL. Each line contains a word in the first column and the word's tag in the last column.
+
+    A blank line ends a row. Each row has the columns `tokens` and `tags`.
+    """
     words: list[list[str]] = []  # the columns of each word of the row
     columns, wrong = 0, ""
     ambiguous: set[int] = set()  # column counts of lines that may be comments
@@ -213,7 +216,7 @@ def parse_conll(lines: Iterator[str]) -> Rows:
 
 
 def parse_squad(lines: Iterator[str]) -> Rows:
-    """SQuAD's JSON, or the array of its articles. Each question is a row."""
+    """Parses SQuAD's JSON, or just its array of articles. Each question is a row."""
     try:
         content = json.loads("".join(lines))
         rows = [
@@ -236,13 +239,13 @@ PARSERS: dict[str, Callable[[Iterator[str]], Rows]] = {
     "conll": parse_conll,
     "squad": parse_squad,
 }
-"""The functions that parse the lines of a file, by format. For tables, the function is `parse_table`."""
+"""Maps each format to the function that parses the lines of a file. For tables, the function is `parse_table`."""
 
 
 def literal(text: str) -> Any:
-    """Parses a table cell that contains a list or an object in the notation of JSON, Python or NumPy.
+    """Parses a table cell that contains a list or an object in JSON, Python or NumPy notation.
 
-    The result for an empty cell is an empty list.
+    For an empty cell, the result is an empty list.
 
     Raises:
         InputError: If the cell is in none of these notations.
@@ -288,9 +291,9 @@ def _with_commas(text: str) -> str:
         if part == ",":
             separators[-1].add(part)
         if kind == "opening":
-            # `separators` contains the separators found in each open bracket. If there are both commas and spaces, the
-            # error below is raised. Spaces are allowed only in lists, so for other brackets, the set starts with a
-            # comma.
+            # `separators` contains a set of the separators found in each open bracket. If a set contains both commas
+            # and spaces, the error below is raised. Spaces are allowed only in lists, so for other brackets, the set
+            # initially contains a comma.
             separators.append(set() if part == "[" else {","})
         if kind == "closing" and (len(separators) == 1 or len(separators.pop()) > 1):
             raise ValueError("commas or brackets are missing")

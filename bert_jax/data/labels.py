@@ -10,7 +10,7 @@ from bert_jax.data.formats import literal
 from bert_jax.errors import InputError, listed, quoted
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-"""The problem types, as in the `problem_type` of config.json."""
+"""The problem types, as in the `problem_type` field of `config.json`."""
 UNKNOWN = -1
 """The label id of an unlabeled example, as in the GLUE test sets. In float targets, NaN is used instead."""
 
@@ -19,10 +19,10 @@ def read_lists(labels: dict[str, Any], problem_type: str | None) -> None:
     """Parses labels that are lists written as strings, as in the cells of a CSV file.
 
     If `problem_type` is None and any string is a list, all strings must be lists or blank. If `problem_type` is
-    `MULTI`, all strings in brackets must be lists.
+    `MULTI`, every bracketed string must be a list.
 
     Args:
-        labels: The label of each row, modified in place. The keys identify the rows in messages by split and number.
+        labels: The label of each row, modified in place. Each key states the row's split and number for error messages.
         problem_type: None or `MULTI`.
 
     Raises:
@@ -97,7 +97,7 @@ def read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
     if binary and len(lengths) == 1 and (lengths == {len(names)} if names else lengths != {1}):
         for where, label in lists.items():
             vector = [int(part) for part in label]
-            # Names, if given, replace the vector, which would be wrong for a model with a different label order.
+            # If names are given, they replace the vector, which would be wrong for a model with another label order.
             labels[where] = list(itertools.compress(names, vector)) if names else vector
         labels.update(dict.fromkeys(blank))
         return f"labels: 0/1 vectors over {listed(names or numbered(*lengths))}"
@@ -120,7 +120,7 @@ def read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
 
 
 def numbered(count: int) -> tuple[str, ...]:
-    """The default names of `count` labels, as in transformers."""
+    """The default names of `count` labels, as in `transformers`."""
     return tuple(f"LABEL_{i}" for i in range(count))
 
 
@@ -130,7 +130,7 @@ def is_vector(label: Any) -> bool:
 
 
 def as_number(label: Any) -> float | None:
-    """Converts a label, which may be a string, to a number; None if it is not a number."""
+    """Converts a label, which may be a string, to a number. If it is not a number, the result is None."""
     try:
         return float(label)
     except OverflowError:  # an integer too large for float64
@@ -149,7 +149,7 @@ def label_set(labels: Sequence[Any], problem_type: str | None) -> tuple[str, tup
     """Infers the problem type (unless it is given) and the sorted label names from the labels of training examples.
 
     Lists imply multi-label classification. Numbers imply regression if at least one is not an integer. All other labels
-    imply one label per example. The labels of 0/1 vectors are named LABEL_0, LABEL_1, …
+    imply single-label classification. The labels of 0/1 vectors are named LABEL_0, LABEL_1, …
     """
     if problem_type is None:
         several = any(isinstance(label, list | tuple) for label in labels)

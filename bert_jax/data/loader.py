@@ -1,4 +1,4 @@
-"""Makes batches of examples. The batch of any step can be made without making the batches of earlier steps."""
+"""Makes batches of examples. The batch for any step can be made without making those for earlier steps."""
 
 import functools
 import hashlib
@@ -17,7 +17,10 @@ LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 204
 To limit padding, each length is at most 1.5 times the previous length.
 """
 SORTED_TOGETHER = 50
-"""Shuffled examples are sorted by length within groups of this many batches, like `group_by_length` in transformers."""
+"""Shuffled examples are sorted by length within groups of this many batches.
+
+The `group_by_length` option of `transformers` works similarly.
+"""
 
 
 class Batch(TypedDict):
@@ -26,10 +29,10 @@ class Batch(TypedDict):
     Attributes:
         inputs: The keyword arguments of the model, int32 [B, T]: `input_ids`, `token_type_ids` and `attention_mask`.
             For packed rows, `document_ids` (0 for padding) and `position_ids` replace `attention_mask`.
-        targets: The targets that the task's loss expects: [B, K, …] for example targets, [B, T] for token targets.
-            `MaskedExamples` adds targets for up to P masked tokens per row, [B, P].
+        targets: The targets that the task's loss expects: [B, K, …] for one target per example, [B, T] for one target
+            per token. `MaskedExamples` adds targets for up to P masked tokens per row, [B, P].
         starts: int32 [B, K], the index of each example's first token in its row.
-        weights: float32 [B, K], 1 for examples, 0 for unused entries.
+        weights: float32 [B, K], 1 for examples and 0 for unused entries.
     """
 
     inputs: dict[str, np.ndarray]
@@ -39,7 +42,7 @@ class Batch(TypedDict):
 
 
 class Shape(NamedTuple):
-    """The shape of a batch: rows, tokens per row, and maximum number of examples per row.
+    """The shape of a batch: number of rows, number of tokens per row, and maximum number of examples per row.
 
     Each shape needs a separate compiled program.
     """
@@ -69,7 +72,7 @@ class Place(NamedTuple):
 
 
 def one_a_row(indices: np.ndarray, rows: int, length: int) -> Place:
-    """Assigns each example to a separate row in a batch of `rows` rows of `length` tokens."""
+    """Assigns each example to a separate row in a batch of `rows` rows with `length` tokens each."""
     return Place(indices, np.arange(len(indices)), Shape(rows, length, 1))
 
 
@@ -80,16 +83,16 @@ class Examples:
     Attributes:
         input_ids: One array of token ids per example, including special tokens.
         token_type_ids: One array of token types per example.
-        targets: Arrays by name, with one number ([N]) or one vector ([N, …]) per example.
+        targets: Arrays keyed by name, with one number ([N]) or one vector ([N, …]) per example.
         token_targets: For each name, one array per example with one entry per token. In a batch, the entries for
             padding are `losses.IGNORE`.
-        origins: One tuple per example, which identifies the source of the example for the task. The first item is the
-            index of the data row. Origins are not part of batches. If `origins` is empty, example i is made from row i.
+        origins: One tuple per example, which tells the task where the example comes from. The first item is the index
+            of the data row. Origins are not part of batches. If `origins` is empty, example i is made from row i.
         pad_token_id: The id with which rows are padded.
     """
 
     packed: ClassVar[bool] = False
-    """Whether each example consists of several texts, so that its row is always packed."""
+    """Whether each example consists of several texts. If so, rows are always packed."""
 
     input_ids: Sequence[np.ndarray]
     token_type_ids: Sequence[np.ndarray]
@@ -103,7 +106,7 @@ class Examples:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of each example: int64 [N]."""
+        """Number of tokens in each example: int64 [N]."""
         return np.array([len(ids) for ids in self.input_ids])
 
     def digest(self) -> str:
@@ -115,7 +118,7 @@ class Examples:
         return found.hexdigest()
 
     def rows(self, indices: np.ndarray) -> list[int]:
-        """The numbers, starting at 1, of the data rows from which the given examples are made."""
+        """The row numbers (starting at 1) of the data rows from which the given examples are made."""
         return sorted({1 + (self.origins[i][0] if self.origins else int(i)) for i in indices})
 
     def spots(self, place: Place, part: tuple[int, int] = (0, 1)) -> list[Spot]:
@@ -123,7 +126,7 @@ class Examples:
 
         Args:
             place: The examples of the batch.
-            part: The index of the part, and the number of parts.
+            part: A pair: the index of the part and the number of parts.
         """
         size = place.shape.rows // part[1]
         here = place.rows // size == part[0]
@@ -131,7 +134,7 @@ class Examples:
         return lay_out(indices.tolist(), rows.tolist(), self.lengths[indices].tolist())
 
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
-        """Makes a batch or one part of its rows. `part` is the index of the part and the number of parts."""
+        """Makes a batch or one part of its rows. `part` is a pair: the index of the part and the number of parts."""
         shape = place.shape.rows // part[1], place.shape.length
         by_example = shape[0], place.shape.examples
         spots = self.spots(place, part)
@@ -171,7 +174,7 @@ def bucketed(
 
 
 def padded_length(tokens: int, multiple: int = 1) -> int:
-    """The row length for a number of tokens.
+    """The length to which a row of `tokens` tokens is padded.
 
     This is the smallest of `LENGTHS` that is at least `tokens`, or `tokens` itself if it exceeds all of `LENGTHS`,
     rounded up to a multiple of `multiple`.
@@ -185,12 +188,12 @@ def balanced(lengths: np.ndarray, batch_size: int, random: np.random.Generator) 
     The examples are sorted by length and divided into strata. Each batch gets a random example from every stratum.
 
     Args:
-        lengths: Number of tokens of each example.
+        lengths: Number of tokens in each example.
         batch_size: Maximum number of examples per batch. Batch sizes differ by at most 1.
         random: The random generator.
 
     Returns:
-        The indices of the examples of each batch, longest example first.
+        The indices of the examples in each batch, longest example first.
     """
     count = -(-len(lengths) // batch_size)
     order = random.permutation(len(lengths))
@@ -203,7 +206,7 @@ def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.nd
     """Packs examples into rows with `best_fit`.
 
     Args:
-        lengths: Number of tokens of each example.
+        lengths: Number of tokens in each example.
         indices: Indices of the examples to pack, longest first.
         length: Tokens per row.
 
@@ -217,19 +220,19 @@ def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.nd
 def packed_shape(
     lengths: np.ndarray, batches: Sequence[np.ndarray], share: int, limit: int, multiple: int = 1
 ) -> Shape:
-    """Finds the shape with the least work among the shapes into which every batch fits when packed.
+    """Finds the shape that requires the least work among the shapes into which every packed batch fits.
 
     Args:
-        lengths: Number of tokens of each example.
-        batches: The indices of the examples of each batch, longest example first.
+        lengths: Number of tokens in each example.
+        batches: The indices of the examples in each batch, longest example first.
         share: The number of rows must be a multiple of this number.
         limit: Maximum number of tokens per row, unless an example is longer than this.
-        multiple: The number of tokens per row has to be a multiple of this.
+        multiple: The number of tokens per row must be a multiple of this number.
     """
     most, longest = max(int(lengths[batch].sum()) for batch in batches), int(lengths.max())
 
     def least(length: int) -> int:
-        """A lower bound on the work with rows of this length: the work without padding."""
+        """A lower bound on the work for rows of this length: the work if no padding were needed."""
         return _work(Shape(-(-most // length // share) * share, length, 1))
 
     step = max(8, multiple)
@@ -242,12 +245,12 @@ def packed_shape(
         found.append(Shape(-(-rows // share) * share, length, examples))
     best = min(found, key=_work)
     # Allow two more examples per row. If a row of a later epoch had more examples than the shape allows, its batch
-    # would need its own program.
+    # would need a separate compiled program.
     return best if best.examples == 1 else best._replace(examples=best.examples + 2)
 
 
 def _work(shape: Shape) -> int:
-    """Estimates the work of a batch. Each token costs 1000 plus the length of its row (measured at hidden size 384)."""
+    """Estimates the work of a batch. Each token costs 1000 plus its row's length (measured with hidden size 384)."""
     return shape.rows * shape.length * (1000 + shape.length)
 
 
@@ -257,14 +260,14 @@ class Loader:
     The examples of a batch and their rows depend only on the step and on the arguments other than `part`.
 
     Args:
-        examples: The examples to learn from or to evaluate.
+        examples: The examples for training or evaluation.
         batch_size: Maximum number of examples per batch, across all processes.
         seed: The seed for the order of the examples.
         share: The number of rows in a batch must be a multiple of this number, so that devices get equal parts.
         packing: Maximum number of tokens in a packed row, which contains several examples; None for one example per
             row.
-        multiple: The number of tokens per row has to be a multiple of this.
-        part: The index of the part of the rows to make, and the number of parts.
+        multiple: The number of tokens per row must be a multiple of this number.
+        part: A pair: the index of the part of the rows to make, and the number of parts.
     """
 
     def __init__(
@@ -312,7 +315,7 @@ class Loader:
         return self.examples.batch(self.place(step), self.part)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yields the batches of steps `start` to `stop` - 1. A thread prepares the batches in advance."""
+        """Yields the batches of steps `start` to `stop` - 1. A background thread prepares the batches in advance."""
         import grain
 
         steps = grain.MapDataset.range(start, stop).map(self.batch_at)

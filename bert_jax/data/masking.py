@@ -20,7 +20,7 @@ class Masking:
 
     Attributes:
         share: Share of the example's tokens to choose; at least one token is chosen.
-        most: Maximum number of tokens to choose. BERT's maximum (max_predictions_per_seq) is 20 for examples of 128
+        most: Maximum number of tokens to choose. BERT's maximum (`max_predictions_per_seq`) is 20 for examples of 128
             tokens and 76 for examples of 512 tokens.
         whole_words: Whether to choose all pieces of a word together.
     """
@@ -41,7 +41,7 @@ def choose(
     """Chooses the tokens to predict.
 
     Args:
-        candidates: Positions to choose from, int [m], ascending.
+        candidates: The positions that may be chosen, int [m], ascending.
         n: Number of tokens to choose.
         random: The random generator.
         continuing: bool [m], true for each candidate that continues the word of the previous candidate. If given, whole
@@ -64,7 +64,7 @@ def choose(
 
 
 def hide(ids: np.ndarray, random: np.random.Generator, mask_id: int, vocab_size: int) -> np.ndarray:
-    """Replaces chosen tokens: 80 % become [MASK], 10 % become a random token, and 10 % remain unchanged."""
+    """Replaces chosen tokens: 80% become [MASK], 10% become random tokens, and 10% remain unchanged."""
     fate = random.random(len(ids))
     return np.where(fate < 0.8, mask_id, np.where(fate < 0.9, random.integers(vocab_size, size=len(ids)), ids))
 
@@ -88,14 +88,14 @@ class MaskedExamples(Examples):
     """Examples in which some tokens are chosen for prediction.
 
     The choice depends only on the seed, the epoch and the example. Up to P tokens are chosen per row. Three arrays,
-    int32 [B, P], are added to the `targets` of a batch, with one entry per chosen token: `masked_positions` contains
+    int32 [B, P], are added to the `targets` of a batch, with one entry per chosen token. `masked_positions` contains
     the index of the token in the row, `labels` contains the token's original id, and `guessed_in` contains the index of
     the token's example among the examples in the row. Unused entries are `IGNORE` in `labels` and 0 in the other two
     arrays.
 
     Attributes:
         masking: The number of tokens to choose, and whether to choose whole words.
-        seed: The seed of the choice.
+        seed: The seed for the random choices.
         mask_id: The id of [MASK].
         vocab_size: The size of the vocabulary from which random replacements are drawn.
         special: Ids that are never chosen.

@@ -15,10 +15,10 @@ class Spot(NamedTuple):
 
     Attributes:
         item: The index of the item.
-        row: The row of the batch.
+        row: The index of the row in the batch.
         number: The number of the item within its row, starting at 0.
         start: The index of the item's first token in the row.
-        stop: The index after the item's last token.
+        stop: The index just past the item's last token in the row.
     """
 
     item: int
@@ -29,7 +29,7 @@ class Spot(NamedTuple):
 
     @property
     def tokens(self) -> tuple[int, slice]:
-        """The index of the item's tokens in an array [rows, tokens, …]."""
+        """The index that selects the item's tokens in an array [rows, tokens, …]."""
         return self.row, slice(self.start, self.stop)
 
 
@@ -60,8 +60,8 @@ def model_inputs(
         input_ids: The token ids of each item.
         token_type_ids: The token types of each item.
         shape: The number of rows and the number of tokens per row.
-        packed: Whether a row may hold several items.
-        pad_token_id: The id of padding.
+        packed: Whether a row may contain several items.
+        pad_token_id: The id of the padding token.
 
     Returns:
         int32 arrays of the given shape: `input_ids`, `token_type_ids` and `attention_mask`. If rows are packed,

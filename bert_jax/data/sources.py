@@ -1,4 +1,4 @@
-"""Reads the rows of files and of data sets on the Hugging Face Hub. Each row is a dict from column to value."""
+"""Reads rows from files and Hugging Face Hub data sets. Each row is a dict that maps column names to values."""
 
 import contextlib
 import functools
@@ -49,9 +49,9 @@ class Entry(NamedTuple):
 
     Attributes:
         line: The location of the row, starting at 1. For most formats, it is the line on which the row begins. For
-            CoNLL, it is the line after the row; for Parquet, JSON and SQuAD, the number of the row; for a folder, the
-            number of the file.
-        row: The row as a dict from column to value, or an error that states why the row cannot be read.
+            CoNLL, it is the line after the row. For Parquet, JSON and SQuAD, it is the number of the row. For a folder,
+            it is the number of the file.
+        row: The row as a dict that maps column names to values, or an error that states why the row cannot be read.
         position: Number of bytes read from the file so far, for progress bars; 0 if unknown.
     """
 
@@ -62,7 +62,7 @@ class Entry(NamedTuple):
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Converts errors that occur while a file is read to an `InputError`.
+    """Re-raises file errors as `InputError`.
 
     Raises:
         InputError: If the body of the `with` statement raises a file system error or a gzip error.
@@ -96,7 +96,7 @@ def read(
 
 
 def class_labels(path: str | Path, format: str | None = None) -> ClassLabels:
-    """Finds the columns that contain class ids, and their class names, in a Parquet file that `datasets` wrote.
+    """Finds the columns of class ids, and their class names, in a Parquet file that the `datasets` library wrote.
 
     For other files, the result is empty.
 
@@ -149,10 +149,10 @@ def entries(
     """Streams the rows of a file, with an error instead of each row that cannot be read.
 
     Args:
-        path: A file or a folder. A file may be gzipped, unless it is Parquet. In a folder and its subfolders, each .txt
-            file is the `text` of one row.
+        path: A file or a folder. A file may be gzipped, unless it is a Parquet file. In a folder and its subfolders,
+            each `.txt` file is the `text` of one row.
         format: The format of the file. If None, the format is inferred from the file's name. For names that end in
-            .json, the beginning of the file determines whether it is "json", "squad" or "jsonl".
+            `.json`, the beginning of the file determines whether the format is "json", "squad" or "jsonl".
 
             - "jsonl": Each line is a JSON object that represents a row.
             - "json": An array of objects, or an object whose `data` field is such an array. Each object in the array is
@@ -163,12 +163,12 @@ def entries(
             - "text;label": Each line contains the `text` of a row, a semicolon, and the `label` of the row. If a line
               contains several semicolons, the last one is the separator. The first line is skipped as a header if its
               text is one of `TEXT`.
-            - "conll": Each line has a word in the first column and the word's tag in the last column. Each row has the
+            - "conll": Each line contains a word in the first column and the word's tag in the last. Each row has the
               columns `tokens` and `tags` and ends at a blank line. The first word of a row may be preceded by comments,
               such as `# id 3b1c` or `# text = A sentence.`
-            - "squad": SQuAD's JSON, or the array of its articles. Each question is a row. The whole file is read before
-              the first row is returned.
-        labeled: If `format` is None, whether the format of a .txt file is "text;label" instead of "text".
+            - "squad": SQuAD's JSON, or just its array of articles. Each question is a row. The whole file is read
+              before the first row is returned.
+        labeled: If `format` is None, whether the format of a `.txt` file is "text;label" instead of "text".
         table: Options for reading a table. For other formats, only the default is allowed.
         warn: Whether to log warnings. A caller that reads a file twice passes False for one of the reads, so that each
             warning is logged only once.
@@ -217,9 +217,9 @@ def entries(
 
 
 def format_of(path: Path, labeled: bool) -> str:
-    """Infers the format of a file from its name and, for a .json file, from the beginning of its content.
+    """Infers the format of a file from its name and, for a `.json` file, from the beginning of its content.
 
-    The formats are those of `entries`.
+    `entries` lists the formats.
 
     Raises:
         InputError: If the format cannot be inferred from the name.
@@ -304,7 +304,7 @@ def column(there: Collection[str], name: str | None, usual: Iterable[str]) -> st
     If none of the usual columns exists, the result is None.
 
     Raises:
-        InputError: If the column `name` does not exist.
+        InputError: If `name` is given and there is no such column.
     """
     if name is None:
         return next((candidate for candidate in usual if candidate in there), None)

@@ -1,13 +1,14 @@
 """The interfaces through which inference and training use a task.
 
-For inference, a task provides `Task.forward`, a pure function that runs on the device, and `Task.request`, which makes
-a request from an input. A request's steps are a generator. It yields the rows to compute, receives their outputs, may
-yield more rows that depend on those outputs, and finally returns the result. A request does not handle batches. The
-pipeline (`bert_jax.inference.pipelines`) collects the rows of many requests into batches and pads each batch to one of
-a few shapes, called buckets. The result of a request does not depend on the other requests in the batch.
+For inference, a task provides `Task.forward`, a pure function that runs on the device, and `Task.request`, which
+creates a request from an input. A request's steps are a generator. It yields rows for the model, receives their
+outputs, may yield more rows that depend on those outputs, and finally returns the result. Requests do not deal with
+batching. The pipeline (`bert_jax.inference.pipelines`) collects the rows of many requests into batches and pads each
+batch to one of a few shapes, called buckets. The result of a request does not depend on the other requests in the
+batch.
 
-In shapes, B is the number of rows, T the tokens per row, K the texts or examples per row, P the masked positions per
-row, C the number of labels, and V the vocabulary size.
+In shapes, B is the number of rows, T the number of tokens per row, K the number of texts or examples per row, P the
+number of masked positions per row, C the number of labels, and V the vocabulary size.
 """
 
 import re
@@ -33,7 +34,7 @@ def check_pairs(config: BertConfig) -> None:
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: BertConfig) -> None:
-    """Raises `CheckpointError` if the tokenizer has ids for which the model has no embeddings."""
+    """Raises `CheckpointError` if the tokenizer has token ids for which the model has no embeddings."""
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"The tokenizer has {tokenizer.vocab_size} tokens and the model has {config.vocab_size}. "
@@ -46,7 +47,7 @@ def check_text(text: Any, name: str = "text") -> None:
 
     Args:
         text: The text to check.
-        name: The name of the text in the error message for a blank text.
+        name: What the error message calls the text if it is blank.
     """
     if not isinstance(text, str):
         raise InputError(f"expected a text, got {quoted(text)} ({type(text).__name__}).")
@@ -61,8 +62,8 @@ class ReadOptions:
     Attributes:
         labels: The names of the labels in the order of their ids; None to take them from the data set.
         problem_type: The problem type of text classification; None to infer it from the labels.
-        wrong_answers: Whether question answering skips an invalid row or stops with an error. A row is invalid if, for
-            example, its context does not contain the answer at the given start.
+        wrong_answers: For question answering, whether to skip invalid rows ("skip") or to stop with an error ("stop").
+            A row is invalid if, for example, its context does not contain the answer at the given start.
     """
 
     labels: tuple[str, ...] | None = None
@@ -72,13 +73,13 @@ class ReadOptions:
 
 @dataclass
 class Features:
-    """The tokens of one text, pair or window: a row for the model, or a part of a packed row.
+    """The tokens of one text, pair of texts or window: a row for the model, or a part of a packed row.
 
     Attributes:
         input_ids: Token ids, including special tokens.
         token_type_ids: 0 or 1 for each token.
-        masked_positions: Indices of the tokens at which the model scores every token of the vocabulary; empty if
-            `Task.masked` is false.
+        masked_positions: Positions at which the model scores every token of the vocabulary; empty if `Task.masked` is
+            false.
         labels: Ids of the true tokens at the masked positions; empty if `Task.with_labels` is false.
         outputs: The names of the required outputs; empty for all.
     """
@@ -91,7 +92,7 @@ class Features:
 
 
 Outputs = Mapping[str, np.ndarray]
-"""The arrays that `Task.forward` returns for one `Features`, by name and without padding.
+"""The arrays that `Task.forward` returns for one `Features` object, keyed by name and without padding.
 
 Each array has one entry per masked position, one entry per token, or a single entry for the whole text.
 """
@@ -99,7 +100,7 @@ Each array has one entry per masked position, one entry per token, or a single e
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 Steps = Generator[list[Features], list[Outputs], Result]
-"""A generator that yields the rows to compute, receives their outputs, and returns the result."""
+"""A generator that yields rows for the model, receives their outputs, and finally returns the result."""
 
 
 @dataclass(frozen=True)
@@ -125,26 +126,26 @@ class LabelScore(TypedDict):
 
 
 class Task(Protocol):
-    """The interface for inference. The constructor takes a tokenizer, a config and the maximum row length."""
+    """The inference interface of a task. The constructor takes a tokenizer, a config and the maximum row length."""
 
     name: str
     """The Hugging Face name of the task."""
     model_class: Any
     """The class of the task's models."""
     per_token: bool
-    """Whether outputs have one entry per token. If this and `masked` are false, outputs have one entry per text."""
+    """Whether outputs have one entry per token. If neither this nor `masked` is true, they have one entry per text."""
     masked: bool
     """Whether rows have masked positions. If so, outputs have one entry per masked position."""
     one_mask: bool = False
     """Whether each text has exactly one masked position."""
     with_labels: bool = False
-    """Whether rows have `labels`, the true tokens at their masked positions."""
+    """Whether rows have `labels`, the ids of the true tokens at their masked positions."""
     columns_of_input: tuple[tuple[str, ...], ...]
-    """Alternatives for the columns of an input. For each row, the first tuple whose columns all exist is used."""
+    """Alternative tuples of input columns. For each row, the first tuple whose columns all exist is used."""
     json_input: Any
     """The type of one input in the JSON body that the server receives."""
     example: Any
-    """A valid input. Making a request from it checks whether parameters are valid."""
+    """A valid input. Creating a request from it checks whether parameters are valid."""
 
     def forward(self, model: Any, inputs: dict[str, Any], starts: jax.Array) -> dict[str, jax.Array]:
         """Computes the outputs of a batch. This function is pure and is compiled once per batch shape.
@@ -156,12 +157,12 @@ class Task(Protocol):
                 all rows.
 
         Returns:
-            The output arrays by name: [B, P, …] if `masked`, [B, T, …] if `per_token`, else [B, K, …].
+            The output arrays, keyed by name: [B, P, …] if `masked`, [B, T, …] if `per_token`, else [B, K, …].
         """
 
     @property
     def request(self) -> Callable[..., Request[Any]]:
-        """The function that makes a request from an input and parameters.
+        """The function that creates a request from an input and parameters.
 
         The function raises `InputError` if the input or a parameter is invalid.
         """
@@ -175,7 +176,7 @@ class Objective(Protocol):
     """A training objective: the loss, outputs and metrics that training and evaluation require."""
 
     metrics: tuple[str, ...]
-    """Names of the metrics; the first one selects the best checkpoint unless the settings name another."""
+    """Names of the metrics; the first one selects the best checkpoint unless the settings specify another."""
     per_token: bool
     """Whether outputs have one entry per token. If false, they have one entry per example."""
 
@@ -187,14 +188,14 @@ class Objective(Protocol):
         """
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """The arrays that `evaluate` needs from a batch, by name: [B, T, …] if `per_token`, else [B, K, …]."""
+        """The arrays that `evaluate` needs from a batch, keyed by name: [B, T, …] if `per_token`, else [B, K, …]."""
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
         """Computes the metrics from the `outputs` of all examples."""
 
 
 class TrainableTask(Task, Objective, Protocol):
-    """A task for which pretrained models are fine-tuned."""
+    """A task for which pretrained models can be fine-tuned."""
 
     columns: Mapping[str, tuple[str, ...]]
     """Maps each field of a row to the usual names of its column. The `data` settings can specify a different column."""
@@ -203,16 +204,16 @@ class TrainableTask(Task, Objective, Protocol):
     target: str
     """The field of `columns` that the model learns to predict."""
     head: str
-    """Regular expression for the paths of the head's parameters. Pretrained checkpoints lack these parameters."""
+    """A regular expression for the paths of the head's parameters, which pretrained checkpoints lack."""
     peft_type: str
     """The `task_type` that the `peft` library uses for models of this task."""
     options: Mapping[str, type] = {}
     """Maps the names of additional constructor arguments to their classes.
 
-    For each of these arguments, the settings contain a section of the same name.
+    For each of these arguments, the settings contain a section with the same name.
     """
     order_matters: bool = False
-    """Whether a metric of models with two labels depends on the order of the labels."""
+    """Whether, for models with two labels, any metric depends on the order of the labels."""
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
@@ -234,9 +235,9 @@ class TrainableTask(Task, Objective, Protocol):
         """Whether any example has true values with which `evaluate` can compare the outputs."""
 
     def tuned(self, metrics: Mapping[str, Any]) -> Self:
-        """Returns a task that uses the values in `metrics` that an evaluation tuned, such as a threshold.
+        """Returns a task that uses the tuned values in the metrics of an evaluation, such as a threshold.
 
-        A task without such values returns itself.
+        A task without tuned values returns itself.
         """
         return self
 
@@ -252,16 +253,16 @@ class TrainableTask(Task, Objective, Protocol):
 
     @staticmethod
     def files(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Additional files to write next to the predictions, as JSON values by file name. By default, there are none.
+        """Additional files to write next to the predictions, as JSON values keyed by file name; none by default.
 
         Args:
-            lines: The rows of the data, each with its `prediction`.
+            lines: The data rows, each with its `prediction`.
         """
         return {}
 
 
 def known_labels(labels: Sequence[str]) -> str:
-    """The last part of an error message about an unknown label, which lists the model's labels."""
+    """The end of an error message about an unknown label. It lists the model's labels."""
     if all(re.fullmatch(r"LABEL_\d+", label) for label in labels):
         return f"the model has {listed(labels)}; set data.labels to name them, in this order."
     return f"the labels are {listed(labels)}."

@@ -1,4 +1,4 @@
-"""feature-extraction: the encoder's output vectors, one per token or one for the whole text."""
+"""feature-extraction: returns the encoder's output vectors, one per token or one for the whole text."""
 
 import functools
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ POOLING = (None, "cls", "mean", "max", "auto")
 
 
 class FeatureExtraction:
-    """Returns the vectors of the last layer or of other layers."""
+    """Returns the vectors of the last layer or of selected layers."""
 
     name = "feature-extraction"
     model_class = BertModel
@@ -37,7 +37,7 @@ class FeatureExtraction:
 
     @functools.cached_property
     def embedding(self) -> SentenceEmbedding:
-        """The result of `declared` for the model's folder, which the pooling "auto" applies.
+        """The settings that the pooling "auto" applies: the result of `declared` for the model's folder.
 
         Raises:
             InputError: If the model was not loaded from a folder, or if `declared` raises `CheckpointError`.
@@ -50,11 +50,11 @@ class FeatureExtraction:
             raise InputError(f"pooling is 'auto', but {error} To choose the pooling, pass 'cls' or 'mean'.") from None
 
     def declared(self, folder: Path) -> SentenceEmbedding:
-        """Reads how the sentence-transformers model in a folder turns token vectors into one vector.
+        """Reads how the sentence-transformers model in a folder converts token vectors to one vector.
 
         Raises:
-            CheckpointError: If there is no such model, if it declares something that this package does not support, or
-                if it does not fit the network or the tokenizer.
+            CheckpointError: If the folder contains no such model, or if the model declares settings that this package
+                does not support or that do not match the network or the tokenizer.
         """
         embedding = SentenceEmbedding.from_pretrained(folder)
         if embedding.size != self.config.hidden_size:
@@ -76,7 +76,7 @@ class FeatureExtraction:
         return min(self.max_length, self.embedding.max_length or self.max_length)
 
     def forward(self, model: BertModel, inputs: dict[str, Any], starts: jax.Array) -> dict[str, jax.Array]:
-        """The hidden states by layer number, "0" for the embeddings: [B, T, D] in the compute dtype."""
+        """The hidden states, keyed by layer number ("0" for the embeddings): [B, T, D] in the compute dtype."""
         return {str(i): states for i, states in enumerate(model(**inputs).hidden_states)}
 
     def request(
@@ -90,19 +90,19 @@ class FeatureExtraction:
         """Encodes one text.
 
         Args:
-            text: A text; it is truncated to the model's maximum length.
+            text: The text, which is truncated to the model's maximum length.
             layers: The layers whose vectors to return, such as `[6, -1]`: 0 for the embeddings, 1 for the first layer,
                 and -1 for the last, as in `hidden_states`. None returns the vectors of the last layer, without a layer
                 axis.
-            pooling: None returns the vector of each token, "cls" returns the vector of [CLS], and "mean" and "max"
-                return the mean and the maximum over all tokens, including [CLS] and [SEP] (Reimers & Gurevych 2019,
+            pooling: None returns the vector of each token. "cls" returns the vector of [CLS]. "mean" and "max" return
+                the mean and the maximum over all tokens, including [CLS] and [SEP] (Reimers & Gurevych 2019,
                 arXiv:1908.10084, section 3). "auto" applies the pooling, normalization and maximum length that the
-                folder of a sentence-transformers model declares.
-            normalize: Whether to scale each vector to length 1. With "auto", vectors are also scaled if the folder
-                declares normalization.
+                sentence-transformers files in the model's folder declare.
+            normalize: Whether to scale each vector to length 1. With "auto", vectors are also scaled if these files
+                declare normalization.
 
         Returns:
-            float32 [T, D] if `pooling` is None, else [D]; [layers, T, D] or [layers, D] if `layers` are given.
+            float32 [T, D] if `pooling` is None, else [D]; [layers, T, D] or [layers, D] if `layers` is given.
 
         Raises:
             InputError: If `text` is not a string or is blank, if the model lacks one of the `layers`, if `pooling` is
@@ -135,20 +135,20 @@ class FeatureExtraction:
         normalize: bool | None = None,
         truncate: bool = True,
     ) -> Request[np.ndarray]:
-        """Embeds one text with the pooling that the folder of a sentence-transformers model declares.
+        """Embeds one text with the pooling that the sentence-transformers files in the model's folder declare.
 
         Args:
             text: A text, or its token ids. [CLS] and [SEP] are added to ids that lack them.
             layers: As in `request`.
-            normalize: Whether to scale the vector to length 1; None to follow the folder's declaration.
-            truncate: Whether to truncate a text that is too long. If false, such a text is refused.
+            normalize: Whether to scale the vector to length 1; None to use the setting that these files declare.
+            truncate: Whether to truncate a text that is too long. If false, such a text raises `InputError`.
 
         Returns:
-            float32 [D]; [layers, D] if `layers` are given.
+            float32 [D]; [layers, D] if `layers` is given.
 
         Raises:
-            InputError: If `text` is blank, is too long or contains an invalid id, or if `request` raises the error for
-                the pooling "auto".
+            InputError: If `text` is blank or empty, is too long or contains an invalid id, or if `embedding` raises
+                this error.
         """
         embedding, longest = self.embedding, self.embedding_length
         if isinstance(text, str):

@@ -16,7 +16,7 @@ from bert_jax.tasks.base import Features, Outputs, Request, Steps, check_text
 from bert_jax.tokenizer import Tokenizer
 
 BEAMS = 16
-"""Number of partial fillings to keep after each mask when masks are filled jointly; `top_k` if that is larger."""
+"""Number of partial fillings to keep after each mask in joint filling (the beam width); `top_k` if that is larger."""
 
 
 MASKS = 64
@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 
 
 class TargetPiece(TypedDict):
-    """One piece of a target with several pieces, with its probability and its rank in the vocabulary."""
+    """One piece of a multi-piece target, with its probability and its rank in the vocabulary."""
 
     score: float
     token: int
@@ -34,7 +34,7 @@ class TargetPiece(TypedDict):
 
 
 class Filling(TypedDict):
-    """A filling of one mask or, if masks are filled jointly, of all masks. For the fields, see `FillMask.request`."""
+    """A filling of one mask or, if masks are filled jointly, of all masks. `FillMask.request` describes the fields."""
 
     score: float
     token: int | list[int]
@@ -48,7 +48,7 @@ Fillings = list[Filling] | list[list[Filling]]
 
 
 class FillMask:
-    """Fills masks like the Hugging Face pipeline.
+    """Fills masks, like Hugging Face's fill-mask pipeline.
 
     Unlike that pipeline, it can score targets with several pieces and fill masks jointly.
     """
@@ -88,8 +88,8 @@ class FillMask:
                 of the chosen tokens.
 
         Returns:
-            A list of `{score, token, token_str, sequence}`, best first. If the text has several masks, a list of such
-            lists, one per mask. Each `sequence` then retains the special tokens and the other masks.
+            A list of `{score, token, token_str, sequence}`, best first. If the text has several masks, the result is a
+            list of such lists, one per mask, and each `sequence` retains the special tokens and the other masks.
 
             If `targets` is given, each entry has a fifth field, `rank`: 1 plus the number of tokens in the vocabulary
             that are more likely than the target. For a target with several pieces, `token` is a list of ids, and
@@ -170,10 +170,10 @@ class FillMask:
     def _score_pieces(
         self, ids: list[int], mask: int, targets: list[list[int]]
     ) -> Steps[dict[tuple[int, ...], list[TargetPiece]]]:
-        """Scores the pieces of each target with several pieces at one mask.
+        """Scores, at one mask, the pieces of each multi-piece target.
 
-        To score piece n (counted from 0) of a target with k pieces, the mask is replaced with the first n pieces and k
-        - n masks. The piece is scored at the first of these masks.
+        To score piece n (counted from 0) of a target with k pieces, the mask is replaced with the first n pieces and
+        k - n masks. The piece is scored at the first of these masks.
         """
         found: dict[tuple[int, ...], list[TargetPiece]] = {}
         wanted = [(target, n) for target in targets if len(target) > 1 for n in range(len(target))]
@@ -199,8 +199,7 @@ class FillMask:
                 outputs = yield [self._row(row, [mask], around=masks) for _, row in some]
                 for (score, row), p in zip(some, _each(outputs), strict=True):
                     tokens = _best(p, width)
-                    # The scores are in descending order, so all scores after the first one that is too low are also too
-                    # low.
+                    # The scores are in descending order, so if one is too low, all later ones are too low as well.
                     scores = score * p[tokens].astype(np.float64)
                     kept = len(tokens) if len(best) < width else int(np.sum(scores > best[-1][0]))
                     best += [(float(s), row, token) for s, token in zip(scores[:kept], tokens[:kept], strict=True)]
@@ -234,7 +233,7 @@ class FillMask:
         return [list(ids) for ids in found]
 
     def _groups(self, masks: list[int]) -> Iterator[list[int]]:
-        """Splits the masks, in order, into the fewest possible groups that each fit into one window."""
+        """Splits the masks, in order, into as few groups as possible, each of which fits into one window."""
         group = masks[:1]
         for mask in masks[1:]:
             if mask - group[0] >= self.max_length - 2:
@@ -244,12 +243,12 @@ class FillMask:
         yield group
 
     def _row(self, ids: list[int], positions: list[int], around: Sequence[int] = ()) -> Features:
-        """Makes a row with masked positions: the text or, if the text is too long, a window of it.
+        """Makes a row with masked positions from the text or, if the text is too long, from a window of the text.
 
         Args:
             ids: Token ids of the whole text, with [CLS] first and [SEP] last.
-            positions: The masked positions, as indices in `ids`.
-            around: Indices in `ids` on which the window is centered. If empty, `positions` is used.
+            positions: The masked positions, as indices into `ids`.
+            around: Indices into `ids` on which the window is centered. If empty, `positions` is used.
         """
         if len(ids) <= self.max_length:
             return Features(ids, [0] * len(ids), positions)
@@ -272,9 +271,8 @@ class FillMask:
 
         The rest of the text is decoded only once.
 
-        The decoder decodes each token independently of the others, except the first token, which has no space before
-        it. Therefore, a part of the text is decoded together with a token before it, and the text of that token is cut
-        off.
+        The decoder decodes each token independently of the others, except that it puts no space before the first token.
+        Each part of the text is therefore decoded with another token in front, whose text is then cut off.
         """
         # As in Hugging Face's pipeline, special tokens are kept if there are several masks, because removing them would
         # also remove the masks that are not filled.
@@ -294,7 +292,7 @@ def _parts(items: list[Item]) -> Iterator[list[Item]]:
 
 
 def _chunks(rows: list[Features]) -> Iterator[list[Features]]:
-    """Splits rows, in order, into lists with a total of at most `MASKS` masked positions each."""
+    """Splits rows, in order, into lists that each contain at most `MASKS` masked positions in total."""
     chunk: list[Features] = []
     for row in rows:
         if chunk and sum(len(other.masked_positions) for other in chunk) + len(row.masked_positions) > MASKS:
@@ -310,7 +308,7 @@ def _each(outputs: list[Outputs]) -> Iterator[np.ndarray]:
 
 
 def _best(p: np.ndarray, k: int) -> list[int]:
-    """The ids of the k highest entries, best first. Among equal entries, lower ids come first."""
+    """The ids of the k most probable tokens, best first. Among equally probable tokens, lower ids come first."""
     candidates = np.flatnonzero(p >= np.partition(p, -k)[-k])  # np.partition takes half the time of np.argpartition
     best: list[int] = candidates[np.lexsort((candidates, -p[candidates]))][:k].tolist()
     return best

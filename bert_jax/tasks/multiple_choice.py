@@ -1,4 +1,4 @@
-"""multiple-choice: selects an answer to a question (Lai et al. 2017) or an ending of a text (Zellers et al. 2018)."""
+"""multiple-choice: selects an answer to a question (Lai et al. 2017) or an ending for a text (Zellers et al. 2018)."""
 
 import math
 import re
@@ -23,7 +23,7 @@ from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, Steps, 
 from bert_jax.tokenizer import Tokenizer
 
 ENDINGS = tuple(f"ending{i}" for i in range(10))
-"""Names of the columns that contain choices, as in SWAG, which has the first four."""
+"""Names of the columns that contain choices, as in SWAG, which uses the first four."""
 MOST_CHOICES = 32
 """Maximum number of choices per example. Each choice is tokenized together with the context."""
 UNKNOWN = -1
@@ -42,10 +42,11 @@ class Choice(TypedDict):
 class ChoiceExamples(Examples):
     """Examples that each consist of C texts, one per choice.
 
-    Each token array concatenates the texts of one example, so its choices always share a row, as separate documents.
+    Each token array concatenates the texts of one example. The choices of an example therefore always share a row, as
+    separate documents.
 
     Attributes:
-        sizes: Number of tokens of each choice, int64 [N, C].
+        sizes: Number of tokens in each choice, int64 [N, C].
     """
 
     packed = True
@@ -53,7 +54,10 @@ class ChoiceExamples(Examples):
     sizes: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), int))
 
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
-        """See `Examples.batch`. `starts`, [B, K · C], covers the choices of the first example, then of the second, …"""
+        """See `Examples.batch`.
+
+        `starts` is [B, K · C]: the choices of each row's first example, then those of its second example, and so on.
+        """
         batch = super().batch(place, part)
         tokens = {name: batch["inputs"][name] for name in ("input_ids", "token_type_ids")}
         count = self.sizes.shape[1]
@@ -110,15 +114,15 @@ class MultipleChoice(TrainableTask):
         """Selects one of the choices.
 
         Args:
-            inputs: `{"context": …, "choices": […]}`, optionally with a `question`. Alternatively, a tuple, which is
-                either (context, list of choices), (context, question, list of choices), or (context, question, choice,
-                choice, …), where the question is "" if there is none. A choice replaces the first blank (`_` or `____`)
-                in the question. If the question has no blank, the choice follows it. If the context and the choice are
-                longer than the model's maximum length, the longer of the two is truncated.
+            inputs: `{"context": …, "choices": […]}`, optionally with a `question`. Alternatively, one of the tuples
+                (context, list of choices), (context, question, list of choices), and (context, question, choice,
+                choice, …), where "" stands for no question. Each choice replaces the first blank (`_` or `____`) in the
+                question. If the question has no blank, the choice follows the question. If the context and a choice
+                together are longer than the model's maximum length, the longer of the two is truncated.
 
         Returns:
             `{choice, answer, scores}`: the index of the most likely choice, its text, and the probabilities of all
-            choices in the order of the choices.
+            choices in their original order.
 
         Raises:
             InputError: If there are fewer than 2 or more than `MOST_CHOICES` choices, or if the context or a choice is
@@ -138,7 +142,7 @@ class MultipleChoice(TrainableTask):
         return {"choice": best, "answer": choices[best], "scores": scores.tolist()}
 
     def _encode(self, context: str, question: str, choices: Sequence[str]) -> list[Encoding]:
-        """Each choice, with the context as the first text of the pair."""
+        """Encodes each choice as a pair of texts: first the context, then the question combined with the choice."""
         blank = re.search(r"(?<!\w)_+(?!\w)", question)
         before, after = (question[: blank.start()], question[blank.end() :]) if blank else (f"{question} ".lstrip(), "")
         seconds = [f"{before}{choice}{after}" for choice in choices]
@@ -149,9 +153,10 @@ class MultipleChoice(TrainableTask):
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
-        """See `TrainableTask.clean`. A row's choices become the list `answers`, and its label an index into this list.
+        """See `TrainableTask.clean`.
 
-        A label is an index, starting at 0, or a letter, starting at A. An unlabeled row gets the label `UNKNOWN`.
+        A row's choices become the list `answers`, and its label becomes an index into this list. The original label is
+        an index, starting at 0, or a letter, starting at A. An unlabeled row gets the label `UNKNOWN`.
 
         Raises:
             InputError: If `options.labels` is set, if a row has no choices or a different number of choices than the
@@ -185,14 +190,14 @@ class MultipleChoice(TrainableTask):
     def config(
         rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
-        """See `TrainableTask.config`. As in transformers, the config does not depend on the number of choices."""
+        """See `TrainableTask.config`. As in `transformers`, the config does not depend on the number of choices."""
         for i, row in enumerate(rows, 1):
             if row["label"] == UNKNOWN:
                 raise InputError(f"data.train: row {i} has no label. Add it, or set data.label to the label column.")
         return {"id2label": ("LABEL_0", "LABEL_1"), "num_labels": 2}
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> ChoiceExamples:
-        """Converts rows that `clean` returned to examples with the target `labels`, int32 [N]."""
+        """Converts rows from `clean` to examples with the target `labels`, int32 [N]."""
         encoded = [self._encode(row["context"], row["question"], row["answers"]) for row in rows]
         return ChoiceExamples(
             input_ids=[np.concatenate([np.array(e.ids, np.int32) for e in choices]) for choices in encoded],
@@ -230,7 +235,7 @@ class MultipleChoice(TrainableTask):
         return bool((examples.targets["labels"] != UNKNOWN).any())
 
     def evaluate(self, outputs: Outputs, examples: Examples) -> dict[str, Any]:
-        """The accuracy on the labeled examples; empty if no example is labeled."""
+        """The `accuracy` on the labeled examples; an empty dict if no example is labeled."""
         labels = examples.targets["labels"]
         known = labels != UNKNOWN
         if not known.any():
@@ -266,7 +271,7 @@ def _parts(inputs: Any) -> tuple[str, str, list[str]]:
     if len(question) > 1:
         question, choices = question[:1], [*question[1:], choices]
     asked = (question or [None])[0] or ""
-    if isinstance(choices, str):  # in CSV and TSV files, lists are strings
+    if isinstance(choices, str):  # in CSV and TSV files, lists are written as strings
         choices = literal(choices)
     if isinstance(choices, np.ndarray):
         choices = choices.tolist()
@@ -281,8 +286,8 @@ def _parts(inputs: Any) -> tuple[str, str, list[str]]:
 
 
 def _index(label: Any, choices: int) -> int:
-    """The index of the right choice; `UNKNOWN` if there is no label."""
-    if isinstance(label, float):  # pandas writes integer columns with missing values as floats
+    """The index of the correct choice; `UNKNOWN` if there is no label."""
+    if isinstance(label, float):  # `pandas` writes integer columns with missing values as floats
         label = None if math.isnan(label) else int(label) if label.is_integer() else label
     text = str("" if label is None else label).strip()
     if text in ("", "-1"):

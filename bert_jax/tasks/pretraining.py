@@ -1,4 +1,4 @@
-"""Pretraining: masked-language modeling and next-sentence prediction (Devlin et al. 2018, section 3.1)."""
+"""Pretraining: masked language modeling and next-sentence prediction (Devlin et al. 2018, section 3.1)."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from bert_jax.tasks.base import Objective
 
 
 class MaskedLanguageModeling(Objective):
-    """Masked-language modeling without next-sentence prediction, for a `BertForMaskedLM`."""
+    """Masked language modeling without next-sentence prediction, for a `BertForMaskedLM` model."""
 
     model_class: Any = BertForMaskedLM
     metrics: tuple[str, ...] = ("loss", "mlm_accuracy", "pseudo_perplexity")
@@ -28,15 +28,15 @@ class MaskedLanguageModeling(Objective):
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Three sums over the masked tokens of each example, float32 [B, K].
 
-        `masked` is the number of masked tokens, `mlm_nll` is their negative log-likelihood in nats, and `mlm_correct`
-        is the number of masked tokens that are predicted correctly.
+        `masked` is the number of masked tokens, `mlm_nll` is their total negative log-likelihood in nats, and
+        `mlm_correct` is the number of masked tokens that are predicted correctly.
         """
         return self._mlm_outputs(self._logits(model, batch, None)[0], batch)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """`mlm_loss` in nats, `mlm_accuracy`, and `pseudo_perplexity`, the exponential of `mlm_loss`.
+        """Computes `mlm_loss` in nats, `mlm_accuracy`, and `pseudo_perplexity`, the exponential of `mlm_loss`.
 
-        If no token is masked, there are no metrics.
+        If no token is masked, the result is empty.
         """
         masked = float(outputs["masked"].sum())
         if not masked:
@@ -51,7 +51,7 @@ class MaskedLanguageModeling(Objective):
     def _logits(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, ...]:
         """Returns the logits of the masked tokens, float32 [B, P, V], as a tuple.
 
-        `PreTraining` adds the logits of next-sentence prediction, float32 [B, K, 2], to the tuple.
+        `PreTraining` adds the next-sentence logits, float32 [B, K, 2], to the tuple.
         """
         positions = batch["targets"]["masked_positions"]
         return (model(**batch["inputs"], masked_positions=positions, dropout_key=dropout_key).logits,)
@@ -75,7 +75,7 @@ class MaskedLanguageModeling(Objective):
 
 
 class PreTraining(MaskedLanguageModeling):
-    """Masked-language modeling and next-sentence prediction, for a `BertForPreTraining`.
+    """Masked language modeling and next-sentence prediction, for a `BertForPreTraining` model.
 
     The loss is the sum of the losses of both objectives, as in Devlin et al. 2018. If gradients are accumulated
     (`training.accumulation`), each of the two losses of a step is a weighted mean over the parts of the batch. The

@@ -27,7 +27,7 @@ class TokenScore(TypedDict):
 
 
 class TextScore(TypedDict):
-    """The score of a text. The fields are described in `PseudoLogLikelihood.request`."""
+    """The score of a text. `PseudoLogLikelihood.request` describes the fields."""
 
     score: float
     tokens: int
@@ -55,7 +55,7 @@ class PseudoLogLikelihood(FillMask):
     def request(  # type: ignore[override]  # the parameters differ from those of fill-mask
         self, text: str, *, metric: Metric = "original", per_token: bool = False
     ) -> Request[TextScore]:
-        """Scores one text. Each unknown word is scored as the unknown token.
+        """Scores one text. Unknown words are scored as the unknown token.
 
         Args:
             text: A text without mask tokens. If the text is longer than the model's maximum length, each token is

@@ -36,7 +36,7 @@ class AnswerOptions:
         max_question_length: The maximum number of tokens in a question; longer questions are truncated.
         max_answer_length: The maximum number of tokens in an answer.
         n_best: Candidate answers combine the `n_best` most likely first tokens with the `n_best` most likely last
-            tokens. The `n_best` best candidates are kept.
+            tokens. The top `n_best` candidates are kept.
         unanswerable: Whether a question may have no answer, as in SQuAD 2.0. The empty answer, "", means "no answer".
         null_threshold: Used only if `unanswerable` is set. The empty answer is predicted if the sum of its start and
             end logits exceeds the sum for the best non-empty answer by more than this threshold.
@@ -67,7 +67,7 @@ def _no_answer(score: float) -> Answer:
 
 
 class QuestionAnswering(TrainableTask):
-    """Extracts answers from a context, like the question-answering pipeline of transformers up to version 4.57."""
+    """Extracts answers from a context, like the question-answering pipeline of `transformers` up to version 4.57."""
 
     name = "question-answering"
     model_class = BertForQuestionAnswering
@@ -91,7 +91,7 @@ class QuestionAnswering(TrainableTask):
     def forward(
         self, model: BertForQuestionAnswering, inputs: dict[str, Any], starts: jax.Array
     ) -> dict[str, jax.Array]:
-        """The logits of each token for the first (`start`) and last (`end`) token of an answer: float32 [B, T] each."""
+        """Each token's logits for being the first (`start`) or last (`end`) token of an answer: float32 [B, T] each."""
         out = model(**inputs)
         return {"start": out.start_logits, "end": out.end_logits}
 
@@ -126,7 +126,7 @@ class QuestionAnswering(TrainableTask):
                 `null_score_diff_threshold`.
 
         Returns:
-            `{score, start, end, answer}` if top_k is 1, else a list of such answers, best first. Each answer is
+            `{score, start, end, answer}` if `top_k` is 1, else a list of such answers, best first. Each answer is
             `context[start:end]` and consists of whole words. Answers that differ only in case are merged, even if they
             come from different windows. The scores of merged answers are added, so a score can exceed 1.
 
@@ -169,7 +169,7 @@ class QuestionAnswering(TrainableTask):
         return Request(steps, sum(map(len, windows)), (100 + longest) * candidates)
 
     def _truncated(self, questions: Sequence[str], longest: int) -> list[tuple[str, int]]:
-        """Each question, truncated to `longest` tokens, with its number of tokens."""
+        """Truncates each question to `longest` tokens and returns it with its number of tokens after truncation."""
         encoded = self.tokenizer.encode(questions, add_special_tokens=False)
         return [
             (text[: tokens.offsets[longest - 1][1]] if len(tokens) > longest else text, min(len(tokens), longest))
@@ -209,7 +209,7 @@ class QuestionAnswering(TrainableTask):
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
-        """See `TrainableTask.clean`. A row's answers become a list of texts and a list of starts.
+        """See `TrainableTask.clean`. A row's answers become a list of texts and a list of start indices.
 
         Invalid rows are dropped.
 
@@ -253,7 +253,7 @@ class QuestionAnswering(TrainableTask):
     ) -> dict[str, Any]:
         """See `TrainableTask.config`. Sets two labels, one for each of the outputs `start` and `end`.
 
-        In transformers, a head has as many outputs as there are labels.
+        In `transformers`, a head has as many outputs as there are labels.
         """
         return {"id2label": ("LABEL_0", "LABEL_1"), "num_labels": 2}
 
@@ -325,7 +325,10 @@ class QuestionAnswering(TrainableTask):
         return any(row["answers"] is not None for _, row, *_ in examples.origins)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """The metrics (`bert_jax.evaluation.metrics.answering`) of the rows with `answers`; empty without such rows."""
+        """The metrics of the rows that have `answers` (see `bert_jax.evaluation.metrics.answering`).
+
+        If no row has `answers`, the result is empty.
+        """
         from bert_jax.evaluation import metrics
 
         if not self.labeled(examples):
@@ -342,7 +345,7 @@ class QuestionAnswering(TrainableTask):
         return result | {name: searched[name] for name in ("best_f1", "best_exact_match", "null_threshold")}
 
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
-        """One `{answer, best_answer, null_over_best, n_best}` per row, as in the transformers example run_qa.py.
+        """One `{answer, best_answer, null_over_best, n_best}` per row, as in the `transformers` example `run_qa.py`.
 
         `best_answer` is the best non-empty answer. `null_over_best` is the sum of the start and end logits of the empty
         answer minus the sum for `best_answer`. `answer` is the empty answer if `AnswerOptions.unanswerable` is set and
@@ -389,13 +392,13 @@ class QuestionAnswering(TrainableTask):
 
 
 def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | None:
-    """The answers of a row as lists of texts and starts; None if the row does not specify answers.
+    """The answers of a row as lists of texts and start indices; None if the row does not specify answers.
 
     The lists are empty if the question has no answer.
 
     Raises:
         InputError: If the question, the context, the answers or `is_impossible` are invalid. If `check` is set, missing
-            answers are invalid too, and so is an answer that is not in the context at its given start.
+            answers are also invalid, as is an answer that is not in the context at its given start.
     """
     for name in ("question", "context"):
         if not isinstance(row.get(name), str) or not row[name].strip():
@@ -432,7 +435,7 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
 
 
 def _place(answers: Mapping[str, Any] | None, context: np.ndarray, offsets: np.ndarray) -> tuple[int, int]:
-    """The indices of the first and last tokens of the first answer in a window, as in run_qa.py of transformers.
+    """The indices of the first and last tokens of the first answer in a window, as in `run_qa.py` of `transformers`.
 
     Both are 0, the index of [CLS], if there is no answer or if the window does not contain the whole answer.
     """

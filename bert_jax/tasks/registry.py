@@ -1,4 +1,4 @@
-"""The tasks by name."""
+"""The task classes, keyed by task name."""
 
 from typing import Any, NewType
 
@@ -27,14 +27,14 @@ TASKS: dict[str, Any] = {
         PseudoLogLikelihood,
     )
 }
-"""The classes of all tasks that `pipeline` supports, by task name."""
+"""The classes of all tasks that `pipeline` supports, keyed by task name."""
 TRAINABLE = tuple(name for name, task in TASKS.items() if TrainableTask in task.__mro__)
 """The names of the tasks that `finetune` supports."""
 TaskName = NewType("TaskName", str)
 
 
 def task_name(given: str) -> TaskName:
-    """Checks a name that is known only at run time. Raises `InputError` if there is no task with this name."""
+    """Checks a task name that is known only at run time. Raises `InputError` if there is no task with this name."""
     if given in porting.TASKS:
         raise InputError(f"The task {quoted(given)} has another name here; use {porting.TASKS[given]}.")
     if given not in TASKS:

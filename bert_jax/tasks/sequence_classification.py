@@ -66,12 +66,12 @@ LABEL = ("label", "label_string", "labels", "label_name", "class", "score")
 
 @dataclass(frozen=True)
 class DecisionOptions:
-    """Determines which labels are predicted in multi-label classification.
+    """Options that determine which labels are predicted in multi-label classification.
 
     Attributes:
         threshold: A label is predicted if its score is above this threshold.
-        tune: Whether evaluation finds the threshold with the best `f1_micro`, which `SequenceClassification.tuned`
-            uses.
+        tune: Whether evaluation searches for the threshold with the best `f1_micro`. `SequenceClassification.tuned`
+            then uses this threshold.
     """
 
     threshold: float = 0.5
@@ -90,7 +90,7 @@ class SequenceClassification(TrainableTask):
     required, target = ("text",), "label"
     head, peft_type = r"classifier\..*", "SEQ_CLS"
     per_token, masked = False, False
-    order_matters = True  # if there are two labels, the metric `f1` is that of the second label
+    order_matters = True  # if there are two labels, `f1` is the F1 score of the second label
     options = {"decision": DecisionOptions}  # noqa: RUF012
 
     def __init__(
@@ -101,7 +101,7 @@ class SequenceClassification(TrainableTask):
         self.max_length = max_length
         self.labels = config.labels
         self.problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
-        # As in transformers, a model with one label and no problem_type is trained for regression, but the pipeline
+        # As in `transformers`, a model with one label and no problem_type is trained for regression, but the pipeline
         # applies a sigmoid to its output.
         self.scores = SCORES[config.problem_type or (MULTI if config.num_labels == 1 else SINGLE)]
         self.metrics = METRICS[self.problem_type]
@@ -144,8 +144,8 @@ class SequenceClassification(TrainableTask):
                 type.
 
         Returns:
-            `{label, score}` if top_k is 1, else a list of such entries, best first. In multi-label classification, the
-            scores need not add up to 1. In regression, the score is the predicted number.
+            `{label, score}` if `top_k` is 1, else a list of such entries, best first. In multi-label classification,
+            the scores need not add up to 1. In regression, the score is the predicted number.
 
         Raises:
             InputError: If the input is not a text or a pair of texts, if a text is empty, or if a parameter is invalid.
@@ -185,7 +185,7 @@ class SequenceClassification(TrainableTask):
         """See `TrainableTask.clean`. Each label becomes a name, a number, a list of names, or a 0/1 vector.
 
         If labels are lists, the labels of all splits together determine whether the lists contain names, class ids, or
-        0 and 1.
+        the values 0 and 1.
         """
         cleaned = {split: [dict(row) for row in found] for split, found in rows.items()}
         labeled = {
@@ -297,7 +297,7 @@ class SequenceClassification(TrainableTask):
         """See `Objective.loss`. The loss is the mean over the labeled examples.
 
         `SINGLE` uses `losses.cross_entropy`, `MULTI` uses `losses.binary_cross_entropy`, and `REGRESSION` uses
-        `losses.squared_error`. The first two support `class_weights`, `label_smoothing` and `focal_gamma`.
+        `losses.squared_error`. The two cross-entropies support `class_weights`, `label_smoothing` and `focal_gamma`.
         """
         logits = model(**batch["inputs"], positions=batch["starts"], dropout_key=dropout_key).logits  # [B, K, C]
         labels = batch["targets"]["labels"]
@@ -332,7 +332,7 @@ class SequenceClassification(TrainableTask):
         return tuned
 
     def evaluate(self, outputs: Outputs, examples: Examples) -> dict[str, Any]:
-        """The metrics (`bert_jax.evaluation.metrics`) of the labeled examples; empty if no example is labeled.
+        """The metrics of the labeled examples (see `bert_jax.evaluation.metrics`); empty if no example is labeled.
 
         If `DecisionOptions.tune` is set, `threshold` is the threshold with the best `f1_micro`, and `best_f1_micro` is
         the `f1_micro` at this threshold.
@@ -355,8 +355,8 @@ class SequenceClassification(TrainableTask):
     def predictions(self, outputs: Outputs, examples: Examples) -> list[dict[str, Any]]:
         """One `{label, score}` per example.
 
-        In multi-label classification, one `{labels, scores}` per example. `labels` lists the labels with a score above
-        `DecisionOptions.threshold`, and `scores` maps the name of each label to its score.
+        In multi-label classification, the result is one `{labels, scores}` per example. `labels` lists the labels with
+        a score above `DecisionOptions.threshold`, and `scores` maps the name of each label to its score.
         """
         if self.problem_type == MULTI:
             scores = [dict(zip(self.labels, row.tolist(), strict=True)) for row in outputs["scores"]]

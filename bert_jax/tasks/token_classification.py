@@ -1,4 +1,4 @@
-"""token-classification: predicts labels of tokens or entities of a text (Devlin et al. 2018, section 5.3)."""
+"""token-classification: labels the tokens of a text or finds entities in it (Devlin et al. 2018, section 5.3)."""
 
 import itertools
 import re
@@ -33,7 +33,7 @@ Item = TypeVar("Item")
 
 
 class TokenEntity(TypedDict):
-    """A token or a whole word with its label. The fields are described in `TokenClassification.request`."""
+    """A token or a whole word with its label. `TokenClassification.request` describes the fields."""
 
     entity: str
     score: float
@@ -75,7 +75,7 @@ class Piece:
 
 
 class TokenClassification(TrainableTask):
-    """Labels tokens and groups them into entities, like the transformers pipeline."""
+    """Labels tokens and groups them into entities, like the token-classification pipeline of `transformers`."""
 
     name = "token-classification"
     model_class = BertForTokenClassification
@@ -93,7 +93,7 @@ class TokenClassification(TrainableTask):
         self.max_length = max_length
         self.stride = max_length // 4
         self.labels = config.labels
-        if not _marked(self.labels):  # the labels do not mark entities, as with parts of speech
+        if not _marked(self.labels):  # the labels do not mark entities, as in part-of-speech tagging
             self.metrics = ("accuracy",)
 
     def forward(
@@ -113,19 +113,20 @@ class TokenClassification(TrainableTask):
 
         Args:
             text: A text, or its words as a tuple or list. Words are joined with spaces, and `start` and `end` refer to
-                the joined text. A text longer than the model's maximum length is split into overlapping windows, and
-                each token gets its label from the window in which it is farthest from a cut.
+                the joined text. A text longer than the model's maximum length is split into overlapping windows. Each
+                token gets its label from the window in which it is farthest from a cut, that is, from a window boundary
+                within the text.
             aggregation_strategy: "none" returns tokens. "simple" groups neighboring tokens whose labels have the same
                 type; a label with B- begins a new group. The other strategies assign one label to each word and then
-                group words as "simple" groups tokens. The label of a word is the label of its first token ("first"),
-                the label with the highest mean probability over its tokens ("average"), or the label of its token with
-                the highest probability ("max").
-            ignore_labels: Labels to omit or, if tokens are grouped, types to omit, such as "PER".
+                group words in the same way as "simple" groups tokens. The label of a word is the label of its first
+                token ("first"), the label with the highest mean probability over its tokens ("average"), or the label
+                of its token with the highest probability ("max").
+            ignore_labels: Labels to omit or, if tokens are grouped, entity types to omit, such as "PER".
 
         Returns:
-            A list of `{entity, score, index, word, start, end}` for the strategy "none", else a list of `{entity_group,
-            score, word, start, end}`. Each entry covers the characters `text[start:end]`, and `index` is the position
-            of the token, with [CLS] at 0.
+            A list of `{entity, score, index, word, start, end}` for the strategy "none", else a list of
+            `{entity_group, score, word, start, end}`. Each entry covers the characters `text[start:end]`, and `index`
+            is the position of the token, with [CLS] at 0.
 
         Raises:
             InputError: If the input is neither a text nor a sequence of words, if it is empty, or if a parameter is
@@ -171,7 +172,7 @@ class TokenClassification(TrainableTask):
     def _pieces(
         self, text: str, words: list[str] | None, windows: list[Encoding], outputs: Sequence[Outputs]
     ) -> list[Piece]:
-        """The tokens of the text, each from the window in which it is farthest from a cut."""
+        """The tokens of the text, each taken from its best window (see `_places`)."""
         # The start of each word in the text, if the text was joined from words.
         starts = np.cumsum([0, *(len(word) + 1 for word in words or [])]).tolist()
         pieces = []
@@ -187,9 +188,10 @@ class TokenClassification(TrainableTask):
         return pieces
 
     def _places(self, windows: list[Encoding]) -> Iterator[tuple[int, int]]:
-        """Yields two indices for each token of a text: that of the best window, and that of the token in that window.
+        """Yields two indices for each token of a text: the index of its best window, and its index in that window.
 
-        The best window is the one in which the token is farthest from a cut.
+        The best window is the one in which the token is farthest from a cut, that is, from a window boundary within the
+        text.
         """
         for n, window in enumerate(windows):
             inside = [i for i, special in enumerate(window.special_tokens_mask) if not special]
@@ -230,7 +232,7 @@ class TokenClassification(TrainableTask):
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
-        """See `TrainableTask.clean`. Converts numeric tags to names, and IOB1 and BIOES to IOB2."""
+        """See `TrainableTask.clean`. Converts numeric tags to names, and IOB1 and BIOES tags to IOB2."""
         cleaned = {split: [dict(row) for row in found] for split, found in rows.items()}
         for split, found in cleaned.items():
             for i, row in enumerate(found, 1):
@@ -263,8 +265,8 @@ class TokenClassification(TrainableTask):
 
         1. `options.labels`, if given.
         2. `labels`, if given, unless it lacks a tag that occurs in the rows or contains tags with E- or S-.
-        3. O, then B- and I- of each type in sorted order, then all other tags in sorted order. If no tag marks an
-           entity, the names are all tags in sorted order.
+        3. O, then B- and I- labels for each type in sorted order, then all other tags in sorted order. If no tag marks
+           an entity, the names are all tags in sorted order.
         """
         tags = {tag for row in rows for tag in row["tags"] or ()}
         if not tags:
@@ -328,7 +330,7 @@ class TokenClassification(TrainableTask):
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
     ) -> tuple[jax.Array, jax.Array]:
-        """See `Objective.loss`. The loss is the mean of `losses.cross_entropy` (same options) over words."""
+        """See `Objective.loss`. Computes `losses.cross_entropy`, which has the same options, over words."""
         labels = batch["targets"]["labels"]
         logits = model(**batch["inputs"], dropout_key=dropout_key).logits
         loss = losses.cross_entropy(
@@ -341,7 +343,7 @@ class TokenClassification(TrainableTask):
         return any(row["tags"] for _, row, _ in examples.origins)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """The metrics (`bert_jax.evaluation.metrics.tagging`) of the rows that have tags; empty if no row has tags."""
+        """The metrics of the rows with tags (see `bert_jax.evaluation.metrics.tagging`); empty if no row has tags."""
         from bert_jax.evaluation import metrics
 
         if not self.labeled(examples):
@@ -396,8 +398,11 @@ def _marked(tags: Iterable[str]) -> set[str]:
 
 
 def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """The words and the tags of a row; None instead of tags if it has none. Numeric tags are indices into `names`."""
-    # A CSV file contains a list as a string.
+    """The words and the tags of a row, with None for the tags if the row has none.
+
+    Numeric tags are indices into `names`.
+    """
+    # In CSV files, lists are written as strings.
     tokens, tags = (literal(cell) if isinstance(cell, str) else cell for cell in (tokens, tags))
     if not isinstance(tokens, list | tuple) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise InputError(f"tokens is {quoted(tokens)}; expected a list of one or more words.")
@@ -417,7 +422,7 @@ def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str]) -> tuple[list[
 
 
 def _read_scheme(sentences: list[list[str]]) -> tuple[str, list[list[str]]]:
-    """Finds the scheme of the tags of all sentences (IOB1, IOB2, BIOES or none) and converts the tags to IOB2.
+    """Determines the tagging scheme of all sentences (IOB1, IOB2, BIOES or none) and converts the tags to IOB2.
 
     Tags of the form PER-B are read as B-PER.
 

@@ -187,9 +187,10 @@ def test_labels_are_refused_and_training_needs_the_right_choice():
 def test_the_loss_is_that_of_each_choice_alone(task, model):
     rows = cleaned(*[row(i % 2, ("a " * (i + 1), "the dog")) for i in range(4)], row(None))
     examples = task.featurize(rows)
+    alone = jax.jit(lambda ids, types: model(ids, token_type_ids=types).logits[0, 0])
     scores = jnp.stack([
         jnp.stack([
-            model(np.array([[encoding.ids]]), token_type_ids=np.array([[encoding.type_ids]])).logits[0, 0]
+            alone(np.array([[encoding.ids]]), np.array([[encoding.type_ids]]))
             for encoding in task._encode(r["context"], r["question"], r["answers"])
         ])
         for r in rows
@@ -204,7 +205,7 @@ def test_the_loss_is_that_of_each_choice_alone(task, model):
         loss, count = jax.jit(lambda params, batch: task.loss(tree.merge(skeleton, params), batch, None))(params, batch)
         assert count == 4
         np.testing.assert_allclose(loss, expected, atol=1e-6)
-        outputs = task.outputs(model, batch)["scores"]
+        outputs = jax.jit(lambda batch: task.outputs(model, batch))(batch)["scores"]
         np.testing.assert_allclose(outputs[batch["weights"] > 0], jax.nn.softmax(scores), atol=1e-6)
 
 

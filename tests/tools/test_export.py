@@ -111,10 +111,9 @@ def test_any_batch_and_length(tmp_path):
     network = model()
     bert_jax.export(network, tmp_path)
     program, params = load(tmp_path)
-    for batch in (1, 3, 8):
-        for length in (1, 7, 129, LONGEST):
-            given = inputs("", batch, length)
-            assert difference(jax.jit(program.call)(params, given), own(network, given, {"logits"})) <= 1e-6
+    for batch, length in ((1, 1), (3, 7), (8, 129), (1, LONGEST), (8, 7)):
+        given = inputs("", batch, length)
+        assert difference(jax.jit(program.call)(params, given), own(network, given, {"logits"})) <= 1e-6
 
 
 def test_every_model_is_tested():

@@ -1,4 +1,4 @@
-"""Commands for model files and for checking this machine: info, convert, export, push, check and verify."""
+"""Commands for model files and for checking this machine: `info`, `convert`, `export`, `push`, `check` and `verify`."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def info(model: Model, revision: Revision = None, ignore: Ignore = None) -> None:
-    """Show a model's config, parameters and memory, and which of its weights load."""
+    """Show a model's config, parameter counts and memory use, and which of its weights can be loaded."""
     import bert_jax
     from bert_jax import hub, processor, tree, weights
     from bert_jax.quantization import DTYPES, hold
@@ -85,7 +85,7 @@ def export(
     ignore: Ignore = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Dtype of the large weights.")] = "float32",
 ) -> None:
-    """Export a model as a program that JAX runs without this package, on CPUs, NVIDIA GPUs and TPUs."""
+    """Export a model as a program that JAX can run without this package, on CPUs, NVIDIA GPUs and TPUs."""
     from bert_jax import hub
     from bert_jax.tools.export import check_folder
     from bert_jax.tools.export import export as export_model
@@ -104,12 +104,15 @@ def push(
     folder: Annotated[Path, typer.Argument(help="The folder of a finished run, or another folder with a model.")],
     repo_id: Annotated[str, typer.Argument(metavar="ID", help="The id of the model on the Hub, such as me/emotion.")],
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Whether a new model is private. Default: the account's.")
+        bool | None,
+        typer.Option("--private/--public", help="Whether a new model is private. Default: the account's setting."),
     ] = None,
     commit_message: Annotated[
-        str | None, typer.Option(help='First line of the commit. Default: "Upload model".')
+        str | None, typer.Option(help='First line of the commit message. Default: "Upload model".')
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch to upload to; it is created. Default: main.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to upload to; it is created if it does not exist. Default: main.")
+    ] = None,
 ) -> None:
     """Upload a model, its card and its metrics to the Hugging Face Hub. First run `hf auth login`, or set HF_TOKEN."""
     from bert_jax.upload import push_folder
@@ -120,9 +123,9 @@ def push(
 
 @app.command()
 def check(
-    output: Annotated[Path | None, typer.Option(help="Folder for the report as check.json and check.md.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the report (check.json and check.md).")] = None,
 ) -> None:
-    """Compare this machine's results with reference outputs, and measure speed. Exit status: 1 if a result is wrong."""
+    """Compare this machine's results with reference outputs and measure speed. Exit status: 1 if a result is wrong."""
     check_extra("train", "optax", "orbax", "grain")
     memory.keep_freed()
     use_compilation_cache()
@@ -150,7 +153,9 @@ def check(
 
 @app.command()
 def verify(
-    models: Annotated[list[str] | None, typer.Argument(help="Models with published outputs. Default: all.")] = None,
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Models with published outputs. Default: all such models.")
+    ] = None,
 ) -> None:
     """Compare models' outputs with published ones. Exit status: 1 if an output differs, 2 if a model is missing."""
     use_compilation_cache()

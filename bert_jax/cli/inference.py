@@ -1,4 +1,4 @@
-"""Commands that use models: fill-mask, score, predict and serve."""
+"""Commands that use models: `fill-mask`, `score`, `predict` and `serve`."""
 
 import dataclasses
 import json
@@ -44,12 +44,14 @@ def fill_mask(
     revision: Revision = None,
     ignore: Ignore = None,
     dtype: DtypeOption = "float32",
-    top_k: Annotated[int | None, typer.Option(help="Fillings per mask. Default: 5, or one per --target.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Number of fillings per mask. Default: 5, or one per --target.")
+    ] = None,
     target: Annotated[list[str] | None, typer.Option(help="Score only this word. Repeatable.")] = None,
     joint: Annotated[bool, typer.Option("--joint", help="Fill all masks of a text jointly, not one by one.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the model's name.")] = False,
 ) -> None:
-    """Fill the [MASK] tokens of texts."""
+    """Fill the [MASK] tokens in texts."""
     name, filler = load_pipeline("fill-mask", model, revision, ignore, dtype)
     results = filler(text, top_k=top_k, targets=target, joint=joint)
     if as_json:
@@ -71,7 +73,10 @@ def score(
     ignore: Ignore = None,
     dtype: DtypeOption = "float32",
 ) -> None:
-    """Answer a request in the model catalog's JSON: {"inputs": {"input_string": ["…"]}, "parameters": {"top_k": 2}}."""
+    """Answer a request in the JSON format of Azure's model catalog.
+
+    For example, a request can be {"inputs": {"input_string": ["…"]}, "parameters": {"top_k": 2}}.
+    """
     try:
         request = json.loads(file.read_bytes() if file else sys.stdin.buffer.read())
     except (ValueError, RecursionError) as error:
@@ -86,7 +91,9 @@ def score(
 def predict(
     model: Model,
     task: TaskOption = None,
-    text: Annotated[list[str] | None, typer.Argument(help="Texts to predict. Give either texts or --input.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Argument(help="Texts to make predictions for. Give either texts or --input.")
+    ] = None,
     revision: Revision = None,
     ignore: Ignore = None,
     dtype: DtypeOption = "float32",
@@ -98,18 +105,21 @@ def predict(
     output: Annotated[str | None, typer.Option(help="Output file: .jsonl(.gz), .csv(.gz) or .parquet.")] = None,
     column: Annotated[
         list[str] | None,
-        typer.Option(help="Name of the input column. Repeat it for pairs. Default: the task's usual names."),
+        typer.Option(help="Name of the input column. Repeat the option for pairs. Default: the task's usual names."),
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="Input format: jsonl, json, csv, tsv, parquet, text or text;label. Default: by file name."),
+        typer.Option(
+            help="Input format: jsonl, json, csv, tsv, parquet, text or text;label. Default: inferred from the file "
+            "name."
+        ),
     ] = None,
-    delimiter: Annotated[str | None, typer.Option(help="Character between the cells of csv or tsv files.")] = None,
+    delimiter: Annotated[str | None, typer.Option(help="Character between the cells of CSV or TSV files.")] = None,
     quoting: Annotated[
         Literal["minimal", "none"] | None,
         typer.Option(
-            help="minimal: cells may be enclosed in double quotes. none: quotes are text. Default: minimal for csv, "
-            "none for tsv."
+            help="minimal: cells may be enclosed in double quotes. none: quotes are ordinary characters. Default: "
+            "minimal for CSV, none for TSV."
         ),
     ] = None,
     header: Annotated[
@@ -121,24 +131,26 @@ def predict(
     processes: Annotated[
         str | None,
         typer.Option(
-            help="Share the rows with other processes, as in finetune: auto, or i/n@host:port. Process i of n writes "
-            "to the output's name with -i-of-n."
+            help="Share the rows with other processes, as in finetune: auto, or i/n@host:port. Process i of n adds "
+            "-i-of-n to the name of its output file."
         ),
     ] = None,
     engine: Annotated[
         Literal["local", "ray"],
-        typer.Option(help="ray: predict on a Ray cluster. The output is then a folder, here or in an object store."),
+        typer.Option(help="ray: predict on a Ray cluster. The output is then a folder, on disk or in an object store."),
     ] = "local",
     address: Annotated[
         str | None,
-        typer.Option(help="Address of the Ray cluster, such as ray://host:10001 or auto. Default: start one here."),
+        typer.Option(
+            help="Address of the Ray cluster, such as ray://host:10001 or auto. Default: start a local cluster."
+        ),
     ] = None,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Number of Ray workers. Default: one per GPU or TPU chip, or one per 4 CPUs."),
     ] = None,
 ) -> None:
-    """Predict texts, or the rows of files. To resume a run that was killed, repeat the command."""
+    """Make predictions for texts or for the rows of files. To resume an interrupted run, repeat the command."""
     from bert_jax.yaml_file import assignments
 
     if bool(text) == bool(input) or bool(input) != bool(output):
@@ -190,14 +202,16 @@ def serve(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Model folders or Hub ids, and optionally a YAML file of settings, such as configs/serve.yaml. "
-            "Default: as for fill-mask."
+            help="Model folders or Hub ids, and optionally a YAML settings file, such as configs/serve.yaml. "
+            "Default: the same model as for fill-mask."
         ),
     ] = None,
     name: Annotated[
-        list[str] | None, typer.Option(help="NAME=MODEL: the name by which clients ask for a model. Repeatable.")
+        list[str] | None, typer.Option(help="NAME=MODEL: the name under which clients request a model. Repeatable.")
     ] = None,
-    task: Annotated[list[str] | None, typer.Option(help="Task to serve. Repeatable; the first is at /score.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task to serve. Repeatable; the first task is served at /score.")
+    ] = None,
     ignore: Ignore = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "int8"] | None,
@@ -206,14 +220,15 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on. Default: 8000.")] = None,
     api_key: Annotated[
-        str | None, typer.Option(help="The key that clients must send. Better: BERT_JAX_API_KEY in the environment.")
+        str | None,
+        typer.Option(help="The API key that clients must send. Better: set BERT_JAX_API_KEY in the environment."),
     ] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="A file that contains the key.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="A file that contains the API key.")] = None,
     truncate: Annotated[
-        bool | None, typer.Option("--truncate", help="Truncate texts to embed or rank that are too long.")
+        bool | None, typer.Option("--truncate", help="Truncate texts that are too long when embedding or ranking.")
     ] = None,
     accept_token_ids: Annotated[
-        bool | None, typer.Option("--accept-token-ids", help="Accept token ids instead of texts to embed.")
+        bool | None, typer.Option("--accept-token-ids", help="Accept token ids instead of texts for embedding.")
     ] = None,
 ) -> None:
     """Serve models over HTTP, in the formats of Azure's model catalog, OpenAI and text-embeddings-inference."""
@@ -255,7 +270,7 @@ def serve(
 
 
 def _part_of_rows(shard: str, processes: str | None, output: str | None) -> tuple[tuple[int, int], str | None]:
-    """The part of the rows that this process predicts, as (i, n), and the name of its output."""
+    """Returns the part of the rows that this process handles, as (i, n), and the name of its output file."""
     match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shard)
     if not match or int(match[1]) > int(match[2]):
         raise InputError(f"--shard is {quoted(shard)}; expected i/n with i from 1 to n.")
@@ -271,7 +286,7 @@ def _part_of_rows(shard: str, processes: str | None, output: str | None) -> tupl
 
 
 def _key(settings: "Serving") -> str:
-    """The key that clients of a server must send; empty if there is none."""
+    """Returns the API key that clients of a server must send; empty if there is none."""
     key, source = settings.api_key, "the API key"
     if settings.api_key_file is not None:
         try:
@@ -284,7 +299,7 @@ def _key(settings: "Serving") -> str:
 
 
 def _names(given: Sequence[str]) -> dict[str, str]:
-    """Maps models to their names, from arguments such as NAME=MODEL."""
+    """Parses arguments of the form NAME=MODEL. Returns a dict that maps each model to its name."""
     pairs = [entry.partition("=") for entry in given]
     for entry, (name, equals, model) in zip(given, pairs, strict=True):
         if not (name and equals and model):
@@ -293,7 +308,7 @@ def _names(given: Sequence[str]) -> dict[str, str]:
 
 
 def _print_fillings(title: str, fillings: list[dict[str, Any]]) -> None:
-    """Prints a table of fillings, each with a bar in proportion to its score. The first filling has a full bar."""
+    """Prints a table of fillings, each with a bar proportional to its score. The bar of the first filling is full."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for filling in fillings:
         words, probability = filling["token_str"], filling["score"]

@@ -1,4 +1,4 @@
-"""The parts that the commands share: the app, the options, and the search for models."""
+"""Code that the commands share: the app, the options, and the search for models."""
 
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ ModelOption = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
 Ignore = Annotated[
     list[str] | None,
-    typer.Option(help=r"Regular expression of checkpoint tensors to leave out, such as 'crf\..*'. Repeatable."),
+    typer.Option(help=r"Regular expression for checkpoint tensors to skip, such as 'crf\..*'. Repeatable."),
 ]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16", "int8"],
@@ -46,14 +46,14 @@ MeshOption = Annotated[
 ]
 TaskOption = Annotated[
     str | None,
-    typer.Option(help="Name of the task: fill-mask, text-classification, … Default: that of the model, if it has one."),
+    typer.Option(help="Name of the task: fill-mask, text-classification, … Default: the model's task, if it has one."),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change, as section.key=value.")]
 Processes = Annotated[
     str | None,
     typer.Option(
-        help="Train with other processes. On a TPU pod or under SLURM or Open MPI: auto. Elsewhere: i/n@host:port for "
-        "process i of n, with the address of process 1."
+        help="Train together with other processes. On a TPU pod or under SLURM or Open MPI, use auto. Elsewhere, use "
+        "i/n@host:port for process i of n, with the address of process 1."
     ),
 ]
 
@@ -96,7 +96,7 @@ def load_pipeline(
     dtype: DtypeOption,
     mesh: MeshOption = None,
 ) -> tuple[str, "Pipeline[Task]"]:
-    """The name of a model, from `find_model`, and its pipeline. The arguments are the values of the options."""
+    """Returns the name of a model, from `find_model`, and its pipeline. The arguments are the values of the options."""
     use_compilation_cache()
     from bert_jax import sharding
     from bert_jax.inference import pipelines
@@ -112,7 +112,7 @@ def load_pipeline(
 
 
 def find_task(name: str, folder: Path) -> str:
-    """The only task that a model has a head for. Raises `InputError` if there is none or more than one."""
+    """Returns the only task for which a model has a head. Raises `InputError` if there is none or more than one."""
     from bert_jax import hub
     from bert_jax.inference.pipelines import tasks_of
     from bert_jax.tasks.registry import TASKS
@@ -125,7 +125,7 @@ def find_task(name: str, folder: Path) -> str:
 
 
 def find_model(model: str | None, revision: str | None) -> tuple[str, Path]:
-    """The name and folder of `model`, or of `DEFAULT_MODEL` if `model` is not given.
+    """Returns the name and folder of `model`, or of `DEFAULT_MODEL` if `model` is None.
 
     If `DEFAULT_MODEL` is neither cached nor reachable, `FALLBACK_MODEL` is used instead, unless a revision is given.
     """

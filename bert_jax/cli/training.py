@@ -1,4 +1,4 @@
-"""Commands that train and evaluate models: finetune, pretrain and evaluate."""
+"""Commands that train and evaluate models: `finetune`, `pretrain` and `evaluate`."""
 
 import contextlib
 import json
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @app.command()
 def finetune(
-    config: Annotated[Path, typer.Argument(help="A YAML file of settings, such as configs/finetune/emotion.yaml.")],
+    config: Annotated[Path, typer.Argument(help="A YAML settings file, such as configs/finetune/emotion.yaml.")],
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show settings, examples, shapes, memory and programs; do not train.")
+        bool, typer.Option("--dry-run", help="Show settings, examples, shapes, memory and programs without training.")
     ] = False,
     processes: Processes = None,
     target: Annotated[
@@ -36,10 +36,13 @@ def finetune(
     ] = None,
     seeds: Annotated[
         str | None,
-        typer.Option(help="Seeds, such as 1,2,3: one run per seed, in output.folder/seed-1, …, and a table of means."),
+        typer.Option(
+            help="Seeds, such as 1,2,3. Trains once per seed, in subfolders of output.folder such as seed-1, and "
+            "prints a table of means."
+        ),
     ] = None,
 ) -> None:
-    """Fine-tune a model. To resume a run that was stopped, repeat the command."""
+    """Fine-tune a model. To resume an interrupted run, repeat the command."""
     from bert_jax.settings import Settings
 
     settings = Settings.from_file(config, overrides or ())
@@ -66,11 +69,11 @@ def finetune(
 
 @app.command()
 def pretrain(
-    config: Annotated[Path, typer.Argument(help="A YAML file of settings, such as configs/pretrain/continue.yaml.")],
+    config: Annotated[Path, typer.Argument(help="A YAML settings file, such as configs/pretrain/continue.yaml.")],
     overrides: Overrides = None,
     processes: Processes = None,
 ) -> None:
-    """Pretrain a model on texts. To resume a run that was stopped, repeat the command."""
+    """Pretrain a model on texts. To resume an interrupted run, repeat the command."""
     from bert_jax.settings import Pretraining
 
     settings = Pretraining.from_file(config, overrides or ())
@@ -83,7 +86,7 @@ def pretrain(
 @app.command()
 def evaluate(
     model: Model,
-    config: Annotated[Path, typer.Argument(help="A YAML file of settings with the task and the data.")],
+    config: Annotated[Path, typer.Argument(help="A YAML settings file with the task and the data.")],
     overrides: Overrides = None,
     beside: Annotated[list[str] | None, typer.Option(help="Pretrained model to compare with. Repeatable.")] = None,
     ignore: Ignore = None,
@@ -98,7 +101,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Folder for the results as JSON, Markdown and PNG files.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
-    """Show a model's metrics on a data set."""
+    """Compute a model's metrics on a data set."""
     from bert_jax.settings import HELD_OUT_TASKS, HeldOut, read
 
     settings = read(config, overrides or ())

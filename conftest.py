@@ -1,9 +1,10 @@
 """Runs the code blocks of README.md and docs/ as tests: `pytest -m docs README.md docs`.
 
-The Python blocks of a page run one after another in one namespace and in a temporary folder. They find two models, both
-of random weights: google-bert/bert-base-cased in a cache of the Hub, with 12 layers and the published vocabulary, and
-runs/emotion in the folder. A comment `<!-- skip: next "reason" -->` before a block says why it is not run. The commands
-in shell blocks are parsed by the command line's own parser but not run, and the scripts that they name must exist.
+The Python blocks of a page run one after another in one namespace and in a temporary folder. Two models with random
+weights are available to them: `google-bert/bert-base-cased`, with 12 layers and the published vocabulary, in a Hub
+cache, and `runs/emotion` in the temporary folder. A comment `<!-- skip: next "reason" -->` before a block skips it and
+states why. The commands in shell blocks are parsed by the command line's own parser but not run, and the scripts that
+they name must exist.
 """
 
 import itertools
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parent
 
 
 def parse_commands(example: Example) -> None:
-    """Checks the commands of a shell block."""
+    """Checks the commands in a shell block."""
     import typer.main
 
     from bert_jax import cli
@@ -37,7 +38,7 @@ def parse_commands(example: Example) -> None:
 
 
 def commands(block: str) -> Iterator[list[str]]:
-    """The words of each command in a shell block, without comments. A quoted text may have several lines."""
+    """Yields the words of each command in a shell block, without comments. Quoted text may span several lines."""
     block = re.sub(r" +# [^\n]*", "", block.replace("\\\n", " "))
     lexer = shlex.shlex(block, posix=True, punctuation_chars="|&;\n")
     lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, ""
@@ -48,7 +49,7 @@ def commands(block: str) -> Iterator[list[str]]:
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
-    """Models for the blocks, and a temporary folder to run in."""
+    """Provides models for the code blocks and a temporary folder in which they run."""
     from flax import nnx
     from huggingface_hub import constants
 
@@ -81,7 +82,7 @@ pytest_collect_file = Sybil(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the code blocks."""
+    """Adds the `docs` marker to the code blocks."""
     for item in items:
         if item.path.suffix == ".md":
             item.add_marker(pytest.mark.docs)

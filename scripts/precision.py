@@ -1,13 +1,13 @@
-"""Measures how results in bfloat16 and int8 differ from results in float32 and prints Markdown tables.
+"""Measures how results in bfloat16 and int8 differ from results in float32, and prints Markdown tables.
 
-python scripts/precision.py --runs runs/emotion_1 runs/wnut17_1 --texts reviews.txt --embeddings sentence-model
+    python scripts/precision.py --runs runs/emotion_1 runs/wnut17_1 --texts reviews.txt --embeddings sentence-model
 
 --runs        folders of finished fine-tuning runs, whose models are evaluated on the validation data: the metric, the
               difference with a 95 % interval from the paired bootstrap over examples (Efron 1979), how many decisions
               (labels, tags, answers) are equal, and for how many examples all decisions are equal
---texts       a file of texts, one per line, for the negative log-likelihood of masked tokens under --model
---fillings    a file of texts with one [MASK] each, one per line, for the three most likely tokens under --model
---embeddings  a model whose sentence embeddings of the same texts are compared by cosine similarity
+--texts       a file of texts, one per line; --model computes the negative log-likelihood of masked tokens in them
+--fillings    a file of texts with one [MASK] each, one per line; --model predicts the three most likely tokens
+--embeddings  a model whose sentence embeddings of the same texts are compared by their cosine similarity
 """
 
 import argparse
@@ -32,7 +32,7 @@ RESAMPLES = 2000
 
 
 def counts_of(task: str, row: Mapping[str, Any], prediction: Mapping[str, Any]) -> tuple[float, float]:
-    """The contribution of an example to the numerator and the denominator of its metric (accuracy or F1)."""
+    """Returns what an example adds to the numerator and the denominator of its metric (accuracy or F1)."""
     if task == "text-classification":
         return float(prediction["label"] == row["label"]), 1.0
     if task == "token-classification":
@@ -42,13 +42,13 @@ def counts_of(task: str, row: Mapping[str, Any], prediction: Mapping[str, Any]) 
 
 
 def decisions(prediction: Mapping[str, Any]) -> list[str]:
-    """The tags of a text, or one label or answer."""
+    """Returns the tags of a text, or its only label or answer."""
     tags: list[str] | None = prediction.get("tags")
     return [prediction.get("label", prediction.get("answer", ""))] if tags is None else tags
 
 
 def predicted(folder: Path, settings: Settings, dtype: Any) -> tuple[list[Any], list[Any]]:
-    """The rows of a run's validation data, and the predictions of the run's model in `dtype`."""
+    """Returns the rows of a run's validation data, and the predictions of the run's model in `dtype`."""
     task_class = TASKS[settings.task]
     loaded = preparation.read_split(settings, "validation")
     rows, _ = task_class.clean({"validation": loaded.rows}, preparation.read_options(settings))

@@ -2,8 +2,8 @@
 
     python scripts/profile_cpu.py                     # BERT-base's shape, random weights; under a minute
 
-Each row contains one text or is packed, with two masks per text. XLA fuses the softmax into the product that follows
-it.
+Each row contains one text or is packed, with two masks per text. XLA fuses the softmax into the matrix product that
+follows it.
 
 The time of an operation is the time from its start to its end, on all cores. Query, key and value are computed
 simultaneously and share the cores, but the whole time is counted for each of them. Their rates therefore appear lower
@@ -85,7 +85,7 @@ def kinds(program: str) -> dict[str, str]:
 
 
 def flops(config: bert_jax.BertConfig, rows: int, tokens: int, texts: int) -> dict[str, int]:
-    """Floating-point operations of each kind.
+    """Returns the number of floating-point operations of each kind.
 
     The last layer (except its keys and values) and the head are computed only at the masked positions.
     """

@@ -1,8 +1,8 @@
 """The scoring script for an Azure Machine Learning endpoint, which calls `init` once and `run` for each request.
 
-The environment variable AZUREML_MODEL_DIR specifies the model's folder or a folder that contains it. BERT_JAX_TASK
-specifies the task; the default is fill-mask. Requests and responses have the format of Azure's model catalog; see
-`bert_jax.inference.catalog`. The script has not been run on Azure yet.
+The environment variable `AZUREML_MODEL_DIR` specifies the model's folder or a folder that contains it. The environment
+variable `BERT_JAX_TASK` specifies the task, by default `fill-mask`. Requests and responses have the format of Azure's
+model catalog; see `bert_jax.inference.catalog`. The script has not been run on Azure yet.
 """
 
 import json
@@ -22,7 +22,7 @@ pipe: Pipeline[Task]
 
 
 def init() -> None:
-    """Loads the model and compiles the model's programs."""
+    """Loads the model and compiles its programs."""
     global pipe
     root = Path(os.environ["AZUREML_MODEL_DIR"])
     (config,) = sorted(root.rglob(hub.CONFIG_FILE), key=lambda path: len(path.parts))[:1]

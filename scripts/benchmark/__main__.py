@@ -1,4 +1,4 @@
-"""Measures bert_jax on this machine's CPU, and PyTorch transformers and other runtimes on the same work.
+"""Measures bert_jax on this machine's CPU, and PyTorch transformers and other runtimes on the same tasks.
 
     pip install -e ".[parity]"
     python scripts/benchmark                      # the first five cases; four minutes and 3 GB of temporary disk space
@@ -7,9 +7,9 @@
     python scripts/benchmark warm --model ~/bert-base-cased
 
     warm     calls of a warm fill-mask pipeline with one short sentence, alternating between ours and transformers'
-    python   the time that Python takes in such a call of ours: the call minus the compiled program
+    python   the time spent in Python in such a call of our pipeline: the call minus the compiled program
     process  `bert-jax fill-mask` as a whole process with warm caches, and a script with transformers' pipeline
-    load     peak memory during the loading of weights, relative to the size of their file
+    load     peak memory while weights are loaded, relative to the size of the weights file
     memory   memory of a fill-mask pipeline in each dtype, after its first result
     step     a fine-tuning step with dropout, alternating between ours and PyTorch's, and the rate of our step relative
              to that of a large matrix product

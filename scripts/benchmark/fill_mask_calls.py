@@ -52,7 +52,7 @@ def time_calls(text: str, calls: int) -> list[float]:
 
 
 def time_call_and_program(folder: Path, text: str) -> dict[str, list[float]]:
-    """Seconds per call of our pipeline, and per run of the compiled program on the inputs of such a call."""
+    """Returns the seconds per call of our pipeline and per run of the compiled program on the inputs of such a call."""
     import jax
 
     import bert_jax
@@ -99,7 +99,7 @@ def warm(folder: Path, console: Console) -> dict[str, Any]:
 
 
 def _difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str | None:
-    """Describes the difference between the two sides' fillings; None if tokens are equal and scores are close."""
+    """Describes how the two sides' fillings differ; None if the tokens are equal and the scores are close."""
     tokens = [[entry["token"] for entry in side] for side in (ours, theirs)]
     if tokens[0] != tokens[1]:
         return f"tokens {tokens[0]} and {tokens[1]}"

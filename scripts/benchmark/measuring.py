@@ -29,7 +29,7 @@ SHAPES: dict[str, dict[str, int]] = {
 LENGTHS = [3, 8, 11, 14, 16, 18, 20, 21, 23, 25, 27, 29, 31, 33, 36, 38, 41, 46, 51, 61, 215]
 """Quantiles 0, 0.05, …, 1 of the number of tokens per sentence in movie reviews (Pang and Lee 2004)."""
 FLAX_PYTHON = "BERT_JAX_FLAX_PYTHON"
-"""The environment variable with the path of the Python interpreter that has FlaxBert; see flax_peer.py."""
+"""The environment variable with the path of a Python interpreter that can import FlaxBert; see flax_peer.py."""
 
 
 def make_model(folder: Path, shape: str) -> None:
@@ -85,7 +85,7 @@ def installed(sides: list[str], console: Console) -> list[str]:
 
 
 def sentence_lengths(count: int) -> list[int]:
-    """The lengths of `count` sentences, in ascending order, interpolated from `LENGTHS`."""
+    """Returns the lengths of `count` sentences, in ascending order, interpolated from `LENGTHS`."""
     found = []
     for n in range(count):
         place, part = divmod(n / count * (len(LENGTHS) - 1), 1)
@@ -94,7 +94,7 @@ def sentence_lengths(count: int) -> list[int]:
 
 
 def matrix_product_rate() -> float:
-    """Floating-point operations per second of a large float32 matrix product in XLA; the best of several runs."""
+    """Returns the FLOP/s of a large float32 matrix product in XLA: the best of several runs."""
     import jax
 
     x = jax.random.normal(jax.random.key(0), (2048, 2048))

@@ -78,14 +78,14 @@ def _peer_batch(rows: int, tokens: int, padding: int = 0) -> Any:
 
 
 def peer_logits(rows: int, tokens: int) -> Any:
-    """Logits of the timed batch, and of a batch whose last row contains padding, which must not have any effect."""
+    """Returns logits of the timed batch, and of a batch whose last row contains padding, which must have no effect."""
     import numpy as np
 
     return np.stack([_peer(*_peer_batch(rows, tokens, padding)) for padding in (0, tokens // 4)])
 
 
 def time_peer(rows: int, tokens: int, seconds: float) -> list[float]:
-    """Seconds of each call. Makes at least one call and stops when the calls have taken `seconds`."""
+    """Returns the seconds of each call. Makes at least one call and stops when the calls have taken `seconds`."""
     batch, times = _peer_batch(rows, tokens), []
     while not times or sum(times) < seconds:
         times.append(seconds_of(lambda: _peer(*batch)))
@@ -100,7 +100,7 @@ def time_texts(texts: list[str], size: int) -> tuple[float, Any]:
 
 
 def _sides(known: dict[str, list[str]], dtypes: Sequence[str], console: Console) -> list[str]:
-    """The sides with the given dtypes, after ours in float32, with which all other outputs are compared."""
+    """Returns ours in float32, with which all other sides are compared, followed by the sides with the given dtypes."""
     return installed(list(dict.fromkeys(["ours", *(side for dtype in dtypes for side in known[dtype])])), console)
 
 
@@ -138,7 +138,7 @@ def peers(folder: Path, console: Console, dtypes: Sequence[str]) -> dict[str, An
 def texts(folder: Path, console: Console, dtypes: Sequence[str]) -> dict[str, Any]:
     sentences = _sentences(folder)
     sides = _sides(TEXT_PEERS, dtypes, console)
-    sizes = {side: (0,) if side.startswith("ours") else BATCHES for side in sides}  # ours forms batches itself
+    sizes = {side: (0,) if side.startswith("ours") else BATCHES for side in sides}  # our side forms batches itself
     trials: dict[str, dict[int, float]] = {side: {} for side in sides}
     answers: list[Any] = []
     apart: dict[str, float] = {}

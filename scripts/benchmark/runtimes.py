@@ -1,4 +1,4 @@
-"""Fill-mask in other runtimes, for the cases peers and texts. Each runtime is opened in a separate process.
+"""Fill-mask in other runtimes, for the cases `peers` and `texts`. Each runtime is opened in a separate process.
 
 A side maps the token ids, a mask and the positions of each row to the logits at these positions, all as NumPy arrays.
 The second word of a side's name states what the runtime computes:
@@ -27,7 +27,7 @@ Answer = Callable[[list[str]], list[list[tuple[int, float]]]]
 """Texts with one mask each -> the five most likely tokens for each text, with their scores."""
 
 THREADS = os.cpu_count() or 1
-"""Number of threads for PyTorch, ONNX Runtime and OpenVINO, which is the same as for XLA."""
+"""Number of threads for PyTorch, ONNX Runtime and OpenVINO; the same as for XLA."""
 
 
 def export(folder: Path) -> None:
@@ -111,7 +111,7 @@ def open_peer(side: str, folder: Path) -> Forward:
 
 
 def described(side: str) -> tuple[str, str, str]:
-    """The runtime of a side, what it computes, and its dtype."""
+    """Returns the runtime of a side, what it computes, and its dtype."""
     name, *rest = side.split()
     graph, dtype = [*rest, *["gathered", "float32"][len(rest) :]]
     return name, graph, dtype

@@ -86,7 +86,7 @@ WORK = {
 
 
 def chart(cases: dict[str, Any]) -> Any:
-    """Draws the medians and deciles for the cases peers and texts, one panel per shape."""
+    """Draws the medians and deciles for the cases `peers` and `texts`, one panel per shape."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 

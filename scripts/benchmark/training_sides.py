@@ -53,9 +53,9 @@ def our_fine_tuning(folder: Path, dropout: bool, dtype: str = "float32") -> Any:
     state = jax.device_put(step.init_state(planned, 0), everywhere)
     train_step = step.make_step(task, planned, out_shardings=everywhere)
 
-    # A program that computes nothing but has the arguments and results of the step, to measure the time for the call
-    # alone. The step itself cannot be used for this measurement, because this thread computes part of the step during
-    # the call.
+    # A program that has the arguments and results of the step but computes nothing. It serves to measure the time for
+    # the call alone. The step itself cannot be used for this measurement, because this thread computes part of the step
+    # during the call.
     hand_back = jax.jit(
         lambda state, frozen, batch: (state, {"loss": jax.numpy.zeros(()), "grad_norm": jax.numpy.zeros(())}),
         donate_argnums=0, out_shardings=everywhere, keep_unused=True,

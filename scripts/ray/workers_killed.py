@@ -1,8 +1,8 @@
-"""Predicts 100,000 sentences on a Ray cluster of two workers, kills a worker twice, and counts the rows.
+"""Makes predictions for 100,000 sentences on a Ray cluster of two workers, kills a worker twice, and counts the rows.
 
     pip install '.[ray,serve]' && python scripts/ray/workers_killed.py          # ten minutes on two cores
 
-Then compares the time for 20,000 sentences on a running cluster with the time of `bert-jax predict` without Ray.
+The script then compares the time for 20,000 sentences on a running cluster with that of `bert-jax predict` without Ray.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 #
 #   export TPU=bert ZONE=us-west4-a
 #   scripts/tpu/create.sh v5litepod-8              # one host; v5litepod-16 has four
-#   scripts/tpu/install.sh                         # this checkout; NFS=10.0.0.2:/share mounts that at /mnt/share
+#   scripts/tpu/install.sh                         # this checkout; NFS=10.0.0.2:/share mounts that share at /mnt/share
 #   scripts/tpu/run.sh bert-jax finetune configs/finetune/emotion.yaml precision.compute_dtype=bfloat16
 #   scripts/tpu/fetch.sh runs/emotion
 #   gcloud compute tpus tpu-vm delete "$TPU" --zone "$ZONE"

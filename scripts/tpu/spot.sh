@@ -5,8 +5,8 @@
 #   export TPU=bert ZONE=us-west4-a NFS=10.0.0.2:/share
 #   scripts/tpu/spot.sh v5litepod-8 bert-jax finetune configs/finetune/emotion.yaml output.folder=/mnt/share/emotion
 #
-# The disks of a slice are deleted with it, so output.folder must be on a network share (NFS, see install.sh). With
-# DRY_RUN=1, the script only prints its commands. It has not been tested on a slice.
+# When a slice is deleted, its disks are deleted too, so output.folder must be on a network share (NFS, see install.sh).
+# With DRY_RUN=1, the script only prints its commands. It has not been tested on a slice.
 source "$(dirname "$0")/common.sh"
 type="${1:?a type is missing: v5litepod-8, v5p-8, v6e-8, …}"
 shift

@@ -1,11 +1,12 @@
 """Evaluates pretrained models on held-out texts and on minimal pairs of sentences.
 
-Held-out texts are evaluated with the pretraining tasks: fill-mask and next-sentence-prediction. Minimal pairs are
+Held-out texts are evaluated with the pretraining tasks, `fill-mask` and `next-sentence-prediction`. Minimal pairs are
 evaluated by the pseudo-log-likelihoods of their sentences.
 
-The fill-mask measures are means over all masked tokens, except for the pseudo-perplexity, which is the exponential of
-such a mean. The next-sentence-prediction measures are means over all pairs. The 95 % intervals are computed by the
-bootstrap (Efron 1979), which resamples texts for fill-mask and pairs for next-sentence-prediction.
+The measures for `fill-mask` are means over all masked tokens, except for the pseudo-perplexity, which is the
+exponential of such a mean. The measures for `next-sentence-prediction` are means over all pairs. The 95 % intervals are
+computed with the bootstrap (Efron 1979), which resamples texts for `fill-mask` and pairs for
+`next-sentence-prediction`.
 """
 
 import hashlib
@@ -59,7 +60,7 @@ class Hidden(NamedTuple):
 
 
 class HiddenTokens(FillMask):
-    """The fill-mask task for masks with known true tokens."""
+    """The fill-mask task for masked tokens whose true values are known."""
 
     with_labels = True
 
@@ -76,7 +77,7 @@ class HiddenTokens(FillMask):
         return {"nll": nll, "rank": 1 + jnp.sum(others & ~(logits < label), axis=-1)}
 
     def hide(self, text: str, words: Words, share: float, seed: int) -> Steps[list[Hidden]]:
-        """The steps of a request that masks tokens in a text. The result of the request is a list of `Hidden`.
+        """Returns the steps of a request that masks tokens in a text. The result of the request is a list of `Hidden`.
 
         The text is truncated to `max_length`. For the other arguments, see `evaluate`. The choice of masked tokens
         depends only on the arguments, the tokenizer and `max_length`.
@@ -115,7 +116,7 @@ class Following(NextSentencePrediction):
         return {"log_p": jax.nn.log_softmax(model(**inputs, positions=starts).logits)}
 
     def judge(self, first: str, second: str) -> Steps[np.ndarray]:
-        """The steps of a request whose result is the log-probabilities of the two labels for a pair, float32 [2].
+        """Returns the steps of a request for a pair. The result is the log-probabilities of both labels, float32 [2].
 
         If the pair is too long, the end of the first text and the beginning of the second are kept. A text that needs
         at most half of the available tokens is kept in full; if both texts need more, each gets half.
@@ -152,9 +153,9 @@ def evaluate(
         texts: The texts to evaluate on.
         task: The task to measure.
         max_length: Maximum number of tokens in a text, including special tokens; longer texts are truncated.
-        words: "random" masks a share of a text's tokens at the same time. "each" masks one word at a time, including
-            all its pieces.
-        share: The share of tokens that "random" masks; at least one token is masked.
+        words: "random" masks a share of a text's tokens at the same time. "each" masks one word at a time, with all its
+            word pieces.
+        share: For "random", the share of tokens to mask; at least one token is masked.
         seed: Seed for choosing masked tokens, for splitting and pairing texts, and for resampling.
         resamples: Number of bootstrap resamples of the texts or pairs for the 95 % intervals.
         dtype: "float32", "bfloat16" or "int8"; see `BertModel.from_pretrained`.
@@ -163,22 +164,22 @@ def evaluate(
         console: The console for a progress bar; None for no progress bar.
 
     Returns:
-        The results of each model, by its name in `models`. Each measure is `{value, low, high}`, where `low` and `high`
-        are the bounds of the 95 % interval.
+        The results of each model, keyed by its name in `models`. Each measure is `{value, low, high}`, where `low` and
+        `high` are the bounds of the 95 % interval.
 
-        fill-mask: The measures are `nll` (in nats), `pseudo_perplexity` (exponential of `nll`), `accuracy@k` for k = 1,
-        5 and 10, and `mrr` (mean reciprocal rank). `texts` is the number of texts, and `tokens` is the number of masked
-        tokens. `by_frequency` and `by_position` list the number of tokens, the nll and the accuracy@1 of each class. If
-        `words` is "each" and every word has one piece, `pseudo_perplexity` is the measure of Salazar et al. 2020,
-        arXiv:1910.14659.
+        `fill-mask`: The measures are `nll` (in nats), `pseudo_perplexity` (the exponential of `nll`), `accuracy@k` for
+        k = 1, 5 and 10, and `mrr` (mean reciprocal rank). `texts` is the number of texts, and `tokens` is the number of
+        masked tokens. `by_frequency` and `by_position` list the number of tokens, the `nll` and the `accuracy@1` of
+        each class. If `words` is "each" and every word has only one word piece, `pseudo_perplexity` is the measure of
+        Salazar et al. 2020, arXiv:1910.14659.
 
-        next-sentence-prediction: The measures are `accuracy` and `nll`. `pairs` is the number of pairs.
+        `next-sentence-prediction`: The measures are `accuracy` and `nll`. `pairs` is the number of pairs.
 
         `blank` is the number of blank texts, which are skipped.
 
     Raises:
-        InputError: If an entry is not a string, if there are too few texts or they are too short, or if a model does
-            not support the task or `max_length`.
+        InputError: If an entry is not a string, if the texts are too few or too short, or if a model does not support
+            the task or `max_length`.
     """
     texts = list(texts)
     _check(texts, "text")
@@ -231,8 +232,9 @@ def minimal_pairs(
         console: The console for a progress bar; None for no progress bar.
 
     Returns:
-        The results of each model, by its name in `models`: `accuracy` as `{value, low, high}`, `pairs`, and
-        `by_phenomenon`, a list with the number of pairs and the accuracy of each phenomenon. A tie counts as an error.
+        The results of each model, keyed by its name in `models`: `accuracy` as `{value, low, high}`; `pairs`, the
+        number of pairs; and `by_phenomenon`, a list with the number of pairs and the accuracy of each phenomenon. A tie
+        counts as an error.
 
     Raises:
         InputError: If a sentence is not a string or cannot be scored, if a pair does not have two sentences, if there
@@ -290,7 +292,7 @@ def _by_phenomenon(phenomena: Sequence[str], right: np.ndarray) -> list[dict[str
 
 
 def leave(folder: Path, settings: str, results: dict[str, dict[str, Any]]) -> None:
-    """Writes a folder with the results and the settings.
+    """Writes the results and the settings to a folder.
 
     The files are `evaluation.json`, `evaluation.md`, `evaluation.png` and `settings.yaml`.
 
@@ -305,7 +307,7 @@ def leave(folder: Path, settings: str, results: dict[str, dict[str, Any]]) -> No
 
 
 def _run(pipe: Pipeline[Task], requests: list[Steps[Any]], model: str, console: Console | None) -> list[Any]:
-    """Runs requests in groups of `pipe.read_ahead`, and returns their results."""
+    """Runs requests in groups of `pipe.read_ahead` and returns their results."""
     size = pipe.read_ahead
     starts = range(0, len(requests), size)
     shown = track(starts, description=model, console=console or Console(quiet=True), transient=True)
@@ -368,10 +370,10 @@ def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.nd
 def _means(
     values: dict[str, np.ndarray], owner: np.ndarray, texts: int, seed: int, resamples: int
 ) -> dict[str, dict[str, float]]:
-    """The mean of each array and its 95 % interval, which is computed by resampling the texts or pairs.
+    """Returns the mean of each array with its 95 % interval, which is computed by resampling the texts or pairs.
 
-    `owner` contains, for each entry of the arrays, the index of its text or, for next-sentence-prediction, its pair.
-    `texts` is the number of texts or pairs, including those without entries.
+    For each entry of the arrays, `owner` contains the index of the text or pair that the entry belongs to. `texts` is
+    the number of texts or pairs, including those without entries.
     """
     sums = np.stack([np.bincount(owner, v, minlength=texts) for v in (np.ones(len(owner)), *values.values())], axis=1)
     random = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Evaluates a model on examples: computes its outputs for each example and the metrics."""
+"""Evaluates a model on examples: computes the outputs for each example, and the metrics."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -24,11 +24,11 @@ class Evaluation:
     """The results of an evaluation.
 
     Attributes:
-        metrics: The task's metrics, and `loss`, the mean loss over the examples or tokens that have a target. The loss
-            is in nats or, for regression, in the squared unit of the target. Empty if there are no targets.
-        outputs: The outputs that `Objective.outputs` computes, by name and in the order of the examples. Each output is
-            an array with one entry per example. If the task's `per_token` is true, each output is instead a list with
-            one array per example, which has one entry per token.
+        metrics: The task's metrics and `loss`, which is the mean loss over the examples or tokens that have a target.
+            The loss is in nats or, for regression, in the squared unit of the target. Empty if there are no targets.
+        outputs: The outputs of `Objective.outputs`, keyed by name and in the order of the examples. Each output is an
+            array with one entry per example. If the task's `per_token` is true, each output is instead a list with one
+            array per example, which has one entry per token.
     """
 
     metrics: dict[str, Any]

@@ -23,9 +23,9 @@ def classification(labels: np.ndarray, predictions: np.ndarray, names: tuple[str
         names: The names of the labels.
 
     Returns:
-        `accuracy`, `f1_macro`, `f1_micro`, `f1_weighted`, `matthews`, `per_class` (precision, recall, f1 and support of
+        `accuracy`, `f1_macro`, `f1_micro`, `f1_weighted`, `matthews`, `per_class` (precision, recall, F1 and support of
         each label) and `confusion` (one row per true label, one column per predicted label). If there are two labels,
-        also `f1`, the f1 of the second label, and `f1_label`, the name of that label.
+        also `f1`, the F1 of the second label, and `f1_label`, the name of that label.
     """
     scores, per_class = _scores(labels, predictions, names)
     if len(names) == 2:
@@ -48,7 +48,7 @@ def multi_label(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, .
 
     Returns:
         `accuracy` (the share of examples for which all labels are correct), `f1_macro`, `f1_micro`, `f1_weighted`, and
-        `per_class` (precision, recall, f1 and support of each label).
+        `per_class` (precision, recall, F1 and support of each label).
     """
     # A column of zeros is added, because scikit-learn would read a single column as two classes.
     labels, predictions = (np.pad(array, ((0, 0), (0, 1))).astype(int) for array in (labels, predictions))
@@ -70,14 +70,14 @@ def best_threshold(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float
     order = np.argsort(-flat, kind="stable")
     ranked = np.append(flat[order], 0.0)
     right = np.cumsum(labels.ravel()[order])
-    # The labels with the n highest scores can be the predicted labels only if the next score is lower.
+    # A threshold can select exactly the labels with the n highest scores only if the next score is lower.
     f1 = np.where(ranked[:-1] > ranked[1:], 2 * right / (np.arange(1, len(flat) + 1) + right[-1]), 0.0)
     best = int(np.argmax(f1))
     return float(ranked[best] + ranked[best + 1]) / 2, float(f1[best])
 
 
 def _scores(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The accuracy and the f1 averages, and the metrics of each label (`per_class`)."""
+    """Returns the accuracy and the F1 averages, and the metrics of each label (`per_class`)."""
     options: dict[str, Any] = {"labels": list(range(len(names))), "zero_division": 0.0}
     scores = {"accuracy": float(metrics.accuracy_score(labels, predictions))}
     for average in ("macro", "micro", "weighted"):
@@ -90,7 +90,7 @@ def _scores(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -
 
 
 def regression(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
-    """Metrics for regression: pearson, spearman, and the mean squared error (`mse`, in the squared unit of the labels).
+    """Metrics for regression: `pearson`, `spearman` and `mse` (mean squared error, in the squared unit of the labels).
 
     Args:
         labels: float [N].
@@ -108,13 +108,13 @@ def regression(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Finds the entities in a sentence in the same way as conlleval and seqeval.
+    """Finds the entities in a sentence in the same way as `conlleval` and `seqeval`.
 
-    The tags use the scheme IOB1, IOB2 or BIOES, and may be malformed.
+    The tags follow the IOB1, IOB2 or BIOES scheme and may be malformed.
 
     Args:
         tags: The tag of each word: "O", or one of the prefixes B-, I-, E- and S- followed by a type, as in "B-PER". A
-            tag without a type, such as "B", gets the type "_", as in seqeval.
+            tag without a type, such as "B", gets the type "_", as in `seqeval`.
 
     Returns:
         One tuple (type, index of the first word, index of the last word) per entity, in order.
@@ -136,7 +136,7 @@ def tagging(labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]
     """Metrics for token classification, computed from the tags of each sentence.
 
     Returns:
-        `precision`, `recall` and `f1` over all entities, `accuracy` of the tags, and `per_class` (precision, recall, f1
+        `precision`, `recall` and `f1` over all entities, `accuracy` of the tags, and `per_class` (precision, recall, F1
         and support of each type). An entity is correct if its type, its first word and its last word are correct.
     """
     truth, found = ({(n, *span) for n, tags in enumerate(side) for span in entities(tags)}
@@ -165,7 +165,7 @@ def normalized(answer: str) -> str:
 def answering(
     golds: Sequence[Sequence[str]], answers: Sequence[str], null_over_best: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """Metrics for question answering, as in evaluate-v2.0.py of SQuAD 2.0.
+    """Metrics for question answering, as in `evaluate-v2.0.py`, the official SQuAD 2.0 script.
 
     If all questions have an answer, the metrics are the SQuAD 1.1 metrics.
 

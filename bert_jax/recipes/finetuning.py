@@ -36,8 +36,8 @@ They occupy 60 MB, so `peak_memory` imports them before it measures the memory o
 def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     """Fine-tunes a model and writes it, with its metrics and predictions, to `settings.output.folder`.
 
-    If the run was stopped, the same call resumes it from its last checkpoint. If the run is finished, the call does
-    nothing.
+    If the run is interrupted, repeating the call with the same settings resumes it from its last checkpoint. If the run
+    is finished, the call does nothing.
 
     Returns:
         The folder.
@@ -94,7 +94,7 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
     if evaluated:
         predictions = task.predictions(evaluated.outputs, examples[split])
         lines = [row | {"prediction": p} for row, p in zip(prepared.rows[split], predictions, strict=True)]
-        # `default=str`, because rows from Parquet may contain dates, which JSON cannot encode.
+        # `default=str`, because rows from Parquet files may contain dates, which JSON cannot encode.
         texts = [json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines]
         runs.write(folder / runs.PREDICTIONS, "".join(texts))
         for name, value in task.files(lines).items():
@@ -112,9 +112,10 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
 
     Args:
         settings: The settings of the run.
-        target: Chips to compile the training step for, such as `v5e:2x4`. This machine need not have them. None
-            compiles the step for the devices of this machine.
-        console: If a target is given, the console that shows whether each tried batch shape fits; None shows nothing.
+        target: Chips to compile the training step for, such as `v5e:2x4`. This machine need not have them. If None, the
+            step is compiled for this machine's devices.
+        console: If a target is given, the console that shows for each batch shape that is tried whether it fits; None
+            for no output.
 
     Raises:
         InputError: If the settings or the data cannot be used, if the target is unknown, or if the compiler for the
@@ -171,7 +172,7 @@ def peak_memory(settings: Settings, prepared: preparation.Prepared, run: loop.Ru
     Args:
         settings: The settings of the run.
         prepared: The model and the examples of the run.
-        run: The run, as `runs.set_up` returns it.
+        run: The run, as returned by `runs.set_up`.
         shape: The shape of the largest training batch.
     """
     step = run.trace(shape).lower().compile().memory_analysis()
@@ -239,16 +240,16 @@ def evaluate(
     """Evaluates a fine-tuned model on a split of the settings' data.
 
     A run may tune values, such as a threshold, on its validation split. These values are applied if the model's folder
-    contains the results of its run.
+    contains the results of the run.
 
     Args:
         model_id: A folder or an id on the Hub.
-        settings: Settings with the task, the data, the maximum length and the batch size.
+        settings: Settings that specify the task, the data, the maximum length and the batch size.
         split: "validation" or "test".
         dtype: The dtype in which the model is loaded: "float32", "bfloat16" or "int8". By default, the model is loaded
             in float32, and the activations have the dtype `precision.compute_dtype`, as in the run.
-        ignore: Regular expressions that match the whole names of tensors in the checkpoint that are not loaded.
-        console: The console that shows notes on the data; None shows nothing.
+        ignore: Regular expressions for the checkpoint tensors to skip. An expression must match a tensor's whole name.
+        console: The console that shows notes on the data; None for no output.
 
     Returns:
         The metrics.

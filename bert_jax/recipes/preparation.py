@@ -40,7 +40,7 @@ class Prepared(NamedTuple):
         tokenizer: The tokenizer of the model.
         rows: The rows of each split. Their columns have the names that the task uses.
         examples: The examples of each split, created from its rows.
-        found: Notes for the user on the data and on the head.
+        found: Notes for the user on the data and the head.
     """
 
     task: TrainableTask
@@ -68,7 +68,7 @@ def prepare(settings: Settings) -> Prepared:
     """Reads the data and the model.
 
     Raises:
-        InputError: If a file, column, row or label cannot be used; the message names it.
+        InputError: If a file, column, row or label cannot be used. The message names it.
         ModelNotFoundError: If there is no such model.
         CheckpointError: If the weights do not fit the model, or if the vocabulary does not fit the weights.
     """
@@ -150,7 +150,7 @@ def network_options(settings: Settings | Pretraining) -> dict[str, Any]:
 
 
 def training_loss(settings: Settings, task: TrainableTask, examples: Examples) -> Loss | None:
-    """Returns the loss of the training steps with the options in `loss`; None for the task's default loss.
+    """Returns the training loss with the options in `settings.loss`; None means the task's default loss.
 
     Raises:
         InputError: If an option does not apply to the task, or if the class weights do not fit the labels.
@@ -188,7 +188,7 @@ def _class_weights(given: Literal["balanced"] | Mapping[str, float], task: Any, 
 
 
 def make_task(settings: Settings, tokenizer: Tokenizer, config: BertConfig) -> TrainableTask:
-    """Creates the task that the settings name, for a model with this config.
+    """Creates the task that the settings specify, for a model with this config.
 
     Raises:
         InputError: If the vocabulary does not fit the model, or if a section of the settings is for another task.
@@ -305,17 +305,17 @@ def table(data: Data) -> Table:
 
 
 def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None) -> BertConfig:
-    """Returns a model's config, with the names in `data.labels` (if it is set) in place of LABEL_0, LABEL_1, …
+    """Returns a model's config, in which `data.labels` (if set) replaces the names LABEL_0, LABEL_1, …
 
     Args:
         config: The config of the model.
-        settings: Settings with the task and `data.labels`.
+        settings: Settings that specify the task and `data.labels`.
         labels: The names of the data's classes in the order of their ids; None if the data has no class ids.
 
     Raises:
         InputError: If the number of names in `data.labels` differs from the number of labels that they replace. Also if
-            a metric depends on the order of the model's two labels, and `data.labels` (or `labels`, if `data.labels` is
-            not set) lists them in the other order.
+            a metric depends on the order of the model's two labels and they are in the other order in `data.labels` (or
+            in `labels`, if `data.labels` is not set).
     """
     given, names = settings.data.labels, config.labels
     if given and all(re.fullmatch(r"LABEL_\d+", name) for name in names):

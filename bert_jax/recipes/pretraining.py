@@ -29,8 +29,8 @@ BIAS, TRANSFORM = "predictions.bias", "predictions.transform.weight"
 def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
     """Pretrains a model and writes it, with its metrics, to `settings.output.folder`.
 
-    If the run was stopped, the same call resumes tokenization or training. If the run is finished, the call does
-    nothing.
+    If the run is interrupted, repeating the call with the same settings resumes tokenization or training. If the run is
+    finished, the call does nothing.
 
     Returns:
         The folder.
@@ -152,7 +152,7 @@ def evaluate_held_out(
 ) -> dict[str, dict[str, Any]]:
     """Evaluates pretrained models on a split.
 
-    Returns the results of `held_out.minimal_pairs` for minimal pairs, and the results of `held_out.evaluate` otherwise.
+    For minimal pairs, returns the results of `held_out.minimal_pairs`; otherwise, returns those of `held_out.evaluate`.
     """
     rows = preparation.read_split(settings, split).rows
     if not rows:

@@ -48,9 +48,9 @@ def set_up(
     loss: Loss | None = None,
     devices: Sequence[Any] | None = None,
 ) -> loop.Run:
-    """Sets up a run on the given devices; None uses the devices of all processes.
+    """Sets up a run on the given devices or, if `devices` is None, on the devices of all processes.
 
-    `loss` replaces the task's loss in the training steps.
+    If `loss` is given, it replaces the task's loss in the training steps.
 
     Raises:
         InputError: If the settings do not fit the model or the devices, if a pattern in the settings matches no
@@ -86,8 +86,8 @@ def fit(settings: Settings | Pretraining, run: loop.Run, validation: Examples | 
     """Creates the run's folder, writes the settings to it, and trains.
 
     Raises:
-        InputError: If training.patience is set without data.validation, if the folder cannot be written, if it contains
-            checkpoints of a run with other training examples, or if a logger cannot start.
+        InputError: If `training.patience` is set without `data.validation`, if the folder cannot be written, if it
+            contains checkpoints of a run with other training examples, or if a logger cannot start.
         TrainingError: If the loss or an output is not finite.
         OutOfMemoryError: If a batch does not fit in memory.
         Interrupted: After Ctrl-C or SIGTERM; the state is saved.
@@ -149,7 +149,7 @@ KEYWORDS = {"beta1": "b1", "beta2": "b2", "epsilon": "eps", "bias_correction": "
 
 
 def make_optimizer(settings: Settings | Pretraining, steps: int) -> optax.GradientTransformation:
-    """Creates the optimizer of a run with this number of steps.
+    """Creates the optimizer for a run with the given number of steps.
 
     Raises:
         InputError: If a setting is given that does not apply to the chosen optimizer.
@@ -179,7 +179,7 @@ def rule_options(settings: Settings | Pretraining) -> dict[str, Any]:
 
 
 def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
-    """Whether the run's folder already contains the results of the run. If so, prints that the run is finished.
+    """Returns whether the run's folder already contains the run's results. If so, prints that the run is finished.
 
     Raises:
         InputError: If the settings differ between processes, if the folder contains other files or a run with other
@@ -236,11 +236,11 @@ def end(
     Args:
         settings: The settings of the run.
         run: The run.
-        trained: The result of the training.
+        trained: The result of training.
         tokenizer: The tokenizer of the model.
         found: Additional results, if there are any. The key "validation" or "test" contains the metrics of that split,
             and the key "predictions" contains the name of the split that was predicted.
-        began: The value of `time.perf_counter` when the run began.
+        began: The value of `time.perf_counter()` when the run began.
         console: The console that shows the summary.
     """
     folder = Path(settings.output.folder)
@@ -274,7 +274,7 @@ def end(
 
 
 def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> str:
-    """Returns the text of README.md, the model card of a run's model. It contains no local paths."""
+    """Returns the model card (`README.md`) of a run's model. The card contains no local paths."""
     model, data = settings.model, settings.data
     places = {split: getattr(data, split, None) or () for split in ("train", "validation", "test")}
     names = {split: ", ".join(Path(place).name for place in ([given] if isinstance(given, str) else given))
@@ -311,10 +311,10 @@ def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> 
 
 
 def _license_and_language(settings: Settings | Pretraining) -> dict[str, Any]:
-    """Returns the `license` and `language` metadata of a model, from the settings or else from the base model's card.
+    """Returns the `license` and `language` metadata of a model from the settings or else from the base model's card.
 
-    The language is unknown if the card declares several languages, because the model may have been trained in any of
-    them. It is also unknown if the vocabulary differs from the base model's.
+    The language from the card is omitted if the card declares several languages, because the model may have been
+    trained on any of them. It is also omitted if the vocabulary differs from that of the base model.
     """
     model, output = settings.model, settings.output
     card = hub.read_card(model.id, model.revision) if model.id else {}
@@ -327,13 +327,13 @@ def _license_and_language(settings: Settings | Pretraining) -> dict[str, Any]:
         (language,) = language
     if output.language:
         found["language"] = output.language if isinstance(output.language, str) else list(output.language)
-    elif kept and isinstance(language, str):  # YAML reads the code for Norwegian, no, as a boolean
+    elif kept and isinstance(language, str):  # YAML reads `no`, the code for Norwegian, as a boolean
         found["language"] = language
     return found
 
 
 def public_settings(settings: Settings | Pretraining) -> str:
-    """Returns the settings that differ from their defaults as YAML, without local paths."""
+    """Returns, as YAML and without local paths, the settings that differ from their defaults."""
     tree = settings.model_dump(mode="json", exclude_defaults=True, exclude={"output"})
     model, data = tree.get("model", {}), tree.get("data", {})
     for name in ("id", "tokenizer"):

@@ -18,7 +18,7 @@ SEEDS = "seeds.json"
 
 
 def read_seeds(text: str) -> list[int]:
-    """Reads seeds such as "1,2,3".
+    """Parses a list of seeds, such as "1,2,3".
 
     Raises:
         InputError: If there are fewer than two seeds, if a seed occurs twice, or if a seed is not a non-negative
@@ -32,16 +32,16 @@ def read_seeds(text: str) -> list[int]:
 
 
 def finetune_seeds(settings: Settings, seeds: Sequence[int], *, console: Console | None = None) -> Path:
-    """Fine-tunes once per seed, in the subfolders `seed-1`, … of `settings.output.folder`.
+    """Fine-tunes a model once per seed, in subfolders of `settings.output.folder` such as `seed-1`.
 
-    The file `seeds.json` in this folder contains, for each split and metric, the values by seed, their mean, their
-    sample standard deviation (with n - 1 in the denominator), and their number n. If the call was stopped, the same
-    call resumes it; finished runs are not repeated.
+    The file `seeds.json` in `settings.output.folder` contains, for each split and metric, the values by seed, their
+    mean, their sample standard deviation (with n - 1 in the denominator), and their number n. If a call is interrupted,
+    repeating it with the same arguments resumes it; finished runs are not repeated.
 
     Args:
         settings: The settings of the runs. Each seed replaces `training.seed`.
         seeds: The seeds, at least two.
-        console: The console that shows the runs and the table; None shows nothing.
+        console: The console that shows the runs and the table; None for no output.
 
     Returns:
         The folder.

@@ -1,4 +1,4 @@
-"""Orbax training checkpoints. The latest and the best are kept, and the newest readable checkpoint is restored."""
+"""Writes training checkpoints with Orbax, keeps the latest and the best, and restores the newest readable one."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ class Checkpoints:
 
     Args:
         folder: The folder; it is created if it does not exist.
-        keep: Number of latest checkpoints to keep, in addition to the best.
+        keep: Number of most recent checkpoints to keep, in addition to the best one.
 
     Raises:
         CheckpointError: If the folder cannot be created.
@@ -37,7 +37,7 @@ class Checkpoints:
             try:
                 json.loads(file.read_text())
             except ValueError:
-                # If the damaged file stayed, Orbax could not open the other checkpoints either.
+                # If the damaged file remained, Orbax could not open the other checkpoints either.
                 logger.warning("The checkpoint of step %s is damaged (its score).", file.parts[-3])
                 shutil.rmtree(file.parents[1])
         # A checkpoint without a score is stored with the score -inf. Among checkpoints with equal scores, the latest
@@ -58,9 +58,9 @@ class Checkpoints:
         """Writes a checkpoint atomically. Does nothing if the step already has a checkpoint.
 
         Args:
-            step: Number of steps done.
+            step: Number of completed steps.
             state: A pytree of arrays.
-            progress: The values, in addition to the arrays, that the training loop needs to resume; stored as JSON.
+            progress: Other values that the training loop needs to resume. They are stored as JSON.
             score: The score of the model after this step; higher is better. None if the model was not evaluated, or if
                 the score of an earlier step was at least as high.
 
@@ -87,8 +87,8 @@ class Checkpoints:
             step: The step of the checkpoint to read; None for the newest readable checkpoint.
 
         Returns:
-            The number of steps done, the state and the progress; None if there is no checkpoint, or if the checkpoint
-            of the given step is damaged.
+            The number of completed steps, the state and the progress; None if there is no checkpoint, or if the
+            checkpoint of the given step is damaged.
 
         Raises:
             CheckpointError: If `step` is None and there are checkpoints, but none can be read.

@@ -15,7 +15,7 @@ METRICS = "metrics.jsonl"
 
 
 def in_words(metrics: Mapping[str, Any]) -> str:
-    """Formats the float metrics on one line. If there is an `f1_label`, such as "yes", `f1` is named "f1 of yes"."""
+    """Formats the float metrics on one line. If `f1_label` is, for example, "yes", `f1` is shown as "f1 of yes"."""
     names = {"f1": f"f1 of {metrics['f1_label']}"} if "f1_label" in metrics else {}
     return "  ".join(f"{names.get(name, name)} {x:.4f}" for name, x in metrics.items() if isinstance(x, float))
 
@@ -24,37 +24,37 @@ class Logger(Protocol):
     """The interface of a logger. Any object with this method can receive the metrics of a run."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Receives values of a step.
+        """Receives a set of values for a step.
 
-        A step may have two sets of values: the means over the training steps since the previous set, such as `loss`,
-        and the metrics of an evaluation, such as `validation/accuracy`.
+        A step may have two sets of values, each passed in a separate call: the means over the training steps since the
+        previous such set, for example `loss`, and the metrics of an evaluation, for example `validation/accuracy`.
 
         Args:
-            step: Number of steps done.
-            values: The values by name. The parts of a name are separated by slashes.
+            step: Number of completed steps.
+            values: The values, keyed by name. Slashes separate the parts of a name.
         """
 
 
 def scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the floats in a dict, which may contain nested dicts, as a flat dict for a `Logger`."""
+    """Returns the floats in a possibly nested dict as a flat dict for a `Logger`."""
     return {name.replace(".", "/"): x for name, x in tree.flatten(values).items() if isinstance(x, float)}
 
 
 class Journal:
-    """Writes the metrics of a run's steps as JSON lines and passes them on to loggers.
+    """Writes the metrics of a run's steps as JSON lines and forwards them to loggers.
 
     Args:
-        folder: The run's folder; None writes no file.
-        start: Number of steps already done. If `metrics.jsonl` contains lines for later steps, these lines are dropped,
-            because the steps are computed again.
-        loggers: Objects that receive the metrics that are floats.
+        folder: The run's folder; if None, no file is written.
+        start: Number of steps already completed. If an existing `metrics.jsonl` file contains lines for later steps,
+            these lines are dropped, because the steps are computed again.
+        loggers: Objects that receive the float metrics.
     """
 
     def __init__(self, folder: Path | None, start: int, loggers: Sequence[Logger]):
         self._loggers, self._file = loggers, None
         if folder:
             path = folder / METRICS
-            # A run that starts from the beginning is also evaluated again before the first step.
+            # A run that starts from the beginning keeps no lines, because it is evaluated again before its first step.
             kept = [json.dumps(line) + "\n" for line in read_journal(path) if start and line["step"] <= start]
             path.write_text("".join(kept), encoding="utf-8")
             self._file = path.open(
@@ -75,7 +75,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a `metrics.jsonl`. Skips invalid lines, such as one that a killed process did not finish."""
+    """Reads the lines of a `metrics.jsonl` file. Skips invalid lines, such as a partial line from a killed process."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -87,8 +87,8 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 def progress_bar(console: Console, start: int, steps: int) -> Iterator[Callable[[int, str | None], None]]:
     """Shows a progress bar.
 
-    Yields a function that sets the number of steps done and the text next to the bar. If the text is None, the previous
-    text stays.
+    Yields a function that sets the number of completed steps and the text next to the bar. If the text is None, the
+    previous text remains.
     """
     with Progress(
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),

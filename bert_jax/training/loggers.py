@@ -1,7 +1,9 @@
 """Loggers that send the metrics of a run to TensorBoard, Weights & Biases, MLflow or Trackio.
 
-with loggers.opened(["wandb"], folder, {"learning_rate": 2e-5}) as opened:
-    bert_jax.train(model, task, examples, optimizer, steps=500, folder=folder, loggers=opened)
+For example::
+
+    with loggers.opened(["wandb"], folder, {"learning_rate": 2e-5}) as opened:
+        bert_jax.train(model, task, examples, optimizer, steps=500, folder=folder, loggers=opened)
 """
 
 import contextlib
@@ -23,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 TENSORBOARD, IDS, PROJECT = "tensorboard", "loggers.json", "bert-jax"
 BATCH, LONGEST_NAME = 100, 250
-"""Maximum number of parameters or metrics in one request to MLflow, and maximum number of characters in a name."""
+"""Maximum number of parameters or metrics in a request to MLflow, and maximum length of a name in characters."""
 
 Value = TypeVar("Value")
 
@@ -32,7 +34,8 @@ class OpenLogger(Logger, Protocol):
     """A logger that must be closed.
 
     Attributes:
-        id: The id of the run in the logger's service. A resumed run uses it to continue there.
+        id: The run's id in the logger's service. When training resumes, the logger passes this id to the service to
+            continue the same run.
     """
 
     id: str
@@ -42,14 +45,14 @@ class OpenLogger(Logger, Protocol):
 
 
 class TensorBoard:
-    """Writes a run's event files to the subfolder `tensorboard` of its folder."""
+    """Writes event files to the `tensorboard` subfolder of a run's folder."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], id: str | None):
         self.id, self._folder = "", str(folder / TENSORBOARD)
         self._events: Any = None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the values of a step. The first call makes TensorBoard drop existing events from this step on."""
+        """Writes the values of a step. The first call makes TensorBoard drop existing events from this step onward."""
         from tensorboardX import SummaryWriter
 
         self._events = self._events or SummaryWriter(self._folder, purge_step=step)
@@ -58,7 +61,7 @@ class TensorBoard:
         self._events.flush()
 
     def close(self, *, failed: bool) -> None:
-        """Closes the file."""
+        """Closes the event file."""
         if self._events:
             self._events.close()
 
@@ -66,11 +69,12 @@ class TensorBoard:
 class WandB:
     """Sends the metrics to a Weights & Biases run.
 
-    The project is `bert-jax`, unless the environment variable WANDB_PROJECT names another project. The wandb files are
-    in the subfolder `wandb` of the run's folder, unless WANDB_DIR names another folder.
+    The project is `bert-jax`, unless the environment variable `WANDB_PROJECT` names another project. Local files are
+    written to the `wandb` subfolder of the run's folder, unless the environment variable `WANDB_DIR` names another
+    folder.
 
     Raises:
-        InputError: If wandb cannot start the run, for example because there is no API key.
+        InputError: If `wandb` cannot start the run, for example because there is no API key.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], id: str | None):
@@ -92,19 +96,19 @@ class WandB:
             ) from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Passes the values of a step to wandb, which sends them in a separate process."""
+        """Passes the values of a step to `wandb`, which sends them in a separate process."""
         self._run.log(dict(values), step=step)
 
     def close(self, *, failed: bool) -> None:
-        """Waits until wandb has sent everything."""
+        """Waits until `wandb` has sent all values."""
         self._run.finish(exit_code=int(failed))
 
 
 class MLflow:
     """Sends the metrics to an MLflow run.
 
-    The environment variables MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME, or the functions `mlflow.set_tracking_uri`
-    and `mlflow.set_experiment`, determine where the run is stored.
+    The environment variables `MLFLOW_TRACKING_URI` and `MLFLOW_EXPERIMENT_NAME`, or the functions
+    `mlflow.set_tracking_uri` and `mlflow.set_experiment`, determine where the run is stored.
 
     Raises:
         InputError: If MLflow cannot start the run.
@@ -117,7 +121,7 @@ class MLflow:
         try:
             active = mlflow.active_run() is not None
             self.id: str = mlflow.start_run(id, run_name=_run_name(folder), nested=active).info.run_id
-            if id is None:  # MLflow refuses to change the parameters of a run
+            if id is None:  # MLflow does not allow a run's parameters to be changed
                 for part in _parts(_named_for_mlflow({name: str(value) for name, value in settings.items()})):
                     mlflow.log_params(part)
         except mlflow.MlflowException as error:
@@ -136,7 +140,7 @@ class MLflow:
 
     @contextlib.contextmanager
     def _warns(self, what: str) -> Iterator[None]:
-        # Training does not end if a server is temporarily unavailable. The journal contains all metrics.
+        # Training continues if the server is temporarily unavailable. The journal contains all metrics.
         try:
             yield
         except self._mlflow.MlflowException as error:
@@ -144,12 +148,12 @@ class MLflow:
 
 
 class Trackio:
-    """Sends the metrics to a Trackio run in the project `bert-jax`. Trackio's environment variables apply."""
+    """Sends the metrics to a Trackio run in the `bert-jax` project. Trackio's environment variables apply."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], id: str | None):
         import trackio
 
-        # Trackio finds a run to resume by its name, so the name must be unique.
+        # Trackio identifies a run to resume by its name, so the name must be unique.
         self.id = id or f"{_run_name(folder).replace('/', '-')}-{uuid.uuid4().hex[:8]}"
         self._run = trackio.init(PROJECT, self.id, resume="allow", config=dict(settings), embed=False)
 
@@ -158,7 +162,7 @@ class Trackio:
         self._run.log(dict(values), step=step)
 
     def close(self, *, failed: bool) -> None:
-        """Waits until Trackio has sent everything."""
+        """Waits until Trackio has sent all values."""
         self._run.finish()
 
 
@@ -166,8 +170,8 @@ class Kind(NamedTuple):
     """A kind of logger.
 
     Attributes:
-        make: Creates a logger from the folder of a run, its settings and, if the run is resumed, the id of the logger's
-            run.
+        make: Creates a logger. The arguments are the run's folder, the run's settings and, if the run is resumed, the
+            run's id in the logger's service (otherwise None).
         module: The module that the logger requires.
         package: The pip package that provides this module.
     """
@@ -183,14 +187,14 @@ LOGGERS = {
     "mlflow": Kind(MLflow, "mlflow", "mlflow"),
     "trackio": Kind(Trackio, "trackio", "trackio"),
 }
-"""Maps the names of the loggers, which are the same as in transformers' `report_to`, to their kinds."""
+"""Maps the name of each logger to its kind. The names are the same as in transformers' `report_to`."""
 
 
 def check(names: Sequence[str]) -> None:
     """Raises `InputError` if the package of one of these loggers is not installed."""
     for name in names:
         spec = importlib.util.find_spec(LOGGERS[name].module)
-        # Python also finds a folder with the same name, such as the one in which wandb stores its runs.
+        # `find_spec` also finds a folder of the same name, such as the `wandb` folder in which runs are stored.
         if spec is None or spec.origin is None:
             raise InputError(f"The logger {name} is not installed: pip install '{LOGGERS[name].package}'.")
 
@@ -199,14 +203,15 @@ def check(names: Sequence[str]) -> None:
 def opened(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> Iterator[list[Logger]]:
     """Opens loggers for a run and closes them at the end.
 
-    If the run is resumed, the loggers continue their runs, whose ids are in the file `loggers.json` in the folder.
-    Steps that are computed again are not sent again. If the process was killed, a logger lacks the values that it had
-    not yet stored (up to 15 seconds of an offline wandb run), but `metrics.jsonl` contains all values.
+    If the run is resumed, each logger continues its earlier run in its service. The ids of these runs are stored in
+    `loggers.json` in the run's folder. Steps that are computed again are not sent again. If the process was killed, a
+    logger lacks the values that it had not yet stored (those of up to 15 seconds for an offline W&B run), but
+    `metrics.jsonl` contains all values.
 
     Args:
         names: The names of the loggers, from `LOGGERS`.
-        folder: The folder of the run, which must exist. The last two components of its path are the run's name, such as
-            "runs/emotion".
+        folder: The folder of the run, which must exist. The last two components of its path form the run's name, such
+            as "runs/emotion".
         settings: The settings of the run, which the loggers display.
 
     Raises:
@@ -237,7 +242,7 @@ class _Unsent:
 
     Attributes:
         logger: The logger.
-        sent: The step and the names of the values of each line that the logger has received.
+        sent: For each set of values that the logger has received, the step and the names of the values.
     """
 
     logger: Logger
@@ -255,9 +260,9 @@ def _run_name(folder: Path) -> str:
 def _named_for_mlflow(values: Mapping[str, Value]) -> dict[str, Value]:
     """Returns the values under names that MLflow accepts. (MLflow itself truncates parameter values that are too long.)
 
-    Such a name has at most `LONGEST_NAME` characters and contains only letters, digits and `_-. :/`. It is also a
-    normalized relative path, because MLflow may use it as a file name. If several values would get the same name, a
-    number is appended to the later names.
+    Such a name has at most `LONGEST_NAME` characters and contains only letters, digits and the characters `_-. :/`. It
+    is also a normalized relative path, because MLflow may use it as a file name. If several values would get the same
+    name, a number is appended to the later names.
     """
     named: dict[str, Value] = {}
     for name, value in values.items():

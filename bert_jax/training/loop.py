@@ -32,19 +32,19 @@ from bert_jax.training.step import Arrays, Plan, TrainState, init_state, make_st
 CHECKPOINTS = "checkpoints"
 LESS_MEMORY = "Lower batch_size or the length of the examples, raise accumulation, or set remat."
 Metric = Callable[[Mapping[str, Any], Examples], float]
-"""A metric: a function of a model's outputs for all examples (`Evaluation.outputs`) and of these examples."""
+"""Computes a metric from a model's outputs for all examples (`Evaluation.outputs`) and from the examples themselves."""
 LOWER_IS_BETTER = ("loss", "mse", "mlm_loss", "nsp_loss", "pseudo_perplexity")
 
 
 class Run(NamedTuple):
-    """Everything that the steps of a run need. The step can be compiled for devices that this machine does not have.
+    """Everything that a run's steps need. The step can be compiled for devices that this machine does not have.
 
     Attributes:
         mesh: The devices.
         task: Defines the loss and the metrics.
         loader: Creates the batches.
         plan: The parameters and the optimizer.
-        layout: A `TrainState` that contains the sharding of each array instead of the array.
+        layout: A `TrainState` that contains the sharding of each array instead of the array itself.
         step: The step as a jitted function; see `make_step`.
         metric: The name of the metric by which the best parameters are chosen.
         metrics: Additional metrics, by name.
@@ -136,8 +136,8 @@ class Trained:
         model: The model with the parameters of the best evaluation. If there was no evaluation, or if the best
             checkpoint is damaged, it has the parameters of the last step.
         trained: The trained parameters by path. Adapters are not merged into the weights.
-        step: Number of steps after which training had reached the parameters of `model`.
-        steps: Number of steps done in total.
+        step: Number of steps after which the parameters of `model` were obtained.
+        steps: Total number of completed steps.
         stopped: Why training stopped early; None if it did not.
         metrics: The metrics of the evaluation after `step` steps; empty if there was no evaluation.
         outputs: The model's outputs in that evaluation (`Evaluation.outputs`). None if there was no evaluation, or if
@@ -197,43 +197,44 @@ def train(
         examples: The training examples.
         optimizer: An optax transformation over a flat dict of parameters by path.
         steps: Total number of steps.
-        batch_size: Examples per step, across all devices.
-        accumulation: Number of parts into which each batch is divided. To save memory, the parts are computed one after
-            another (gradient accumulation).
-        packing: Whether to pack several examples into a row. A token attends only to the tokens of its own example.
+        batch_size: Number of examples per step, across all devices.
+        accumulation: Number of parts into which each batch is divided. To save memory, the parts are processed one
+            after another (gradient accumulation).
+        packing: Whether to pack several examples into a row. Each token attends only to tokens of the same example.
         trainable: One or more regular expressions that match the paths of the parameters to train. None trains all
             parameters or, if `lora` is given, only the adapters.
         lora: Low-rank adapters to train in addition to the parameters that `trainable` matches.
         mesh: The devices, from `sharding.mesh`; all devices by default.
         seed: Seed for the order of the examples, the initial adapters and dropout.
         validation: Examples to evaluate on during the run, to find the best parameters; None disables evaluation. The
-            evaluation before the first step is only reported and does not count as the best.
-        evaluate_every: Steps between evaluations; one epoch by default.
-        evaluation_batch_size: Examples per batch of an evaluation.
+            evaluation before the first step is only reported and is never chosen as the best.
+        evaluate_every: Number of steps between evaluations; one epoch by default.
+        evaluation_batch_size: Number of examples per batch in evaluations.
         loss: The loss of the training steps; `task.loss` by default. Evaluations always use `task.loss`. Classification
             losses have options, for example `functools.partial(task.loss, label_smoothing=0.1)`.
         metric: The name of the metric by which the best parameters are chosen; the task's first metric by default.
             Higher is better, except for the metrics in `LOWER_IS_BETTER`.
-        metrics: Additional metrics, by name. Each is a function of the `outputs` of an `Evaluation` and of the
-            examples. `task.predictions`, a function of the same two arguments, returns the predictions.
+        metrics: Additional metrics, by name. Each is a function of two arguments: the `outputs` of an `Evaluation`, and
+            the examples. To obtain predictions, call `task.predictions` with the same two arguments.
         patience: Number of consecutive evaluations without a better metric after which training stops; None disables
             early stopping.
-        folder: The folder for checkpoints and the journal; None trains without writing files.
-        save_every: Steps between additional checkpoints. Regardless of these, a checkpoint is written every
+        folder: The folder for checkpoints and the journal; if None, no files are written.
+        save_every: Number of steps between additional checkpoints. In any case, a checkpoint is written every
             `evaluate_every` steps and after the last step.
-        keep: Number of latest checkpoints to keep, in addition to the best.
-        log_every: Steps between journal lines.
+        keep: Number of most recent checkpoints to keep, in addition to the best one.
+        log_every: Number of steps between journal lines.
         schedule: The learning rate as a function of the step. It is only reported and does not change the optimizer.
         loggers: Objects that receive the journal's metrics; see `bert_jax.training.log.Logger`. Only the first process
             calls them.
-        console: The console that shows the progress; None shows nothing.
+        console: The console that shows the progress; None for no output.
 
     Raises:
         InputError: If the arguments do not fit the model, the task or the devices, if `folder` contains checkpoints of
             a run with other training examples, or if `validation` lacks the labels that `metric` requires.
         TrainingError: If the loss or the results of an evaluation are not finite.
         OutOfMemoryError: If the state of the run or a batch does not fit in memory.
-        Interrupted: After Ctrl-C or SIGTERM, if `folder` is given. The state is saved; the same call resumes the run.
+        Interrupted: After Ctrl-C or SIGTERM, if `folder` is given. The state is saved, and repeating the call with the
+            same arguments resumes the run.
         CheckpointError: If a checkpoint cannot be written or read.
     """
     run = set_up(
@@ -307,7 +308,7 @@ def fit(
     in_flight: list[tuple[int, Arrays]] = []
     lines: list[dict[str, float]] = progress["lines"]
     outputs: Mapping[str, Any] | None = None  # outputs of the best evaluation
-    best_params: Arrays | None = None  # stays None if there is a folder, because the best checkpoint contains them
+    best_params: Arrays | None = None  # None if there is a folder: the best checkpoint contains them
     seen, since = 0, time.perf_counter()
 
     def take_in(n: int, metrics: Arrays) -> str | None:
@@ -441,7 +442,7 @@ def _signals(console: Console, folder: Path | None) -> Iterator[list[int]]:
     """Handles Ctrl-C and SIGTERM. Yields a list to which the number of the first such signal is added.
 
     The second signal restores the previous handlers, so a third one ends the process as usual. If there are several
-    processes, the list stays empty: JAX handles SIGTERM (see `distributed.asked_to_stop`), and the first Ctrl-C
+    processes, the list remains empty. JAX then handles SIGTERM (see `distributed.asked_to_stop`), and the first Ctrl-C
     restores the previous handler and sends the process a SIGTERM. If there is no folder, nothing can be saved, so
     signals are not handled.
     """

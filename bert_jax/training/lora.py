@@ -1,8 +1,8 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685): low-rank adapters for frozen weights, as plain arrays by path.
 
-The model itself has no adapters. Before parameters are put into the model, each weight W that has an adapter becomes
-W + alpha / rank · B A, and gradients flow through this sum to A and B. Adapters are saved separately in the Hugging
-Face `peft` format.
+The model itself has no adapters. Before parameters are put into the model, each weight W that has an adapter is
+replaced with W + alpha / rank · B A, and gradients flow through this sum to A and B. Adapters are saved separately in
+the Hugging Face `peft` format.
 """
 
 import json
@@ -26,12 +26,12 @@ from bert_jax.pretrained import BertPreTrainedModel
 
 @dataclass(frozen=True)
 class LoRA:
-    """Which weights get adapters, and how large the adapters are.
+    """The size and scale of adapters, and the weights that receive them.
 
     Attributes:
-        rank: Number of rows of A and of columns of B.
-        alpha: The product B A is scaled by alpha / rank.
-        targets: A regular expression that matches the paths of the weights that get adapters.
+        rank: Number of rows in A and number of columns in B.
+        alpha: The matrix product B A is multiplied by alpha / rank.
+        targets: A regular expression that matches the paths of the weights that receive adapters.
     """
 
     rank: int = 8
@@ -40,26 +40,28 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """The factor that scales the product B A."""
+        """The factor by which the matrix product B A is multiplied."""
         return self.alpha / self.rank
 
 
 def init(lora: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) -> dict[str, jax.Array]:
     """Creates adapters.
 
-    The entries of A are uniformly distributed between -1/√in and 1/√in, as in `peft`. B is zero, so that the adapters
-    do not change the model at first.
+    The entries of A are uniformly distributed between -1/√in and 1/√in, as in `peft`. B is zero, so the adapters do not
+    change the model initially.
 
     Args:
-        lora: The rank of the adapters, and the weights that get adapters.
+        lora: Specifies the rank of the adapters and the weights that receive adapters.
         specs: The shapes and dtypes of the model's parameters by path.
         key: PRNG key.
 
     Returns:
-        `….lora_A` float32 [rank, in] and `….lora_B` float32 [out, rank] for each `….weight` [out, in].
+        For each matched `….weight` [out, in], two adapters: `….lora_A`, float32 [rank, in], and `….lora_B`, float32
+        [out, rank].
 
     Raises:
-        InputError: If `lora.targets` matches no parameter, or matches one that is not the weight of a linear layer.
+        InputError: If `lora.targets` matches no parameter, or if it matches a parameter that is not the weight of a
+            linear layer.
     """
     targets = tree.select([lora.targets], specs)
     if not targets:
@@ -87,14 +89,14 @@ def save_adapters(
     revision: str | None = None,
     model: BertPreTrainedModel | None = None,
 ) -> None:
-    """Writes adapters, and the parameters that were trained in full, in the peft format.
+    """Writes adapters, and the parameters that were trained in full, in the `peft` format.
 
     Args:
         folder: The folder; it is created if it does not exist.
         params: All trained parameters by path, including adapters.
-        lora: Rank and alpha of the adapters.
+        lora: Specifies rank and alpha of the adapters.
         base: Name or path of the base model.
-        task_type: The task type as peft names it: SEQ_CLS, TOKEN_CLS or QUESTION_ANS.
+        task_type: The task type, named as in `peft`: "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS".
         revision: Branch, tag or commit of the base model on the Hub.
         model: The trained model. If it is given, its config is written to `merged_config.json`, so that
             `from_pretrained` can load the folder.
@@ -113,7 +115,8 @@ def save_adapters(
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        # Full module names are listed, because peft would apply a shorter name to all modules whose names end with it.
+        # Full module names are listed, because `peft` would apply a shorter name to all modules whose names end with
+        # it.
         "target_modules": sorted({name.partition(".lora_")[0] for name in names.values() if ".lora_" in name}),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in names.values() if ".lora_" not in name}),
     }

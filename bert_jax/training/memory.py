@@ -19,24 +19,24 @@ _CHUNK, _CHUNKS, _FENCE = 64 << 20, 32, 1 << 20
 def keep_freed(*, asynchronous: bool = False) -> None:
     """Makes glibc's malloc keep freed memory for the next allocation instead of returning it to the system.
 
-    On CPUs, a program allocates all its temporaries as one block, up to gigabytes for a training step, and frees the
-    block after each call. By default, malloc maps and unmaps that block each time, and the kernel clears every page
-    again, which takes a third of the time of a training step. This function therefore keeps malloc from mapping blocks
-    and from trimming its heap, and requests huge pages for the heap.
+    On CPUs, a program allocates all its temporaries as one block and frees the block after each call. For a training
+    step, the block can take up gigabytes. By default, malloc maps and unmaps that block each time, and the kernel
+    clears every page again, which takes a third of the time of a training step. This function therefore prevents malloc
+    from mapping blocks and from trimming its heap, and requests huge pages for the heap.
 
     A heap that only grows must not fragment. A small allocation inside the hole that a freed block leaves makes the
-    hole too small for the next block. A small allocation directly above a block prevents its hole from growing for a
+    hole too small for the next block. A small allocation directly above a block prevents its hole from growing to fit a
     larger block. In both cases, the heap grows by another block. For this reason, fine-tuning MiniLM on SQuAD (a block
     of 2.1 GB) took 9 to 10 GB. Two measures prevent fragmentation:
 
-    - Small allocations have their own area: free chunks of 64 MB at the start of the heap, separated by small blocks
+    - Small allocations have a separate area: free chunks of 64 MB at the start of the heap, separated by small blocks
       that are never freed (fences). malloc uses the smallest free chunk that fits, so these chunks serve all requests
       of less than 64 MB. An unused chunk takes up address space but no memory. Larger blocks go to the end of the heap,
       where a freed block merges with the free space behind it.
     - Unless `asynchronous` is true, JAX's asynchronous dispatch is turned off. With asynchronous dispatch, the next
       step would allocate its block before the thread of the previous step has freed the previous block. Training with
-      batches of 4 took 3.4 GB with it and 1.7 GB without it. A training step on CPUs keeps all cores busy, so it gains
-      nothing from asynchronous dispatch.
+      batches of 4 took 3.4 GB with asynchronous dispatch and 1.7 GB without it. A training step on CPUs keeps all cores
+      busy, so it gains nothing from asynchronous dispatch.
 
     The call does nothing if malloc is not glibc's, and it uses no huge pages if the system does not support them. A
     second call does not change the heap.
@@ -80,7 +80,8 @@ def release() -> None:
     """
     if (libc := _glibc()) is None:
         return
-    # Returns free chunks. The large argument keeps malloc from shrinking the heap, which would lose its huge pages.
+    # This call returns free chunks. The large argument prevents malloc from shrinking the heap, which would lose its
+    # huge pages.
     libc.malloc_trim(1 << 62)
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     if end := libc.malloc(size):
@@ -101,7 +102,7 @@ def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
 
 
 def resident() -> int | None:
-    """Returns the bytes of physical memory that the process occupies now; None if the system does not report them."""
+    """Returns the physical memory, in bytes, that the process occupies now; None if the system does not report it."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -117,7 +118,7 @@ def _advise(libc: Any, address: int, size: int, advice: int) -> None:
 
 @functools.cache
 def _glibc() -> Any:
-    """The C library; None if it is not glibc."""
+    """Returns the C library; None if it is not glibc."""
     try:
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018 - raises if this is not glibc

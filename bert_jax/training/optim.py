@@ -30,7 +30,7 @@ class Rule:
     Attributes:
         weight_decay: Decoupled weight decay, which is multiplied by the learning rate.
         lr_multiplier: A factor for the learning rate.
-        reasons: The patterns and settings that determined the two numbers.
+        reasons: The patterns and settings that determined these two numbers.
     """
 
     weight_decay: float
@@ -51,7 +51,7 @@ def rules(
     lr_multipliers: Mapping[str, float] | None = None,
     layer_decay: float = 1.0,
 ) -> dict[str, Rule]:
-    """Returns the rule of each parameter, by path.
+    """Returns the update rule of each parameter, keyed by path.
 
     Patterns are regular expressions that match whole paths. If several patterns match a path, the first one applies.
 
@@ -101,7 +101,7 @@ def _first(patterns: Iterable[str], path: str) -> str | None:
 
 
 def _layers_above(path: str, layers: int) -> int:
-    """A parameter's distance from the head: 0 for the head, 1 for the top layer, layers + 1 for the embeddings."""
+    """The distance of a parameter from the head: 0 for the head, 1 for the top layer, layers + 1 for the embeddings."""
     if match := re.search(r"\blayers\.(\d+)\.", path):
         return layers - int(match[1])
     return layers + 1 if ".embeddings." in path else 0
@@ -122,12 +122,13 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), with a `Rule` for each parameter.
 
-    The gradients are clipped by their global norm. m and v are running means of the gradients and their squares (Kingma
-    & Ba 2015). A step updates each parameter w:
+    The gradients are clipped by their global norm. m and v are running means of the gradients and of their squares
+    (Kingma & Ba 2015). A step updates each parameter w:
 
         w <- w - learning_rate(step) · lr_multiplier · (m̂ / (√v̂ + eps) + weight_decay · w)
 
-    m̂ and v̂ are m and v. If `bias_correction` is true, they are corrected for their initialization at zero.
+    If `bias_correction` is true, m̂ and v̂ are m and v corrected for their initialization to zero. Otherwise, m̂ and v̂
+    are m and v.
 
     Args:
         learning_rate: A number or a function of the step.
@@ -181,7 +182,7 @@ def by_path(
         )  # fmt: skip
 
     def init(params: optax.Params) -> optax.EmptyState:
-        by_parameter(params)  # raises here, before the first step, if a pattern matches no parameter
+        by_parameter(params)  # raises an error before the first step if a pattern matches no parameter
         return optax.EmptyState()
 
     def update(

@@ -1,4 +1,4 @@
-"""One step of training: a pure function of the state, the frozen parameters and a batch.
+"""One training step: a pure function of the state, the frozen parameters and a batch.
 
 For example, 500 steps without checkpoints or evaluations::
 
@@ -35,7 +35,7 @@ class TrainState:
     """The training state, which each step updates.
 
     Attributes:
-        step: int32 [], the number of steps done.
+        step: int32 [], the number of completed steps.
         params: The trained parameters by path, including LoRA adapters, float32.
         opt_state: The state of the optimizer.
         key: The data of a PRNG key, uint32. The dropout key of a step is derived from this key and the step number.
@@ -78,7 +78,7 @@ def plan(
     lora: LoRA | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Divides the parameters of a model into trained and frozen ones.
+    """Divides the parameters of a model into trained and frozen parameters.
 
     Args:
         model: The model.
@@ -139,8 +139,8 @@ def make_step(
     Args:
         task: Defines the loss.
         plan: The parameters and the optimizer.
-        loss: A loss that replaces `task.loss`.
-        accumulation: Number of parts into which a batch is divided. The parts are computed one after another (gradient
+        loss: A loss that replaces `task.loss`; None for `task.loss`.
+        accumulation: Number of parts into which a batch is divided. The parts are processed one after another (gradient
             accumulation).
         out_shardings: The shardings of the next state and of the metrics.
     """

@@ -1,4 +1,4 @@
-"""Divides rows into batches and chooses for each batch one of a few shapes, called buckets, to pad it to."""
+"""Divides texts into batches and pads each batch to one of a few shapes, called buckets."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,16 +9,19 @@ from bert_jax.data.rows import Spot, best_fit, lay_out
 from bert_jax.tasks.base import Features
 
 BUCKET_LENGTHS = (16, 32, 64, 128, 256, 384, 512)
-"""Lengths that rows are padded to, in tokens.
+"""Lengths, in tokens, to which rows are padded.
 
-A row of n tokens holds at most n // 8 texts, or one text if the attention kernel does not support packed rows.
+A row of n tokens contains at most n // 8 texts, or one text if the attention kernel does not support packed rows.
 """
 BUCKET_TOKENS = 2048
 """Maximum number of tokens in a batch on one device, including padding."""
 BATCH_TOKENS = 32
-"""Starting a batch (calling the program, which reads all weights) takes about as long as computing this many tokens."""
+"""The cost of starting a batch, in tokens.
+
+Calling the program, which reads all weights, takes about as long as computing this many tokens.
+"""
 ATTENTION_LENGTH = 2048
-"""In rows of this length, the attention of a token takes about as long as the rest of its computation."""
+"""The row length at which a token's attention takes about as long as the rest of the token's computation."""
 
 
 class Shape(NamedTuple):
@@ -31,11 +34,11 @@ class Shape(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """The shape for which a program is compiled.
+    """A shape for which a program is compiled.
 
     Attributes:
         rows: Number of rows.
-        length: Tokens per row.
+        length: Number of tokens per row.
         masks: Maximum number of masked positions per row; 0 if there are none.
         texts: Maximum number of texts per row.
     """
@@ -50,12 +53,12 @@ class Bucket(NamedTuple):
 
 
 def is_usual(bucket: Bucket) -> bool:
-    """Whether sentences with few masked positions use the bucket."""
+    """Returns whether sentences with few masked positions use the bucket."""
     return bucket.length <= 128 and bucket.masks <= max(2, most_texts(bucket.length))
 
 
 class Queued(NamedTuple):
-    """A text, pair or window whose outputs a request waits for.
+    """A text, pair or window for whose outputs a request is waiting.
 
     Attributes:
         features: The tokens of the text.
@@ -84,12 +87,12 @@ class Batch:
 
     @functools.cached_property
     def spots(self) -> list[Spot]:
-        """Where the tokens of each text lie in an array [rows, tokens, …]."""
+        """The location of each text's tokens in an array [rows, tokens, …]."""
         return lay_out(range(len(self.rows)), self.rows, [len(q.features.input_ids) for q in self.queued])
 
     @functools.cached_property
     def masked_spots(self) -> list[Spot]:
-        """Where the masked positions of each text lie in an array [rows, masked positions, …]."""
+        """The location of each text's masked positions in an array [rows, masked positions, …]."""
         return lay_out(range(len(self.rows)), self.rows, [len(q.features.masked_positions) for q in self.queued])
 
 
@@ -101,19 +104,19 @@ def shapes(
     share: int = 1,
     multiple: int = 1,
 ) -> list[Shape]:
-    """The possible shapes of batches.
+    """Returns the possible shapes of batches.
 
     Args:
         max_length: The length of the longest text.
-        packed: Whether a row may hold several texts.
-        masks: A function from the length of a row and the maximum number of texts in it to the possible numbers of
-            masked positions after padding, in ascending order.
-        share: The number of parts that the rows are divided into; see `bert_jax.sharding.share`.
+        packed: Whether a row may contain several texts.
+        masks: A function that takes the length of a row and the maximum number of texts in the row. It returns the
+            possible numbers of masked positions after padding, in ascending order.
+        share: The number of parts into which the rows are divided; see `bert_jax.sharding.share`.
         multiple: The attention kernel requires lengths that are multiples of this number.
     """
     max_length = -(-max_length // multiple) * multiple
     lengths = [*(n for n in BUCKET_LENGTHS if n < max_length and n % multiple == 0), max_length]
-    if not packed:  # fewer choices for the number of rows, because each of the many lengths multiplies them
+    if not packed:  # fewer choices for the number of rows, because each is combined with each of the many lengths
         return [
             Shape(share * rows, length, 1, masks(length, 1))
             for length in lengths
@@ -138,15 +141,15 @@ def batches(
 ) -> Iterator[Batch]:
     """Divides texts into batches. Each batch has the shape that its texts fill best.
 
-    If rows are packed and there are enough texts for a full batch, only full batches are considered, so that large
-    numbers of texts need only a few programs.
+    If rows are packed and there are enough texts for a full batch, only full batches are considered. Large numbers of
+    texts therefore need only a few programs.
 
     Args:
         queued: The texts.
         shapes: The shapes to choose from; see `shapes`.
-        has_program: Returns whether the program of a bucket is compiled. A bucket without a compiled program is chosen
-            only for a text that fits no other bucket, and the batch then contains only this text.
-        share: The number of parts that the rows are divided into, as for `shapes`.
+        has_program: A function that returns whether the program of a bucket is compiled. A bucket without a compiled
+            program is chosen only for a text that fits no other bucket, and the batch then contains only this text.
+        share: The number of parts into which the rows are divided, as for `shapes`.
     """
     full = share * BUCKET_TOKENS
     rest = sorted(queued, key=lambda q: (-len(q.features.input_ids), -len(q.features.masked_positions)))
@@ -168,11 +171,11 @@ def batches(
 
 
 def _fill(queued: Sequence[Queued], shape: Shape, share: int) -> tuple[float, Batch]:
-    """Fills a batch of the given shape with the first texts in `queued`, in descending order of length.
+    """Fills a batch of the given shape with the first texts in `queued`, which are in descending order of length.
 
     Returns:
-        How well the batch is filled (the tokens and masked positions of its texts, divided by its cost in tokens), and
-        the batch.
+        The fill ratio of the batch, and the batch. The fill ratio is the number of tokens and masked positions of the
+        texts, divided by the cost of the batch in tokens.
     """
     first = queued[: shape.rows * shape.texts]
     rows = best_fit([len(q.features.input_ids) for q in first], shape.length, rows=shape.rows, items=shape.texts)
@@ -188,22 +191,23 @@ def _fill(queued: Sequence[Queued], shape: Shape, share: int) -> tuple[float, Ba
 
 
 def most_rows(length: int) -> int:
-    """Number of rows of this length that one device computes in a full batch."""
+    """Returns the number of rows of the given length that one device computes in a full batch."""
     return max(1, BUCKET_TOKENS // length)
 
 
 def most_texts(length: int) -> int:
-    """Number of texts that a packed row of this length may hold."""
+    """Returns the maximum number of texts in a packed row of the given length."""
     return max(1, length // 8)
 
 
 def mask_counts(length: int, texts: int, one_mask: bool) -> tuple[int, int, int]:
-    """Numbers of masked positions that rows of this length, with up to this number of texts, are padded to.
+    """Returns the numbers of masked positions to which rows are padded, in ascending order.
 
-    If each text has exactly one masked position, the numbers are `texts`, three quarters of it and half of it.
-    Otherwise, the smallest number is `texts`. The second is a quarter of the row's tokens, which is enough for the 15 %
-    that pretraining masks. The largest is the number of tokens in the row. All numbers are at least 2, because with 1
-    position, the head would compute matrix-vector products, which are slow on CPU.
+    The rows have `length` tokens and contain at most `texts` texts. If each text has exactly one masked position
+    (`one_mask`), the numbers are a half, three quarters and all of `texts`. Otherwise, the smallest number is `texts`.
+    The second is a quarter of the row's tokens, which is enough for the 15 % that pretraining masks. The largest is the
+    number of tokens in the row. All numbers are at least 2 because, with a single position, the head would compute
+    matrix-vector products, which are slow on CPUs.
     """
     if one_mask:
         return max(2, texts // 2), max(2, 3 * texts // 4), max(2, texts)

@@ -16,20 +16,20 @@ TEXTS = "input_string"
 
 
 def score(pipe: Pipeline[Task], request: Any) -> Any:
-    """Answers a request.
+    """Answers a request in the JSON format of Azure's model catalog.
 
-    The field `inputs` (or `input_data`) is one of:
+    The `inputs` (or `input_data`) field is one of the following:
 
     - an input that is not a list, such as a text
-    - a list of inputs, in which an input that consists of two texts or of words is itself a list
+    - a list of inputs, where an input that consists of two texts or of words is itself a list
     - columns: `{"input_string": […]}` or, for question answering, `{"question": […], "context": […]}`
-    - the pandas "split" format: `{"columns": […], "index": […], "data": [[…]]}`
+    - the "split" format of `pandas`: `{"columns": […], "index": […], "data": [[…]]}`
 
-    The field `parameters` (or `params`) contains the task's parameters.
+    The `parameters` (or `params`) field contains the task's parameters.
 
     Args:
         pipe: The pipeline that computes the results.
-        request: The request, as `json.loads` returns it.
+        request: The request, as returned by `json.loads`.
 
     Returns:
         A value for `json.dumps`: a list with one result per input, in order. For a single input that is not in a list,
@@ -44,14 +44,18 @@ def score(pipe: Pipeline[Task], request: Any) -> Any:
 
 
 def jsonable(result: Any) -> Any:
-    """A pipeline's result, with its arrays converted to lists."""
+    """Returns a pipeline's result with all arrays converted to lists."""
     if isinstance(result, list):
         return [jsonable(entry) for entry in result]
     return result.tolist() if isinstance(result, np.ndarray) else result
 
 
 def read(request: Any) -> tuple[Any, dict[str, Any]]:
-    """Returns a request's inputs and parameters in the form for `Pipeline`. Raises `InputError` if they are invalid."""
+    """Returns a request's inputs and parameters in the form that `Pipeline` expects.
+
+    Raises:
+        InputError: If the request is invalid.
+    """
     if not isinstance(request, Mapping):
         raise InputError(f'expected an object like {{"inputs": {{"{TEXTS}": ["…"]}}}}, got {_kind(request)}.')
     if unknown := [key for key in request if key not in INPUTS + PARAMETERS]:
@@ -71,7 +75,7 @@ def read(request: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _columns(split: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Converts the pandas "split" format to columns."""
+    """Converts the "split" format of `pandas` to columns."""
     names, data = split.get("columns", [TEXTS]), split["data"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"columns is {quoted(names)}; expected a list of names, such as [{TEXTS!r}].")

@@ -62,7 +62,7 @@ Task_co = TypeVar("Task_co", covariant=True)
 
 
 class Asks(Protocol[Input_contra, Parameters, Result_co]):
-    """A task, in a form from which type checkers infer the types of its inputs, parameters and results."""
+    """A task, in a form that lets type checkers infer the types of its inputs, parameters and results."""
 
     @property
     def request(self) -> Callable[Concatenate[Input_contra, Parameters], Request[Result_co]]:
@@ -71,7 +71,7 @@ class Asks(Protocol[Input_contra, Parameters, Result_co]):
 
 
 class Predicts(Protocol[Input, Parameters, Result]):
-    """The type of `Pipeline.__call__`, which accepts one input, a list of inputs, or another iterable."""
+    """The type of `Pipeline.__call__`, which accepts one input, a list of inputs, or another iterable of inputs."""
 
     @overload
     def __call__(self, inputs: Input, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result: ...
@@ -150,19 +150,20 @@ def pipeline(
         task: "fill-mask", "next-sentence-prediction", "feature-extraction", "text-classification",
             "token-classification", "question-answering", "multiple-choice" or "pseudo-log-likelihood".
         model: A folder, an id on the Hugging Face Hub, the embedded model (`bert-mini-cased`), or a loaded model.
-        tokenizer: The tokenizer. It is required with a loaded model; otherwise, None loads the checkpoint's tokenizer.
-        revision: Branch, tag or commit on the Hub.
+        tokenizer: The tokenizer. It is required for a loaded model. For other models, None loads the checkpoint's
+            tokenizer.
+        revision: The branch, tag or commit on the Hub.
         ignore: Regular expressions for the names of tensors to skip; see `BertModel.from_pretrained`.
         dtype: "float32" (the default), "bfloat16" or "int8". The last two need less memory and, on some processors,
             less time; see `BertModel.from_pretrained`. A loaded model keeps its dtype.
         mesh: A mesh of devices from `bert_jax.sharding.mesh`. The devices share the rows of each batch. By default, a
-            loaded model stays on its current devices, and other models use the devices of `bert_jax.sharding.local`.
+            loaded model stays on its current devices, and other models use the mesh from `bert_jax.sharding.local`.
 
     Raises:
         InputError: If the task or dtype is unknown, if the mesh does not fit the model or contains devices of other
             processes, or if a loaded model does not fit the task, is given without a tokenizer, or is given with
             arguments that specify how to load a model.
-        ModelNotFoundError: If there is no such model, or if the Hub does not answer.
+        ModelNotFoundError: If there is no such model, or if the Hub does not respond.
         CheckpointError: If the checkpoint lacks the task's head, is damaged, or does not fit the tokenizer.
         OutOfMemoryError: If the model does not fit in the memory of the devices.
     """
@@ -215,15 +216,18 @@ def pipeline(
 
 
 def tasks_of(architectures: Sequence[str]) -> list[str]:
-    """The tasks for which a model with these architectures was trained."""
-    if "BertForPreTraining" in architectures:  # it has both pretraining heads
+    """Returns the tasks for which a model with the given architectures was trained."""
+    if "BertForPreTraining" in architectures:  # this class has both pretraining heads
         architectures = [*architectures, "BertForMaskedLM", "BertForNextSentencePrediction"]
-    tasks = {task.model_class.__name__: name for name, task in reversed(TASKS.items())}  # first task per class
+    tasks = {task.model_class.__name__: name for name, task in reversed(TASKS.items())}  # the first task of each class
     return [name for name in TASKS if name in {tasks.get(architecture) for architecture in architectures}]
 
 
 class Pipeline(Generic[Task_co]):
-    """A task, a model and its programs. Call it with one input, a list of inputs, or another iterable of inputs."""
+    """A task, a model and its programs.
+
+    Call a pipeline with one input, a list of inputs, or another iterable of inputs.
+    """
 
     def __init__(self, task: Task_co, model: BertPreTrainedModel, tokenizer: Tokenizer, max_length: int, mesh: Mesh):
         self.task: Any = task
@@ -252,7 +256,7 @@ class Pipeline(Generic[Task_co]):
 
     @property
     def read_ahead(self) -> int:
-        """The number of inputs of a stream that are read ahead."""
+        """The number of inputs that are read ahead from a stream."""
         return READ_AHEAD * self._share
 
     @functools.cached_property
@@ -288,11 +292,13 @@ class Pipeline(Generic[Task_co]):
 
     @property
     def __call__(self: "Pipeline[Asks[Input, Parameters, Result]]") -> Predicts[Input, Parameters, Result]:
-        """Makes predictions. The call is `pipe(inputs, …)`, with the keyword arguments of the task's `request`.
+        """Makes predictions.
+
+        Call a pipeline as `pipe(inputs, …)`, with the keyword arguments of the task's `request` method.
 
         Args:
-            inputs: One input of the task (a text, a pair as a tuple, a dict with question and context or with context
-                and choices), a list of inputs, or any other iterable of inputs.
+            inputs: One input of the task (a text, a pair as a tuple, or a dict with the keys `question` and `context`
+                or `context` and `choices`), a list of inputs, or any other iterable of inputs.
 
         Returns:
             For one input, the task's result. For a list, a list of results in the same order. For any other iterable,
@@ -366,7 +372,7 @@ class Pipeline(Generic[Task_co]):
         return batches(queued, self._shapes, has_program, self._share)
 
     def forward(self, batch: Batch) -> dict[str, jax.Array]:
-        """Starts the computation of a batch. Returns the outputs of `Task.forward`."""
+        """Starts the computation of a batch and returns the outputs of `Task.forward`."""
         bucket = batch.bucket
         inputs = {name: np.zeros(shape, np.int32) for name, shape in self._arrays(bucket).items()}
         inputs |= model_inputs(
@@ -388,11 +394,11 @@ class Pipeline(Generic[Task_co]):
         return outputs
 
     def has_program(self, bucket: Bucket) -> bool:
-        """Whether the program of a bucket is compiled."""
+        """Returns whether the program for a bucket is compiled."""
         return bucket in self._programs
 
     def compile(self, bucket: Bucket) -> jax.stages.Compiled:
-        """Returns the program of a bucket, which is compiled at the first call."""
+        """Returns the program for a bucket. The first call for each bucket compiles the program."""
         if bucket not in self._programs:
             first = not self._programs
             with explain_out_of_memory(f"A batch of {bucket}"):
@@ -402,7 +408,7 @@ class Pipeline(Generic[Task_co]):
         return self._programs[bucket]
 
     def trace(self, bucket: Bucket) -> jax.stages.Traced:
-        """Traces the program of a bucket. Parameters may be abstract, and devices may belong to other machines."""
+        """Traces the program for a bucket. Parameters may be abstract, and devices may belong to other machines."""
         flat, rows = tree.flatten(self.params), sharding.by_row(self.mesh)
         params = tree.unflatten(sharding.abstract(flat, sharding.placements(self.mesh, flat)))
         inputs = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in self._arrays(bucket).items()}
@@ -432,5 +438,5 @@ class Pipeline(Generic[Task_co]):
         return outputs
 
     def model(self, params: tree.Params) -> Any:
-        """The model with `params`, which are `self.params` or, inside `jax.jit`, tracers of them."""
+        """Returns the model with `params`, which are `self.params` or, inside `jax.jit`, tracers of `self.params`."""
         return tree.merge(self._skeleton, params)

@@ -1,7 +1,7 @@
 """Makes predictions for the rows of files, in order and in constant memory. A killed run can be resumed.
 
-In addition to the output file, called OUT below, a run writes up to three files next to it. `OUT.partial` contains the
-rows predicted so far and is removed at the end. `OUT.run.json` identifies the run and records its progress.
+In addition to the output file, called `OUT` below, a run writes up to three files next to it. `OUT.partial` contains
+the rows predicted so far and is removed at the end. `OUT.run.json` identifies the run and records its progress.
 `OUT.rejected.jsonl` contains the rows that could not be used, if there are any.
 """
 
@@ -34,9 +34,9 @@ from bert_jax.inference.pipelines import READ_AHEAD, Pipeline
 from bert_jax.tasks.base import Request, Task
 
 WHOLE = 2**28
-"""Files of up to this many bytes are hashed in full, which takes at most 0.6 s.
+"""The maximum size, in bytes, of files that are hashed in full, which takes at most 0.6 s.
 
-For a larger file, only `SAMPLES` blocks of `BLOCK` bytes are hashed, which takes 0.2 s.
+Of a larger file, only `SAMPLES` blocks of `BLOCK` bytes are hashed, which takes 0.2 s.
 """
 SAMPLES, BLOCK = 64, 2**20
 PREDICTION = "prediction"
@@ -67,21 +67,21 @@ def predict_files(
 ) -> Counts:
     """Makes a prediction for each row of the input files and writes each row with its prediction to the output.
 
-    If the run is killed, the same call resumes it. A row whose input cannot be used is written to
-    `{output}.rejected.jsonl` with the reason, and the run continues.
+    If a run is interrupted, repeating the call with the same arguments resumes it. A row whose input cannot be used is
+    written to `{output}.rejected.jsonl` with the reason, and the run continues.
 
     Args:
-        pipe: The pipeline that predicts.
+        pipe: The pipeline that makes the predictions.
         inputs: Files or folders in the formats that `sources.entries` reads.
         output: The output file. Its name determines the format: JSONL or CSV (both optionally gzipped), or Parquet.
-        model: Name of the model. The run records the name and a hash of the weights and the tokenizer, and it can be
-            resumed only with the same model.
-        columns: The columns that form an input: one column, two columns for a pair, or the columns of a context with
+        model: The name of the model. The run records this name and a hash of the weights and the tokenizer. The run can
+            be resumed only with the same model.
+        columns: The columns that form an input: one column, two columns for a pair, or the columns of a context and its
             choices. By default, the first tuple in the task's `columns_of_input` whose columns all exist in the row.
-        format: Format of the inputs. If None, the format is inferred from each file's name, and a .txt file has one
-            text per line.
+        format: The format of the inputs. If None, the format is inferred from each file's name, and a `.txt` file
+            contains one text per line.
         table: Options for reading inputs that are tables.
-        shard: (i, n) selects every n-th row, starting with the i-th, counted from 1.
+        shard: A pair (i, n) that selects every n-th row, starting with the i-th. Rows are counted from 1.
         parameters: The task's parameters.
         console: The console for a progress bar; None for no progress bar.
 
@@ -100,7 +100,7 @@ def predict_files(
     except OSError as error:
         raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from None
     try:
-        # Conversion to JSON and back turns tuples into lists, as in the journal that `run` is compared with.
+        # Conversion to JSON and back turns tuples into lists, as in the journal with which `run` is compared.
         run = json.loads(json.dumps({
             "task": pipe.task.name, "model": model, "dtype": pipe.dtype,
             "inputs": files, "columns": columns, "format": format, "table": table, "shard": shard,
@@ -142,7 +142,7 @@ def predict_files(
 
 
 def check_request(pipe: Pipeline[Task], columns: tuple[str, ...], parameters: Mapping[str, Any]) -> Request[Any]:
-    """Makes a request from an example. Raises `InputError` if the columns or parameters are invalid for all rows."""
+    """Makes a request from an example. Raises `InputError` if the columns or parameters are invalid for every row."""
     sizes = sorted({len(names) for names in pipe.task.columns_of_input})
     if columns and len(columns) not in sizes:
         raise InputError(f"There are {len(columns)} columns; {pipe.task.name} expects {' or '.join(map(str, sizes))}.")
@@ -196,7 +196,7 @@ class _Journal:
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
-    """Describes how an argument differs from the argument of the run to resume."""
+    """Describes how an argument differs from the corresponding argument of the run to resume."""
     if key == "inputs":
         names = [[name for name, _, _ in files] for files in (before, now)]
         if names[0] == names[1]:
@@ -210,7 +210,7 @@ def _difference(key: str, before: Any, now: Any) -> str:
 
 @dataclass
 class _Window:
-    """Rows that are predicted together, and rejected rows with the reasons."""
+    """Rows that are predicted together, and rejected rows with the reasons for their rejection."""
 
     position: int
     rows: list[Row]
@@ -244,7 +244,7 @@ def _predict(pipe: Pipeline[Task], windows: Iterator[_Window], journal: _Journal
             results = pipe.run(window.requests)
             predicted = zip(window.rows, results, strict=True)
             partial.writelines(_line(row | {PREDICTION: jsonable(result)}) for row, result in predicted)
-            # A rejected row may contain lone surrogates, which UTF-8 cannot encode. ASCII JSON escapes them.
+            # Rejected rows may contain lone surrogates, which UTF-8 cannot encode. ASCII JSON escapes them.
             rejected.writelines(_line(row, ascii=True) for row in window.rejected)
             for file in (partial, rejected):
                 file.flush()
@@ -284,12 +284,12 @@ def _window(
 
 
 def _size(path: Path) -> int:
-    """Size of a file or of the texts in a folder, in bytes."""
+    """Returns the size of a file, or the total size of the text files in a folder, in bytes."""
     return sum(file.stat().st_size for file in path.rglob("*.txt")) if path.is_dir() else path.stat().st_size
 
 
 def _weights_digest(pipe: Pipeline[Any]) -> str:
-    """A hash of a model's parameters and tokenizer. It takes 0.4 s for BERT-base."""
+    """Returns a hash of a model's parameters and tokenizer. For BERT-base, the computation takes 0.4 s."""
     digest = hashlib.sha256(pipe.tokenizer.backend.to_str().encode())
     for path, leaf in sorted(tree.flatten(pipe.params).items()):
         digest.update(path.encode())
@@ -298,7 +298,7 @@ def _weights_digest(pipe: Pipeline[Any]) -> str:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of the contents of a file, or of the names and contents of the texts in a folder.
+    """Returns the SHA-256 hash of the contents of a file, or of the names and contents of the text files in a folder.
 
     If a file has more than `WHOLE` bytes, only `SAMPLES` blocks are hashed, evenly spaced from the first to the last
     byte.
@@ -320,7 +320,7 @@ def _digest(path: Path) -> str:
 
 
 def input_of(row: Row, candidates: Sequence[tuple[str, ...]]) -> Any:
-    """The task's input in a row, read from the first of the candidates whose columns all exist in the row."""
+    """Returns the task's input in a row, read from the first of the candidates whose columns all exist in the row."""
     for names in candidates:
         if all(name in row for name in names):
             cells = [row[name] for name in names]
@@ -368,7 +368,7 @@ def _convert(partial: Path, output: Path) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Yields the path of a temporary file. The file then replaces `path`, so that `path` is never incomplete."""
+    """Yields the path of a temporary file. The file then replaces `path`, so `path` is never incomplete."""
     staged = Path(f"{path}.new")
     yield staged
     with open(staged, "rb") as file:

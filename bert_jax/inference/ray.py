@@ -42,37 +42,38 @@ ERROR = "error"
 FORMATS = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 """Maps file name extensions to formats."""
 TYPES = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64()}
-"""Maps the types of predictions to the types of columns. All other types become strings."""
+"""Maps the Python types of predictions to column types. Predictions of all other types become strings."""
 FILE_CPUS = 0.1
 """The share of a CPU that Ray reserves for a task that reads or writes files."""
 CPUS_PER_WORKER = 4
 BLOCK = 2**18
-"""Size, in bytes, of the rows that a worker computes at a time. They are recomputed if the worker fails."""
+"""Total size, in bytes, of the rows that a worker computes at a time. If the worker fails, they are recomputed."""
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that must be the same in all workers."""
+    """Returns the package versions that must be the same in all workers."""
     return {name: metadata.version(name) for name in ("bert-jax", "jax", "jaxlib", "tokenizers")}
 
 
 class Predictor:
     """An actor class for `ray.data.Dataset.map_batches`: one model on one device or on a share of a machine's CPUs.
 
-    An actor is called with a `pyarrow.Table` and adds columns to it. A prediction that is an object, such as {label,
-    score}, becomes one column per field, such as `prediction_label`. Any other prediction becomes the column
-    `prediction`, in which lists are JSON strings. The column `error` contains the reason why a row could not be used.
-    Texts are sorted and packed within a table, so tables of about 1,024 rows are efficient (`batch_size`).
+    An actor is called with a `pyarrow.Table` and adds columns to it. A prediction that is an object, such as
+    `{label, score}`, becomes one column per field, such as `prediction_label`. Any other prediction becomes the
+    `prediction` column, in which lists are JSON strings. The `error` column contains the reason why a row could not be
+    used. Texts are sorted and packed within a table, so tables of about 1,024 rows (the `batch_size` argument of
+    `map_batches`) are efficient.
 
     Args:
         task: The name of the task.
         model: A folder that all workers can read, an id on the Hub, or the embedded model (`bert-mini-cased`).
-        revision: Branch, tag or commit on the Hub.
+        revision: The branch, tag or commit on the Hub.
         ignore: Regular expressions for the names of tensors to skip.
         dtype: "float32", "bfloat16" or "int8".
-        columns: The columns that form an input. By default, the task's usual names.
-        parameters: The parameters of the task.
+        columns: The names of the columns that form an input. By default, the task's usual column names.
+        parameters: The task's parameters.
         threads: The number of XLA threads on a CPU. By default, the number of CPUs that Ray assigned.
-        expected: The versions of the driver's packages, from `versions`; None for no comparison.
+        expected: The versions of the driver's packages, as returned by `versions`. If None, versions are not compared.
 
     Raises:
         InputError: If an argument is invalid, if the worker's package versions differ from the driver's, or if JAX
@@ -100,7 +101,7 @@ class Predictor:
             use_compilation_cache()
         context = ray.get_runtime_context()
         threads = threads or math.ceil(context.get_assigned_resources().get("CPU", 1.0))
-        os.environ.setdefault("NPROC", str(threads))  # XLA reads it
+        os.environ.setdefault("NPROC", str(threads))  # XLA reads this variable
         assigned = [name for name, ids in context.get_accelerator_ids().items() if ids]
         if assigned and jax.default_backend() == "cpu":
             extra = "tpu" if assigned == ["TPU"] else "cuda"
@@ -114,7 +115,7 @@ class Predictor:
         self.types = {name: TYPES.get(type(value), pyarrow.string()) for name, value in fields.items()}
 
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
-        """Adds the prediction columns and the column `error`."""
+        """Adds the prediction columns and the `error` column."""
         results, errors = self.predict(table.to_pylist())
         rows = [
             flat({PREDICTION: result}) if error is None else {} for result, error in zip(results, errors, strict=True)
@@ -156,7 +157,7 @@ class _LinePredictor(Predictor):
 
 
 def _parsed(line: str) -> dict[str, Any]:
-    """Parses a line to a row. A line that is not a JSON object becomes a row with the column `line`."""
+    """Parses a line into a row. A line that is not a JSON object becomes a row with a single column, `line`."""
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(row := json.loads(line), dict):
             return row
@@ -164,7 +165,7 @@ def _parsed(line: str) -> dict[str, Any]:
 
 
 def _dumped(row: Mapping[str, Any]) -> str:
-    """A row as JSON. If it has lone surrogates, which UTF-8 cannot encode, all non-ASCII characters are escaped."""
+    """Returns a row as JSON. If the row contains lone surrogates, which UTF-8 cannot encode, the JSON is ASCII only."""
     line = json.dumps(row, ensure_ascii=False)
     return json.dumps(row) if re.search("[\ud800-\udfff]", line) else line
 
@@ -186,26 +187,28 @@ def predict(
 ) -> None:
     """Makes a prediction for each row of the input files and writes the rows with their predictions to a folder.
 
-    If the run is stopped, the same call resumes it. Rows that have been written are not computed again. The order of
-    the rows is not preserved; the column `row` contains the file and the number of each row.
+    If a run is interrupted, repeating the call with the same arguments resumes it. Rows that have been written are not
+    computed again. The order of the rows is not preserved. The `row` column contains the file and the number of each
+    row.
 
     Args:
         task: See `Predictor`.
         model: See `Predictor`.
         inputs: Files or folders, on disks that all workers share or in an object store such as `s3://bucket/folder`.
-        output: A new folder, on such a disk or in an object store. It will contain several files in the format of the
-            inputs, or JSONL files if the inputs are text files. JSONL files contain the prediction and the error of
-            each row, and files in other formats contain the columns of `Predictor`.
+        output: A new folder, on a disk that all workers share or in an object store. The run writes several files to
+            it, in the format of the inputs or, if the inputs are text files, in JSONL. JSONL files contain the
+            prediction and the error of each row. Files in other formats contain the columns that `Predictor` adds.
         revision: See `Predictor`.
         ignore: See `Predictor`.
         dtype: See `Predictor`.
         columns: See `Predictor`.
         parameters: See `Predictor`.
-        format: Format of the inputs: "jsonl", "csv", "parquet" or "text". By default, it is inferred from the names of
-            the inputs.
+        format: The format of the inputs: "jsonl", "csv", "parquet" or "text". By default, it is inferred from the names
+            of the inputs.
         address: The address of the cluster, such as `ray://host:10001`, or `auto`. By default, a cluster is started on
-            this machine for the duration of this call.
-        workers: The number of workers. The default is one per GPU or TPU chip, or one per 4 CPUs if there are none.
+            this machine for the duration of the call.
+        workers: The number of workers. The default is one per GPU or TPU chip or, if there are no such chips, one per 4
+            CPUs.
 
     Raises:
         InputError: If there is no cluster at the address, if an argument is invalid, if none of the first 100 rows can
@@ -263,7 +266,7 @@ def predict(
 
 
 def _opened(files: list[str], kind: str, options: Mapping[str, Any]) -> Any:
-    """The rows of the files as a Ray data set. Raises `InputError` if none of the first 100 rows has an input."""
+    """Opens the files as a Ray data set. Raises `InputError` if none of the first 100 rows contains an input."""
     try:
         source = RowSource(files, kind)
         rows = source.head(100)
@@ -292,7 +295,7 @@ def _opened(files: list[str], kind: str, options: Mapping[str, Any]) -> Any:
 
 
 def _worker(workers: int | None) -> tuple[dict[str, Any], int, int]:
-    """The resources that Ray reserves per worker, the number of workers, and the number of threads per worker."""
+    """Returns the resources to reserve per worker, the number of workers, and the number of threads per worker."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for device in ("GPU", "TPU"):
         if chips := int(sum(node.get(device, 0) for node in nodes)):
@@ -303,7 +306,7 @@ def _worker(workers: int | None) -> tuple[dict[str, Any], int, int]:
         raise InputError("The Ray cluster has neither CPUs nor GPUs nor TPU chips; add a node.")
     count = _fitting(workers or sum(max(1, int(n) // CPUS_PER_WORKER) for n in cpus), int(sum(cpus)), "CPUs")
     on_machine = -(-count // len(cpus))
-    # The remaining CPUs of a machine are for reading, writing, and the actor that skips rows that have been written.
+    # A machine's remaining CPUs are for reading, writing, and the actor that skips rows that have been written already.
     share = (min(cpus) - 1.2) / on_machine
     threads = max(1, int(min(cpus)) // on_machine)
     return {"num_cpus": max(FILE_CPUS, min(0.8 * CPUS_PER_WORKER, share))}, count, threads
@@ -316,7 +319,7 @@ def _fitting(workers: int, most: int, what: str) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """The message of the `BertJaxError` that made a worker fail or, without one, the last line of the error."""
+    """Returns the message of the `BertJaxError` that made a worker fail or, if there is none, the error's last line."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, BertJaxError):

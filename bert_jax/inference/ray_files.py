@@ -1,6 +1,6 @@
-"""Files on a Ray cluster: reads rows, writes blocks, and maintains the journal of a run.
+"""Reads rows from files on a Ray cluster, writes blocks to files, and maintains the journal of a run.
 
-Ray imports this module in the processes that read and write files, so it does not import JAX.
+Ray imports this module in the processes that read and write files, so this module does not import JAX.
 """
 
 import csv
@@ -21,14 +21,15 @@ from bert_jax.errors import InputError, listed, quoted
 ROW = "row"
 """Name of the column that contains the file and the number of a row."""
 LINE = "line"
-"""Name of the column that contains a row as JSON while Ray processes it."""
+"""Name of the column that contains each row as JSON while Ray processes the row."""
 ROWS_PER_TABLE = 1024
 
 
 class RowSource(FileBasedDatasource):
-    """The rows of files. The column `row` contains the name of the file and the number of the row, starting at 0.
+    """The rows of files. The `row` column contains the name of the file and the number of the row, starting at 0.
 
-    CSV and Parquet files keep their columns; CSV columns contain strings. The rows of other files are JSON lines.
+    Rows of CSV and Parquet files keep their columns, and CSV columns contain strings. Rows of other files are JSON
+    lines.
     """
 
     def __init__(self, paths: list[str], format: str):
@@ -36,7 +37,7 @@ class RowSource(FileBasedDatasource):
         self.format = format
 
     def head(self, count: int) -> list[dict[str, Any]]:
-        """The first rows, at most `count`, read in this process."""
+        """Returns the first rows, at most `count`. The rows are read in this process."""
         tables = itertools.chain.from_iterable(read() for read in self.get_read_tasks(1))
         return list(itertools.islice((row for table in tables for row in table.to_pylist()), count))
 
@@ -91,12 +92,15 @@ class FileSink(BlockBasedFileDatasink):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message or, without a message, the name of its type."""
+    """Returns the first line of an error's message or, if there is no message, the name of the error's type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def content_of(name: str) -> list[Any]:
-    """A file or folder with the sizes and times of its files. A run is resumed only if these are unchanged."""
+    """Returns the name of a file or folder, and the paths, sizes and modification times of its files.
+
+    A run is resumed only if these are unchanged.
+    """
     try:
         files, path = pyarrow.fs.FileSystem.from_uri(name)
         selected = pyarrow.fs.FileSelector(path, recursive=True)
@@ -109,7 +113,7 @@ def content_of(name: str) -> list[Any]:
 
 
 class Journal:
-    """The file `OUT.run.json`, which records what a run computes and whether it is complete."""
+    """The `OUT.run.json` file, which records what a run computes and whether the run is complete."""
 
     def __init__(self, output: str, run: Mapping[str, Any]):
         self.run, self.checkpoint = json.loads(json.dumps(run)), f"{output}.checkpoint"
@@ -136,7 +140,7 @@ class Journal:
         return bool(self.files.get_file_info(path).type != pyarrow.fs.FileType.NotFound)
 
     def begin(self) -> None:
-        """Marks the run as begun."""
+        """Marks the run as started."""
         self._write(False)
 
     def end(self) -> None:
@@ -145,7 +149,7 @@ class Journal:
         self._delete(f"{self.output}.checkpoint")
 
     def abandon(self) -> None:
-        """Removes all traces of a run that failed before it wrote any rows, so that a corrected call can start."""
+        """Removes all traces of a run that failed before it wrote any rows, so that a corrected call can start anew."""
         if not self._exists(self.output) or not self.files.get_file_info(pyarrow.fs.FileSelector(self.output)):
             self._delete(self.path, self.output, f"{self.output}.checkpoint")
 

@@ -20,9 +20,9 @@ from bert_jax.tasks.base import Outputs, Request, Task
 from bert_jax.training import memory
 
 TOKENS_PER_MASK = 8
-"""The number of tokens that a masked position counts as when a slice is filled.
+"""The cost of a masked position, in tokens, when a slice is filled.
 
-Its probabilities over the vocabulary need as much memory as the activations of several tokens.
+The probabilities over the vocabulary at a masked position need as much memory as the activations of several tokens.
 """
 
 
@@ -30,7 +30,7 @@ explain_out_of_memory = functools.partial(
     memory.explain_out_of_memory,
     remedy="Use dtype bfloat16 or int8, or divide the model among devices by a mesh such as fsdp=2.",
 )
-"""`memory.explain_out_of_memory` with the remedy for inference."""
+"""`memory.explain_out_of_memory` with a remedy for inference."""
 
 
 class Computes(Protocol):
@@ -53,7 +53,7 @@ class _Work:
         pending: The requests that have not been started, with their indices.
         results: The results that are known so far, by index.
         left: The number of results that are not known yet.
-        finish: The finish time of the row that was taken last, in tokens per owner; see `Run`.
+        finish: The finish time of the most recently taken row, in tokens per owner; see `Run`.
         queued: The rows to compute next.
     """
 
@@ -77,32 +77,32 @@ class _Started:
 class Run:
     """Computes the requests of several owners together, slice by slice.
 
-    Owners take turns by fair queueing (Demers, Keshav and Shenker 1989): the next row is the one that would finish
+    Owners take turns by fair queueing (Demers, Keshav and Shenker 1989). The next row is the one that would finish
     first if the rows of all owners were computed simultaneously, at the same speed for each owner. A short text
-    therefore waits neither for the many rows of another owner nor for longer texts that arrived shortly before it, and
-    new owners cannot keep an existing owner waiting.
+    therefore waits neither for the many rows of another owner nor for longer texts that arrived shortly before it. New
+    owners cannot starve an existing owner.
 
     Args:
         pipe: The pipeline that computes.
-        has_program: Returns whether the program of a bucket is compiled. A row that fits no bucket with a compiled
-            program is deferred until `resume` queues it again. By default, no rows are deferred, and `pipe` compiles
-            missing programs.
+        has_program: A function that returns whether the program of a bucket is compiled. A row that fits no bucket with
+            a compiled program is deferred until `resume` queues it again. By default, no rows are deferred, and `pipe`
+            compiles missing programs.
     """
 
     def __init__(self, pipe: Computes, has_program: Callable[[Bucket], bool] = lambda bucket: True):
         self._pipe, self._has_program = pipe, has_program
         self._work: dict[Hashable, _Work] = {}
-        self._time = 0.0  # number of tokens of each owner that would have been computed by now
+        self._time = 0.0  # number of tokens that would have been computed for each owner by now
         self._deferred: dict[Bucket, list[Queued]] = {}
 
     @property
     def owners(self) -> list[Hashable]:
-        """The owners whose requests are not finished."""
+        """The owners with unfinished requests."""
         return list(self._work)
 
     @property
     def missing(self) -> list[Bucket]:
-        """The buckets that deferred rows need and whose programs were not compiled."""
+        """The buckets of the deferred rows. Their programs were not compiled when the rows were deferred."""
         return list(self._deferred)
 
     @property
@@ -111,14 +111,14 @@ class Run:
         return bool(self._deferred) and not any(work.pending or work.queued for work in self._work.values())
 
     def resume(self) -> None:
-        """Queues the deferred rows whose program has been compiled."""
+        """Queues the deferred rows whose programs have been compiled."""
         for bucket in [bucket for bucket in self._deferred if self._has_program(bucket)]:
             for queued in self._deferred.pop(bucket):
                 if work := self._work.get(queued.request.owner):
                     work.queued.append(queued)
 
     def add(self, owner: Hashable, requests: Sequence[Request[Any]]) -> None:
-        """Adds the requests of an owner, at least one."""
+        """Adds the requests of an owner. There must be at least one request."""
         self._work[owner] = _Work(deque(enumerate(requests)), [None] * len(requests), len(requests), self._time)
 
     def remove(self, owner: Hashable) -> None:
@@ -129,7 +129,7 @@ class Run:
         """Computes a slice.
 
         Args:
-            tokens: The size of the slice. If None, the slice holds the next rows of all requests.
+            tokens: The size of the slice, in tokens. If None, the slice contains the next rows of all requests.
 
         Yields:
             Each owner whose requests have finished, with the results in the order of the requests. If a request failed,
@@ -231,7 +231,7 @@ class Run:
 
 
 def _cost(queued: Queued) -> int:
-    """The number of tokens that a row counts as."""
+    """Returns the cost of a row, in tokens."""
     features = queued.features
     return max(BUCKET_LENGTHS[0], len(features.input_ids), TOKENS_PER_MASK * len(features.masked_positions))
 

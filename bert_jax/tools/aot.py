@@ -1,4 +1,4 @@
-"""Compiles programs for chips that the machine lacks and reports their memory use, matrix products and collectives.
+"""Compiles programs for chips that the machine lacks, and reports memory use, matrix products and collectives.
 
     target = aot.get("v5e:2x4")     # `target.devices` can form a mesh, like the machine's own devices
     check = aot.check(step.trace(...), target)
@@ -33,9 +33,8 @@ class Chip:
     Attributes:
         platform: The platform as JAX names it, "tpu" or "cuda".
         topology: The default number and layout of chips, such as "2x4".
-        memory: Number of bytes of memory that a program may use on one chip, as reported by the TPU compiler or the GPU
-            driver.
-        flops: Operations per second for dense products of bfloat16 matrices.
+        memory: Memory that a program may use on one chip, in bytes, as reported by the TPU compiler or the GPU driver.
+        flops: Operations per second in dense bfloat16 matrix products.
         memory_rate: Bytes per second to and from the chip's memory.
         link_rate: Bytes per second to other chips; the rate from other chips is the same.
     """
@@ -95,7 +94,7 @@ class Target:
 def get(name: str) -> Target:
     """Returns the target with the given name, such as `v5e:2x4` or `h100:8`.
 
-    If the name has no topology, as in `v5e`, the target has eight chips.
+    If the name contains no topology, as in `v5e`, the target has eight chips.
 
     Raises:
         InputError: If there is no such chip or topology, or if the compiler for the chip is not installed.
@@ -131,20 +130,20 @@ class Check:
     """The result of compiling a program for a target.
 
     Attributes:
-        target: The devices that the program was compiled for.
+        target: The devices for which the program was compiled.
         fits: Whether the program fits in the memory of a device.
         memory: Peak memory per device, in bytes. If the compiler fails because the program does not fit, this is the
             number in the error message, or 0 if the message contains none.
         resident: Number of bytes per device in arguments and results, which stay in memory throughout. A donated
-            argument and the result that overwrites it count once. If the compiler fails, this is 0.
+            argument and the result that overwrites it are counted once. If the compiler fails, this is 0.
         aliased: Number of bytes per device in donated arguments that results overwrite. If the compiler fails, this is
             0.
         seconds: Compilation time, in seconds.
         products: Maps the types of a matrix product, such as "bfloat16 × bfloat16 → float32", to the number of such
             products and the total number of their operations on all devices. A multiplication and an addition are two
-            operations. Products in custom kernels are not included.
+            operations. Matrix products in custom kernels are not included.
         collectives: Maps the name of a collective, such as "all-reduce", to the number of such collectives and the
-            bytes of their results on each device.
+            total size of their results on each device, in bytes.
         kernels: Maps the name of a custom kernel to the number of its calls in the text of the compiled program.
     """
 
@@ -223,7 +222,7 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
 def products(traced: jax.stages.Traced) -> dict[str, tuple[int, float]]:
     """Counts the matrix products of a program and their operations; see `Check.products`.
 
-    A product in a scan is counted once per iteration.
+    A matrix product in a scan is counted once per iteration.
     """
     counts, flops = Counter[str](), Counter[str]()
 
@@ -287,17 +286,17 @@ def _bytes(shapes: str) -> int:
 def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
     """Finds the largest size, such as a number of rows, at which a program fits in memory. Returns 0 if no size fits.
 
-    A result of 16 or more may be too low, but by less than an eighth of the result.
+    A result of 16 or more may be too low, but by less than an eighth of its value.
 
     Apart from the state, memory use grows almost linearly with the size. The next size to try is therefore extrapolated
     or interpolated from the memory use of two programs. Near the limit, compilers save memory, so this prediction is
     too low. For this reason, the next size exceeds the largest size known to fit by at least one step, which is an
-    eighth of that size (rounded down, but at least 1). Until a size does not fit, the difference is at least four
-    steps.
+    eighth of that size (rounded down, but at least 1). Until a size is found that does not fit, the difference is at
+    least four steps.
 
     Args:
-        try_out: Compiles the program for a size.
-        n: A size that has been tried.
+        try_out: A function that compiles the program for a size.
+        n: A size that has been tried already.
         first: The result for `n`.
     """
     limit, check = first.target.chip.memory, first
@@ -322,9 +321,10 @@ def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
 
 
 def train_flops(config: BertConfig, rows: int, length: int) -> float:
-    """Operations in a training step: three times the operations of the encoder's matrix products in a forward pass.
+    """Returns the number of operations in a training step.
 
-    This is 6·B·T·L·(4D² + 2DF + 2TD) for B rows of T tokens, L layers, hidden size D and intermediate size F.
+    This is three times the number of operations in the encoder's matrix products in a forward pass:
+    6·B·T·L·(4D² + 2DF + 2TD) for B rows of T tokens, L layers, hidden size D and intermediate size F.
     """
     size, inner = config.hidden_size, config.intermediate_size
     per_token = 4 * size**2 + 2 * size * inner + 2 * length * size
@@ -332,17 +332,17 @@ def train_flops(config: BertConfig, rows: int, length: int) -> float:
 
 
 def bound(check: Check) -> dict[str, float]:
-    """The minimum time that each kind of work in a program takes at the published rates of its chip.
+    """Returns the minimum time that each kind of work in a program takes at the published rates of the chip.
 
     The largest of these times is the roofline bound of the program.
 
     Returns:
         The time in seconds for each kind of work:
 
-        - `products`: computing all matrix products, except those in custom kernels, at the peak rate of bfloat16.
+        - `products`: computing all matrix products, except those in custom kernels, at the peak bfloat16 rate.
         - `memory`: reading the arguments once and writing the results once.
         - `links`: sending the results of collectives to other devices. On n devices, each device sends (n - 1) / n of
-          the bytes of a result or, for an all-reduce, twice as many, as in a ring.
+          the bytes of a result or, for an all-reduce, twice as many, as in a ring algorithm.
     """
     n, chip = len(check.target.devices), check.target.chip
     sent = sum(

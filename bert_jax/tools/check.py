@@ -1,8 +1,8 @@
 """Checks a machine: compares the outputs of its devices with reference outputs and measures the devices' speed.
 
 The reference outputs in `check.safetensors` were computed by PyTorch transformers in float64 from the embedded model
-(`bert-mini-cased`); see `scripts/make_golden.py`. The tolerance is tight enough to detect products in lower precision
-than float32, which TPUs and some GPUs use by default.
+(`bert-mini-cased`); see `scripts/make_golden.py`. The tolerance is tight enough to detect matrix products in a lower
+precision than float32, which TPUs and some GPUs use by default.
 """
 
 import functools
@@ -40,11 +40,11 @@ MARKS = {True: "✓", False: "✗", None: ""}
 LABELS = ["odd", "even"]
 GOLDEN = Path(__file__).parent / "check.safetensors"
 EXACT = 1e-5
-"""The maximum error of float32 results, relative to 1 plus the absolute value of the expected number."""
+"""The maximum allowed error of float32 results, relative to 1 plus the absolute value of the expected number."""
 ERRORS = {"bfloat16": 0.03, "int8": 0.06}
-"""The maximum relative error of the logits in each dtype, ‖x − reference‖ / ‖reference‖."""
+"""The maximum allowed relative error of the logits in each dtype: ‖x − reference‖ / ‖reference‖."""
 FUSED_ERROR = 2e-2
-"""The maximum error of a fused kernel in bfloat16, relative to the largest absolute value in the result."""
+"""The maximum allowed error of a fused kernel in bfloat16, relative to the largest absolute value in the result."""
 PEAKS = {
     **dict.fromkeys(("TPU v5 lite", "TPU v5e"), aot.CHIPS["v5e"].flops),
     **dict.fromkeys(("TPU v6 lite", "TPU v6e"), aot.CHIPS["v6e"].flops),
@@ -53,7 +53,7 @@ PEAKS = {
     **dict.fromkeys(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), 312e12),
     "TPU v4": 275e12, "NVIDIA L4": 121e12, "NVIDIA B200": 2250e12,
 }  # fmt: skip
-"""The published rate of bfloat16 products on each kind of device, in operations per second without sparsity.
+"""The published rate of bfloat16 matrix products on each kind of device, in operations per second without sparsity.
 
 Sources: cloud.google.com/tpu/docs and NVIDIA's data sheets.
 """
@@ -65,15 +65,15 @@ LARGE = bert_jax.BertConfig(
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the report.
+    """A row of the report.
 
     Attributes:
         part: The part of the report.
         what: The computed or measured quantity.
         found: The result.
-        expected: The expected result; empty if there is no expectation.
-        passed: Whether the result is as expected; None if there is no expectation, or if this machine cannot compute
-            the result.
+        expected: The expected result; empty if there is none.
+        passed: Whether the result is as expected; None if there is no expected result, or if this machine cannot
+            compute the result.
     """
 
     part: str
@@ -84,10 +84,10 @@ class Row:
 
 
 def check() -> Iterator[Row]:
-    """Computes the rows of the report one after another.
+    """Yields the rows of the report one after another.
 
-    The first row takes several seconds. Before it, a separate process stops and resumes a training run, because that
-    process needs exclusive access to the devices.
+    The first row takes several seconds, because a separate process first stops and resumes a training run. That process
+    runs first because it needs exclusive access to the devices.
     """
     resumed = _resume_elsewhere()  # before this process takes the devices
     for part in (machine, goldens, dtypes, kernels, lambda: [resumed], layouts, speed):
@@ -103,14 +103,17 @@ def _row(part: str, what: str, error: float, limit: float) -> Row:
 
 
 def _error(found: Any, expected: Any) -> float:
-    """The largest difference, relative to 1 plus the expected absolute value; infinite if a number is not finite."""
+    """Returns the largest difference, relative to 1 plus the absolute expected value.
+
+    Returns infinity if any difference is not finite.
+    """
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     difference = np.abs(found - expected) / (1 + np.abs(expected))
     return float(difference.max()) if np.isfinite(difference).all() else np.inf
 
 
 def machine() -> Iterator[Row]:
-    """The package versions, the devices, and whether each dtype is faster than float32."""
+    """Reports the package versions, the devices, and whether each dtype is faster than float32."""
     part = "machine"
     versions = ("bert-jax", "jax", "jaxlib", "flax", "optax", "numpy")
     yield Row(
@@ -144,7 +147,7 @@ def _inputs() -> dict[str, Any]:
 
 
 def _loss(skeleton: tree.Skeleton, flat: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> tuple[jax.Array, Any]:
-    """The pretraining loss of a batch, and the model's output."""
+    """Returns the pretraining loss of a batch, and the model's output."""
     labels = dict(batch)
     mlm, following = labels.pop("labels"), labels.pop("next_sentence_label")
     out = tree.merge(skeleton, tree.unflatten(dict(flat)))(**labels)
@@ -152,7 +155,7 @@ def _loss(skeleton: tree.Skeleton, flat: Mapping[str, jax.Array], batch: Mapping
 
 
 def goldens() -> Iterator[Row]:
-    """Outputs and gradients of the embedded model in float32, compared with those of PyTorch transformers."""
+    """Compares the embedded model's outputs and gradients in float32 with those of PyTorch transformers."""
     part, golden = "float32 beside PyTorch", _golden()
     params, skeleton = tree.split(bert_jax.BertForPreTraining.from_pretrained(MODEL))
     batch = _inputs() | {name: golden[name] for name in ("labels", "next_sentence_label")}
@@ -175,7 +178,7 @@ def goldens() -> Iterator[Row]:
 
 
 def dtypes() -> Iterator[Row]:
-    """The logits of the embedded model in bfloat16 and int8, compared with those of PyTorch transformers in float32."""
+    """Compares the embedded model's logits in bfloat16 and int8 with those of PyTorch transformers in float32."""
     expected = _golden()["logits of words"]
     for dtype, limit in ERRORS.items():
         params, skeleton = tree.split(bert_jax.BertForPreTraining.from_pretrained(MODEL, dtype=dtype))  # type: ignore[arg-type]
@@ -189,7 +192,7 @@ def dtypes() -> Iterator[Row]:
 
 
 def kernels() -> Iterator[Row]:
-    """Contexts and gradients of each fused kernel for each kind of row, compared with those of plain attention."""
+    """Compares the contexts and gradients of each fused kernel, for each kind of row, with those of plain attention."""
     part, platform = "fused attention", jax.default_backend()
     for name, (hardware, needed) in attention.FUSED.items():
         dtype, limit, kernel = jnp.bfloat16, FUSED_ERROR, attention.ATTENTION[name]
@@ -224,7 +227,7 @@ def _kernel_errors(kernel: Callable[..., Any], rows: str, dtype: Any) -> dict[st
 
     def loss(kernel: Callable[..., Any], *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
         context = kernel(*arrays, attended, 0.0, None)[0].astype(jnp.float32)
-        context = context * jnp.asarray(real, jnp.float32)[:, :, None, None]  # ignores the outputs of padding
+        context = context * jnp.asarray(real, jnp.float32)[:, :, None, None]  # ignores the outputs at padding
         return jnp.sum(jnp.sin(context)), context
 
     def results(kernel: Callable[..., Any], arrays: Any) -> tuple[Any, Any]:
@@ -247,7 +250,7 @@ def _kernel_errors(kernel: Callable[..., Any], rows: str, dtype: Any) -> dict[st
 def _examples(
     config: bert_jax.BertConfig, count: int, length: int, *, full: bool
 ) -> tuple[SequenceClassification, Examples]:
-    """A task with examples of different lengths or, if `full` is set, of exactly `length` tokens."""
+    """Returns a task and its examples, which have different lengths or, if `full` is true, exactly `length` tokens."""
     task = SequenceClassification(Tokenizer.from_pretrained(MODEL), config, max_length=length)
     words = [length if full else 1 + 7 * n % 20 for n in range(count)]
     rows = [{"text": "a word " * words[n], "label": LABELS[n % 2]} for n in range(count)]
@@ -266,7 +269,7 @@ def _resume_elsewhere() -> Row:
 
 
 def _resume() -> str:
-    """Trains the embedded model for six steps in one run, and for three plus three steps; compares the parameters."""
+    """Compares the parameters of a run of six training steps with those of a run that is resumed after three steps."""
     model = bert_jax.BertForSequenceClassification.from_pretrained(MODEL, new=[r"classifier\..*"], id2label=LABELS)
     task, examples = _examples(model.config, 32, 32, full=False)
 
@@ -283,7 +286,7 @@ def _resume() -> str:
 
 
 def layouts() -> Iterator[Row]:
-    """The loss and gradients of a batch on meshes of all local devices, compared with those on one device."""
+    """Compares the loss and gradients of a batch on meshes of all local devices with those on one device."""
     part, devices = "several devices", jax.local_devices()
     n = len(devices)
     if n == 1:
@@ -320,7 +323,7 @@ def layouts() -> Iterator[Row]:
 
 
 def speed() -> Iterator[Row]:
-    """Tokens per second of training and inference on one device, and their share of the device's peak rate."""
+    """Measures tokens per second and the share of the peak rate, for training and inference on one device."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         peak = _product_rate()
@@ -352,7 +355,7 @@ def _measured(
     peak: float,
     of: str,
 ) -> Row:
-    """Measures the speed. If the device runs out of memory, halves the number of rows and tries again."""
+    """Returns the measured speed. If the device runs out of memory, halves the number of rows and measures again."""
     while True:
         try:
             seconds, sizes, flops = measure(config, dtype, rows, tokens)
@@ -379,7 +382,11 @@ def _memory(sizes: Any) -> str:
 def inference(
     config: bert_jax.BertConfig, dtype: Any, rows: int, tokens: int, attention: Any = "plain"
 ) -> tuple[float, Any, float]:
-    """The seconds for filling two masks per row, the program's memory use, and the operations of its products."""
+    """Measures inference that fills two masks per row.
+
+    Returns:
+        The seconds per call, the program's memory use, and the number of operations in its matrix products.
+    """
     model = bert_jax.BertForMaskedLM(config, attention=attention)
     hold(model.encoder, dtype)
     _, skeleton = tree.split(model)
@@ -407,7 +414,11 @@ def _random(specs: tuple[tuple[str, jax.ShapeDtypeStruct], ...]) -> dict[str, ja
 def training(
     config: bert_jax.BertConfig, dtype: Any, rows: int, tokens: int, attention: Any = "plain"
 ) -> tuple[float, Any, float]:
-    """The seconds per training step of classification, its program's memory use, and the operations of its products."""
+    """Measures the training of a text classifier.
+
+    Returns:
+        The seconds per step, the program's memory use, and the number of operations in its matrix products.
+    """
     config = config.replace(id2label=LABELS)
     options: dict[str, Any] = {"compute_dtype": dtype, "attention": attention}
     model = nnx.jit(lambda: bert_jax.BertForSequenceClassification(config, rngs=nnx.Rngs(0), **options))()
@@ -435,11 +446,11 @@ def _product_rate() -> float:
 
 
 def _seconds(call: Callable[[], Any], least: float = 2.0) -> float:
-    """Mean seconds per call, over calls that take at least `least` seconds in total."""
+    """Returns the mean time per call in seconds, over calls that take at least `least` seconds in total."""
     jax.block_until_ready(call())
     count, began = 0, time.perf_counter()
     while count < 2 or time.perf_counter() - began < least:
-        # Four calls are in flight at a time, so that a device does not wait for the host.
+        # Four calls are in flight at a time, so that the device does not wait for the host.
         jax.block_until_ready([call() for _ in range(4 if jax.default_backend() != "cpu" else 1)])
         count += 4 if jax.default_backend() != "cpu" else 1
     return (time.perf_counter() - began) / count

@@ -1,7 +1,7 @@
 """Exports a model as a program that JAX runs without this package, on CPUs, NVIDIA GPUs and TPUs.
 
 One program supports all batch sizes and all lengths up to the model's limit, because these sizes are symbolic. The
-parameters are in a separate file. See docs/export.md.
+parameters are in a separate file. See `docs/export.md`.
 """
 
 import os
@@ -71,29 +71,32 @@ def export(
 ) -> None:
     """Exports a model as a program for CPUs, NVIDIA GPUs and TPUs, which JAX runs without this package.
 
-    The export consists of `program.bin`, the program as serialized by `jax.export`; `run.py`, an example that runs it;
-    and `model.safetensors` and `config.json`, from which `from_pretrained` and PyTorch transformers load the same
-    model.
+    The export consists of these files:
 
-    Call the program as `outputs = call(params, inputs)`. `params` contains the tensors in `model.safetensors` by name.
-    `inputs` contains `input_ids`, `attention_mask` and `token_type_ids`, int32 [B, T], or [B, C, T] with C choices for
-    `BertForMultipleChoice`. For models that score the vocabulary, it also contains `masked_positions`, int32 [B, K].
-    `outputs` contains the outputs that the model returns for these inputs, by name, without hidden states and
-    attentions. The program does not check the values of the inputs: an id that is too large results in NaN, and a
-    negative id counts from the end.
+    - `program.bin`: the program, as serialized by `jax.export`
+    - `run.py`: an example that runs the program
+    - `model.safetensors` and `config.json`: files from which `from_pretrained` and PyTorch transformers load the same
+      model
+
+    Call the program as `outputs = call(params, inputs)`. `params` contains the tensors of `model.safetensors`, keyed by
+    name. `inputs` contains `input_ids`, `attention_mask` and `token_type_ids`, each int32 [B, T] or, for
+    `BertForMultipleChoice` with C choices, int32 [B, C, T]. For models that score the vocabulary, `inputs` also
+    contains `masked_positions`, int32 [B, K]. `outputs` contains the model's outputs for these inputs, keyed by name,
+    except for hidden states and attentions. The program does not check the values of the inputs. An id that is too
+    large results in NaN, and a negative id counts from the end.
 
     Args:
         model: A loaded model, in float32 or bfloat16.
         folder: A new or empty folder.
         task: The name of a task, as in `bert_jax.pipeline`, that the model must support; None for any model. The
             program depends only on the model's class.
-        tokenizer: If given, its files are also written.
-        embedding: For `BertModel` only. If given, the program has the output `sentence_embedding`, float32 [B, D], and
-            the sentence-transformers files are also written.
+        tokenizer: The tokenizer. If given, its files are also written.
+        embedding: The sentence embedding, for `BertModel` only. If given, the program also has the output
+            `sentence_embedding`, float32 [B, D], and the sentence-transformers files are also written.
 
     Raises:
         InputError: If the folder contains other files, if the task is unknown or does not fit the model, if the model
-            cannot be exported, if the embedding does not fit the model, or if flatbuffers is not installed.
+            cannot be exported, if the embedding does not fit the model, or if `flatbuffers` is not installed.
         CheckpointError: If the tokenizer does not fit the model, or if the folder cannot be written.
     """
     folder = Path(folder)
@@ -141,7 +144,7 @@ def export(
 
 
 def check_folder(folder: Path) -> None:
-    """Raises `InputError` if the folder contains files or if flatbuffers, which jax.export needs, is not installed."""
+    """Raises `InputError` if the folder contains files, or if `flatbuffers`, which `jax.export` needs, is missing."""
     check_extra("export", "flatbuffers")
     if not hub.is_vacant(folder):
         raise InputError(f"{folder} contains other files; expected a new or empty folder.")
@@ -170,7 +173,7 @@ def _check_model(model: Any, task: str | None, embedding: SentenceEmbedding | No
 
 
 def _inputs(model: BertPreTrainedModel) -> dict[str, jax.ShapeDtypeStruct]:
-    """The inputs of a program, with symbolic sizes for the dimensions that may vary."""
+    """Returns the shapes of a program's inputs, with symbolic sizes for the dimensions that may vary."""
     scope = jax.export.SymbolicScope([f"length <= {model.config.max_position_embeddings}"])
 
     def ids(shape: str) -> jax.ShapeDtypeStruct:

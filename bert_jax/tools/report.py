@@ -13,7 +13,7 @@ HUB_METRICS = {
     "pearson": "pearsonr", "spearman": "spearmanr", "precision": "precision", "recall": "recall", "mse": "mse",
     "perplexity": "perplexity",
 }  # fmt: skip
-"""Maps parts of the package's metric names to the names of these metrics on the Hugging Face Hub."""
+"""Maps parts of this package's metric names to the corresponding metric names on the Hugging Face Hub."""
 EXAMPLES = {
     "text-classification": '"I am glad that it works."',
     "token-classification": '"Anna moved to Oslo."',
@@ -21,7 +21,7 @@ EXAMPLES = {
     "multiple-choice": '{"context": "She opened the door.", "choices": ["She went in.", "It was a Monday."]}',
     "fill-mask": '"Paris is the [MASK] of France."',
 }
-"""An input of each task, as Python code."""
+"""An example input for each task, as Python code."""
 TRANSFORMERS = {
     "question-answering": """\
 tokenizer = transformers.AutoTokenizer.from_pretrained(model)
@@ -36,17 +36,18 @@ choices = ["She went in.", "It was a Monday."]
 inputs = tokenizer(["She opened the door."] * 2, choices, padding=True, return_tensors="pt")
 network(**{name: tensor[None] for name, tensor in inputs.items()}).logits.softmax(-1)""",
 }
-"""Code for the tasks for which transformers 5 does not have a pipeline."""
+"""Example code for the tasks for which `transformers` 5 has no pipeline."""
 CLASSES = {"by_frequency": "times in the texts", "by_position": "position in the row"}
 
 
 def learning_curve(
     journal: Sequence[Mapping[str, Any]], metric: str, *, best: int | None = None, unit: str = "nats"
 ) -> "Figure":
-    """Plots the training and validation losses by step and, on a second axis, the metric.
+    """Plots the training and validation losses by step and, on a second axis, the validation metric.
 
     Args:
-        journal: The lines of a run's `metrics.jsonl`, from `read_journal`. Step 0 is the model before training.
+        journal: The lines of a run's `metrics.jsonl` file, as returned by `read_journal`. Step 0 is the model before
+            training.
         metric: The validation metric to plot.
         best: The step to mark as the best; None for no mark.
         unit: The unit of the loss.
@@ -72,11 +73,11 @@ def learning_curve(
 
 
 def _show_shares(axes: Any, metric: str) -> None:
-    """Sets the range of the vertical axis to 0 to 100 % if the metric is a share, such as accuracy."""
+    """Sets the limits of the vertical axis to 0 and 100 % if the metric is a share, such as accuracy."""
     from matplotlib.ticker import PercentFormatter
 
     if re.search("accuracy|f1|precision|recall|exact_match", metric):
-        axes.set_ylim(0, 1.02)  # room for the marks of a perfect score
+        axes.set_ylim(0, 1.02)  # room for the markers of a perfect score
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
 
 
@@ -101,8 +102,8 @@ def markdown(metrics: Mapping[str, Any]) -> str:
 def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Formats the results of `held_out.evaluate` as Markdown.
 
-    The first table contains the measures and their intervals, with one column per model. For fill-mask, two more tables
-    contain the results by token frequency and by token position. For minimal pairs, one more table contains the
+    The first table contains the measures and their intervals, with one column per model. For `fill-mask`, two more
+    tables contain the results by token frequency and by token position. For minimal pairs, one more table contains the
     accuracy by phenomenon.
     """
     first = next(iter(results.values()))
@@ -134,9 +135,9 @@ def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
 def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Plots the results of `held_out.evaluate`.
 
-    For fill-mask, the figure shows the accuracy by token frequency and by token position, with one line per model. For
-    next-sentence-prediction and minimal pairs, it shows the accuracy of each model with its interval. A line at 50 %
-    marks chance level.
+    For `fill-mask`, the figure shows the accuracy by token frequency and by token position, with one line per model.
+    For `next-sentence-prediction` and minimal pairs, the figure shows the accuracy of each model with its interval. A
+    line at 50 % marks the chance level.
     """
     from bert_jax.tools.figure import Figure
 
@@ -178,9 +179,9 @@ def model_card(
     datasets: Mapping[str, Mapping[str, str | None]],
     settings: str,
 ) -> str:
-    """Returns the model card (README.md): metadata, description, usage, metrics, and how the model was made.
+    """Returns a model card (`README.md`) with metadata, a description, usage examples, metrics, and details of the run.
 
-    The metadata follows the format of `ModelCardData` in huggingface_hub. It also contains the metrics, as
+    The metadata follows the format of `ModelCardData` in `huggingface_hub`. It also contains the metrics, as
     `model-index`.
 
     Args:
@@ -188,8 +189,8 @@ def model_card(
         task: The Hugging Face name of the model's task.
         made: How the model was made, such as "`bert-base-cased` fine-tuned for …".
         results: The contents of `results.json`.
-        metadata: Arguments of `ModelCardData`, such as license, language and base_model.
-        datasets: The data of each split, as the arguments of `EvalResult` in huggingface_hub whose names begin with
+        metadata: Arguments of `ModelCardData`, such as `license`, `language` and `base_model`.
+        datasets: The data of each split, as the arguments of `EvalResult` in `huggingface_hub` whose names begin with
             `dataset_`.
         settings: The settings of the run, as YAML.
     """
@@ -230,7 +231,7 @@ def hub_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
 
 
 def _snippets(name: str, task: str, results: Mapping[str, Any]) -> str:
-    """Example code that uses the model with bert_jax and with transformers."""
+    """Returns example code that uses the model with `bert_jax` and with `transformers`."""
     example, options = EXAMPLES[task], ""
     threshold = results.get("validation", {}).get("null_threshold")
     if threshold is not None:

@@ -1,8 +1,8 @@
-"""Compares this package's outputs for published checkpoints with outputs that others have published for them.
+"""Compares this package's outputs for published checkpoints with outputs that others have published.
 
 The published scores are from model cards and were computed in float32 by an older version of PyTorch. The published
-hidden states are from a test in transformers. Token ids and their order must be equal. Numbers may differ by up to
-1e-4.
+hidden states are from a test in `transformers`. Token ids and their order must be identical. Numbers may differ by up
+to 1e-4.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from bert_jax.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4
 
-# The first tokens on the model card for each model and text, each with its id and score.
+# For each model and text, the first tokens on the model card, with their ids and scores.
 FILL_MASK: dict[str, dict[str, list[tuple[str, int, float]]]] = {
     "google-bert/bert-base-cased": {
         "Hello I'm a [MASK] model.": [
@@ -100,14 +100,14 @@ class Check:
 
 
 def verify(model: str) -> Iterator[Check]:
-    """Compares this package's outputs with the published outputs of a model one by one.
+    """Compares this package's outputs for a model with the published outputs, one by one.
 
     Args:
-        model: One of `MODELS`, or a folder that is named like one of them (`./bert-base-cased`).
+        model: One of `MODELS`, or a folder with the name of one of them, such as `./bert-base-cased`.
 
     Raises:
         InputError: If there are no published outputs for the model.
-        ModelNotFoundError: If the model does not exist, or if the Hub does not answer.
+        ModelNotFoundError: If the model does not exist, or if the Hub does not respond.
     """
     names = [name for name in MODELS if model == name or Path(model).resolve().name == name.partition("/")[2]]
     if not names:
@@ -132,7 +132,8 @@ def _fill_mask(model: str, published: dict[str, list[tuple[str, int, float]]]) -
 
 
 def _uncased(model: str) -> Iterator[Check]:
-    # Inputs and `expected` are from test_inference_no_head_absolute_embedding in transformers' test_modeling_bert.py.
+    # The inputs and `expected` are from `test_inference_no_head_absolute_embedding` in the file `test_modeling_bert.py`
+    # of `transformers`.
     bert = BertModel.from_pretrained(model)
     out = bert(
         np.array([[0, 345, 232, 328, 740, 140, 1695, 69, 6078, 1588, 2]]),
@@ -159,6 +160,6 @@ def _ner(model: str) -> Iterator[Check]:
 
 
 def _numbers(what: str, expected: Any, got: Any) -> Check:
-    """Compares numbers that were published with four decimals. `TOLERANCE` allows for their rounding."""
+    """Compares numbers that were published with four decimal places. `TOLERANCE` allows for this rounding."""
     difference = float(np.max(np.abs(expected - got)))
     return Check(what, str(expected.tolist()), str(np.round(got, 4).tolist()), difference, difference <= TOLERANCE)

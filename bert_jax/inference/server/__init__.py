@@ -1,1 +1,4 @@
-"""The HTTP server: access and limits (limits, guard, connections), routes, and computation (engine, batcher)."""
+"""The HTTP server.
+
+It consists of access and limits (`limits`, `guard`, `connections`), routes, and computation (`engine`, `batcher`).
+"""

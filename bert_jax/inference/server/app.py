@@ -3,7 +3,8 @@
     bert-jax serve bert-mini-cased
     curl -H 'Content-Type: application/json' localhost:8000/score -d '{"inputs": {"input_string": ["A [MASK] day."]}}'
 
-The results are the same as those of `pipeline(…)`, because the server uses the same tokenization, batches and programs.
+The results are the same as those of `bert_jax.pipeline`, because the server uses the same tokenization, batches
+and programs.
 """
 
 import asyncio
@@ -47,7 +48,7 @@ STATIC = Path(__file__).parent / "static"
 SWITCH_SECONDS = 0.0005
 """Python's thread switch interval, in seconds.
 
-With the default of 5 ms, a request would wait more than once for the thread that prepares large requests.
+With the default of 5 ms, a request would have to wait more than once for the thread that prepares large requests.
 """
 SPARE_FILES = 256
 """The number of files that the process may open in addition to its connections."""
@@ -55,14 +56,14 @@ SPARE_FILES = 256
 
 @dataclass(frozen=True)
 class Access:
-    """Who may use the server.
+    """Specifies who may use the server.
 
     Attributes:
-        api_key: The key that clients must send as `Authorization: Bearer …`. If empty, no key is required. /health
+        api_key: The key that clients must send as `Authorization: Bearer …`. If empty, no key is required. `/health`
             never requires a key.
-        allowed_hosts: Values of the Host header that the server accepts, except on /health; `*.example.com` accepts all
-            subdomains. If empty, the server accepts only localhost, 127.0.0.1 and [::1] if it listens on a loopback
-            address, and any value otherwise.
+        allowed_hosts: Values of the `Host` header that the server accepts; `*.example.com` accepts all subdomains. If
+            empty, a server that listens on a loopback address accepts only `localhost`, `127.0.0.1` and `[::1]`, and
+            any other server accepts any value. `/health` always accepts any value.
         allow_origins: The origins of web pages that may read responses; `*` for all. By default, there are none.
     """
 
@@ -75,14 +76,14 @@ class Server:
     """The application and its metrics.
 
     Args:
-        models: The models. The first model answers requests to /score.
-        limits: What the server accepts.
+        models: The models. The first model answers requests to `/score`.
+        limits: The server's limits.
         access: Who may use the server.
     """
 
     def __init__(self, models: Sequence[Served], limits: Limits, access: Access):
         self.failure = ""
-        """The reason why the programs cannot be compiled; empty if there is none."""
+        """The reason why the programs could not be compiled; empty if no compilation has failed."""
         self.stop: Callable[[], None] = lambda: None
         """Stops the HTTP server."""
         self.registry = CollectorRegistry()
@@ -149,7 +150,7 @@ class Server:
             self.stop()
 
     async def _health(self) -> Response:
-        """Reports whether the server is ready, how many programs have not been compiled yet, and the models."""
+        """Reports the server's state, the number of programs that are not compiled yet, and the models."""
         models = [
             {"name": model.name, "tasks": list(model.pipes), "layers": pipe.config.num_hidden_layers}
             for model in self.engine.models.values()
@@ -160,7 +161,7 @@ class Server:
         return JSONResponse(state, 200 if ready else 503)
 
     async def _metrics(self) -> Response:
-        """The metrics in the Prometheus text format."""
+        """Returns the metrics in the Prometheus text format."""
         return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4")
 
     async def _refused(self, request: Request, error: Exception) -> Response:
@@ -173,7 +174,7 @@ class Server:
         return error.response(request.url.path)
 
     def _no_route(self) -> str:
-        """The message for a route that does not exist, such as the route of a task for which no model is served."""
+        """Returns the message for a route that does not exist, such as that of a task for which no model is served."""
         first, *_ = self.engine.tasks()
         routes = [f"/score ({first})", *(f"/v1/{task}" for task in self.engine.tasks())]
         return f"There is no such route; the tasks of this server are at {', '.join(routes)}, and /docs has all routes."
@@ -182,7 +183,7 @@ class Server:
 def _settle() -> None:
     """Collects garbage and freezes the remaining objects.
 
-    Otherwise, a later collection would stop all threads for a second.
+    Without this, a later garbage collection would stop all threads for a second.
     """
     gc.collect()
     gc.freeze()
@@ -200,13 +201,13 @@ def serve(
     limits: Limits | None = None,
     access: Access | None = None,
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C, then answers the requests that it has accepted and returns.
+    """Serves models until SIGTERM or Ctrl-C, then answers all accepted requests and returns.
 
     Args:
-        models: The models. The first model answers requests to /score.
+        models: The models. The first model answers requests to `/score`.
         host: The address to listen on.
         port: The port to listen on; 0 for a free one.
-        limits: The limits of the server; the defaults of `Limits` if None.
+        limits: The server's limits; the defaults of `Limits` if None.
         access: Who may use the server; the defaults of `Access` if None.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Attention weights of a text, for the web page."""
+"""Computes the attention weights that the web page shows for a text."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from bert_jax.tasks.base import Task
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 ATTENTION_TOKENS = 128
-"""Maximum number of tokens, including special tokens, of a text for which `Attention` computes weights."""
+"""Maximum number of tokens, including special tokens, in a text for which `Attention` computes weights."""
 
 
 class Attention:
@@ -26,7 +26,7 @@ class Attention:
         self._programs: dict[int, jax.stages.Compiled] = {}
 
     def compile(self, length: int) -> jax.stages.Compiled:
-        """Returns the program for a padded length, which is compiled at the first call."""
+        """Returns the program for a padded length. The first call for each length compiles the program."""
 
         def attentions(params: Any, inputs: dict[str, jax.Array]) -> jax.Array:
             return jnp.stack([layer[0] for layer in self.pipe.model(params).encoder(**inputs).attentions])

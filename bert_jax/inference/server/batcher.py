@@ -1,4 +1,4 @@
-"""Computes the requests of many clients together, slice by slice. Small requests pass between parts of large ones."""
+"""Computes the requests of many clients together, slice by slice. Small requests run between slices of large ones."""
 
 import asyncio
 import enum
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 SLICE_TOKENS = 512
 """The number of tokens that a device computes before new requests get their turn.
 
-Twice as many tokens would not change the throughput of clients that send sentences, but each sentence would wait twice
+Doubling this number would not change the throughput for clients that send sentences, but each sentence would wait twice
 as long.
 """
 
@@ -47,13 +47,13 @@ class Job:
 
 
 class Batcher:
-    """A thread that computes jobs in slices. All waiting jobs take turns.
+    """Computes jobs in slices, in a separate thread. All waiting jobs take turns.
 
     Args:
         limits: The server's limits.
-        seen: Called before each slice with the number of unfinished jobs of the slice's pipeline.
-        want: Called with a pipeline and a bucket when a job needs a program that is not compiled. Call `resume` after
-            compiling the program.
+        seen: A function that is called before each slice with the number of unfinished jobs for the slice's pipeline.
+        want: A function that is called with a pipeline and a bucket if a job needs the corresponding program and the
+            program is not compiled. Call `resume` after compiling the program.
     """
 
     def __init__(self, limits: Limits, seen: Callable[[int], None], want: Callable[[Pipeline[Task], Bucket], None]):
@@ -81,7 +81,7 @@ class Batcher:
             self.waiting -= tokens
 
     def too_late(self) -> Refused:
-        """The error for a request that was not answered in time."""
+        """Returns the error for a request that was not answered in time."""
         return Refused(504, "timeout", f"There was no answer within {self.limits.timeout:g} s.")
 
     def check_room(self, tokens: int = BUCKET_LENGTHS[0], *, arriving: int = 0) -> None:
@@ -100,11 +100,11 @@ class Batcher:
             raise Refused(429, "busy", "Too many requests are waiting; try again in a second.", {"Retry-After": "1"})
 
     def resume(self) -> None:
-        """Tells the thread to check for rows whose program has been compiled."""
+        """Tells the thread to check for waiting rows whose programs have been compiled."""
         self._arrivals.put(_Signal.RESUME)
 
     def close(self) -> None:
-        """Stops the thread after all waiting jobs are done."""
+        """Stops the thread after all waiting jobs are finished."""
         self._arrivals.put(_Signal.CLOSE)
         self._thread.join()
 

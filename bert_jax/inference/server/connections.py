@@ -1,8 +1,9 @@
-"""Limits the resources that a connection can use before a request reaches the application and after its response.
+"""Limits the resources that a connection can use before a request reaches the application and after the response.
 
-uvicorn itself closes a connection that sends nothing for five seconds after a response, and it stops reading while a
-body waits to be read. This module limits the number of open connections, the size of headers and the time for receiving
-them, the data that a client sends after a refusal, and the time that a client takes to read its response.
+`uvicorn` itself closes a connection if the client sends nothing for five seconds after a response, and it stops
+receiving data while a body is waiting to be read. This module limits the number of open connections, the size of
+headers and the time for receiving them, the amount of data that a client sends after a refusal, and the time that a
+client takes to read the response.
 """
 
 import asyncio
@@ -15,15 +16,15 @@ from uvicorn.server import ServerState
 from bert_jax.inference.server.limits import Limits
 
 HEADER_SECONDS = 10.0
-"""Time limit, in seconds, for the headers of a request to arrive and for a refused client to keep sending its body."""
+"""Time limit, in seconds, for receiving the headers of a request and, after a refusal, the rest of the body."""
 MAX_HEADERS = 2**16
 """Maximum size of a request's headers, in bytes."""
 MAX_PIPELINED = 8
-"""Maximum number of requests that a client may send before the response to the first one."""
+"""Maximum number of requests that a client may send before it receives the response to the first one."""
 
 
 def protocol(limits: Limits) -> type[HttpToolsProtocol]:
-    """Returns a class of connections that share `limits`, for uvicorn's `http` argument."""
+    """Returns a connection class whose instances share `limits`, for the `http` argument of `uvicorn.Config`."""
     return type("Connection", (_Connection,), {"limits": limits, "idle": {}})
 
 
@@ -131,7 +132,7 @@ class _Connection(HttpToolsProtocol):
             self._reading = None
 
     def _expire_after(self, seconds: float) -> None:
-        """Closes the connection after some seconds, unless `_keep` is called first."""
+        """Closes the connection after the given number of seconds, unless `_keep` is called first."""
         self._keep()
         self._timer = self.loop.call_later(seconds, self.transport.abort)
 

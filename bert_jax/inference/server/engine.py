@@ -1,8 +1,8 @@
-"""From the body of a request to the response: reads, limits the cost, computes, and writes JSON.
+"""Answers requests: reads the body, limits the cost, computes the results, and writes the response as JSON.
 
-The cost of a request is known before it is computed, and a request that costs too much is refused. A thread prepares
-large requests and writes large responses, so that the event loop is not blocked. A second such thread would compete for
-the GIL with the thread that computes.
+The cost of a request is known before the request is computed. If the cost is too high, the request is refused. A single
+thread prepares large requests and writes large responses, so that they do not block the event loop. A second such
+thread would compete for the GIL with the thread that computes the results.
 """
 
 import ast
@@ -27,9 +27,9 @@ from bert_jax.inference.server.models import Served
 from bert_jax.tasks.base import Request as TaskRequest
 
 SMALL = 4096
-"""Requests of up to this number of characters and responses of up to about as many bytes are handled in the event loop.
+"""The size up to which requests (in characters) and responses (in estimated bytes) are handled in the event loop.
 
-Passing them to a thread would take longer.
+Passing such requests and responses to a thread would take longer.
 """
 
 Body = TypeVar("Body", bound=pydantic.BaseModel)
@@ -42,7 +42,7 @@ Items = Annotated[list[Entry], pydantic.Field(fail_fast=True)]
 
 
 class StrictBody(pydantic.BaseModel):
-    """The body of a request. Undeclared fields are refused, and values are not converted."""
+    """Base class for request bodies. Undeclared fields are refused, and values are not converted to other types."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
@@ -51,7 +51,8 @@ class Engine:
     """Answers requests with the pipelines of one or more models.
 
     Args:
-        models: The models. A request that does not specify a model is answered by the first model that has the task.
+        models: The models. A request that does not specify a model is answered by the first model that is served for
+            the task.
         limits: The server's limits.
         batcher: The batcher that computes the requests.
     """
@@ -68,10 +69,12 @@ class Engine:
         self._thread.shutdown()
 
     def pipeline(self, task: str, model: str | None = None) -> Pipeline[Any]:
-        """Returns the pipeline for a task of `model` or, if `model` is None, of the first model that has the task.
+        """Returns a model's pipeline for a task.
+
+        If `model` is None, the pipeline of the first model that is served for the task is returned.
 
         Raises:
-            Refused: If there is no such model, or if it does not have the task.
+            Refused: If there is no such model, or if the model is not served for the task.
         """
         if model is not None and model not in self.models:
             raise self.unknown_model()
@@ -81,12 +84,15 @@ class Engine:
         raise self.other_task(task, model)
 
     def other_task(self, task: str, model: str | None = None) -> Refused:
-        """Returns the error for a task that is not served by `model` or, if `model` is None, by any model."""
+        """Returns the error for a task for which `model` is not served.
+
+        If `model` is None, the message states that no model is served for the task.
+        """
         owner = "The server has no model" if model is None else "This model is not served"
         return Refused(424, "other_task", f"{owner} for {task}; it answers {', '.join(self.tasks(model))}.")
 
     def tasks(self, model: str | None = None) -> list[str]:
-        """Returns the tasks for which `model` is served or, if it is None, for which any model is served."""
+        """Returns the tasks for which `model` or, if `model` is None, any model is served."""
         names = (name for served in self.models.values() if model in (None, served.name) for name in served.pipes)
         return list(dict.fromkeys(names))
 
@@ -102,7 +108,7 @@ class Engine:
         """Reads and validates the body of a request.
 
         Raises:
-            Refused: If the body is invalid; see also `read_bytes`.
+            Refused: If the body is invalid, or in the cases that `read_bytes` lists.
         """
         content = await self.read_bytes(request)
         if len(content) > SMALL:
@@ -161,22 +167,22 @@ class Engine:
         """Makes task requests from the inputs of an HTTP request.
 
         Args:
-            longest: A lower bound on the number of tokens to which longer inputs are truncated.
+            longest: Inputs are never truncated to fewer tokens than this number.
             entries: The inputs.
-            make: Makes a task request from an input.
-            parameters: The parameters that `make` uses, by names that the client did not choose. Messages do not quote
-                their texts.
-            listed_as: The name of the list of inputs, for error messages; empty if there is no list.
+            make: A function that makes a task request from an input.
+            parameters: The parameters that `make` uses, keyed by names that the client did not choose. Error messages
+                do not quote the texts in the parameters.
+            listed_as: What error messages call the list of inputs; empty if there is no list.
 
         Raises:
-            Refused: If an input or a parameter is invalid, or if the inputs cost too much.
+            Refused: If an input or a parameter is invalid, or if the cost of the inputs is too high.
         """
         with refusing([entries, parameters]):
             self.check_count("the list of inputs", entries)
             for name, values in (parameters or {}).items():
                 self.check_count(name, values)
                 self.check_size(values, name)
-            # `make` processes the texts among the parameters again for each input.
+            # `make` processes the texts in the parameters once per input.
             work = sum(len(text) + 1 for text in texts_of(entries))
             work += len(entries) * sum(len(text) + 1 for text in texts_of(list((parameters or {}).values())))
             if work > (most := self.limits.max_body):
@@ -191,7 +197,7 @@ class Engine:
     def _prepared(
         self, longest: int, entries: Sequence[Any], make: Callable[[Any], TaskRequest[Any]], listed_as: str
     ) -> list[TaskRequest[Any]]:
-        # Each word has at least one token. Counting words takes a tenth of the time of tokenization.
+        # Each word has at least one token. Counting words takes a tenth of the time that tokenization takes.
         words = [sum(len(text.split()) for text in texts_of(entry)) for entry in entries]
         self.check_tokens(sum(min(count, longest) for count in words))
         requests: list[TaskRequest[Any]] = []
@@ -228,15 +234,16 @@ class Engine:
     async def compute(
         self, request: Request, pipe: Pipeline[Any], prepared: Sequence[TaskRequest[Any]]
     ) -> Sequence[Any]:
-        """Computes the results of task requests in order.
+        """Computes the results of task requests and returns them in order.
 
         Args:
-            request: The HTTP request. If its client disconnects, the computation stops.
+            request: The HTTP request. If the client disconnects, the computation stops.
             pipe: The pipeline that computes.
             prepared: The task requests.
 
         Raises:
-            Refused: If the client disconnects before the response. See also `Batcher.submit`.
+            Refused: If the client disconnects before the results are ready, or in the cases that `Batcher.submit`
+                lists.
         """
         if not prepared:
             return []
@@ -259,9 +266,9 @@ class Engine:
 
         Args:
             content: The content of the response.
-            prepared: The task requests that the response answers. Their size determines whether the thread writes the
-                response.
-            large: Whether the thread writes the response regardless of size.
+            prepared: The task requests that the response answers. The total size of their results determines whether
+                the thread writes the response.
+            large: If true, the thread writes the response regardless of its size.
         """
         large = large or sum(made.size for made in prepared) > SMALL
         body = await self.threaded(_json, content) if large else _json(content)
@@ -283,7 +290,7 @@ async def _left(request: Request) -> None:
 
 @contextlib.contextmanager
 def refusing(content: Any) -> Iterator[None]:
-    """Replaces an `InputError` with `Refused`, whose message does not quote any of the client's texts in `content`."""
+    """Replaces an `InputError` with a `Refused` error that does not quote any of the client's texts in `content`."""
     try:
         yield
     except InputError as error:

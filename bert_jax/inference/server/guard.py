@@ -1,4 +1,4 @@
-"""The middleware around the application: checks the key and the host, adds headers, counts requests and logs them."""
+"""The middleware around the application. It checks the key and the host, adds headers, and counts and logs requests."""
 
 import hmac
 import logging
@@ -15,9 +15,9 @@ from bert_jax.inference.server.limits import Refused
 logger = logging.getLogger(__name__)
 
 OPEN = "/health"
-"""The path that needs neither a key nor a known host.
+"""The path that requires neither a key nor an allowed host.
 
-Load balancers send no key, and send the server's IP address as the host.
+Load balancers send no key, and they send the server's IP address as the host.
 """
 QUIET = (OPEN, "/metrics")
 """Paths whose requests are not logged, because monitoring systems poll them."""
@@ -31,20 +31,26 @@ HEADERS = [
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
 ]
-"""Headers of all responses. Pages load scripts and styles from this server only, and no site can embed the pages."""
+"""Headers of all responses.
+
+They allow pages to load scripts and styles only from this server, and they prevent all sites from embedding the pages.
+"""
 
 
 class Guard:
-    """Middleware that logs one line per request. The line contains the request id but none of the request's texts.
+    """Middleware that checks, counts and logs requests.
+
+    The log contains one line per request, with the request id but none of the request's texts.
 
     Args:
         app: The application.
         api_key: The key that clients must send as `Authorization: Bearer …`. If empty, no key is required.
-        check_room: Called with the number of POST requests in progress. If there are too many, it raises `Refused`, and
-            the request is refused before its body is read, because an overloaded server must not spend time on reading.
-        allowed_hosts: Values of the Host header that are accepted; `*.example.com` accepts all subdomains. If empty,
+        check_room: A function that is called with the number of POST requests in progress and raises `Refused` if there
+            are too many. The new request is then refused before its body is read, because an overloaded server must not
+            spend time on reading.
+        allowed_hosts: Values of the `Host` header that are accepted; `*.example.com` accepts all subdomains. If empty,
             any value is accepted.
-        registry: Receives the metrics.
+        registry: The registry in which the metrics are registered.
     """
 
     def __init__(
@@ -64,7 +70,7 @@ class Guard:
         self._seconds = Histogram("bert_jax_request_seconds", "Seconds per request.", ["route"], registry=registry)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Passes a request to the application if it has the key and a known host."""
+        """Passes a request to the application if the request has the required key and an allowed host."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -92,7 +98,7 @@ class Guard:
                     self._inside -= post
             except Refused as refused:
                 await refused.response(scope["path"])(scope, receive, sending)
-            except Exception as error:  # its message could quote a text
+            except Exception as error:  # the error's message could quote a text
                 logger.error("a request failed", extra={"fields": {"id": request_id.decode(), "error": _place(error)}})
         finally:
             seconds = time.perf_counter() - began
@@ -117,7 +123,7 @@ class Guard:
 
 
 def _place(error: Exception) -> str:
-    """The type of an exception and the line of code that raised it."""
+    """Returns the type of an exception and the line of code that raised it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

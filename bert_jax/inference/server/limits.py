@@ -1,4 +1,4 @@
-"""The server's limits, and the refusal of requests in the format that the clients of a route expect."""
+"""The server's limits, and error responses in the format that the clients of each API expect."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 OPENAI = ("/v1/embeddings", "/v1/models")
-"""The routes of OpenAI's API. Longer paths that begin with one of them are also part of the API."""
+"""The routes of OpenAI's API. Paths below these routes, such as `/v1/models/NAME`, are also part of the API."""
 TEI = ("/embed", "/embed_all", "/predict", "/rerank", "/info", "/tokenize")
 """The routes of text-embeddings-inference."""
 
@@ -22,7 +22,7 @@ class Refused(Exception):
         self.status, self.code, self.headers = status, code, headers
 
     def response(self, path: str) -> JSONResponse:
-        """Returns the response to a request for a path, in the format of the API to which the path belongs."""
+        """Returns the response to a request for `path`, in the format of the API to which the path belongs."""
         message, status = str(self), self.status
         content: dict[str, Any] = {"error": {"code": self.code, "message": message}}
         if any(path == route or path.startswith(f"{route}/") for route in OPENAI):
@@ -37,29 +37,30 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of the server on the size, the cost and the time of requests.
+    """The server's limits on the size, cost and duration of requests.
 
     Attributes:
-        wait: When a request reaches an idle server, the server waits this many seconds for other requests and computes
-            them together.
-        timeout: A time limit in seconds, which applies to each of three phases. If the body of a request does not
-            arrive in time, the status is 408. If the response is then not ready in time, the status is 504. If the
-            client does not read the response in time, the connection is closed.
+        wait: If a request arrives while the server is idle, the server waits this many seconds for other requests and
+            then computes all of them together.
+        timeout: The time limit, in seconds, for each of three phases of a request. If the body does not arrive in time,
+            the server responds with status 408. If the response is then not ready in time, the server responds with
+            status 504. If the client does not read the response in time, the server closes the connection.
         max_body: The maximum size of a request's body, in bytes.
         max_inputs: The maximum number of inputs per request.
         max_characters: The maximum number of characters per input.
-        max_tokens: The maximum number of tokens that the model may process for a request, summed over all its rows.
+        max_tokens: The maximum number of tokens that the model may process for a request, summed over all rows of the
+            request.
         max_answer: The maximum size of the response to a request, in bytes. The size is estimated before the
             computation.
-        max_queue_tokens: The maximum number of tokens that the model may have to process for all unanswered requests. A
-            request that would exceed this number is refused with status 429. A single request counts as at most three
-            quarters of this number, so that there is room for others.
-        max_connections: The maximum number of open connections. When this number is exceeded, the server closes the
-            connection that has been idle longest.
-        truncate: Whether the routes of OpenAI and text-embeddings-inference truncate texts that are too long, unless
-            the request specifies otherwise. If false, such texts are refused.
-        accept_token_ids: Whether the routes for embeddings accept token ids. The server cannot detect whether a client
-            sends ids from another model's tokenizer.
+        max_queue_tokens: The maximum total number of tokens that the model may have to process for all unanswered
+            requests. A request that would raise the total above this number is refused with status 429. A single
+            request counts as at most three quarters of this number, so that there is room for others.
+        max_connections: The maximum number of open connections. If this number is exceeded, the server closes the
+            connection that has been idle the longest.
+        truncate: Whether the OpenAI and text-embeddings-inference routes truncate texts that are too long, unless the
+            request specifies otherwise. If false, these routes refuse such texts.
+        accept_token_ids: Whether the embedding routes accept token ids. The server cannot detect whether a client sends
+            ids from another model's tokenizer.
     """
 
     wait: float = 0.0005

@@ -1,4 +1,4 @@
-"""The log of a server: JSON lines on stderr, which never delay a request."""
+"""The server's log: JSON lines on stderr. Logging never delays a request."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ LINES = 10_000
 
 
 class JsonLines(logging.Handler):
-    """Writes each record as one line of JSON: time, level, message, and the record's `fields`.
+    """Writes each record as one line of JSON with the time, the level, the message and the record's `fields`.
 
     A separate thread writes the lines, because writing to a full pipe that nothing reads would block.
     """
@@ -27,7 +27,7 @@ class JsonLines(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Queues the line of a record."""
+        """Queues a record to be written as a line."""
         time_ = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z"
         fields = {"time": time_, "level": record.levelname.lower(), "message": record.getMessage()}
         with contextlib.suppress(queue.Full):
@@ -36,7 +36,7 @@ class JsonLines(logging.Handler):
             )
 
     def close(self) -> None:
-        """Waits until the lines are written, for at most two seconds if nothing reads them."""
+        """Waits until the queued lines are written, but for at most two seconds."""
         with contextlib.suppress(queue.Full):
             self._lines.put_nowait(None)
         self._thread.join(2)

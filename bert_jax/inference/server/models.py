@@ -1,4 +1,4 @@
-"""The models of a server, and the tasks for which each model is served."""
+"""A server's models, and the tasks for which each model is served."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ from bert_jax.tasks.registry import task_name
 
 @dataclass(frozen=True)
 class Served:
-    """A model that is served.
+    """A served model.
 
     Attributes:
         name: The name of the model, as clients see it.
-        pipes: The model's pipelines by task. The first pipeline answers requests to /score.
-        created: The time at which the model was loaded, in seconds since 1970.
+        pipes: The model's pipelines, keyed by task. The first pipeline answers requests to `/score`.
+        created: The time at which the model was loaded, as a Unix timestamp in seconds.
     """
 
     name: str
@@ -40,21 +40,21 @@ def load(
     dtype: Dtype = "float32",
     mesh: jax.sharding.Mesh | None = None,
 ) -> Served:
-    """Loads a model.
+    """Loads a model for serving.
 
     Args:
         name: The name of the model, as clients see it.
-        folder: The folder of the model.
+        folder: The model's folder.
         tasks: The tasks for which to serve the model; by default, the tasks for which it has heads.
         ignore: Regular expressions for the names of tensors to skip; see `BertModel.from_pretrained`.
         dtype: "float32", "bfloat16" or "int8"; see `BertModel.from_pretrained`.
-        mesh: The devices; see `bert_jax.pipeline`.
+        mesh: The mesh of devices; see `bert_jax.pipeline`.
 
     Raises:
         BertJaxError: If the model cannot be loaded for one of `tasks` or, if `tasks` is empty, for the first task that
             it supports.
     """
-    # A published config does not list the next-sentence head among the architectures, even if the model has this head.
+    # Published configs do not list the next-sentence head among the architectures, even if the model has this head.
     # Therefore, if no tasks are given, next-sentence prediction is also tried.
     fitting = [
         *(["feature-extraction"] if hub.find_modules(folder) else []),

@@ -22,7 +22,7 @@ from bert_jax.tasks.base import Request as TaskRequest
 
 
 class EmbeddingsBody(StrictBody):
-    """The body of /v1/embeddings. `dimensions` must be null. `user` is ignored."""
+    """The body of a request to `/v1/embeddings`. `dimensions` must be null. `user` is ignored."""
 
     input: str | Items[str] | Items[int] | Items[Items[int]]
     model: str
@@ -47,7 +47,7 @@ class Usage(pydantic.BaseModel):
 
 
 class EmbeddingsAnswer(pydantic.BaseModel):
-    """The response of /v1/embeddings."""
+    """The response from `/v1/embeddings`."""
 
     object: Literal["list"]
     data: list[Embedding]
@@ -56,7 +56,7 @@ class EmbeddingsAnswer(pydantic.BaseModel):
 
 
 class Model(pydantic.BaseModel):
-    """A model that is served."""
+    """A served model."""
 
     id: str
     object: Literal["model"]
@@ -65,14 +65,14 @@ class Model(pydantic.BaseModel):
 
 
 class ModelsAnswer(pydantic.BaseModel):
-    """The response of /v1/models."""
+    """The response from `/v1/models`."""
 
     object: Literal["list"]
     data: list[Model]
 
 
 def declared_embedding(pipe: Pipeline[Any]) -> SentenceEmbedding | None:
-    """The pooling that a model's folder declares; None if the folder declares no supported pooling."""
+    """Returns the pooling that a model's folder declares, or None if the folder declares no supported pooling."""
     try:
         embedding: SentenceEmbedding = pipe.task.embedding
     except InputError:
@@ -81,7 +81,7 @@ def declared_embedding(pipe: Pipeline[Any]) -> SentenceEmbedding | None:
 
 
 def embedding_length(pipe: Pipeline[Any]) -> int:
-    """The maximum number of tokens in a text to embed, including special tokens."""
+    """Returns the maximum number of tokens in a text to embed, including special tokens."""
     length: int = pipe.task.embedding_length if declared_embedding(pipe) else pipe.max_length
     return length
 
@@ -94,10 +94,11 @@ def sentence_embedding(
     normalize: bool | None = None,
     truncate: bool | None = None,
 ) -> TaskRequest[np.ndarray]:
-    """Makes the task request that embeds a text or token ids with the pooling that the folder declares.
+    """Makes a task request to embed a text or a list of token ids with the pooling that the model's folder declares.
 
     Raises:
-        InputError: If the text is too long, or if the input consists of token ids and the server does not accept them.
+        InputError: If the text is too long and must not be truncated, or if the input consists of token ids and the
+            server does not accept them.
         Refused: If the model's folder declares no supported pooling.
     """
     if declared_embedding(pipe) is None:
@@ -115,7 +116,7 @@ def sentence_embedding(
 
 
 def inputs_of(given: str | Sequence[Any], name: str) -> list[Any]:
-    """The inputs of a request for embeddings: texts, or lists of token ids.
+    """Returns the inputs of an embedding request as a list of texts or a list of lists of token ids.
 
     Raises:
         Refused: If there are no inputs. The message refers to the field as `name`.
@@ -128,14 +129,14 @@ def inputs_of(given: str | Sequence[Any], name: str) -> list[Any]:
 
 
 def routes(engine: Engine) -> APIRouter:
-    """OpenAI's routes, for the models of `engine`."""
+    """Returns OpenAI's routes for the models of `engine`."""
     router = APIRouter(tags=["OpenAI"])
 
     @router.post(
         "/v1/embeddings", openapi_extra=documented(EmbeddingsBody), responses={200: {"model": EmbeddingsAnswer}}
     )
     async def embeddings(request: Request) -> Response:
-        """Sentence embeddings with the pooling and normalization that the model's folder declares."""
+        """Returns sentence embeddings, computed with the pooling and normalization that the model's folder declares."""
         body = await engine.read(request, EmbeddingsBody)
         pipe = engine.pipeline("feature-extraction", body.model)
         if body.dimensions is not None:
@@ -164,12 +165,12 @@ def routes(engine: Engine) -> APIRouter:
 
     @router.get("/v1/models", responses={200: {"model": ModelsAnswer}})
     async def models() -> Response:
-        """The models that are served."""
+        """Lists the served models."""
         return await engine.respond({"object": "list", "data": [_described(model) for model in engine.models.values()]})
 
     @router.get("/v1/models/{model:path}", responses={200: {"model": Model}})
     async def model(model: str) -> Response:
-        """One of the models that are served."""
+        """Describes one of the served models."""
         if model not in engine.models:
             raise engine.unknown_model()
         return await engine.respond(_described(engine.models[model]))

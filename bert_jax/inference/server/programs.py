@@ -1,4 +1,4 @@
-"""Compiles the programs of a server: first the usual ones, then those that requests wait for, then the rest."""
+"""Compiles a server's programs: first the usual ones, then those for which requests are waiting, then the rest."""
 
 import os
 from collections import deque
@@ -14,10 +14,11 @@ from bert_jax.tasks.base import Task
 
 
 class Programs:
-    """The programs of several models, and the programs for the attention weights on the web page.
+    """The programs of several models, and the programs that compute the attention weights for the web page.
 
     Args:
-        models: The models. The usual programs are those of each model's first task for which `is_usual` is true.
+        models: The models. The usual programs are the programs of each model's first task for buckets that are usual;
+            see `is_usual`.
         attention: The object that computes attention weights.
     """
 
@@ -39,7 +40,7 @@ class Programs:
         return len(self._rest)
 
     def want(self, pipe: Pipeline[Task], bucket: Bucket) -> None:
-        """Requests the compilation of a program ahead of all others. Can be called from any thread."""
+        """Requests that a program be compiled before all others. Can be called from any thread."""
         if (pipe, bucket) not in self._wanted:
             self._wanted.append((pipe, bucket))
 
@@ -49,10 +50,10 @@ class Programs:
             list(compilers.map(lambda pair: self._closed or pair[0].compile(pair[1]), self._usual))
 
     def compile_rest(self, compiled: Callable[[], None]) -> None:
-        """Compiles all other programs one after another, first those that were requested with `want`.
+        """Compiles all other programs one after another, beginning with those that were requested with `want`.
 
         Args:
-            compiled: Called when a program is ready.
+            compiled: A function that is called each time a program is ready.
         """
         while (self._wanted or self._rest) and not self._closed:
             if self._wanted:
@@ -65,5 +66,5 @@ class Programs:
             compiled()
 
     def close(self) -> None:
-        """Stops after the compilations in progress."""
+        """Prevents further compilations. Compilations in progress are finished."""
         self._closed = True

@@ -1,4 +1,4 @@
-"""The routes of this package: /score in the format of Azure's model catalog, /v1/{task}, and /v1/attention."""
+"""This package's routes: `/score` in the JSON format of Azure's model catalog, `/v1/{task}`, and `/v1/attention`."""
 
 import asyncio
 import functools
@@ -30,16 +30,19 @@ SAMPLE = {
 
 
 def documented(body: type[pydantic.BaseModel] | dict[str, Any]) -> dict[str, Any]:
-    """The part of the OpenAPI document that describes a request body, from its pydantic model or JSON schema."""
+    """Returns the OpenAPI description of a request body, given the body's pydantic model or JSON schema."""
     schema = body if isinstance(body, dict) else body.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def body_model(task: Task) -> type[pydantic.BaseModel]:
-    """The body of /v1/{task}: the inputs, the parameters of the task's `request` function, and the name of a model."""
+    """Returns the pydantic model of the request body for `/v1/{task}`.
+
+    The body contains the inputs, the parameters of the task's `request` method, and the name of a model.
+    """
     entry = _failing_fast(task.json_input)
-    # If an input can be a single text, a list is always a list of inputs. Otherwise, two texts could be two inputs or a
-    # pair.
+    # If an input can be a single text, a list is always read as a list of inputs, because a list of two texts could
+    # otherwise be two inputs or a pair.
     single = str if task.json_input | str == task.json_input else entry
     inputs: Any = single | Items[entry]  # type: ignore[valid-type]
     fields: dict[str, Any] = {"inputs": (inputs, ...), "model": (str | None, None)}
@@ -62,7 +65,10 @@ def _failing_fast(kind: Any) -> Any:
 
 
 def answer_model(task: Task) -> type[pydantic.BaseModel]:
-    """The response of /v1/{task}: the name of the model, and one output or a list of outputs."""
+    """Returns the pydantic model of the response from `/v1/{task}`.
+
+    The response contains the name of the model, and one output or a list of outputs.
+    """
     (result,) = get_args(get_type_hints(task.request)["return"])
     if result is np.ndarray:
         result = list[float] | list[list[float]] | list[list[list[float]]]
@@ -75,21 +81,21 @@ def _title(task: Task) -> str:
 
 
 class AttentionBody(StrictBody):
-    """The body of /v1/attention."""
+    """The body of a request to `/v1/attention`."""
 
     text: str
     layer: int
 
 
 class AttentionAnswer(pydantic.BaseModel):
-    """The response of /v1/attention: the tokens, and the weights [heads, tokens, tokens]."""
+    """The response from `/v1/attention`: the tokens, and the attention weights [heads, tokens, tokens]."""
 
     tokens: list[str]
     attention: list[list[list[float]]]
 
 
 def routes(engine: Engine, attention: Attention) -> APIRouter:
-    """The routes for the tasks of the models of `engine`."""
+    """Returns the task routes for the models of `engine`."""
     router = APIRouter(tags=["Tasks"])
     first = next(iter(engine.models.values()))
     thread = ThreadPoolExecutor(1, "attention")  # programs may have to be compiled first
@@ -113,7 +119,10 @@ def routes(engine: Engine, attention: Attention) -> APIRouter:
 
     @router.post("/score", openapi_extra=documented({"type": "object", "example": SAMPLE}))
     async def score(request: Request) -> Response:
-        """Answers a request in the format of Azure's model catalog: `inputs` (or `input_data`) and `parameters`."""
+        """Answers a request in the JSON format of Azure's model catalog.
+
+        The fields are `inputs` (or `input_data`) and `parameters`.
+        """
         try:
             content = orjson.loads(await engine.read_bytes(request))
         except orjson.JSONDecodeError:
@@ -145,7 +154,7 @@ def routes(engine: Engine, attention: Attention) -> APIRouter:
 
     @router.post("/v1/attention", openapi_extra=documented(AttentionBody), responses={200: {"model": AttentionAnswer}})
     async def attend(request: Request) -> Response:
-        """The attention weights of each token of a text, by head, in one layer (numbered from 0)."""
+        """Returns the attention weights between the tokens of a text for each head of a layer (numbered from 0)."""
         body = await engine.read(request, AttentionBody)
         last = attention.pipe.config.num_hidden_layers - 1
         with refusing(body.text):

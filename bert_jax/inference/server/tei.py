@@ -1,6 +1,6 @@
 """The routes of text-embeddings-inference (TEI), as TEI clients use them.
 
-Source: docs/openapi.json of https://github.com/huggingface/text-embeddings-inference, version 1.7.
+Source: `docs/openapi.json` in version 1.7 of https://github.com/huggingface/text-embeddings-inference.
 """
 
 from collections.abc import Sequence
@@ -28,16 +28,16 @@ TokenVectors = list[list[list[float]]]
 
 
 class TruncatingBody(StrictBody):
-    """The fields for truncation. If `truncate` is missing, the server's setting applies."""
+    """The truncation fields of a request body. If `truncate` is missing or null, the server's setting applies."""
 
     truncate: bool | None = None
     truncation_direction: Literal["right", "Right"] = "right"
 
 
 class EmbedBody(TruncatingBody):
-    """The body of /embed. `normalize` scales each vector to length 1. `prompt_name` and `dimensions` must be null.
+    """The body of a request to `/embed`. `prompt_name` and `dimensions` must be null.
 
-    If `truncate` is null, the server's setting applies.
+    If `normalize` is true, each vector is scaled to length 1. If `truncate` is null, the server's setting applies.
     """
 
     inputs: TextsOrIds
@@ -47,16 +47,20 @@ class EmbedBody(TruncatingBody):
 
 
 class EmbedAllBody(TruncatingBody):
-    """The body of /embed_all. `prompt_name` must be null. If `truncate` is null, the server's setting applies."""
+    """The body of a request to `/embed_all`. `prompt_name` must be null.
+
+    If `truncate` is null, the server's setting applies.
+    """
 
     inputs: Texts
     prompt_name: None = None
 
 
 class PredictBody(TruncatingBody):
-    """The body of /predict: a text, a pair of texts, or a list of lists with one or two texts each.
+    """The body of a request to `/predict`.
 
-    With `raw_scores`, the scores are logits. If `truncate` is null, the server's setting applies.
+    `inputs` is a text, a list of one or two texts (two texts form a pair), or a list of such lists. If `raw_scores` is
+    true, the scores are logits. If `truncate` is null, the server's setting applies.
     """
 
     inputs: str | Pair | Annotated[Items[Pair], pydantic.Field(min_length=1)]
@@ -64,9 +68,10 @@ class PredictBody(TruncatingBody):
 
 
 class RerankBody(TruncatingBody):
-    """The body of /rerank. With `raw_scores`, scores are logits. With `return_text`, the response contains the texts.
+    """The body of a request to `/rerank`.
 
-    If `truncate` is null, the server's setting applies.
+    If `raw_scores` is true, the scores are logits. If `return_text` is true, the response contains the texts. If
+    `truncate` is null, the server's setting applies.
     """
 
     query: str
@@ -76,7 +81,7 @@ class RerankBody(TruncatingBody):
 
 
 class TokenizeBody(StrictBody):
-    """The body of /tokenize. `prompt_name` must be null."""
+    """The body of a request to `/tokenize`. `prompt_name` must be null."""
 
     inputs: Texts
     add_special_tokens: bool = True
@@ -84,7 +89,7 @@ class TokenizeBody(StrictBody):
 
 
 class Rank(pydantic.BaseModel):
-    """The score of a text, and its index in the request."""
+    """The score of a text, and the index of the text in the request."""
 
     index: int
     score: float
@@ -102,11 +107,15 @@ class Token(pydantic.BaseModel):
 
 
 def routes(engine: Engine) -> APIRouter:
-    """TEI's routes. /info and /tokenize use the first model of `engine`; the others use the first that has the task."""
+    """Returns TEI's routes.
+
+    `/info` and `/tokenize` use the first model of `engine`. Each other route uses the first model that is served for
+    the route's task.
+    """
     router = APIRouter(tags=["text-embeddings-inference"])
 
     def check_length(pipe: Pipeline[Any], texts: Sequence[str], truncate: bool | None) -> None:
-        """Raises `InputError` if a text or a pair is too long and must not be truncated."""
+        """Unless truncation is allowed, raises `InputError` if a text is empty or if the text or pair is too long."""
         if engine.limits.truncate if truncate is None else truncate:
             return
         for text in texts:
@@ -118,7 +127,7 @@ def routes(engine: Engine) -> APIRouter:
 
     @router.post("/embed", openapi_extra=documented(EmbedBody), responses={200: {"model": list[list[float]]}})
     async def embed(request: Request) -> Response:
-        """Sentence embeddings with the pooling that the model's folder declares."""
+        """Returns sentence embeddings, computed with the pooling that the model's folder declares."""
         body = await engine.read(request, EmbedBody)
         pipe = engine.pipeline("feature-extraction")
         prepared = await engine.prepare(
@@ -133,7 +142,7 @@ def routes(engine: Engine) -> APIRouter:
 
     @router.post("/embed_all", openapi_extra=documented(EmbedAllBody), responses={200: {"model": TokenVectors}})
     async def embed_all(request: Request) -> Response:
-        """The vectors of all tokens in each text, including special tokens."""
+        """Returns the vectors of all tokens in each text, including special tokens."""
         body = await engine.read(request, EmbedAllBody)
         pipe = engine.pipeline("feature-extraction")
 
@@ -150,7 +159,7 @@ def routes(engine: Engine) -> APIRouter:
         responses={200: {"model": list[LabelScore] | list[list[LabelScore]]}},
     )
     async def predict(request: Request) -> Response:
-        """The scores of all labels, highest first."""
+        """Returns the scores of all labels, highest first."""
         body = await engine.read(request, PredictBody)
         pipe: Pipeline[SequenceClassification] = engine.pipeline("text-classification")
         several = not isinstance(body.inputs, str) and not isinstance(body.inputs[0], str)
@@ -167,7 +176,7 @@ def routes(engine: Engine) -> APIRouter:
 
     @router.post("/rerank", openapi_extra=documented(RerankBody), responses={200: {"model": list[Rank]}})
     async def rerank(request: Request) -> Response:
-        """The scores of texts for a query, highest first. The model must have exactly one label."""
+        """Returns the scores of texts for a query, highest first. The model must have exactly one label."""
         body = await engine.read(request, RerankBody)
         pipes = [pipe for served in engine.models.values() if (pipe := served.pipes.get("text-classification"))]
         if not (rerankers := [pipe for pipe in pipes if pipe.config.num_labels == 1]):
@@ -193,7 +202,7 @@ def routes(engine: Engine) -> APIRouter:
 
     @router.get("/info")
     async def info() -> Response:
-        """The first model and the server's limits."""
+        """Describes the first model and the server's limits."""
         served = next(iter(engine.models.values()))
         pipe = next(iter(served.pipes.values()))
         kind: dict[str, Any] = {}
@@ -232,7 +241,7 @@ def routes(engine: Engine) -> APIRouter:
 
     @router.post("/tokenize", openapi_extra=documented(TokenizeBody), responses={200: {"model": list[list[Token]]}})
     async def tokenize(request: Request) -> Response:
-        """The tokens of each text. Texts are not truncated."""
+        """Returns the tokens of each text. Texts are not truncated."""
         body = await engine.read(request, TokenizeBody)
         tokenizer = next(iter(next(iter(engine.models.values())).pipes.values())).tokenizer
 

@@ -1,14 +1,14 @@
-// The page at /: bars for fillings, lines for attention, a verdict for two sentences.
+// The page at /. It shows fillings as bars, attention as lines, and whether one sentence follows another.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const MASK = "[MASK]";
 let attention = null; // {tokens, attention} of the layer that is shown
-let chosen = null; // a token's number
-const underway = {}; // the last request of each route
+let chosen = null; // the index of the chosen token
+const underway = {}; // the latest request to each route
 
-// A new request cancels the last one of its route, because a late answer must not replace a newer one.
+// A new request cancels the previous request to the same route, because a late response must not replace a newer one.
 async function ask(route, body) {
   underway[route]?.abort();
   underway[route] = new AbortController();
@@ -73,7 +73,7 @@ function showFillings(results) {
 function putIn(mask, word) {
   const parts = $("text").value.split(MASK);
   const before = parts.slice(0, mask + 1).join(MASK);
-  // A piece of a word goes on with what stands before it.
+  // A word piece continues the text before it.
   const joined = word.startsWith("##") ? before.trimEnd() + word.slice(2) : before + word;
   $("text").value = joined + parts.slice(mask + 1).join(MASK);
   $("text").focus();
@@ -154,7 +154,7 @@ function judge() {
   });
 }
 
-// ── Tabs, and the beginning ──
+// ── Tabs and startup ──
 
 const tabs = [...document.querySelectorAll("[role=tab]")];
 

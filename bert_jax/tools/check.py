@@ -156,7 +156,7 @@ def _loss(skeleton: tree.Skeleton, flat: Mapping[str, jax.Array], batch: Mapping
 
 def goldens() -> Iterator[Row]:
     """Compares the embedded model's outputs and gradients in float32 with those of PyTorch transformers."""
-    part, golden = "float32 beside PyTorch", _golden()
+    part, golden = "float32 compared with PyTorch", _golden()
     params, skeleton = tree.split(bert_jax.BertForPreTraining.from_pretrained(MODEL))
     batch = _inputs() | {name: golden[name] for name in ("labels", "next_sentence_label")}
     program = jax.jit(jax.value_and_grad(functools.partial(_loss, skeleton), has_aux=True))
@@ -365,7 +365,7 @@ def _measured(
             rows //= 2
             continue
         found = f"{rows * tokens / seconds:,.0f} tokens/s"
-        found += f", {flops / seconds / peak:.0%} {of}" if peak else ", of a peak that is not known here"
+        found += f", {flops / seconds / peak:.0%} {of}" if peak else "; the peak of this device is not known"
         found += f"; {_memory(sizes)}"
         return Row("speed", f"{measure.__name__}, {what} × {rows}", found)
 

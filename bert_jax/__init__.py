@@ -1,6 +1,6 @@
 """BERT in JAX (Flax NNX). With published checkpoints, its outputs match those of Hugging Face Transformers (PyTorch).
 
-This module lists the public names. Each is imported on first use, so that `import bert_jax` does not import JAX.
+This module lists the public names. Each name is imported on first use, so `import bert_jax` does not import JAX.
 """
 
 import importlib
@@ -25,7 +25,7 @@ _CONTENTS = {
     "tree": "tree",
 }
 
-# The names of the models with heads are read from the text of heads.py, because importing that module would import JAX.
+# The class names of models with heads are read from the source of heads.py, because importing it would import JAX.
 _MODELS = re.findall(r"^class (BertFor\w+)", Path(__file__).with_name("heads.py").read_text("utf-8"), re.MULTILINE)
 _CONTENTS |= dict.fromkeys(_MODELS, "heads")
 
@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
         hint = f"; use bert_jax.{other}" if other in _CONTENTS else ""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
     module = importlib.import_module(f"{__name__}.{_CONTENTS[name]}")
-    # Some public names, such as `tree`, are modules. The others, such as `export`, are defined in a module.
+    # Some public names, such as `tree`, are submodules. The others, such as `export`, are attributes of a submodule.
     return getattr(module, name, module)
 
 

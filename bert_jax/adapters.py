@@ -1,4 +1,4 @@
-"""Reads low-rank adapters in the Hugging Face `peft` format and merges them into the weights of a model."""
+"""Reads low-rank adapters in the Hugging Face `peft` format and merges them into a model's weights."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,9 +14,10 @@ from safetensors.numpy import load_file
 from bert_jax import hub, tree, weights
 from bert_jax.errors import CheckpointError, InputError, ModelNotFoundError, quoted
 
-# The fields of peft's LoraConfig (version 0.19) that may be set. This module reads some of them. The others, such as
-# those that describe how the adapters were trained, do not change the meaning of stored adapters. Loading fails if any
-# other field is set, such as one from a later version, because that field might change the meaning.
+# The fields of peft's `LoraConfig` (version 0.19) that a config may set. This module reads some of these fields. The
+# rest, such as those that describe how the adapters were trained, do not change the meaning of the stored adapters.
+# Loading fails if a config sets an unlisted field, for example one from a later version, because that field might
+# change the meaning.
 _INERT = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -24,7 +25,7 @@ _INERT = {
     "megatron_core", "qalora_group_size",
 }  # fmt: skip
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base weights unchanged."""
+"""The values of `init_lora_weights` that leave the base weights unchanged."""
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -33,11 +34,11 @@ class Adapters(NamedTuple):
     """The contents of an adapter folder.
 
     Attributes:
-        base: The base model that the folder names (a path or an id on the Hub); None if it does not name one.
-        revision: Branch, tag or commit of the base model.
-        scale: The factor that scales the product B A.
-        params: float32 arrays by path: `….lora_A` [rank, in], `….lora_B` [out, rank], and the parameters that were
-            trained in full.
+        base: The base model that the folder names (a path or an id on the Hub); None if the folder names none.
+        revision: The branch, tag or commit of the base model; None if the folder names none.
+        scale: The factor by which the matrix product B A is multiplied.
+        params: The float32 arrays, keyed by path: `….lora_A` [rank, in], `….lora_B` [out, rank], and the parameters
+            that were trained directly, without adapters.
     """
 
     base: str | None
@@ -50,8 +51,8 @@ def read(folder: Path, specs: Mapping[str, jax.ShapeDtypeStruct]) -> Adapters:
     """Reads an adapter folder.
 
     Args:
-        folder: A folder written by `lora.save_adapters` or `peft`.
-        specs: The shapes and dtypes of the model's parameters by path.
+        folder: A folder written by `lora.save_adapters` or by `peft`.
+        specs: The shapes and dtypes of the model's parameters, keyed by path.
 
     Raises:
         CheckpointError: If the files are missing, damaged or unsupported, or if they do not fit the model.
@@ -99,7 +100,9 @@ def load(
     ignore: Iterable[str] = (),
     places: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> tuple[dict[str, jax.Array], weights.Report]:
-    """Loads the adapters in a folder and their base model, and merges them. See `weights.load` for the arguments.
+    """Loads the adapters in a folder and their base model, and merges the adapters into the model.
+
+    The arguments and return values are those of `weights.load`.
 
     Raises:
         InputError: If the model is not loaded in float32.
@@ -130,7 +133,11 @@ def load(
 
 
 def merge(params: Mapping[str, jax.Array], scale: float) -> dict[str, jax.Array]:
-    """Returns the parameters by path, without adapters. Each weight W that has an adapter becomes W + scale · B A."""
+    """Merges the adapters into the weights: each weight W that has an adapter becomes W + scale · B A.
+
+    Returns:
+        The parameters without the adapters, keyed by path.
+    """
     merged = {path: leaf for path, leaf in params.items() if not path.endswith((".lora_A", ".lora_B"))}
     for path in params:
         if path.endswith(".lora_A"):
@@ -141,9 +148,9 @@ def merge(params: Mapping[str, jax.Array], scale: float) -> dict[str, jax.Array]
 
 
 def published(paths: Iterable[str]) -> dict[str, str]:
-    """Maps each parameter path to its name in peft files, without the prefix `base_model.model.`.
+    """Maps each path to the parameter's name in `peft` files, without the prefix `base_model.model.`.
 
-    For example, the matrix A of a module `m` is named `m.lora_A.weight`.
+    For example, matrix A of the module `m` is named `m.lora_A.weight`.
     """
     owners = {path: re.sub(r"\.lora_[AB]$", ".weight", path) for path in paths}
     names = dict(zip(owners, weights.published_names(owners.values()), strict=True))
@@ -154,7 +161,7 @@ def published(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _scale(config: Mapping[str, Any]) -> float:
-    """Checks the peft config and returns the factor that scales the product B A.
+    """Checks the `peft` config and returns the factor by which the matrix product B A is multiplied.
 
     Raises:
         ValueError: If the config is not for LoRA, specifies an initialization that changes the base weights, sets an

@@ -1,8 +1,9 @@
-"""Attention kernels: plain attention, and fused kernels for TPUs and GPUs, which never store the probabilities.
+"""Attention kernels: plain attention, and fused kernels for TPUs and GPUs.
 
-The arguments of a kernel are the query [B, T, N, H], the key and value [B, S, N, H], an `Attended` or None, the dropout
-rate and the dropout key. Query, key and value are in the compute dtype. A kernel returns the context [B, T, N, H] and
-the attention probabilities, float32 [B, N, T, S]. A fused kernel returns None in place of the probabilities.
+A kernel takes the query [B, T, N, H], the key [B, S, N, H], the value [B, S, N, H], an `Attended` or None, the dropout
+rate and the dropout key. The query, key and value are in the compute dtype. A kernel returns the context [B, T, N, H]
+and the attention probabilities, float32 [B, N, T, S]. Fused kernels never store the probabilities and return None
+instead of them.
 """
 
 import warnings
@@ -22,21 +23,21 @@ from bert_jax.interventions import NONE, Interventions, intervene
 from bert_jax.nn import Linear, dropout, product
 
 FUSED = {"splash": ("TPUs", "tpu"), "triton": ("NVIDIA GPUs", "gpu"), "cudnn": ("NVIDIA GPUs", "gpu")}
-"""Maps each fused kernel to the name of its hardware in messages and to JAX's name for the platform."""
+"""Maps each fused kernel to the name of its hardware in messages and JAX's name for its platform."""
 AUTO = {"tpu": "splash", "gpu": "triton"}
-"""The fused kernel that "auto" uses on each platform. "cudnn" is left out, because its results are wrong if padding
-precedes tokens, and this cannot be checked under jit."""
+"""The fused kernel that "auto" uses on each platform. "auto" does not use "cudnn", because its results are wrong if
+padding precedes tokens and because this cannot be checked under jit."""
 UNPACKED = ("cudnn",)
-"""The fused kernels that do not support packed rows, which contain several texts."""
+"""The fused kernels that do not support packed rows (rows that contain several texts)."""
 BLOCKS = {"splash": 128, "triton": 128}
 """Maps each kernel that computes in blocks to its smallest block size in tokens. Row lengths must be multiples of this
 size."""
 
 
 class Attended(NamedTuple):
-    """Which tokens attend to which: a query attends to the keys with the same segment id.
+    """Specifies which tokens attend to which: a query attends to all keys with the same segment id.
 
-    The ids are the `SegmentIds` of JAX's fused kernels. They are independent of `token_type_ids`.
+    The segment ids are the `SegmentIds` of JAX's fused kernels. They are independent of `token_type_ids`.
 
     Attributes:
         queries: The segment ids of the queries, int32 [B, T]; [B, 1] if all queries in a row have the same id.
@@ -81,7 +82,7 @@ def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length:
 
 
 def multiple(name: str) -> int:
-    """Returns the block size of the kernel `name`: row lengths must be multiples of this number of tokens."""
+    """Returns the block size of the kernel `name` in tokens. Row lengths must be multiples of this size."""
     return BLOCKS.get(name, 1)
 
 
@@ -119,7 +120,10 @@ def choose(
 
 
 def _supports_fused() -> bool:
-    """Whether this machine's GPUs support the fused kernels. True without a GPU, when programs are only compiled."""
+    """Whether this machine's GPUs support the fused kernels.
+
+    If the machine has no GPU, the result is true, because programs are then only compiled.
+    """
     try:
         (device, *_) = jax.devices("gpu")
     except RuntimeError:
@@ -129,7 +133,7 @@ def _supports_fused() -> bool:
 
 
 def check_dropout(name: str, rate: float) -> None:
-    """Raises `InputError` if `rate` > 0 and the kernel is fused: fused kernels store no probabilities to drop."""
+    """Raises `InputError` if `rate` > 0 and the kernel is fused, because fused kernels store no probabilities."""
     if name != "plain" and rate > 0:
         raise InputError(
             f"attention is {name!r}, which does not support attention dropout; the config has "
@@ -156,7 +160,8 @@ def splash(
         attended: Which tokens attend to which; None if all tokens attend to all tokens.
         dropout_rate: Unused, because `check_dropout` rejects attention dropout with fused kernels.
         dropout_key: Unused.
-        interpret: Whether to interpret the kernel. This is slow, but it lets tests run without a TPU.
+        interpret: Whether to interpret the kernel instead of compiling it. Interpretation is slow, but it lets tests
+            run without a TPU.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -194,7 +199,7 @@ def triton(
 ) -> tuple[jax.Array, None]:
     """JAX's Pallas kernel for GPUs, compiled by Triton (Dao et al. 2022, "FlashAttention"). It supports packed rows.
 
-    JAX recommends the tokamax package instead of this kernel, but the tokamax kernels do not compile without a GPU.
+    JAX recommends the `tokamax` package instead of this kernel, but `tokamax` kernels do not compile without a GPU.
 
     Args:
         query: [B, T, N, H], with T a multiple of 128.
@@ -205,7 +210,8 @@ def triton(
             context at padding positions differs from that of the other kernels.
         dropout_rate: Unused, because `check_dropout` rejects attention dropout with fused kernels.
         dropout_key: Unused.
-        interpret: Whether to interpret the kernel. This is slow, but it lets tests run without a GPU.
+        interpret: Whether to interpret the kernel instead of compiling it. Interpretation is slow, but it lets tests
+            run without a GPU.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -220,7 +226,9 @@ def triton(
 
 
 def _on_each_device(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Gives each device of the current mesh its own rows and heads, because compilers do not shard custom kernels.
+    """Runs a kernel on each device of the current mesh for the rows and heads that the device holds.
+
+    This is necessary because compilers do not shard custom kernels.
 
     Args:
         kernel: A function that maps query, key and value [B, T, N, H] and segment ids [B, T] to an array [B, T, N, H].
@@ -293,14 +301,14 @@ def plain_attention(
         value: [B, S, N, H].
         attended: Which tokens attend to which; None if all tokens attend to all tokens. If no key has the same segment
             id as a query, that query attends to all keys equally.
-        dropout_rate: The fraction of the probabilities that is dropped.
+        dropout_rate: The fraction of the probabilities to drop.
         dropout_key: PRNG key; None disables dropout.
-        interventions: Functions that may change the "probabilities"; see `bert_jax.interventions`.
+        interventions: May contain a function for the "probabilities" site; see `bert_jax.interventions`.
 
     Returns:
-        The context [B, T, N, H] in the dtype of value, and the probabilities, float32 [B, N, T, S], before dropout.
+        The context [B, T, N, H] in the dtype of `value`, and the probabilities before dropout, float32 [B, N, T, S].
     """
-    # The heads axis is moved before the tokens axis once, here. If the einsums moved it instead, CPUs would repeat the
+    # The heads axis is moved before the tokens axis only once. If the einsums moved it instead, CPUs would repeat the
     # transposes in the backward pass.
     query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))  # [B, N, T, H]
     scores = product("bnth,bnsh->bnts", query, key) * query.shape[-1] ** -0.5
@@ -312,7 +320,7 @@ def plain_attention(
     return jnp.moveaxis(context, 1, 2), probabilities
 
 
-# The kernels by name. A fused kernel returns None in place of the probabilities, because it never stores them.
+# The kernels, keyed by name. A fused kernel returns None instead of the probabilities, because it never stores them.
 ATTENTION: dict[str, Callable[..., tuple[jax.Array, jax.Array | None]]] = {
     "plain": plain_attention,
     "splash": splash,
@@ -338,14 +346,14 @@ class SelfAttention(nnx.Module):
         interventions: Interventions = NONE,
         kernel: str = "plain",
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Computes the attention of the tokens `x` [B, T, D] to all tokens `states` [B, S, D].
+        """Computes the attention of the tokens in `x` to all tokens in `states`.
 
-        If `x` contains only some of the tokens in `states`, plain attention is used, because a fused kernel would gain
+        If `x` contains only some of the tokens in `states`, plain attention is used, because a fused kernel would save
         little.
 
         Args:
-            x: The tokens that attend.
-            states: The tokens attended to.
+            x: The hidden states of the tokens that attend, [B, T, D].
+            states: The hidden states of the tokens to attend to, [B, S, D].
             attended: Which tokens attend to which; None if all tokens attend to all tokens.
             dropout_key: PRNG key; None disables dropout.
             interventions: The interventions at "query", "key", "value", "probabilities", "heads" and "output".

@@ -4,11 +4,14 @@ import os
 from pathlib import Path
 
 CACHE_VARIABLE = "BERT_JAX_COMPILATION_CACHE"
-"""Name of the environment variable that sets the cache folder; the value `off` disables the cache."""
+"""The name of the environment variable that sets the cache folder. The value `off` disables the cache."""
 
 
 def use_compilation_cache() -> None:
-    """Makes JAX cache compiled programs in the user's cache folder. Commands and workers call this function."""
+    """Makes JAX cache compiled programs, by default in the user's cache folder.
+
+    Commands and workers call this function.
+    """
     place = os.environ.get(CACHE_VARIABLE)
     if not place:
         try:
@@ -22,6 +25,6 @@ def use_compilation_cache() -> None:
     import jax
 
     jax.config.update("jax_compilation_cache_dir", place)
-    # By default, JAX caches only programs that take a second or more to compile. Most of BERT's programs take less.
+    # By default, JAX caches only programs that take a second or more to compile. Most BERT programs compile faster.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

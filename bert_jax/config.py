@@ -12,7 +12,7 @@ from bert_jax.errors import ConfigError, quoted
 
 logger = logging.getLogger(__name__)
 
-# Keys of config.json that change what a network computes, each with the only value that this package supports.
+# Keys of config.json that affect a network's computation, each with the only value that this package supports.
 # `BertConfig` has no fields for these keys.
 _FIXED = {
     "model_type": "bert",
@@ -40,7 +40,7 @@ _LIMITS = {
     "num_labels": 2**20,
 }
 
-# Pairs of a field and a value outside its range that is accepted nevertheless, because it means "not set".
+# Fields that accept a value outside their range, each with this value, which means "not set".
 _UNSET = [("num_labels", -1), ("pad_token_id", None), ("classifier_dropout", None), ("problem_type", None)]
 
 
@@ -87,21 +87,27 @@ class BertConfig:
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     initializer_range: float = 0.02
-    """New weights are drawn from a normal distribution with this standard deviation, truncated at twice this value."""
+    """The standard deviation of the normal distribution from which new weights are drawn.
+
+    The distribution is truncated at twice this value.
+    """
     layer_norm_eps: float = 1e-12
-    """Added to the variance in LayerNorm."""
+    """The number that LayerNorm adds to the variance."""
     pad_token_id: int | None = 0
     classifier_dropout: float | None = None
     """The dropout rate before a classifier; None means that `hidden_dropout_prob` is used."""
     num_labels: int = -1
-    """The number of labels. -1 means one per name in `id2label` or `label2id`, or 2 if there are no names."""
-    id2label: Mapping[int | str, str] | Sequence[str] | None = None
-    """The label names: a dict from ids to names, or a sequence of names in the order of their ids. Stored as a tuple.
+    """The number of labels.
 
-    None means LABEL_0, LABEL_1, …
+    -1 means one label for each name in `id2label` or `label2id`, or 2 labels if there are no names.
+    """
+    id2label: Mapping[int | str, str] | Sequence[str] | None = None
+    """The label names: a dict that maps ids to names, or a sequence of names in the order of their ids.
+
+    The names are stored as a tuple. None means LABEL_0, LABEL_1, …
     """
     label2id: Mapping[str, int] | None = dataclasses.field(default=None, compare=False, repr=False)
-    """The inverse of `id2label`. Either of the two may be given."""
+    """The inverse of `id2label`. If one of the two is given, the other is derived from it."""
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
@@ -126,9 +132,9 @@ class BertConfig:
         object.__setattr__(self, "label2id", {label: i for i, label in enumerate(self.labels)})
 
     def _checks(self) -> Iterator[tuple[str, bool, str]]:
-        """Yields, for each check, the name of a field, whether its value is valid, and which values are valid.
+        """Yields, for each check, the name of a field, whether its value is valid, and a description of valid values.
 
-        Later checks rely on the earlier ones, so the caller must raise at the first invalid value.
+        Later checks rely on earlier ones, so the caller must raise an error at the first invalid value.
         """
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
@@ -183,7 +189,7 @@ class BertConfig:
     def from_dict(cls, config: dict[str, Any]) -> "BertConfig":
         """Creates a config from a parsed `config.json`.
 
-        Keys that are not BERT's hyperparameters (`pooler_type`, `transformers_version`, …) are ignored.
+        Keys that are not BERT hyperparameters (`pooler_type`, `transformers_version`, …) are ignored.
 
         Args:
             config: A parsed `config.json`. It must contain `vocab_size`, `hidden_size`, `num_hidden_layers`,
@@ -206,7 +212,7 @@ class BertConfig:
         if names is not None:
             if not isinstance(names, Mapping):
                 raise ConfigError(f"id2label is {quoted(names)}; expected a JSON object of ids and names.")
-            # If the file contains both, id2label takes precedence over label2id, as in transformers.
+            # If the file contains both id2label and label2id, the former takes precedence, as in transformers.
             known.pop("label2id", None)
             if known.pop("num_labels", len(names)) != len(names):
                 logger.warning("The %d label names override num_labels %s.", len(names), quoted(config["num_labels"]))

@@ -22,27 +22,27 @@ from bert_jax.model import BertModel
 
 MSGPACK, PICKLE = "flax_model.msgpack", "pytorch_model.bin"
 
-# Maps the last component of a Flax parameter name to the one that PyTorch uses.
+# Maps the last component of a Flax parameter name to the last component of its PyTorch name.
 _LAST = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, ignore: Iterable[str] = ()) -> Path:
     """Converts the weights in a model folder and copies its config and tokenizer.
 
-    If the folder contains both `flax_model.msgpack` and `pytorch_model.bin`, the former is read. The latter requires
-    PyTorch and is read with `weights_only=True`, so that no code in the file is run.
+    If the folder contains both `flax_model.msgpack` and `pytorch_model.bin`, the former is read. Reading
+    `pytorch_model.bin` requires PyTorch and uses `weights_only=True`, so no code in the file is run.
 
     Args:
         source: A folder that contains `config.json`, or the folder of a sentence-transformers model.
-        target: A new or empty folder, or `source` itself, to which `model.safetensors` is then added.
-        ignore: Regular expressions that match the whole names of tensors that no BERT model has. These tensors are also
-            converted. Any other tensor with an unknown name is an error.
+        target: A new or empty folder, or `source` itself. In the latter case, `model.safetensors` is added to `source`.
+        ignore: Regular expressions for the names of tensors that no BERT model has. Each expression must match a whole
+            name. These tensors are also converted. Any other tensor with an unknown name is an error.
 
     Returns:
-        The file that was read.
+        The path of the weight file that was read.
 
     Raises:
-        InputError: If `target` contains other files, or if PyTorch is required and not installed.
+        InputError: If `target` contains other files, or if PyTorch is required but not installed.
         ModelNotFoundError: If `source` is not a model folder.
         ConfigError: If the config does not describe a BERT model.
         CheckpointError: If `source` contains neither weight file or already contains safetensors weights, if the weight
@@ -71,7 +71,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, i
         (staging / place).mkdir(exist_ok=True)
         weights.write(tensors, staging / place / hub.WEIGHTS_FILE)
         del tensors
-        # Heads are not checked: their sizes may differ from those in the config, as `from_pretrained` allows.
+        # Heads are not checked, because `from_pretrained` allows their sizes to differ from those in the config.
         _, encoder = tree.split(BertModel(config, add_pooling_layer=False))
         try:
             weights.plan(staging / place, encoder.specs, ignore=ignore)
@@ -85,7 +85,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, i
 
 
 def _companions(source: Path, network: Path) -> Iterator[Path]:
-    """Returns the paths, relative to `source`, of all files of a model except its weights."""
+    """Returns the paths of all of a model's files except its weights, relative to `source`."""
     names = [network / name for name in (hub.CONFIG_FILE, *hub.TOKENIZER_FILES, hub.SENTENCE_FILES[1])]
     if found := hub.find_modules(network):
         folder, modules = found
@@ -95,7 +95,7 @@ def _companions(source: Path, network: Path) -> Iterator[Path]:
 
 
 def _from_msgpack(file: Path) -> dict[str, np.ndarray]:
-    """Reads FlaxBert tensors and gives them their PyTorch names."""
+    """Reads FlaxBert tensors and converts them to PyTorch's names and layouts."""
     try:
         with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
 
@@ -113,7 +113,7 @@ def _from_msgpack(file: Path) -> dict[str, np.ndarray]:
             flat = tree.flatten(msgpack.unpackb(mapped, ext_hook=array, strict_map_key=False))
     except OSError as error:
         raise CheckpointError(f"Cannot read {file}: {error.strerror or error}.") from None
-    # A damaged file can raise any msgpack or NumPy exception.
+    # Reading a damaged file can raise any msgpack or NumPy exception.
     except Exception as error:
         what = quoted(str(error) or type(error).__name__)
         raise CheckpointError(f"{file} is damaged ({what}); download it again.") from None
@@ -127,7 +127,7 @@ def _from_msgpack(file: Path) -> dict[str, np.ndarray]:
                 f"{file} contains {quoted(path)}, which FlaxBert does not have; expected parameter names that end in "
                 f"{listed(_LAST)}."
             )
-        # Flax stores the kernel of a linear layer as [in, out], and PyTorch stores its weight as [out, in].
+        # Flax stores the weight ("kernel") of a linear layer as [in, out], and PyTorch stores it as [out, in].
         tensors[f"{head}.{_LAST[last]}".lstrip(".")] = np.ascontiguousarray(array.T if last == "kernel" else array)
     return tensors
 
@@ -135,18 +135,18 @@ def _from_msgpack(file: Path) -> dict[str, np.ndarray]:
 def _from_pickle(file: Path) -> dict[str, np.ndarray]:
     """Reads the tensors in a file written by `torch.save`.
 
-    The arrays share memory with the tensors, which are memory-mapped if the file allows it. A tied tensor, such as the
-    decoder weight, is left out if it shares memory with its original.
+    The arrays share memory with the tensors, which are memory-mapped if the file format allows it. A tied tensor, such
+    as the decoder weight, is left out if it shares memory with its original.
     """
     check_extra("parity", "torch")
     import torch
 
     try:
-        # PyTorch can memory-map only zip archives, its format since version 1.6.
+        # PyTorch can memory-map only zip archives, which have been its file format since version 1.6.
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         arrays = {}
         for name, tensor in tensors.items():
-            name.encode()  # raises an error if the name is not a string or not valid text
+            name.encode()  # raises an error if the name is not a string or is not valid text
             original = tensors.get(weights.TIED.get(name))
             if original is not None and original.data_ptr() == tensor.data_ptr():
                 continue
@@ -157,7 +157,7 @@ def _from_pickle(file: Path) -> dict[str, np.ndarray]:
         return arrays
     except OSError as error:
         raise CheckpointError(f"Cannot read {file}: {error.strerror or error}.") from None
-    # A file that is damaged or does not contain a dict of named tensors can raise many kinds of exceptions.
+    # Reading a file that is damaged or does not contain a dict of named tensors can raise many kinds of exceptions.
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """Training runs with several processes, such as one per host of a TPU pod or one per node of a cluster.
 
-Each process has its own devices. All processes run the same command, and each prepares its own rows of a batch. Only
-the first process writes files, except for checkpoints: each process writes the shards that its devices hold.
+Each process has its own devices. All processes run the same command, and each process prepares its own rows of a batch.
+Only the first process writes files. Checkpoints are an exception: each process writes the shards that its devices hold.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from jax.experimental import multihost_utils
 from bert_jax.errors import InputError, TrainingError, quoted
 
 HEARTBEAT = 30
-"""Seconds without a heartbeat after which a process is considered lost and the other processes end."""
+"""A process without a heartbeat for this many seconds is considered lost, and the other processes end."""
 JOIN = 300
-"""Seconds to wait for the other processes to join."""
+"""The number of seconds to wait for the other processes to join."""
 
 
 def start(given: str) -> None:
-    """Joins the other processes. Call this before any other use of JAX.
+    """Joins the other processes. Call this function before any other use of JAX.
 
     Args:
         given: `auto` on a TPU pod or under SLURM or Open MPI, where the environment describes the processes.
@@ -56,7 +56,7 @@ def start(given: str) -> None:
 def _reach(address: str) -> None:
     """Waits until an address accepts connections.
 
-    Without this check, JAX would abort the process if the address accepted no connection.
+    If the address accepted no connection, JAX would abort the process instead of raising an error.
 
     Raises:
         OSError: If the address accepts no connection within `JOIN` seconds.
@@ -154,7 +154,10 @@ def asked_to_stop(step: int) -> bool:
 
 @contextlib.contextmanager
 def lost_ones_named() -> Iterator[None]:
-    """Converts a collective operation's error into a `TrainingError` if another process ended or does not respond."""
+    """Converts the error of a collective operation to a `TrainingError`.
+
+    The error is converted only if another process has ended or does not respond.
+    """
     try:
         yield
     except (ValueError, jax.errors.JaxRuntimeError) as error:  # on CPU, Gloo's errors are ValueErrors

@@ -1,4 +1,4 @@
-"""Errors that the user can fix, such as invalid input. None of these exceptions indicates a bug in this package.
+"""Exceptions for problems that the user can fix, such as invalid input. They never indicate a bug in this package.
 
 Each message states what was given, what was expected and what to do. The command line prints it without a traceback.
 """
@@ -12,7 +12,7 @@ QUOTED = 200
 
 
 class BertJaxError(Exception):
-    """Base of all errors that the user can fix."""
+    """Base class for all errors that the user can fix."""
 
 
 class InputError(BertJaxError, ValueError):
@@ -48,10 +48,10 @@ class OutOfMemoryError(BertJaxError, MemoryError):
 
 
 class Interrupted(BertJaxError):
-    """A run that was asked to stop. If the run has a folder, its state was saved there.
+    """A run that was stopped by a signal. If the run has a folder, the state of the run was saved there.
 
     Args:
-        step: The number of steps done.
+        step: The number of completed steps.
         folder: The run's folder; None if the run has no folder.
         signal: The number of the signal that stopped the run.
     """
@@ -84,7 +84,7 @@ def _cut(parts: Iterable[str]) -> str:
     text = ""
     for part in parts:
         if len(text) + len(part) > QUOTED:
-            closing = part[-1] if part[-1] in "'\"" else ""  # a truncated quotation also ends with a quotation mark
+            closing = part[-1] if part[-1] in "'\"" else ""  # a truncated string also ends with a quotation mark
             return text + part[: QUOTED - len(text)] + "…" + closing
         text += part
     return text

@@ -44,8 +44,8 @@ class PreTrainingOutput(ModelOutput):
 
     Attributes:
         prediction_logits: float32 [B, T, V]; [B, P, V] if `masked_positions` [B, P] are given.
-        seq_relationship_logits: float32 [B, 2]; [B, K, 2] if `first_positions` [B, K] are given. Index 0 means that
-            the second text follows the first, and index 1 that it is random.
+        seq_relationship_logits: float32 [B, 2]; [B, K, 2] if `first_positions` [B, K] are given. Index 0 stands for a
+            second text that follows the first, and index 1 stands for a random second text.
         hidden_states: As in `BertModelOutput`.
         attentions: As in `BertModelOutput`.
     """
@@ -72,7 +72,7 @@ class QuestionAnsweringOutput(ModelOutput):
 
 
 class MaskedLMHead(nnx.Module):
-    """Scores the vocabulary: a dense layer, an activation, LayerNorm, then dot products with the word embeddings."""
+    """Scores the vocabulary with a dense layer, an activation, LayerNorm, and dot products with the word embeddings."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs | None):
         self.config = config
@@ -95,7 +95,7 @@ class BertWithHead(BertPreTrainedModel):
     """
 
     pooled: ClassVar[bool] = False
-    """Whether the head reads the pooler's output. If it does not, the encoder has no pooler."""
+    """Whether the head reads the pooler's output. If false, the encoder has no pooler."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class BertWithHead(BertPreTrainedModel):
         super().__setattr__(name, value)
 
     def _add_head(self, rngs: nnx.Rngs | None) -> None:
-        """Adds the layers of the head to the model."""
+        """Adds the head's layers to the model."""
         raise NotImplementedError
 
     def _linear(self, features: int, rngs: nnx.Rngs | None) -> Linear:
@@ -165,8 +165,8 @@ class BertForPreTraining(BertWithHead):
             masked_positions: int [B, P], the indices of the tokens at which to score the vocabulary; None for all
                 tokens.
             first_positions: int [B, K], the index of each example's first token, if a row contains several examples.
-                The next-sentence logits are then [B, K, 2]. If None, the first token of the row is used, and these
-                logits are [B, 2].
+                The next-sentence logits are then [B, K, 2]. If None, the first token of the row is used, and the
+                next-sentence logits are [B, 2].
             inputs_embeds: See `BertModel`.
             dropout_key: See `BertModel`.
             interventions: See `BertModel`.
@@ -215,9 +215,9 @@ class BertForMaskedLM(BertWithHead):
         dropout_key: jax.Array | None = None,
         interventions: Interventions = NONE,
     ) -> HeadOutput:
-        """Scores the vocabulary at the token indices `masked_positions`, int [B, K].
+        """Scores the vocabulary at the tokens whose indices are `masked_positions`, int [B, K].
 
-        If `masked_positions` is None, scores the vocabulary at all tokens. The other arguments are those of
+        If `masked_positions` is None, the vocabulary is scored at all tokens. The other arguments are those of
         `BertModel`.
 
         Returns:
@@ -273,7 +273,7 @@ class BertWithLinearHead(BertWithHead, Generic[Output]):
 
         Args:
             hidden: float32, the pooler's output [B, D] if `pooled` is true, or the last hidden state [B, T, D]
-                otherwise. If `positions` are given, either is [B, K, D].
+                otherwise. If `positions` are given, the shape is [B, K, D] in both cases.
             out: The complete output of the encoder.
         """
         raise NotImplementedError
@@ -282,7 +282,7 @@ class BertWithLinearHead(BertWithHead, Generic[Output]):
 class BertForNextSentencePrediction(BertWithLinearHead[HeadOutput]):
     """The encoder with the next-sentence head. The logits are [B, 2], or [B, K, 2] if `positions` are given.
 
-    Index 0 means that the second text follows the first, and index 1 that it is random.
+    Index 0 stands for a second text that follows the first, and index 1 stands for a random second text.
     """
 
     pooled = True
@@ -318,7 +318,10 @@ class BertForSequenceClassification(BertWithClassifier):
 
 
 class BertForMultipleChoice(BertWithClassifier):
-    """The encoder with a linear layer that scores texts from the pooler's output (transformers' `modeling_bert.py`)."""
+    """The encoder with a linear layer that scores each text from the pooler's output.
+
+    Source: `modeling_bert.py` in transformers.
+    """
 
     pooled = True
 
@@ -342,8 +345,9 @@ class BertForMultipleChoice(BertWithClassifier):
     ) -> HeadOutput:
         """Scores the choices of each example. The softmax over an example's scores gives the choices' probabilities.
 
-        The arguments are those of `BertModel` with an additional axis for the C choices: `input_ids` is [B, C, T]. For
-        packed rows, pass the arguments without this axis, and the index of each choice's first token as `positions`.
+        The arguments are those of `BertModel` with an additional axis for the C choices. For example, `input_ids` is
+        [B, C, T]. For packed rows, pass the arguments without this axis, and pass the index of each choice's first
+        token as `positions`.
 
         Returns:
             A `HeadOutput` with logits [B, C] and the hidden states of B · C rows. If `positions` [B, K] are given, the

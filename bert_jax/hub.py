@@ -25,15 +25,15 @@ logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "google-bert/bert-base-cased"
 CONFIG_FILE = "config.json"
 MERGED_CONFIG_FILE = "merged_config.json"
-"""The name of the merged model's config in an adapter folder. If it were config.json, transformers would look for
-weights."""
+"""The name of the merged model's config in an adapter folder. If the file were named `config.json`, transformers would
+look for weights in the folder."""
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 """The name of the index file of a sharded checkpoint."""
 CARD_FILE = "README.md"
 """The name of the model card."""
 EMBEDDED = Path(__file__).parent / "embedded"
-"""The folder of the models that ship with the package, with one subfolder per model."""
+"""The folder that contains the models shipped with the package, in one subfolder per model."""
 
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -41,12 +41,12 @@ TOKENIZER_FILES = (
 MODULES_FILE = "modules.json"
 """The file in which a sentence-transformers model lists its modules.
 
-Each module has a subfolder of the model's folder. The first module is the network, which may be in the model's folder
-itself.
+Each module has a subfolder in the model's folder. The first module is the network, which may instead be in the model's
+folder itself.
 """
 SENTENCE_FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
-"""Other files of a sentence-transformers model. The first is in the model's folder, the second in the network's
-folder."""
+"""Two other files of a sentence-transformers model. The first file is in the model's folder, and the second is in the
+network's folder."""
 
 _CONVERT = "convert it once: bert-jax convert {folder} --output NEW_FOLDER"
 _SAVE_AGAIN = "load it with {tool} and call save_pretrained there; see docs/files_from_elsewhere.md"
@@ -63,7 +63,7 @@ OTHER_FORMATS = {
     "*.gguf": _EXPORTED,
     "openvino_model.xml": _EXPORTED,
 }
-"""Maps `fnmatch` patterns for the names of weight files in other formats to advice on what to do with them."""
+"""Maps `fnmatch` patterns for the names of weight files in other formats to advice on how to use these files."""
 
 
 def download(model_id: str | os.PathLike[str], *, revision: str | None = None, timeout: float = 10.0) -> Path:
@@ -79,7 +79,7 @@ def download(model_id: str | os.PathLike[str], *, revision: str | None = None, t
 
     Returns:
         The folder that contains the model's config. For a sentence-transformers model, this may be a subfolder of the
-        model's folder. `find_modules` returns the model's folder.
+        model's folder. To get the model's folder, pass the result to `find_modules`.
 
     Raises:
         ModelNotFoundError: If the folder, model or revision does not exist, or if a download fails.
@@ -113,14 +113,14 @@ def names_in(folder: Path) -> list[str]:
 
 
 def advice(names: Iterable[str], folder: str | os.PathLike[str]) -> str:
-    """Explains what to do with a folder that contains no safetensors weights.
+    """Explains what the user can do with a folder that contains no safetensors weights.
 
     Args:
-        names: The paths of the files, relative to the folder.
-        folder: The folder, for the message.
+        names: The paths of the folder's files, relative to the folder.
+        folder: The folder, as the message should name it.
 
     Returns:
-        A sentence that begins with a space; empty if no file has a known format.
+        A sentence that begins with a space; an empty string if no file has a known format.
     """
     paths = sorted(names)
     for pattern, what in OTHER_FORMATS.items():
@@ -133,8 +133,8 @@ class Module(NamedTuple):
     """A module of a sentence-transformers model.
 
     Attributes:
-        kind: The name of its class, such as Transformer, Pooling, Normalize or Dense.
-        path: Its folder, relative to the model's folder; empty if both are the same.
+        kind: The name of the module's class, such as `Transformer`, `Pooling`, `Normalize` or `Dense`.
+        path: The module's folder, relative to the model's folder; empty if both are the same.
     """
 
     kind: str
@@ -142,7 +142,7 @@ class Module(NamedTuple):
 
 
 def read_modules(file: Path) -> list[Module]:
-    """Reads the `modules.json` of a sentence-transformers model.
+    """Reads the `modules.json` file of a sentence-transformers model.
 
     Raises:
         CheckpointError: If the file is damaged, or if it names a folder outside the model's folder.
@@ -184,7 +184,7 @@ def find_modules(network: Path) -> tuple[Path, list[Module]] | None:
 
 
 def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[str, Any]:
-    """Reads the JSON object in one of a model's files.
+    """Reads a model file that contains a JSON object.
 
     Args:
         path: The file.
@@ -207,7 +207,7 @@ def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[s
 
 
 def architectures(folder: Path) -> list[str]:
-    """Returns the class names that a model was saved from, as listed in its config; empty if none are listed."""
+    """Returns the class names that a model's config lists under `architectures`; empty if it lists none."""
     try:
         names = read_json(config_file(folder)).get("architectures")
     except CheckpointError:  # ignored here, because `BertConfig.from_file` reports a damaged file
@@ -216,7 +216,7 @@ def architectures(folder: Path) -> list[str]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the name of a model or data set is an id on the Hub, and neither a local path nor an embedded model."""
+    """Whether the name of a model or data set is an id on the Hub, not a local path or an embedded model's name."""
     from huggingface_hub import errors
     from huggingface_hub.utils import validate_repo_id
 
@@ -258,7 +258,7 @@ def embedded() -> list[str]:
 
 
 def is_vacant(path: Path) -> bool:
-    """Whether `path` does not exist or is an empty folder, so that a new folder can be written there."""
+    """Whether `path` is free for a new folder: it does not exist, or it is an empty folder."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
@@ -305,7 +305,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def _from_hub(repo: str, revision: str, timeout: float) -> Path:
-    # Imported here, because the import takes 0.2 s and a local folder does not need it.
+    # Imported here, because the import takes 0.2 s and is not needed for a local folder.
     from huggingface_hub import constants, errors, hf_hub_download, list_repo_files, try_to_load_from_cache
     from huggingface_hub.utils import validate_repo_id
 
@@ -326,8 +326,8 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
     def fetch(name: str, revision: str) -> Path:
         if not cache_only:
             return Path(hf_hub_download(repo, name, revision=revision))
-        # hf_hub_download(local_files_only=True) would find the same file, but it takes 3 s longer, because it contacts
-        # the Hub to build headers.
+        # hf_hub_download(local_files_only=True) would find the same file, but it would take 3 s longer, because it
+        # contacts the Hub to build headers.
         path = try_to_load_from_cache(repo, name, revision=revision)
         if not isinstance(path, str):
             raise errors.LocalEntryNotFoundError(name)
@@ -340,7 +340,7 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
 
     try:
         # These files are fetched by revision rather than by commit. The cache then records which commit the revision
-        # refers to, so that later calls find the files without the Hub.
+        # refers to, so later calls find the files without the Hub.
         prefix = ""
         with contextlib.suppress(errors.EntryNotFoundError):
             prefix = f"{read_modules(fetch(MODULES_FILE, revision))[0].path}/".lstrip("/")
@@ -375,12 +375,12 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
 
 
 def _commit(repo: str, revision: str, timeout: float) -> str:
-    """Asks the Hub once for the commit of a revision. Files that are cached for that commit need no further request.
+    """Asks the Hub once for the commit of a revision. Files that are cached for this commit need no further request.
 
     Raises:
         TimeoutError: If the Hub cannot be reached or does not answer in time.
-        ModelNotFoundError: If the Hub reports that the model, the revision or its `config.json` does not exist, or that
-            the model is gated.
+        ModelNotFoundError: If the Hub reports that the model, the revision or the model's `config.json` does not exist,
+            or that the model is gated.
     """
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
@@ -418,10 +418,10 @@ def _commit(repo: str, revision: str, timeout: float) -> str:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Reads a `model.safetensors.index.json`, which maps each tensor name to a file name.
+    """Reads a `model.safetensors.index.json` file, which maps each tensor name to a file name.
 
     Raises:
-        CheckpointError: If the index is damaged or names anything other than files in its own folder.
+        CheckpointError: If the index is damaged or refers to anything other than files in the same folder.
     """
     content = read_json(index)
     files = content.get("weight_map")

@@ -38,19 +38,20 @@ SITES = {
 """The sites, in the order of computation, with the shapes of their activations. `{i}` is the layer number.
 
 `heads` is the context of each head before the output projection. `intermediate` is the hidden state of the feed-forward
-block after the activation function. `attention.output` and `output` are the values that the two blocks add to the
-residual stream. `layers.{i}` is the output of the layer, which is also `hidden_states[i + 1]`. If a call selects tokens
-with `positions`, T is the number of selected tokens in the last layer, and `pooler` is [B, T, D].
+block after the activation function. `attention.output` and `output` are the values that the attention block and the
+feed-forward block add to the residual stream. `layers.{i}` is the output of the layer, which is also
+`hidden_states[i + 1]`. If a call selects tokens with `positions`, T in the last layer is the number of selected tokens,
+and `pooler` is [B, T, D].
 """
 
 
 def checked_interventions(
     interventions: Interventions, *, layers: int, pooler: bool, fused: str | None, scan: bool
 ) -> Interventions:
-    """Checks that a model has the sites of the interventions.
+    """Checks that a model has all sites at which a call intervenes.
 
     Args:
-        interventions: The interventions.
+        interventions: The interventions of the call.
         layers: The number of layers in the model.
         pooler: Whether the model has a pooler.
         fused: The name of the attention kernel if it is fused; otherwise None.
@@ -98,7 +99,7 @@ def _call(site: str, function: Callable[[jax.Array], jax.Array], x: jax.Array) -
 
 
 def within(interventions: Interventions, module: str) -> Interventions:
-    """Returns the interventions in a module by site name relative to the module; "" is the module's own output."""
+    """Returns the interventions in a module, with site names relative to the module; "" is the module's output."""
     return {
         site.removeprefix(module).removeprefix("."): function
         for site, function in interventions.items()

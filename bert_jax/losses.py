@@ -1,4 +1,4 @@
-"""Losses. Each is a float32 mean over all entries except those whose label is `IGNORE` or whose weight is 0.
+"""Loss functions. Each returns a float32 mean over all entries whose label is not `IGNORE` and whose weight is not 0.
 
 Cross entropies are in nats.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from bert_jax.errors import InputError
 
 IGNORE = -100
-"""The label of entries that losses ignore. PyTorch and Hugging Face data sets use the same number."""
+"""The label of entries that the losses ignore. PyTorch and Hugging Face data sets use the same value."""
 
 
 def cross_entropy(
@@ -33,15 +33,15 @@ def cross_entropy(
             all classes have the same weight.
         label_smoothing: The share of each target's probability that is divided equally among all classes (Szegedy et
             al. 2016, section 7).
-        focal_gamma: If p is the predicted probability of a label, its negative log-likelihood is multiplied by (1 -
-            p)^focal_gamma, so that well-predicted labels count less (Lin et al. 2017, section 3.2).
+        focal_gamma: The negative log-likelihood of a label with the predicted probability p is multiplied by
+            (1 - p)^focal_gamma, so well-predicted labels count less (Lin et al. 2017, section 3.2).
 
     Returns:
         float32 [], in nats per label. The mean is over the labels that are not `IGNORE` and is weighted if class
         weights are given. The loss is 0 if all labels are `IGNORE`.
 
     Raises:
-        InputError: If `class_weights` are not C numbers.
+        InputError: If `class_weights` does not contain exactly C numbers.
     """
     logits = logits.astype(jnp.float32)
     counts = labels != IGNORE
@@ -63,10 +63,10 @@ def cross_entropy(
 
 
 def total_weight(labels: jax.Array, class_weights: jax.Array | None = None) -> jax.Array:
-    """Returns the divisor of the mean that `cross_entropy` computes, float32 [].
+    """Returns the denominator of the mean that `cross_entropy` computes, float32 [].
 
-    Without class weights, the divisor is the number of labels that are not `IGNORE`. With class weights, it is the sum
-    of these labels' weights.
+    Without class weights, the denominator is the number of labels that are not `IGNORE`. With class weights, it is the
+    sum of these labels' weights.
     """
     counts = labels != IGNORE
     if class_weights is None:
@@ -84,9 +84,10 @@ def balanced(labels: np.ndarray, classes: int) -> np.ndarray:
         classes: The number of classes, C.
 
     Returns:
-        float32 [C]. For int [N], the number of labels divided by C times the number of labels of the class, as in
-        scikit-learn's `compute_class_weight`. For [N, C], the number of zeros of the class divided by the number of
-        ones. The weight of a class that does not occur is infinity or NaN.
+        float32 [C]. For labels [N], the weight of a class is M / (C · n), where M is the number of labels that are not
+        left out and n is the number of labels of the class, as in scikit-learn's `compute_class_weight`. For labels
+        [N, C], the weight of a class is the number of zeros in its column divided by the number of ones. The weight of
+        a class that does not occur is infinity or NaN.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         if labels.ndim == 2:
@@ -113,16 +114,16 @@ def binary_cross_entropy(
         logits: float [B, C].
         labels: [B, C], 0 or 1.
         weights: float [B], 1 for each row to include and 0 for each row to leave out. All rows are included by default.
-        class_weights: float [C], factors for the loss of each class where its label is 1, like `pos_weight` in
-            `torch.nn.BCEWithLogitsLoss`.
-        label_smoothing: The labels 0 and 1 become label_smoothing / 2 and 1 - label_smoothing / 2.
-        focal_gamma: As in `cross_entropy`, where p is the predicted probability of the label's value, 0 or 1.
+        class_weights: float [C]. Where the label of a class is 1, the loss is multiplied by the weight of the class, as
+            with `pos_weight` in `torch.nn.BCEWithLogitsLoss`.
+        label_smoothing: The labels 0 and 1 are replaced with label_smoothing / 2 and 1 - label_smoothing / 2.
+        focal_gamma: As in `cross_entropy`. The probability p is that of the label's value, 0 or 1.
 
     Returns:
         float32 [], in nats per label.
 
     Raises:
-        InputError: If `class_weights` are not C numbers.
+        InputError: If `class_weights` does not contain exactly C numbers.
     """
     logits, labels = logits.astype(jnp.float32), labels.astype(jnp.float32)
     yes, no = jax.nn.softplus(-logits), jax.nn.softplus(logits)  # -log p and -log (1 - p)
@@ -176,8 +177,8 @@ def span_cross_entropy(
     Args:
         start_logits: float [B, T].
         end_logits: float [B, T].
-        start_positions: int [B], the index of the answer's first token; `IGNORE` leaves out the row.
-        end_positions: int [B], the index of the answer's last token; `IGNORE` leaves out the row.
+        start_positions: int [B], the index of the answer's first token; `IGNORE` to leave out the row.
+        end_positions: int [B], the index of the answer's last token; `IGNORE` to leave out the row.
 
     Returns:
         float32 [], in nats.

@@ -2,9 +2,9 @@
 
 All variables of the modules are `nnx.Param`s. They are float32 unless a model is loaded for inference with another
 `dtype` (see `bert_jax.quantization`). A call applies dropout if and only if it is given a `dropout_key`. The
-activations are converted to `compute_dtype` once, after the embeddings. The matrix products of the layers take operands
+activations are converted to `compute_dtype` once, after the embeddings. The matrix products in the layers take operands
 of that dtype and accumulate in float32. Softmax, LayerNorm and the pooler compute in float32, and logits are float32.
-The docstring of `nn` explains the letters used in shapes.
+The docstring of `bert_jax.nn` explains the letters used in shapes.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ COMPUTE_DTYPES: dict[Dtype, tuple[ComputeDtype, ...]] = {
 }  # fmt: skip
 """Maps the dtype of a model's large weights to the dtypes that its activations may have."""
 POSITIONS = ("positions", "masked_positions", "first_positions")
-"""The names of the model arguments that contain the indices of tokens within a row."""
+"""The names of the model arguments that contain token indices within a row."""
 
 
 # The encoder always returns every field. Under jit, a field that the jitted function neither uses nor returns costs
@@ -41,7 +41,7 @@ POSITIONS = ("positions", "masked_positions", "first_positions")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BertModelOutput(ModelOutput):
-    """The output of `BertModel`. Below, `positions` refers to the argument of the call.
+    """The output of `BertModel`. In the shapes, `positions` is the argument of the model call.
 
     Attributes:
         last_hidden_state: [B, T, D] in the compute dtype; [B, K, D] if `positions` are given.
@@ -60,7 +60,10 @@ class BertModelOutput(ModelOutput):
 
 
 class BertLayer(nnx.Module):
-    """One block of the encoder: attention and feed-forward, each followed by dropout, a residual sum and LayerNorm."""
+    """One layer of the encoder: an attention block and a feed-forward block.
+
+    Each block is followed by dropout, a residual sum and LayerNorm.
+    """
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs | None):
         self.config = config
@@ -142,7 +145,7 @@ class BertEmbeddings(nnx.Module):
         if input_ids is not None:
             words = sharding.by_rows_from_features(self.word_embeddings(input_ids))
             if self.config.pad_token_id is not None:
-                # This lookup passes no gradient to the [PAD] vector, like torch.nn.Embedding(padding_idx=…).
+                # Like torch.nn.Embedding(padding_idx=…), this lookup passes no gradient to the [PAD] vector.
                 pads = (input_ids == self.config.pad_token_id)[..., None]
                 words = jnp.where(pads, jax.lax.stop_gradient(words), words)
         x = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)  # [B, T, D]
@@ -150,7 +153,7 @@ class BertEmbeddings(nnx.Module):
 
 
 class BertModel(BertPreTrainedModel):
-    """The encoder. Its pooler is used by next-sentence prediction and sequence classification."""
+    """The encoder. Heads such as those for next-sentence prediction and sequence classification use its pooler."""
 
     def __init__(
         self,
@@ -203,20 +206,20 @@ class BertModel(BertPreTrainedModel):
     ) -> BertModelOutput:
         """Encodes tokens.
 
-        Models with heads accept the same arguments, with two exceptions: instead of `positions`, `BertForMaskedLM` has
-        `masked_positions`, and `BertForPreTraining` has `masked_positions` and `first_positions`.
+        Models with heads accept the same arguments, with two exceptions. Instead of `positions`, `BertForMaskedLM`
+        accepts `masked_positions`, and `BertForPreTraining` accepts `masked_positions` and `first_positions`.
 
         Args:
             input_ids: int [B, T], with T at most `max_position_embeddings` unless `position_ids` are given.
             attention_mask: [B, T], 1 for tokens and 0 for padding; None if there is no padding.
             token_type_ids: int [B, T], 0 for the first text and 1 for the second; None for zeros.
             position_ids: int [B, T], or [1, T] for all rows; None for 0, 1, 2, …
-            document_ids: int [B, T], the id of the text that each token belongs to, for packed rows, which contain
-                several texts. Tokens then attend only to tokens of the same text.
+            document_ids: For packed rows, which contain several texts: int [B, T], the id of the text that each token
+                belongs to. Tokens then attend only to tokens of the same text.
             inputs_embeds: float [B, T, D], vectors that replace the word embeddings of `input_ids`. Pass exactly one of
                 the two arguments.
             positions: int [B, K], or [1, K] for all rows: the indices of the tokens whose outputs the caller needs;
-                None for all tokens. The last layer is computed only for these tokens, so that `last_hidden_state` and
+                None for all tokens. The last layer is computed only for these tokens, so `last_hidden_state` and
                 `pooler_output` are [B, K, D], and the last of the `attentions` is [B, N, K, S].
             dropout_key: PRNG key; None disables dropout.
             interventions: Functions that change activations, by site name; see `bert_jax.interventions`.
@@ -318,7 +321,7 @@ class BertModel(BertPreTrainedModel):
 def check_inputs(
     config: BertConfig, input_ids: ArrayLike | None, inputs_embeds: ArrayLike | None = None, **others: ArrayLike | None
 ) -> tuple[int, int]:
-    """Checks the arguments of a model.
+    """Checks the arguments of a model call.
 
     Under jit, ids and positions are not checked, because their values are unknown.
 

@@ -22,24 +22,24 @@ from bert_jax.random import random_bits
 class Linear(nnx.Module):
     """An affine map of the last axis, `x @ weight.T + bias`, in the dtype of x.
 
-    The weight is [out, in], as in published checkpoints, so loading and saving need no transpose. On CPUs,
-    products are also faster with this layout than with [in, out].
+    The weight has the shape [out, in], as in published checkpoints, so loading and saving need no transpose. On CPUs,
+    matrix products are also faster with this layout than with [in, out].
     """
 
     def __init__(self, in_features: int, out_features: int, std: float, rngs: nnx.Rngs | None):
-        # As in the original BERT code, weights are drawn from a normal distribution, truncated at two standard
+        # As in the original BERT code, weights are drawn from a normal distribution that is truncated at two standard
         # deviations.
         self.weight = new_param(rngs, (out_features, in_features), truncated_normal(std))
         self.bias = new_param(rngs, (out_features,), zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in] -> [..., out]."""
+        """Applies the map: [..., in] -> [..., out]."""
         tokens = x.reshape(-1, x.shape[-1])
         # In an exported program, the number of tokens is symbolic.
         if isinstance(tokens.shape[0], int) and tokens.shape[0] <= 128:
             # With few tokens, CPUs are faster if the weight is the left operand: 31 ms instead of 35 ms for BERT-base
-            # on 16 tokens. With many tokens, transposing the result takes longer than the faster product saves. On GPUs
-            # and TPUs, the order of the operands makes no difference.
+            # on 16 tokens. With many tokens, transposing the result takes more time than the faster matrix product
+            # saves. On GPUs and TPUs, the order of the operands makes no difference.
             y = jnp.moveaxis(product("ni,oi->on", tokens, self.weight[...]).reshape(-1, *x.shape[:-1]), 0, -1)
         else:
             y = product("ni,oi->no", tokens, self.weight[...]).reshape(*x.shape[:-1], -1)
@@ -58,7 +58,7 @@ class LayerNorm(nnx.Module):
         self.bias = new_param(rngs, (features,), zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
+        """Normalizes x: [..., D] -> [..., D]."""
         x32 = x.astype(jnp.float32)
         centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
@@ -73,16 +73,25 @@ class Embedding(nnx.Module):
         self.weight = new_param(rngs, (entries, features), truncated_normal(std))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """int [...] -> float32 [..., D]. An id past the table's end gives NaN; a negative one counts from the end."""
+        """Looks up vectors: int [...] -> float32 [..., D].
+
+        The vector of an id past the end of the table is NaN. A negative id counts from the end.
+        """
         return jnp.take(self.weight[...], ids, axis=0).astype(jnp.float32)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """The dot products of x with every vector of the table, for the tied decoder. [..., D] -> float32 [..., V]."""
+        """Computes the dot products of x with every vector in the table: [..., D] -> float32 [..., V].
+
+        The tied decoder uses this method.
+        """
         return product("nd,vd->nv", x.reshape(-1, x.shape[-1]), self.weight[...]).reshape(*x.shape[:-1], -1)
 
 
 def new_param(rngs: nnx.Rngs | None, shape: tuple[int, ...], init: Callable[..., jax.Array]) -> nnx.Param:
-    """Creates an initialized parameter. If `rngs` is None, it has a shape but no values until it is loaded."""
+    """Creates an initialized parameter.
+
+    If `rngs` is None, the parameter has a shape but no values until it is loaded.
+    """
     if rngs is None:
         return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
     return nnx.Param(init(rngs.params(), shape, jnp.float32))
@@ -92,21 +101,21 @@ class Keys:
     """Draws the same keys as `nnx.Rngs(key)`, for use under jit.
 
     This class counts the keys with a Python integer, whereas the count of `nnx.Rngs` would be traced. Whenever a traced
-    count changes, JAX composes an error message that Flax discards. This takes 5 ms per parameter.
+    count changes, JAX composes an error message that Flax discards. Composing it takes 5 ms per parameter.
     """
 
     def __init__(self, key: jax.Array):
         self.key, self.counts = key, itertools.count()
 
     def params(self) -> jax.Array:
-        """The next key."""
+        """Returns the next key."""
         return jax.random.fold_in(self.key, next(self.counts))
 
 
 def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """An einsum of two matrices, or of batches of matrices, with operands in the dtype of x and a float32 result.
+    """Computes an einsum of two matrices or of batches of matrices.
 
-    The same applies to the backward pass.
+    The operands are in the dtype of x, and the result is float32. The same applies to the backward pass.
 
     If x is float32, the multiplication is also in float32. By default, TPUs would multiply in bfloat16 and recent GPUs
     in TF32.
@@ -118,7 +127,10 @@ def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _low_product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`product` for x narrower than float32. It has its own backward pass, because JAX's would multiply in float32."""
+    """Computes `product` if x is narrower than float32.
+
+    The backward pass is defined explicitly, because the one that JAX derives would multiply in float32.
+    """
     y = y.astype(x.dtype)
     if sharding.platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
         return _low_product_on_cpu(equation, x, y)
@@ -126,7 +138,7 @@ def _low_product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _low_product_on_cpu(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """An einsum of two matrices, or of batches of matrices, in a form that XLA multiplies in bfloat16 on CPUs.
+    """Computes an einsum of matrices or of batches of matrices in a form that XLA multiplies in bfloat16 on CPUs.
 
     In this form, the contracted axis is the last axis of the left operand, and there is at most one batch axis. XLA
     multiplies other forms in float32, which takes twice as long.
@@ -163,7 +175,7 @@ _low_product.defvjp(_low_product_forward, _low_product_backward)
 
 
 def last_axis(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """Prepends axes of size 1 to a vector up to the rank of `like`. This avoids implicit rank promotion."""
+    """Prepends axes of size 1 to a vector until it has the rank of `like`. This avoids implicit rank promotion."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
@@ -176,7 +188,8 @@ def _gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
-# Keyed by the names in config.json. `_gelu` is exact; `jax.nn.gelu` uses the tanh approximation by default.
+# The activation functions, keyed by their names in config.json. `_gelu` is exact. By default, `jax.nn.gelu` uses the
+# tanh approximation.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": _gelu,
     "gelu_python": _gelu,
@@ -187,7 +200,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Sets a fraction `rate` of x to zero and scales the rest to preserve the mean. If `key` is None, returns x."""
+    """Sets a random fraction `rate` of the elements of x to zero and scales the others to preserve the mean.
+
+    If `key` is None, returns x unchanged.
+    """
     if key is None or rate == 0.0:
         return x
     dropped = round(rate * 2**16)
@@ -196,5 +212,5 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def split_key(key: jax.Array | None, n: int) -> Sequence[jax.Array | None]:
-    """Splits a key into n keys. If `key` is None, returns a list of n `None`s."""
+    """Splits a key into n keys. If `key` is None, returns a list that contains None n times."""
     return [None] * n if key is None else list(jax.random.split(key, n))

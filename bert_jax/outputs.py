@@ -1,4 +1,4 @@
-"""The base class of all model outputs, whose entries are read by attribute, key or index."""
+"""The base class of all model outputs. The entries of an output can be read by attribute, key or index."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ class ModelOutput(Mapping[str, Any]):
     @overload
     def __getitem__(self, key: slice) -> tuple[Any, ...]: ...
     def __getitem__(self, key: str | int | slice) -> Any:
-        """Returns the entry with a name or an index, or the entries in a slice as a tuple.
+        """Returns the entry with the given name or index, or a tuple of the entries in a slice.
 
         Raises:
             KeyError: If there is no entry with this name, or if it is None.
@@ -40,5 +40,5 @@ class ModelOutput(Mapping[str, Any]):
         return len(self.to_tuple())
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Returns the entries that are not None."""
+        """Returns a tuple of the entries that are not None."""
         return tuple([getattr(self, name) for name in self])

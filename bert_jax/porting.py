@@ -39,7 +39,7 @@ CALL = {
     "end_positions": _LOSS,
     "head_mask": "remove heads with `interventions`",
 }
-"""Arguments of a model call."""
+"""Unsupported arguments of a model call, with explanations of their replacements."""
 
 _DOWNLOAD = {
     "cache_dir": "set the variable HF_HUB_CACHE",
@@ -69,7 +69,7 @@ FROM_PRETRAINED = _DOWNLOAD | {
     "seed": "pass rngs=nnx.Rngs(seed)",
     "_do_init": "to create a model whose parameters have no values, call its class with a config",
 }
-"""Arguments of a model's `from_pretrained`."""
+"""Unsupported arguments of a model's `from_pretrained`, with explanations of their replacements."""
 
 TOKENIZER = {
     "padding": "rows are padded to the longest one, or to `length`",
@@ -85,14 +85,14 @@ TOKENIZER = {
     "return_special_tokens_mask": _ENCODE,
     "return_length": "a row has as many tokens as its attention mask has ones",
 }
-"""Arguments of a tokenizer call."""
+"""Unsupported arguments of a tokenizer call, with explanations of their replacements."""
 
 TOKENIZER_FROM_PRETRAINED = _DOWNLOAD | {
     "use_fast": "leave it out; tokenizers are always fast ones",
     "do_lower_case": "it is read from tokenizer_config.json",
     "model_max_length": "set model_max_length after loading, or pass max_length to the call",
 }
-"""Arguments of `Tokenizer.from_pretrained`."""
+"""Unsupported arguments of `Tokenizer.from_pretrained`, with explanations of their replacements."""
 
 _OF_A_CALL = "pass it to the call: pipe(inputs, {}=…)"
 _BATCHES = "leave it out; inputs are batched by their lengths, without an effect on the results"
@@ -108,7 +108,7 @@ PIPELINE = _DOWNLOAD | {
     "num_workers": _BATCHES,
     **{name: _OF_A_CALL.format(name) for name in ("top_k", "targets", "aggregation_strategy", "function_to_apply")},
 }  # fmt: skip
-"""Arguments of `pipeline`."""
+"""Unsupported arguments of `pipeline`, with explanations of their replacements."""
 
 PIPELINE_CALL = {
     "batch_size": _BATCHES,
@@ -117,7 +117,7 @@ PIPELINE_CALL = {
     "padding": "leave it out; texts are packed into rows",
     "return_tensors": "results are NumPy arrays",
 }
-"""Arguments of a pipeline call."""
+"""Unsupported arguments of a pipeline call, with explanations of their replacements."""
 
 SAVE = {
     "params": "call it on bert_jax.tree.merge(skeleton, params)",
@@ -125,10 +125,10 @@ SAVE = {
     "max_shard_size": "leave it out; the weights are in one file",
     "safe_serialization": "leave it out; the weights are safetensors",
 }
-"""Arguments of `save_pretrained`."""
+"""Unsupported arguments of `save_pretrained`, with explanations of their replacements."""
 
 TASKS = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
-"""Maps alternative task names in transformers to the names in this package."""
+"""Maps alternative task names in transformers to this package's task names."""
 
 
 def ours(name: str) -> str:
@@ -144,7 +144,7 @@ def suggests(hints: Mapping[str, str]) -> Callable[[Callable[Parameters, Result]
     reports all other invalid arguments. The decorated function keeps its signature.
 
     Args:
-        hints: Maps the names of arguments that the function does not accept to explanations of their replacements.
+        hints: Maps the name of each argument that the function does not accept to an explanation of its replacement.
     """
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

@@ -23,16 +23,17 @@ Attention = Literal["plain", "auto", "splash", "triton", "cudnn"]
 
 
 class BertPreTrainedModel(nnx.Module, PushToHub):
-    """The base class of all models. It contains the config, and loads and saves checkpoints.
+    """The base class of all models. It holds the config and loads and saves checkpoints.
 
     Arguments of every model:
         config: The hyperparameters.
         rngs: The random number generators for the initial parameters. If None, the parameters have shapes but no
             values.
         compute_dtype: The dtype of the activations, "float32" or "bfloat16". The parameters of a new model are float32.
-        attention: The name of a kernel in `attention.ATTENTION`, or "auto", which uses a fused kernel for each call
-            that one supports and "plain" for all others; see `attention.choose`.
-        remat: Whether the forward pass stores only the input of each layer. The backward pass then recomputes the rest.
+        attention: The name of a kernel in `attention.ATTENTION`, or "auto". With "auto", each call that a fused kernel
+            supports uses that kernel, and all other calls use "plain"; see `attention.choose`.
+        remat: Whether the forward pass stores only the input of each layer. If true, the backward pass recomputes the
+            rest.
         scan_layers: Whether to compile the layers as one loop. Each layer still has its own parameters.
     """
 
@@ -66,34 +67,34 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
     ) -> Self:
         """Loads a model from a checkpoint.
 
-        The log (level INFO) and the command `bert-jax info` report which tensors of the checkpoint are not loaded and
+        The log (level INFO) and the `bert-jax info` command report which tensors of the checkpoint are not loaded and
         why.
 
         Args:
             model_id: A folder, the name of the embedded model (`bert-mini-cased`), or an id on the Hugging Face Hub. If
-                the folder contains adapters, like the subfolder `adapters` of a LoRA run, they are merged into the base
-                model that the folder names.
+                the folder contains adapters, as the `adapters` subfolder of a LoRA run does, they are merged into the
+                base model that the folder names.
             revision: Branch, tag or commit on the Hub.
             new: Regular expressions that match whole parameter paths, for example `[r"classifier\\..*"]` to train a new
                 head. These parameters are initialized instead of being loaded. Loading fails if the checkpoint lacks
                 any other parameter.
             ignore: Regular expressions that match whole tensor names, for example `[r"loss_fct\\..*"]`. These tensors
-                of the checkpoint are not loaded. Loading fails if the checkpoint contains other tensors that no BERT
+                of the checkpoint are not loaded. Loading fails if the checkpoint contains any other tensor that no BERT
                 model has.
             rngs: The random number generators for the `new` parameters; `nnx.Rngs(0)` by default.
             dtype: "float32" matches the reference implementation and is required for training. "bfloat16" and "int8"
-                are for inference only. They store the layer weights and the word embeddings in a half or a quarter of
-                the memory; see `bert_jax.quantization`. Each tensor is converted as it is read. With "bfloat16", the
-                activations are also bfloat16. To train with bfloat16 activations, load the model in float32 and then
-                set `model.encoder.compute_dtype = "bfloat16"`.
+                are for inference only. With these dtypes, the layer weights and the word embeddings take half or a
+                quarter of the memory, respectively; see `bert_jax.quantization`. Each tensor is converted as it is
+                read. With "bfloat16", the activations are also bfloat16. To train with bfloat16 activations, load the
+                model in float32 and then set `model.encoder.compute_dtype = "bfloat16"`.
             attention: See `BertPreTrainedModel`.
             remat: See `BertPreTrainedModel`.
             scan_layers: See `BertPreTrainedModel`.
             add_pooling_layer: For `BertModel` only: whether the model has a pooler, True by default. Some checkpoints
                 have no pooler.
-            mesh: The devices to load the parameters onto, from `bert_jax.sharding.mesh`. The axes `fsdp` and `tensor`
-                shard the parameters, so that a model can be larger than the memory of one device. None for the default
-                device.
+            mesh: A mesh of the devices that receive the parameters, created by `bert_jax.sharding.mesh`. Its `fsdp` and
+                `tensor` axes shard the parameters, so a model can be larger than the memory of one device. None for the
+                default device.
             **config_changes: New values for config fields, for example `hidden_dropout_prob=0.0`. `num_labels=6` sets
                 the size of a new head or corrects a config that contradicts the weights.
 
@@ -150,7 +151,7 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
 
     @property
     def current_config(self) -> BertConfig:
-        """The config with the model's current number of layers, because some layers may have been removed."""
+        """The config with the model's current number of layers, which is lower if layers have been removed."""
         return self.config.replace(num_hidden_layers=len(self.encoder.layers))
 
     @property
@@ -180,16 +181,16 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
     ) -> None:
         """Adds rows to the word embeddings, as needed after `Tokenizer.add_tokens`. The tied decoder grows with them.
 
-        For the old tokens, the output of the encoder is bitwise identical. Their logits are also identical if the
-        compiler sums in the same order for both sizes. On CPUs with jaxlib 0.10, the order depends on the size modulo
-        16: the remainders 1 to 8 share one order (28,996 has the remainder 4), and the remainders 9 to 15 and 0 share
-        the other. Between the two orders, logits differ by rounding.
+        For the old tokens, the output of the encoder stays bitwise identical. Their logits also stay identical if the
+        compiler sums in the same order for the old and the new size. On CPUs with jaxlib 0.10, the order depends on the
+        size modulo 16. The remainders 1 to 8 share one order (28,996 has the remainder 4), and the remainders 9 to 15
+        and 0 share another. If the orders differ, the logits differ by rounding errors.
 
         Args:
             size: The new size of the vocabulary, such as `tokenizer.vocab_size`; at least the current size.
-            initialize: "mean" sets each new row and its decoder bias to the mean of the old rows and biases (Hewitt
-                2021, nlp.stanford.edu/~johnhew/vocab-expansion.html). "normal" initializes the rows and biases as in a
-                new model.
+            initialize: "mean" sets each new row to the mean of the old rows, and its decoder bias to the mean of the
+                old biases (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html). "normal" initializes the rows
+                and biases as in a new model.
             multiple_of: The size is rounded up to a multiple of this number, such as 64 or 128.
             rngs: The random number generators for "normal"; `nnx.Rngs(0)` by default.
 

@@ -14,9 +14,9 @@ INSTRUCTIONS = {
     "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},
     "int8": {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"},
 }
-"""Maps each dtype to the flags in /proc/cpuinfo of x86 and Arm processors that can multiply numbers of this dtype."""
+"""Maps each dtype to the /proc/cpuinfo flags of the x86 and Arm instructions that multiply numbers of this dtype."""
 FAST_INT8 = (0, 12)
-"""The first jaxlib version with fast int8 products on CPUs."""
+"""The first jaxlib version with fast int8 matrix products on CPUs."""
 
 
 def speed(dtype: str) -> str:

@@ -1,14 +1,15 @@
-"""Models for inference whose large weights (layer weights and word embeddings) are bfloat16 or int8.
+"""Inference-only models whose large weights (layer weights and word embeddings) are bfloat16 or int8.
 
-The large weights make up 99% of the parameters of BERT-base. All other parameters stay float32.
+In BERT-base, the large weights make up 99% of the parameters. All other parameters stay float32.
 
 With bfloat16, the activations are also bfloat16, as in a model whose `compute_dtype` is bfloat16.
 
 With int8, each row of a weight has a scale: the largest absolute value in the row divided by 127. At run time, each
-token gets a scale ("vector-wise quantization", Dettmers et al. 2022, arXiv:2208.07339, section 2.1) and a zero point,
-so that the 255 levels extend from its smallest to its largest value ("zeropoint quantization", the same section). The
-int8 products are accumulated exactly in int32. The sum is multiplied by both scales in float32. The product of the zero
-point and the weight is then added; to compute it, the sum of each weight row is stored. Everything else is float32.
+token also gets a scale ("vector-wise quantization", Dettmers et al. 2022, arXiv:2208.07339, section 2.1) and a zero
+point, so the 255 levels extend from the token's smallest to its largest value ("zeropoint quantization", same section).
+The int8 products are accumulated exactly in int32. Each accumulated sum is multiplied by both scales in float32. Then
+the product of the zero point and the weight row is added. For this product, the sum of each weight row is stored.
+Everything else is float32.
 """
 
 from typing import Any, Literal
@@ -32,7 +33,7 @@ class QuantizedLinear(Linear):
         self.bias = linear.bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in] -> [..., out], in the dtype of x."""
+        """Applies the map: [..., in] -> [..., out], in the dtype of x."""
         y = quantized_product(x, self.weight[...], self.scale[...], self.total[...])
         return (y + last_axis(self.bias[...], y)).astype(x.dtype)
 
@@ -44,17 +45,23 @@ class QuantizedEmbedding(Embedding):
         self.weight, self.scale, self.total = _int8(embedding.weight)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """int [...] -> float32 [..., D]. An id past the table's end gives NaN; a negative one counts from the end."""
+        """Looks up vectors: int [...] -> float32 [..., D].
+
+        The vector of an id past the end of the table is NaN. A negative id counts from the end.
+        """
         return jnp.take(self.weight[...], ids, axis=0) * jnp.take(self.scale[...], ids)[..., None]
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """The dot products of x with every vector of the table, for the tied decoder. [..., D] -> float32 [..., V]."""
+        """Computes the dot products of x with every vector in the table: [..., D] -> float32 [..., V].
+
+        The tied decoder uses this method.
+        """
         return quantized_product(x, self.weight[...], self.scale[...], self.total[...])
 
 
 @jax.custom_jvp
 def quantized_product(x: jax.Array, weight: jax.Array, scale: jax.Array, total: jax.Array) -> jax.Array:
-    """`x @ (scale[:, None] * weight).T`, with x rounded to 255 levels per token.
+    """Computes `x @ (scale[:, None] * weight).T`, with x rounded to 255 levels per token.
 
     Args:
         x: float [..., in].

@@ -13,10 +13,10 @@ from bert_jax import sharding
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Draws 16 random bits per element and returns them as uint32 of `shape`.
+    """Draws 16 random bits per element and returns them as a uint32 array of the given shape.
 
-    With 16 bits, the fraction of dropped elements differs from the dropout rate by less than 1e-5. On TPUs,
-    the same key gives different bits than on other platforms.
+    With 16 bits, the fraction of dropped elements differs from the dropout rate by less than 1e-5. The same key gives
+    different bits on TPUs than on other platforms.
     """
     key = jax.random.key_data(key)[:2]
     bits: jax.Array = jax.lax.platform_dependent(
@@ -26,7 +26,7 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _rbg(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Draws the bits with the TPU's hardware generator (the "rbg" of `jax.random`).
+    """Draws the bits with the TPU's hardware generator ("rbg" in `jax.random`).
 
     On TPUs, this generator needs less temporary memory than Threefry. The bits depend on how the rows are sharded.
     """
@@ -39,13 +39,15 @@ def _rbg(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2).
+    """Draws the bits with Threefry-2x32.
 
-    This is the algorithm that jax.random uses. It computes a block of 64 bits from the key and a counter. In this
+    `jax.random` uses the same algorithm, which computes a block of 64 bits from the key and a counter. In this
     implementation, the counter consists of the index in the batch and the position in a quarter of the row, and each
-    block serves four elements, one in each quarter. In contrast, jax.random uses a whole block for one element and, on
-    CPUs, makes many passes over memory. It is therefore five times slower and would take a tenth of the time of a
-    training step.
+    block serves four elements, one in each quarter. In contrast, `jax.random` uses a whole block for one element and,
+    on CPUs, makes many passes over memory. `jax.random` is therefore five times slower and would take a tenth of the
+    time of a training step.
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2.
     """
     first, second = key
     keys = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
@@ -71,9 +73,9 @@ def draw_by_rows(draw: Callable[..., jax.Array], key: jax.Array, shape: tuple[in
     Compilers do not shard random generators, so every device would otherwise draw the bits of the whole batch.
 
     Args:
-        draw: Draws an array from a key and a shape.
+        draw: A function that draws an array, given a key and a shape.
         key: uint32 [2].
-        shape: The shape of the result, rows first.
+        shape: The shape of the result. The first axis is that of the rows.
     """
     shares = sharding.shares()
     if shares == 1 or shape[0] % shares:

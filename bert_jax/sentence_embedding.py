@@ -1,7 +1,7 @@
 """Pooling and normalization settings of sentence-transformers models (Reimers & Gurevych 2019, arXiv:1908.10084).
 
-Source: the files that the sentence-transformers library reads and writes: `modules.json`, `1_Pooling/config.json`,
-`sentence_bert_config.json` and `config_sentence_transformers.json`.
+Source: the file formats of the sentence-transformers library (`modules.json`, `1_Pooling/config.json`,
+`sentence_bert_config.json` and `config_sentence_transformers.json`).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _POOLINGS = {
 }
 
 # The settings that each file may contain. ANY marks a setting that this module reads or that does not affect the
-# vectors. For any other setting, only the given value is supported. null always means the default.
+# vectors. For any other setting, only the given value is supported. A null value always means the default.
 ANY = object()
 _SETTINGS: dict[str, dict[str, Any]] = {
     "config_sentence_transformers.json": {
@@ -56,8 +56,8 @@ class SentenceEmbedding:
 
     Attributes:
         pooling: "mean" takes the mean of all token vectors, including [CLS] and [SEP]; "cls" takes the vector of [CLS].
-        size: The number of dimensions of the vector.
-        normalize: Whether the vector is scaled to length 1.
+        size: The number of dimensions of a text's vector.
+        normalize: Whether each text's vector is scaled to length 1.
         max_length: The maximum number of tokens per text, including special tokens; None for the tokenizer's maximum.
         lowercase: Whether texts are lowercased even if the tokenizer itself preserves case.
     """
@@ -92,7 +92,8 @@ class SentenceEmbedding:
         Raises:
             ModelNotFoundError: If the model does not exist.
             CheckpointError: If the model is not a sentence-transformers model, if a file is damaged, or if the model
-                has a module, a pooling mode or a setting that this package does not support. The message names it.
+                has a module, a pooling mode or a setting that this package does not support. The message names the
+                unsupported item.
         """
         network = hub.download(model_id, revision=revision)
         if (found := hub.find_modules(network)) is None:

@@ -1,8 +1,8 @@
-"""Where arrays are placed: devices are arranged along named mesh axes, and each axis shards certain arrays.
+"""Placement of arrays on devices. A mesh arranges devices along named axes, and each axis shards certain arrays.
 
-`data` shards the rows of a batch. `fsdp` shards those rows as well as the parameters, their gradients and the optimizer
-state (Rajbhandari et al. 2020, "ZeRO", stage 3). `tensor` shards the attention heads and the inner features of the
-feed-forward layers (Shoeybi et al. 2019, "Megatron-LM", section 3).
+The `data` axis shards the rows of a batch. The `fsdp` axis shards the rows as well, and also the parameters, their
+gradients and the optimizer state (Rajbhandari et al. 2020, "ZeRO", stage 3). The `tensor` axis shards the attention
+heads and the inner features of the feed-forward layers (Shoeybi et al. 2019, "Megatron-LM", section 3).
 """
 
 import functools
@@ -44,12 +44,13 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 def mesh(
     *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-    """Arranges devices along the axes `data`, `fsdp` and `tensor`.
+    """Arranges devices along the `data`, `fsdp` and `tensor` axes.
 
     Args:
-        data: Number of device groups that shard the rows of a batch; -1 for as many groups as the devices allow.
-        fsdp: Number of devices that shard the rows of a group as well as the parameters, gradients and optimizer state.
-        tensor: Number of devices that shard the attention heads and the inner features of the feed-forward layers.
+        data: The number of device groups that shard the rows of a batch; -1 for as many groups as the devices allow.
+        fsdp: The number of devices that shard the rows of a group, and also the parameters, gradients and optimizer
+            state.
+        tensor: The number of devices that shard the attention heads and the inner features of the feed-forward layers.
         devices: The devices to use; by default, the devices of all processes.
 
     Raises:
@@ -74,9 +75,9 @@ def local(sizes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
     """Returns a mesh of this process's devices.
 
     Args:
-        sizes: The arguments of `mesh`. By default, the axis `data` contains all devices of this process, with two
-            exceptions. If `jax.default_device` is set, the mesh contains only that device. On CPUs, the mesh contains
-            only the first device, because simulated devices share the same cores.
+        sizes: The sizes of the axes, as passed to `mesh`. By default, the `data` axis contains all devices of this
+            process, with two exceptions. If `jax.default_device` is set, the mesh contains only that device. On CPUs,
+            the mesh contains only the first device, because simulated devices share the same cores.
 
     Raises:
         InputError: If the axes do not fit the devices.
@@ -93,7 +94,7 @@ def local(sizes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
 
 
 def mesh_of(params: Any) -> jax.sharding.Mesh | None:
-    """Returns a mesh of the devices that the arrays of a pytree were placed on; None if they were not placed.
+    """Returns a mesh of the devices on which the arrays of a pytree were placed; None if they were not placed.
 
     Raises:
         InputError: If the arrays are sharded on a mesh that `mesh` did not create, or on devices of other processes.
@@ -121,9 +122,12 @@ def _ours(mesh: jax.sharding.Mesh) -> bool:
 
 
 def part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
-    """Returns the index of the part of a batch's rows that this process's devices hold, and the number of parts.
+    """Determines which part of a batch's rows this process's devices hold.
 
-    Processes that differ only in their position along the axis `tensor` hold the same part.
+    Processes that differ only in their position along the `tensor` axis hold the same part.
+
+    Returns:
+        The index of the part and the number of parts.
 
     Raises:
         InputError: If the mesh has no devices of this process, or if the processes would not hold equal, contiguous
@@ -141,7 +145,12 @@ def part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
 
 
 def check(mesh: jax.sharding.Mesh, config: BertConfig) -> None:
-    """Raises `InputError` if the mesh lacks `AXES` or if `tensor` does not divide the heads or the inner features."""
+    """Checks that a mesh fits a model.
+
+    Raises:
+        InputError: If the mesh does not have the axes that `bert_jax.sharding.mesh` creates, or if the size of the
+            `tensor` axis does not divide both the number of attention heads and the number of inner features.
+    """
     if not _ours(mesh):
         axes = ", ".join(f"{name} ({kind.name})" for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True))
         raise InputError(
@@ -213,7 +222,10 @@ def put_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
 
 
 def share(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
-    """Returns the number of shards into which a mesh divides a batch. The number of rows must be a multiple of it."""
+    """Returns the number of shards into which a mesh divides a batch.
+
+    The number of rows in the batch must be a multiple of this number.
+    """
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -226,18 +238,19 @@ def by_rows(x: jax.Array) -> jax.Array:
         x: The activations, [B, …].
 
     Returns:
-        The constrained x. If the current mesh (`jax.set_mesh`) lacks the axes `BATCH_AXES` or does not shard rows, x is
-        returned unchanged.
+        The constrained activations. If the current mesh (`jax.set_mesh`) lacks an axis in `BATCH_AXES` or does not
+        shard rows, x is returned unchanged.
     """
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)) if shares() > 1 else x
 
 
 def by_rows_from_features(x: jax.Array) -> jax.Array:
-    """`by_rows` for vectors [B, T, D] from a table whose features are sharded by the axis `fsdp`.
+    """Applies `by_rows` to vectors [B, T, D] from a table whose features are sharded along the `fsdp` axis.
 
-    The looked-up vectors are sharded by rows along `data` and by features along `fsdp`. To change from this layout to
-    that of `by_rows`, the devices along `fsdp` exchange parts. Without this intermediate constraint, the compiler would
-    replicate all vectors on a mesh with both axes ("involuntary full rematerialization").
+    The looked-up vectors are first constrained to be sharded by rows along `data` and by features along `fsdp`. To
+    change from this layout to that of `by_rows`, the devices along `fsdp` exchange parts. Without the intermediate
+    layout, the compiler would replicate all vectors if both axes have several devices ("involuntary full
+    rematerialization").
     """
     mesh = jax.sharding.get_abstract_mesh()
     both = set(BATCH_AXES) <= set(mesh.axis_names) and min(mesh.shape[axis] for axis in BATCH_AXES) > 1
@@ -247,13 +260,13 @@ def by_rows_from_features(x: jax.Array) -> jax.Array:
 
 
 def shares() -> int:
-    """`share` of the current mesh (`jax.set_mesh`); 1 if that mesh lacks the axes `BATCH_AXES`."""
+    """Returns `share` of the current mesh (`jax.set_mesh`); 1 if that mesh lacks an axis in `BATCH_AXES`."""
     mesh = jax.sharding.get_abstract_mesh()
     return share(mesh) if set(BATCH_AXES) <= set(mesh.axis_names) else 1
 
 
 def platform() -> str:
-    """JAX's name for the platform to compile for: the current mesh's platform, or JAX's default if there is no mesh."""
+    """Returns JAX's name for the current mesh's platform, or for JAX's default platform if there is no mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else str(device.platform)
 

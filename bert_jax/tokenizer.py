@@ -1,7 +1,7 @@
 """Converts texts to token ids, and token ids to NumPy arrays for a model.
 
 The `tokenizers` library splits the texts into WordPiece tokens. Truncation and padding are arguments of each call, not
-settings of a tokenizer, so that threads can share a tokenizer.
+settings of a tokenizer, so threads can share a tokenizer.
 """
 
 import json
@@ -78,9 +78,9 @@ class Tokenizer(PushToHub):
         `added_tokens_decoder`, no other file is read for added tokens. Otherwise, `added_tokens.json`, `tokenizer.json`
         and `special_tokens_map.json` are also read, and `special_tokens_map.json` overrides `tokenizer_config.json`.
 
-        There is one difference from transformers, whose BERT classes lowercase all text if `do_lower_case` is not set.
-        In two such cases, this class preserves case and logs a warning: if there is a `tokenizer.json` that does not
-        lowercase text, or if there is no `tokenizer.json` but the vocabulary contains capital letters.
+        There is one difference from transformers. If `do_lower_case` is not set, the BERT classes of transformers
+        lowercase all text. Instead, this class preserves case and logs a warning if there is a `tokenizer.json` that
+        does not lowercase text, or if there is no `tokenizer.json` and the vocabulary contains capital letters.
 
         Args:
             model_id: A folder, the name of the embedded model (`bert-mini-cased`), or an id on the Hugging Face Hub.
@@ -140,7 +140,7 @@ class Tokenizer(PushToHub):
         return cls(backend, model_max_length=limit, special_tokens=named)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer.json`, `tokenizer_config.json` and `vocab.txt`, for this class and for transformers.
+        """Writes `tokenizer.json`, `tokenizer_config.json` and `vocab.txt`, which transformers can also read.
 
         Raises:
             CheckpointError: If the folder cannot be written.
@@ -171,13 +171,13 @@ class Tokenizer(PushToHub):
     def add_tokens(self, tokens: Sequence[str], *, special: bool = False) -> int:
         """Adds tokens that the tokenizer never splits, such as domain terms or entity markers.
 
-        Afterwards, call `model.resize_embeddings(tokenizer.vocab_size)`, and only then make pipelines.
+        Afterwards, call `model.resize_embeddings(tokenizer.vocab_size)` before you create any pipelines.
 
         Args:
             tokens: The tokens. Tokens that the vocabulary already contains keep their ids.
             special: Whether the tokens are special, like [MASK]. `decode` can skip special tokens, and they are matched
-                before normalization. Other tokens are matched after normalization, so that a tokenizer that lowercases
-                text matches them regardless of case.
+                before normalization. Other tokens are matched after normalization, so a tokenizer that lowercases text
+                matches them regardless of case.
 
         Returns:
             The number of tokens that the vocabulary did not contain.
@@ -201,7 +201,7 @@ class Tokenizer(PushToHub):
         return self.backend.token_to_id(token)
 
     def get_vocab(self) -> dict[str, int]:
-        """Returns a dict from all tokens, including added ones, to their ids."""
+        """Returns a dict that maps all tokens, including added ones, to their ids."""
         vocab: dict[str, int] = self.backend.get_vocab()
         return vocab
 
@@ -212,7 +212,10 @@ class Tokenizer(PushToHub):
     @overload
     def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int | None]: ...
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int | None] | None:
-        """Returns the id of a token or the ids of several. Tokens outside the vocabulary get `unk_token_id`."""
+        """Returns the id of one token or the ids of several tokens.
+
+        The id of a token that is not in the vocabulary is `unk_token_id`.
+        """
         if isinstance(tokens, str):
             id = self.token_to_id(tokens)
             return self.unk_token_id if id is None else id
@@ -227,12 +230,12 @@ class Tokenizer(PushToHub):
     def convert_ids_to_tokens(
         self, ids: int | Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False
     ) -> str | list[str]:
-        """Returns the token with an id or the tokens with several ids.
+        """Returns the token with the given id, or the tokens with the given ids.
 
         Args:
-            ids: One id or several.
+            ids: One id or several ids.
             skip_special_tokens: Whether to leave out the `special_tokens`, such as [CLS], if several ids are given. As
-                in transformers, special tokens from `add_tokens` are kept; `decode` also leaves these out.
+                in transformers, special tokens added by `add_tokens` are kept. In contrast, `decode` leaves them out.
 
         Raises:
             InputError: If an id has no token.
@@ -273,8 +276,8 @@ class Tokenizer(PushToHub):
                 ("only_second").
 
         Returns:
-            The rows of each text. A row is a `tokenizers.Encoding`, with ids, type_ids, tokens, offsets (in
-            characters), word_ids, sequence_ids and special_tokens_mask.
+            The rows of each text. Each row is a `tokenizers.Encoding` with the attributes `ids`, `type_ids`, `tokens`,
+            `offsets` (in characters), `word_ids`, `sequence_ids` and `special_tokens_mask`.
 
         Raises:
             InputError: If an entry of `text` or `text_pair` has the wrong type (the message gives the entry's index),
@@ -314,7 +317,10 @@ class Tokenizer(PushToHub):
         return rows
 
     def _truncating(self, max_length: int, stride: int, strategy: str) -> tokenizers.Tokenizer:
-        """Returns a truncating copy of the backend. Threads share the backend, so its settings must not change."""
+        """Returns a copy of the backend that truncates texts.
+
+        Threads share the backend, so the settings of the backend itself must not change.
+        """
         key = (max_length, stride, strategy)
         if key not in self._copies:
             copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
@@ -377,13 +383,13 @@ class Tokenizer(PushToHub):
         length: int | None = None,
         rows: int = 0,
     ) -> ModelInputs:
-        """Pads rows of ids to rectangular arrays.
+        """Pads rows of token ids to the same length and returns them as arrays.
 
         Args:
             ids: The token ids of each row.
             type_ids: The token types of each row.
             length: The number of tokens to pad to; by default, the length of the longest row.
-            rows: The number of rows to pad to, if `ids` has fewer. The added rows consist of padding.
+            rows: The minimum number of rows in the result. If `ids` contains fewer, rows of padding are added.
 
         Returns:
             `input_ids`, `attention_mask` and `token_type_ids`, each int32 [B, T].
@@ -403,13 +409,13 @@ class Tokenizer(PushToHub):
         return padded
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
-        """Converts token ids to text. Joins the pieces of words, and removes spaces before punctuation."""
+        """Converts token ids to text, joining the pieces of words and removing spaces before punctuation."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def batch_decode(
         self, sequences: Sequence[Sequence[int]] | np.ndarray, *, skip_special_tokens: bool = False
     ) -> list[str]:
-        """Converts rows of token ids to texts, as `decode` does."""
+        """Converts rows of token ids to texts by applying `decode` to each row."""
         return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in sequences]
 
 

@@ -23,17 +23,17 @@ SPECIAL_TOKENS = {
 }
 
 BERT_CLASSES = ("Bert", "DistilBert", "Electra", "MobileBert", "ConvBert")
-"""Names, without the endings `Tokenizer` and `Fast`, of tokenizer classes that split text as `BertTokenizer` does."""
+"""Tokenizer classes that split text as `BertTokenizer` does, named without the endings `Tokenizer` and `Fast`."""
 GENERIC_CLASSES = ("PreTrained", "TokenizersBackend")
-"""Names, without the endings `Tokenizer` and `Fast`, of tokenizer classes that use `tokenizer.json` as it is."""
+"""Tokenizer classes that use `tokenizer.json` as it is, named without the endings `Tokenizer` and `Fast`."""
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that `tokenizer_config.json` can set, in the order in which transformers adds them."""
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-"""The properties of an added token besides its text, named as in the files."""
+"""The properties that an added token has in addition to its text, named as in the files."""
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """Reads the JSON object in one of a folder's files. The result is empty if the file does not exist."""
+    """Reads a file that contains a JSON object. If the file does not exist, the result is empty."""
     path = folder / name
     if not path.is_file() and (path.exists() or path.is_symlink()):
         raise CheckpointError(f"{path} is not a regular file; replace or remove it.")
@@ -53,10 +53,10 @@ def max_length_of(given: Any) -> int:
 
 
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Maps the names of special tokens, such as "mask_token", to the tokens.
+    """Returns a dict that maps the names of special tokens, such as "mask_token", to the tokens.
 
     Args:
-        settings: As in `declared_tokens`. Tokens that are not set there default to those in `SPECIAL_TOKENS`.
+        settings: As in `declared_tokens`. Tokens that the settings do not define default to those in `SPECIAL_TOKENS`.
 
     Raises:
         ValueError: If a token is None or empty, if another token is the same as the mask token, or if
@@ -78,7 +78,7 @@ def added_token(given: Any, *, special: bool = True) -> AddedToken:
 
     Args:
         given: The declaration: the token's text, or an object with the text (`content`) and flags.
-        special: The value of the flag `special` if the declaration does not set it.
+        special: The value of the `special` flag if the declaration does not set it.
     """
     if isinstance(given, str):
         return AddedToken(given, special=special, normalized=not special)
@@ -90,7 +90,7 @@ def declared_tokens(
 ) -> list[tuple[int | None, AddedToken]]:
     """Returns the added tokens that the files declare, in the order in which to add them to the tokenizer.
 
-    Each token comes with its declared id, or with None if no id is declared.
+    Each entry of the result is a pair: the declared id, or None if no id is declared, and the token.
 
     Args:
         settings: The contents of `tokenizer_config.json`. If they lack `added_tokens_decoder`, the caller must update
@@ -123,8 +123,8 @@ def declared_tokens(
 def read_vocab(vocab_file: Path) -> dict[str, int]:
     """Reads the id of each piece from a file with one piece per line.
 
-    The id is the index of the line. If several lines are equal, the last of them counts. Trailing whitespace is removed
-    from each line.
+    The id of a piece is the index of its line. If several lines contain the same piece, only the last of them counts.
+    Trailing whitespace is removed from each line.
     """
     try:
         pieces = vocab_file.read_bytes().decode().removesuffix("\n").split("\n")
@@ -157,7 +157,7 @@ def from_json(
             # it later.
             content = {**file, "added_tokens": [], "model": {**model, "vocab": {}} if settings is not None else model}
             backend = Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library raises no narrower exception
+    except Exception as error:  # the library raises no more specific exception
         raise CheckpointError(f"{path} is damaged ({quoted(error)}); download it again.") from None
     if kind != "WordPiece" or not isinstance(backend.model, models.WordPiece):
         raise CheckpointError(f"{path} contains a {quoted(kind)} tokenizer; expected WordPiece.")
@@ -182,8 +182,8 @@ def wordpiece(
         vocab: Maps pieces to ids.
         settings: The contents of `tokenizer_config.json`.
         named: The special tokens by name, from `named_tokens`.
-        cased: Whether case is preserved if `settings` has no `do_lower_case`. If None, case is preserved if the
-            vocabulary contains capital letters.
+        cased: Whether to preserve case if `settings` does not contain `do_lower_case`. If `cased` is None, case is
+            preserved if the vocabulary contains capital letters.
 
     Raises:
         CheckpointError: If the vocabulary or a setting is invalid.

@@ -16,7 +16,7 @@ from flax import nnx
 from bert_jax.errors import InputError, quoted
 
 Params = dict[Any, Any]
-"""A nested dict of arrays. The layers of a list have the integer keys 0, 1, 2, …"""
+"""A nested dict of arrays. The layers in a list have the integer keys 0, 1, 2, …"""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ def merge(skeleton: Skeleton, params: Params) -> Any:
     """Builds a model from a skeleton and parameters: the inverse of `split`.
 
     Call this function instead of `nnx.merge`, which checks only the number of leaves. `nnx.merge` accepts wrong names
-    and shapes, and puts layers with string keys in the order 0, 1, 10, 11, 2, … This function first compares every
-    path, shape and dtype with the skeleton.
+    and shapes and puts layers with string keys in the order 0, 1, 10, 11, 2, … In contrast, this function first
+    compares every path, shape and dtype with the skeleton.
 
     Args:
         skeleton: The skeleton that `split` returns.
-        params: Nested dict of arrays. Layers may have the string keys "0", "1", …, as in some checkpoints.
+        params: A nested dict of arrays. Layers may have the string keys "0", "1", …, as in some checkpoints.
 
     Raises:
         ValueError: If a path is missing or unexpected, or if its parameter has the wrong shape or dtype. The message
@@ -67,12 +67,18 @@ def merge(skeleton: Skeleton, params: Params) -> Any:
 
 
 def flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
-    """Flattens a nested dict to dotted paths, in the same order: `{"a": {0: x}}` becomes `{"a.0": x}`."""
+    """Flattens a nested dict to a dict keyed by dotted path. For example, `{"a": {0: x}}` becomes `{"a.0": x}`.
+
+    The order of the leaves does not change.
+    """
     return {".".join(map(str, keys)): leaf for keys, leaf in nnx.traversals.flatten_mapping(tree).items()}
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
-    """The inverse of `flatten`. Keys that consist of digits become integers."""
+    """Converts a dict keyed by dotted path to a nested dict: the inverse of `flatten`.
+
+    Keys that consist of digits become integers.
+    """
     keys = {path: tuple(int(key) if key.isdigit() else key for key in path.split(".")) for path in flat}
     tree: Params = nnx.traversals.unflatten_mapping({keys[path]: leaf for path, leaf in flat.items()})
     return tree

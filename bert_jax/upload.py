@@ -13,13 +13,14 @@ from bert_jax.errors import HubUnreachableError, InputError, ModelNotFoundError,
 RUN_FILES = ("results.json", "metrics.jsonl", "curve.png")
 """The run files that are uploaded with the model: the final metrics, the metrics of each step, and the learning curve.
 
-All other files of a run stay on this machine: settings.yaml contains local paths, predictions.jsonl and answers.json
-contain texts from the data, and checkpoints, TensorBoard events and adapters are not needed to use the model.
+All other files of a run stay on this machine. The `settings.yaml` file contains local paths, and `predictions.jsonl`
+and `answers.json` contain texts from the data. Checkpoints, TensorBoard events and adapters are not needed to use the
+model.
 """
 
 
 class PushToHub:
-    """A base class of models and tokenizers. Subclasses write their files in `save_pretrained`."""
+    """Base class for models and tokenizers. Subclasses write their files in `save_pretrained`."""
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the files to a folder."""
@@ -60,28 +61,28 @@ def push_folder(
 ) -> str:
     """Uploads a model with its tokenizer and, if a run produced it, with its model card, metrics and learning curve.
 
-    The uploaded files are config.json, the safetensors weights, the tokenizer files, the sentence-transformers files,
-    README.md and `RUN_FILES`. All other files in the folder stay on this machine.
+    The uploaded files are `config.json`, the safetensors weights, the tokenizer files, the sentence-transformers files,
+    `README.md` and `RUN_FILES`. All other files in the folder stay on this machine.
 
     Args:
         folder: The folder of a finished run, or another folder that contains a model.
-        repo_id: The id of the model on the Hub, such as `me/emotion`; `emotion` is a model in your own account. A model
-            that does not exist yet is created.
+        repo_id: The id of the model on the Hub, such as `me/emotion`. An id without an owner, such as `emotion`, refers
+            to a model in your own account. If the model does not exist, it is created.
         private: Whether a new model is private. None uses the account's default, which is usually public.
         commit_message: The first line of the commit message; "Upload model" by default.
-        token: A token with write access. None uses the token from `hf auth login` or from the environment variable
-            HF_TOKEN.
+        token: A token with write access. None uses the token from `hf auth login` or from the `HF_TOKEN` environment
+            variable.
         revision: The branch to upload to, which is created if it does not exist; `main` by default.
 
     Returns:
         The URL of the commit.
 
     Raises:
-        ModelNotFoundError: If the folder has no model.
-        CheckpointError: If the index of the weights or `modules.json` is damaged.
-        InputError: If there is no token, if `repo_id` is invalid, if an existing model contradicts `private`, if
-            the metadata of README.md is invalid, or if the Hub refuses the upload.
-        HubUnreachableError: If the Hub does not answer.
+        ModelNotFoundError: If the folder contains no model.
+        CheckpointError: If the weight index or `modules.json` is damaged.
+        InputError: If there is no token, if `repo_id` is invalid, if the visibility of an existing model contradicts
+            `private`, if the metadata in `README.md` is invalid, or if the Hub refuses the upload.
+        HubUnreachableError: If the Hub does not respond.
     """
     folder = Path(folder)
     names = model_files(folder)
@@ -92,8 +93,8 @@ def model_files(folder: Path) -> list[str]:
     """Returns the paths of the files that `push_folder` uploads, relative to the folder.
 
     Raises:
-        ModelNotFoundError: If the folder has no model.
-        CheckpointError: If the index of the weights or `modules.json` is damaged.
+        ModelNotFoundError: If the folder contains no model.
+        CheckpointError: If the weight index or `modules.json` is damaged.
     """
     modules = folder / hub.MODULES_FILE
     first, *others = [module.path for module in hub.read_modules(modules)] if modules.is_file() else [""]
@@ -150,7 +151,7 @@ def _upload(
 
 @contextlib.contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
-    """Converts huggingface_hub errors to errors of this package."""
+    """Converts `huggingface_hub` errors to this package's errors."""
     from huggingface_hub import errors
 
     try:

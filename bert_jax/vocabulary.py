@@ -1,7 +1,7 @@
 """Computes word embeddings for a new vocabulary from the embeddings of the old vocabulary.
 
-The embedding of a new piece is the mean of the embeddings of the old pieces that spell it. If there are
-none, it is the mean of all old embeddings.
+The embedding of a new piece is the mean of the embeddings of the old pieces that spell it. If no old pieces spell it,
+its embedding is the mean of all old embeddings.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ def carry(before: Tokenizer, after: Tokenizer) -> tuple[list[list[int]], dict[st
         after: The tokenizer with the new vocabulary.
 
     Returns:
-        For each new id, a list of old ids, which is empty if no old piece was found; and the number of new pieces for
-        each way of computing their embeddings: `SAME`, `LOWER`, `PIECES` or `NONE`.
+        The old ids for each new id, and the number of new pieces for each way of computing their embeddings (`SAME`,
+        `LOWER`, `PIECES` and `NONE`). If no old piece was found for a new id, its list of old ids is empty.
     """
     old = before.backend.get_vocab()
     sources: list[list[int]] = [[] for _ in range(after.vocab_size)]

@@ -25,8 +25,8 @@ from bert_jax.errors import CheckpointError, listed
 from bert_jax.hub import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, advice, names_in, read_index, replacing
 
 # Maps the name of a tensor in published checkpoints (such as google-bert/bert-base-cased) to the path of a parameter.
-# `{i}` stands for the layer number. The tensor and the parameter have the same shape. The weight of a linear layer is
-# [out, in].
+# `{i}` stands for the layer number. The tensor and the parameter have the same shape. The weight of a linear layer has
+# the shape [out, in].
 TABLE = {
     "bert.embeddings.word_embeddings.weight": "bert.embeddings.word_embeddings.weight",
     "bert.embeddings.position_embeddings.weight": "bert.embeddings.position_embeddings.weight",
@@ -64,7 +64,7 @@ TABLE = {
     "qa_outputs.bias": "qa_outputs.bias",
 }
 
-# Some files store tied tensors twice. This maps the name of the second copy to the name of the tensor that it equals.
+# Some files store tied tensors twice. This dict maps the name of a second copy to the name of its original.
 TIED = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -87,7 +87,7 @@ BUFFERS = {"bert.embeddings.position_ids", "bert.embeddings.token_type_ids"}
 
 @dataclass
 class Report:
-    """A report on what was done with each tensor of a checkpoint and with each parameter of the model.
+    """A report on how each tensor of a checkpoint and each parameter of the model was handled.
 
     Tensors are named as in their files.
     """
@@ -98,9 +98,9 @@ class Report:
     tied: list[str] = field(default_factory=list)
     """Second copies of tied tensors, each as a string "copy = original". Loading fails if the two differ."""
     ignored: dict[str, str] = field(default_factory=dict)
-    """The reasons why tensors were not loaded, by tensor name."""
+    """The reasons why tensors were not loaded, keyed by tensor name."""
     new: list[str] = field(default_factory=list)
-    """Paths of the parameters that were reinitialized instead of being loaded, as the caller requested."""
+    """The paths of the parameters that, as the caller requested, were reinitialized instead of being loaded."""
 
     def __str__(self) -> str:
         lines = [f"loaded {len(self.loaded)} tensors" + (f", all named {self.prefix}…" if self.prefix else "")]
@@ -130,26 +130,26 @@ class Source:
 def plan(
     folder: Path, specs: Mapping[str, jax.ShapeDtypeStruct], *, new: Iterable[str] = (), ignore: Iterable[str] = ()
 ) -> tuple[dict[str, Source], Report]:
-    """Finds the stored tensor of each model parameter in a folder.
+    """Matches each parameter of a model with a tensor stored in a folder.
 
     Only the file headers are read. However, if a tied tensor is stored twice, both copies are read and compared.
 
     Args:
         folder: A folder that contains `model.safetensors`, or shards and their index.
-        specs: The shape and dtype of each parameter of the model, by path (`tree.Skeleton.specs`).
+        specs: The shape and dtype of each parameter of the model, keyed by path (`tree.Skeleton.specs`).
         new: Regular expressions that match whole parameter paths. These parameters are reinitialized, even if the
             folder contains tensors for them.
         ignore: Regular expressions that match whole tensor names, as in the files. These tensors are not loaded.
 
     Returns:
-        The sources by parameter path, and the report.
+        The sources, keyed by parameter path, and the report.
 
     Raises:
-        CheckpointError: If tensors do not fit the model, for example because they are missing or unknown or have the
-            wrong shape (the message lists at most 40 of them), if a regular expression matches nothing, or if a file is
-            missing or damaged.
+        CheckpointError: If tensors are missing or unknown, have the wrong shape or do not fit the model in another way
+            (the message lists at most 40 problems), if a regular expression matches nothing, or if a file is missing
+            or damaged.
     """
-    # The parameter paths of a bare BertModel lack the prefix `bert.`, so it is also removed from the paths in `TABLE`.
+    # The parameter paths of a bare BertModel lack the prefix `bert.`, so the paths in `TABLE` are used without it.
     bare = "" if any(path.startswith("bert.") for path in specs) else "bert."
     stored = _stored(folder)
     fresh, left_out = tree.select(new, specs), tree.select(ignore, stored)
@@ -227,10 +227,11 @@ def load(
         specs: See `plan`.
         new: See `plan`.
         ignore: See `plan`.
-        places: Where to put the arrays, by parameter path; None for the default device.
+        places: The shardings of the arrays, keyed by parameter path; None for the default device.
 
     Returns:
-        The arrays by parameter path, in the dtypes of `specs`, and the report. Reinitialized parameters have no array.
+        The arrays, keyed by parameter path and in the dtypes of `specs`, and the report. Reinitialized parameters have
+        no array.
 
     Raises:
         CheckpointError: If `plan` raises it, or if tensors contain values that are not finite. The message names these
@@ -266,7 +267,7 @@ def save(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> 
 
     Args:
         folder: The folder, which is created if necessary. Other files in it are kept.
-        params: The arrays by parameter path.
+        params: The arrays, keyed by parameter path.
         config: The contents of `config.json`.
 
     Raises:
@@ -328,7 +329,7 @@ def _tensors(sources: Mapping[str, Source]) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _stored(folder: Path) -> dict[str, Source]:
-    """Returns the sources of all tensors in a folder by name. Only the file headers are read."""
+    """Returns the sources of all tensors in a folder, keyed by tensor name. Only the file headers are read."""
     index: dict[str, str] = {}
     if (folder / WEIGHTS_FILE).is_file():
         files = [folder / WEIGHTS_FILE]
@@ -389,7 +390,9 @@ def _converted(tensor: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, bo
 
 
 def _quantized(tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rounds each row of a weight [out, in] to multiples of its scale: the row's largest absolute value / 127.
+    """Rounds each row of a weight [out, in] to multiples of the row's scale.
+
+    The scale is the largest absolute value in the row divided by 127.
 
     Returns:
         The multiples, int8 [out, in]; the scales, float32 [out]; and the sum of each rounded row, float32 [out]. If a
@@ -412,10 +415,10 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     """Allocates an array that JAX's CPU backend can use without copying it.
 
     The memory is aligned to 64 bytes. Arrays of at least 4 MB are aligned to 2 MB, so that Linux can use huge pages for
-    them. The end of an array, which does not fill a huge page, gets small pages. Inference on one sentence reads all
-    weights, and reading them from huge pages is 10% faster. The memory of these large arrays comes from mmap, not from
-    malloc, because malloc's bookkeeping between two arrays would occupy additional huge pages, 140 MB in total for
-    BERT-large.
+    them. The last part of an array, which may not fill a huge page, is stored in small pages. Inference on one sentence
+    reads all weights, and reading them from huge pages is 10% faster. The memory for these large arrays comes from mmap
+    rather than malloc, because malloc's bookkeeping between two arrays would occupy additional huge pages, 140 MB in
+    total for BERT-large.
     """
     size, page = math.prod(shape) * dtype.itemsize, 64
     if size < 2**22 or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -444,7 +447,7 @@ def _line(name: str) -> tuple[str, str]:
     """Replaces the layer number in a name or path with `{i}`, as in `TABLE`.
 
     Returns:
-        The name or path with `{i}`, and the layer number as a string. Without a layer number, the name or path is
+        The name or path with `{i}`, and the layer number as a string. If there is no layer number, the name or path is
         unchanged, and the string is `{i}`.
     """
     layer = re.search(r"\.(\d+)\.", name)
@@ -474,6 +477,6 @@ def _misfit(source: Source, expected: list[int]) -> list[str]:
 
 
 def _pattern(name: str) -> str:
-    """Python source of a regular expression that matches a name and all names that differ only after the last dot."""
+    """Returns the Python source of a regular expression that matches a name, whatever follows its last dot."""
     pattern = re.escape(name.rpartition(".")[0]) + r"\..*" if "." in name else re.escape(name)
     return f"r'{listed([pattern])}'"

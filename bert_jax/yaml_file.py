@@ -1,4 +1,4 @@
-"""Reads and validates YAML settings files. A file, one of its variants and overrides are merged into one tree."""
+"""Reads and validates YAML settings files. A file, one of its variants and the overrides are merged into one tree."""
 
 import difflib
 import re
@@ -13,12 +13,15 @@ from bert_jax.errors import InputError, listed, quoted
 from bert_jax.tree import flatten
 
 VALUES = 100_000
-"""Maximum number of values in a settings file. Without a limit, a small file with nested aliases could fill memory."""
+"""The maximum number of values in a settings file.
+
+Without a limit, a small file with nested aliases could exhaust the memory.
+"""
 RENAMED = {"optimizer.rates": "optimizer.lr_multipliers", "queue": "max_queue_tokens", "model": "models",
            "compute_dtype": "dtype", "precision": "dtype", "output.tensorboard": "output.report_to"}  # fmt: skip
 """Maps the name of a setting in earlier versions to its current name."""
 PROBLEMS = 20
-"""Maximum number of problems that one error message lists."""
+"""The maximum number of problems that one error message lists."""
 
 
 class Section(BaseModel):
@@ -28,14 +31,14 @@ class Section(BaseModel):
 
 
 class SettingsFile(Section):
-    """Base class of the settings that make up a whole file."""
+    """Base class for settings that make up a whole file."""
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
         """Reads a settings file.
 
-        A file may define variants under `task_names`. If `task_name` is mrpc, for example, the settings of the variant
-        `task_names: {mrpc: …}` replace the settings with the same names in the rest of the file.
+        A file may define variants under `task_names`. If `task_name` is `mrpc`, for example, the settings of the
+        variant `mrpc` replace the settings with the same names in the rest of the file.
 
         Args:
             path: The file.
@@ -52,8 +55,8 @@ class SettingsFile(Section):
         """Validates a tree of settings.
 
         Args:
-            tree: The settings by section and key.
-            source: The name of the tree in the error message.
+            tree: The settings, keyed by section and then by name.
+            source: What the error message calls the tree.
 
         Raises:
             InputError: If a key is unknown, or if a value is missing or invalid; see `from_file`.
@@ -67,11 +70,11 @@ class SettingsFile(Section):
             raise InputError("\n  ".join([f"{source}:", *problems])) from None
 
     def to_yaml(self) -> str:
-        """Returns all settings, defaults included, as YAML that `from_file` can read."""
+        """Returns all settings, including defaults, as YAML that `from_file` can read."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def differences(self, other: "SettingsFile") -> list[str]:
-        """The settings in which `self` and `other` differ, each as `key: value in self, value in other`."""
+        """Returns the settings in which `self` and `other` differ, each as `key: value in self, value in other`."""
         mine, theirs = (flatten(settings.model_dump(mode="json")) for settings in (self, other))
         return [
             f"{key}: {quoted(mine.get(key))}, {quoted(theirs.get(key))}"
@@ -115,8 +118,9 @@ def _parsed(text: str) -> Any:
 def read_tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
     """Reads a settings file and applies one of its variants and the overrides.
 
-    If the file or an override sets `task_name`, it selects a variant from the file's `task_names`. The variant's
-    settings replace settings with the same names in the rest of the file. The overrides replace settings from either.
+    If the file or an override sets `task_name`, this setting selects a variant from the file's `task_names`. The
+    variant's settings replace the settings with the same names in the rest of the file. The overrides take precedence
+    over both.
 
     Raises:
         InputError: If the file, the variant or an override cannot be used.
@@ -142,7 +146,7 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
     """Converts strings of the form `section.key=value`, with the value in YAML, to a tree.
 
     Raises:
-        InputError: If a value is missing or is not valid YAML, or if part of a value would be lost as a YAML comment.
+        InputError: If a value is missing or is not valid YAML, or if YAML would read part of a value as a comment.
     """
     changes: dict[str, Any] = {}
     for text in texts:
@@ -181,7 +185,7 @@ def nearest(given: Any, names: Iterable[str]) -> str | None:
 
 
 def _section(kind: Any) -> Any:
-    """Returns the section in the type of a setting, which may be optional; the type itself if there is none."""
+    """Returns the section class in the type of a setting, which may be optional; the type if it has no section."""
     return next((arm for arm in get_args(kind) if hasattr(arm, "model_fields")), kind)
 
 
@@ -207,7 +211,7 @@ def _problem(root: type[BaseModel], entry: Any) -> str:
         near = " or ".join(_paths(root, path[-1])) or nearest(path[-1], section.model_fields)
         hint = f"did you mean {near}?" if near else f"expected one of {', '.join(section.model_fields)}."
         return f"{key}: there is no such setting; {hint}"
-    # The message about a whole section does not quote it, because it may contain an API key.
+    # A message about a whole section does not quote the section, because it may contain an API key.
     given = "" if entry["type"] == "missing" or not path else f", got {quoted(entry['input'])}"
     near = nearest(entry["input"], re.findall("'([^']+)'", entry.get("ctx", {}).get("expected", "")))
     hint = f"; did you mean {near}?" if near else ""

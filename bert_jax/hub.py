@@ -375,7 +375,7 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
 
 
 def _commit(repo: str, revision: str, timeout: float) -> str:
-    """Asks the Hub once for the commit of a revision. Files that are cached for this commit need no further request.
+    """Asks the Hub for the commit of a revision. Files that are cached for this commit need no further request.
 
     Raises:
         TimeoutError: If the Hub cannot be reached or does not answer in time.

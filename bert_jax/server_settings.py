@@ -13,22 +13,22 @@ from bert_jax.yaml_file import SettingsFile
 
 
 class Serving(SettingsFile):
-    """A server for one or more models."""
+    """Settings for a server that serves one or more models."""
 
     models: tuple[str, ...] = ()
-    """The models: folders, ids on the Hugging Face Hub, or the embedded model (bert-mini-cased). The default is
-    google-bert/bert-base-cased or, if that model is not cached and the Hub does not respond, bert-mini-cased."""
+    """The models: folders, ids on the Hugging Face Hub, or the embedded model (`bert-mini-cased`). The default is
+    `google-bert/bert-base-cased` or, if that model is not cached and the Hub does not respond, `bert-mini-cased`."""
     names: Mapping[str, str] = {}
-    """Maps entries of `models` to the names that clients use. By default, the name is the entry itself."""
+    """Maps entries of `models` to the names that clients use. By default, each name is the entry itself."""
     revision: str | None = None
     """Branch, tag or commit on the Hub. It can be set only if there is one model."""
     ignore: Patterns = ()
-    """Regular expressions that match the whole names of tensors in the checkpoint that are not loaded."""
+    """Regular expressions that match the whole names of the checkpoint's tensors that are not loaded."""
     tasks: tuple[str, ...] = ()
-    """Tasks to serve. By default, each model serves the tasks that it has heads for. The first task of the first model
-    is also served at /score."""
+    """Tasks to serve. By default, each model serves the tasks for which it has heads. The first task of the first model
+    is also served at `/score`."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all addresses of the machine."""
+    """Address to listen on; `0.0.0.0` for all addresses of the machine."""
     port: Annotated[int, Field(ge=0, lt=2**16)] = 8000
     """Port to listen on; 0 for any free port."""
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
@@ -37,16 +37,16 @@ class Serving(SettingsFile):
     """How the work is divided among the devices of this process. By default, the rows are divided among all
     accelerators; on CPUs, one device is used."""
     api_key: str | None = None
-    """The key that clients must send as a bearer token in the `Authorization` header, for all paths except /health. By
-    default, no key is required. The environment variable BERT_JAX_API_KEY overrides this setting."""
+    """The key that clients must send as a bearer token in the `Authorization` header, for all paths except `/health`.
+    By default, no key is required. The environment variable `BERT_JAX_API_KEY` overrides this setting."""
     api_key_file: Path | None = None
-    """A file that contains the key. Set either this or `api_key`."""
+    """A file that contains the key. Set either this or `api_key`, but not both."""
     allowed_hosts: tuple[str, ...] = ()
-    """Values of the `Host` header that the server accepts; `*.example.com` accepts all subdomains. /health accepts any
-    value. By default, the other paths also accept any value or, if the server listens on a loopback address, only
-    localhost, 127.0.0.1 and [::1]."""
+    """Values of the `Host` header that the server accepts; `*.example.com` accepts all subdomains. `/health` accepts
+    any value. By default, the other paths also accept any value or, if the server listens on a loopback address, only
+    `localhost`, `127.0.0.1` and `[::1]`."""
     allow_origins: tuple[str, ...] = ()
-    """Origins of web pages that may read responses, such as https://example.com; `*` for all."""
+    """Origins of web pages that may read responses, such as `https://example.com`; `*` for all."""
     wait: NonNegativeFloat = 0.0005
     """When a request reaches an idle server, the server waits this many seconds for more requests to batch."""
     timeout: PositiveFloat = 30.0
@@ -59,9 +59,9 @@ class Serving(SettingsFile):
     max_characters: PositiveInt = 20_000
     """Maximum number of characters per input."""
     max_tokens: PositiveInt = 2**15
-    """Maximum number of tokens that the model may process for a request, summed over all its rows. Several inputs,
-    windows, targets or joint masks need several rows. A request that exceeds the maximum is rejected with status
-    413."""
+    """Maximum number of tokens that the model may process for a request, summed over all its rows. A request with
+    several inputs, windows, targets or joint masks needs several rows. A request that exceeds the maximum is rejected
+    with status 413."""
     max_answer: PositiveInt = 2**24
     """Maximum size of a response, in bytes. The size is estimated before the computation, and a request that would
     exceed the maximum is rejected with status 413."""
@@ -70,14 +70,14 @@ class Serving(SettingsFile):
     exceed the maximum is rejected with status 429. A single request counts for at most three quarters of the
     maximum."""
     max_connections: PositiveInt = 1024
-    """Maximum number of open connections. If this number is reached and another client connects, the connection that
-    has been idle the longest is closed."""
+    """Maximum number of open connections. If this number is reached and another client connects, the server closes the
+    connection that has been idle the longest."""
     truncate: bool = False
     """Whether the OpenAI and text-embeddings-inference routes truncate texts that are too long, unless the request
     specifies otherwise. If false, such texts are rejected."""
     accept_token_ids: bool = False
-    """Whether the embedding routes accept token ids instead of texts. The ids must come from the model's own tokenizer;
-    ids from another tokenizer give wrong results without an error."""
+    """Whether the embedding routes accept token ids instead of texts. The ids must come from the model's tokenizer; ids
+    from another tokenizer lead to wrong results without an error."""
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

@@ -1,4 +1,4 @@
-"""Settings of runs and evaluations, read from YAML files and from `key=value` overrides, and validated.
+"""Settings for runs and evaluations. They are read from YAML files and `key=value` overrides, then validated.
 
     settings = Settings.from_file("configs/finetune/emotion.yaml", ["training.epochs=1"])
 
@@ -32,7 +32,7 @@ Pattern = Annotated[str, AfterValidator(_compiles)]
 """A regular expression that matches whole parameter paths, such as `bert.layers.0.attention.query.weight`."""
 _SEVERAL = BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
 Patterns = Annotated[tuple[Pattern, ...], _SEVERAL]
-"""One pattern, or several."""
+"""One or more patterns."""
 
 
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -63,36 +63,36 @@ class LoRA(Section):
     rank: PositiveInt = 8
     """Number of rows of A and of columns of B."""
     alpha: PositiveFloat = 16.0
-    """The product B A is scaled by alpha / rank."""
+    """The matrix product B A is multiplied by alpha / rank."""
     targets: Pattern = r"bert\.layers\.\d+\.attention\.(query|value)\.weight"
     """Weights to which adapters are added."""
     trained: Pattern = r"(classifier|qa_outputs)\..*"
     """Parameters that are trained in full, in addition to the adapters; by default, the parameters of the head.
-    Parameters that match model.new are also trained in full."""
+    Parameters that match `model.new` are also trained in full."""
 
 
 class _Start(Section):
     id: str = "google-bert/bert-base-cased"
-    """The checkpoint: a folder, an id on the Hugging Face Hub, or bert-mini-cased."""
+    """The checkpoint: a folder, an id on the Hugging Face Hub, or the embedded model (`bert-mini-cased`)."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     new: Patterns = ()
-    """Parameters to reinitialize, such as those of the top layers or the pooler. In fine-tuning, the head is also
+    """Parameters to reinitialize, such as those of the top layers or of the pooler. In fine-tuning, the head is also
     reinitialized, unless the checkpoint has a head for the same task and the same labels."""
     ignore: Patterns = ()
-    """Tensors in the checkpoint that are not loaded: regular expressions that match their whole names. A tensor that
-    does not belong to any BERT model is an error, unless one of these expressions matches its name."""
+    """Regular expressions that match the whole names of the checkpoint's tensors that are not loaded. A tensor that
+    does not belong to any BERT model is an error unless one of these expressions matches its name."""
     add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Tokens to add to the vocabulary; the tokenizer never splits them. The rows that are added to the embeddings are
-    initialized to the mean of all rows or, in pretraining, to the mean of the rows of the token's pieces."""
+    """Tokens to add to the vocabulary; the tokenizer never splits them. The embedding of an added token is initialized
+    to the mean of all embeddings or, in pretraining, to the mean of the embeddings of the token's pieces."""
     hidden_dropout_prob: Fraction | None = None
     """Dropout rate of embeddings, attention outputs and feed-forward layers; by default, the checkpoint's."""
     attention_probs_dropout_prob: Fraction | None = None
     """Dropout rate of attention probabilities; by default, the checkpoint's."""
     attention: Literal["plain", "auto", "splash", "triton", "cudnn"] = "plain"
-    """Attention kernel. splash (TPUs), triton (GPUs) and cudnn (GPUs, without packing) save memory. They require
-    compute_dtype: bfloat16 and attention_probs_dropout_prob: 0. auto uses splash or triton if the devices and the
-    other settings allow it, and plain otherwise; a run prints the choice and its reason."""
+    """Attention kernel. `splash` (TPUs), `triton` (GPUs) and `cudnn` (GPUs, without packing) save memory. They require
+    `compute_dtype: bfloat16` and `attention_probs_dropout_prob: 0`. `auto` uses `splash` or `triton` if the devices and
+    the other settings allow it, and `plain` otherwise; each run prints the choice and the reason for it."""
 
 
 class Model(_Start):
@@ -100,36 +100,37 @@ class Model(_Start):
 
     classifier_dropout: Fraction | None = None
     """Dropout rate before the classifier. By default, it is that of the checkpoint or, if the checkpoint sets none,
-    hidden_dropout_prob."""
+    `hidden_dropout_prob`."""
     lora: LoRA | None = None
-    """If set, only low-rank adapters and the parameters that match lora.trained or model.new are trained."""
+    """If set, only low-rank adapters and the parameters that match `lora.trained` or `model.new` are trained."""
 
 
 class PretrainingModel(_Start):
     """The checkpoint to continue from, or the config of a new network."""
 
     id: str | None = None  # type: ignore[assignment]
-    """The checkpoint: a folder, an id on the Hugging Face Hub, or bert-mini-cased. If this is not set, all parameters
-    are newly initialized."""
+    """The checkpoint: a folder, an id on the Hugging Face Hub, or the embedded model (`bert-mini-cased`). If this is
+    not set, all parameters are newly initialized."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Fields of config.json and their values, which replace those of the checkpoint or, for a new network, those of
+    """Fields of `config.json` and their values, which replace those of the checkpoint or, for a new network, those of
     BERT-base."""
     tokenizer: str | None = None
-    """Folder or id of the tokenizer; by default, that of the checkpoint. It is required for a new network. If its
-    vocabulary differs from the checkpoint's, the embedding of each of its pieces is initialized to the mean embedding
-    of the checkpoint's pieces that spell it or, if there are none, of all the checkpoint's pieces."""
+    """Folder or id of the tokenizer; by default, the checkpoint's tokenizer. It is required for a new network. If its
+    vocabulary differs from the checkpoint's, the embedding of each piece is initialized to the mean embedding of the
+    checkpoint's pieces that spell this piece or, if there are none, to the mean embedding of all the checkpoint's
+    pieces."""
     lora: ClassVar[None] = None
 
 
 class Data(Section):
     """The source of the examples. `train`, `validation` and `test` each name one or more files or, if `id` is set, one
-    or more splits of the data set `id`."""
+    or more splits of that data set."""
 
     id: str | None = None
-    """The id of a data set on the Hugging Face Hub. Reading it requires the extra `data`. If `id` is not set, `train`,
+    """The id of a data set on the Hugging Face Hub. Reading it requires the `data` extra. If `id` is not set, `train`,
     `validation` and `test` name files."""
     name: str | None = None
-    """Configuration of the data set on the Hub, such as mrpc for nyu-mll/glue."""
+    """Configuration of the data set on the Hub, such as `mrpc` for `nyu-mll/glue`."""
     revision: str | None = None
     """Branch, tag or commit of the data set on the Hub."""
     train: str | tuple[str, ...] | None = None
@@ -139,54 +140,57 @@ class Data(Section):
     test: str | tuple[str, ...] | None = None
     """Examples to evaluate once, at the end of the run."""
     format: Literal["jsonl", "json", "csv", "tsv", "parquet", "conll", "squad", "text", "text;label"] | None = None
-    """Format of the files; by default, the name of each file determines its format. A name that ends in .txt means
-    `text;label` or, in an evaluation on held-out texts, `text`. For a name that ends in .json, the beginning of the
-    file decides between `json` (an array, or an object whose `data` is an array), `squad` and `jsonl`."""
+    """Format of the files; by default, the name of each file determines its format. A name that ends in `.txt` means
+    `text;label` or, in an evaluation on held-out texts, `text`. If the name ends in `.json`, the beginning of the file
+    determines whether the format is `json` (an array, or an object whose `data` is an array), `squad` or `jsonl`."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
-    """Character between the cells of tables; by default, a comma for csv and a tab for tsv."""
+    """Character that separates the cells of a table; by default, a comma for `csv` and a tab for `tsv`."""
     quoting: Literal["minimal", "none"] | None = None
-    """`minimal`: the cells of tables may be enclosed in double quotes, as pandas and spreadsheets write them. `none`:
-    quotes are text. The default is `minimal` for csv and `none` for tsv."""
+    """With `minimal`, the cells of a table may be enclosed in double quotes, as `pandas` and spreadsheets write them.
+    With `none`, quotes are part of the text. The default is `minimal` for `csv` and `none` for `tsv`."""
     columns: Annotated[tuple[str, ...], AfterValidator(_distinct)] = ()
     """Column names, for tables without a header line. By default, the first line is the header."""
     text: str | None = None
-    """Column of the text; by default, the first of `text`, `sentence`, `sentence1`, … that exists."""
+    """Column that contains the text; by default, the first of `text`, `sentence`, `sentence1`, … that exists."""
     text_pair: str | None = None
-    """Column of the second text of a pair; none by default."""
+    """Column that contains the second text of a pair; none by default."""
     label: str | None = None
-    """Column of the label; by default, the first of `label`, `label_string`, … that exists."""
+    """Column that contains the label; by default, the first of `label`, `label_string`, … that exists."""
     tokens: str | None = None
-    """Column of the words of a sentence; by default, `tokens` or `words`."""
+    """Column that contains the words of a sentence; by default, `tokens` or `words`."""
     tags: str | None = None
-    """Column of the words' tags; by default, `ner_tags_str`, `ner_tags` or `tags`."""
+    """Column that contains the tags of the words; by default, `ner_tags_str`, `ner_tags` or `tags`."""
     question: str | None = None
-    """Column of the question; by default, `question` or, in multiple-choice, also `sent2`."""
+    """Column that contains the question; by default, `question` or, in `multiple-choice`, also `sent2`."""
     context: str | None = None
-    """Column of the text that contains the answer; by default, `context`. In multiple-choice, the column of the text
-    that the choices refer to; by default, the first of `context`, `article`, `passage`, `sent1`, … that exists."""
+    """Column that contains the text with the answer; by default, `context`. In `multiple-choice`, the column that
+    contains the text to which the choices refer; by default, the first of `context`, `article`, `passage`, `sent1`, …
+    that exists."""
     answers: str | None = None
-    """Column of the answers; by default, `answers`. It contains the `text` and the `answer_start` of each answer. If it
-    contains none, the question has no answer. In multiple-choice, the column of the list of choices; by default,
-    `choices`, `options` or `endings`, or else the columns `ending0`, `ending1`, …"""
+    """Column that contains the answers; by default, `answers`. Each answer has a `text` and an `answer_start`. If the
+    column contains no answers, the question has none. In `multiple-choice`, the column that contains the list of
+    choices; by default, `choices`, `options` or `endings`, or else the columns `ending0`, `ending1`, …"""
     wrong_answers: Literal["skip", "stop"] = "skip"
-    """What to do with an invalid row in question answering, such as a row whose answer is not at its `answer_start`:
-    skip the row, or stop."""
+    """What to do with an invalid row in question answering, such as a row with an answer that is not at its
+    `answer_start`: skip the row, or stop."""
     labels: Labels | None = None
     """Label names in the order of their ids. By default, they are the class names that the data set defines
-    (ClassLabel), in the same order. If it defines none, they are the names in the training examples, sorted; among
-    entity tags, O comes first. If there are two labels, the metric f1 is that of the second. If `labels` is set, whole
-    numbers in the label column, alone or in lists, are read as class ids, unless they are themselves names in `labels`.
-    If `labels` is set and the label column contains 0/1 vectors, each vector needs one number per name in `labels`. If
-    the labels of a model are LABEL_0, LABEL_1, …, `bert-jax evaluate` replaces them with the names in `labels`."""
+    (`ClassLabel`), in the same order. If it defines none, they are the names in the training examples, sorted; among
+    entity tags, `O` comes first. If there are two labels, the `f1` metric is computed for the second one. If `labels`
+    is set, whole numbers in the label column, alone or in lists, are read as class ids, unless they are themselves
+    names in `labels`. If `labels` is set and the label column contains 0/1 vectors, each vector needs one number per
+    name in `labels`. If the labels of a model are `LABEL_0`, `LABEL_1`, …, `bert-jax evaluate` replaces them with the
+    names in `labels`."""
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
     """The kind of problem that the labels describe. If this is not set, it follows from the labels: lists mean
     multi-label classification, numbers mean regression if at least one is not whole, and anything else means one label
     per example. A list contains names or class ids, or it is a 0/1 vector with one number per label. If `labels` is not
-    set, the labels of 0/1 vectors are named LABEL_0, LABEL_1, … In the cells of a table, lists are written as in JSON,
-    Python or NumPy. If `multi_label_classification` is set, a cell may instead contain names separated by commas."""
+    set, the labels of 0/1 vectors are named `LABEL_0`, `LABEL_1`, … In the cells of a table, lists are written as in
+    JSON, Python or NumPy. If `multi_label_classification` is set, a cell may instead contain names separated by
+    commas."""
     max_length: PositiveInt = 128
     """Maximum number of tokens per example, special tokens included. Longer texts are truncated; in
-    token-classification and question-answering, they are cut into windows."""
+    `token-classification` and `question-answering`, they are divided into windows."""
     packing: bool = True
     """Whether to pack several examples into a row; the tokens of each example attend only to one another. The rows then
     have little padding and all have the same length, so one compiled program is enough."""
@@ -198,17 +202,17 @@ class Masked(Section):
     """The tokens of an example that the model learns to predict."""
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of an example's tokens that are chosen for prediction; at least one token is chosen."""
+    """Share of an example's tokens to choose for prediction; at least one token is chosen."""
     most: PositiveInt = 20
-    """Maximum number of chosen tokens per example. The original BERT (max_predictions_per_seq) chooses up to 20 in an
-    example of 128 tokens, and up to 76 in one of 512 tokens."""
+    """Maximum number of chosen tokens per example. The original BERT (`max_predictions_per_seq`) chooses up to 20 in an
+    example of 128 tokens and up to 76 in one of 512 tokens."""
     whole_words: bool = False
     """Whether to choose whole words, with all their pieces, instead of single tokens."""
 
 
 class Corpus(Section):
     """Texts to pretrain on: documents separated by empty lines, or JSON lines with one document each. Files may be
-    gzipped."""
+    compressed with gzip."""
 
     train: str | tuple[str, ...]
     """Files to train on."""
@@ -219,8 +223,8 @@ class Corpus(Section):
     text: str = "text"
     """Key of the text in JSON lines."""
     shards: str | None = None
-    """Folder for the tokenized texts; several runs may share it. By default, it is output.folder with .shards
-    appended."""
+    """Folder for the tokenized texts; several runs may share it. By default, it is the path in `output.folder` with
+    `.shards` appended."""
     processes: PositiveInt | None = None
     """Number of processes that tokenize; by default, the number of processors."""
     next_sentence: bool = True
@@ -229,55 +233,57 @@ class Corpus(Section):
     max_length: Annotated[int, Field(ge=8)] = 128
     """Maximum number of tokens per example, special tokens included."""
     short: Fraction = 0.1
-    """Share of the pairs of segments whose target length is random: from 2 to max_length - 3 tokens, not counting the
-    three special tokens. The target length of the other pairs is max_length - 3."""
+    """Share of the segment pairs whose target length is random: from 2 to `max_length` - 3 tokens, not counting the
+    three special tokens. The target length of the other pairs is `max_length` - 3."""
     masked: Masked = Masked()
     packing: bool = True
     """Whether to pack several examples into a row; the tokens of each example attend only to one another."""
 
 
 class Answers(Section):
-    """Settings for question-answering: how contexts are cut into windows, and how answers are read from them."""
+    """Settings for question answering: how contexts are divided into windows and how answers are extracted from
+    them."""
 
     stride: NonNegativeInt | None = None
-    """Number of tokens by which neighboring windows of a context overlap; by default, a third of data.max_length."""
+    """Number of tokens by which neighboring windows of a context overlap; by default, a third of `data.max_length`."""
     max_question_length: PositiveInt = 64
     """Maximum number of tokens of a question; the rest is truncated."""
     max_answer_length: PositiveInt = 30
     """Maximum number of tokens of an answer."""
     n_best: PositiveInt = 20
-    """The `n_best` most likely first tokens are combined with the `n_best` most likely last tokens, and the `n_best`
-    best of the resulting answers are kept."""
+    """The `n_best` most likely first tokens are combined with the `n_best` most likely last tokens, and the top
+    `n_best` of the resulting answers are kept."""
     unanswerable: bool = False
     """Whether a question may have no answer, as in SQuAD 2.0."""
     null_threshold: float = 0.0
-    """Has an effect only if `unanswerable` is set. "No answer" is then predicted if the sum of the start and end logits
-    of [CLS] exceeds the sum for the best answer by more than this threshold. If data.validation contains questions
-    without an answer, the threshold that gives the best f1 on that split replaces this one after training."""
+    """This setting has an effect only if `unanswerable` is true. "No answer" is then predicted if the sum of the start
+    and end logits of [CLS] exceeds the sum for the best answer by more than this threshold. If `data.validation`
+    contains questions without an answer, the threshold with the best `f1` on that split replaces this one after
+    training."""
 
 
 class Decision(Section):
     """Settings for multi-label classification: which labels are predicted."""
 
     threshold: Fraction = 0.5
-    """A label is predicted if its score is above this number."""
+    """A label is predicted if its score is above this threshold."""
     tune: bool = False
-    """Whether the threshold that gives the best f1_micro on data.validation replaces `threshold` after training."""
+    """Whether to replace `threshold` after training with the one that has the best `f1_micro` on `data.validation`."""
 
 
 class Loss(Section):
     """The loss that training minimizes in classification; evaluations report the loss without these options."""
 
     class_weights: Annotated[Literal["balanced"] | dict[str, PositiveFloat] | None, BeforeValidator(_by_label)] = None
-    """The weight of each label in the loss. `balanced` gives rare labels more weight, so that every label has the same
+    """The weight of each label in the loss. `balanced` gives rare labels more weight, so all labels have the same
     influence. In multi-label classification, the weight of a label applies to the examples that have this label;
-    `balanced` sets it to the number of examples without the label divided by the number of examples with it.
-    multiple-choice does not have this setting."""
+    `balanced` sets it to the number of examples without the label divided by the number of examples with it. The
+    `multiple-choice` task does not have this setting."""
     label_smoothing: Fraction = 0.0
     """The share of each target that is divided equally among all labels (Szegedy et al. 2016)."""
     focal_gamma: NonNegativeFloat = 0.0
-    """If p is the probability of the correct label, the loss of this label is multiplied by (1 - p)^focal_gamma (Lin et
-    al. 2017)."""
+    """If p is the probability of the correct label, the loss of this label is multiplied by `(1 - p)^focal_gamma` (Lin
+    et al. 2017)."""
 
 
 class Optimizer(Section):
@@ -293,32 +299,32 @@ class Optimizer(Section):
     no_decay: Patterns = (r".*\bbias", r".*norm\.weight")
     """Parameters without weight decay."""
     beta1: Fraction | None = None
-    """Decay rate of the running mean of the gradients or, for Lion, the weight of this mean in an update. null means
-    optax's default, 0.9. Adafactor has no beta1."""
+    """Decay rate of the running mean of the gradients or, for Lion, the weight of this mean in an update. `null` means
+    optax's default, 0.9. Adafactor has no `beta1`."""
     beta2: Fraction | None = None
-    """Decay rate of the running mean of the squared gradients or, for Lion, of the gradients. null means optax's
-    default, which is 0.99 for Lion and 0.999 for AdamW and LAMB. Adafactor has no beta2."""
+    """Decay rate of the running mean of the squared gradients or, for Lion, of the gradients themselves. `null` means
+    optax's default, which is 0.99 for Lion and 0.999 for AdamW and LAMB. Adafactor has no `beta2`."""
     epsilon: PositiveFloat | None = None
-    """AdamW and LAMB add this number to the square root of the running mean of the squared gradients. null means 1e-8
+    """AdamW and LAMB add this number to the square root of the running mean of the squared gradients. `null` means 1e-8
     for AdamW and 1e-6 for LAMB; the original BERT uses 1e-6. Lion and Adafactor do not have this setting."""
     bias_correction: bool | None = None
-    """Whether AdamW corrects its running means for their start at zero; null means true. The original BERT omits the
+    """Whether AdamW corrects its running means for their start at zero; `null` means true. The original BERT omits the
     correction, but training on small data sets needs it (Zhang et al. 2020, Mosbach et al. 2020). Optimizers other than
     AdamW do not have this setting."""
     max_grad_norm: PositiveFloat | None = 1.0
-    """Gradients with a larger global norm are scaled down to this norm; null means no limit."""
+    """Gradients with a larger global norm are scaled down to this norm; `null` means no limit."""
     frozen: Patterns = ()
     """Parameters that are not trained; they have no gradients and no optimizer state."""
     lr_multipliers: dict[Pattern, NonNegativeFloat] = Field(default_factory=dict)
-    """Maps each pattern to the learning-rate multiplier of the parameters that it matches. layer_decay has no effect on
-    these parameters. If several patterns match a parameter, the first one counts."""
+    """Maps each pattern to the learning-rate multiplier of the parameters that it matches. `layer_decay` has no effect
+    on these parameters. If several patterns match a parameter, the first one applies."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """The learning rate of a layer is that of the layer above it, times this factor. The head counts as the layer above
-    the top layer, and the embeddings count as the layer below layer 0 (Howard & Ruder 2018)."""
+    """The learning rate of each layer is that of the layer above it, multiplied by this factor. The head counts as the
+    layer above the top layer, and the embeddings count as the layer below layer 0 (Howard & Ruder 2018)."""
 
 
 class Schedule(Section):
-    """The learning rate at each step. Schedules have the same names as in transformers."""
+    """The learning rate at each step. The schedules have the same names as in transformers."""
 
     name: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = (
         "linear"
@@ -327,10 +333,10 @@ class Schedule(Section):
     warmup_steps: NonNegativeInt | None = None
     """Number of steps of linear warm-up."""
     warmup_ratio: Fraction = 0.0
-    """Share of all steps that are warm-up; used only if warmup_steps is not set."""
+    """Share of all steps to use for warm-up; it has an effect only if `warmup_steps` is not set."""
     cycles: PositiveFloat | None = None
-    """For cosine, the number of cosine waves (0.5 by default). For cosine_with_restarts, the number of times that the
-    rate falls from its peak to 0 (1 by default)."""
+    """For `cosine`, the number of cosine waves (0.5 by default). For `cosine_with_restarts`, the number of times that
+    the rate falls from its peak to 0 (1 by default)."""
     power: PositiveFloat = 1.0
     """Exponent of the `polynomial` schedule."""
     final_learning_rate: NonNegativeFloat = 1e-7
@@ -347,31 +353,32 @@ class Training(Section):
     batch_size: PositiveInt = 32
     """Number of examples per step, over all devices."""
     accumulation: PositiveInt = 1
-    """Gradient accumulation: the number of parts of a batch that are computed one after another, to save memory."""
+    """Gradient accumulation: the number of parts into which a batch is divided. They are computed one after another to
+    save memory."""
     evaluation_batch_size: PositiveInt = 64
     """Number of examples per batch in evaluations."""
     evaluate_every: PositiveInt | None = None
     """Number of steps between evaluations, each of which is followed by a checkpoint; by default, one epoch. The
-    evaluation before the first step is only reported; it cannot be the best."""
+    evaluation before the first step is only reported; it cannot determine the best checkpoint."""
     save_every: PositiveInt | None = None
     """Number of steps between checkpoints, in addition to those after evaluations."""
     log_every: PositiveInt = 10
-    """Number of steps between lines of metrics.jsonl."""
+    """Number of steps between lines of `metrics.jsonl`."""
     metric: str | None = None
     """Metric that determines the best checkpoint; by default, the task's first metric. For losses, `mse` and
     `pseudo_perplexity`, lower is better; for all other metrics, higher is better."""
     patience: PositiveInt | None = None
-    """The run stops after this number of consecutive evaluations without an improvement of the metric."""
+    """The run stops after this number of consecutive evaluations in which the metric does not improve."""
     keep: PositiveInt = 1
     """Number of the latest checkpoints to keep, in addition to the best."""
     seed: NonNegativeInt = 42
     """Seed for initializing new parameters, for the order of examples and for dropout; in pretraining, also for making
     pairs and for choosing and replacing tokens."""
     remat: bool = False
-    """Whether to recompute the inner activations of each layer in the backward pass. This saves memory but takes a
-    third more time."""
+    """Whether to recompute the inner activations of each layer in the backward pass. This saves memory, but a step
+    takes a third more time."""
     scan_layers: bool = False
-    """Whether to compile the program of one layer and run it for all layers. This makes compilation faster but steps
+    """Whether to compile the program of one layer and run it for all layers. This makes compilation faster and steps
     slightly slower."""
 
 
@@ -387,10 +394,10 @@ class Mesh(Section):
     """The size of each axis of the device mesh."""
 
     data: Annotated[int, Field(ge=-1)] = -1
-    """Number of device groups that a batch is divided among; -1 for as many groups as the devices allow."""
+    """Number of device groups among which a batch is divided; -1 for as many groups as the devices allow."""
     fsdp: PositiveInt = 1
-    """Number of devices among which a group's rows of the batch are divided, as well as the parameters, gradients and
-    optimizer state."""
+    """Number of devices among which a group's rows of the batch, the parameters, the gradients and the optimizer state
+    are divided."""
     tensor: PositiveInt = 1
     """Number of devices among which the attention heads and the inner features of feed-forward layers are divided. The
     links between these devices should be fast."""
@@ -400,22 +407,23 @@ class Output(Section):
     """What a run writes."""
 
     folder: str
-    """Folder for the model, in Hugging Face format, and for the settings, metrics, predictions, learning curve and
-    checkpoints of the run."""
+    """Folder for the model, in Hugging Face format, and for the run's settings, metrics, predictions, learning curve
+    and checkpoints."""
     report_to: Annotated[tuple[Literal[tuple(LOGGERS)], ...], _SEVERAL, AfterValidator(_distinct)] = ("tensorboard",)  # type: ignore[valid-type]
-    """Loggers, in addition to metrics.jsonl: tensorboard (event files in the folder), wandb (Weights & Biases), mlflow
-    or trackio; `[]` for none. All but tensorboard require the package of the same name. Each package's environment
-    variables, such as WANDB_MODE=offline or MLFLOW_TRACKING_URI, determine where it sends the metrics."""
+    """Loggers, in addition to `metrics.jsonl`: `tensorboard` (event files in the folder), `wandb` (Weights & Biases),
+    `mlflow` or `trackio`; `[]` for none. All but `tensorboard` require the package of the same name. Each package's
+    environment variables, such as `WANDB_MODE=offline` or `MLFLOW_TRACKING_URI`, determine where it sends the
+    metrics."""
     license: str | None = None
-    """The Hub's identifier of the model's license, such as apache-2.0, for the model card. By default, it is the
-    license that the base model's card declares, if there is one."""
+    """The Hub's identifier for the model's license, such as `apache-2.0`, for the model card. By default, it is the
+    license that the base model's card declares, if any."""
     language: str | tuple[str, ...] | None = None
-    """ISO 639 codes of the model's languages, such as en, for the model card. By default, it is the language that the
+    """ISO 639 codes of the model's languages, such as `en`, for the model card. The default is the language that the
     base model's card declares, if the card declares only one and the vocabulary is that of the base model."""
 
 
 class Settings(SettingsFile):
-    """A fine-tuning run."""
+    """Settings for a fine-tuning run."""
 
     task: Literal[TRAINABLE]  # type: ignore[valid-type]
     """Hugging Face's name for the task."""
@@ -433,7 +441,7 @@ class Settings(SettingsFile):
 
 
 class Pretraining(SettingsFile):
-    """A pretraining run."""
+    """Settings for a pretraining run."""
 
     task: Literal["pretraining"]
     """Always `pretraining`."""
@@ -448,26 +456,26 @@ class Pretraining(SettingsFile):
 
 
 class Masking(Section):
-    """The tokens that are replaced with [MASK] for a model to predict."""
+    """Which tokens are replaced with [MASK] for the model to predict."""
 
     words: Literal["random", "each"] = "random"
     """`random` masks a share of a text's tokens at once; `each` masks one word at a time, with all its pieces."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of a text's tokens that `random` masks; at least one token is masked."""
+    """For `random`, the share of a text's tokens to mask; at least one token is masked."""
 
 
 class HeldOut(SettingsFile):
-    """An evaluation of pretrained models on texts that they have not seen."""
+    """Settings for evaluating pretrained models on texts that they have not seen."""
 
     task: Literal["fill-mask", "next-sentence-prediction", "minimal-pairs"]
-    """fill-mask and next-sentence-prediction are Hugging Face's names for these tasks. `minimal-pairs` compares the
+    """`fill-mask` and `next-sentence-prediction` are Hugging Face's names for these tasks. `minimal-pairs` compares the
     pseudo-log-likelihoods of two sentences: `data.text` is the column of the acceptable sentence (by default,
-    `sentence_good`), `data.text_pair` is that of the other sentence (`sentence_bad`), and `data.label` is that of the
-    phenomenon (`linguistics_term`)."""
+    `sentence_good`), `data.text_pair` is the column of the other sentence (`sentence_bad`), and `data.label` is the
+    column of the phenomenon (`linguistics_term`)."""
     data: Data = Data()
     masking: Masking = Masking()
     metric: Literal["original", "within_word_l2r"] = "original"
-    """How minimal-pairs scores a sentence: `original` masks one token at a time (Salazar et al. 2020);
+    """How `minimal-pairs` scores a sentence: `original` masks one token at a time (Salazar et al. 2020);
     `within_word_l2r` also masks the later pieces of the same word (Kauf and Ivanova 2023)."""
     seed: NonNegativeInt = 42
     """Seed for choosing masked tokens, for cutting and pairing texts, and for resampling."""

@@ -212,7 +212,7 @@ class BertConfig:
         if names is not None:
             if not isinstance(names, Mapping):
                 raise ConfigError(f"id2label is {quoted(names)}; expected a JSON object of ids and names.")
-            # If the file contains both id2label and label2id, the former takes precedence, as in transformers.
+            # If the file contains both id2label and label2id, the former takes precedence, as in `transformers`.
             known.pop("label2id", None)
             if known.pop("num_labels", len(names)) != len(names):
                 logger.warning("The %d label names override num_labels %s.", len(names), quoted(config["num_labels"]))
@@ -232,7 +232,7 @@ class BertConfig:
             raise ConfigError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the contents of a `config.json` that both this class and transformers can read."""
+        """Returns the contents of a `config.json` that both this class and `transformers` can read."""
         config = {"model_type": "bert", "position_embedding_type": "absolute", **dataclasses.asdict(self)}
         del config["num_labels"]
         return config | {"id2label": {str(i): label for i, label in enumerate(self.labels)}}

@@ -1,6 +1,6 @@
 """Converts weights stored as `flax_model.msgpack` or `pytorch_model.bin` to `model.safetensors`.
 
-Sources: transformers 4.57, `modeling_flax_pytorch_utils.py`, for the names and layouts of FlaxBert parameters;
+Sources: `transformers` 4.57, `modeling_flax_pytorch_utils.py`, for the names and layouts of FlaxBert parameters;
 `flax/serialization.py` for the msgpack format.
 """
 

@@ -320,7 +320,7 @@ class BertForSequenceClassification(BertWithClassifier):
 class BertForMultipleChoice(BertWithClassifier):
     """The encoder with a linear layer that scores each text from the pooler's output.
 
-    Source: `modeling_bert.py` in transformers.
+    Source: `modeling_bert.py` in `transformers`.
     """
 
     pooled = True

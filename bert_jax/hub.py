@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_MODEL = "google-bert/bert-base-cased"
 CONFIG_FILE = "config.json"
 MERGED_CONFIG_FILE = "merged_config.json"
-"""The name of the merged model's config in an adapter folder. If the file were named `config.json`, transformers would
-look for weights in the folder."""
+"""The name of the merged model's config in an adapter folder. If the file were named `config.json`, `transformers`
+would look for weights in the folder."""
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 """The name of the index file of a sharded checkpoint."""

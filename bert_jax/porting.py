@@ -1,4 +1,4 @@
-"""Names that exist in transformers and FlaxBert but not in this package, with their replacements.
+"""Names that exist in `transformers` and FlaxBert but not in this package, with their replacements.
 
 See docs/porting.md for details. Functions that users may call with such argument names are decorated with `suggests`.
 """
@@ -128,11 +128,11 @@ SAVE = {
 """Unsupported arguments of `save_pretrained`, with explanations of their replacements."""
 
 TASKS = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
-"""Maps alternative task names in transformers to this package's task names."""
+"""Maps alternative task names in `transformers` to this package's task names."""
 
 
 def ours(name: str) -> str:
-    """Returns the name that a transformers or FlaxBert class, such as `AutoModelForMaskedLM`, has in this package."""
+    """Returns the name that a `transformers` or FlaxBert class, such as `AutoModelForMaskedLM`, has in this package."""
     name = re.sub("^(Flax|TF)?(AutoModel(?=For)|Auto|Bert)", "Bert", name)
     return re.sub("^BertTokenizer(Fast)?$", "Tokenizer", name)
 

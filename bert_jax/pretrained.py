@@ -226,7 +226,7 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
 
     @porting.suggests(porting.SAVE)
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `model.safetensors` and `config.json`, from which transformers loads bit-identical weights.
+        """Writes `model.safetensors` and `config.json`, from which `transformers` loads bit-identical weights.
 
         Raises:
             InputError: If the model is not loaded in float32.

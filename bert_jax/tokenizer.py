@@ -73,12 +73,12 @@ class Tokenizer(PushToHub):
     def from_pretrained(cls, model_id: str | os.PathLike[str], *, revision: str | None = None) -> Self:
         """Reads the tokenizer of a checkpoint from its `tokenizer.json` or, if it has none, from its `vocab.txt`.
 
-        The files are read as transformers 5 reads them. `tokenizer_config.json` determines the special tokens and, for
-        BERT's tokenizer classes, `do_lower_case`, `strip_accents` and `tokenize_chinese_chars`. If that file contains
+        The files are read as in `transformers` 5. `tokenizer_config.json` determines the special tokens and, for BERT's
+        tokenizer classes, `do_lower_case`, `strip_accents` and `tokenize_chinese_chars`. If that file contains
         `added_tokens_decoder`, no other file is read for added tokens. Otherwise, `added_tokens.json`, `tokenizer.json`
         and `special_tokens_map.json` are also read, and `special_tokens_map.json` overrides `tokenizer_config.json`.
 
-        There is one difference from transformers. If `do_lower_case` is not set, the BERT classes of transformers
+        There is one difference from `transformers`. If `do_lower_case` is not set, the BERT classes of `transformers`
         lowercase all text. Instead, this class preserves case and logs a warning if there is a `tokenizer.json` that
         does not lowercase text, or if there is no `tokenizer.json` and the vocabulary contains capital letters.
 
@@ -93,7 +93,7 @@ class Tokenizer(PushToHub):
         folder = hub.download(model_id, revision=revision)
         settings, file = files.read_json(folder, "tokenizer_config.json"), files.read_json(folder, "tokenizer.json")
         added = {}
-        # Older versions of transformers wrote the following two files instead of `added_tokens_decoder`.
+        # Older versions of `transformers` wrote the following two files instead of `added_tokens_decoder`.
         if settings.get("added_tokens_decoder") is None:
             settings |= files.read_json(folder, "special_tokens_map.json")
             added = files.read_json(folder, "added_tokens.json")
@@ -140,7 +140,7 @@ class Tokenizer(PushToHub):
         return cls(backend, model_max_length=limit, special_tokens=named)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer.json`, `tokenizer_config.json` and `vocab.txt`, which transformers can also read.
+        """Writes `tokenizer.json`, `tokenizer_config.json` and `vocab.txt`, which `transformers` can also read.
 
         Raises:
             CheckpointError: If the folder cannot be written.
@@ -235,7 +235,7 @@ class Tokenizer(PushToHub):
         Args:
             ids: One id or several ids.
             skip_special_tokens: Whether to leave out the `special_tokens`, such as [CLS], if several ids are given. As
-                in transformers, special tokens added by `add_tokens` are kept. In contrast, `decode` leaves them out.
+                in `transformers`, special tokens added by `add_tokens` are kept. In contrast, `decode` leaves them out.
 
         Raises:
             InputError: If an id has no token.

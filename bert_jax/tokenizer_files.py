@@ -27,7 +27,7 @@ BERT_CLASSES = ("Bert", "DistilBert", "Electra", "MobileBert", "ConvBert")
 GENERIC_CLASSES = ("PreTrained", "TokenizersBackend")
 """Tokenizer classes that use `tokenizer.json` as it is, named without the endings `Tokenizer` and `Fast`."""
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""The special tokens that `tokenizer_config.json` can set, in the order in which transformers adds them."""
+"""The special tokens that `tokenizer_config.json` can set, in the order in which `transformers` adds them."""
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 """The properties that an added token has in addition to its text, named as in the files."""
 
@@ -49,7 +49,7 @@ def max_length_of(given: Any) -> int:
     given = 512 if given is None else given
     if not (isinstance(given, int | float) and given >= 3):
         raise ValueError(f"model_max_length is {quoted(given)}; expected at least 3")
-    return int(min(given, 10**6))  # a cap, because transformers writes 10^30 if there is no limit
+    return int(min(given, 10**6))  # a cap, because `transformers` writes 10^30 if there is no limit
 
 
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

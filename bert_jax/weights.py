@@ -260,7 +260,7 @@ def load(
 
 
 def save(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Writes `model.safetensors` and `config.json` in the format that transformers reads.
+    """Writes `model.safetensors` and `config.json` in the format that `transformers` reads.
 
     Both files are first written to disk next to the folder and then moved into it. Even if the process is killed or the
     disk is full, each file in the folder is either the old or the new version, never an incomplete file.
@@ -286,7 +286,7 @@ def write(tensors: Mapping[str, np.ndarray], file: Path) -> None:
         OSError: If the file cannot be written.
     """
     try:
-        # transformers rejects a file whose metadata lacks `format`.
+        # `transformers` rejects a file whose metadata lacks `format`.
         save_file(dict(tensors), file, metadata={"format": "pt"})
     except SafetensorError as error:  # raised if, for example, the disk is full
         raise OSError(str(error)) from None

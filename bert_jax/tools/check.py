@@ -1,6 +1,6 @@
 """Checks a machine: compares the outputs of its devices with reference outputs and measures the devices' speed.
 
-The reference outputs in `check.safetensors` were computed by PyTorch transformers in float64 from the embedded model
+The reference outputs in `check.safetensors` were computed by PyTorch `transformers` in float64 from the embedded model
 (`bert-mini-cased`); see `scripts/make_golden.py`. The tolerance is tight enough to detect matrix products in a lower
 precision than float32, which TPUs and some GPUs use by default.
 """
@@ -178,7 +178,7 @@ def goldens() -> Iterator[Row]:
 
 
 def dtypes() -> Iterator[Row]:
-    """Compares the embedded model's logits in bfloat16 and int8 with those of PyTorch transformers in float32."""
+    """Compares the embedded model's logits in bfloat16 and int8 with those of PyTorch `transformers` in float32."""
     expected = _golden()["logits of words"]
     for dtype, limit in ERRORS.items():
         params, skeleton = tree.split(bert_jax.BertForPreTraining.from_pretrained(MODEL, dtype=dtype))  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ def export(
 
     - `program.bin`: the program, as serialized by `jax.export`
     - `run.py`: an example that runs the program
-    - `model.safetensors` and `config.json`: files from which `from_pretrained` and PyTorch transformers load the same
+    - `model.safetensors` and `config.json`: files from which `from_pretrained` and PyTorch `transformers` load the same
       model
 
     Call the program as `outputs = call(params, inputs)`. `params` contains the tensors of `model.safetensors`, keyed by

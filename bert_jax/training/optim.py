@@ -1,4 +1,4 @@
-"""Optimizers, such as BERT's AdamW, and the learning-rate schedules of transformers.
+"""Optimizers, such as BERT's AdamW, and the learning-rate schedules of `transformers`.
 
     optimizer = optim.adamw(optim.schedule("linear", 2e-5, steps=500, warmup_ratio=0.1), weight_decay=0.01)
 
@@ -245,7 +245,7 @@ def schedule(
     """Returns one of transformers' schedules: a function that maps the step (from 0) to the learning rate (float32).
 
     Args:
-        name: The schedule after warm-up, named as in transformers.
+        name: The schedule after warm-up, named as in `transformers`.
         learning_rate: The peak learning rate.
         steps: Total number of steps in the run.
         warmup_steps: Number of linear warm-up steps.

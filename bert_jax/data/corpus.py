@@ -118,8 +118,8 @@ def pairs(
 
     Yields:
         The first segment, the second segment, and whether the second segment is from a different document than the
-        first. This is the case with a probability of 1/2, and always if only one sentence of the first segment's
-        document remains or if the next sentence has at least the target length.
+        first. The probability of this is normally 1/2. It is 1 if the first segment's document has only one unused
+        sentence left, or if its next unused sentence has at least the target length.
     """
     for number, document in enumerate(documents):
         start = 0
@@ -186,7 +186,7 @@ def runs(documents: Iterable[Document], room: int) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How documents become examples.
+    """Options for converting documents to examples.
 
     Attributes:
         max_length: Maximum number of tokens in an example, including special tokens.
@@ -207,7 +207,7 @@ def rows(
 
     Args:
         documents: The documents.
-        layout: How documents become examples.
+        layout: Options for converting documents to examples.
         special: The ids of [CLS], [SEP] and [PAD].
         dtype: The dtype of the rows.
         random: The random generator.
@@ -251,7 +251,7 @@ def tokenize(
         files: Text files with empty lines between documents, or JSON Lines files. Both kinds may be gzipped.
         folder: The shard folder.
         tokenizer: The model's tokenizer.
-        layout: How documents become examples.
+        layout: Options for converting documents to examples.
         seed: The seed for the random choices when pairs are made.
         format: The format of the files; None to infer it from the file names.
         text: The key of the text in JSON Lines files.
@@ -260,8 +260,9 @@ def tokenize(
 
     Raises:
         InputError: If the tokenizer lacks a special token, if a file cannot be read, if the files contain no text, if
-            pairs are to be made from only one document, if writing to the folder fails, if it contains files that are
-            not shards, or if it contains shards that were made with different arguments. Finished shards are kept.
+            pairs are to be made from only one document, if writing to the folder fails, if the folder contains files
+            that are not shards, or if it contains shards that were made with different arguments. Finished shards are
+            kept.
         CheckpointError: If a shard is damaged or missing.
     """
     special: Any = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
@@ -417,7 +418,7 @@ class Shards:
         return np.cumsum([0, *map(len, self.tables)])
 
     def column(self, name: str) -> np.ndarray:
-        """The header number with the given name (see `HEADER`) for each row: int32 [rows]."""
+        """Returns the column that `HEADER` calls `name`, with one number per row: int32 [rows]."""
         return np.concatenate([table[:, HEADER.index(name)].astype(np.int32) for table in self.tables])
 
     def ids(self, row: int) -> np.ndarray:

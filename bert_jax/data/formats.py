@@ -26,7 +26,10 @@ TEXT = ("text", "sentence", "sentence1", "question1", "premise", "question", "re
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[int, Row | InputError]]
-"""The rows of a file, with their numbers (see `sources.Entry`). An error replaces each row that cannot be read."""
+"""The rows of a file, each preceded by its location (see `sources.Entry.line`).
+
+An error replaces each row that cannot be read.
+"""
 
 
 class Table(NamedTuple):
@@ -88,7 +91,7 @@ def parse_table(lines: Iterator[str], *, table: Table, sure: bool, path: Path | 
     Args:
         lines: The lines.
         table: The delimiter, the quoting and, if there is no header line, the columns.
-        sure: Whether the caller chose the delimiter. If false, it is the default delimiter of the format.
+        sure: Whether the caller chose the delimiter. If false, the delimiter is the default of the format.
         path: The path of the file, for warnings; None for no warnings.
     """
     csv.field_size_limit(2**24)  # a field may contain a book; the default limit is 131,072 characters
@@ -145,7 +148,7 @@ def parse_table(lines: Iterator[str], *, table: Table, sure: bool, path: Path | 
 
 
 def _misfit(fields: list[str], names: list[str], delimiter: str | None) -> str:
-    """Describes the problem with the first line of a table. If there is none, the result is empty.
+    """Describes the problem with the first line of a table. If there is no problem, the result is an empty string.
 
     Args:
         fields: The cells of the first line.
@@ -161,14 +164,14 @@ def _misfit(fields: list[str], names: list[str], delimiter: str | None) -> str:
     if names and fields == names:
         return "the first line already has the names of the columns; do not set the columns."
     wrong = [name for n, name in enumerate(fields) if name in fields[:n] or re.search("[\ud800-\udfff]", name)]
-    if wrong and not names:  # if a name is not UTF-8 text, `entries` yields its own error instead of this one
+    if wrong and not names:  # if a name is not UTF-8 text, `entries` yields a different error instead
         return f"the header has {quoted(wrong[0])} twice. If the file has no header, set the columns."
     return ""
 
 
 def _last_quote(record: list[str]) -> int:
-    """The index of the line on which the last quote opens. `record` contains the lines of a row."""
-    # A quote opens at the beginning of the row, or after a comma, a line break or another quote.
+    """The index of the line that contains the last opening quote. `record` contains the lines of a row."""
+    # An opening quote is at the beginning of the row or follows a comma, a line break or another quote.
     openings = [match.start() for match in re.finditer(r'(?<![^,\n"])"[^"]*"?', "".join(record))]
     return bisect.bisect(list(itertools.accumulate(map(len, record))), max(openings, default=0))
 
@@ -193,7 +196,7 @@ def parse_conll(lines: Iterator[str]) -> Rows:
 
     A blank line ends a row. Each row has the columns `tokens` and `tags`.
     """
-    words: list[list[str]] = []  # the columns of each word of the row
+    words: list[list[str]] = []  # the columns of each word in the row
     columns, wrong = 0, ""
     ambiguous: set[int] = set()  # column counts of lines that may be comments
     for number, line in enumerate(itertools.chain(lines, [""]), 1):
@@ -248,7 +251,7 @@ def literal(text: str) -> Any:
     For an empty cell, the result is an empty list.
 
     Raises:
-        InputError: If the cell is in none of these notations.
+        InputError: If the cell cannot be parsed in any of these notations.
     """
     if not text.strip():
         return []
@@ -291,9 +294,9 @@ def _with_commas(text: str) -> str:
         if part == ",":
             separators[-1].add(part)
         if kind == "opening":
-            # `separators` contains a set of the separators found in each open bracket. If a set contains both commas
-            # and spaces, the error below is raised. Spaces are allowed only in lists, so for other brackets, the set
-            # initially contains a comma.
+            # For each open bracket, `separators` contains the set of separators found in it so far. If a set contains
+            # both a comma and a space, the error below is raised. Only list items may be separated by spaces, so
+            # the set of any other bracket initially contains a comma.
             separators.append(set() if part == "[" else {","})
         if kind == "closing" and (len(separators) == 1 or len(separators.pop()) > 1):
             raise ValueError("commas or brackets are missing")

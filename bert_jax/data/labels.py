@@ -1,4 +1,4 @@
-"""Reads labels for text classification, which may be names, numbers, class ids, lists or 0/1 vectors."""
+"""Reads labels for text classification. Labels may be names, numbers, class ids, lists or 0/1 vectors."""
 
 import itertools
 import math
@@ -22,11 +22,11 @@ def read_lists(labels: dict[str, Any], problem_type: str | None) -> None:
     `MULTI`, every bracketed string must be a list.
 
     Args:
-        labels: The label of each row, modified in place. Each key states the row's split and number for error messages.
+        labels: The label of each row, keyed by the row's split and number as in error messages; modified in place.
         problem_type: None or `MULTI`.
 
     Raises:
-        InputError: If a string that must be a list is not a list. The message states the row.
+        InputError: If a string that must be a list is not a list. The message gives the row number.
     """
     found = False  # whether any string is a list; if not, and if `problem_type` is None, brackets are part of names
     for where, label in labels.items():
@@ -77,7 +77,7 @@ def read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
 
     Raises:
         InputError: If a label is neither a list nor a string, if the lists differ in form, or if their form is
-            ambiguous. The message states a row.
+            ambiguous. The message gives the number of such a row.
     """
     blank = {where for where, label in labels.items() if isinstance(label, str) and not label.strip()}
     for where, label in labels.items():
@@ -97,7 +97,7 @@ def read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
     if binary and len(lengths) == 1 and (lengths == {len(names)} if names else lengths != {1}):
         for where, label in lists.items():
             vector = [int(part) for part in label]
-            # If names are given, they replace the vector, which would be wrong for a model with another label order.
+            # If names are given, they replace the vector, because a model with another label order would misread it.
             labels[where] = list(itertools.compress(names, vector)) if names else vector
         labels.update(dict.fromkeys(blank))
         return f"labels: 0/1 vectors over {listed(names or numbered(*lengths))}"
@@ -130,7 +130,7 @@ def is_vector(label: Any) -> bool:
 
 
 def as_number(label: Any) -> float | None:
-    """Converts a label, which may be a string, to a number. If it is not a number, the result is None."""
+    """Converts a label, which may be a string, to a number. If the label is not a number, the result is None."""
     try:
         return float(label)
     except OverflowError:  # an integer too large for float64
@@ -140,7 +140,7 @@ def as_number(label: Any) -> float | None:
 
 
 def names_of(label: Any) -> list[str]:
-    """The label names of a multi-label row, given as a list or as a string of comma-separated names."""
+    """Converts the label of a multi-label row to a list of names. The label is a list or a comma-separated string."""
     parts = label.split(",") if isinstance(label, str) else label or []
     return [str(part).strip() for part in parts if str(part).strip()]
 
@@ -149,7 +149,7 @@ def label_set(labels: Sequence[Any], problem_type: str | None) -> tuple[str, tup
     """Infers the problem type (unless it is given) and the sorted label names from the labels of training examples.
 
     Lists imply multi-label classification. Numbers imply regression if at least one is not an integer. All other labels
-    imply single-label classification. The labels of 0/1 vectors are named LABEL_0, LABEL_1, …
+    imply single-label classification. If labels are 0/1 vectors, the label names are LABEL_0, LABEL_1, …
     """
     if problem_type is None:
         several = any(isinstance(label, list | tuple) for label in labels)

@@ -86,8 +86,9 @@ class Examples:
         targets: Arrays keyed by name, with one number ([N]) or one vector ([N, …]) per example.
         token_targets: For each name, one array per example with one entry per token. In a batch, the entries for
             padding are `losses.IGNORE`.
-        origins: One tuple per example, which tells the task where the example comes from. The first item is the index
-            of the data row. Origins are not part of batches. If `origins` is empty, example i is made from row i.
+        origins: One tuple per example that describes the source of the example. The first item is the index of the
+            data row; the task defines the other items. Origins are not part of batches. If `origins` is empty, example
+            i is made from row i.
         pad_token_id: The id with which rows are padded.
     """
 

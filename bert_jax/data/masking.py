@@ -64,7 +64,7 @@ def choose(
 
 
 def hide(ids: np.ndarray, random: np.random.Generator, mask_id: int, vocab_size: int) -> np.ndarray:
-    """Replaces chosen tokens: 80% become [MASK], 10% become random tokens, and 10% remain unchanged."""
+    """Replaces the chosen tokens: 80% become [MASK], 10% become random tokens, and 10% remain unchanged."""
     fate = random.random(len(ids))
     return np.where(fate < 0.8, mask_id, np.where(fate < 0.9, random.integers(vocab_size, size=len(ids)), ids))
 
@@ -98,7 +98,7 @@ class MaskedExamples(Examples):
         seed: The seed for the random choices.
         mask_id: The id of [MASK].
         vocab_size: The size of the vocabulary from which random replacements are drawn.
-        special: Ids that are never chosen.
+        special: Ids of the tokens that are never chosen.
         continuing: bool [vocab_size], true for each piece that continues a word.
     """
 

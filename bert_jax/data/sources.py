@@ -83,7 +83,7 @@ def read(
     """Streams the rows of a file (see `entries`) and replaces class ids (see `class_labels`) with class names.
 
     Raises:
-        InputError: If the file or a line in it cannot be read. The message states the line.
+        InputError: If the file or a line in it cannot be read. The message gives the line number.
     """
     names = class_labels(path, format)
     for line, row, _ in entries(path, format, labeled=labeled, table=table):
@@ -146,7 +146,7 @@ def entries(
     table: Table = Table(),  # noqa: B008
     warn: bool = True,
 ) -> Iterator[Entry]:
-    """Streams the rows of a file, with an error instead of each row that cannot be read.
+    """Streams the rows of a file. An error replaces each row that cannot be read.
 
     Args:
         path: A file or a folder. A file may be gzipped, unless it is a Parquet file. In a folder and its subfolders,

@@ -145,7 +145,7 @@ class Task(Protocol):
     json_input: Any
     """The type of one input in the JSON body that the server receives."""
     example: Any
-    """A valid input. Creating a request from it checks whether parameters are valid."""
+    """A valid input. To check parameters, a request is created from this input."""
 
     def forward(self, model: Any, inputs: dict[str, Any], starts: jax.Array) -> dict[str, jax.Array]:
         """Computes the outputs of a batch. This function is pure and is compiled once per batch shape.
@@ -176,15 +176,17 @@ class Objective(Protocol):
     """A training objective: the loss, outputs and metrics that training and evaluation require."""
 
     metrics: tuple[str, ...]
-    """Names of the metrics; the first one selects the best checkpoint unless the settings specify another."""
+    """Names of the metrics; the first one selects the best checkpoint unless the settings specify another metric."""
     per_token: bool
     """Whether outputs have one entry per token. If false, they have one entry per example."""
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The mean loss of a batch and the divisor of this mean, both float32 []. Padding is ignored.
+        """Computes the mean loss of a batch. Padding is ignored. If the dropout key is None, no dropout is applied.
 
-        The divisor is the number of entries in the mean or, if the entries are weighted, the sum of their weights. If
-        the dropout key is None, no dropout is applied.
+        Returns:
+            The mean loss and the number by which the sum of the losses was divided, both float32 []. This number is the
+            number of losses in the mean (for example, the number of examples) or, if the losses are weighted, the sum
+            of their weights.
         """
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -242,7 +244,7 @@ class TrainableTask(Task, Objective, Protocol):
         return self
 
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
-        """Converts rows to examples. If a row cannot be used, raises an `InputError` that states the row number."""
+        """Converts rows to examples. If a row cannot be used, raises an `InputError` that gives the row number."""
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The outputs of `forward`."""

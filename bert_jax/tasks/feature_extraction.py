@@ -37,7 +37,7 @@ class FeatureExtraction:
 
     @functools.cached_property
     def embedding(self) -> SentenceEmbedding:
-        """The settings that the pooling "auto" applies: the result of `declared` for the model's folder.
+        """The settings for `pooling="auto"`: the result of `declared` for the model's folder.
 
         Raises:
             InputError: If the model was not loaded from a folder, or if `declared` raises `CheckpointError`.
@@ -50,7 +50,7 @@ class FeatureExtraction:
             raise InputError(f"pooling is 'auto', but {error} To choose the pooling, pass 'cls' or 'mean'.") from None
 
     def declared(self, folder: Path) -> SentenceEmbedding:
-        """Reads how the sentence-transformers model in a folder converts token vectors to one vector.
+        """Reads the settings with which the sentence-transformers model in a folder combines token vectors into one.
 
         Raises:
             CheckpointError: If the folder contains no such model, or if the model declares settings that this package
@@ -91,15 +91,14 @@ class FeatureExtraction:
 
         Args:
             text: The text, which is truncated to the model's maximum length.
-            layers: The layers whose vectors to return, such as `[6, -1]`: 0 for the embeddings, 1 for the first layer,
-                and -1 for the last, as in `hidden_states`. None returns the vectors of the last layer, without a layer
-                axis.
+            layers: The layers to return, such as `[6, -1]`: 0 for the embeddings, 1 for the first layer, and -1 for the
+                last, as in `hidden_states`. None returns the vectors of the last layer, without a layer axis.
             pooling: None returns the vector of each token. "cls" returns the vector of [CLS]. "mean" and "max" return
                 the mean and the maximum over all tokens, including [CLS] and [SEP] (Reimers & Gurevych 2019,
                 arXiv:1908.10084, section 3). "auto" applies the pooling, normalization and maximum length that the
                 sentence-transformers files in the model's folder declare.
-            normalize: Whether to scale each vector to length 1. With "auto", vectors are also scaled if these files
-                declare normalization.
+            normalize: Whether to scale each vector to length 1. With `pooling="auto"`, vectors are also scaled if the
+                sentence-transformers files declare normalization.
 
         Returns:
             float32 [T, D] if `pooling` is None, else [D]; [layers, T, D] or [layers, D] if `layers` is given.
@@ -140,15 +139,16 @@ class FeatureExtraction:
         Args:
             text: A text, or its token ids. [CLS] and [SEP] are added to ids that lack them.
             layers: As in `request`.
-            normalize: Whether to scale the vector to length 1; None to use the setting that these files declare.
+            normalize: Whether to scale the vector to length 1; None to use the setting in the sentence-transformers
+                files.
             truncate: Whether to truncate a text that is too long. If false, such a text raises `InputError`.
 
         Returns:
             float32 [D]; [layers, D] if `layers` is given.
 
         Raises:
-            InputError: If `text` is blank or empty, is too long or contains an invalid id, or if `embedding` raises
-                this error.
+            InputError: If `text` is blank, contains no ids or contains an invalid id, if it is too long and `truncate`
+                is false, or if `embedding` raises `InputError`.
         """
         embedding, longest = self.embedding, self.embedding_length
         if isinstance(text, str):

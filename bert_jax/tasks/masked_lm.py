@@ -50,7 +50,7 @@ Fillings = list[Filling] | list[list[Filling]]
 class FillMask:
     """Fills masks, like Hugging Face's fill-mask pipeline.
 
-    Unlike that pipeline, it can score targets with several pieces and fill masks jointly.
+    Unlike that pipeline, this class can score targets with several pieces and fill masks jointly.
     """
 
     name = "fill-mask"
@@ -84,7 +84,7 @@ class FillMask:
                 do not add up to 1. For a target with several pieces, the mask is replaced with one mask per piece. The
                 score is then the product of the probabilities of the pieces, each conditioned on the pieces before it.
             joint: Whether to fill all masks together by beam search. Masks are filled from left to right, each
-                conditioned on the tokens chosen for the masks before it. The score is the product of the probabilities
+                conditioned on the tokens chosen for the previous masks. The score is the product of the probabilities
                 of the chosen tokens.
 
         Returns:
@@ -217,7 +217,7 @@ class FillMask:
         return entries
 
     def _pieces(self, targets: str | Sequence[str]) -> list[list[int]]:
-        """The token ids of each target, without duplicates."""
+        """The token ids of each target, with duplicate targets removed."""
         targets = [targets] if isinstance(targets, str) else targets
         if not isinstance(targets, list | tuple) or not targets:
             raise InputError(f"targets is {quoted(targets)}; expected a list of words.")
@@ -272,7 +272,8 @@ class FillMask:
         The rest of the text is decoded only once.
 
         The decoder decodes each token independently of the others, except that it puts no space before the first token.
-        Each part of the text is therefore decoded with another token in front, whose text is then cut off.
+        Each part of the text is therefore decoded with another token in front of it, and that token's text is removed
+        from the result.
         """
         # As in Hugging Face's pipeline, special tokens are kept if there are several masks, because removing them would
         # also remove the masks that are not filled.

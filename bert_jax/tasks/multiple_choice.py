@@ -56,7 +56,8 @@ class ChoiceExamples(Examples):
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
         """See `Examples.batch`.
 
-        `starts` is [B, K · C]: the choices of each row's first example, then those of its second example, and so on.
+        `starts` is [B, K · C]. For each row, it contains the starts of the choices of the first example, followed by
+        those of the second example, and so on.
         """
         batch = super().batch(place, part)
         tokens = {name: batch["inputs"][name] for name in ("input_ids", "token_type_ids")}
@@ -243,7 +244,7 @@ class MultipleChoice(TrainableTask):
         return {"accuracy": float((outputs["scores"].argmax(-1) == labels)[known].mean())}
 
     def predictions(self, outputs: Outputs, examples: Examples) -> list[dict[str, Any]]:
-        """One `{choice, scores}` per example."""
+        """Returns a `{choice, scores}` dict for each example."""
         return [{"choice": int(row.argmax()), "scores": row.tolist()} for row in outputs["scores"]]
 
 

@@ -49,7 +49,7 @@ class MaskedLanguageModeling(Objective):
         }
 
     def _logits(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, ...]:
-        """Returns the logits of the masked tokens, float32 [B, P, V], as a tuple.
+        """Returns a tuple that contains the logits at the masked positions, float32 [B, P, V].
 
         `PreTraining` adds the next-sentence logits, float32 [B, K, 2], to the tuple.
         """

@@ -119,10 +119,10 @@ class QuestionAnswering(TrainableTask):
                 that is less.
             max_question_len: Maximum number of tokens in the question; a longer question is truncated.
             handle_impossible_answer: Whether the empty answer, "", is a candidate. The empty answer means that the
-                question has no answer. Its score is its lowest probability in any window.
+                question has no answer. Its score is the lowest of its probabilities in the individual windows.
             null_threshold: If set, the empty answer is a candidate even without `handle_impossible_answer`. It is
                 listed first if the sum of its start and end logits exceeds the sum for the best non-empty answer by
-                more than this threshold. Otherwise, it is listed last. BERT's run_squad.py calls this threshold
+                more than this threshold. Otherwise, it is listed last. BERT's `run_squad.py` calls this threshold
                 `null_score_diff_threshold`.
 
         Returns:
@@ -345,7 +345,9 @@ class QuestionAnswering(TrainableTask):
         return result | {name: searched[name] for name in ("best_f1", "best_exact_match", "null_threshold")}
 
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
-        """One `{answer, best_answer, null_over_best, n_best}` per row, as in the `transformers` example `run_qa.py`.
+        """Returns an `{answer, best_answer, null_over_best, n_best}` dict for each row.
+
+        The answers are selected as in the `transformers` example `run_qa.py`.
 
         `best_answer` is the best non-empty answer. `null_over_best` is the sum of the start and end logits of the empty
         answer minus the sum for `best_answer`. `answer` is the empty answer if `AnswerOptions.unanswerable` is set and

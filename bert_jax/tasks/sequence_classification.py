@@ -101,7 +101,7 @@ class SequenceClassification(TrainableTask):
         self.max_length = max_length
         self.labels = config.labels
         self.problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
-        # As in `transformers`, a model with one label and no problem_type is trained for regression, but the pipeline
+        # As in `transformers`, a model with one label and no `problem_type` is trained for regression, but the pipeline
         # applies a sigmoid to its output.
         self.scores = SCORES[config.problem_type or (MULTI if config.num_labels == 1 else SINGLE)]
         self.metrics = METRICS[self.problem_type]
@@ -234,7 +234,7 @@ class SequenceClassification(TrainableTask):
         and float32 [N, 1] for regression. The label of an unlabeled row is `UNKNOWN` (int32) or NaN (float32).
 
         Raises:
-            InputError: If a text or a label cannot be used. The message states the row.
+            InputError: If a text or a label cannot be used. The message gives the row number.
         """
         ids = {label: i for i, label in enumerate(self.labels)}
         labels = []
@@ -353,10 +353,10 @@ class SequenceClassification(TrainableTask):
         return metrics.classification(labels, scores.argmax(-1), self.labels)
 
     def predictions(self, outputs: Outputs, examples: Examples) -> list[dict[str, Any]]:
-        """One `{label, score}` per example.
+        """Returns a `{label, score}` dict for each example.
 
-        In multi-label classification, the result is one `{labels, scores}` per example. `labels` lists the labels with
-        a score above `DecisionOptions.threshold`, and `scores` maps the name of each label to its score.
+        In multi-label classification, each dict is `{labels, scores}` instead. `labels` lists the labels with a score
+        above `DecisionOptions.threshold`, and `scores` maps the name of each label to its score.
         """
         if self.problem_type == MULTI:
             scores = [dict(zip(self.labels, row.tolist(), strict=True)) for row in outputs["scores"]]

@@ -58,7 +58,7 @@ class Piece:
     """A token of the text.
 
     Attributes:
-        token: The token or, if it is [UNK], the characters of the text that it represents.
+        token: The token or, if the token is [UNK], the characters that it represents in the text.
         start: The index of the token's first character in the text.
         end: The index of the first character after the token in the text.
         index: The position of the token, with [CLS] at 0.
@@ -117,10 +117,10 @@ class TokenClassification(TrainableTask):
                 token gets its label from the window in which it is farthest from a cut, that is, from a window boundary
                 within the text.
             aggregation_strategy: "none" returns tokens. "simple" groups neighboring tokens whose labels have the same
-                type; a label with B- begins a new group. The other strategies assign one label to each word and then
-                group words in the same way as "simple" groups tokens. The label of a word is the label of its first
-                token ("first"), the label with the highest mean probability over its tokens ("average"), or the label
-                of its token with the highest probability ("max").
+                type; a label with the prefix B- begins a new group. The other strategies assign one label to each word
+                and then group words in the same way as "simple" groups tokens. The label of a word is the label of its
+                first token ("first"), the label with the highest mean probability over its tokens ("average"), or the
+                label with the highest probability at any of its tokens ("max").
             ignore_labels: Labels to omit or, if tokens are grouped, entity types to omit, such as "PER".
 
         Returns:
@@ -287,7 +287,7 @@ class TokenClassification(TrainableTask):
         other tokens get `losses.IGNORE`.
 
         Raises:
-            InputError: If a tag is unknown. The message states the row.
+            InputError: If a tag is unknown. The message gives the row number.
         """
         ids = {label: i for i, label in enumerate(self.labels)}
         encoded = self.tokenizer.encode(
@@ -330,7 +330,7 @@ class TokenClassification(TrainableTask):
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
     ) -> tuple[jax.Array, jax.Array]:
-        """See `Objective.loss`. Computes `losses.cross_entropy`, which has the same options, over words."""
+        """See `Objective.loss`. Computes `losses.cross_entropy` over words, with the given options."""
         labels = batch["targets"]["labels"]
         logits = model(**batch["inputs"], dropout_key=dropout_key).logits
         loss = losses.cross_entropy(
@@ -351,14 +351,14 @@ class TokenClassification(TrainableTask):
         truth = {n: row["tags"] for n, row, _ in examples.origins}
         found = self.predictions(outputs, examples)
         known = [n for n, tags in truth.items() if tags]
-        # If the model predicts BIOES, its tags are converted to IOB2, because `clean` converts the true tags.
+        # If the model predicts BIOES tags, they are converted to IOB2, because `clean` converts the true tags to IOB2.
         bioes = any(label[0] in "ES" for label in _marked(self.labels))
         tags = [iob2(found[n]["tags"]) if bioes else found[n]["tags"] for n in known]
         result = metrics.tagging([truth[n] for n in known], tags)
         return result if "f1" in self.metrics else {"accuracy": result["accuracy"]}
 
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
-        """One `{tags}` per row, with one tag per word.
+        """Returns a `{tags}` dict for each row, with one tag per word.
 
         A word without tokens gets the tag O or, if the model has no label O, the first label.
         """
@@ -398,7 +398,7 @@ def _marked(tags: Iterable[str]) -> set[str]:
 
 
 def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """The words and the tags of a row, with None for the tags if the row has none.
+    """Returns the words and the tags of a row. The tags are None if the row has none.
 
     Numeric tags are indices into `names`.
     """
@@ -430,7 +430,7 @@ def _read_scheme(sentences: list[list[str]]) -> tuple[str, list[list[str]]]:
         The scheme, as a note for the user, and the tags, converted to IOB2 if they have a scheme.
 
     Raises:
-        InputError: If only some tags follow the scheme, or if the tags appear to follow an unknown scheme.
+        InputError: If only some of the tags follow a scheme, or if the tags appear to follow an unknown scheme.
     """
     tags = {tag for sentence in sentences for tag in sentence}
     marked = _marked(tags)

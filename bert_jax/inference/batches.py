@@ -53,17 +53,17 @@ class Bucket(NamedTuple):
 
 
 def is_usual(bucket: Bucket) -> bool:
-    """Returns whether sentences with few masked positions use the bucket."""
+    """Returns whether the bucket is meant for sentences with few masked positions."""
     return bucket.length <= 128 and bucket.masks <= max(2, most_texts(bucket.length))
 
 
 class Queued(NamedTuple):
-    """A text, pair or window for whose outputs a request is waiting.
+    """A text, pair or window in the queue. A request waits for its outputs.
 
     Attributes:
         features: The tokens of the text.
-        request: The request.
-        place: The index of the text among those for which the request waits.
+        request: The request that waits.
+        place: The index of the text among the texts that the request has queued together.
     """
 
     features: Features
@@ -116,7 +116,7 @@ def shapes(
     """
     max_length = -(-max_length // multiple) * multiple
     lengths = [*(n for n in BUCKET_LENGTHS if n < max_length and n % multiple == 0), max_length]
-    if not packed:  # fewer choices for the number of rows, because each is combined with each of the many lengths
+    if not packed:  # fewer choices for the number of rows, because each choice is combined with many lengths
         return [
             Shape(share * rows, length, 1, masks(length, 1))
             for length in lengths
@@ -204,7 +204,7 @@ def mask_counts(length: int, texts: int, one_mask: bool) -> tuple[int, int, int]
     """Returns the numbers of masked positions to which rows are padded, in ascending order.
 
     The rows have `length` tokens and contain at most `texts` texts. If each text has exactly one masked position
-    (`one_mask`), the numbers are a half, three quarters and all of `texts`. Otherwise, the smallest number is `texts`.
+    (`one_mask`), the numbers are half, three quarters and all of `texts`. Otherwise, the smallest number is `texts`.
     The second is a quarter of the row's tokens, which is enough for the 15 % that pretraining masks. The largest is the
     number of tokens in the row. All numbers are at least 2 because, with a single position, the head would compute
     matrix-vector products, which are slow on CPUs.

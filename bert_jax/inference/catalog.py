@@ -21,7 +21,7 @@ def score(pipe: Pipeline[Task], request: Any) -> Any:
     The `inputs` (or `input_data`) field is one of the following:
 
     - an input that is not a list, such as a text
-    - a list of inputs, where an input that consists of two texts or of words is itself a list
+    - a list of inputs, where an input that is a pair of texts or a sequence of words is itself a list
     - columns: `{"input_string": […]}` or, for question answering, `{"question": […], "context": […]}`
     - the "split" format of `pandas`: `{"columns": […], "index": […], "data": [[…]]}`
 
@@ -36,8 +36,8 @@ def score(pipe: Pipeline[Task], request: Any) -> Any:
         the value is the result itself.
 
     Raises:
-        InputError: If the request is invalid. The message states the problem and, if the inputs are in a list, the
-            index of the invalid input.
+        InputError: If the request is invalid. The message describes the problem and, if the inputs are in a list, gives
+            the index of the invalid input.
     """
     inputs, parameters = read(request)
     return jsonable(pipe(inputs, **parameters))

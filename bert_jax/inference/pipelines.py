@@ -50,7 +50,7 @@ from bert_jax.tokenizer import Tokenizer
 from bert_jax.training import memory
 
 READ_AHEAD = 1024
-"""Number of inputs, per shard of a batch, that are read ahead from a stream, sorted by length and batched together."""
+"""Number of inputs per batch shard that are read ahead from a stream, to be sorted by length and batched together."""
 
 Model = str | os.PathLike[str] | BertPreTrainedModel
 Input = TypeVar("Input")
@@ -224,7 +224,7 @@ def tasks_of(architectures: Sequence[str]) -> list[str]:
 
 
 class Pipeline(Generic[Task_co]):
-    """A task, a model and its programs.
+    """A task, a model, and the compiled programs.
 
     Call a pipeline with one input, a list of inputs, or another iterable of inputs.
     """
@@ -270,7 +270,7 @@ class Pipeline(Generic[Task_co]):
         return sorted(buckets, key=is_usual, reverse=True)
 
     def warm_up(self) -> None:
-        """Compiles the programs of all `buckets`, several at a time, and runs the one with the highest memory use.
+        """Compiles the programs of all `buckets`, several at a time, and runs the program with the highest memory use.
 
         Afterward, no input waits for compilation, and memory use has reached its peak.
         """
@@ -297,16 +297,16 @@ class Pipeline(Generic[Task_co]):
         Call a pipeline as `pipe(inputs, …)`, with the keyword arguments of the task's `request` method.
 
         Args:
-            inputs: One input of the task (a text, a pair as a tuple, or a dict with the keys `question` and `context`
-                or `context` and `choices`), a list of inputs, or any other iterable of inputs.
+            inputs: One input of the task (a text, a pair as a tuple, or a dict with either the keys `question` and
+                `context` or the keys `context` and `choices`), a list of inputs, or any other iterable of inputs.
 
         Returns:
             For one input, the task's result. For a list, a list of results in the same order. For any other iterable,
             an iterator over the results, which reads at most `read_ahead` inputs ahead.
 
         Raises:
-            InputError: If an input or a parameter is invalid. The message states the problem and, if there are several
-                inputs, the index of the input.
+            InputError: If an input or a parameter is invalid. The message describes the problem and, if there are
+                several inputs, gives the index of the invalid input.
             CheckpointError: If the model's results are not finite.
             OutOfMemoryError: If a batch does not fit in the memory of the devices.
         """
@@ -325,7 +325,7 @@ class Pipeline(Generic[Task_co]):
         """Makes a request from one input. To compute its result, call `run`.
 
         Raises:
-            InputError: If the input is invalid, or if the task does not have one of the parameters.
+            InputError: If the input is invalid, or if a parameter is not one of the task's parameters.
             CheckpointError: If tokens were added to the tokenizer after the pipeline was created.
         """
         check_vocabulary(self.tokenizer, self.config)
@@ -334,7 +334,7 @@ class Pipeline(Generic[Task_co]):
         return request
 
     def check_parameters(self, parameters: Mapping[str, Any]) -> None:
-        """Raises `InputError` if the task does not have one of the parameters."""
+        """Raises `InputError` if any parameter is not one of the task's parameters."""
         if unknown := [name for name in parameters if name not in self._parameters]:
             known = ", ".join(self._parameters) or "no parameters"
             hint = porting.PIPELINE_CALL.get(unknown[0], f"this task accepts {known}")

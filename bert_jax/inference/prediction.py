@@ -34,7 +34,7 @@ from bert_jax.inference.pipelines import READ_AHEAD, Pipeline
 from bert_jax.tasks.base import Request, Task
 
 WHOLE = 2**28
-"""The maximum size, in bytes, of files that are hashed in full, which takes at most 0.6 s.
+"""The maximum size, in bytes, of a file that is hashed in full. Hashing such a file takes at most 0.6 s.
 
 Of a larger file, only `SAMPLES` blocks of `BLOCK` bytes are hashed, which takes 0.2 s.
 """
@@ -78,8 +78,8 @@ def predict_files(
             be resumed only with the same model.
         columns: The columns that form an input: one column, two columns for a pair, or the columns of a context and its
             choices. By default, the first tuple in the task's `columns_of_input` whose columns all exist in the row.
-        format: The format of the inputs. If None, the format is inferred from each file's name, and a `.txt` file
-            contains one text per line.
+        format: The format of the inputs. If None, the format is inferred from each file's name, and a `.txt` file is
+            read as one text per line.
         table: Options for reading inputs that are tables.
         shard: A pair (i, n) that selects every n-th row, starting with the i-th. Rows are counted from 1.
         parameters: The task's parameters.
@@ -142,7 +142,11 @@ def predict_files(
 
 
 def check_request(pipe: Pipeline[Task], columns: tuple[str, ...], parameters: Mapping[str, Any]) -> Request[Any]:
-    """Makes a request from an example. Raises `InputError` if the columns or parameters are invalid for every row."""
+    """Makes a request from the task's example.
+
+    Raises:
+        InputError: If the columns or parameters are invalid for every row.
+    """
     sizes = sorted({len(names) for names in pipe.task.columns_of_input})
     if columns and len(columns) not in sizes:
         raise InputError(f"There are {len(columns)} columns; {pipe.task.name} expects {' or '.join(map(str, sizes))}.")
@@ -320,7 +324,7 @@ def _digest(path: Path) -> str:
 
 
 def input_of(row: Row, candidates: Sequence[tuple[str, ...]]) -> Any:
-    """Returns the task's input in a row, read from the first of the candidates whose columns all exist in the row."""
+    """Returns a row's input for the task, read from the first candidate whose columns all exist in the row."""
     for names in candidates:
         if all(name in row for name in names):
             cells = [row[name] for name in names]

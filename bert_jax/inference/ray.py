@@ -47,7 +47,7 @@ FILE_CPUS = 0.1
 """The share of a CPU that Ray reserves for a task that reads or writes files."""
 CPUS_PER_WORKER = 4
 BLOCK = 2**18
-"""Total size, in bytes, of the rows that a worker computes at a time. If the worker fails, they are recomputed."""
+"""Total size, in bytes, of the rows that a worker computes at a time. If it fails, these rows are recomputed."""
 
 
 def versions() -> dict[str, str]:
@@ -61,8 +61,8 @@ class Predictor:
     An actor is called with a `pyarrow.Table` and adds columns to it. A prediction that is an object, such as
     `{label, score}`, becomes one column per field, such as `prediction_label`. Any other prediction becomes the
     `prediction` column, in which lists are JSON strings. The `error` column contains the reason why a row could not be
-    used. Texts are sorted and packed within a table, so tables of about 1,024 rows (the `batch_size` argument of
-    `map_batches`) are efficient.
+    used. Texts are sorted and packed within a table, so a `batch_size` of about 1,024 rows is efficient for
+    `map_batches`.
 
     Args:
         task: The name of the task.
@@ -72,7 +72,7 @@ class Predictor:
         dtype: "float32", "bfloat16" or "int8".
         columns: The names of the columns that form an input. By default, the task's usual column names.
         parameters: The task's parameters.
-        threads: The number of XLA threads on a CPU. By default, the number of CPUs that Ray assigned.
+        threads: The number of threads that XLA uses on CPUs. By default, the number of CPUs that Ray assigned.
         expected: The versions of the driver's packages, as returned by `versions`. If None, versions are not compared.
 
     Raises:
@@ -125,7 +125,7 @@ class Predictor:
         return table.append_column(ERROR, pyarrow.array(errors, pyarrow.string()))
 
     def predict(self, rows: Sequence[dict[str, Any]]) -> tuple[list[Any], list[str | None]]:
-        """Returns each row's prediction and the reason why the row could not be used; one of the two is None."""
+        """Returns the predictions and the reasons why rows could not be used. For each row, one of the two is None."""
         requests: list[Any] = []
         errors: list[str | None] = []
         for row in rows:
@@ -188,8 +188,8 @@ def predict(
     """Makes a prediction for each row of the input files and writes the rows with their predictions to a folder.
 
     If a run is interrupted, repeating the call with the same arguments resumes it. Rows that have been written are not
-    computed again. The order of the rows is not preserved. The `row` column contains the file and the number of each
-    row.
+    computed again. The order of the rows is not preserved. The `row` column contains the file name and the row number
+    of each row.
 
     Args:
         task: See `Predictor`.

@@ -19,14 +19,14 @@ from ray.data.datasource import BlockBasedFileDatasink, FileBasedDatasource
 from bert_jax.errors import InputError, listed, quoted
 
 ROW = "row"
-"""Name of the column that contains the file and the number of a row."""
+"""Name of the column that contains the file name and the row number of each row."""
 LINE = "line"
 """Name of the column that contains each row as JSON while Ray processes the row."""
 ROWS_PER_TABLE = 1024
 
 
 class RowSource(FileBasedDatasource):
-    """The rows of files. The `row` column contains the name of the file and the number of the row, starting at 0.
+    """Reads the rows of files. The `row` column contains the file name and the row number, starting at 0.
 
     Rows of CSV and Parquet files keep their columns, and CSV columns contain strings. Rows of other files are JSON
     lines.
@@ -37,7 +37,7 @@ class RowSource(FileBasedDatasource):
         self.format = format
 
     def head(self, count: int) -> list[dict[str, Any]]:
-        """Returns the first rows, at most `count`. The rows are read in this process."""
+        """Returns the first `count` rows, or all rows if there are fewer. The rows are read in this process."""
         tables = itertools.chain.from_iterable(read() for read in self.get_read_tasks(1))
         return list(itertools.islice((row for table in tables for row in table.to_pylist()), count))
 
@@ -113,7 +113,10 @@ def content_of(name: str) -> list[Any]:
 
 
 class Journal:
-    """The `OUT.run.json` file, which records what a run computes and whether the run is complete."""
+    """The `OUT.run.json` file, which records what a run computes and whether the run is complete.
+
+    `OUT` stands for the path of the output folder.
+    """
 
     def __init__(self, output: str, run: Mapping[str, Any]):
         self.run, self.checkpoint = json.loads(json.dumps(run)), f"{output}.checkpoint"

@@ -1,6 +1,7 @@
 """Computes the requests of several owners together, slice by slice.
 
-An owner is any hashable object that identifies a group of requests. In the server, it is a `Job`.
+An owner is any hashable object that identifies a group of requests. In the server, it is a `Job`. A slice is the set of
+rows that one call of `Run.compute` takes from the owners' queues.
 """
 
 import contextlib
@@ -51,9 +52,9 @@ class _Work:
 
     Attributes:
         pending: The requests that have not been started, with their indices.
-        results: The results that are known so far, by index.
+        results: The results, by index. A result is None until it is known.
         left: The number of results that are not known yet.
-        finish: The finish time of the most recently taken row, in tokens per owner; see `Run`.
+        finish: The time at which the most recently taken row would finish, in tokens computed per owner; see `Run`.
         queued: The rows to compute next.
     """
 
@@ -102,7 +103,7 @@ class Run:
 
     @property
     def missing(self) -> list[Bucket]:
-        """The buckets of the deferred rows. Their programs were not compiled when the rows were deferred."""
+        """The buckets of the deferred rows. When the rows were deferred, these buckets had no compiled programs."""
         return list(self._deferred)
 
     @property
@@ -111,7 +112,7 @@ class Run:
         return bool(self._deferred) and not any(work.pending or work.queued for work in self._work.values())
 
     def resume(self) -> None:
-        """Queues the deferred rows whose programs have been compiled."""
+        """Queues the deferred rows whose buckets now have compiled programs."""
         for bucket in [bucket for bucket in self._deferred if self._has_program(bucket)]:
             for queued in self._deferred.pop(bucket):
                 if work := self._work.get(queued.request.owner):
@@ -160,7 +161,7 @@ class Run:
         turns: list[tuple[float, int, Hashable]] = []
 
         def queue(i: int, owner: Hashable) -> None:
-            """Queues the next row of an owner, if it has one. Starts requests as needed."""
+            """Queues the next row of an owner, if there is one. Starts requests as needed."""
             while owner in self._work and self._work[owner].pending and not self._work[owner].queued:
                 index, request = self._work[owner].pending.popleft()
                 self._advance(_Started(owner, index, request), None, finished)

@@ -134,8 +134,8 @@ class Check:
         fits: Whether the program fits in the memory of a device.
         memory: Peak memory per device, in bytes. If the compiler fails because the program does not fit, this is the
             number in the error message, or 0 if the message contains none.
-        resident: Number of bytes per device in arguments and results, which stay in memory throughout. A donated
-            argument and the result that overwrites it are counted once. If the compiler fails, this is 0.
+        resident: Number of bytes per device in arguments and results, which stay in memory while the program runs. A
+            donated argument and the result that overwrites it are counted once. If the compiler fails, this is 0.
         aliased: Number of bytes per device in donated arguments that results overwrite. If the compiler fails, this is
             0.
         seconds: Compilation time, in seconds.

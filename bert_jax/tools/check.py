@@ -103,7 +103,7 @@ def _row(part: str, what: str, error: float, limit: float) -> Row:
 
 
 def _error(found: Any, expected: Any) -> float:
-    """Returns the largest difference, relative to 1 plus the absolute expected value.
+    """Returns the largest difference, relative to 1 plus the absolute value of the expected number.
 
     Returns infinity if any difference is not finite.
     """
@@ -155,7 +155,7 @@ def _loss(skeleton: tree.Skeleton, flat: Mapping[str, jax.Array], batch: Mapping
 
 
 def goldens() -> Iterator[Row]:
-    """Compares the embedded model's outputs and gradients in float32 with those of PyTorch transformers."""
+    """Compares the embedded model's outputs and gradients in float32 with those of PyTorch `transformers`."""
     part, golden = "float32 compared with PyTorch", _golden()
     params, skeleton = tree.split(bert_jax.BertForPreTraining.from_pretrained(MODEL))
     batch = _inputs() | {name: golden[name] for name in ("labels", "next_sentence_label")}
@@ -323,7 +323,7 @@ def layouts() -> Iterator[Row]:
 
 
 def speed() -> Iterator[Row]:
-    """Measures tokens per second and the share of the peak rate, for training and inference on one device."""
+    """Measures training and inference on one device, in tokens per second and as a share of the peak rate."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         peak = _product_rate()

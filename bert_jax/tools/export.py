@@ -89,9 +89,9 @@ def export(
         model: A loaded model, in float32 or bfloat16.
         folder: A new or empty folder.
         task: The name of a task, as in `bert_jax.pipeline`, that the model must support; None for any model. The
-            program depends only on the model's class.
+            program depends only on the model's class, not on the task.
         tokenizer: The tokenizer. If given, its files are also written.
-        embedding: The sentence embedding, for `BertModel` only. If given, the program also has the output
+        embedding: The sentence embedding settings, for `BertModel` only. If given, the program also has the output
             `sentence_embedding`, float32 [B, D], and the sentence-transformers files are also written.
 
     Raises:

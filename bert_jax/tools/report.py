@@ -190,8 +190,8 @@ def model_card(
         made: How the model was made, such as "`bert-base-cased` fine-tuned for …".
         results: The contents of `results.json`.
         metadata: Arguments of `ModelCardData`, such as `license`, `language` and `base_model`.
-        datasets: The data of each split, as the arguments of `EvalResult` in `huggingface_hub` whose names begin with
-            `dataset_`.
+        datasets: For each split, the arguments that describe its data set: those of `EvalResult` in `huggingface_hub`
+            whose names begin with `dataset_`.
         settings: The settings of the run, as YAML.
     """
     from huggingface_hub import EvalResult, ModelCardData

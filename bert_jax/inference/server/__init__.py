@@ -1,4 +1,5 @@
 """The HTTP server.
 
-It consists of access and limits (`limits`, `guard`, `connections`), routes, and computation (`engine`, `batcher`).
+The modules `limits`, `guard` and `connections` control access and enforce limits. The modules `tasks`, `openai` and
+`tei` contain the routes, and `engine` and `batcher` compute the responses.
 """

@@ -174,7 +174,7 @@ class Server:
         return error.response(request.url.path)
 
     def _no_route(self) -> str:
-        """Returns the message for a route that does not exist, such as that of a task for which no model is served."""
+        """Returns the message for a missing route, such as the route of a task for which no model is served."""
         first, *_ = self.engine.tasks()
         routes = [f"/score ({first})", *(f"/v1/{task}" for task in self.engine.tasks())]
         return f"There is no such route; the tasks of this server are at {', '.join(routes)}, and /docs has all routes."
@@ -183,7 +183,7 @@ class Server:
 def _settle() -> None:
     """Collects garbage and freezes the remaining objects.
 
-    Without this, a later garbage collection would stop all threads for a second.
+    Otherwise, a later garbage collection would stop all threads for a second.
     """
     gc.collect()
     gc.freeze()
@@ -206,7 +206,7 @@ def serve(
     Args:
         models: The models. The first model answers requests to `/score`.
         host: The address to listen on.
-        port: The port to listen on; 0 for a free one.
+        port: The port to listen on; 0 for any free port.
         limits: The server's limits; the defaults of `Limits` if None.
         access: Who may use the server; the defaults of `Access` if None.
 
@@ -240,7 +240,7 @@ def serve(
     http = uvicorn.Server(config)
     server.stop = lambda: setattr(http, "should_exit", True)
     sys.setswitchinterval(SWITCH_SECONDS)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn stops at SIGTERM and raises the signal again at the end
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn stops on SIGTERM and raises the signal again at the end
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has stopped and raises it again
         http.run(sockets=[listener])
     log.close()
@@ -249,7 +249,7 @@ def serve(
 
 
 def _allow_files(number: int) -> None:
-    """Raises the number of files that the process may open, as far as the system allows."""
+    """Raises the limit on the number of open files to `number`, or as close to it as the system allows."""
     try:
         import resource
     except ImportError:  # not on Windows

@@ -91,7 +91,7 @@ class Batcher:
 
         Args:
             tokens: The number of tokens.
-            arriving: The number of other requests in progress, including those not yet submitted.
+            arriving: The number of other requests in progress, including requests not yet passed to `submit`.
         """
         waiting, most = max(self.waiting, arriving * BUCKET_LENGTHS[0]), self.limits.max_queue_tokens
         if tokens > max(BUCKET_LENGTHS[0], most // 64):

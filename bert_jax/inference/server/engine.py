@@ -108,7 +108,7 @@ class Engine:
         """Reads and validates the body of a request.
 
         Raises:
-            Refused: If the body is invalid, or in the cases that `read_bytes` lists.
+            Refused: If the body is invalid, or for any reason that `read_bytes` lists.
         """
         content = await self.read_bytes(request)
         if len(content) > SMALL:
@@ -242,7 +242,7 @@ class Engine:
             prepared: The task requests.
 
         Raises:
-            Refused: If the client disconnects before the results are ready, or in the cases that `Batcher.submit`
+            Refused: If the client disconnects before the results are ready, or for any reason that `Batcher.submit`
                 lists.
         """
         if not prepared:

@@ -11,7 +11,7 @@ import time
 import orjson
 
 LINES = 10_000
-"""Maximum number of lines that wait to be written. If nothing reads stderr, further lines are dropped."""
+"""Maximum number of lines waiting to be written. Further lines are dropped, for example if nothing reads stderr."""
 
 
 class JsonLines(logging.Handler):

@@ -22,7 +22,7 @@ class Served:
 
     Attributes:
         name: The name of the model, as clients see it.
-        pipes: The model's pipelines, keyed by task. The first pipeline answers requests to `/score`.
+        pipes: The model's pipelines, keyed by task. The first pipeline of the first model answers requests to `/score`.
         created: The time at which the model was loaded, as a Unix timestamp in seconds.
     """
 

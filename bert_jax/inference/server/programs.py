@@ -17,8 +17,8 @@ class Programs:
     """The programs of several models, and the programs that compute the attention weights for the web page.
 
     Args:
-        models: The models. The usual programs are the programs of each model's first task for buckets that are usual;
-            see `is_usual`.
+        models: The models. The usual programs are the programs of each model's first task for the usual buckets; see
+            `is_usual`.
         attention: The object that computes attention weights.
     """
 

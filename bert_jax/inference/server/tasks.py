@@ -42,7 +42,7 @@ def body_model(task: Task) -> type[pydantic.BaseModel]:
     """
     entry = _failing_fast(task.json_input)
     # If an input can be a single text, a list is always read as a list of inputs, because a list of two texts could
-    # otherwise be two inputs or a pair.
+    # otherwise mean two inputs or one pair.
     single = str if task.json_input | str == task.json_input else entry
     inputs: Any = single | Items[entry]  # type: ignore[valid-type]
     fields: dict[str, Any] = {"inputs": (inputs, ...), "model": (str | None, None)}

@@ -70,7 +70,7 @@ def convert(
     ],
     ignore: Ignore = None,
 ) -> None:
-    """Convert Flax or PyTorch weights to safetensors, which this package loads."""
+    """Convert Flax or PyTorch weights to safetensors, the format that this package loads."""
     from bert_jax.convert import convert as convert_folder
 
     print(f"{output} contains the weights of {convert_folder(model, output, ignore=ignore or ())}.")

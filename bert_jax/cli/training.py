@@ -140,7 +140,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def _training(processes: str | None) -> Iterator[Console]:
-    """Prepares training: keeps freed memory for reuse, caches compiled programs, and joins the other processes.
+    """Prepares training: keeps freed memory for reuse, caches compiled programs, and connects to other processes.
 
     Args:
         processes: The value of --processes; None for a single process.

@@ -1,1 +1,1 @@
-"""Evaluation: metrics, and the evaluation of models on examples and on held-out texts."""
+"""Metrics, and the evaluation of models on examples and on held-out texts."""

@@ -60,7 +60,7 @@ class Hidden(NamedTuple):
 
 
 class HiddenTokens(FillMask):
-    """The fill-mask task for masked tokens whose true values are known."""
+    """The `fill-mask` task for texts whose original tokens at the masked positions are known."""
 
     with_labels = True
 
@@ -77,10 +77,10 @@ class HiddenTokens(FillMask):
         return {"nll": nll, "rank": 1 + jnp.sum(others & ~(logits < label), axis=-1)}
 
     def hide(self, text: str, words: Words, share: float, seed: int) -> Steps[list[Hidden]]:
-        """Returns the steps of a request that masks tokens in a text. The result of the request is a list of `Hidden`.
+        """Returns the steps of a request that masks tokens in a text. The result is one `Hidden` per masked token.
 
-        The text is truncated to `max_length`. For the other arguments, see `evaluate`. The choice of masked tokens
-        depends only on the arguments, the tokenizer and `max_length`.
+        The text is truncated to `max_length` tokens. For the other arguments, see `evaluate`. The choice of masked
+        tokens depends only on the arguments, the tokenizer and `max_length`.
         """
         encoding = self.tokenizer.encode([text], max_length=self.max_length)[0][0]
         inside = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
@@ -107,7 +107,7 @@ class HiddenTokens(FillMask):
 
 
 class Following(NextSentencePrediction):
-    """The next-sentence-prediction task, with log-probabilities as outputs."""
+    """The `next-sentence-prediction` task, with log-probabilities as outputs."""
 
     def forward(
         self, model: BertForNextSentencePrediction, inputs: dict[str, Any], starts: jax.Array
@@ -149,9 +149,9 @@ def evaluate(
     """Evaluates models on the same texts.
 
     Args:
-        models: Folders, ids on the Hub, or `bert-mini-cased`.
+        models: Model folders, ids on the Hub, or the embedded model (`bert-mini-cased`).
         texts: The texts to evaluate on.
-        task: The task to measure.
+        task: The pretraining task with which the models are evaluated.
         max_length: Maximum number of tokens in a text, including special tokens; longer texts are truncated.
         words: "random" masks a share of a text's tokens at the same time. "each" masks one word at a time, with all its
             word pieces.
@@ -159,13 +159,13 @@ def evaluate(
         seed: Seed for choosing masked tokens, for splitting and pairing texts, and for resampling.
         resamples: Number of bootstrap resamples of the texts or pairs for the 95 % intervals.
         dtype: "float32", "bfloat16" or "int8"; see `BertModel.from_pretrained`.
-        mesh: The devices; see `bert_jax.pipeline`.
-        ignore: Regular expressions for the names of tensors in the first model's checkpoint to skip.
+        mesh: The device mesh; see `bert_jax.pipeline`.
+        ignore: Regular expressions for the names of the tensors to skip in the first model's checkpoint.
         console: The console for a progress bar; None for no progress bar.
 
     Returns:
-        The results of each model, keyed by its name in `models`. Each measure is `{value, low, high}`, where `low` and
-        `high` are the bounds of the 95 % interval.
+        The results of each model, keyed by its name in `models`. Each measure has the form `{value, low, high}`, where
+        `low` and `high` are the bounds of the 95 % interval.
 
         `fill-mask`: The measures are `nll` (in nats), `pseudo_perplexity` (the exponential of `nll`), `accuracy@k` for
         k = 1, 5 and 10, and `mrr` (mean reciprocal rank). `texts` is the number of texts, and `tokens` is the number of
@@ -178,8 +178,8 @@ def evaluate(
         `blank` is the number of blank texts, which are skipped.
 
     Raises:
-        InputError: If an entry is not a string, if the texts are too few or too short, or if a model does not support
-            the task or `max_length`.
+        InputError: If an entry is not a string, if there are too few texts, if the texts are too short, or if a model
+            does not support the task or `max_length`.
     """
     texts = list(texts)
     _check(texts, "text")
@@ -220,15 +220,15 @@ def minimal_pairs(
     """Measures how often models score the first sentence of a pair higher than the second (Warstadt et al. 2020).
 
     Args:
-        models: Folders, ids on the Hub, or `bert-mini-cased`.
+        models: Model folders, ids on the Hub, or the embedded model (`bert-mini-cased`).
         pairs: The acceptable and the unacceptable sentence of each pair.
-        phenomena: The phenomenon that each pair tests; None for no table of phenomena.
+        phenomena: The phenomenon that each pair tests; None to compute no results by phenomenon.
         metric: The scoring method; see `PseudoLogLikelihood.request`.
         seed: Seed for resampling.
         resamples: Number of bootstrap resamples of the pairs for the 95 % interval.
         dtype: "float32", "bfloat16" or "int8"; see `BertModel.from_pretrained`.
-        mesh: The devices; see `bert_jax.pipeline`.
-        ignore: Regular expressions for the names of tensors in the first model's checkpoint to skip.
+        mesh: The device mesh; see `bert_jax.pipeline`.
+        ignore: Regular expressions for the names of the tensors to skip in the first model's checkpoint.
         console: The console for a progress bar; None for no progress bar.
 
     Returns:
@@ -237,8 +237,8 @@ def minimal_pairs(
         counts as an error.
 
     Raises:
-        InputError: If a sentence is not a string or cannot be scored, if a pair does not have two sentences, if there
-            are no pairs, if only some pairs have a phenomenon, or if a model cannot fill masks.
+        InputError: If a sentence is not a string or cannot be scored, if a pair does not consist of two sentences,
+            if there are no pairs, if only some pairs have a phenomenon, or if a model cannot fill masks.
     """
     pairs = list(pairs)
     if not pairs:
@@ -372,7 +372,7 @@ def _means(
 ) -> dict[str, dict[str, float]]:
     """Returns the mean of each array with its 95 % interval, which is computed by resampling the texts or pairs.
 
-    For each entry of the arrays, `owner` contains the index of the text or pair that the entry belongs to. `texts` is
+    For each entry of the arrays, `owner` contains the index of the text or pair to which the entry belongs. `texts` is
     the number of texts or pairs, including those without entries.
     """
     sums = np.stack([np.bincount(owner, v, minlength=texts) for v in (np.ones(len(owner)), *values.values())], axis=1)

@@ -1,4 +1,4 @@
-"""Evaluates a model on examples: computes the outputs for each example, and the metrics."""
+"""Evaluates a model on examples: computes the outputs for each example, then the metrics."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +25,8 @@ class Evaluation:
 
     Attributes:
         metrics: The task's metrics and `loss`, which is the mean loss over the examples or tokens that have a target.
-            The loss is in nats or, for regression, in the squared unit of the target. Empty if there are no targets.
+            The loss is in nats or, for regression, in the squared unit of the target. The dict is empty if there are no
+            targets.
         outputs: The outputs of `Objective.outputs`, keyed by name and in the order of the examples. Each output is an
             array with one entry per example. If the task's `per_token` is true, each output is instead a list with one
             array per example, which has one entry per token.
@@ -38,8 +39,8 @@ class Evaluation:
 def program(task: Objective, skeleton: tree.Skeleton) -> jax.stages.Wrapped:
     """Returns a jitted function of the parameters and a batch.
 
-    The function returns the outputs, the mean loss, and the number of entries in the mean. Every device receives the
-    full results.
+    The function returns the outputs, the mean loss, and the number of entries over which the mean was taken. Every
+    device receives the full results.
     """
 
     def evaluate_batch(params: tree.Params, batch: Any) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
@@ -72,7 +73,7 @@ def evaluate(
         packing: Maximum number of tokens in a packed row, which contains several examples; None for one example per
             row.
         multiple: The number of tokens per row is a multiple of this number.
-        mesh: The devices.
+        mesh: The device mesh.
 
     Raises:
         OutOfMemoryError: If a batch does not fit in memory.
@@ -91,7 +92,7 @@ def evaluate(
         with jax.set_mesh(mesh), memory.explain_out_of_memory(f"A batch of {place.shape}", remedy):
             return place, evaluate_batch(params, sharding.put_batch(loader.batch_at(step), mesh))
 
-    # The results of a batch are read after the next batch is dispatched, so that the device computes the next batch
+    # The results of a batch are read after the next batch is dispatched, so that the device can compute the next batch
     # while the host reads the results.
     batches: Iterator[Any] = itertools.chain(map(dispatch, range(loader.steps_per_epoch)), [None])
     for (place, results), _ in itertools.pairwise(batches):

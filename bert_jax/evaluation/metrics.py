@@ -1,4 +1,4 @@
-"""Metrics of predictions against labels, computed with scikit-learn and scipy.
+"""Metrics that compare predictions with labels, computed with scikit-learn and SciPy.
 
 Accuracy, precision, recall, F1 and exact match are between 0 and 1 for all tasks.
 """
@@ -25,7 +25,7 @@ def classification(labels: np.ndarray, predictions: np.ndarray, names: tuple[str
     Returns:
         `accuracy`, `f1_macro`, `f1_micro`, `f1_weighted`, `matthews`, `per_class` (precision, recall, F1 and support of
         each label) and `confusion` (one row per true label, one column per predicted label). If there are two labels,
-        also `f1`, the F1 of the second label, and `f1_label`, the name of that label.
+        the dict also contains `f1`, the F1 of the second label, and `f1_label`, the name of that label.
     """
     scores, per_class = _scores(labels, predictions, names)
     if len(names) == 2:
@@ -57,7 +57,7 @@ def multi_label(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, .
 
 
 def best_threshold(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
-    """Finds the threshold with the best `f1_micro` when each label with a score above the threshold is predicted.
+    """Finds the threshold with the best `f1_micro`. Each label with a score above the threshold counts as predicted.
 
     Args:
         labels: [N, C], 0 or 1.
@@ -180,8 +180,8 @@ def answering(
         `exact_match` and `f1`, which are means over the questions. All means are between 0 and 1 (in the script,
         between 0 and 100). If some questions have no answer, the `has_answer_…` metrics are means over the questions
         with an answer, and the `no_answer_…` metrics are means over the questions without one. If `null_over_best` is
-        given, `best_f1` and `best_exact_match` are the values at the respective best threshold, and `null_threshold` is
-        the threshold of `best_f1`.
+        given, `best_f1` and `best_exact_match` are the highest values that any threshold achieves, and `null_threshold`
+        is the threshold that achieves `best_f1`.
     """
     has_answer = np.array([bool(gold) for gold in golds])
     golds = [[answer for answer in gold if normalized(answer)] or [""] for gold in golds]

@@ -114,8 +114,7 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
         settings: The settings of the run.
         target: Chips to compile the training step for, such as `v5e:2x4`. This machine need not have them. If None, the
             step is compiled for this machine's devices.
-        console: If a target is given, the console that shows for each batch shape that is tried whether it fits; None
-            for no output.
+        console: The console that shows, if a target is given, whether each batch shape fits; None for no output.
 
     Raises:
         InputError: If the settings or the data cannot be used, if the target is unknown, or if the compiler for the
@@ -162,12 +161,12 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
 
 
 def peak_memory(settings: Settings, prepared: preparation.Prepared, run: loop.Run, shape: Shape) -> str | None:
-    """Describes the peak memory of a run; None if the compiler does not report memory.
+    """Returns a description of a run's peak memory use; None if the compiler does not report memory use.
 
-    On CPUs, this is the memory of the whole process. It is the sum of three parts: the memory that the process occupies
-    now (libraries, data, model and programs), the training state with a batch, and the additional memory that the
-    largest phase of the run needs. On other devices, it is the memory of one device, which is the sum of only the last
-    two parts. If the run uses LoRA, the sum does not include the merged weights that an evaluation needs.
+    On CPUs, the peak memory is that of the whole process. It is the sum of three parts: the memory that the process
+    occupies now (libraries, data, model and programs), the training state with a batch, and the additional memory that
+    the largest phase of the run needs. On other devices, the peak memory is that of one device, which is the sum of
+    only the last two parts. If the run uses LoRA, the sum does not include the merged weights that an evaluation needs.
 
     Args:
         settings: The settings of the run.
@@ -243,7 +242,7 @@ def evaluate(
     contains the results of the run.
 
     Args:
-        model_id: A folder or an id on the Hub.
+        model_id: A model folder or an id on the Hub.
         settings: Settings that specify the task, the data, the maximum length and the batch size.
         split: "validation" or "test".
         dtype: The dtype in which the model is loaded: "float32", "bfloat16" or "int8". By default, the model is loaded

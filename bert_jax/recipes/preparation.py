@@ -56,8 +56,8 @@ class Split(NamedTuple):
 
     Attributes:
         rows: The rows. Their columns have the names that the task uses.
-        labels: The names of the classes in the order of their ids if the data set stores labels as class ids, otherwise
-            None.
+        labels: If the data set stores labels as class ids, the names of the classes in the order of their ids;
+            otherwise None.
     """
 
     rows: list[Row]
@@ -68,8 +68,8 @@ def prepare(settings: Settings) -> Prepared:
     """Reads the data and the model.
 
     Raises:
-        InputError: If a file, column, row or label cannot be used. The message names it.
-        ModelNotFoundError: If there is no such model.
+        InputError: If a file, column, row or label cannot be used. The message states which one.
+        ModelNotFoundError: If the model does not exist.
         CheckpointError: If the weights do not fit the model, or if the vocabulary does not fit the weights.
     """
     if settings.data.train is None:
@@ -191,7 +191,8 @@ def make_task(settings: Settings, tokenizer: Tokenizer, config: BertConfig) -> T
     """Creates the task that the settings specify, for a model with this config.
 
     Raises:
-        InputError: If the vocabulary does not fit the model, or if a section of the settings is for another task.
+        InputError: If the vocabulary does not fit the model, or if a section of the settings applies only to another
+            task.
     """
     task_class = TASKS[settings.task]
     for other in TASKS.values():
@@ -277,7 +278,7 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
         usual = {"text": ("sentence_good",), "text_pair": ("sentence_bad",), "label": ("linguistics_term",)}
         required = ("text", "text_pair")
     try:
-        # Some columns have no setting. The setting `data.id` is the id of the data set, not a column.
+        # Some columns have no setting. The setting `data.id` is the id of the data set, not the name of a column.
         wanted = {
             name: sources.column(there, None if name == "id" else getattr(data, name, None), names)
             for name, names in usual.items()
@@ -313,9 +314,9 @@ def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None
         labels: The names of the data's classes in the order of their ids; None if the data has no class ids.
 
     Raises:
-        InputError: If the number of names in `data.labels` differs from the number of labels that they replace. Also if
-            a metric depends on the order of the model's two labels and they are in the other order in `data.labels` (or
-            in `labels`, if `data.labels` is not set).
+        InputError: If the number of names in `data.labels` differs from the number of labels that they replace. Also
+            raised if a metric depends on the order of the model's two labels, and `data.labels` (or `labels`, if
+            `data.labels` is not set) lists them in the opposite order.
     """
     given, names = settings.data.labels, config.labels
     if given and all(re.fullmatch(r"LABEL_\d+", name) for name in names):
@@ -355,6 +356,6 @@ def overview(settings: Settings, prepared: Prepared) -> str:
 
 
 def describe(model: BertPreTrainedModel) -> str:
-    """Describes the number of parameters of a model and the devices that it will run on."""
+    """Returns a text that states a model's number of parameters and the devices that it will run on."""
     count = sum(spec.size for spec in tree.split(model)[1].specs.values())
     return f"{count / 1e6:.1f} M parameters, {jax.device_count()} × {jax.devices()[0].device_kind}"

@@ -239,7 +239,7 @@ def end(
         trained: The result of training.
         tokenizer: The tokenizer of the model.
         found: Additional results, if there are any. The key "validation" or "test" contains the metrics of that split,
-            and the key "predictions" contains the name of the split that was predicted.
+            and the key "predictions" contains the name of the split for which predictions were made.
         began: The value of `time.perf_counter()` when the run began.
         console: The console that shows the summary.
     """

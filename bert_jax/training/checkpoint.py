@@ -83,7 +83,7 @@ class Checkpoints:
         Skips and removes damaged checkpoints that are newer than the one read, and logs a warning for each.
 
         Args:
-            like: A pytree of arrays, or of `jax.ShapeDtypeStruct`, with the shapes and shardings to restore.
+            like: A pytree of arrays or of `jax.ShapeDtypeStruct` objects, with the shapes and shardings to restore.
             step: The step of the checkpoint to read; None for the newest readable checkpoint.
 
         Returns:

@@ -21,13 +21,14 @@ def in_words(metrics: Mapping[str, Any]) -> str:
 
 
 class Logger(Protocol):
-    """The interface of a logger. Any object with this method can receive the metrics of a run."""
+    """The interface of a logger. Any object with such a `write` method can receive the metrics of a run."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Receives a set of values for a step.
 
-        A step may have two sets of values, each passed in a separate call: the means over the training steps since the
-        previous such set, for example `loss`, and the metrics of an evaluation, for example `validation/accuracy`.
+        A step may have two sets of values, which are passed in separate calls. One set contains the metrics of an
+        evaluation, such as `validation/accuracy`. The other contains means over training steps, such as `loss`. These
+        means cover the steps since the previous set of means.
 
         Args:
             step: Number of completed steps.
@@ -54,7 +55,7 @@ class Journal:
         self._loggers, self._file = loggers, None
         if folder:
             path = folder / METRICS
-            # A run that starts from the beginning keeps no lines, because it is evaluated again before its first step.
+            # A run that starts from the beginning keeps no lines, because the initial model is evaluated again.
             kept = [json.dumps(line) + "\n" for line in read_journal(path) if start and line["step"] <= start]
             path.write_text("".join(kept), encoding="utf-8")
             self._file = path.open(

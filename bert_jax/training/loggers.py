@@ -187,7 +187,7 @@ LOGGERS = {
     "mlflow": Kind(MLflow, "mlflow", "mlflow"),
     "trackio": Kind(Trackio, "trackio", "trackio"),
 }
-"""Maps the name of each logger to its kind. The names are the same as in transformers' `report_to`."""
+"""Maps the name of each logger to its kind. The names are the same as in the `report_to` argument of `transformers`."""
 
 
 def check(names: Sequence[str]) -> None:
@@ -201,12 +201,12 @@ def check(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def opened(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> Iterator[list[Logger]]:
-    """Opens loggers for a run and closes them at the end.
+    """Opens loggers by name and closes them when the `with` block ends.
 
     If the run is resumed, each logger continues its earlier run in its service. The ids of these runs are stored in
-    `loggers.json` in the run's folder. Steps that are computed again are not sent again. If the process was killed, a
-    logger lacks the values that it had not yet stored (those of up to 15 seconds for an offline W&B run), but
-    `metrics.jsonl` contains all values.
+    `loggers.json` in the run's folder. When steps are computed again, their values are not sent again. If the process
+    was killed, a logger lacks the values that it had not yet stored (for an offline W&B run, those of up to 15
+    seconds), but `metrics.jsonl` contains all values.
 
     Args:
         names: The names of the loggers, from `LOGGERS`.
@@ -242,7 +242,7 @@ class _Unsent:
 
     Attributes:
         logger: The logger.
-        sent: For each set of values that the logger has received, the step and the names of the values.
+        sent: The step and the value names of each set of values that the logger has received.
     """
 
     logger: Logger

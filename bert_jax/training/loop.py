@@ -37,17 +37,17 @@ LOWER_IS_BETTER = ("loss", "mse", "mlm_loss", "nsp_loss", "pseudo_perplexity")
 
 
 class Run(NamedTuple):
-    """Everything that a run's steps need. The step can be compiled for devices that this machine does not have.
+    """Everything that a run's steps need. The training step can be compiled for devices that this machine lacks.
 
     Attributes:
-        mesh: The devices.
+        mesh: The device mesh.
         task: Defines the loss and the metrics.
         loader: Creates the batches.
         plan: The parameters and the optimizer.
         layout: A `TrainState` that contains the sharding of each array instead of the array itself.
-        step: The step as a jitted function; see `make_step`.
+        step: The training step as a jitted function; see `make_step`.
         metric: The name of the metric by which the best parameters are chosen.
-        metrics: Additional metrics, by name.
+        metrics: Additional metrics, keyed by name.
         kernel: The name of the attention kernel that the steps use.
         reason: Why this kernel was chosen.
     """
@@ -64,7 +64,7 @@ class Run(NamedTuple):
     reason: str
 
     def trace(self, shape: Shape) -> jax.stages.Traced:
-        """Traces the step for batches of `shape`. The result can be compiled even without the devices of `mesh`."""
+        """Traces the step for batches of `shape`. Compiling the result does not require the devices of `mesh`."""
         padding = self.loader.examples.batch(Place(np.zeros(0, int), np.zeros(0, int), shape))
         arguments = (
             sharding.abstract(state_shapes(self.plan), self.layout),
@@ -135,7 +135,7 @@ class Trained:
     Attributes:
         model: The model with the parameters of the best evaluation. If there was no evaluation, or if the best
             checkpoint is damaged, it has the parameters of the last step.
-        trained: The trained parameters by path. Adapters are not merged into the weights.
+        trained: The trained parameters, keyed by path. Adapters are not merged into the weights.
         step: Number of steps after which the parameters of `model` were obtained.
         steps: Total number of completed steps.
         stopped: Why training stopped early; None if it did not.
@@ -195,7 +195,7 @@ def train(
         model: The model to start from; it is not changed.
         task: Defines the loss and the metrics.
         examples: The training examples.
-        optimizer: An optax transformation over a flat dict of parameters by path.
+        optimizer: An `optax` transformation that operates on a flat dict of parameters, keyed by path.
         steps: Total number of steps.
         batch_size: Number of examples per step, across all devices.
         accumulation: Number of parts into which each batch is divided. To save memory, the parts are processed one
@@ -204,21 +204,21 @@ def train(
         trainable: One or more regular expressions that match the paths of the parameters to train. None trains all
             parameters or, if `lora` is given, only the adapters.
         lora: Low-rank adapters to train in addition to the parameters that `trainable` matches.
-        mesh: The devices, from `sharding.mesh`; all devices by default.
+        mesh: The device mesh, created by `sharding.mesh`; all devices by default.
         seed: Seed for the order of the examples, the initial adapters and dropout.
         validation: Examples to evaluate on during the run, to find the best parameters; None disables evaluation. The
-            evaluation before the first step is only reported and is never chosen as the best.
+            evaluation before the first step is only reported; the initial parameters are never chosen as the best.
         evaluate_every: Number of steps between evaluations; one epoch by default.
         evaluation_batch_size: Number of examples per batch in evaluations.
         loss: The loss of the training steps; `task.loss` by default. Evaluations always use `task.loss`. Classification
-            losses have options, for example `functools.partial(task.loss, label_smoothing=0.1)`.
+            losses accept options, for example `functools.partial(task.loss, label_smoothing=0.1)`.
         metric: The name of the metric by which the best parameters are chosen; the task's first metric by default.
             Higher is better, except for the metrics in `LOWER_IS_BETTER`.
-        metrics: Additional metrics, by name. Each is a function of two arguments: the `outputs` of an `Evaluation`, and
-            the examples. To obtain predictions, call `task.predictions` with the same two arguments.
-        patience: Number of consecutive evaluations without a better metric after which training stops; None disables
-            early stopping.
-        folder: The folder for checkpoints and the journal; if None, no files are written.
+        metrics: Additional metrics, keyed by name. Each is a function of two arguments: the `outputs` of an
+            `Evaluation` and the examples. To obtain predictions, call `task.predictions` with the same two arguments.
+        patience: Training stops after this number of consecutive evaluations in which the metric did not improve on its
+            best value; None disables early stopping.
+        folder: The folder for checkpoints and the journal (`metrics.jsonl`); if None, no files are written.
         save_every: Number of steps between additional checkpoints. In any case, a checkpoint is written every
             `evaluate_every` steps and after the last step.
         keep: Number of most recent checkpoints to keep, in addition to the best one.
@@ -264,7 +264,7 @@ def fit(
     loggers: Sequence[Logger] = (),
     console: Console | None = None,
 ) -> Trained:
-    """Carries out a run; see `train` for the arguments and errors."""
+    """Executes a run that `set_up` prepared. See `train` for the arguments and errors."""
     if patience is not None and patience < 1:
         raise InputError(f"patience is {patience}; expected at least 1, or None.")
     console, folder = console or Console(quiet=True), None if folder is None else Path(folder)
@@ -382,8 +382,9 @@ def fit(
             stopping = bool(received) or distributed.asked_to_stop(step)
             evaluate_now = step % every == 0 or step == steps
             save_now = evaluate_now or stopping or bool(save_every and step % save_every == 0)
-            # The metrics are read one step late, so that the device computes the current step while the host prepares
-            # the next one. Before an evaluation or a checkpoint, the metrics of the current step are also read.
+            # The metrics are read one step late, so that the device can compute the current step while the host
+            # prepares the next one. Before an evaluation or a checkpoint, the metrics of the current step are also
+            # read.
             while in_flight and (len(in_flight) > 1 or save_now):
                 show(step, take_in(*in_flight.pop(0)))
             score = None

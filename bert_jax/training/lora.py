@@ -1,6 +1,6 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): low-rank adapters for frozen weights, as plain arrays by path.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): low-rank adapters for frozen weights, stored as plain arrays keyed by path.
 
-The model itself has no adapters. Before parameters are put into the model, each weight W that has an adapter is
+The model itself contains no adapters. Before parameters are put into the model, each weight W that has an adapter is
 replaced with W + alpha / rank · B A, and gradients flow through this sum to A and B. Adapters are saved separately in
 the Hugging Face `peft` format.
 """
@@ -52,7 +52,7 @@ def init(lora: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) 
 
     Args:
         lora: Specifies the rank of the adapters and the weights that receive adapters.
-        specs: The shapes and dtypes of the model's parameters by path.
+        specs: The shapes and dtypes of the model's parameters, keyed by path.
         key: PRNG key.
 
     Returns:
@@ -93,8 +93,8 @@ def save_adapters(
 
     Args:
         folder: The folder; it is created if it does not exist.
-        params: All trained parameters by path, including adapters.
-        lora: Specifies rank and alpha of the adapters.
+        params: All trained parameters, including adapters, keyed by path.
+        lora: Specifies the rank and alpha of the adapters.
         base: Name or path of the base model.
         task_type: The task type, named as in `peft`: "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS".
         revision: Branch, tag or commit of the base model on the Hub.

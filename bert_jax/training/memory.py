@@ -19,15 +19,15 @@ _CHUNK, _CHUNKS, _FENCE = 64 << 20, 32, 1 << 20
 def keep_freed(*, asynchronous: bool = False) -> None:
     """Makes glibc's malloc keep freed memory for the next allocation instead of returning it to the system.
 
-    On CPUs, a program allocates all its temporaries as one block and frees the block after each call. For a training
-    step, the block can take up gigabytes. By default, malloc maps and unmaps that block each time, and the kernel
-    clears every page again, which takes a third of the time of a training step. This function therefore prevents malloc
-    from mapping blocks and from trimming its heap, and requests huge pages for the heap.
+    On CPUs, a compiled program allocates all its temporaries as one block and frees the block after each call. For a
+    training step, the block can take up gigabytes. By default, malloc maps and unmaps the block in each call, so the
+    kernel has to clear every page again, which takes a third of the time of a training step. This function therefore
+    prevents malloc from mapping blocks and from trimming its heap, and requests huge pages for the heap.
 
     A heap that only grows must not fragment. A small allocation inside the hole that a freed block leaves makes the
-    hole too small for the next block. A small allocation directly above a block prevents its hole from growing to fit a
-    larger block. In both cases, the heap grows by another block. For this reason, fine-tuning MiniLM on SQuAD (a block
-    of 2.1 GB) took 9 to 10 GB. Two measures prevent fragmentation:
+    hole too small for the next block. A small allocation directly above a block prevents the block's hole from
+    growing to fit a larger block. In both cases, the heap grows by another block. Because of such fragmentation,
+    fine-tuning MiniLM on SQuAD (with a block of 2.1 GB) took 9 to 10 GB. Two measures prevent fragmentation:
 
     - Small allocations have a separate area: free chunks of 64 MB at the start of the heap, separated by small blocks
       that are never freed (fences). malloc uses the smallest free chunk that fits, so these chunks serve all requests
@@ -42,9 +42,9 @@ def keep_freed(*, asynchronous: bool = False) -> None:
     second call does not change the heap.
 
     Args:
-        asynchronous: Whether to leave JAX's asynchronous dispatch on, for commands that prepare or decode one batch
-            while another is computed. If false, call this function before JAX computes anything, because the setting
-            has no effect later.
+        asynchronous: Whether to leave JAX's asynchronous dispatch on. Commands that prepare or decode one batch while
+            another is computed need it. If `asynchronous` is false, call this function before JAX computes anything,
+            because asynchronous dispatch cannot be turned off later.
     """
     if (libc := _glibc()) is None:
         return
@@ -80,8 +80,8 @@ def release() -> None:
     """
     if (libc := _glibc()) is None:
         return
-    # This call returns free chunks. The large argument prevents malloc from shrinking the heap, which would lose its
-    # huge pages.
+    # This call returns free chunks. The large argument prevents malloc from shrinking the heap, because a shrunken heap
+    # would lose its huge pages.
     libc.malloc_trim(1 << 62)
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     if end := libc.malloc(size):

@@ -2,8 +2,8 @@
 
     optimizer = optim.adamw(optim.schedule("linear", 2e-5, steps=500, warmup_ratio=0.1), weight_decay=0.01)
 
-`bert_jax.train` accepts any `optax.GradientTransformation`. The optimizers in this module choose the weight decay and
-the learning-rate multiplier of each parameter by its path.
+`bert_jax.train` accepts any `optax.GradientTransformation`. The optimizers in this module determine the weight decay
+and the learning-rate multiplier of each parameter from its path.
 """
 
 import math
@@ -65,7 +65,7 @@ def rules(
             2018, section 3.2). The factor does not apply to parameters that `lr_multipliers` matches.
 
     Raises:
-        InputError: If a pattern matches no parameter. The default patterns of `no_decay` need not match.
+        InputError: If a pattern matches no parameter, unless it is one of the default patterns of `no_decay`.
     """
     paths, lr_multipliers = list(paths), lr_multipliers or {}
     layers = 1 + max((int(match[1]) for path in paths if (match := re.search(r"\blayers\.(\d+)\.", path))), default=-1)
@@ -101,7 +101,7 @@ def _first(patterns: Iterable[str], path: str) -> str | None:
 
 
 def _layers_above(path: str, layers: int) -> int:
-    """The distance of a parameter from the head: 0 for the head, 1 for the top layer, layers + 1 for the embeddings."""
+    """Returns a parameter's distance from the head: 0 for the head, 1 for the top layer, layers + 1 for embeddings."""
     if match := re.search(r"\blayers\.(\d+)\.", path):
         return layers - int(match[1])
     return layers + 1 if ".embeddings." in path else 0
@@ -242,7 +242,7 @@ def schedule(
     power: float = 1.0,
     final_learning_rate: float = 1e-7,
 ) -> optax.Schedule:
-    """Returns one of transformers' schedules: a function that maps the step (from 0) to the learning rate (float32).
+    """Returns a schedule of `transformers`: a function that maps the step (from 0) to the learning rate (float32).
 
     Args:
         name: The schedule after warm-up, named as in `transformers`.
@@ -256,8 +256,8 @@ def schedule(
         final_learning_rate: The learning rate at the end of "polynomial".
 
     Raises:
-        InputError: If the schedule is unknown, if an argument is set that does not apply to it, or if the only step is
-            the first warm-up step, whose learning rate is 0.
+        InputError: If the schedule is unknown, if an argument is set that does not apply to it, or if the run has only
+            one step and this step belongs to the warm-up, which starts at a learning rate of 0.
     """
     if name not in SCHEDULES:
         raise InputError(f"The schedule {name!r} is unknown; expected one of {', '.join(SCHEDULES)}.")
@@ -284,7 +284,7 @@ def schedule(
         return jnp.where(progress >= 1.0, 0.0, cosine(jnp.pi * wave))
 
     last = final_learning_rate / (learning_rate or 1.0)
-    # Each function maps the progress after warm-up to a share of the peak. The constant schedules need no entry.
+    # Each function maps the progress after warm-up to a fraction of the peak. Constant schedules need no entry.
     shapes: dict[str, Callable[[jax.Array], jax.Array]] = {
         "linear": lambda p: jnp.maximum(0.0, 1.0 - p),
         "cosine": lambda p: cosine(jnp.pi * (cycles or 0.5) * 2.0 * p),

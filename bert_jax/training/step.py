@@ -36,7 +36,7 @@ class TrainState:
 
     Attributes:
         step: int32 [], the number of completed steps.
-        params: The trained parameters by path, including LoRA adapters, float32.
+        params: The trained parameters, including LoRA adapters, float32, keyed by path.
         opt_state: The state of the optimizer.
         key: The data of a PRNG key, uint32. The dropout key of a step is derived from this key and the step number.
     """
@@ -52,9 +52,9 @@ class Plan:
     """The trained and frozen parameters of a model, and the optimizer.
 
     Attributes:
-        skeleton: The model without its arrays (`tree.split`).
-        trained: The trained parameters by path, including LoRA adapters.
-        frozen: The model's other parameters by path.
+        skeleton: The model without its arrays (see `tree.split`).
+        trained: The trained parameters, including LoRA adapters, keyed by path.
+        frozen: The model's other parameters, keyed by path.
         optimizer: Updates the trained parameters.
         lora: The settings of the adapters; None if there are no adapters.
     """
@@ -82,16 +82,16 @@ def plan(
 
     Args:
         model: The model.
-        optimizer: An optax transformation over a flat dict of parameters by path.
+        optimizer: An `optax` transformation that operates on a flat dict of parameters, keyed by path.
         trainable: One or more regular expressions that match the paths of the parameters to train. All other parameters
             are frozen: they have neither gradients nor optimizer state. None trains all parameters or, if `lora` is
             given, only the adapters.
         lora: Adapters to train in addition to the parameters that `trainable` matches.
-        seed: Seed for the initial adapters.
+        seed: Seed for initializing the adapters.
 
     Raises:
         InputError: If the model is not loaded in float32, if a pattern matches no parameter, if there is nothing to
-            train, or if the optimizer's updates do not have the paths and shapes of the parameters.
+            train, or if the optimizer's updates do not have the same paths and shapes as the parameters.
     """
     model.check_float32("training")
     params, skeleton = tree.split(model)
@@ -139,7 +139,7 @@ def make_step(
     Args:
         task: Defines the loss.
         plan: The parameters and the optimizer.
-        loss: A loss that replaces `task.loss`; None for `task.loss`.
+        loss: A loss to use instead of `task.loss`; None to use `task.loss`.
         accumulation: Number of parts into which a batch is divided. The parts are processed one after another (gradient
             accumulation).
         out_shardings: The shardings of the next state and of the metrics.

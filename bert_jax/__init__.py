@@ -25,7 +25,7 @@ _CONTENTS = {
     "tree": "tree",
 }
 
-# The class names of models with heads are read from the source of heads.py, because importing it would import JAX.
+# The class names of models with heads are read from the text of heads.py, because importing heads.py would import JAX.
 _MODELS = re.findall(r"^class (BertFor\w+)", Path(__file__).with_name("heads.py").read_text("utf-8"), re.MULTILINE)
 _CONTENTS |= dict.fromkeys(_MODELS, "heads")
 

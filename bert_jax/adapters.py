@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 from bert_jax import hub, tree, weights
 from bert_jax.errors import CheckpointError, InputError, ModelNotFoundError, quoted
 
-# The fields of peft's `LoraConfig` (version 0.19) that a config may set. This module reads some of these fields. The
-# rest, such as those that describe how the adapters were trained, do not change the meaning of the stored adapters.
-# Loading fails if a config sets an unlisted field, for example one from a later version, because that field might
-# change the meaning.
+# The fields of `LoraConfig` in `peft` 0.19 that a config may set. This module reads some of these fields. The rest,
+# such as those that describe how the adapters were trained, do not change the meaning of the stored adapters. Loading
+# fails if a config sets an unlisted field, for example one from a later version, because that field might change the
+# meaning.
 _INERT = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -34,8 +34,8 @@ class Adapters(NamedTuple):
     """The contents of an adapter folder.
 
     Attributes:
-        base: The base model that the folder names (a path or an id on the Hub); None if the folder names none.
-        revision: The branch, tag or commit of the base model; None if the folder names none.
+        base: The base model that the folder names (a path or an id on the Hub); None if it does not name one.
+        revision: The branch, tag or commit of the base model; None if the folder does not name one.
         scale: The factor by which the matrix product B A is multiplied.
         params: The float32 arrays, keyed by path: `….lora_A` [rank, in], `….lora_B` [out, rank], and the parameters
             that were trained directly, without adapters.

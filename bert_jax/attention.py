@@ -23,10 +23,10 @@ from bert_jax.interventions import NONE, Interventions, intervene
 from bert_jax.nn import Linear, dropout, product
 
 FUSED = {"splash": ("TPUs", "tpu"), "triton": ("NVIDIA GPUs", "gpu"), "cudnn": ("NVIDIA GPUs", "gpu")}
-"""Maps each fused kernel to the name of its hardware in messages and JAX's name for its platform."""
+"""Maps each fused kernel to a pair: the name of its hardware, as used in messages, and JAX's name for its platform."""
 AUTO = {"tpu": "splash", "gpu": "triton"}
-"""The fused kernel that "auto" uses on each platform. "auto" does not use "cudnn", because its results are wrong if
-padding precedes tokens and because this cannot be checked under jit."""
+"""The fused kernel that "auto" uses on each platform. "auto" does not use "cudnn", because that kernel returns
+wrong results if padding precedes tokens, which cannot be checked under jit."""
 UNPACKED = ("cudnn",)
 """The fused kernels that do not support packed rows (rows that contain several texts)."""
 BLOCKS = {"splash": 128, "triton": 128}
@@ -122,7 +122,7 @@ def choose(
 def _supports_fused() -> bool:
     """Whether this machine's GPUs support the fused kernels.
 
-    If the machine has no GPU, the result is true, because programs are then only compiled.
+    If the machine has no GPU, the result is true, because programs are then only compiled, not run.
     """
     try:
         (device, *_) = jax.devices("gpu")
@@ -226,9 +226,9 @@ def triton(
 
 
 def _on_each_device(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Runs a kernel on each device of the current mesh for the rows and heads that the device holds.
+    """Wraps a kernel so that each device of the current mesh runs it on the rows and heads that the device holds.
 
-    This is necessary because compilers do not shard custom kernels.
+    The wrapper is necessary because compilers do not shard custom kernels.
 
     Args:
         kernel: A function that maps query, key and value [B, T, N, H] and segment ids [B, T] to an array [B, T, N, H].
@@ -308,7 +308,7 @@ def plain_attention(
     Returns:
         The context [B, T, N, H] in the dtype of `value`, and the probabilities before dropout, float32 [B, N, T, S].
     """
-    # The heads axis is moved before the tokens axis only once. If the einsums moved it instead, CPUs would repeat the
+    # The head axis is moved before the token axis only once. If the einsums moved it instead, CPUs would repeat the
     # transposes in the backward pass.
     query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))  # [B, N, T, H]
     scores = product("bnth,bnsh->bnts", query, key) * query.shape[-1] ** -0.5
@@ -348,8 +348,8 @@ class SelfAttention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Computes the attention of the tokens in `x` to all tokens in `states`.
 
-        If `x` contains only some of the tokens in `states`, plain attention is used, because a fused kernel would save
-        little.
+        If `x` contains only some of the tokens in `states`, plain attention is used, because a fused kernel would be
+        of little benefit.
 
         Args:
             x: The hidden states of the tokens that attend, [B, T, D].

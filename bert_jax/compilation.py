@@ -18,7 +18,7 @@ def use_compilation_cache() -> None:
             place = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_jax" / "programs")
         except RuntimeError:  # the user has no home folder
             return
-    # With jaxlib 0.10.2, a program for several simulated devices can deadlock when it is loaded from the cache, so
+    # With `jaxlib` 0.10.2, a program for several simulated devices can deadlock when it is loaded from the cache, so
     # nothing is cached if devices are simulated.
     if place == "off" or "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return

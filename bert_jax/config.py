@@ -40,7 +40,7 @@ _LIMITS = {
     "num_labels": 2**20,
 }
 
-# Fields that accept a value outside their range, each with this value, which means "not set".
+# Pairs of a field and a value that the field accepts although it is outside the valid range. The value means "not set".
 _UNSET = [("num_labels", -1), ("pad_token_id", None), ("classifier_dropout", None), ("problem_type", None)]
 
 

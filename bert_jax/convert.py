@@ -27,7 +27,7 @@ _LAST = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, ignore: Iterable[str] = ()) -> Path:
-    """Converts the weights in a model folder and copies its config and tokenizer.
+    """Converts the weights in a model folder and copies the model's config and tokenizer.
 
     If the folder contains both `flax_model.msgpack` and `pytorch_model.bin`, the former is read. Reading
     `pytorch_model.bin` requires PyTorch and uses `weights_only=True`, so no code in the file is run.
@@ -35,8 +35,8 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, i
     Args:
         source: A folder that contains `config.json`, or the folder of a sentence-transformers model.
         target: A new or empty folder, or `source` itself. In the latter case, `model.safetensors` is added to `source`.
-        ignore: Regular expressions for the names of tensors that no BERT model has. Each expression must match a whole
-            name. These tensors are also converted. Any other tensor with an unknown name is an error.
+        ignore: Regular expressions that match whole tensor names. Conversion fails if the weight file contains a tensor
+            that no BERT model has, unless an expression matches its name. Matching tensors are also converted.
 
     Returns:
         The path of the weight file that was read.

@@ -1,7 +1,8 @@
 """Training runs with several processes, such as one per host of a TPU pod or one per node of a cluster.
 
-Each process has its own devices. All processes run the same command, and each process prepares its own rows of a batch.
-Only the first process writes files. Checkpoints are an exception: each process writes the shards that its devices hold.
+Each process has its own devices. All processes run the same command, and each process prepares its own rows of each
+batch. Only the first process writes files. Checkpoints are an exception: each process writes the shards that its
+devices hold.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from jax.experimental import multihost_utils
 from bert_jax.errors import InputError, TrainingError, quoted
 
 HEARTBEAT = 30
-"""A process without a heartbeat for this many seconds is considered lost, and the other processes end."""
+"""A process that sends no heartbeat for this many seconds is considered lost, and the other processes end."""
 JOIN = 300
 """The number of seconds to wait for the other processes to join."""
 
@@ -56,7 +57,7 @@ def start(given: str) -> None:
 def _reach(address: str) -> None:
     """Waits until an address accepts connections.
 
-    If the address accepted no connection, JAX would abort the process instead of raising an error.
+    Without this wait, JAX would abort the process instead of raising an error if the address accepted no connection.
 
     Raises:
         OSError: If the address accepts no connection within `JOIN` seconds.
@@ -109,8 +110,8 @@ def agree(what: str, text: Callable[[], str]) -> None:
     If there is only one process, `text` is not called.
 
     Raises:
-        InputError: In all processes, if the text of any process differs from that of the first. The message lists
-            the lines that differ.
+        InputError: In all processes, if the text of any process differs from that of the first process. The message
+            lists the lines that differ.
     """
     if jax.process_count() == 1:
         return
@@ -137,7 +138,7 @@ def share_folder(folder: Path, name: str) -> None:
         name: The name of that file.
 
     Raises:
-        InputError: In all processes, if one of them does not see the file.
+        InputError: In all processes, if any of them does not see the file.
     """
     wait(str(folder))
     if not all(multihost_utils.process_allgather(np.bool_((folder / name).exists()))):

@@ -20,7 +20,7 @@ class InputError(BertJaxError, ValueError):
 
 
 class UnknownArgumentError(InputError, TypeError):
-    """An argument that the function accepts in another library but not in this package."""
+    """An argument that another library's version of the function accepts but this package's version does not."""
 
 
 class ConfigError(BertJaxError, ValueError):
@@ -48,7 +48,7 @@ class OutOfMemoryError(BertJaxError, MemoryError):
 
 
 class Interrupted(BertJaxError):
-    """A run that was stopped by a signal. If the run has a folder, the state of the run was saved there.
+    """A run that was stopped by a signal. If the run has a folder, the run's state was saved in it.
 
     Args:
         step: The number of completed steps.

@@ -44,8 +44,8 @@ class PreTrainingOutput(ModelOutput):
 
     Attributes:
         prediction_logits: float32 [B, T, V]; [B, P, V] if `masked_positions` [B, P] are given.
-        seq_relationship_logits: float32 [B, 2]; [B, K, 2] if `first_positions` [B, K] are given. Index 0 stands for a
-            second text that follows the first, and index 1 stands for a random second text.
+        seq_relationship_logits: float32 [B, 2]; [B, K, 2] if `first_positions` [B, K] are given. Index 0 means that
+            the second text follows the first, and index 1 means that the second text is random.
         hidden_states: As in `BertModelOutput`.
         attentions: As in `BertModelOutput`.
     """
@@ -165,7 +165,7 @@ class BertForPreTraining(BertWithHead):
             masked_positions: int [B, P], the indices of the tokens at which to score the vocabulary; None for all
                 tokens.
             first_positions: int [B, K], the index of each example's first token, if a row contains several examples.
-                The next-sentence logits are then [B, K, 2]. If None, the first token of the row is used, and the
+                The next-sentence logits are then [B, K, 2]. If None, the first token of each row is used, and the
                 next-sentence logits are [B, 2].
             inputs_embeds: See `BertModel`.
             dropout_key: See `BertModel`.
@@ -282,7 +282,7 @@ class BertWithLinearHead(BertWithHead, Generic[Output]):
 class BertForNextSentencePrediction(BertWithLinearHead[HeadOutput]):
     """The encoder with the next-sentence head. The logits are [B, 2], or [B, K, 2] if `positions` are given.
 
-    Index 0 stands for a second text that follows the first, and index 1 stands for a random second text.
+    Index 0 means that the second text follows the first, and index 1 means that the second text is random.
     """
 
     pooled = True
@@ -318,7 +318,7 @@ class BertForSequenceClassification(BertWithClassifier):
 
 
 class BertForMultipleChoice(BertWithClassifier):
-    """The encoder with a linear layer that scores each text from the pooler's output.
+    """The encoder with a linear layer that computes each text's score from the pooler's output.
 
     Source: `modeling_bert.py` in `transformers`.
     """
@@ -346,8 +346,7 @@ class BertForMultipleChoice(BertWithClassifier):
         """Scores the choices of each example. The softmax over an example's scores gives the choices' probabilities.
 
         The arguments are those of `BertModel` with an additional axis for the C choices. For example, `input_ids` is
-        [B, C, T]. For packed rows, pass the arguments without this axis, and pass the index of each choice's first
-        token as `positions`.
+        [B, C, T]. For packed rows, omit this axis, and pass the index of each choice's first token as `positions`.
 
         Returns:
             A `HeadOutput` with logits [B, C] and the hidden states of B · C rows. If `positions` [B, K] are given, the

@@ -171,7 +171,7 @@ def find_modules(network: Path) -> tuple[Path, list[Module]] | None:
     """Finds the sentence-transformers model that a network belongs to.
 
     Args:
-        network: The folder of the network, from `network_folder`.
+        network: The network's folder, as returned by `network_folder`.
 
     Returns:
         The model's folder and its modules; None if the network does not belong to a sentence-transformers model.
@@ -207,7 +207,7 @@ def read_json(path: Path, error: type[BertJaxError] = CheckpointError) -> dict[s
 
 
 def architectures(folder: Path) -> list[str]:
-    """Returns the class names that a model's config lists under `architectures`; empty if it lists none."""
+    """Returns the class names that a model's config lists under `architectures`, or an empty list if there are none."""
     try:
         names = read_json(config_file(folder)).get("architectures")
     except CheckpointError:  # ignored here, because `BertConfig.from_file` reports a damaged file
@@ -235,7 +235,7 @@ def read_card(model_id: str, revision: str | None = None) -> dict[str, Any]:
         revision: Branch, tag or commit on the Hub; None for `main`.
 
     Returns:
-        The metadata; empty if there is no card or if its metadata is not valid YAML.
+        The metadata. The dict is empty if there is no card or if the card's metadata is not valid YAML.
     """
     import yaml
     from huggingface_hub import ModelCard, try_to_load_from_cache
@@ -279,8 +279,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         yield staging
         files = sorted(path for path in staging.rglob("*") if path.is_file())
         for path in files:
-            # safetensors makes its files readable only by their owner, so each file is given the permissions that the
-            # umask allows.
+            # The `safetensors` library makes its files readable only by their owner, so each file is given the
+            # permissions that the umask allows.
             path.chmod(0o666 & staging.stat().st_mode)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -340,7 +340,7 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
 
     try:
         # These files are fetched by revision rather than by commit. The cache then records which commit the revision
-        # refers to, so later calls find the files without the Hub.
+        # refers to, so later calls find the files without contacting the Hub.
         prefix = ""
         with contextlib.suppress(errors.EntryNotFoundError):
             prefix = f"{read_modules(fetch(MODULES_FILE, revision))[0].path}/".lstrip("/")
@@ -384,7 +384,7 @@ def _commit(repo: str, revision: str, timeout: float) -> str:
     """
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
-    # The request runs in a thread, because the HTTP client's own timeout covers neither a slow name server nor a retry.
+    # The request runs in a thread, because the HTTP client's timeout covers neither a slow name server nor a retry.
     commit: Future[str] = Future()
 
     def commit_of(name: str) -> str:

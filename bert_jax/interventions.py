@@ -99,7 +99,7 @@ def _call(site: str, function: Callable[[jax.Array], jax.Array], x: jax.Array) -
 
 
 def within(interventions: Interventions, module: str) -> Interventions:
-    """Returns the interventions in a module, with site names relative to the module; "" is the module's output."""
+    """Returns the interventions in a module, with site names relative to it. The name "" means the module's output."""
     return {
         site.removeprefix(module).removeprefix("."): function
         for site, function in interventions.items()

@@ -37,8 +37,8 @@ def cross_entropy(
             (1 - p)^focal_gamma, so well-predicted labels count less (Lin et al. 2017, section 3.2).
 
     Returns:
-        float32 [], in nats per label. The mean is over the labels that are not `IGNORE` and is weighted if class
-        weights are given. The loss is 0 if all labels are `IGNORE`.
+        float32 [], in nats per label. The mean is taken over the labels that are not `IGNORE` and is weighted if
+        class weights are given. The loss is 0 if all labels are `IGNORE`.
 
     Raises:
         InputError: If `class_weights` does not contain exactly C numbers.
@@ -116,8 +116,9 @@ def binary_cross_entropy(
         weights: float [B], 1 for each row to include and 0 for each row to leave out. All rows are included by default.
         class_weights: float [C]. Where the label of a class is 1, the loss is multiplied by the weight of the class, as
             with `pos_weight` in `torch.nn.BCEWithLogitsLoss`.
-        label_smoothing: The labels 0 and 1 are replaced with label_smoothing / 2 and 1 - label_smoothing / 2.
-        focal_gamma: As in `cross_entropy`. The probability p is that of the label's value, 0 or 1.
+        label_smoothing: A label of 0 is replaced with `label_smoothing / 2`, and a label of 1 with
+            `1 - label_smoothing / 2`.
+        focal_gamma: As in `cross_entropy`, where p is the predicted probability of the label's value, 0 or 1.
 
     Returns:
         float32 [], in nats per label.

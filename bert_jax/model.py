@@ -89,8 +89,8 @@ class BertLayer(nnx.Module):
             x: [B, S, D].
             attended: Which tokens attend to which; None if all tokens attend to all tokens.
             dropout_key: PRNG key; None disables dropout.
-            positions: int [B, T] or [1, T], the indices in x of the tokens to compute; None for all S tokens. These
-                tokens can also attend to tokens that are not computed.
+            positions: int [B, T] or [1, T], the indices in x of the tokens whose outputs are computed; None for all S
+                tokens. These tokens can also attend to the other tokens in x.
             interventions: The interventions in this layer; see `bert_jax.interventions`.
             kernel: The name of an attention kernel in `ATTENTION`.
 
@@ -153,7 +153,7 @@ class BertEmbeddings(nnx.Module):
 
 
 class BertModel(BertPreTrainedModel):
-    """The encoder. Heads such as those for next-sentence prediction and sequence classification use its pooler."""
+    """The encoder. The heads for next-sentence prediction and sequence classification, among others, use its pooler."""
 
     def __init__(
         self,
@@ -217,12 +217,12 @@ class BertModel(BertPreTrainedModel):
             document_ids: For packed rows, which contain several texts: int [B, T], the id of the text that each token
                 belongs to. Tokens then attend only to tokens of the same text.
             inputs_embeds: float [B, T, D], vectors that replace the word embeddings of `input_ids`. Pass exactly one of
-                the two arguments.
+                `input_ids` and `inputs_embeds`.
             positions: int [B, K], or [1, K] for all rows: the indices of the tokens whose outputs the caller needs;
                 None for all tokens. The last layer is computed only for these tokens, so `last_hidden_state` and
                 `pooler_output` are [B, K, D], and the last of the `attentions` is [B, N, K, S].
             dropout_key: PRNG key; None disables dropout.
-            interventions: Functions that change activations, by site name; see `bert_jax.interventions`.
+            interventions: Functions that change activations, keyed by site name; see `bert_jax.interventions`.
 
         Raises:
             InputError: If T is too large, if shapes do not match, if an id or position is out of range, if both or

@@ -113,7 +113,7 @@ class Keys:
 
 
 def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Computes an einsum of two matrices or of batches of matrices.
+    """Computes an einsum of two matrices or of two batches of matrices.
 
     The operands are in the dtype of x, and the result is float32. The same applies to the backward pass.
 
@@ -138,7 +138,7 @@ def _low_product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _low_product_on_cpu(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Computes an einsum of matrices or of batches of matrices in a form that XLA multiplies in bfloat16 on CPUs.
+    """Computes an einsum of two matrices or batches of matrices in a form that XLA multiplies in bfloat16 on CPUs.
 
     In this form, the contracted axis is the last axis of the left operand, and there is at most one batch axis. XLA
     multiplies other forms in float32, which takes twice as long.

@@ -20,7 +20,7 @@ class ModelOutput(Mapping[str, Any]):
         """Returns the entry with the given name or index, or a tuple of the entries in a slice.
 
         Raises:
-            KeyError: If there is no entry with this name, or if it is None.
+            KeyError: If there is no entry with this name, or if the entry is None.
             IndexError: If the index is out of range.
         """
         if not isinstance(key, str):

@@ -140,11 +140,11 @@ def ours(name: str) -> str:
 def suggests(hints: Mapping[str, str]) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Decorates a function so that each argument in `hints` raises an error that explains its replacement.
 
-    If there are too many positional arguments, the error states which of them must be passed by name. Python itself
+    If there are too many positional arguments, the error lists the arguments that must be passed by name. Python itself
     reports all other invalid arguments. The decorated function keeps its signature.
 
     Args:
-        hints: Maps the name of each argument that the function does not accept to an explanation of its replacement.
+        hints: Maps the names of arguments that the function does not accept to explanations of their replacements.
     """
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

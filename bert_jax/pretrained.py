@@ -93,8 +93,8 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
             add_pooling_layer: For `BertModel` only: whether the model has a pooler, True by default. Some checkpoints
                 have no pooler.
             mesh: A mesh of the devices that receive the parameters, created by `bert_jax.sharding.mesh`. Its `fsdp` and
-                `tensor` axes shard the parameters, so a model can be larger than the memory of one device. None for the
-                default device.
+                `tensor` axes shard the parameters, so a model can be larger than the memory of one device. If None, the
+                parameters are placed on the default device.
             **config_changes: New values for config fields, for example `hidden_dropout_prob=0.0`. `num_labels=6` sets
                 the size of a new head or corrects a config that contradicts the weights.
 
@@ -182,9 +182,9 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
         """Adds rows to the word embeddings, as needed after `Tokenizer.add_tokens`. The tied decoder grows with them.
 
         For the old tokens, the output of the encoder stays bitwise identical. Their logits also stay identical if the
-        compiler sums in the same order for the old and the new size. On CPUs with jaxlib 0.10, the order depends on the
-        size modulo 16. The remainders 1 to 8 share one order (28,996 has the remainder 4), and the remainders 9 to 15
-        and 0 share another. If the orders differ, the logits differ by rounding errors.
+        compiler sums in the same order for the old and the new size. On CPUs with `jaxlib` 0.10, the order depends on
+        the size modulo 16. The remainders 1 to 8 share one order (28,996 has the remainder 4), and the remainders 9 to
+        15 and 0 share another. If the orders differ, the logits differ by rounding errors.
 
         Args:
             size: The new size of the vocabulary, such as `tokenizer.vocab_size`; at least the current size.

@@ -14,13 +14,17 @@ INSTRUCTIONS = {
     "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},
     "int8": {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"},
 }
-"""Maps each dtype to the /proc/cpuinfo flags of the x86 and Arm instructions that multiply numbers of this dtype."""
+"""Maps each dtype to the `/proc/cpuinfo` flags of the x86 and Arm instructions that multiply numbers of this dtype."""
 FAST_INT8 = (0, 12)
-"""The first jaxlib version with fast int8 matrix products on CPUs."""
+"""The first `jaxlib` version with fast int8 matrix products on CPUs."""
 
 
 def speed(dtype: str) -> str:
-    """Describes whether "bfloat16" or "int8" is faster than float32 on this machine, as the predicate of a sentence."""
+    """Returns the predicate of a sentence that states whether `dtype` is faster than float32 on this machine.
+
+    Args:
+        dtype: "bfloat16" or "int8".
+    """
     if jax.default_backend() != "cpu":
         return f"may be faster than float32; this has not been measured on a {jax.default_backend()}"
     if not CPUINFO.exists():

@@ -70,12 +70,12 @@ def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def draw_by_rows(draw: Callable[..., jax.Array], key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns `draw(key, shape)`. If the rows are sharded evenly, each shard is drawn with its own key.
 
-    Compilers do not shard random generators, so every device would otherwise draw the bits of the whole batch.
+    Compilers do not shard random generators, so every device would otherwise draw the bits for the whole batch.
 
     Args:
         draw: A function that draws an array, given a key and a shape.
         key: uint32 [2].
-        shape: The shape of the result. The first axis is that of the rows.
+        shape: The shape of the result. The first axis is the row axis.
     """
     shares = sharding.shares()
     if shares == 1 or shape[0] % shares:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, cast
 from bert_jax import hub
 from bert_jax.errors import CheckpointError, InputError, listed, quoted
 
-# Maps each key of 1_Pooling/config.json that selects a pooling mode to the mode's name in newer versions.
+# Maps each key of 1_Pooling/config.json that selects a pooling mode to the mode's name in newer versions of the file.
 _POOLINGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",

@@ -1,6 +1,6 @@
 """Placement of arrays on devices. A mesh arranges devices along named axes, and each axis shards certain arrays.
 
-The `data` axis shards the rows of a batch. The `fsdp` axis shards the rows as well, and also the parameters, their
+The `data` axis shards the rows of a batch. The `fsdp` axis shards not only the rows but also the parameters, their
 gradients and the optimizer state (Rajbhandari et al. 2020, "ZeRO", stage 3). The `tensor` axis shards the attention
 heads and the inner features of the feed-forward layers (Shoeybi et al. 2019, "Megatron-LM", section 3).
 """
@@ -48,7 +48,7 @@ def mesh(
 
     Args:
         data: The number of device groups that shard the rows of a batch; -1 for as many groups as the devices allow.
-        fsdp: The number of devices that shard the rows of a group, and also the parameters, gradients and optimizer
+        fsdp: The number of devices that shard the rows of a group, as well as the parameters, gradients and optimizer
             state.
         tensor: The number of devices that shard the attention heads and the inner features of the feed-forward layers.
         devices: The devices to use; by default, the devices of all processes.
@@ -94,7 +94,7 @@ def local(sizes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
 
 
 def mesh_of(params: Any) -> jax.sharding.Mesh | None:
-    """Returns a mesh of the devices on which the arrays of a pytree were placed; None if they were not placed.
+    """Returns a mesh of the devices on which a pytree's arrays were explicitly placed, or None if they were not.
 
     Raises:
         InputError: If the arrays are sharded on a mesh that `mesh` did not create, or on devices of other processes.

@@ -79,8 +79,8 @@ class Tokenizer(PushToHub):
         and `special_tokens_map.json` are also read, and `special_tokens_map.json` overrides `tokenizer_config.json`.
 
         There is one difference from `transformers`. If `do_lower_case` is not set, the BERT classes of `transformers`
-        lowercase all text. Instead, this class preserves case and logs a warning if there is a `tokenizer.json` that
-        does not lowercase text, or if there is no `tokenizer.json` and the vocabulary contains capital letters.
+        lowercase all text. In contrast, this class preserves case and logs a warning if there is a `tokenizer.json`
+        that does not lowercase text, or if there is no `tokenizer.json` and the vocabulary contains capital letters.
 
         Args:
             model_id: A folder, the name of the embedded model (`bert-mini-cased`), or an id on the Hugging Face Hub.
@@ -126,8 +126,8 @@ class Tokenizer(PushToHub):
                 (None, files.added_token(token)) for token in named.values() if backend.token_to_id(token) is not None
             ]
         backend.add_tokens([token for _, token in tokens])
-        # Duplicate lines in a vocab.txt leave ids unused, and an added token may then get the id of another token. This
-        # check rejects a tokenizer in which two tokens have the same id.
+        # Duplicate lines in a vocab.txt file leave ids unused, and an added token may then get the id of another token.
+        # This check rejects a tokenizer in which two tokens have the same id.
         files.check_vocab(folder, backend.get_vocab(), [])
         if absent := [token for token in named.values() if backend.token_to_id(token) is None]:
             logger.warning("%s: the vocabulary has no %s, so texts cannot contain it.", folder, " and no ".join(absent))
@@ -159,9 +159,9 @@ class Tokenizer(PushToHub):
         }
         pieces = {id: piece for piece, id in self.backend.get_vocab(with_added_tokens=False).items()}
         for id in range(max(pieces), 0, -1):
-            # A vocab.txt may repeat a piece. Only the last line with the piece counts, so the ids of the earlier lines
-            # have no piece. The file to write needs a line for every id. An id without a piece gets the piece of the
-            # next id. This does not change the id of that piece, because only its last line counts.
+            # A vocab.txt file may repeat a piece. Only the last line with the piece counts, so the ids of the earlier
+            # lines have no piece. The new file needs a line for every id, so an id without a piece gets the piece of
+            # the next id. This does not change the id of that piece, because only its last line counts.
             pieces.setdefault(id - 1, pieces[id])
         with hub.replacing(Path(folder)) as staging:
             self.backend.save(str(staging / "tokenizer.json"))
@@ -306,7 +306,7 @@ class Tokenizer(PushToHub):
             if len(encoding) > max_length:
                 first, second = (encoding.sequence_ids.count(n) for n in (0, 1))
                 kept = room - first if truncate == "only_second" else max(room - min(first, second), room // 2)
-                # The library would panic in this case.
+                # The `tokenizers` library would panic in this case.
                 if kept <= (stride or 0):
                     raise InputError(
                         f"max_length={max_length} with stride={stride} leaves no room for text[{i}], which has "

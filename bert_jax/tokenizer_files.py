@@ -143,7 +143,7 @@ def from_json(
         file: The contents of the file.
         settings: The contents of `tokenizer_config.json`, which take precedence over the file. For classes that are not
             in `BERT_CLASSES`, pass None to use the file as it is.
-        named: The special tokens by name, from `named_tokens`.
+        named: The special tokens, keyed by name, as returned by `named_tokens`.
 
     Raises:
         CheckpointError: If the file is damaged, if it does not describe a WordPiece tokenizer, or if `settings` is
@@ -181,9 +181,9 @@ def wordpiece(
         path: The vocabulary file, for messages.
         vocab: Maps pieces to ids.
         settings: The contents of `tokenizer_config.json`.
-        named: The special tokens by name, from `named_tokens`.
+        named: The special tokens, keyed by name, as returned by `named_tokens`.
         cased: Whether to preserve case if `settings` does not contain `do_lower_case`. If `cased` is None, case is
-            preserved if the vocabulary contains capital letters.
+            preserved only if the vocabulary contains capital letters.
 
     Raises:
         CheckpointError: If the vocabulary or a setting is invalid.
@@ -217,7 +217,7 @@ def wordpiece(
 
 
 def unlike_bert(backend: Tokenizer) -> list[str]:
-    """Returns the names of the parts in which a tokenizer differs from BERT's tokenizer; empty if there are none."""
+    """Returns the names of the parts that differ from those of BERT's tokenizer, or an empty list if there are none."""
     model, normalizer = backend.model, backend.normalizer
     parts = {
         "normalizer": isinstance(normalizer, normalizers.BertNormalizer) and normalizer.clean_text,

@@ -1,8 +1,8 @@
 """Models as nested dicts of arrays, and the dotted paths that name their parameters.
 
-Users work with an `nnx.Module`. Code for jit, optax and checkpoints works with the model's parameters as a plain nested
-dict. Only `params, skeleton = split(model)` and `model = merge(skeleton, params)` convert between the two. A path is a
-parameter's location in the module, such as `bert.layers.11.attention.query.weight`.
+Users work with an `nnx.Module`. Code for jit, `optax` and checkpoints works with the model's parameters as a plain
+nested dict. Only `params, skeleton = split(model)` and `model = merge(skeleton, params)` convert between the two. A
+path is a parameter's location in the module, such as `bert.layers.11.attention.query.weight`.
 """
 
 import re

@@ -49,8 +49,8 @@ def carry(before: Tokenizer, after: Tokenizer) -> tuple[list[list[int]], dict[st
 def rows(table: np.ndarray, sources: Sequence[Sequence[int]]) -> np.ndarray:
     """Computes the new table [new, …] from the old table [old, …].
 
-    Entry i of `sources` (from `carry`) lists the old rows whose mean is the new row i. If the entry is empty, the new
-    row is the mean of all old rows.
+    Entry i of `sources` (as returned by `carry`) lists the old rows whose mean becomes row i of the new table. If the
+    entry is empty, the new row is the mean of all old rows.
     """
     everything = table.mean(axis=0)
     return np.stack([table[list(ids)].mean(axis=0) if ids else everything for ids in sources])

@@ -118,7 +118,7 @@ class Source:
     file: Path
     shape: list[int]
     dtype: str
-    """The dtype as safetensors names it, such as F32, F16 or BF16."""
+    """The dtype as the safetensors format names it, such as F32, F16 or BF16."""
 
     def read(self) -> np.ndarray:
         """Reads the tensor in its stored dtype."""
@@ -145,7 +145,7 @@ def plan(
         The sources, keyed by parameter path, and the report.
 
     Raises:
-        CheckpointError: If tensors are missing or unknown, have the wrong shape or do not fit the model in another way
+        CheckpointError: If tensors are missing or unknown, have the wrong shape or otherwise do not fit the model
             (the message lists at most 40 problems), if a regular expression matches nothing, or if a file is missing
             or damaged.
     """

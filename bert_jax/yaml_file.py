@@ -15,7 +15,7 @@ from bert_jax.tree import flatten
 VALUES = 100_000
 """The maximum number of values in a settings file.
 
-Without a limit, a small file with nested aliases could exhaust the memory.
+Without a limit, a small file with nested aliases could exhaust memory.
 """
 RENAMED = {"optimizer.rates": "optimizer.lr_multipliers", "queue": "max_queue_tokens", "model": "models",
            "compute_dtype": "dtype", "precision": "dtype", "output.tensorboard": "output.report_to"}  # fmt: skip
@@ -38,7 +38,7 @@ class SettingsFile(Section):
         """Reads a settings file.
 
         A file may define variants under `task_names`. If `task_name` is `mrpc`, for example, the settings of the
-        variant `mrpc` replace the settings with the same names in the rest of the file.
+        `mrpc` variant replace the settings with the same names in the rest of the file.
 
         Args:
             path: The file.
@@ -185,7 +185,7 @@ def nearest(given: Any, names: Iterable[str]) -> str | None:
 
 
 def _section(kind: Any) -> Any:
-    """Returns the section class in the type of a setting, which may be optional; the type if it has no section."""
+    """Returns the section class in a setting's type, which may be optional, or the type itself if it has no section."""
     return next((arm for arm in get_args(kind) if hasattr(arm, "model_fields")), kind)
 
 
@@ -199,7 +199,7 @@ def _paths(section: Any, name: str) -> Iterator[str]:
 
 
 def _problem(root: type[BaseModel], entry: Any) -> str:
-    """Describes one entry of pydantic's `ValidationError.errors()` in one line."""
+    """Describes one entry of Pydantic's `ValidationError.errors()` in one line."""
     path = [str(part) for part in entry["loc"]]
     key = listed([".".join(path)])
     if entry["type"] == "extra_forbidden" and RENAMED.get(key, "").partition(".")[0] in root.model_fields:

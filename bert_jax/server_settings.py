@@ -19,11 +19,13 @@ class Serving(SettingsFile):
     """The models: folders, ids on the Hugging Face Hub, or the embedded model (`bert-mini-cased`). The default is
     `google-bert/bert-base-cased` or, if that model is not cached and the Hub does not respond, `bert-mini-cased`."""
     names: Mapping[str, str] = {}
-    """Maps entries of `models` to the names that clients use. By default, each name is the entry itself."""
+    """Maps entries of `models` to the names that clients use. By default, the name of a model is its entry in
+    `models`."""
     revision: str | None = None
     """Branch, tag or commit on the Hub. It can be set only if there is one model."""
     ignore: Patterns = ()
-    """Regular expressions that match the whole names of the checkpoint's tensors that are not loaded."""
+    """Regular expressions for the names of the tensors to skip in the models' checkpoints; each must match a whole
+    name."""
     tasks: tuple[str, ...] = ()
     """Tasks to serve. By default, each model serves the tasks for which it has heads. The first task of the first model
     is also served at `/score`."""
@@ -40,7 +42,7 @@ class Serving(SettingsFile):
     """The key that clients must send as a bearer token in the `Authorization` header, for all paths except `/health`.
     By default, no key is required. The environment variable `BERT_JAX_API_KEY` overrides this setting."""
     api_key_file: Path | None = None
-    """A file that contains the key. Set either this or `api_key`, but not both."""
+    """A file that contains the key. Do not set both this and `api_key`."""
     allowed_hosts: tuple[str, ...] = ()
     """Values of the `Host` header that the server accepts; `*.example.com` accepts all subdomains. `/health` accepts
     any value. By default, the other paths also accept any value or, if the server listens on a loopback address, only
@@ -66,9 +68,8 @@ class Serving(SettingsFile):
     """Maximum size of a response, in bytes. The size is estimated before the computation, and a request that would
     exceed the maximum is rejected with status 413."""
     max_queue_tokens: Annotated[int, Field(ge=16)] = 2**15
-    """Maximum number of tokens that the model may have to process for all unanswered requests. A request that would
-    exceed the maximum is rejected with status 429. A single request counts for at most three quarters of the
-    maximum."""
+    """Maximum number of tokens that the models may have to process for all unanswered requests. A request that would
+    exceed the maximum is rejected with status 429. A single request counts as at most three quarters of the maximum."""
     max_connections: PositiveInt = 1024
     """Maximum number of open connections. If this number is reached and another client connects, the server closes the
     connection that has been idle the longest."""

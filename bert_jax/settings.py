@@ -80,8 +80,8 @@ class _Start(Section):
     """Parameters to reinitialize, such as those of the top layers or of the pooler. In fine-tuning, the head is also
     reinitialized, unless the checkpoint has a head for the same task and the same labels."""
     ignore: Patterns = ()
-    """Regular expressions that match the whole names of the checkpoint's tensors that are not loaded. A tensor that
-    does not belong to any BERT model is an error unless one of these expressions matches its name."""
+    """Regular expressions for the names of the checkpoint's tensors to skip; each must match a whole name. A tensor
+    that does not belong to any BERT model is an error unless one of these expressions matches its name."""
     add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Tokens to add to the vocabulary; the tokenizer never splits them. The embedding of an added token is initialized
     to the mean of all embeddings or, in pretraining, to the mean of the embeddings of the token's pieces."""
@@ -124,7 +124,7 @@ class PretrainingModel(_Start):
 
 class Data(Section):
     """The source of the examples. `train`, `validation` and `test` each name one or more files or, if `id` is set, one
-    or more splits of that data set."""
+    or more splits of the data set with this id."""
 
     id: str | None = None
     """The id of a data set on the Hugging Face Hub. Reading it requires the `data` extra. If `id` is not set, `train`,
@@ -136,7 +136,7 @@ class Data(Section):
     train: str | tuple[str, ...] | None = None
     """Examples to train on."""
     validation: str | tuple[str, ...] | None = None
-    """Examples that determine the best checkpoint."""
+    """Examples that are used to select the best checkpoint."""
     test: str | tuple[str, ...] | None = None
     """Examples to evaluate once, at the end of the run."""
     format: Literal["jsonl", "json", "csv", "tsv", "parquet", "conll", "squad", "text", "text;label"] | None = None
@@ -167,12 +167,12 @@ class Data(Section):
     contains the text to which the choices refer; by default, the first of `context`, `article`, `passage`, `sent1`, …
     that exists."""
     answers: str | None = None
-    """Column that contains the answers; by default, `answers`. Each answer has a `text` and an `answer_start`. If the
-    column contains no answers, the question has none. In `multiple-choice`, the column that contains the list of
+    """Column that contains the answers; by default, `answers`. Each answer has a `text` and an `answer_start`. If a
+    row's answers are empty, its question has no answer. In `multiple-choice`, the column that contains the list of
     choices; by default, `choices`, `options` or `endings`, or else the columns `ending0`, `ending1`, …"""
     wrong_answers: Literal["skip", "stop"] = "skip"
     """What to do with an invalid row in question answering, such as a row with an answer that is not at its
-    `answer_start`: skip the row, or stop."""
+    `answer_start`: skip the row, or stop with an error."""
     labels: Labels | None = None
     """Label names in the order of their ids. By default, they are the class names that the data set defines
     (`ClassLabel`), in the same order. If it defines none, they are the names in the training examples, sorted; among
@@ -183,7 +183,7 @@ class Data(Section):
     names in `labels`."""
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
     """The kind of problem that the labels describe. If this is not set, it follows from the labels: lists mean
-    multi-label classification, numbers mean regression if at least one is not whole, and anything else means one label
+    multi-label classification, numbers mean regression if at least one is fractional, and anything else means one label
     per example. A list contains names or class ids, or it is a 0/1 vector with one number per label. If `labels` is not
     set, the labels of 0/1 vectors are named `LABEL_0`, `LABEL_1`, … In the cells of a table, lists are written as in
     JSON, Python or NumPy. If `multi_label_classification` is set, a cell may instead contain names separated by
@@ -217,7 +217,7 @@ class Corpus(Section):
     train: str | tuple[str, ...]
     """Files to train on."""
     validation: str | tuple[str, ...] | None = None
-    """Files that determine the best checkpoint."""
+    """Files that are used to select the best checkpoint."""
     format: Literal["text", "jsonl"] | None = None
     """Format of the files; by default, it follows from their names."""
     text: str = "text"
@@ -226,7 +226,7 @@ class Corpus(Section):
     """Folder for the tokenized texts; several runs may share it. By default, it is the path in `output.folder` with
     `.shards` appended."""
     processes: PositiveInt | None = None
-    """Number of processes that tokenize; by default, the number of processors."""
+    """Number of processes that tokenize the texts; by default, the number of processors."""
     next_sentence: bool = True
     """If true, an example is a pair of segments, and the model learns to predict both the masked tokens and whether the
     second segment follows the first. If false, the model learns to predict masked tokens only."""
@@ -353,13 +353,13 @@ class Training(Section):
     batch_size: PositiveInt = 32
     """Number of examples per step, over all devices."""
     accumulation: PositiveInt = 1
-    """Gradient accumulation: the number of parts into which a batch is divided. They are computed one after another to
-    save memory."""
+    """Gradient accumulation: the number of parts into which a batch is divided. The gradients of the parts are computed
+    one after another to save memory."""
     evaluation_batch_size: PositiveInt = 64
     """Number of examples per batch in evaluations."""
     evaluate_every: PositiveInt | None = None
-    """Number of steps between evaluations, each of which is followed by a checkpoint; by default, one epoch. The
-    evaluation before the first step is only reported; it cannot determine the best checkpoint."""
+    """Number of steps between evaluations, each of which is followed by a checkpoint; by default, the number of steps
+    in an epoch. The evaluation before the first step is only reported; it cannot determine the best checkpoint."""
     save_every: PositiveInt | None = None
     """Number of steps between checkpoints, in addition to those after evaluations."""
     log_every: PositiveInt = 10
@@ -376,7 +376,7 @@ class Training(Section):
     pairs and for choosing and replacing tokens."""
     remat: bool = False
     """Whether to recompute the inner activations of each layer in the backward pass. This saves memory, but a step
-    takes a third more time."""
+    takes a third longer."""
     scan_layers: bool = False
     """Whether to compile the program of one layer and run it for all layers. This makes compilation faster and steps
     slightly slower."""
@@ -469,9 +469,9 @@ class HeldOut(SettingsFile):
 
     task: Literal["fill-mask", "next-sentence-prediction", "minimal-pairs"]
     """`fill-mask` and `next-sentence-prediction` are Hugging Face's names for these tasks. `minimal-pairs` compares the
-    pseudo-log-likelihoods of two sentences: `data.text` is the column of the acceptable sentence (by default,
-    `sentence_good`), `data.text_pair` is the column of the other sentence (`sentence_bad`), and `data.label` is the
-    column of the phenomenon (`linguistics_term`)."""
+    pseudo-log-likelihoods of two sentences: `data.text` names the column of the acceptable sentence (by default,
+    `sentence_good`), `data.text_pair` names the column of the other sentence (`sentence_bad`), and `data.label` names
+    the column of the phenomenon (`linguistics_term`)."""
     data: Data = Data()
     masking: Masking = Masking()
     metric: Literal["original", "within_word_l2r"] = "original"
@@ -489,7 +489,8 @@ class HeldOut(SettingsFile):
 
 
 def read(path: str | Path, overrides: Iterable[str] = ()) -> Settings | HeldOut:
-    """Reads a file as `HeldOut` or `Settings`, depending on the task that it sets; see `Settings.from_file`."""
+    """Reads a file as `HeldOut` or `Settings`, depending on the task that the file or an override sets; see
+    `Settings.from_file`."""
     tree = read_tree(path, overrides)
     kind = HeldOut if nearest(tree.get("task"), [*TRAINABLE, *HELD_OUT_TASKS]) in HELD_OUT_TASKS else Settings
     return kind.from_dict(tree, source=str(path))

@@ -48,7 +48,7 @@ class Serving(SettingsFile):
     any value. By default, the other paths also accept any value or, if the server listens on a loopback address, only
     `localhost`, `127.0.0.1` and `[::1]`."""
     allow_origins: tuple[str, ...] = ()
-    """Origins of web pages that may read responses, such as `https://example.com`; `*` for all."""
+    """Origins of web pages that may read responses, such as https://example.com; `["*"]` for all."""
     wait: NonNegativeFloat = 0.0005
     """When a request reaches an idle server, the server waits this many seconds for more requests to batch."""
     timeout: PositiveFloat = 30.0

@@ -28,6 +28,7 @@ SENTENCES = [
     "Paris is the [MASK] of France.",
     "The president of the United [MASK] spoke to Congress.",
     "Hello I'm a [MASK] model.",
+    "Today is a [MASK] day!",
     "[MASK]",
     "He was born in 1809 and [MASK] in 1865.",
     "The [MASK] of the sea is deep, and the ships of the king are many.",

@@ -96,7 +96,7 @@ def load_pipeline(
     dtype: DtypeOption,
     mesh: MeshOption = None,
 ) -> tuple[str, "Pipeline[Task]"]:
-    """Returns the name of a model, from `find_model`, and its pipeline. The arguments are option values."""
+    """Returns a model's name (see `find_model`) and its pipeline. The arguments are command-line option values."""
     use_compilation_cache()
     from bert_jax import sharding
     from bert_jax.inference import pipelines

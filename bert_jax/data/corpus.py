@@ -118,8 +118,9 @@ def pairs(
 
     Yields:
         The first segment, the second segment, and whether the second segment is from a different document than the
-        first. The probability of this is normally 1/2. It is 1 if the first segment's document has only one unused
-        sentence left, or if its next unused sentence has at least the target length.
+        first. The second segment is normally from a different document with probability 1/2. The probability is 1 if
+        the first segment's document has only one unused sentence left, or if its next unused sentence has at least the
+        target length.
     """
     for number, document in enumerate(documents):
         start = 0
@@ -259,10 +260,10 @@ def tokenize(
         console: The console for a progress bar; None for no progress bar.
 
     Raises:
-        InputError: If the tokenizer lacks a special token, if a file cannot be read, if the files contain no text, if
-            pairs are to be made from only one document, if writing to the folder fails, if the folder contains files
-            that are not shards, or if it contains shards that were made with different arguments. Finished shards are
-            kept.
+        InputError: If the tokenizer lacks a special token, if a file cannot be read, if the files contain no text, or
+            if pairs are to be made from only one document. Also raised if writing to the folder fails, if the folder
+            contains files that are not shards, or if it contains shards that were made with different arguments.
+            Finished shards are kept.
         CheckpointError: If a shard is damaged or missing.
     """
     special: Any = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id

@@ -28,7 +28,7 @@ Row = dict[str, Any]
 Rows = Iterator[tuple[int, Row | InputError]]
 """The rows of a file, each preceded by its location (see `sources.Entry.line`).
 
-An error replaces each row that cannot be read.
+A row that cannot be read is replaced with an error.
 """
 
 

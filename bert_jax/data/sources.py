@@ -146,7 +146,7 @@ def entries(
     table: Table = Table(),  # noqa: B008
     warn: bool = True,
 ) -> Iterator[Entry]:
-    """Streams the rows of a file. An error replaces each row that cannot be read.
+    """Streams the rows of a file. A row that cannot be read is replaced with an error.
 
     Args:
         path: A file or a folder. A file may be gzipped, unless it is a Parquet file. In a folder and its subfolders,

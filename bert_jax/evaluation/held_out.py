@@ -150,7 +150,7 @@ def evaluate(
 
     Args:
         models: Model folders, ids on the Hub, or the embedded model (`bert-mini-cased`).
-        texts: The texts to evaluate on.
+        texts: The texts on which the models are evaluated.
         task: The pretraining task with which the models are evaluated.
         max_length: Maximum number of tokens in a text, including special tokens; longer texts are truncated.
         words: "random" masks a share of a text's tokens at the same time. "each" masks one word at a time, with all its
@@ -179,7 +179,8 @@ def evaluate(
 
     Raises:
         InputError: If an entry is not a string, if there are too few texts, if the texts are too short, or if a model
-            does not support the task or `max_length`.
+            does not support `max_length`.
+        CheckpointError: If a model does not support the task.
     """
     texts = list(texts)
     _check(texts, "text")
@@ -238,7 +239,8 @@ def minimal_pairs(
 
     Raises:
         InputError: If a sentence is not a string or cannot be scored, if a pair does not consist of two sentences,
-            if there are no pairs, if only some pairs have a phenomenon, or if a model cannot fill masks.
+            if there are no pairs, or if only some pairs have a phenomenon.
+        CheckpointError: If a model lacks the head for masked language modeling.
     """
     pairs = list(pairs)
     if not pairs:

@@ -29,7 +29,7 @@ class Evaluation:
             targets.
         outputs: The outputs of `Objective.outputs`, keyed by name and in the order of the examples. Each output is an
             array with one entry per example. If the task's `per_token` is true, each output is instead a list with one
-            array per example, which has one entry per token.
+            array per example, and each of these arrays has one entry per token.
     """
 
     metrics: dict[str, Any]

@@ -58,7 +58,7 @@ def is_usual(bucket: Bucket) -> bool:
 
 
 class Queued(NamedTuple):
-    """A text, pair or window in the queue. A request waits for its outputs.
+    """A text, pair or window in the queue, and the request that waits for its outputs.
 
     Attributes:
         features: The tokens of the text.
@@ -174,8 +174,8 @@ def _fill(queued: Sequence[Queued], shape: Shape, share: int) -> tuple[float, Ba
     """Fills a batch of the given shape with the first texts in `queued`, which are in descending order of length.
 
     Returns:
-        The fill ratio of the batch, and the batch. The fill ratio is the number of tokens and masked positions of the
-        texts, divided by the cost of the batch in tokens.
+        The fill ratio of the batch, and the batch. The fill ratio is the total number of tokens and masked positions in
+        the texts, divided by the cost of the batch in tokens.
     """
     first = queued[: shape.rows * shape.texts]
     rows = best_fit([len(q.features.input_ids) for q in first], shape.length, rows=shape.rows, items=shape.texts)

@@ -160,9 +160,9 @@ def pipeline(
             loaded model stays on its current devices, and other models use the mesh from `bert_jax.sharding.local`.
 
     Raises:
-        InputError: If the task or dtype is unknown, if the mesh does not fit the model or contains devices of other
-            processes, or if a loaded model does not fit the task, is given without a tokenizer, or is given with
-            arguments that specify how to load a model.
+        InputError: If the task or dtype is unknown, or if the mesh does not fit the model or contains devices of other
+            processes. Also raised if a loaded model does not fit the task, is given without a tokenizer, or is given
+            with arguments that specify how to load a model.
         ModelNotFoundError: If there is no such model, or if the Hub does not respond.
         CheckpointError: If the checkpoint lacks the task's head, is damaged, or does not fit the tokenizer.
         OutOfMemoryError: If the model does not fit in the memory of the devices.
@@ -297,8 +297,9 @@ class Pipeline(Generic[Task_co]):
         Call a pipeline as `pipe(inputs, …)`, with the keyword arguments of the task's `request` method.
 
         Args:
-            inputs: One input of the task (a text, a pair as a tuple, or a dict with either the keys `question` and
-                `context` or the keys `context` and `choices`), a list of inputs, or any other iterable of inputs.
+            inputs: One input, a list of inputs, or any other iterable of inputs. Depending on the task, an input is a
+                text, a pair as a tuple, or a dict with either the keys `question` and `context` or the keys `context`
+                and `choices`.
 
         Returns:
             For one input, the task's result. For a list, a list of results in the same order. For any other iterable,

@@ -47,7 +47,7 @@ FILE_CPUS = 0.1
 """The share of a CPU that Ray reserves for a task that reads or writes files."""
 CPUS_PER_WORKER = 4
 BLOCK = 2**18
-"""Total size, in bytes, of the rows that a worker computes at a time. If it fails, these rows are recomputed."""
+"""Total size, in bytes, of the rows that a worker computes at a time. These rows are recomputed if the worker fails."""
 
 
 def versions() -> dict[str, str]:

@@ -182,7 +182,7 @@ class Run:
         return taken
 
     def _advance(self, started: _Started, outputs: Any, finished: dict[Hashable, Any]) -> None:
-        """Sends outputs to a request. Queues the rows that it yields, if any, or stores its result."""
+        """Sends outputs to a request. Queues the request's next rows or, if it has finished, stores its result."""
         work = self._work[started.owner]
         try:
             rows = started.request.steps.send(outputs)

@@ -205,7 +205,7 @@ def peak_memory(settings: Settings, prepared: preparation.Prepared, run: loop.Ru
 
 
 def compile_for(chips: aot.Target, run: loop.Run, shape: Shape, config: BertConfig, console: Console) -> str:
-    """Describes what a target's compiler reports for a step on a batch of `shape`, and the largest batch that fits.
+    """Describes the step for a batch of `shape`, as the target's compiler reports it, and the largest batch that fits.
 
     A batch fits if each chip has enough memory for the step. To find the largest batch, only the number of rows is
     varied.
@@ -236,7 +236,7 @@ def evaluate(
     ignore: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a fine-tuned model on a split of the settings' data.
+    """Evaluates a fine-tuned model on a split of the data that the settings specify.
 
     A run may tune values, such as a threshold, on its validation split. These values are applied if the model's folder
     contains the results of the run.

@@ -32,7 +32,7 @@ DROPOUT = {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dr
 
 
 class Prepared(NamedTuple):
-    """The task, the model and the data that a run starts from.
+    """The task, the model and the data with which a run starts.
 
     Attributes:
         task: The task, created for this model.
@@ -232,8 +232,8 @@ def read_split(settings: Settings | HeldOut, split: str) -> Split:
     """Reads a split. The result is empty if the split is not set.
 
     Raises:
-        InputError: If the split cannot be read, if it has no rows, if it lacks a column, or if `data.labels` is not set
-            and a class id means different labels in two files of the split.
+        InputError: If the split cannot be read, if it has no rows, or if it lacks a column. Also raised if a class id
+            means different labels in two files of the split, unless `data.labels` is set.
     """
     data = settings.data
     places = getattr(data, split)
@@ -356,6 +356,6 @@ def overview(settings: Settings, prepared: Prepared) -> str:
 
 
 def describe(model: BertPreTrainedModel) -> str:
-    """Returns a text that states a model's number of parameters and the devices that it will run on."""
+    """Returns a text that states a model's number of parameters and the devices on which the model will run."""
     count = sum(spec.size for spec in tree.split(model)[1].specs.values())
     return f"{count / 1e6:.1f} M parameters, {jax.device_count()} × {jax.devices()[0].device_kind}"

@@ -105,7 +105,7 @@ def read_corpus(settings: Pretraining, split: str, tokenizer: Tokenizer, console
 
 
 def starting_model(settings: Pretraining, tokenizer: Tokenizer, model_class: Any) -> tuple[BertPreTrainedModel, str]:
-    """Returns the model that training starts from and notes on it for the user.
+    """Returns the model with which training starts, and notes about this model for the user.
 
     Raises:
         ConfigError: If `model.config` names an unknown field, or if its values do not define a valid network.

@@ -311,7 +311,7 @@ def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> 
 
 
 def _license_and_language(settings: Settings | Pretraining) -> dict[str, Any]:
-    """Returns the `license` and `language` metadata of a model from the settings or else from the base model's card.
+    """Returns the `license` and `language` metadata of a model, from the settings or else from the base model's card.
 
     The language from the card is omitted if the card declares several languages, because the model may have been
     trained on any of them. It is also omitted if the vocabulary differs from that of the base model.

@@ -34,7 +34,7 @@ def read_seeds(text: str) -> list[int]:
 def finetune_seeds(settings: Settings, seeds: Sequence[int], *, console: Console | None = None) -> Path:
     """Fine-tunes a model once per seed, in subfolders of `settings.output.folder` such as `seed-1`.
 
-    The file `seeds.json` in `settings.output.folder` contains, for each split and metric, the value for each seed, the
+    For each split and metric, the file `seeds.json` in `settings.output.folder` contains the value for each seed, the
     number n of values, their mean, and their sample standard deviation (with n - 1 in the denominator). If a call is
     interrupted, repeating it with the same arguments resumes it; finished runs are not repeated.
 
@@ -71,7 +71,7 @@ def finetune_seeds(settings: Settings, seeds: Sequence[int], *, console: Console
 
 
 def summary(metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Summarizes each float metric that all runs have: mean, sample standard deviation, number of values, and values.
+    """Summarizes each float metric that all runs report: mean, sample standard deviation, number of values, and values.
 
     Args:
         metrics: The metrics of each run, for at least two runs.

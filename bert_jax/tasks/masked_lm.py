@@ -1,4 +1,4 @@
-"""fill-mask: proposes tokens for each [MASK], scores words that the caller names, or fills all masks jointly."""
+"""fill-mask: predicts tokens for each [MASK], scores given words, or predicts the tokens of all masks jointly."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,10 @@ from bert_jax.tasks.base import Features, Outputs, Request, Steps, check_text
 from bert_jax.tokenizer import Tokenizer
 
 BEAMS = 16
-"""Number of partial fillings to keep after each mask in joint filling (the beam width); `top_k` if that is larger."""
+"""The beam width for joint prediction, that is, the number of candidates to keep after each mask.
+
+If `top_k` is larger, it is the beam width instead.
+"""
 
 
 MASKS = 64
@@ -34,7 +37,7 @@ class TargetPiece(TypedDict):
 
 
 class Filling(TypedDict):
-    """A filling of one mask or, if masks are filled jointly, of all masks. `FillMask.request` describes the fields."""
+    """A prediction for one mask or, with `joint`, for all masks. `FillMask.request` describes the fields."""
 
     score: float
     token: int | list[int]
@@ -48,9 +51,9 @@ Fillings = list[Filling] | list[list[Filling]]
 
 
 class FillMask:
-    """Fills masks, like Hugging Face's fill-mask pipeline.
+    """Predicts the tokens at masks, like Hugging Face's fill-mask pipeline.
 
-    Unlike that pipeline, this class can score targets with several pieces and fill masks jointly.
+    Unlike that pipeline, this class can score targets with several pieces and predict several masks jointly.
     """
 
     name = "fill-mask"
@@ -74,16 +77,17 @@ class FillMask:
     def request(
         self, text: str, *, top_k: int | None = None, targets: str | Sequence[str] | None = None, joint: bool = False
     ) -> Request[Fillings]:
-        """Fills the masks of one text.
+        """Predicts the tokens at the masks of one text.
 
         Args:
             text: A text with at least one mask token. If it is longer than the model's maximum length, the model sees a
                 window around the masks, or several windows if the masks are far apart.
-            top_k: How many fillings to return. The default is 5 or, if `targets` is given, the number of targets.
+            top_k: The number of predictions to return for each mask or, if `joint` is set, for all masks together. The
+                default is 5 or, if `targets` is given, the number of targets.
             targets: Words to score. Each score is a probability over the whole vocabulary, so the scores of the targets
                 do not add up to 1. For a target with several pieces, the mask is replaced with one mask per piece. The
                 score is then the product of the probabilities of the pieces, each conditioned on the pieces before it.
-            joint: Whether to fill all masks together by beam search. Masks are filled from left to right, each
+            joint: Whether to fill in all masks together by beam search. Masks are filled in from left to right, each
                 conditioned on the tokens chosen for the previous masks. The score is the product of the probabilities
                 of the chosen tokens.
 
@@ -276,7 +280,7 @@ class FillMask:
         from the result.
         """
         # As in Hugging Face's pipeline, special tokens are kept if there are several masks, because removing them would
-        # also remove the masks that are not filled.
+        # also remove the other masks.
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=alone)
         before, after = ids[:mask], ids[mask + 1 :]
         if not (left := decode(before)):

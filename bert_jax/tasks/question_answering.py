@@ -119,7 +119,8 @@ class QuestionAnswering(TrainableTask):
                 that is less.
             max_question_len: Maximum number of tokens in the question; a longer question is truncated.
             handle_impossible_answer: Whether the empty answer, "", is a candidate. The empty answer means that the
-                question has no answer. Its score is the lowest of its probabilities in the individual windows.
+                question has no answer. The score of the empty answer is the lowest of its probabilities in the
+                individual windows.
             null_threshold: If set, the empty answer is a candidate even without `handle_impossible_answer`. It is
                 listed first if the sum of its start and end logits exceeds the sum for the best non-empty answer by
                 more than this threshold. Otherwise, it is listed last. BERT's `run_squad.py` calls this threshold

@@ -386,7 +386,7 @@ def iob2(tags: Sequence[str]) -> list[str]:
 
 
 def _marked(tags: Iterable[str]) -> set[str]:
-    """The tags that mark words of entities: tags with a type, such as B-PER, or the single letters B, I, E and S.
+    """The tags that mark a word as part of an entity: tags such as B-PER, or the single letters B, I, E and S.
 
     Single letters count only if B or I is among them and no tags other than these letters and O occur.
     """

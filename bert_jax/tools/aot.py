@@ -47,8 +47,9 @@ class Chip:
     link_rate: float
 
 
-# Sources: cloud.google.com/tpu/docs/v5e, v6e and v5p; NVIDIA's data sheet for the H100 SXM. The published link rates
-# (v5e 400 GB/s, v6e 800, v5p 1200, H100 900) are the sums of both directions, so the table contains half of each.
+# Sources: cloud.google.com/tpu/docs/v5e, v6e and v5p; NVIDIA's data sheet for the H100 SXM. The published
+# interconnect rates (v5e 400 GB/s, v6e 800, v5p 1200, H100 900) are the sums of both directions, so the table contains
+# half of each.
 CHIPS = {
     "v5e": Chip("tpu", "2x4", int(15.75 * GIB), 197e12, 819e9, 200e9),
     "v6e": Chip("tpu", "2x4", int(31.25 * GIB), 918e12, 1638e9, 400e9),
@@ -140,8 +141,8 @@ class Check:
             0.
         seconds: Compilation time, in seconds.
         products: Maps the types of a matrix product, such as "bfloat16 × bfloat16 → float32", to the number of such
-            products and the total number of their operations on all devices. A multiplication and an addition are two
-            operations. Matrix products in custom kernels are not included.
+            matrix products and their total number of operations, summed over all devices. A multiplication and an
+            addition are two operations. Matrix products in custom kernels are not included.
         collectives: Maps the name of a collective, such as "all-reduce", to the number of such collectives and the
             total size of their results on each device, in bytes.
         kernels: Maps the name of a custom kernel to the number of its calls in the text of the compiled program.
@@ -207,7 +208,7 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
     kernels = Counter(re.findall(r'custom_call_target="([^"]+)"', text))
     return Check(
         target=target,
-        # The sizes are compared here, because the GPU compiler does not report whether a program fits.
+        # Whether a program fits is determined from the sizes, because the GPU compiler does not report it.
         fits=memory <= target.chip.memory,
         memory=memory,
         resident=resident,

@@ -192,7 +192,7 @@ def dtypes() -> Iterator[Row]:
 
 
 def kernels() -> Iterator[Row]:
-    """Compares the contexts and gradients of each fused kernel, for each kind of row, with those of plain attention."""
+    """Compares the outputs and gradients of each fused kernel with those of plain attention, for each kind of row."""
     part, platform = "fused attention", jax.default_backend()
     for name, (hardware, needed) in attention.FUSED.items():
         dtype, limit, kernel = jnp.bfloat16, FUSED_ERROR, attention.ATTENTION[name]
@@ -227,7 +227,7 @@ def _kernel_errors(kernel: Callable[..., Any], rows: str, dtype: Any) -> dict[st
 
     def loss(kernel: Callable[..., Any], *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
         context = kernel(*arrays, attended, 0.0, None)[0].astype(jnp.float32)
-        context = context * jnp.asarray(real, jnp.float32)[:, :, None, None]  # ignores the outputs at padding
+        context = context * jnp.asarray(real, jnp.float32)[:, :, None, None]  # ignores the outputs for padding
         return jnp.sum(jnp.sin(context)), context
 
     def results(kernel: Callable[..., Any], arrays: Any) -> tuple[Any, Any]:
@@ -382,7 +382,7 @@ def _memory(sizes: Any) -> str:
 def inference(
     config: bert_jax.BertConfig, dtype: Any, rows: int, tokens: int, attention: Any = "plain"
 ) -> tuple[float, Any, float]:
-    """Measures inference that fills two masks per row.
+    """Measures the inference of a masked language model with two masked positions per row.
 
     Returns:
         The seconds per call, the program's memory use, and the number of operations in its matrix products.

@@ -20,7 +20,7 @@ from bert_jax.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4
 
-# For each model and text, the first tokens on the model card, with their ids and scores.
+# For each model and text, the top tokens on the model card, with their ids and scores.
 FILL_MASK: dict[str, dict[str, list[tuple[str, int, float]]]] = {
     "google-bert/bert-base-cased": {
         "Hello I'm a [MASK] model.": [
@@ -120,7 +120,7 @@ def verify(model: str) -> Iterator[Check]:
 def _fill_mask(model: str, published: dict[str, list[tuple[str, int, float]]]) -> Iterator[Check]:
     fill_mask = pipeline("fill-mask", model)
     for text, card in published.items():
-        ours: Any = fill_mask(text, top_k=len(card))  # a flat list of fillings, because each text has one mask
+        ours: Any = fill_mask(text, top_k=len(card))  # a flat list of predictions, because each text has one mask
         difference = max(abs(entry["score"] - score) for entry, (_, _, score) in zip(ours, card, strict=True))
         yield Check(
             text,

@@ -11,7 +11,7 @@ from bert_jax.tools.figure import Figure
 
 
 def fillings(fill_mask: Pipeline[FillMask], text: str, *, top_k: int = 5) -> Figure:
-    """Plots the scores of a fill-mask pipeline's fillings as bars, with one panel per mask."""
+    """Plots the scores of a fill-mask pipeline's predictions as bars, with one panel per mask."""
     results = fill_mask(text, top_k=top_k)
     masks = results if isinstance(results[0], list) else [results]
     figure = Figure(figsize=(6, (0.35 * top_k + 0.6) * len(masks)), layout="constrained")

@@ -2,8 +2,8 @@
 
 `uvicorn` itself closes a connection if the client sends nothing for five seconds after a response, and it stops
 receiving data while a body is waiting to be read. This module limits the number of open connections, the size of
-headers and the time for receiving them, the amount of data that a client sends after a refusal, and the time that a
-client takes to read the response.
+headers, and the time for receiving headers. It also limits the amount of data that a client may send after a refusal
+and the time that a client may take to read the response.
 """
 
 import asyncio

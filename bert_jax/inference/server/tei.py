@@ -115,7 +115,7 @@ def routes(engine: Engine) -> APIRouter:
     router = APIRouter(tags=["text-embeddings-inference"])
 
     def check_length(pipe: Pipeline[Any], texts: Sequence[str], truncate: bool | None) -> None:
-        """Unless truncation is allowed, raises `InputError` if a text is empty or if the text or pair is too long."""
+        """If truncation is off, raises `InputError` for an empty text and for a text or pair that is too long."""
         if engine.limits.truncate if truncate is None else truncate:
             return
         for text in texts:

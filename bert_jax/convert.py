@@ -45,8 +45,8 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, i
         InputError: If `target` contains other files, or if PyTorch is required but not installed.
         ModelNotFoundError: If `source` is not a model folder.
         ConfigError: If the config does not describe a BERT model.
-        CheckpointError: If `source` contains neither weight file or already contains safetensors weights, if the weight
-            file is damaged, if its encoder does not fit the config, or if `target` cannot be written.
+        CheckpointError: If `source` contains neither weight file, if it already contains safetensors weights, if the
+            weight file is damaged, if its encoder does not fit the config, or if `target` cannot be written.
     """
     source, target = Path(source), Path(target)
     if not source.is_dir():

@@ -80,9 +80,9 @@ def first() -> bool:
 
 
 def number_among(given: str) -> tuple[int, int]:
-    """Determines the number of this process, then disconnects it from the other processes.
+    """Determines the number of this process, then disconnects the process from the others.
 
-    Afterwards, each process can end or fail independently. This has been tested with two processes on one machine.
+    Afterward, each process can end or fail independently. This has been tested with two processes on one machine.
 
     Args:
         given: As in `start`.
@@ -110,8 +110,8 @@ def agree(what: str, text: Callable[[], str]) -> None:
     If there is only one process, `text` is not called.
 
     Raises:
-        InputError: In all processes, if the text of any process differs from that of the first process. The message
-            lists the lines that differ.
+        InputError: If the text of any process differs from that of the first process. Raised in all processes. The
+            message lists the lines that differ.
     """
     if jax.process_count() == 1:
         return
@@ -138,7 +138,7 @@ def share_folder(folder: Path, name: str) -> None:
         name: The name of that file.
 
     Raises:
-        InputError: In all processes, if any of them does not see the file.
+        InputError: If any process cannot access the file. Raised in all processes.
     """
     wait(str(folder))
     if not all(multihost_utils.process_allgather(np.bool_((folder / name).exists()))):

@@ -293,8 +293,8 @@ class BertModel(BertPreTrainedModel):
             return jax.checkpoint(run) if self.remat else run
 
         n = len(self.layers)
-        # The number of layers that compute all tokens. If positions are given, the last layer computes only the tokens
-        # at these positions.
+        # The number of layers that are computed for all tokens. If positions are given, the last layer is computed only
+        # for the tokens at these positions.
         full = n if positions is None else n - 1
         hidden_states, probabilities = [x], []
         if self.scan_layers and full:

@@ -7,7 +7,7 @@ With bfloat16, the activations are also bfloat16, as in a model whose `compute_d
 With int8, each row of a weight has a scale: the largest absolute value in the row divided by 127. At run time, each
 token also gets a scale ("vector-wise quantization", Dettmers et al. 2022, arXiv:2208.07339, section 2.1) and a zero
 point, so the token's 255 levels cover the range from its smallest to its largest value ("zeropoint quantization", same
-section). The int8 products are accumulated exactly in int32. Each accumulated sum is multiplied by both scales in
+section). The int8 matrix products accumulate exactly in int32. Each accumulated sum is multiplied by both scales in
 float32. Then the product of the zero point and the sum of the weight row is added. The sums of the weight rows are
 stored with the weights. Everything else is float32.
 """
@@ -76,7 +76,7 @@ def quantized_product(x: jax.Array, weight: jax.Array, scale: jax.Array, total: 
         InputError: If the function is differentiated. The derivative of rounding is 0, so all gradients would be 0.
     """
     x32 = x.astype(jnp.float32)
-    # The range of each token's values. Halves are subtracted, because the difference of two large numbers may overflow.
+    # Half of each token's minimum and maximum, because the difference of the full values may overflow.
     low, high = jnp.min(x32, axis=-1, keepdims=True) / 2, jnp.max(x32, axis=-1, keepdims=True) / 2
     middle, half = low + high, jnp.maximum(high - low, 1e-30)
     levels = jnp.round((x32 - middle) * (127 / half)).astype(jnp.int8)

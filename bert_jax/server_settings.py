@@ -24,8 +24,8 @@ class Serving(SettingsFile):
     revision: str | None = None
     """Branch, tag or commit on the Hub. It can be set only if there is one model."""
     ignore: Patterns = ()
-    """Regular expressions for the names of the tensors to skip in the models' checkpoints; each must match a whole
-    name."""
+    """Regular expressions that match the names of tensors to skip in the models' checkpoints; each expression must
+    match the whole name."""
     tasks: tuple[str, ...] = ()
     """Tasks to serve. By default, each model serves the tasks for which it has heads. The first task of the first model
     is also served at `/score`."""
@@ -50,7 +50,8 @@ class Serving(SettingsFile):
     allow_origins: tuple[str, ...] = ()
     """Origins of web pages that may read responses, such as https://example.com; `["*"]` for all."""
     wait: NonNegativeFloat = 0.0005
-    """When a request reaches an idle server, the server waits this many seconds for more requests to batch."""
+    """When a request reaches an idle server, the server waits this many seconds for more requests to add to the
+    batch."""
     timeout: PositiveFloat = 30.0
     """Time limit in seconds. If the body of a request does not arrive in time, the status is 408. If the response is
     not ready in time, the status is 504. If the client does not read the response in time, the connection is closed."""
@@ -61,15 +62,16 @@ class Serving(SettingsFile):
     max_characters: PositiveInt = 20_000
     """Maximum number of characters per input."""
     max_tokens: PositiveInt = 2**15
-    """Maximum number of tokens that the model may process for a request, summed over all its rows. A request with
+    """Maximum number of tokens that the model may process for a request, summed over the request's rows. A request with
     several inputs, windows, targets or joint masks needs several rows. A request that exceeds the maximum is rejected
     with status 413."""
     max_answer: PositiveInt = 2**24
     """Maximum size of a response, in bytes. The size is estimated before the computation, and a request that would
     exceed the maximum is rejected with status 413."""
     max_queue_tokens: Annotated[int, Field(ge=16)] = 2**15
-    """Maximum number of tokens that the models may have to process for all unanswered requests. A request that would
-    exceed the maximum is rejected with status 429. A single request counts as at most three quarters of the maximum."""
+    """Maximum total number of tokens that the models may have to process for all unanswered requests. A request that
+    would exceed the maximum is rejected with status 429. A single request counts as at most three quarters of the
+    maximum."""
     max_connections: PositiveInt = 1024
     """Maximum number of open connections. If this number is reached and another client connects, the server closes the
     connection that has been idle the longest."""

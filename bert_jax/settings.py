@@ -2,8 +2,8 @@
 
     settings = Settings.from_file("configs/finetune/emotion.yaml", ["training.epochs=1"])
 
-The docstring of a field gives its meaning and unit, and its annotation gives its valid values. A file may omit any
-field that has a default. Unknown settings are refused.
+Each field's docstring states its meaning and unit, and its annotation defines the valid values. A file may omit any
+field that has a default. Unknown settings are rejected.
 """
 
 import re
@@ -57,7 +57,7 @@ HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction", "minimal-pairs")
 class LoRA(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685).
 
-    A weight W that has an adapter is replaced with W + alpha / rank · B A, in which only A and B are trained.
+    Each weight W that has an adapter is replaced with W + alpha / rank · B A, where only A and B are trained.
     """
 
     rank: PositiveInt = 8
@@ -80,15 +80,16 @@ class _Start(Section):
     """Parameters to reinitialize, such as those of the top layers or of the pooler. In fine-tuning, the head is also
     reinitialized, unless the checkpoint has a head for the same task and the same labels."""
     ignore: Patterns = ()
-    """Regular expressions for the names of the checkpoint's tensors to skip; each must match a whole name. A tensor
-    that does not belong to any BERT model is an error unless one of these expressions matches its name."""
+    """Regular expressions that match the names of checkpoint tensors to skip; each expression must match the whole
+    name. Loading fails if the checkpoint contains a tensor that no BERT model has, unless an expression matches the
+    tensor's name."""
     add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Tokens to add to the vocabulary; the tokenizer never splits them. The embedding of an added token is initialized
-    to the mean of all embeddings or, in pretraining, to the mean of the embeddings of the token's pieces."""
+    to the mean of all embeddings or, in pretraining, to the mean embedding of the pieces that spell the token."""
     hidden_dropout_prob: Fraction | None = None
-    """Dropout rate of embeddings, attention outputs and feed-forward layers; by default, the checkpoint's."""
+    """Dropout rate of embeddings, attention outputs and feed-forward layers; by default, the checkpoint's rate."""
     attention_probs_dropout_prob: Fraction | None = None
-    """Dropout rate of attention probabilities; by default, the checkpoint's."""
+    """Dropout rate of attention probabilities; by default, the checkpoint's rate."""
     attention: Literal["plain", "auto", "splash", "triton", "cudnn"] = "plain"
     """Attention kernel. `splash` (TPUs), `triton` (GPUs) and `cudnn` (GPUs, without packing) save memory. They require
     `compute_dtype: bfloat16` and `attention_probs_dropout_prob: 0`. `auto` uses `splash` or `triton` if the devices and
@@ -99,8 +100,8 @@ class Model(_Start):
     """The checkpoint to start from, and how to use it."""
 
     classifier_dropout: Fraction | None = None
-    """Dropout rate before the classifier. By default, it is that of the checkpoint or, if the checkpoint sets none,
-    `hidden_dropout_prob`."""
+    """Dropout rate before the classifier. By default, it is the checkpoint's rate or, if the checkpoint does not set
+    one, `hidden_dropout_prob`."""
     lora: LoRA | None = None
     """If set, only low-rank adapters and the parameters that match `lora.trained` or `model.new` are trained."""
 
@@ -112,13 +113,12 @@ class PretrainingModel(_Start):
     """The checkpoint: a folder, an id on the Hugging Face Hub, or the embedded model (`bert-mini-cased`). If this is
     not set, all parameters are newly initialized."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Fields of `config.json` and their values, which replace those of the checkpoint or, for a new network, those of
+    """Values for fields of `config.json`. They override the checkpoint's values or, for a new network, those of
     BERT-base."""
     tokenizer: str | None = None
     """Folder or id of the tokenizer; by default, the checkpoint's tokenizer. It is required for a new network. If its
-    vocabulary differs from the checkpoint's, the embedding of each piece is initialized to the mean embedding of the
-    checkpoint's pieces that spell this piece or, if there are none, to the mean embedding of all the checkpoint's
-    pieces."""
+    vocabulary differs from the checkpoint's, each new piece's embedding is initialized to the mean embedding of the
+    checkpoint's pieces that spell it. If no pieces spell it, the mean of all the checkpoint's embeddings is used."""
     lora: ClassVar[None] = None
 
 
@@ -178,9 +178,9 @@ class Data(Section):
     (`ClassLabel`), in the same order. If it defines none, they are the names in the training examples, sorted; among
     entity tags, `O` comes first. If there are two labels, the `f1` metric is computed for the second one. If `labels`
     is set, whole numbers in the label column, alone or in lists, are read as class ids, unless they are themselves
-    names in `labels`. If `labels` is set and the label column contains 0/1 vectors, each vector needs one number per
-    name in `labels`. If the labels of a model are `LABEL_0`, `LABEL_1`, …, `bert-jax evaluate` replaces them with the
-    names in `labels`."""
+    names in `labels`. If `labels` is set and the label column contains 0/1 vectors, each vector must contain one number
+    per name in `labels`. If the labels of a model are `LABEL_0`, `LABEL_1`, …, `bert-jax evaluate` replaces them with
+    the names in `labels`."""
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
     """The kind of problem that the labels describe. If this is not set, it follows from the labels: lists mean
     multi-label classification, numbers mean regression if at least one is fractional, and anything else means one label
@@ -193,7 +193,7 @@ class Data(Section):
     `token-classification` and `question-answering`, they are divided into windows."""
     packing: bool = True
     """Whether to pack several examples into a row; the tokens of each example attend only to one another. The rows then
-    have little padding and all have the same length, so one compiled program is enough."""
+    have little padding and all have the same length, so one compiled program is sufficient."""
     limit: PositiveInt | None = None
     """Maximum number of examples per split; only the first ones are used."""
 
@@ -233,8 +233,8 @@ class Corpus(Section):
     max_length: Annotated[int, Field(ge=8)] = 128
     """Maximum number of tokens per example, special tokens included."""
     short: Fraction = 0.1
-    """Share of the segment pairs whose target length is random: from 2 to `max_length` - 3 tokens, not counting the
-    three special tokens. The target length of the other pairs is `max_length` - 3."""
+    """Share of segment pairs with a random target length, from 2 to `max_length` - 3 tokens. All other pairs have a
+    target length of `max_length` - 3 tokens. Target lengths do not include the three special tokens."""
     masked: Masked = Masked()
     packing: bool = True
     """Whether to pack several examples into a row; the tokens of each example attend only to one another."""
@@ -258,8 +258,8 @@ class Answers(Section):
     null_threshold: float = 0.0
     """This setting has an effect only if `unanswerable` is true. "No answer" is then predicted if the sum of the start
     and end logits of [CLS] exceeds the sum for the best answer by more than this threshold. If `data.validation`
-    contains questions without an answer, the threshold with the best `f1` on that split replaces this one after
-    training."""
+    contains questions without an answer, the threshold that yields the best `f1` on that split replaces this one
+    after training."""
 
 
 class Decision(Section):
@@ -268,7 +268,8 @@ class Decision(Section):
     threshold: Fraction = 0.5
     """A label is predicted if its score is above this threshold."""
     tune: bool = False
-    """Whether to replace `threshold` after training with the one that has the best `f1_micro` on `data.validation`."""
+    """Whether to replace `threshold` after training with the threshold that yields the best `f1_micro` on
+    `data.validation`."""
 
 
 class Loss(Section):
@@ -282,8 +283,8 @@ class Loss(Section):
     label_smoothing: Fraction = 0.0
     """The share of each target that is divided equally among all labels (Szegedy et al. 2016)."""
     focal_gamma: NonNegativeFloat = 0.0
-    """If p is the probability of the correct label, the loss of this label is multiplied by `(1 - p)^focal_gamma` (Lin
-    et al. 2017)."""
+    """The loss of each label is multiplied by `(1 - p)^focal_gamma`, where p is the predicted probability of the
+    correct label (Lin et al. 2017)."""
 
 
 class Optimizer(Section):
@@ -300,17 +301,17 @@ class Optimizer(Section):
     """Parameters without weight decay."""
     beta1: Fraction | None = None
     """Decay rate of the running mean of the gradients or, for Lion, the weight of this mean in an update. `null` means
-    optax's default, 0.9. Adafactor has no `beta1`."""
+    the `optax` default, 0.9. Adafactor has no `beta1`."""
     beta2: Fraction | None = None
     """Decay rate of the running mean of the squared gradients or, for Lion, of the gradients themselves. `null` means
-    optax's default, which is 0.99 for Lion and 0.999 for AdamW and LAMB. Adafactor has no `beta2`."""
+    the `optax` default, which is 0.99 for Lion and 0.999 for AdamW and LAMB. Adafactor has no `beta2`."""
     epsilon: PositiveFloat | None = None
     """AdamW and LAMB add this number to the square root of the running mean of the squared gradients. `null` means 1e-8
     for AdamW and 1e-6 for LAMB; the original BERT uses 1e-6. Lion and Adafactor do not have this setting."""
     bias_correction: bool | None = None
-    """Whether AdamW corrects its running means for their start at zero; `null` means true. The original BERT omits the
-    correction, but training on small data sets needs it (Zhang et al. 2020, Mosbach et al. 2020). Optimizers other than
-    AdamW do not have this setting."""
+    """Whether AdamW corrects its running means for their initialization to zero; `null` means true. The original BERT
+    omits the correction, but training on small data sets needs it (Zhang et al. 2020, Mosbach et al. 2020). Optimizers
+    other than AdamW do not have this setting."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients with a larger global norm are scaled down to this norm; `null` means no limit."""
     frozen: Patterns = ()
@@ -324,7 +325,7 @@ class Optimizer(Section):
 
 
 class Schedule(Section):
-    """The learning rate at each step. The schedules have the same names as in transformers."""
+    """The learning rate at each step. The schedules have the same names as in `transformers`."""
 
     name: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = (
         "linear"
@@ -370,15 +371,15 @@ class Training(Section):
     patience: PositiveInt | None = None
     """The run stops after this number of consecutive evaluations in which the metric does not improve."""
     keep: PositiveInt = 1
-    """Number of the latest checkpoints to keep, in addition to the best."""
+    """Number of most recent checkpoints to keep, in addition to the best one."""
     seed: NonNegativeInt = 42
     """Seed for initializing new parameters, for the order of examples and for dropout; in pretraining, also for making
     pairs and for choosing and replacing tokens."""
     remat: bool = False
-    """Whether to recompute the inner activations of each layer in the backward pass. This saves memory, but a step
-    takes a third longer."""
+    """Whether to recompute the inner activations of each layer in the backward pass. This saves memory, but each
+    step takes a third longer."""
     scan_layers: bool = False
-    """Whether to compile the program of one layer and run it for all layers. This makes compilation faster and steps
+    """Whether to compile the code of one layer and reuse it for all layers. This makes compilation faster and steps
     slightly slower."""
 
 
@@ -396,11 +397,11 @@ class Mesh(Section):
     data: Annotated[int, Field(ge=-1)] = -1
     """Number of device groups among which a batch is divided; -1 for as many groups as the devices allow."""
     fsdp: PositiveInt = 1
-    """Number of devices among which a group's rows of the batch, the parameters, the gradients and the optimizer state
-    are divided."""
+    """Number of devices among which the following are divided: a group's rows of the batch, the parameters, the
+    gradients and the optimizer state."""
     tensor: PositiveInt = 1
     """Number of devices among which the attention heads and the inner features of feed-forward layers are divided. The
-    links between these devices should be fast."""
+    interconnect between these devices should be fast."""
 
 
 class Output(Section):

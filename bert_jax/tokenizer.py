@@ -171,7 +171,7 @@ class Tokenizer(PushToHub):
     def add_tokens(self, tokens: Sequence[str], *, special: bool = False) -> int:
         """Adds tokens that the tokenizer never splits, such as domain terms or entity markers.
 
-        Afterwards, call `model.resize_embeddings(tokenizer.vocab_size)` before you create any pipelines.
+        Afterward, call `model.resize_embeddings(tokenizer.vocab_size)` before you create any pipelines.
 
         Args:
             tokens: The tokens. Tokens that the vocabulary already contains keep their ids.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Checks and measures a machine with an accelerator, in parts that take less than ten minutes each.
 #
-#   scripts/accelerator_day.sh wheels            # with internet: 20 MB of packages into wheels/, for Python 3.12
-#   scripts/accelerator_day.sh install           # without internet: a virtual environment, from wheels/
+#   scripts/accelerator_day.sh wheels            # with internet: downloads 20 MB of packages for Python 3.12 to wheels/
+#   scripts/accelerator_day.sh install           # without internet: creates a virtual environment from wheels/
 #   OUT=results scripts/accelerator_day.sh check     # bert-jax check
 #   OUT=results scripts/accelerator_day.sh base      # BERT-base and PyTorch transformers
 #   OUT=results scripts/accelerator_day.sh large     # BERT-large and PyTorch transformers

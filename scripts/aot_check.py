@@ -141,7 +141,7 @@ def largest(chips: aot.Target, size: str, length: int, **changes: Any) -> dict[s
 
 
 def packing(chips: aot.Target, lengths: np.ndarray, packed: bool) -> dict[str, Any]:
-    """Compiles a step on 256 of the examples with these lengths: packed, or padded to 128 tokens and one per row."""
+    """Compiles a step for 256 of the examples with these lengths, packed or in one padded row of 128 tokens each."""
     run = make_run("emotion", "base", chips, data={"packing": packed}, training={"batch_size": 256})
     ids = [np.ones(n, np.int32) for n in lengths]
     examples = Examples(ids, ids, {"labels": np.zeros(len(ids), np.int32)})

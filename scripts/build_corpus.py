@@ -222,7 +222,7 @@ def novels(files: Files) -> Iterator[Document]:
 
 
 def conversations(files: Files) -> Iterator[Document]:
-    """Yields one document per question to a chatbot, with its answers."""
+    """Yields one document per chatbot question: the question and its answers."""
     for text in decoded(files):
         for entry in re.split(r"\n- - ", text):
             yield [line.strip().strip("-").strip(" '\"") for line in entry.split("\n") if not line.endswith(":")]
@@ -249,7 +249,7 @@ SLOTS = {
 
 
 def dialogues(files: Files) -> Iterator[Document]:
-    """Yields documents of twenty requests and answers by travelers, with slots filled from `SLOTS`."""
+    """Yields documents of twenty lines from dialogues with travelers, with slots filled from `SLOTS`."""
 
     def walk(tree: object) -> Iterator[str]:
         if isinstance(tree, str):
@@ -352,7 +352,7 @@ def chats(files: Files) -> Iterator[Document]:
 
 
 def descriptions(files: Files) -> Iterator[Document]:
-    """Yields one document per JSON file of a game: descriptions of objects, and what characters say."""
+    """Yields one document per JSON file of a game: object descriptions and the lines that characters speak."""
 
     def walk(tree: object, key: str) -> Iterator[str]:
         if isinstance(tree, str) and key in {"description", "dynamic_line", "text", "yes", "no", "offer", "advice"}:
@@ -456,7 +456,7 @@ def held_out_fives(path: Path) -> set[tuple[str, ...]]:
 def cleaned(
     documents: Iterable[Document], seen: set[bytes], left_out: set[tuple[str, ...]], counts: Counter
 ) -> Iterator[Document]:
-    """Yields documents without the lines that are not prose, repeat an earlier line, or contain one of `left_out`."""
+    """Removes lines that are not prose, that repeat an earlier line, or that contain one of `left_out`."""
     for document in documents:
         kept = []
         for line in document:

@@ -2,8 +2,8 @@
 
     python scripts/compare_runs.py --ours runs/ours_* --theirs runs/trainer_* --chart curves.png
 
-Each folder contains a run, with a different seed, of `bert-jax finetune` (`--ours`) or
-`scripts/transformers_trainer.py` (`--theirs`). The script prints a Markdown table.
+Each folder contains one run of `bert-jax finetune` (`--ours`) or `scripts/transformers_trainer.py` (`--theirs`). The
+runs on each side have different seeds. The script prints a Markdown table.
 """
 
 import argparse

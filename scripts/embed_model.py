@@ -4,11 +4,11 @@
     python scripts/embed_model.py … --write          # writes the model to bert_jax/embedded/bert-mini-cased
 
 Each run continues the previous one. The weights are those of the last run, averaged with those of the run before it if
-`--average` is given. The `--texts` file contains one text per
-line; every third text is used. Each line of the `--blanks` file contains a sentence with [MASK], a tab, and the words
-that count as correct, separated by commas. The model must not have been trained on either file:
-`scripts/build_corpus.py --without` leaves out lines that share five consecutive words with the blanks. The model card
-compares the measurements of the model with those of the model given by `--beside`, by default the embedded model.
+`--average` is given. The `--texts` file contains one text per line; every third text is used. Each line of the
+`--blanks` file contains a sentence with [MASK], a tab, and the words that count as correct, separated by commas. The
+model must not have been trained on either file: `scripts/build_corpus.py --without` leaves out lines that share five
+consecutive words with the blanks. The model card compares the measurements of the model with those of the model given
+by `--beside`, by default the embedded model.
 """
 
 import argparse
@@ -47,7 +47,7 @@ TRIED = """\
 
 
 def converted(run: Path, before: Path, share: float, folder: Path) -> None:
-    """Writes a model to a folder in the form in which it is shipped: `share` of `before`, and the rest of `run`."""
+    """Writes the model in its shipped form. Its weights are averages: `share` of `before`, and the rest of `run`."""
     last, other = (load_file(place / hub.WEIGHTS_FILE) for place in (run, before))
     averaged = {name: (1 - share) * last[name] + share * other[name] for name in last}
     tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in averaged.items()}
@@ -69,7 +69,7 @@ def journal(run_folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def blanks(folder: Path, path: Path) -> list[tuple[str, list[str], bool]]:
-    """Returns, for each sentence, its text, the model's five best fillings, and whether one of them is correct."""
+    """Returns, for each sentence, its text, the model's top five predictions, and whether one of them is correct."""
     fill_mask = bert_jax.pipeline("fill-mask", folder)
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -80,7 +80,7 @@ def blanks(folder: Path, path: Path) -> list[tuple[str, list[str], bool]]:
 
 
 def measured(folders: dict[str, Path], texts: Path, sentences: Path) -> dict[str, dict[str, Any]]:
-    """Measures each model: its loss and accuracies on every third text, and its fillings for the blanks and `PROBE`."""
+    """Measures each model's loss and accuracies on every third text, and its predictions for the blanks and `PROBE`."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as third:
         lines = [line.strip() for line in texts.read_text(encoding="utf-8").split("\n") if line.strip()]
         third.write("\n".join(lines[::3]))

@@ -3,10 +3,10 @@
     pip install -e ".[serve,parity]"
     python scripts/embedding_load.py FOLDER         # a sentence-transformers model, such as all-MiniLM-L6-v2
 
-16 clients send 1,000 sentences from this repository's pages, one sentence per request, to the `/v1/embeddings` route of
-one server and then of the other. This is repeated several times. Both servers use all cores. After the first request,
-the batcher for sentence-transformers waits as long as ours. It collects up to 64 sentences and pads them to the
-longest. The exit status is 1 if the embeddings differ.
+16 clients send 1,000 sentences from this repository's documentation, one sentence per request, to the `/v1/embeddings`
+route of one server and then of the other. This is repeated several times. Both servers use all cores. After the first
+request, the batcher for sentence-transformers waits as long as our server does. It collects up to 64 sentences and pads
+them to the longest one. The exit status is 1 if the embeddings differ.
 """
 
 import argparse

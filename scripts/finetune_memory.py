@@ -8,8 +8,8 @@ peak memory, the estimate from `--dry-run`, and their ratio. For a short run, se
 training.evaluate_every.
 
 The second form starts one process for this checkout and one for the other. Each process prepares the data and the model
-and compiles the step. The processes then alternately compute a few steps each. The script prints the ratio of this
-checkout's speed to the other's, as the median over all turns.
+and compiles the step. The processes then take turns, each computing a few steps per turn. The script prints the ratio
+of this checkout's speed to the other's, as the median over all turns.
 """
 
 import argparse

@@ -197,7 +197,7 @@ def request(path: str, content: Any) -> bytes:
 
 
 def variation(draw: random.Random) -> bytes:
-    """Returns a costly request within the size limits: many masks, texts, targets, beams or fillings."""
+    """Returns a costly request within the size limits: many masks, texts, targets, beams or predictions."""
     size = int(10 ** draw.uniform(0, 4))
     kind = draw.randrange(7)
     if kind == 0:

@@ -24,7 +24,7 @@ import reference  # noqa: E402
 
 
 def outputs(folder: Path, architecture: str, shape: str) -> dict:
-    """Returns the digest of the file that FlaxBert writes, and its outputs for the inputs that `reference` creates."""
+    """Returns the digest of the file that FlaxBert writes, and FlaxBert's outputs for the inputs from `reference`."""
     config = flax_bert.config(architecture, shape)
     (folder / "config.json").write_text(json.dumps(config))
     model_class = getattr(transformers, f"Flax{architecture}")

@@ -5,8 +5,9 @@
 --runs        folders of finished fine-tuning runs, whose models are evaluated on the validation data: the metric, the
               difference with a 95 % interval from the paired bootstrap over examples (Efron 1979), how many decisions
               (labels, tags, answers) are equal, and for how many examples all decisions are equal
---texts       a file of texts, one per line; --model computes the negative log-likelihood of masked tokens in them
---fillings    a file of texts with one [MASK] each, one per line; --model predicts the three most likely tokens
+--texts       a file of texts, one per line; the negative log-likelihood of masked tokens in them is measured with the
+              model given by --model
+--fillings    a file of texts with one [MASK] each, one per line; the same model predicts the three most likely tokens
 --embeddings  a model whose sentence embeddings of the same texts are compared by their cosine similarity
 """
 

@@ -1,4 +1,4 @@
-"""Shows how long each kind of operation takes when masks are filled on a CPU, and the rate of matrix products.
+"""Shows how long each kind of operation takes in a fill-mask call on a CPU, and the rate of matrix products.
 
     python scripts/profile_cpu.py                     # BERT-base's shape, random weights; under a minute
 

@@ -25,9 +25,10 @@ def keep_freed(*, asynchronous: bool = False) -> None:
     prevents malloc from mapping blocks and from trimming its heap, and requests huge pages for the heap.
 
     A heap that only grows must not fragment. A small allocation inside the hole that a freed block leaves makes the
-    hole too small for the next block. A small allocation directly above a block prevents the block's hole from
-    growing to fit a larger block. In both cases, the heap grows by another block. Because of such fragmentation,
-    fine-tuning MiniLM on SQuAD (with a block of 2.1 GB) took 9 to 10 GB. Two measures prevent fragmentation:
+    hole too small for the next block. A small allocation directly above a block prevents the hole that the block
+    leaves from growing to fit a larger block. In both cases, the heap grows by another block. Because of such
+    fragmentation, fine-tuning MiniLM on SQuAD (with a block of 2.1 GB) took 9 to 10 GB. Two measures prevent
+    fragmentation:
 
     - Small allocations have a separate area: free chunks of 64 MB at the start of the heap, separated by small blocks
       that are never freed (fences). malloc uses the smallest free chunk that fits, so these chunks serve all requests

@@ -123,7 +123,7 @@ def adamw(
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), with a `Rule` for each parameter.
 
     The gradients are clipped by their global norm. m and v are running means of the gradients and of their squares
-    (Kingma & Ba 2015). A step updates each parameter w:
+    (Kingma & Ba 2015). Each step updates every parameter w:
 
         w <- w - learning_rate(step) · lr_multiplier · (m̂ / (√v̂ + eps) + weight_decay · w)
 

@@ -19,17 +19,17 @@
     texts    1,000 sentences through our pipeline, transformers' pipeline and other runtimes; all except ours take the
              sentences in order, pad each batch to its longest sentence, and use their best batch size (half an hour
              together with peers)
-    scores   pseudo-log-likelihoods of 1,000 sentences, ours and a loop over batches with transformers
-    layers   vectors of 500 sentences from a middle layer and from the last layer, both ours
+    scores   pseudo-log-likelihoods of 1,000 sentences, with our pipeline and with a loop over batches in transformers
+    layers   vectors of 500 sentences from a middle layer and from the last layer, both with our pipeline
     pretrain a pretraining step of the embedded model on 64 rows of 64 tokens, alternating between ours and PyTorch's
     packing  tokens per second (excluding padding) in training and in prediction: rows padded to 128 tokens, rows padded
              by length, and packed rows
     finetune `bert-jax finetune` as a whole process, one epoch, and transformers' Trainer (requires --finetune)
 
 The weights are random and have the published shapes: BERT-large for load, BERT-base for most other cases. They are
-written to a temporary folder; nothing is downloaded. Two sides never share a process, because their thread pools would
+written to a temporary folder; nothing is downloaded. Sides never share a process, because their thread pools would
 interfere with each other. The exit status is 1 if the outputs of two sides differ, but not if a figure misses its
-target (the columns "must" and "aim").
+target (the "must" and "aim" columns).
 """
 
 import argparse

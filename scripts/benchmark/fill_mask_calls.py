@@ -99,7 +99,7 @@ def warm(folder: Path, console: Console) -> dict[str, Any]:
 
 
 def _difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str | None:
-    """Describes how the two sides' fillings differ; None if the tokens are equal and the scores are close."""
+    """Describes how the two sides' predictions differ; None if the tokens are equal and the scores are close."""
     tokens = [[entry["token"] for entry in side] for side in (ours, theirs)]
     if tokens[0] != tokens[1]:
         return f"tokens {tokens[0]} and {tokens[1]}"

@@ -100,7 +100,7 @@ def time_texts(texts: list[str], size: int) -> tuple[float, Any]:
 
 
 def _sides(known: dict[str, list[str]], dtypes: Sequence[str], console: Console) -> list[str]:
-    """Returns ours in float32, with which all other sides are compared, followed by the sides with the given dtypes."""
+    """Returns our float32 side, with which all others are compared, followed by the sides with the given dtypes."""
     return installed(list(dict.fromkeys(["ours", *(side for dtype in dtypes for side in known[dtype])])), console)
 
 

@@ -201,7 +201,7 @@ def _transformers(folder: Path, graph: str, dtype: str) -> Forward:
 
 
 def _kerashub(folder: Path, graph: str, dtype: str) -> Forward:
-    """KerasHub. Its logits differ slightly from ours, because it approximates GELU by tanh and one epsilon differs."""
+    """KerasHub. Its logits differ slightly from ours: its GELU is the tanh approximation, and one epsilon differs."""
     import jax
     import keras_hub
 

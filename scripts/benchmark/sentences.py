@@ -46,7 +46,7 @@ def open_scorer(side: str, folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
     def score(texts: list[str], size: int) -> list[float]:
-        """Masks each token in turn. Rows of all texts share batches, in order; a batch is padded to its longest row."""
+        """Masks each token in turn. Batches contain the rows of all texts in order, padded to the longest row."""
         encoded = tokenizer(texts)["input_ids"]
         rows = [(n, place, ids) for n, ids in enumerate(encoded) for place in range(1, len(ids) - 1)]
         scores = [0.0] * len(texts)

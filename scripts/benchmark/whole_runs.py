@@ -17,7 +17,7 @@ ARRANGEMENTS = {"grouped": [], "dynamic": ["--random"], "padded": ["--pad"]}
 
 
 def finetune(settings: Sequence[str], against: Sequence[str], console: Console) -> dict[str, Any]:
-    """Runs ours with a cold and a warm program cache, then Trainer with each arrangement, once each."""
+    """Runs `bert-jax finetune` with a cold and a warm program cache, then Trainer once with each arrangement."""
     script = Path(sys.executable).with_name("bert-jax")
     peer = [sys.executable, str(Path(__file__).parents[1] / "transformers_trainer.py")]
     results: dict[str, Any] = {}

@@ -72,7 +72,10 @@ class QuestionAnsweringOutput(ModelOutput):
 
 
 class MaskedLMHead(nnx.Module):
-    """Scores the vocabulary with a dense layer, an activation, LayerNorm, and dot products with the word embeddings."""
+    """Computes vocabulary logits.
+
+    It consists of a dense layer, an activation, LayerNorm, and dot products with the word embeddings.
+    """
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs | None):
         self.config = config
@@ -162,7 +165,7 @@ class BertForPreTraining(BertWithHead):
             token_type_ids: See `BertModel`.
             position_ids: See `BertModel`.
             document_ids: See `BertModel`.
-            masked_positions: int [B, P], the indices of the tokens at which to score the vocabulary; None for all
+            masked_positions: int [B, P], the indices of the tokens for which to compute vocabulary logits; None for all
                 tokens.
             first_positions: int [B, K], the index of each example's first token, if a row contains several examples.
                 The next-sentence logits are then [B, K, 2]. If None, the first token of each row is used, and the
@@ -215,9 +218,9 @@ class BertForMaskedLM(BertWithHead):
         dropout_key: jax.Array | None = None,
         interventions: Interventions = NONE,
     ) -> HeadOutput:
-        """Scores the vocabulary at the tokens whose indices are `masked_positions`, int [B, K].
+        """Computes vocabulary logits for the tokens whose indices are `masked_positions`, int [B, K].
 
-        If `masked_positions` is None, the vocabulary is scored at all tokens. The other arguments are those of
+        If `masked_positions` is None, logits are computed for all tokens. The other arguments are those of
         `BertModel`.
 
         Returns:

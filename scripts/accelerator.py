@@ -3,8 +3,8 @@
     python scripts/accelerator.py ours training base 128
     python scripts/accelerator.py torch inference large 512
 
-The sides are `ours` (plain attention and, in training, attention dropout), `fused` (bert_jax with fused attention,
-without attention dropout) and `torch` (PyTorch transformers with `sdpa` and `torch.compile`). All sides compute in
+The sides are `ours` (plain attention and, in training, attention dropout), `fused` (`bert_jax` with fused attention,
+without attention dropout) and `torch` (`transformers` in PyTorch with `sdpa` and `torch.compile`). All sides compute in
 bfloat16 with random weights. In training, the parameters and the optimizer state are float32. The script prints one
 line of JSON.
 """

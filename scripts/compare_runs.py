@@ -1,4 +1,4 @@
-"""Compares the metrics and learning curves of our runs with those of transformers' Trainer.
+"""Compares the metrics and learning curves of our runs with those of runs with `transformers.Trainer`.
 
     python scripts/compare_runs.py --ours runs/ours_* --theirs runs/trainer_* --chart curves.png
 

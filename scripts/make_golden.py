@@ -1,4 +1,4 @@
-"""Writes outputs of PyTorch transformers to tests/golden, so that the default tests do not need transformers.
+"""Writes outputs of `transformers` (PyTorch) to tests/golden, so that the default tests do not need `transformers`.
 
     pip install -e '.[parity]'
     python scripts/make_golden.py
@@ -83,7 +83,7 @@ def small_model() -> dict:
 
 def embedded_fill_mask() -> list[dict]:
     folder = hub.download("bert-mini-cased")
-    # In float64, because scores that transformers computes in float32 have errors of up to 1e-5.
+    # In float64, because scores that `transformers` computes in float32 have errors of up to 1e-5.
     model = transformers.BertForMaskedLM.from_pretrained(folder, dtype=torch.float64)
     tokenizer = transformers.BertTokenizer.from_pretrained(folder)
     filler = transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer)
@@ -93,7 +93,7 @@ def embedded_fill_mask() -> list[dict]:
 def check() -> dict[str, np.ndarray]:
     """Returns the inputs, outputs, loss and gradients of the embedded model for two rows, for `bert-jax check`."""
     folder = hub.download("bert-mini-cased")
-    # In float64, because outputs that transformers computes in float32 have errors of up to 1e-5.
+    # In float64, because outputs that `transformers` computes in float32 have errors of up to 1e-5.
     model = transformers.BertForPreTraining.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     model.eval()
     tokenizer = transformers.BertTokenizer.from_pretrained(folder)

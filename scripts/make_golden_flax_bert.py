@@ -1,6 +1,6 @@
 """Writes the outputs of FlaxBert, and the digests of the files that it writes, to tests/golden/flax_bert.json.
 
-transformers 5 no longer contains FlaxBert. Run the script in a separate environment, without bert_jax:
+`transformers` 5 no longer contains FlaxBert. Run the script in a separate environment, without `bert_jax`:
 
     pip install transformers==4.57.6 torch "flax<0.12" "jax<0.9" safetensors
     python scripts/make_golden_flax_bert.py

@@ -1,6 +1,6 @@
-"""Writes tests/golden/question_answering.json with the answers of the transformers question-answering pipeline.
+"""Writes tests/golden/question_answering.json with the answers of the question-answering pipeline in `transformers`.
 
-transformers 5 no longer contains this pipeline. Run the script in a separate environment, from the repository root:
+`transformers` 5 no longer contains this pipeline. Run the script in a separate environment, from the repository root:
 
     python3 -m venv qa && qa/bin/pip install torch==2.13.0 transformers==4.57.6
     qa/bin/python scripts/make_golden_question_answering.py

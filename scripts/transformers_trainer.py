@@ -1,11 +1,11 @@
-"""Fine-tunes with transformers' Trainer and the settings in a YAML file, for comparison with `bert-jax finetune`.
+"""Fine-tunes a model with `transformers.Trainer` as configured in a YAML file, for comparison with `bert-jax finetune`.
 
     pip install -e ".[parity]"
     python scripts/transformers_trainer.py configs/finetune/emotion_minilm.yaml training.seed=1 output.folder=peer
 
 The model, data, label ids and recipe are the same as in our runs. The task is single-label text classification, token
 classification or question answering. For the last two, examples are prepared as in the `run_ner.py` and `run_qa.py`
-scripts of transformers, and answers are extracted from logits as in `run_qa.py`.
+scripts of `transformers`, and answers are extracted from logits as in `run_qa.py`.
 
 By default, each batch contains examples of similar length and is padded to the longest one. With `--random`, the order
 of the examples is random. With `--pad`, the order is random and all examples are padded to data.max_length. With
@@ -92,7 +92,7 @@ def asked(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], settings
 
 
 def answers(rows: list[dict[str, Any]], features: Any, logits: Any, settings: Settings) -> list[str]:
-    """Returns the answer to each question, as in `postprocess_qa_predictions` of transformers' utils_qa.py."""
+    """Returns the answer to each question, as in `postprocess_qa_predictions` in utils_qa.py of `transformers`."""
     by_row: dict[int, list[int]] = {}
     for i, row in enumerate(features["row"]):
         by_row.setdefault(row, []).append(i)

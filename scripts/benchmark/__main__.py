@@ -1,4 +1,4 @@
-"""Measures bert_jax on this machine's CPU, and PyTorch transformers and other runtimes on the same tasks.
+"""Measures `bert_jax`, `transformers` in PyTorch and other runtimes on the same tasks, on this machine's CPU.
 
     pip install -e ".[parity]"
     python scripts/benchmark                      # the first five cases; four minutes and 3 GB of temporary disk space
@@ -6,9 +6,10 @@
     python scripts/benchmark peers texts --dtype bfloat16 int8
     python scripts/benchmark warm --model ~/bert-base-cased
 
-    warm     calls of a warm fill-mask pipeline with one short sentence, alternating between ours and transformers'
+    warm     calls of a warm fill-mask pipeline with one short sentence, alternating between our pipeline and that
+             of `transformers`
     python   the time spent in Python in such a call of our pipeline: the call minus the compiled program
-    process  `bert-jax fill-mask` as a whole process with warm caches, and a script with transformers' pipeline
+    process  `bert-jax fill-mask` as a whole process with warm caches, and a script with the `transformers` pipeline
     load     peak memory while weights are loaded, relative to the size of the weights file
     memory   memory of a fill-mask pipeline in each dtype, after its first result
     step     a fine-tuning step with dropout, alternating between ours and PyTorch's, and the rate of our step relative
@@ -16,15 +17,15 @@
     keras    the same step, ours and KerasHub's (requires the `bench` extra, and keras-hub==0.32.0 with --no-deps)
     peers    logits of two masks per row, ours and those of other runtimes (same requirements as keras; for FlaxBert,
              see flax_peer.py)
-    texts    1,000 sentences through our pipeline, transformers' pipeline and other runtimes; all except ours take the
-             sentences in order, pad each batch to its longest sentence, and use their best batch size (half an hour
-             together with peers)
-    scores   pseudo-log-likelihoods of 1,000 sentences, with our pipeline and with a loop over batches in transformers
+    texts    1,000 sentences through our pipeline, the `transformers` pipeline and other runtimes; all except ours take
+             the sentences in order, pad each batch to its longest sentence, and use their best batch size (half an
+             hour together with peers)
+    scores   pseudo-log-likelihoods of 1,000 sentences, with our pipeline and with a batch loop in `transformers`
     layers   vectors of 500 sentences from a middle layer and from the last layer, both with our pipeline
     pretrain a pretraining step of the embedded model on 64 rows of 64 tokens, alternating between ours and PyTorch's
     packing  tokens per second (excluding padding) in training and in prediction: rows padded to 128 tokens, rows padded
              by length, and packed rows
-    finetune `bert-jax finetune` as a whole process, one epoch, and transformers' Trainer (requires --finetune)
+    finetune `bert-jax finetune` as a whole process, one epoch, and `transformers.Trainer` (requires --finetune)
 
 The weights are random and have the published shapes: BERT-large for load, BERT-base for most other cases. They are
 written to a temporary folder; nothing is downloaded. Sides never share a process, because their thread pools would
@@ -55,8 +56,8 @@ from whole_runs import ARRANGEMENTS, finetune
 
 from bert_jax import hub
 
-# This process imports neither jax nor torch. A child's peak memory includes its parent's (Linux's vfork), so the parent
-# of a measured process must be small.
+# This process imports neither JAX nor PyTorch. A child's peak memory includes its parent's (Linux's vfork), so the
+# parent of a measured process must be small.
 
 CASES = {"warm": warm, "python": python, "process": process, "load": load, "memory": memory, "step": step,
          "keras": keras, "pretrain": pretrain, "packing": packing, "scores": scores, "layers": layers, "peers": peers,

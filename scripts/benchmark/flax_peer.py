@@ -1,9 +1,10 @@
-"""Computes logits with FlaxBert for runtimes.py. The last version of transformers with FlaxBert is 4.57.6.
+"""Computes logits with FlaxBert for runtimes.py. The last version of `transformers` with FlaxBert is 4.57.6.
 
     python3 -m venv flaxbert && flaxbert/bin/pip install transformers==4.57.6 jax flax
     BERT_JAX_FLAX_PYTHON=flaxbert/bin/python python scripts/benchmark peers
 
-Do not install transformers[flax], which requires a JAX version from 2023. Python 3.11, jax 0.10.2 and flax 0.12.8 work.
+Do not install `transformers[flax]`, which requires a JAX version from 2023. Python 3.11, JAX 0.10.2 and Flax 0.12.8
+work.
 
 Reads pickled tuples (ids, mask, positions) from stdin and writes the pickled logits at the positions to stdout.
 """

@@ -36,7 +36,7 @@ def export(folder: Path) -> None:
     import transformers
 
     class Gathered(torch.nn.Module):
-        """BERT from transformers, with the last layer and the head computed only at the positions."""
+        """BERT from `transformers`, with the last layer and the head computed only at the positions."""
 
         def __init__(self, model: Any):
             super().__init__()
@@ -118,7 +118,7 @@ def described(side: str) -> tuple[str, str, str]:
 
 
 def open_texts(side: str, folder: Path) -> Callable[[int], Answer]:
-    """Opens a side that answers texts: our pipeline, transformers' pipeline, or a runtime.
+    """Opens a side that answers texts: our pipeline, the `transformers` pipeline, or another runtime.
 
     Returns:
         Batch size -> `Answer`. Ours ignores the batch size. The others take texts in order and pad each batch.

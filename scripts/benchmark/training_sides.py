@@ -240,7 +240,7 @@ def our_pretraining(folder: Path, dropout: bool) -> Any:
 
 
 def their_pretraining(folder: Path, dropout: bool) -> Any:
-    """transformers computes the logits of all tokens, not only of masked tokens."""
+    """`transformers` computes the logits of all tokens, not only of masked tokens."""
     import torch
     import transformers
 

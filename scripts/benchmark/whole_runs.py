@@ -1,4 +1,4 @@
-"""The case `finetune`: a whole `bert-jax finetune` process, and transformers' Trainer with the same settings."""
+"""The case `finetune`: a whole `bert-jax finetune` process, and `transformers.Trainer` with the same settings."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ ARRANGEMENTS = {"grouped": [], "dynamic": ["--random"], "padded": ["--pad"]}
 
 
 def finetune(settings: Sequence[str], against: Sequence[str], console: Console) -> dict[str, Any]:
-    """Runs `bert-jax finetune` with a cold and a warm program cache, then Trainer once with each arrangement."""
+    """Runs `bert-jax finetune` with a cold and a warm program cache, then `Trainer` once per arrangement."""
     script = Path(sys.executable).with_name("bert-jax")
     peer = [sys.executable, str(Path(__file__).parents[1] / "transformers_trainer.py")]
     results: dict[str, Any] = {}

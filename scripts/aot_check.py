@@ -126,7 +126,7 @@ def entry(check: aot.Check, flops: float) -> dict[str, Any]:
 
 
 def largest(chips: aot.Target, size: str, length: int, **changes: Any) -> dict[str, Any]:
-    """Finds the largest number of packed rows of `length` tokens that fit on each device in a training step."""
+    """Finds the largest number of packed rows of `length` tokens per device at which a training step fits in memory."""
     run = make_run("squad", size, chips, data={"max_length": length}, **changes)
     n = len(chips.devices)
     tried: dict[int, bool] = {}
@@ -141,7 +141,13 @@ def largest(chips: aot.Target, size: str, length: int, **changes: Any) -> dict[s
 
 
 def packing(chips: aot.Target, lengths: np.ndarray, packed: bool) -> dict[str, Any]:
-    """Compiles a step for 256 of the examples with these lengths, packed or in one padded row of 128 tokens each."""
+    """Compiles a step on a batch of 256 examples, either packed or padded to 128 tokens with one example per row.
+
+    Args:
+        chips: The devices to compile for.
+        lengths: The numbers of tokens of the examples from which the batch is drawn.
+        packed: Whether examples share rows.
+    """
     run = make_run("emotion", "base", chips, data={"packing": packed}, training={"batch_size": 256})
     ids = [np.ones(n, np.int32) for n in lengths]
     examples = Examples(ids, ids, {"labels": np.zeros(len(ids), np.int32)})
@@ -209,10 +215,10 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
     results = {name: results[name] for name in programs() if name in results}
     parts = [
         "# TPUs and GPUs",
-        "The programs of this package compile for TPU v5e, v6e and v5p and for H100 with those chips' own compilers, "
-        "on a machine\nthat has none of these chips. **They have never been run on any of them.** This page shows "
-        "what the compilers report\nabout memory, communication and data types, and theoretical bounds. It says "
-        "nothing about the actual speed.",
+        "The programs of this package compile for v5e, v6e and v5p TPUs and for H100 GPUs. They were compiled with the "
+        "compilers\nfor these chips, on a machine that has none of them. **They have never been run on any of these "
+        "chips.** This page shows\nthe memory, communication and data types that the compilers report, and "
+        "theoretical lower bounds on the time of a step.\nIt says nothing about the actual speed.",
         "```sh\npip install '.[aot]'\n"
         "bert-jax finetune configs/finetune/emotion.yaml precision.compute_dtype=bfloat16 --dry-run --target v5e:2x4\n"
         "python scripts/aot_check.py    # writes this page\n```",
@@ -234,8 +240,8 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
             table.append(f"| {rows} | {layout} | " + " | ".join(words) + " |")
     room = ", ".join(f"{chip} {aot.CHIPS[chip.split(':')[0]].memory / gib:.2f}" for chip in CHIPS)
     parts += [
-        f"## Memory per device, GiB\n\nEach device has this memory: {room}.\nShapes are the rows and tokens on all "
-        "devices.",
+        f"## Memory per device, GiB\n\nThe devices have the following memory: {room}.\nShapes are [rows on all "
+        "devices, tokens per row].",
         "\n".join(table),
     ]
 
@@ -249,7 +255,7 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
             chip, program = name.split(" ", 1)
             reports.setdefault(program, {}).setdefault(f"{said} | {gradients} | {share:.2%}", []).append(chip)
     lines = [
-        "| program | devices | collectives (MB per device) | gradients, MB | products in bfloat16 |",
+        "| program | devices | collectives (MB per device) | gradients, MB | matrix products in bfloat16 |",
         "|---|---|---|---|---|",
         *(
             f"| {program} | {', '.join(chips)} | {report} |"
@@ -259,13 +265,14 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
     ]
     parts += [
         "## Communication between devices\n\nData-parallel steps communicate only to sum gradients, and data-parallel "
-        "pipelines do not\ncommunicate at all. The name of a program ends with the model size, the layout, and the "
-        "rows and tokens on all\ndevices.",
+        "pipelines do not\ncommunicate at all. Each program name ends with the model size, the layout, and the batch "
+        "shape (rows on all devices ×\ntokens per row). The last column shows the share of the operations in matrix "
+        "products that are in bfloat16.",
         "\n".join(lines),
     ]
 
     lines = [
-        "| target | change | GiB per device | TFLOP in products, all devices | custom kernels |",
+        "| target | change | GiB per device | TFLOP in matrix products, all devices | custom kernels |",
         "|---|---|---|---|---|",
     ]
     for name, found in results.items():
@@ -276,27 +283,29 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
             fits = "" if found["fits"] else "**does not fit** "
             lines.append(f"| {chip} | {what} | {fits}{found['memory'] / gib:.2f} | {flops:.1f} | {kernels} |")
     parts += [
-        "## What fused attention, remat and packing change\n\nThese are training steps of the base model on "
-        "[256, 512] over eight devices, without attention dropout. Products inside\ncustom kernels are not counted.",
+        "## What fused attention, remat and packing change\n\nThe table compares training steps of the base model "
+        "with the shape [256, 512] on eight devices, without attention\ndropout. Matrix products inside custom kernels "
+        "are not counted.",
         "\n".join(lines),
     ]
     padded, packed = (results.get(f"v5e:2x4 packing {packed}") for packed in (False, True))
     if padded and packed:
         parts.append(
-            "Packing: a batch of 256 texts of 4 to 128 tokens, 22 on average, has the shape "
-            f"{padded['shape'][:2]} if padded and {packed['shape'][:2]} if\npacked. It then needs "
-            f"{padded['memory'] / gib:.2f} and {packed['memory'] / gib:.2f} GiB, respectively, per device on v5e:2x4, "
-            f"and {padded['flops'] / 1e12:.1f} and {packed['flops'] / 1e12:.1f} TFLOP by\nformula."
+            "Packing changes the shape of a batch of 256 texts of 4 to 128 tokens (22 on average) from "
+            f"{padded['shape'][:2]} to {packed['shape'][:2]}. On\nv5e:2x4, it reduces the memory per device from "
+            f"{padded['memory'] / gib:.2f} to {packed['memory'] / gib:.2f} GiB. It reduces the number of operations, "
+            f"as calculated\nfrom a formula, from {padded['flops'] / 1e12:.1f} to {packed['flops'] / 1e12:.1f} TFLOP."
         )
     if found := results.get("v5e:2x4 largest large 512 remat"):
         parts.append(
-            "With remat, the largest batch of 512-token rows for the large model on v5e:2x4 has "
-            f"{found['rows']} rows per chip."
+            f"With remat, a training step of the large model with {found['rows']} rows of 512 tokens per chip fits on "
+            "v5e:2x4. This is the\nlargest batch that was found to fit."
         )
     if found := results.get("v5e:2x4 too much"):
         parts.append(
-            f"Without remat, the large model on [512, 512] {'fits' if found['fits'] else 'does not fit'} on v5e:2x4. "
-            f"According to the compiler, it needs {found['memory'] / gib:.1f} GiB per\nchip."
+            "Without remat, a training step of the large model with the shape [512, 512] "
+            f"{'fits' if found['fits'] else 'does not fit'} on v5e:2x4. According to the\ncompiler, it needs "
+            f"{found['memory'] / gib:.1f} GiB per chip."
         )
     lines = [
         "| devices | activations | attention dropout | tokens per row | kernel | reason |",
@@ -322,7 +331,7 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
         "too, but they cannot be compiled without a GPU.",
         "\n".join(lines),
     ]
-    lines = ["| program | products | memory | links | lower bound |", "|---|---|---|---|---|"]
+    lines = ["| program | matrix products | memory | interconnect | lower bound |", "|---|---|---|---|---|"]
     for name, found in results.items():
         if (
             found.get("bound")
@@ -334,10 +343,11 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
             cells = " | ".join(f"{1e3 * value:.2f}" for value in seconds.values())
             lines.append(f"| {name} | {cells} | {1e3 * max(seconds.values()):.2f} |")
     parts += [
-        "## Theoretical lower bounds\n\nThis is the minimum time of a step in milliseconds, computed only from the "
-        "published rates of each chip\n(`bert_jax.tools.aot.CHIPS`): for the program's products at the peak bfloat16 "
-        "rate, for moving its arguments and results\nthrough memory once, and for its all-reduces over the links. The "
-        "lower bound is the largest of the three. These are\nbounds on what is possible, not measurements or promises.",
+        "## Theoretical lower bounds\n\nThe table shows lower bounds on the time of a step in milliseconds. They are "
+        "computed only from the published rates of\neach chip (`bert_jax.tools.aot.CHIPS`). The first three columns "
+        "show the minimum times for the program's matrix products\nat the peak bfloat16 rate, for moving its "
+        "arguments and results through memory once, and for its all-reduces over the\ninterconnect. The lower bound is "
+        "the largest of the three. These are bounds on what is possible, not measurements or\npromises.",
         "\n".join(lines),
     ]
     return "\n\n".join(parts) + "\n"

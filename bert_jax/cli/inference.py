@@ -45,10 +45,10 @@ def fill_mask(
     ignore: Ignore = None,
     dtype: DtypeOption = "float32",
     top_k: Annotated[
-        int | None, typer.Option(help="Number of fillings per mask. Default: 5, or one per --target.")
+        int | None, typer.Option(help="Number of predictions per mask. Default: 5, or one per --target.")
     ] = None,
     target: Annotated[list[str] | None, typer.Option(help="Score only this word. Repeatable.")] = None,
-    joint: Annotated[bool, typer.Option("--joint", help="Fill all masks of a text jointly, not one by one.")] = False,
+    joint: Annotated[bool, typer.Option("--joint", help="Predict all masks of a text jointly.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the model's name.")] = False,
 ) -> None:
     """Predict the masked words in texts."""

@@ -80,7 +80,7 @@ def export(
 
     Call the program as `outputs = call(params, inputs)`. `params` contains the tensors of `model.safetensors`, keyed by
     name. `inputs` contains `input_ids`, `attention_mask` and `token_type_ids`, each int32 [B, T] or, for
-    `BertForMultipleChoice` with C choices, int32 [B, C, T]. For models that score the vocabulary, `inputs` also
+    `BertForMultipleChoice` with C choices, int32 [B, C, T]. For models that compute vocabulary logits, `inputs` also
     contains `masked_positions`, int32 [B, K]. `outputs` contains the model's outputs for these inputs, keyed by name,
     except for hidden states and attentions. The program does not check the values of the inputs. An id that is too
     large results in NaN, and a negative id counts from the end.

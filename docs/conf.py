@@ -5,6 +5,7 @@ pip install -e '.[docs]' && sphinx-build -W docs docs/_build
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -107,8 +108,9 @@ def http_reference(document: dict[str, Any]) -> str:
                 lines += ["", f"Request: {schema.get('description', 'an object.')}"]
                 example = ["", f"    {json.dumps(schema.get('example'))}", ""]
                 lines += fields_of(schema) if "properties" in schema else example
-            if response := route["responses"]["200"]["content"]["application/json"]["schema"]:
-                lines += ["", f"Response: {type_of(response)}", ""]
+            ((media, response),) = route["responses"]["200"]["content"].items()
+            shown = type_of(response["schema"]) if media == "application/json" else f"text of the type `{media}`"
+            lines += ["", f"Response: {shown}", ""]
     lines += ["## Objects", ""]
     for name, schema in document["components"]["schemas"].items():
         if not name.endswith("ValidationError"):  # FastAPI's format of errors, which this server does not use
@@ -126,11 +128,12 @@ def add_notebooks(app: Sphinx) -> None:
 
 
 def add_references(app: Sphinx, page: str, source: list[str]) -> None:
-    """Writes the help of all commands to the page `reference/commands`, and all routes to `reference/http`."""
+    """Generates the lists of commands and routes, and replaces links to notebook files with links to their pages."""
     if page == "reference/commands":
         command = [sys.executable, "-m", "typer", "bert_jax.cli", "utils", "docs", "--name", "bert-jax"]
         done = subprocess.run([*command, "--title", "Commands"], capture_output=True, text=True, check=True)
         source[0] = done.stdout
+    source[0] = re.sub(r"\]\(\.\./(notebooks/\w+\.ipynb)", r"](\1", source[0])
     if page == "reference/http":
         source[0] += http_reference(json.loads(OPENAPI.read_text(encoding="utf-8")))
 

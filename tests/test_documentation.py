@@ -87,6 +87,21 @@ def test_every_route_has_an_entry_with_the_fields_of_its_request(site):
 def test_every_notebook_has_a_page(site):
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         assert (site / "notebooks" / f"{path.stem}.html").is_file()
+    for page in site.glob("*.html"):  # a link to the file instead of the page would be a download
+        assert not re.search(r'href="[^"]*\.ipynb"', page.read_text(encoding="utf-8")), page.name
+
+
+@pytest.mark.parametrize("pattern", ["*.md", "docs/*.md", "docs/reference/*.md", "notebooks/*.ipynb"])
+def test_every_link_in_a_source_leads_to_a_file(pattern):
+    """As on GitHub, where nothing that the build of the site writes exists."""
+    built = {ROOT / "docs" / "notebooks", ROOT / "docs" / "_build"}
+    links = [(page, link) for page in ROOT.glob(pattern)
+             for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text(encoding="utf-8"))]  # fmt: skip
+    assert links
+    for page, link in links:
+        path = (page.parent / link).resolve()
+        assert path.exists(), f"{page.relative_to(ROOT)}: {link}"
+        assert not built & {*path.parents}, f"{page.relative_to(ROOT)}: {link}"
 
 
 def test_the_readme_is_short():

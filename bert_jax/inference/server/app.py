@@ -19,10 +19,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+import pydantic
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
@@ -72,6 +74,22 @@ class Access:
     allow_origins: tuple[str, ...] = ()
 
 
+class ModelState(pydantic.BaseModel):
+    """A served model: its name, its tasks, and its number of layers."""
+
+    name: str
+    tasks: list[str]
+    layers: int
+
+
+class Health(pydantic.BaseModel):
+    """The response from `/health`: the server's state, the number of programs not compiled yet, and the models."""
+
+    status: Literal["starting", "ready"]
+    programs_left: int
+    models: list[ModelState]
+
+
 class Server:
     """The application and its metrics.
 
@@ -102,8 +120,8 @@ class Server:
         app = FastAPI(title="bert_jax", version=__version__, lifespan=self._life, docs_url=None, redoc_url=None)
         for kind in (Refused, HTTPException, Exception):
             app.add_exception_handler(kind, self._refused)
-        app.get("/health")(self._health)
-        app.get("/metrics")(self._metrics)
+        app.get("/health", responses={status: {"model": Health} for status in (200, 503)})(self._health)
+        app.get("/metrics", response_class=PlainTextResponse)(self._metrics)
         for router in (tasks.routes(self.engine, attention), openai.routes(self.engine), tei.routes(self.engine)):
             app.include_router(router)
         for path, name in [
@@ -150,15 +168,15 @@ class Server:
             self.stop()
 
     async def _health(self) -> Response:
-        """Reports the server's state, the number of programs that are not compiled yet, and the models."""
+        """Returns status 200 if the server is ready, otherwise 503."""
         models = [
-            {"name": model.name, "tasks": list(model.pipes), "layers": pipe.config.num_hidden_layers}
+            ModelState(name=model.name, tasks=list(model.pipes), layers=pipe.config.num_hidden_layers)
             for model in self.engine.models.values()
             for pipe in [next(iter(model.pipes.values()))]
         ]
         ready = self.engine.ready
-        state = {"status": "ready" if ready else "starting", "programs_left": self.programs.left, "models": models}
-        return JSONResponse(state, 200 if ready else 503)
+        state = Health(status="ready" if ready else "starting", programs_left=self.programs.left, models=models)
+        return JSONResponse(state.model_dump(), 200 if ready else 503)
 
     async def _metrics(self) -> Response:
         """Returns the metrics in the Prometheus text format."""

@@ -64,16 +64,17 @@ def _failing_fast(kind: Any) -> Any:
     return kind
 
 
-def answer_model(task: Task) -> type[pydantic.BaseModel]:
-    """Returns the pydantic model of the response from `/v1/{task}`.
-
-    The response contains the name of the model, and one output or a list of outputs.
-    """
+def outputs_type(task: Task) -> Any:
+    """Returns the type of the outputs for a task: one output or a list of outputs."""
     (result,) = get_args(get_type_hints(task.request)["return"])
     if result is np.ndarray:
         result = list[float] | list[list[float]] | list[list[list[float]]]
-    outputs: Any = result | list[result]  # type: ignore[valid-type]
-    return pydantic.create_model(f"{_title(task)}Answer", model=(str, ...), outputs=(outputs, ...))
+    return result | list[result]  # type: ignore[valid-type]
+
+
+def answer_model(task: Task) -> type[pydantic.BaseModel]:
+    """Returns the pydantic model of the response from `/v1/{task}`: the name of the model, and the outputs."""
+    return pydantic.create_model(f"{_title(task)}Answer", model=(str, ...), outputs=(outputs_type(task), ...))
 
 
 def _title(task: Task) -> str:
@@ -97,7 +98,7 @@ class AttentionAnswer(pydantic.BaseModel):
 def routes(engine: Engine, attention: Attention) -> APIRouter:
     """Returns the task routes for the models of `engine`."""
     router = APIRouter(tags=["Tasks"])
-    first = next(iter(engine.models.values()))
+    scorer = next(iter(next(iter(engine.models.values())).pipes.values()))
     thread = ThreadPoolExecutor(1, "attention")  # programs may have to be compiled first
 
     async def answer(
@@ -117,11 +118,16 @@ def routes(engine: Engine, attention: Attention) -> APIRouter:
         outputs = results if several else results[0]
         return await engine.respond({"model": model, "outputs": outputs} if model else outputs, prepared)
 
-    @router.post("/score", openapi_extra=documented({"type": "object", "example": SAMPLE}))
+    @router.post(
+        "/score",
+        openapi_extra=documented({"type": "object", "example": SAMPLE}),
+        responses={200: {"model": outputs_type(scorer.task)}},
+    )
     async def score(request: Request) -> Response:
         """Answers a request in the JSON format of Azure's model catalog.
 
-        The fields are `inputs` (or `input_data`) and `parameters`.
+        The fields are `inputs` (or `input_data`) and `parameters`. The response contains only the outputs for the first
+        task of the server's first model, as in the `outputs` field of the response from `/v1/{task}`.
         """
         try:
             content = orjson.loads(await engine.read_bytes(request))
@@ -129,7 +135,7 @@ def routes(engine: Engine, attention: Attention) -> APIRouter:
             raise Refused(400, "not_json", "The body is not JSON.") from None
         with refusing(content):
             inputs, parameters = catalog.read(content)
-        return await answer(request, next(iter(first.pipes.values())), inputs, parameters)
+        return await answer(request, scorer, inputs, parameters)
 
     def add(task: Task) -> None:
         body = body_model(task)

@@ -106,6 +106,29 @@ class Token(pydantic.BaseModel):
     stop: int | None
 
 
+class Info(pydantic.BaseModel):
+    """The response from `/info`.
+
+    `model_type` is `{"classifier": {"id2label", "label2id"}}`, `{"reranker": {"id2label", "label2id"}}` if there is
+    only one label, or `{"embedding": {"pooling"}}`. For all other models, it is `{}`.
+    """
+
+    model_id: str
+    model_sha: None
+    model_dtype: str
+    model_type: dict[str, dict[str, Any]]
+    max_concurrent_requests: int
+    max_input_length: int
+    max_batch_tokens: int
+    max_batch_requests: None
+    max_client_batch_size: int
+    auto_truncate: bool
+    tokenization_workers: int
+    version: str
+    sha: None
+    docker_label: None
+
+
 def routes(engine: Engine) -> APIRouter:
     """Returns TEI's routes.
 
@@ -200,7 +223,7 @@ def routes(engine: Engine) -> APIRouter:
         ]
         return await engine.respond(sorted(ranks, key=lambda rank: -rank["score"]), prepared)
 
-    @router.get("/info")
+    @router.get("/info", responses={200: {"model": Info}})
     async def info() -> Response:
         """Describes the first model and the server's limits."""
         served = next(iter(engine.models.values()))

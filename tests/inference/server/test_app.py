@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pydantic
 import pytest
 import serving
 from serving import KEY, WORDS, ask, post, same, start
@@ -34,6 +35,7 @@ def test_the_card_s_request(port, pipes):
     assert same(answer, catalog.score(pipes["fill-mask"], CARD))
     assert [len(fillings) for fillings in answer] == [2, 2]
     assert list(answer[0][0]) == ["score", "token", "token_str", "sequence"]
+    assert pydantic.TypeAdapter(tasks.outputs_type(pipes["fill-mask"].task)).validate_python(answer) == answer
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,18 @@ def test_typed_bodies(port, pipes):
     documented = schema["/v1/fill-mask"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert documented["properties"].keys() == {"inputs", "model", "top_k", "targets", "joint"}
     assert schema["/score"]["post"]["requestBody"]["content"]["application/json"]["schema"]["example"] == CARD
+
+
+def test_the_types_of_all_responses_are_documented(port):
+    state = json.loads(ask(port, "GET", "/health")[2])
+    assert app.Health.model_validate(state).model_dump() == state
+    paths = json.loads(ask(port, "GET", "/openapi.json")[2])["paths"]
+    for path, methods in paths.items():
+        for method, route in methods.items():
+            headers = ask(port, "GET", path)[1] if path in ("/health", "/metrics", "/info") else {}
+            ((media, content),) = route["responses"]["200"]["content"].items()
+            assert headers.get("Content-Type", media).startswith(media), path
+            assert content["schema"], f"{method} {path}"
 
 
 def test_attention(port, folder):

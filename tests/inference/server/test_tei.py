@@ -7,6 +7,7 @@ import pytest
 from serving import KEY, ask, same
 
 import bert_jax
+from bert_jax.inference.server import tei
 
 HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
 TEXTS = ["paris is the capital of france", "she went home"]
@@ -83,6 +84,7 @@ def test_info(several):
     assert info["model_id"] == "embedder"
     assert info["model_type"] == {"embedding": {"pooling": "mean"}}
     assert info["max_input_length"] == 16
+    assert tei.Info.model_validate(info).model_dump() == info
 
 
 @pytest.mark.parametrize(

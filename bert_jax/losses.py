@@ -76,7 +76,10 @@ def total_weight(labels: jax.Array, class_weights: jax.Array | None = None) -> j
 
 
 def balanced(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Returns class weights that give every class the same influence on a loss.
+    """Returns class weights that compensate for different class frequencies.
+
+    For labels [N], all classes have the same total weight in the loss. For labels [N, C], the ones of each class have
+    the same total weight as its zeros.
 
     Args:
         labels: For `cross_entropy`, int [N]; `IGNORE` and other negative numbers are left out. For

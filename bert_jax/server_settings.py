@@ -76,8 +76,8 @@ class Serving(SettingsFile):
     """Maximum number of open connections. If this number is reached and another client connects, the server closes the
     connection that has been idle the longest."""
     truncate: bool = False
-    """Whether the OpenAI and text-embeddings-inference routes truncate texts that are too long, unless the request
-    specifies otherwise. If false, such texts are rejected."""
+    """Whether the OpenAI and text-embeddings-inference routes truncate texts that are too long. If false, such texts
+    are rejected. The `truncate` field of a text-embeddings-inference request overrides this setting."""
     accept_token_ids: bool = False
     """Whether the embedding routes accept token ids instead of texts. The ids must come from the model's tokenizer; ids
     from another tokenizer lead to wrong results without an error."""

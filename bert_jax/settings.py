@@ -276,12 +276,15 @@ class Loss(Section):
     """The loss that training minimizes in classification; evaluations report the loss without these options."""
 
     class_weights: Annotated[Literal["balanced"] | dict[str, PositiveFloat] | None, BeforeValidator(_by_label)] = None
-    """The weight of each label in the loss. `balanced` gives rare labels more weight, so all labels have the same
-    influence. In multi-label classification, the weight of a label applies to the examples that have this label;
-    `balanced` sets it to the number of examples without the label divided by the number of examples with it. The
+    """The weight of each label in the loss. With one label per example, `balanced` sets the weights so that all
+    labels have the same influence, however rare they are. In multi-label classification, the weight of a label applies
+    to the examples that have this label; `balanced` sets it to the number of examples without the label divided by the
+    number of examples with it, so both groups have the same influence. The
     `multiple-choice` task does not have this setting."""
     label_smoothing: Fraction = 0.0
-    """The share of each target that is divided equally among all labels (Szegedy et al. 2016)."""
+    """The share of each target that is divided equally among all labels (Szegedy et al. 2016). In multi-label
+    classification, each label is a separate choice between 0 and 1, so the targets become `label_smoothing / 2` and
+    `1 - label_smoothing / 2`."""
     focal_gamma: NonNegativeFloat = 0.0
     """The loss of each label is multiplied by `(1 - p)^focal_gamma`, where p is the predicted probability of the
     correct label (Lin et al. 2017)."""

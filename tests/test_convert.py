@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from pathlib import Path
 
 import flax.serialization
 import flax_bert
@@ -15,7 +16,7 @@ import reference
 from safetensors.numpy import load_file
 
 import bert_jax
-from bert_jax import hub
+from bert_jax import hub, weights
 from bert_jax.convert import convert
 from bert_jax.errors import CheckpointError, ConfigError, InputError, ModelNotFoundError
 
@@ -61,6 +62,20 @@ def test_every_tensor_is_converted_bit_for_bit(tmp_path):
     assert stored.keys() == expected.keys()
     for name, tensor in expected.items():
         np.testing.assert_array_equal(stored[name], tensor)
+
+
+def test_the_table_in_the_documentation_lists_the_path_of_every_parameter():
+    page = (Path(__file__).parents[1] / "docs" / "porting.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"\| FlaxBert \| bert_jax \|\n\|---\|---\|\n((?:\|.*\n)+)", page)
+    listed = {}
+    for row in table.splitlines():
+        theirs, ours = (re.findall("`([^`]+)`", cell) for cell in row.strip("|").split("|"))
+        listed |= dict(zip(theirs, ours, strict=True))
+    names = {path: name for name, path in weights.TABLE.items()}
+    for theirs, ours in listed.items():
+        assert names[ours] == re.sub("(kernel|scale|embedding)$", "weight", theirs)
+    unlisted = set(weights.TABLE.values()) - set(listed.values())
+    assert {path for path in unlisted if path.removesuffix("bias") + "weight" not in listed.values()} == set()
 
 
 def test_a_tree_below_params_and_bfloat16(tmp_path):

@@ -150,9 +150,12 @@ def evaluate(
 
     Args:
         models: Model folders, ids on the Hub, or the embedded model (`bert-mini-cased`).
-        texts: The texts on which the models are evaluated.
+        texts: The texts on which the models are evaluated. For `next-sentence-prediction`, `pairs` divides each text in
+            two and makes pairs of the parts.
         task: The pretraining task with which the models are evaluated.
-        max_length: Maximum number of tokens in a text, including special tokens; longer texts are truncated.
+        max_length: Maximum number of tokens in a text or, for `next-sentence-prediction`, in a pair, including special
+            tokens. Longer texts are truncated; in a longer pair, the end of the first part and the beginning of the
+            second are kept.
         words: "random" masks a share of a text's tokens at the same time. "each" masks one word at a time, with all its
             word pieces.
         share: For "random", the share of tokens to mask; at least one token is masked.

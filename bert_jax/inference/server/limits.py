@@ -57,8 +57,9 @@ class Limits:
             request counts as at most three quarters of this number, so that there is room for others.
         max_connections: The maximum number of open connections. If this number is exceeded, the server closes the
             connection that has been idle the longest.
-        truncate: Whether the OpenAI and text-embeddings-inference routes truncate texts that are too long, unless the
-            request specifies otherwise. If false, these routes refuse such texts.
+        truncate: Whether the OpenAI and text-embeddings-inference routes truncate texts that are too long. If false,
+            these routes refuse such texts. The `truncate` field of a text-embeddings-inference request overrides this
+            setting.
         accept_token_ids: Whether the embedding routes accept token ids. The server cannot detect whether a client sends
             ids from another model's tokenizer.
     """

@@ -62,6 +62,7 @@ def test_info():
     assert re.search(r"On this machine, bfloat16 .*\nOn this machine, int8 ", done.stdout)
 
 
+@pytest.mark.slow
 def test_dtype(tmp_path):
     done = run("fill-mask", TEXT, "--model", "bert-mini-cased", "--dtype", "int8", "--json")
     (filling, *_), exact = json.loads(done.stdout)["outputs"][0], FILLINGS[TEXT][0]
@@ -145,6 +146,7 @@ def test_mistakes_end_in_one_line(arguments, named):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_broken_models(broken):
     done = run("fill-mask", TEXT, "--model", broken)
     assert (done.returncode, "Use the model's tokenizer" in done.stderr) == (2, True)
@@ -198,6 +200,7 @@ def test_verify_reports_a_miss(tmp_path):
     assert "✗" in done.stdout
 
 
+@pytest.mark.slow
 def test_score(tmp_path):
     texts = [TEXT, "Today is a [MASK] day!"]
     request = {"inputs": {"input_string": texts}, "parameters": {"top_k": 2}}

@@ -180,6 +180,7 @@ def test_damaged_msgpack(tmp_path, damage):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_flipped_bytes_are_never_an_untyped_error(tmp_path):
     folder = write(tmp_path / "flax")
     content = (folder / "flax_model.msgpack").read_bytes()

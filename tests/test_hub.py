@@ -190,6 +190,7 @@ def test_what_the_hub_does_not_have(server, python):
     assert "has no config.json" in run.stdout
 
 
+@pytest.mark.slow
 def test_a_sentence_transformers_model(server, python):
     """All files of a model whose network is in a folder of its own, and then all of them from the cache."""
     network = {f"0_Transformer/{name}": content for name, content in server.files.items()}

@@ -152,6 +152,7 @@ def test_embeddings_in_place_of_ids(architecture):
         assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+@pytest.mark.slow
 def test_integrated_gradients_add_up(model):
     """Sundararajan et al. 2017: the attributions add up to the difference of the outputs, for repeated tokens too."""
     ids = np.array([[5, 9, 9, 9, 6]])

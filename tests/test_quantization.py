@@ -115,7 +115,7 @@ def test_outputs_are_near_those_of_float32(checkpoint, architecture, dtype, tole
         assert not np.array_equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("int8", marks=pytest.mark.slow)])
 def test_layers_as_one_loop(checkpoint, dtype):
     # Compiled, because int8 rounds: where products differ by 1e-7, some activations get another level.
     run = nnx.jit(lambda model: model(**reference.inputs()).logits)
@@ -139,6 +139,7 @@ def test_pipelines_pack_and_batch(dtype):
         assert found[0]["score"] == pytest.approx(expected[0]["score"], abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "more"), [("bfloat16", 0.01), ("int8", 0.05)])
 def test_likelihoods_of_masked_tokens(dtype, more):
     texts = ["Paris is the capital of France.", "She went to school, and he stayed at home with the children."] * 5

@@ -144,6 +144,7 @@ def test_the_models_options_are_those_of_the_settings(tree, pretraining, tokeniz
     assert (plain.remat, plain.scan_layers, plain.compute_dtype) == (False, False, "float32")
 
 
+@pytest.mark.slow
 def test_several_seeds(tree, tmp_path, monkeypatch):
     settings = Settings.from_dict(tree | {"training": {"max_steps": 1, "batch_size": 16}})
     told = io.StringIO()
@@ -194,6 +195,7 @@ def test_other_settings_in_a_run_s_folder_are_refused(tree):
     assert len(str(error.value).splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_more_steps_than_a_finished_run_had(tree, tmp_path):
     folder = run(tree)
     told = io.StringIO()
@@ -245,6 +247,7 @@ def test_a_folder_that_cannot_be_made(tree, tmp_path):
         run(tree)
 
 
+@pytest.mark.slow
 def test_pairs_regression_and_several_labels(tree, tmp_path):
     rows = sentiments.rows(24)
     tree["data"]["train"] = write(tmp_path / "pairs.jsonl", [r | {"other": r["text"][::-1]} for r in rows])
@@ -303,6 +306,7 @@ def test_a_threshold_found_on_validation_is_used_from_then_on(tree, tmp_path):
         assert line["prediction"]["labels"] == [name for name, score in scores.items() if score > threshold]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_threshold(tree, tmp_path):
     changes = {"decision": {"tune": True}, "training": {"max_steps": 4, "evaluate_every": 1}}
     expected = validation(recipes.finetune(Settings.from_dict(sets(tree, tmp_path) | changes)))
@@ -342,6 +346,7 @@ def first_loss(tree):
     return next(line["loss"] for line in map(json.loads, lines) if "loss" in line)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_loss_of_the_settings(tree):
     tree |= {"training": {"max_steps": 1}}
     plain = validation(run(tree))["loss"]
@@ -422,6 +427,7 @@ def test_f1_of_mrpc_is_that_of_the_equivalent(tree, tmp_path, hub_id, split):
     assert round(found["per_class"]["not_equivalent"]["f1"], 4) == 0.3333
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_order_of_class_ids(tree, tmp_path):
     labels, _ = paraphrases()
     for split in ("train", "validation"):
@@ -497,6 +503,7 @@ def test_labels_without_names_get_those_that_are_given(tree, tmp_path, base):
         recipes.evaluate(str(model), Settings.from_dict(tree), "validation")
 
 
+@pytest.mark.slow
 def test_vectors_from_a_table_to_a_model(tree, tmp_path):
     rows = [f'"good {n}","[{n % 2} {n % 3 // 2} 0]"' for n in range(24)]
     (tmp_path / "vectors.csv").write_text("\n".join(["text,label", *rows]))
@@ -529,6 +536,7 @@ def test_impossible_questions_of_rows(tree, tmp_path):
     assert [entry["answers"]["text"] for entry in found["train"]] == [[], ["Rome"], ["Rome"]]
 
 
+@pytest.mark.slow
 def test_lora_is_saved_merged_and_apart(tree, tmp_path):
     tree["model"] = {"id": str(save_model(tmp_path / "two", layers=2)), "lora": {"rank": 2, "alpha": 3}}
     folder = run(tree | {"optimizer": {"learning_rate": 1e-2}})
@@ -765,6 +773,7 @@ def test_the_script(tree, tmp_path):
     assert bert_jax.pipeline("text-classification", tmp_path / "mine")("good")["label"] in ("no", "yes")
 
 
+@pytest.mark.slow
 def test_names(tree, tmp_path):
     """Token classification, from CoNLL columns to a model that answers."""
     lines = []
@@ -791,6 +800,7 @@ def test_names(tree, tmp_path):
     assert [(entity["entity_group"], entity["word"]) for entity in found] == [("PER", "Mary"), ("LOC", "Rome")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unanswerable", [True, False])
 def test_answers(tree, tmp_path, unanswerable):
     """Question answering, from SQuAD's form to a model that answers."""
@@ -860,7 +870,7 @@ def pretrain(tree):
     return recipes.pretrain(Pretraining.from_dict(tree))
 
 
-@pytest.mark.parametrize("next_sentence", [True, False])
+@pytest.mark.parametrize("next_sentence", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_pretraining_leaves_a_model_that_fills_masks(pretraining, next_sentence):
     pretraining["data"]["next_sentence"] = next_sentence
     folder = pretrain(pretraining)
@@ -879,6 +889,7 @@ def test_pretraining_leaves_a_model_that_fills_masks(pretraining, next_sentence)
     assert (folder / "model.safetensors").stat() == weights
 
 
+@pytest.mark.slow
 def test_pretraining_a_new_network(pretraining, base):
     pretraining["model"] = {"tokenizer": str(base)}
     with pytest.raises(ConfigError, match="layers"):
@@ -891,6 +902,7 @@ def test_pretraining_a_new_network(pretraining, base):
         pretrain(pretraining | {"model": {}, "output": {"folder": f"{base}.other"}})
 
 
+@pytest.mark.slow
 def test_pretraining_with_another_vocabulary(pretraining, base, tmp_path):
     (tmp_path / "vocabulary").mkdir()
     (tmp_path / "vocabulary" / "config.json").write_text("{}")
@@ -925,6 +937,7 @@ def test_tables_of_other_kinds(tree, tmp_path):
         preparation.read_split(Settings.from_dict(tree), "train")
 
 
+@pytest.mark.slow
 def test_added_tokens(tree):
     tree["model"]["add_tokens"] = ["[E1]", "[E2]"]
     rows = [row | {"text": f"[E1] {row['text']}"} for row in sentiments.rows(40)]
@@ -959,6 +972,7 @@ def test_added_tokens_that_would_not_be_trained(tree, section, settings, message
         run(tree)
 
 
+@pytest.mark.slow
 def test_pretraining_with_added_tokens(pretraining, base):
     pretraining["model"]["add_tokens"] = ["neurotransmitter"]
     folder = pretrain(pretraining)

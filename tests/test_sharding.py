@@ -219,6 +219,7 @@ def test_a_mesh_that_does_not_divide_the_model():
 # ── A mesh and a loop of the user's own ──────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [bert_jax.BertModel, bert_jax.BertForMaskedLM, bert_jax.BertForSequenceClassification])
 def test_any_mesh_gives_the_loss_and_the_gradients_of_one_device(kind):
     config = bert_jax.BertConfig(

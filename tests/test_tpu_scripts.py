@@ -22,6 +22,7 @@ def commands(text):
     return [line.split(" --")[0].strip() for line in text.splitlines() if line.startswith("gcloud compute tpus")]
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_commands_of_a_spot_run():
     done = run("spot.sh", "v5litepod-8", *TRAINING, **GIVEN, DRY_RUN="1")
     assert done.returncode == 0
@@ -67,6 +68,7 @@ def cloud(folder, *, first_state="PROVISIONING", taken_back="no"):
     return done, (folder / "log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("taken_back", "status", "runs"), [("yes", 0, 2), ("no", 1, 1)])
 def test_a_slice_that_is_taken_back_is_replaced_and_a_run_that_fails_is_not_repeated(
     tmp_path, taken_back, status, runs

@@ -63,6 +63,7 @@ def run_folder(checkpoint, tokenizer, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("xet", [False, True])
 def test_a_run_s_folder(server, python, run_folder, xet):
     """One commit with the model, its card and its metrics, byte for byte; by LFS, and by Xet as the Hub prefers."""
@@ -79,6 +80,7 @@ def test_a_run_s_folder(server, python, run_folder, xet):
     assert not server.repositories["me/mine"].private
 
 
+@pytest.mark.slow
 def test_a_pushed_model_answers_from_the_hub(python, tmp_path):
     code = """
 import bert_jax

@@ -74,6 +74,7 @@ def test_each_hides_every_word_once_with_all_its_pieces(task, tokenizer):
         assert len({encoding.word_ids[i] for i in group}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["random", "each"])
 def test_measures_are_those_of_a_direct_computation(tmp_path, task, tokenizer, words):
     masking = Masking(words=words)

@@ -53,7 +53,7 @@ def trained(request, tokenizer):
     return task, tree.merge(skeleton, params), task.featurize(rows(request.param))
 
 
-@pytest.mark.parametrize(("devices", "batch_size"), [(1, 8), (2, 16)])
+@pytest.mark.parametrize(("devices", "batch_size"), [pytest.param(1, 8, marks=pytest.mark.slow), (2, 16)])
 def test_packed_and_unpacked_outputs_agree(trained, devices, batch_size):
     task, model, examples = trained
     params, skeleton = tree.split(model)

@@ -259,6 +259,7 @@ def test_one_text_with_many_masks_does_not_multiply_those_of_others(fill_mask):
     assert sorted(found) == [(1, 128), (4, 16)]
 
 
+@pytest.mark.slow
 def test_several_texts_a_row_or_one(tokenizer):
     """Every task gives of many texts what it gives of each alone."""
     config = bert_jax.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
@@ -295,6 +296,7 @@ def test_a_kernel_that_cannot_pack_gets_one_text_a_row(tokenizer):
     assert {batch.bucket.texts for batch in pipe.batches(queued)} == {1}
 
 
+@pytest.mark.slow
 def test_warm_up_compiles_all_that_inputs_will_need(tmp_path, checkpoint, tokenizer):
     config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
                                  max_position_embeddings=32)  # fmt: skip
@@ -402,7 +404,10 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize("task", SHARED)
+@pytest.mark.parametrize(
+    "task",
+    [task if task == "fill-mask" else pytest.param(task, marks=pytest.mark.slow) for task in SHARED],
+)
 def test_devices_share_rows_and_find_what_one_finds(tokenizer, task):
     model = sharded(task)
     one = bert_jax.pipeline(task, model, tokenizer=tokenizer)

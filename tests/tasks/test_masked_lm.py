@@ -196,6 +196,7 @@ def test_joint_defaults_to_five_and_goes_beyond_the_beam(fill_mask):
 LONG = "a " * 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["start", "middle", "end"])
 def test_a_long_text_is_seen_through_a_window(fill_mask, distributions, tokenizer, place):
     text = {"start": BERLIN + " " + LONG * 2, "middle": LONG + BERLIN + " " + LONG, "end": LONG * 2 + BERLIN}[place]
@@ -220,6 +221,7 @@ def test_a_text_that_just_fits_is_seen_whole(fill_mask, distributions, tokenizer
     assert [row.input_ids for row in rows] == [ids]
 
 
+@pytest.mark.slow
 def test_masks_far_apart_get_windows_of_their_own(fill_mask, tokenizer):
     text = "Paris is the [MASK] of France. " + LONG + LONG + BERLIN
     first, second = next(fill_mask.task.request(text).steps)
@@ -244,6 +246,7 @@ def test_masks_near_each_other_share_a_window(fill_mask):
     assert len(next(fill_mask.task.request(far.replace("a [MASK]", "a a [MASK]")).steps)) == 2
 
 
+@pytest.mark.slow
 def test_joint_over_masks_far_apart_is_refused(fill_mask):
     far = "[MASK] " + "a " * 508 + "[MASK] " + LONG
     assert len(fill_mask(far, joint=True, top_k=1)) == 1

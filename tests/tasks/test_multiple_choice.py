@@ -84,10 +84,8 @@ def test_a_pipeline_chooses(model, tokenizer):
     found = pipe(inputs)
     for given, result in zip(inputs, found, strict=True):
         texts = [given.get("question", "_").replace("_", choice) for choice in given["choices"]]
-        logits = jnp.stack([
-            model(**{name: ids[None] for name, ids in tokenizer([given["context"]], [text]).items()}).logits[0, 0]
-            for text in texts
-        ])  # fmt: skip
+        contexts = [given["context"]] * len(texts)
+        logits = model(**{name: ids[None] for name, ids in tokenizer(contexts, texts, length=32).items()}).logits[0]
         np.testing.assert_allclose(result["scores"], jax.nn.softmax(logits), atol=1e-6)
         assert result["choice"] == logits.argmax()
         assert result["answer"] == given["choices"][result["choice"]]
@@ -184,6 +182,7 @@ def test_labels_are_refused_and_training_needs_the_right_choice():
         MultipleChoice.config(cleaned(row(), row(None)), ReadOptions())
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_each_choice_alone(task, model):
     rows = cleaned(*[row(i % 2, ("a " * (i + 1), "the dog")) for i in range(4)], row(None))
     examples = task.featurize(rows)
@@ -217,6 +216,7 @@ def test_metrics_and_predictions(task):
     assert task.evaluate(outputs, task.featurize(cleaned(row(None)))) == {}
 
 
+@pytest.mark.slow
 def test_finetuning_and_the_pipeline_that_reads_its_folder(model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

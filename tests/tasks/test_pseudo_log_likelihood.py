@@ -25,10 +25,10 @@ def log_p():
     tokenizer = bert_jax.Tokenizer.from_pretrained("bert-mini-cased")
 
     def log_p(text, places):
-        ids = np.array([tokenizer.encode([text])[0][0].ids])
-        token = ids[0, places[0]]
-        ids[0, places] = tokenizer.mask_token_id
-        return float(jax.nn.log_softmax(model(ids).logits[0, places[0]])[token])
+        given = tokenizer(text, length=24)
+        token = given["input_ids"][0, places[0]]
+        given["input_ids"][0, places] = tokenizer.mask_token_id
+        return float(jax.nn.log_softmax(model(**given).logits[0, places[0]])[token])
 
     return log_p
 
@@ -75,6 +75,7 @@ def test_a_long_text_is_scored_in_windows(pipe):
     assert found["token_scores"][14]["score"] == pytest.approx(float(expected), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_all_programs_are_known_before(pipe):
     """`warm_up` compiles what inputs need."""
     pipe(TEXTS * 20)

@@ -90,7 +90,10 @@ def difference(ours, theirs):
     return max(np.abs(x - y).max() / max(1, np.abs(y).max()) for x, y in pairs)
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "BertForPreTraining" else pytest.param(name, marks=pytest.mark.slow) for name in OUTPUTS],
+)
 def test_a_program_gives_the_outputs_of_its_model(tmp_path, name):
     network = model(name)
     bert_jax.export(network, tmp_path / "out")
@@ -227,6 +230,7 @@ def test_jax_refuses_shapes_that_do_not_fit(tmp_path):
         program.call(params, {name: array[:0] for name, array in given.items()})
 
 
+@pytest.mark.slow
 def test_bfloat16(tmp_path):
     exact, network = (
         bert_jax.BertForMaskedLM.from_pretrained("bert-mini-cased", dtype=d) for d in ("float32", "bfloat16")
@@ -285,6 +289,7 @@ def test_a_program_is_for_one_device_whatever_the_mesh(tmp_path):
 # ── Sentence embeddings ──
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pooling", "normalize"), [("mean", True), ("cls", False)])
 def test_sentence_embeddings(tmp_path, tokenizer, pooling, normalize):
     network = bert_jax.BertModel.from_pretrained("bert-mini-cased", add_pooling_layer=False)
@@ -357,6 +362,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     done = run("bert-mini-cased", tmp_path / "out", "--task", "fill-mask", "--dtype", "bfloat16")
     assert (done.returncode, done.stderr) == (0, "")

@@ -118,7 +118,7 @@ def equal(a, b):
 @pytest.mark.parametrize(
     ("number", "at", "times", "layers"),
     [
-        (signal.SIGTERM, 2, 1, 1),
+        pytest.param(signal.SIGTERM, 2, 1, 1, marks=pytest.mark.slow),
         (signal.SIGINT, 5, 2, 1),
         pytest.param(signal.SIGTERM, 2, 1, 12, marks=pytest.mark.slow),  # paths of a dozen do not sort as strings
     ],
@@ -180,6 +180,7 @@ def test_the_model_before_training_is_reported_but_is_never_the_best(make, tmp_p
     assert re.search(r"^step 0: loss 0\.\d+ .*  \(before training\)$", told.getvalue(), re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_before_its_first_checkpoint_begins_its_journal_again(make, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loop.Checkpoints, "save", lambda *_: 1 / 0)
@@ -189,6 +190,7 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_its_journal_aga
     assert [line["step"] for line in journal] == [0, 2, 3, 4, 6, 6, 8, 8]
 
 
+@pytest.mark.slow
 def test_without_a_folder_nothing_is_written_and_the_best_comes_back_too(make, tmp_path, monkeypatch):
     options = {"steps": 16, "evaluate_every": 2, "metric": "loss", "learning_rate": 3e-2}
     expected, _ = finish(make, tmp_path / "run", **options)
@@ -201,6 +203,7 @@ def test_without_a_folder_nothing_is_written_and_the_best_comes_back_too(make, t
     assert equal(trained, expected)
 
 
+@pytest.mark.slow
 def test_without_the_best_checkpoint_the_last_one_comes_back(make, tmp_path, capsys):
     options = {"steps": 16, "evaluate_every": 2, "metric": "loss", "learning_rate": 3e-2}
     best, _ = finish(make, tmp_path, **options)
@@ -212,6 +215,7 @@ def test_without_the_best_checkpoint_the_last_one_comes_back(make, tmp_path, cap
     assert (again.step, again.metrics, again.outputs) == (best.steps, {}, None)
 
 
+@pytest.mark.slow
 def test_other_examples_than_the_run_began_with(make, tmp_path):
     model, task = make()
     optimizer, options = optim.adamw(2e-5), {"steps": 1, "batch_size": 16, "folder": tmp_path, "mesh": one_device()}

@@ -22,6 +22,7 @@ def defined(page):
     return names
 
 
+@pytest.mark.slow
 def test_two_heads_learn_on_eight_devices(tokenizer, capsys):
     names = defined("training_loop.md")
     random = np.random.RandomState(0)

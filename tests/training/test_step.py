@@ -46,7 +46,7 @@ def run_steps(make, batches, optimizer=None, steps=3, options=None, mesh=None, a
         {"accumulation": 4},
         {"options": {"remat": True}},
         {"options": {"scan_layers": True}},
-        {"mesh": True},
+        pytest.param({"mesh": True}, marks=pytest.mark.slow),
         {"mesh": True, "accumulation": 2},
         {"padding": 8},
         {"examples": 13, "accumulation": 4},  # the last part has fewer than the others
@@ -95,6 +95,7 @@ def test_dropout_differs_from_step_to_step_and_repeats_from_run_to_run(make):
     assert len(set(losses)) == 3
 
 
+@pytest.mark.slow
 def test_each_part_of_a_batch_drops_with_a_key_of_its_own(make):
     model, task = make(hidden_dropout_prob=0.5)
     # Both parts are the same eight examples.

@@ -366,6 +366,7 @@ def test_not_ready_before_everything_is_compiled(folder, tmp_path):
         process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(["nowhere"], "nowhere"), (["none.yaml"], "Cannot read none.yaml"), (["--task", "chess"], "chess")],
@@ -378,6 +379,7 @@ def test_a_mistake_on_the_command_line(arguments, words):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_model_without_a_head_is_served(folder, tmp_path):
     model = bert_jax.BertModel.from_pretrained(folder)
     model.save_pretrained(tmp_path)
@@ -420,6 +422,7 @@ def test_a_port_that_is_taken(folder, pipes):
 # ── Azure ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_the_scoring_script(folder, pipes, monkeypatch):
     path = Path(__file__).parents[3] / "scripts" / "azure" / "score.py"
     spec = importlib.util.spec_from_file_location("score", path)

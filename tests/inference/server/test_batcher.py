@@ -43,6 +43,7 @@ def answers(pipe, jobs, *, limits=Limits(), seen=lambda n: None, late=()):  # no
     return asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_each_job_gets_its_own_results(fill_mask):
     jobs = [[SHORT], [SHORT, LONG], ["A [MASK]."] * 3, [LONG] * 9]
     found, _, waiting = answers(fill_mask, jobs)
@@ -78,6 +79,7 @@ def test_a_program_that_is_ready_does_not_end_the_wait_for_others(fill_mask):
     assert shared == [2]
 
 
+@pytest.mark.slow
 def test_a_small_job_passes_a_large_one(fill_mask):
     """It waits for no more than the slice that is being computed when it arrives."""
     _, finished, _ = answers(fill_mask, [[LONG] * 30], late=[[SHORT], [SHORT]])

@@ -23,6 +23,7 @@ def test_with_the_key(several):
     assert ask(several, "GET", "/health", headers={"Host": "10.1.2.3"})[0] == 200  # as a load balancer asks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("host", "status"),
     [("localhost", 200), ("LOCALHOST:80", 200), ("127.0.0.1:9", 200), ("[::1]:80", 200), ("evil.example", 400),

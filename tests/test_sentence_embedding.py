@@ -119,6 +119,8 @@ def test_auto(tmp_path, plain):
         expected = plain(cut, pooling="mean", normalize=True)
         np.testing.assert_allclose(pipe(text, pooling="auto"), expected, atol=1e-6)
     assert pipe(LONG).shape == (42, SIZE)  # only "auto" takes the declared length
+    with pytest.raises(InputError, match=r"layers is \[7\]; expected"):
+        pipe.task.embed("a", layers=[7])
 
 
 def test_normalize_on_top_of_a_model_that_does_not(tmp_path, plain):

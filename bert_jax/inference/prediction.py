@@ -328,7 +328,7 @@ def input_of(row: Row, candidates: Sequence[tuple[str, ...]]) -> Any:
     for names in candidates:
         if all(name in row for name in names):
             cells = [row[name] for name in names]
-            if names == ("tokens",) and isinstance(cells[0], str):  # in CSV and TSV files, lists are strings
+            if names in (("tokens",), ("words",)) and isinstance(cells[0], str):  # as in CSV files
                 cells[0] = literal(cells[0])
             values = tuple(tuple(cell) if isinstance(cell, list) else cell for cell in cells)
             return values if len(names) > 1 else values[0]

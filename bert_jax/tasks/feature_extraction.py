@@ -109,16 +109,6 @@ class FeatureExtraction:
                 this package supports.
         """
         check_text(text)
-        count = self.config.num_hidden_layers
-        if layers is not None and (
-            not isinstance(layers, list | tuple)
-            or not layers
-            or not all(type(layer) is int and -count - 1 <= layer <= count for layer in layers)
-        ):
-            raise InputError(
-                f"layers is {quoted(layers)}; expected a list of numbers from 0 (the embeddings) to {count} (the last "
-                "layer), or negative ones that count from the last, -1."
-            )
         if pooling not in POOLING:
             raise InputError(f"pooling is {quoted(pooling)}; expected one of {', '.join(map(repr, POOLING))}.")
         if pooling == "auto":
@@ -148,7 +138,7 @@ class FeatureExtraction:
 
         Raises:
             InputError: If `text` is blank, contains no ids or contains an invalid id, if it is too long and `truncate`
-                is false, or if `embedding` raises `InputError`.
+                is false, if the model lacks one of the `layers`, or if `embedding` raises `InputError`.
         """
         embedding, longest = self.embedding, self.embedding_length
         if isinstance(text, str):
@@ -177,6 +167,16 @@ class FeatureExtraction:
     def _request(
         self, ids: list[int], layers: Sequence[int] | None, pooling: str | None, normalize: bool
     ) -> Request[np.ndarray]:
+        count = self.config.num_hidden_layers
+        if layers is not None and (
+            not isinstance(layers, list | tuple)
+            or not layers
+            or not all(type(layer) is int and -count - 1 <= layer <= count for layer in layers)
+        ):
+            raise InputError(
+                f"layers is {quoted(layers)}; expected a list of numbers from 0 (the embeddings) to {count} (the last "
+                "layer), or negative ones that count from the last, -1."
+            )
         vectors = (1 if layers is None else len(layers)) * (len(ids) if pooling is None else 1)
         return Request(self._encode(ids, layers, pooling, normalize), len(ids), 25 * self.config.hidden_size * vectors)
 

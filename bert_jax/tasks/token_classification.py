@@ -79,7 +79,7 @@ class TokenClassification(TrainableTask):
 
     name = "token-classification"
     model_class = BertForTokenClassification
-    columns_of_input = (("tokens",), *TEXTS)
+    columns_of_input = (("tokens",), ("words",), *TEXTS)
     json_input: Any = str | list[str]
     example = "a"
     columns = {"tokens": ("tokens", "words"), "tags": ("ner_tags_str", "ner_tags", "tags")}  # noqa: RUF012

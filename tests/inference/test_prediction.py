@@ -175,6 +175,7 @@ def test_shards_are_the_whole_dealt_out(pipe, tmp_path):
         ("question-answering", {"question": "a", "context": "b"}, (), ("a", "b")),
         ("token-classification", {"tokens": ["a", "b"], "text": "c"}, (), ("a", "b")),
         ("token-classification", {"tokens": "['a' 'b']", "text": "c"}, (), ("a", "b")),
+        ("token-classification", {"words": "['a' 'b']", "text": "c"}, (), ("a", "b")),
         ("token-classification", {"tokens": '["a", "b"]'}, ("tokens",), ("a", "b")),
         ("fill-mask", {"input_string": "a"}, (), "a"),
     ],
@@ -428,6 +429,7 @@ def predict(*arguments, **environment):
     return command, os.environ | {"BERT_JAX_COMPILATION_CACHE": "off"} | environment
 
 
+@pytest.mark.slow
 def test_the_command(model, tmp_path):
     (tmp_path / "in.txt").write_text("good\n\nbad\n")
     arguments = [model, "--task", "text-classification", "--input", tmp_path / "in.txt"]
@@ -455,6 +457,7 @@ def test_the_command(model, tmp_path):
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(pipe, tmp_path):
     """What Python and NumPy hold; the peak of the process has also the programs, and what malloc keeps when freed.
 

@@ -24,6 +24,7 @@ that it has accepted.
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import multiprocessing
 import random
@@ -341,18 +342,20 @@ def summary(found: list[tuple[str, float]], seconds: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bert-mini-cased")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "int8"], default="float32")
     parser.add_argument("--seconds", type=float, default=60.0, help="duration of the load")
     parser.add_argument("--hostile", action="store_true", help="also test with attackers")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     texts = [f"{name}: {sentence}" if n % 2 else sentence for n, sentence in enumerate(WORDS) for name in NAMES]
-    pipe = bert_jax.pipeline("fill-mask", arguments.model)
+    pipe = bert_jax.pipeline("fill-mask", arguments.model, dtype=arguments.dtype)
     expected = pipe(texts)
     bodies = [request("/v1/fill-mask", {"inputs": text}) for text in texts]
     report: dict[str, Any] = {}
-    with served(arguments.model):
+    serve = functools.partial(served, arguments.model, dtype=arguments.dtype)
+    with serve():
         pass  # caches the programs
-    with served(arguments.model) as server:
+    with serve() as server:
         report["ready"] = server.seconds
         load(server.port, 4, 2.0, bodies, expected)
         before, programs = server.memory(), programs_of(server)
@@ -370,7 +373,7 @@ def main() -> None:
             for attackers in (costly, broken):
                 report[attackers.__name__] = hostile(server, attackers, bodies, expected)
         report["SIGTERM"] = terminated(server, bodies, expected)
-    with served(arguments.model, max_queue_tokens=16 * QUEUE) as server:
+    with serve(max_queue_tokens=16 * QUEUE) as server:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             asking = pool.apply_async(health, (server.port, 20.0))
             report["overload"] = summary(load(server.port, 10 * QUEUE, 20.0, bodies, expected), 20.0)

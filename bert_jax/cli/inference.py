@@ -286,7 +286,7 @@ def _part_of_rows(shard: str, processes: str | None, output: str | None) -> tupl
 
 
 def _key(settings: "Serving") -> str:
-    """Returns the API key that clients of a server must send; empty if there is none."""
+    """Returns the API key that clients must send, or an empty string if no key is required."""
     key, source = settings.api_key, "the API key"
     if settings.api_key_file is not None:
         try:

@@ -143,7 +143,7 @@ def _training(processes: str | None) -> Iterator[Console]:
     """Prepares training: keeps freed memory for reuse, caches compiled programs, and connects to other processes.
 
     Args:
-        processes: The value of --processes; None for a single process.
+        processes: The value of `--processes`; None for a single process.
 
     Yields:
         A console, which prints only in the first process.

@@ -70,14 +70,14 @@ class HiddenTokens(FillMask):
         logits = model(**{name: array for name, array in inputs.items() if name != "labels"}).logits  # [B, P, V]
         label = jnp.take_along_axis(logits, labels, axis=-1)
         nll = jax.nn.logsumexp(logits, axis=-1) - label[..., 0]
-        # The rank is one more than the number of other logits that are not below the label's logit; NaNs count. The
-        # label's logit itself is excluded, because in int8 models, the compiler may compute it twice with different
+        # The rank is one more than the number of other logits that are not below the label's logit; NaNs are counted.
+        # The label's logit itself is excluded, because in int8 models, the compiler may compute it twice with different
         # rounding.
         others = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) != labels
         return {"nll": nll, "rank": 1 + jnp.sum(others & ~(logits < label), axis=-1)}
 
     def hide(self, text: str, words: Words, share: float, seed: int) -> Steps[list[Hidden]]:
-        """Returns the steps of a request that masks tokens in a text. The result is one `Hidden` per masked token.
+        """Returns the steps of a request that masks tokens in a text. The result has one `Hidden` per masked token.
 
         The text is truncated to `max_length` tokens. For the other arguments, see `evaluate`. The choice of masked
         tokens depends only on the arguments, the tokenizer and `max_length`.
@@ -116,7 +116,7 @@ class Following(NextSentencePrediction):
         return {"log_p": jax.nn.log_softmax(model(**inputs, positions=starts).logits)}
 
     def judge(self, first: str, second: str) -> Steps[np.ndarray]:
-        """Returns the steps of a request for a pair. The result is the log-probabilities of both labels, float32 [2].
+        """Returns the steps of a request for a pair. The result contains both log-probabilities, float32 [2].
 
         If the pair is too long, the end of the first text and the beginning of the second are kept. A text that needs
         at most half of the available tokens is kept in full; if both texts need more, each gets half.
@@ -302,7 +302,7 @@ def leave(folder: Path, settings: str, results: dict[str, dict[str, Any]]) -> No
     The files are `evaluation.json`, `evaluation.md`, `evaluation.png` and `settings.yaml`.
 
     Raises:
-        CheckpointError: If the folder cannot be written.
+        CheckpointError: If the results cannot be written to the folder.
     """
     with hub.replacing(folder) as staging:
         (staging / "settings.yaml").write_text(settings, encoding="utf-8")
@@ -355,7 +355,7 @@ def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.nd
     the same text. Texts with only one sentence are omitted.
 
     Returns:
-        The pairs, and whether the second part follows the first: bool [pairs].
+        The pairs and, for each pair, whether the second part follows the first: bool [pairs].
 
     Raises:
         InputError: If fewer than two texts can be split.

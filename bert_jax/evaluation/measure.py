@@ -133,7 +133,7 @@ def largest(
     params, skeleton = tree.split(model)
     flat = tree.flatten(params)
     abstract = tree.unflatten(sharding.abstract(flat, sharding.placements(mesh, flat)))
-    # Only the shapes of the batch's arrays are needed, so it contains only padding and no examples.
+    # Only the shapes of the batch's arrays are needed, so the batch contains only padding and no examples.
     nowhere = np.zeros(0, int)
     batch = sharding.abstract(examples.batch(Place(nowhere, nowhere, shape)), sharding.by_row(mesh))
     with jax.set_mesh(mesh):

@@ -15,7 +15,7 @@ from sklearn import metrics
 
 
 def classification(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
-    """Metrics for classification with one label per example.
+    """Computes metrics for classification with one label per example.
 
     Args:
         labels: int [N].
@@ -39,7 +39,7 @@ def classification(labels: np.ndarray, predictions: np.ndarray, names: tuple[str
 
 
 def multi_label(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
-    """Metrics for classification with any number of labels per example.
+    """Computes metrics for classification with any number of labels per example.
 
     Args:
         labels: [N, C], 0 or 1.
@@ -90,14 +90,15 @@ def _scores(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -
 
 
 def regression(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
-    """Metrics for regression: `pearson`, `spearman` and `mse` (mean squared error, in the squared unit of the labels).
+    """Computes metrics for regression.
 
     Args:
         labels: float [N].
         predictions: float [N].
 
     Returns:
-        The three metrics. Both correlations are 0 if all labels or all predictions are equal.
+        `pearson`, `spearman` and `mse` (mean squared error, in the squared unit of the labels). Both correlations are 0
+        if all labels or all predictions are equal.
     """
     varied = len(labels) > 1 and np.ptp(labels) > 0 and np.ptp(predictions) > 0
     return {
@@ -113,7 +114,7 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     The tags follow the IOB1, IOB2 or BIOES scheme and may be malformed.
 
     Args:
-        tags: The tag of each word: "O", or one of the prefixes B-, I-, E- and S- followed by a type, as in "B-PER". A
+        tags: The tag of each word: "O", or one of the prefixes B-, I-, E- and S- followed by a type, such as "B-PER". A
             tag without a type, such as "B", gets the type "_", as in `seqeval`.
 
     Returns:
@@ -133,7 +134,7 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def tagging(labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Metrics for token classification, computed from the tags of each sentence.
+    """Computes metrics for token classification from the tags of each sentence.
 
     Returns:
         `precision`, `recall` and `f1` over all entities, `accuracy` of the tags, and `per_class` (precision, recall, F1
@@ -165,7 +166,7 @@ def normalized(answer: str) -> str:
 def answering(
     golds: Sequence[Sequence[str]], answers: Sequence[str], null_over_best: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """Metrics for question answering, as in `evaluate-v2.0.py`, the official SQuAD 2.0 script.
+    """Computes the question-answering metrics of `evaluate-v2.0.py`, the official SQuAD 2.0 script.
 
     If all questions have an answer, the metrics are the SQuAD 1.1 metrics.
 

@@ -149,7 +149,7 @@ def batches(
         shapes: The shapes to choose from; see `shapes`.
         has_program: A function that returns whether the program of a bucket is compiled. A bucket without a compiled
             program is chosen only for a text that fits no other bucket, and the batch then contains only this text.
-        share: The number of parts into which the rows are divided, as for `shapes`.
+        share: The number of parts into which the rows are divided; see `shapes`.
     """
     full = share * BUCKET_TOKENS
     rest = sorted(queued, key=lambda q: (-len(q.features.input_ids), -len(q.features.masked_positions)))

@@ -150,7 +150,7 @@ def pipeline(
         task: "fill-mask", "next-sentence-prediction", "feature-extraction", "text-classification",
             "token-classification", "question-answering", "multiple-choice" or "pseudo-log-likelihood".
         model: A folder, an id on the Hugging Face Hub, the embedded model (`bert-mini-cased`), or a loaded model.
-        tokenizer: The tokenizer. It is required for a loaded model. For other models, None loads the checkpoint's
+        tokenizer: The tokenizer. It is required for a loaded model. For other models, the default is the checkpoint's
             tokenizer.
         revision: The branch, tag or commit on the Hub.
         ignore: Regular expressions for the names of tensors to skip; see `BertModel.from_pretrained`.
@@ -224,7 +224,7 @@ def tasks_of(architectures: Sequence[str]) -> list[str]:
 
 
 class Pipeline(Generic[Task_co]):
-    """A task, a model, and the compiled programs.
+    """A model that is prepared for a task, and its compiled programs.
 
     Call a pipeline with one input, a list of inputs, or another iterable of inputs.
     """
@@ -233,7 +233,7 @@ class Pipeline(Generic[Task_co]):
         self.task: Any = task
         self.tokenizer = tokenizer
         self.config = model.current_config
-        # A float32 model may compute in bfloat16, which changes the results in the same way as the dtype bfloat16.
+        # A float32 model may compute in bfloat16, which changes the results in the same way as dtype bfloat16 does.
         self.dtype: Dtype = "bfloat16" if model.encoder.compute_dtype == "bfloat16" else model.dtype
         self.max_length = max_length
         self.params, self._skeleton = tree.split(model)
@@ -352,7 +352,7 @@ class Pipeline(Generic[Task_co]):
             yield from self.run(requests)
 
     def run(self, requests: Sequence[Request[Any]]) -> list[Any]:
-        """Returns the results of requests, in order. The rows of all requests are batched together."""
+        """Computes requests and returns their results in order. The rows of all requests are batched together."""
         if not requests:
             return []
         run = Run(self)

@@ -36,7 +36,7 @@ from bert_jax.tasks.base import Request, Task
 WHOLE = 2**28
 """The maximum size, in bytes, of a file that is hashed in full. Hashing such a file takes at most 0.6 s.
 
-Of a larger file, only `SAMPLES` blocks of `BLOCK` bytes are hashed, which takes 0.2 s.
+For a larger file, only `SAMPLES` blocks of `BLOCK` bytes are hashed, which takes 0.2 s.
 """
 SAMPLES, BLOCK = 64, 2**20
 PREDICTION = "prediction"
@@ -100,7 +100,7 @@ def predict_files(
     except OSError as error:
         raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from None
     try:
-        # Conversion to JSON and back turns tuples into lists, as in the journal with which `run` is compared.
+        # Conversion to JSON and back turns tuples into lists. `run` can then be compared with the journal.
         run = json.loads(json.dumps({
             "task": pipe.task.name, "model": model, "dtype": pipe.dtype,
             "inputs": files, "columns": columns, "format": format, "table": table, "shard": shard,
@@ -113,7 +113,7 @@ def predict_files(
     candidates = [columns] if columns else pipe.task.columns_of_input
     flat = not output.name.endswith(OUTPUTS[:2])
     for path in paths:
-        begin = sources.entries(path, format, labeled=False, table=table, warn=False)  # the second read warns
+        begin = sources.entries(path, format, labeled=False, table=table, warn=False)  # the later read warns
         first = ((path, 0, entry) for entry in islice(begin, 100))
         window = _window(lambda entry: entry, first, candidates, flat)
         if window and not window.requests:
@@ -304,8 +304,8 @@ def _weights_digest(pipe: Pipeline[Any]) -> str:
 def _digest(path: Path) -> str:
     """Returns the SHA-256 hash of the contents of a file, or of the names and contents of the text files in a folder.
 
-    If a file has more than `WHOLE` bytes, only `SAMPLES` blocks are hashed, evenly spaced from the first to the last
-    byte.
+    If a file has more than `WHOLE` bytes, only `SAMPLES` blocks, evenly spaced from the first to the last byte, are
+    hashed.
     """
     if path.is_dir():
         content = "".join(f"{file.relative_to(path)}\0{_digest(file)}\0" for file in sorted(path.rglob("*.txt")))
@@ -324,11 +324,14 @@ def _digest(path: Path) -> str:
 
 
 def input_of(row: Row, candidates: Sequence[tuple[str, ...]]) -> Any:
-    """Returns a row's input for the task, read from the first candidate whose columns all exist in the row."""
+    """Returns a row's input for the task.
+
+    Each candidate is a tuple of column names. The first candidate whose columns all exist in the row is used.
+    """
     for names in candidates:
         if all(name in row for name in names):
             cells = [row[name] for name in names]
-            if names in (("tokens",), ("words",)) and isinstance(cells[0], str):  # as in CSV files
+            if names in (("tokens",), ("words",)) and isinstance(cells[0], str):  # CSV files contain lists as strings
                 cells[0] = literal(cells[0])
             values = tuple(tuple(cell) if isinstance(cell, list) else cell for cell in cells)
             return values if len(names) > 1 else values[0]
@@ -372,7 +375,7 @@ def _convert(partial: Path, output: Path) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Yields the path of a temporary file. The file then replaces `path`, so `path` is never incomplete."""
+    """Yields the path of a temporary file, which replaces `path` after the `with` block. `path` is never incomplete."""
     staged = Path(f"{path}.new")
     yield staged
     with open(staged, "rb") as file:

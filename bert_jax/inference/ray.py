@@ -61,8 +61,8 @@ class Predictor:
     An actor is called with a `pyarrow.Table` and adds columns to it. A prediction that is an object, such as
     `{label, score}`, becomes one column per field, such as `prediction_label`. Any other prediction becomes the
     `prediction` column, in which lists are JSON strings. The `error` column contains the reason why a row could not be
-    used. Texts are sorted and packed within a table, so a `batch_size` of about 1,024 rows is efficient for
-    `map_batches`.
+    used. Texts are sorted and packed within a table, so `map_batches` is efficient with a `batch_size` of about
+    1,024 rows.
 
     Args:
         task: The name of the task.
@@ -319,7 +319,10 @@ def _fitting(workers: int, most: int, what: str) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the message of the `BertJaxError` that made a worker fail or, if there is none, the error's last line."""
+    """Returns the message of the `BertJaxError` that made a worker fail.
+
+    If there is no such error, the last line of `error` is returned.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, BertJaxError):

@@ -81,7 +81,7 @@ class FileSink(BlockBasedFileDatasink):
         self.format = format
 
     def write_block_to_file(self, block: Any, file: Any) -> None:
-        """Writes a block of Ray Data to an open file."""
+        """Writes a Ray Data block to an open file."""
         table = block.to_arrow()
         if self.format == "csv":
             pyarrow.csv.write_csv(table, file)

@@ -54,7 +54,7 @@ class _Work:
         pending: The requests that have not been started, with their indices.
         results: The results, by index. A result is None until it is known.
         left: The number of results that are not known yet.
-        finish: The time at which the most recently taken row would finish, in tokens computed per owner; see `Run`.
+        finish: The virtual time, in tokens per owner, at which the most recently taken row would finish; see `Run`.
         queued: The rows to compute next.
     """
 
@@ -84,7 +84,7 @@ class Run:
     owners cannot starve an existing owner.
 
     Args:
-        pipe: The pipeline that computes.
+        pipe: The pipeline that computes the batches.
         has_program: A function that returns whether the program of a bucket is compiled. A row that fits no bucket with
             a compiled program is deferred until `resume` queues it again. By default, no rows are deferred, and `pipe`
             compiles missing programs.
@@ -157,11 +157,11 @@ class Run:
         yield from _emptied(finished)
 
     def _next(self, tokens: int | None, finished: dict[Hashable, Any]) -> list[Queued]:
-        """Takes the rows of the next slice from the queues and starts requests as needed."""
+        """Takes the rows of the next slice from the queues. If an owner's queue is empty, starts pending requests."""
         turns: list[tuple[float, int, Hashable]] = []
 
         def queue(i: int, owner: Hashable) -> None:
-            """Queues the next row of an owner, if there is one. Starts requests as needed."""
+            """Adds an owner's next row, if any, to `turns`. If the owner's queue is empty, starts pending requests."""
             while owner in self._work and self._work[owner].pending and not self._work[owner].queued:
                 index, request = self._work[owner].pending.popleft()
                 self._advance(_Started(owner, index, request), None, finished)
@@ -202,7 +202,7 @@ class Run:
             work.queued.extend(Queued(row, started, place) for place, row in enumerate(rows))
 
     def _deliver(self, batch: Batch, arrays: dict[str, jax.Array], finished: dict[Hashable, Any]) -> None:
-        """Delivers the outputs of a batch to its texts."""
+        """Delivers the outputs of a batch to the requests that wait for them."""
         task = self._pipe.task
         with self._failing(batch, finished):
             wanted = {name for queued in batch.queued for name in queued.features.outputs or arrays}
@@ -221,7 +221,7 @@ class Run:
 
     @contextlib.contextmanager
     def _failing(self, batch: Batch, finished: dict[Hashable, Any]) -> Iterator[None]:
-        """If the `with` block raises an exception, it becomes the result of every owner with texts in the batch."""
+        """Turns an exception raised in the `with` block into the result of every owner with texts in the batch."""
         try:
             with explain_out_of_memory(f"A batch of {batch.bucket}"):
                 yield

@@ -83,7 +83,7 @@ class ModelState(pydantic.BaseModel):
 
 
 class Health(pydantic.BaseModel):
-    """The response from `/health`: the server's state, the number of programs not compiled yet, and the models."""
+    """The response from `/health`: the server's state, the number of programs left to compile, and the models."""
 
     status: Literal["starting", "ready"]
     programs_left: int
@@ -230,7 +230,7 @@ def serve(
 
     Raises:
         InputError: If the server cannot listen on the address.
-        SystemExit: With status 1, if the programs cannot be compiled.
+        SystemExit: If the programs cannot be compiled. The exit status is 1.
     """
     limits, access = limits or Limits(), access or Access()
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -81,7 +81,7 @@ class Batcher:
             self.waiting -= tokens
 
     def too_late(self) -> Refused:
-        """Returns the error for a request that was not answered in time."""
+        """Returns the error to raise if a request is not answered in time."""
         return Refused(504, "timeout", f"There was no answer within {self.limits.timeout:g} s.")
 
     def check_room(self, tokens: int = BUCKET_LENGTHS[0], *, arriving: int = 0) -> None:

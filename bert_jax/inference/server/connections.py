@@ -45,7 +45,7 @@ class _Connection(HttpToolsProtocol):
         self._reading: asyncio.TimerHandle | None = None  # for the client to read the response
         self._in_headers, self._in_body = True, False
         self._header_bytes = 0
-        self._received = 0  # bytes of the headers, or of a body that nobody reads
+        self._received = 0  # number of bytes in the headers, or in a body that is not read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

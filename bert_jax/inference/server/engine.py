@@ -84,7 +84,7 @@ class Engine:
         raise self.other_task(task, model)
 
     def other_task(self, task: str, model: str | None = None) -> Refused:
-        """Returns the error for a task for which `model` is not served.
+        """Returns the error to raise if `model` is not served for the requested task.
 
         If `model` is None, the message states that no model is served for the task.
         """
@@ -97,7 +97,7 @@ class Engine:
         return list(dict.fromkeys(names))
 
     def unknown_model(self) -> Refused:
-        """Returns the error for a model that is not served."""
+        """Returns the error to raise if there is no model with the requested name."""
         return Refused(
             404, "model_not_found", f"There is no model of this name; expected one of: {', '.join(self.models)}."
         )
@@ -108,7 +108,7 @@ class Engine:
         """Reads and validates the body of a request.
 
         Raises:
-            Refused: If the body is invalid, or for any reason that `read_bytes` lists.
+            Refused: If the body is invalid, or if `read_bytes` refuses the request.
         """
         content = await self.read_bytes(request)
         if len(content) > SMALL:
@@ -238,12 +238,11 @@ class Engine:
 
         Args:
             request: The HTTP request. If the client disconnects, the computation stops.
-            pipe: The pipeline that computes.
+            pipe: The pipeline that computes the results.
             prepared: The task requests.
 
         Raises:
-            Refused: If the client disconnects before the results are ready, or for any reason that `Batcher.submit`
-                lists.
+            Refused: If the client disconnects before the results are ready, or if `Batcher.submit` refuses the job.
         """
         if not prepared:
             return []
@@ -267,15 +266,15 @@ class Engine:
         Args:
             content: The content of the response.
             prepared: The task requests that the response answers. The total size of their results determines whether
-                the thread writes the response.
-            large: If true, the thread writes the response regardless of its size.
+                a separate thread writes the response.
+            large: If true, a separate thread writes the response regardless of its size.
         """
         large = large or sum(made.size for made in prepared) > SMALL
         body = await self.threaded(_json, content) if large else _json(content)
         return Response(body, media_type="application/json")
 
     async def threaded(self, function: Callable[..., Value], *arguments: Any) -> Value:
-        """Calls a function in the thread that handles work outside the event loop."""
+        """Calls a function in the engine's thread, outside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
 

@@ -31,9 +31,9 @@ HEADERS = [
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
 ]
-"""Headers of all responses.
+"""Headers that are added to all responses.
 
-They allow pages to load scripts and styles only from this server, and they prevent all sites from embedding the pages.
+They allow pages to load scripts and styles only from this server, and they do not allow any site to embed the pages.
 """
 
 

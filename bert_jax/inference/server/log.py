@@ -11,7 +11,7 @@ import time
 import orjson
 
 LINES = 10_000
-"""Maximum number of lines waiting to be written. Further lines are dropped, for example if nothing reads stderr."""
+"""Maximum number of lines waiting to be written. If nothing reads stderr, for example, further lines are dropped."""
 
 
 class JsonLines(logging.Handler):

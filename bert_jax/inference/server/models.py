@@ -21,7 +21,7 @@ class Served:
     """A served model.
 
     Attributes:
-        name: The name of the model, as clients see it.
+        name: The name by which clients refer to the model.
         pipes: The model's pipelines, keyed by task. The first pipeline of the first model answers requests to `/score`.
         created: The time at which the model was loaded, as a Unix timestamp in seconds.
     """
@@ -43,7 +43,7 @@ def load(
     """Loads a model for serving.
 
     Args:
-        name: The name of the model, as clients see it.
+        name: The name by which clients refer to the model.
         folder: The model's folder.
         tasks: The tasks for which to serve the model; by default, the tasks for which it has heads.
         ignore: Regular expressions for the names of tensors to skip; see `BertModel.from_pretrained`.

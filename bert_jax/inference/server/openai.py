@@ -1,4 +1,4 @@
-"""OpenAI's routes for embeddings and models, as OpenAI clients use them.
+"""OpenAI-compatible routes for embeddings and models.
 
 Source: OpenAI's API reference, https://platform.openai.com/docs/api-reference/embeddings.
 """

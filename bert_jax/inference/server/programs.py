@@ -40,7 +40,7 @@ class Programs:
         return len(self._rest)
 
     def want(self, pipe: Pipeline[Task], bucket: Bucket) -> None:
-        """Requests that a program be compiled before all others. Can be called from any thread."""
+        """Schedules a program to be compiled before all others. Can be called from any thread."""
         if (pipe, bucket) not in self._wanted:
             self._wanted.append((pipe, bucket))
 

@@ -127,7 +127,7 @@ def routes(engine: Engine, attention: Attention) -> APIRouter:
         """Answers a request in the JSON format of Azure's model catalog.
 
         The fields are `inputs` (or `input_data`) and `parameters`. The response contains only the outputs for the first
-        task of the server's first model, as in the `outputs` field of the response from `/v1/{task}`.
+        task of the server's first model, in the format of the `outputs` field in the response from `/v1/{task}`.
         """
         try:
             content = orjson.loads(await engine.read_bytes(request))
@@ -160,7 +160,7 @@ def routes(engine: Engine, attention: Attention) -> APIRouter:
 
     @router.post("/v1/attention", openapi_extra=documented(AttentionBody), responses={200: {"model": AttentionAnswer}})
     async def attend(request: Request) -> Response:
-        """Returns the attention weights between the tokens of a text for each head of a layer (numbered from 0)."""
+        """Returns the attention weights between a text's tokens for each head of a layer. Layer numbers start at 0."""
         body = await engine.read(request, AttentionBody)
         last = attention.pipe.config.num_hidden_layers - 1
         with refusing(body.text):

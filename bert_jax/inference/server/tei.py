@@ -1,4 +1,4 @@
-"""The routes of text-embeddings-inference (TEI), as TEI clients use them.
+"""Routes that are compatible with clients of text-embeddings-inference (TEI).
 
 Source: `docs/openapi.json` in version 1.7 of https://github.com/huggingface/text-embeddings-inference.
 """
@@ -109,8 +109,9 @@ class Token(pydantic.BaseModel):
 class Info(pydantic.BaseModel):
     """The response from `/info`.
 
-    `model_type` is `{"classifier": {"id2label", "label2id"}}`, `{"reranker": {"id2label", "label2id"}}` if there is
-    only one label, or `{"embedding": {"pooling"}}`. For all other models, it is `{}`.
+    For a text classifier, `model_type` is `{"classifier": {"id2label", "label2id"}}` or, if there is only one label,
+    `{"reranker": {"id2label", "label2id"}}`. For an embedding model, it is `{"embedding": {"pooling"}}`. For all other
+    models, it is `{}`.
     """
 
     model_id: str

@@ -1,4 +1,4 @@
-// The page at /. It shows fillings as bars, attention as lines, and whether one sentence follows another.
+// The page at /. It shows predictions as bars, attention as lines, and whether one sentence follows another.
 "use strict";
 
 const $ = (id) => document.getElementById(id);

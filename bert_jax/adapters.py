@@ -34,8 +34,8 @@ class Adapters(NamedTuple):
     """The contents of an adapter folder.
 
     Attributes:
-        base: The base model that the folder names (a path or an id on the Hub); None if it does not name one.
-        revision: The branch, tag or commit of the base model; None if the folder does not name one.
+        base: The base model that the folder names (a path or an id on the Hub); None if the folder names no base model.
+        revision: The branch, tag or commit of the base model; None if the folder does not specify one.
         scale: The factor by which the matrix product B A is multiplied.
         params: The float32 arrays, keyed by path: `….lora_A` [rank, in], `….lora_B` [out, rank], and the parameters
             that were trained directly, without adapters.
@@ -100,7 +100,7 @@ def load(
     ignore: Iterable[str] = (),
     places: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> tuple[dict[str, jax.Array], weights.Report]:
-    """Loads the adapters in a folder and their base model, and merges the adapters into the model.
+    """Loads the base model of an adapter folder and merges the adapters into it.
 
     The arguments and return values are those of `weights.load`.
 
@@ -148,7 +148,7 @@ def merge(params: Mapping[str, jax.Array], scale: float) -> dict[str, jax.Array]
 
 
 def published(paths: Iterable[str]) -> dict[str, str]:
-    """Maps each path to the parameter's name in `peft` files, without the prefix `base_model.model.`.
+    """Maps each parameter path to the parameter's name in `peft` files, without the `base_model.model.` prefix.
 
     For example, matrix A of the module `m` is named `m.lora_A.weight`.
     """

@@ -26,7 +26,7 @@ FUSED = {"splash": ("TPUs", "tpu"), "triton": ("NVIDIA GPUs", "gpu"), "cudnn": (
 """Maps each fused kernel to a pair: the name of its hardware, as used in messages, and JAX's name for its platform."""
 AUTO = {"tpu": "splash", "gpu": "triton"}
 """The fused kernel that "auto" uses on each platform. "auto" does not use "cudnn", because that kernel returns
-wrong results if padding precedes tokens, which cannot be checked under jit."""
+wrong results if padding precedes tokens, and this condition cannot be checked under jit."""
 UNPACKED = ("cudnn",)
 """The fused kernels that do not support packed rows (rows that contain several texts)."""
 BLOCKS = {"splash": 128, "triton": 128}
@@ -37,7 +37,7 @@ size."""
 class Attended(NamedTuple):
     """Specifies which tokens attend to which: a query attends to all keys with the same segment id.
 
-    The segment ids are the `SegmentIds` of JAX's fused kernels. They are independent of `token_type_ids`.
+    The segment ids correspond to `SegmentIds` in JAX's fused kernels and are independent of `token_type_ids`.
 
     Attributes:
         queries: The segment ids of the queries, int32 [B, T]; [B, 1] if all queries in a row have the same id.
@@ -48,12 +48,15 @@ class Attended(NamedTuple):
     keys: jax.Array
 
     def mask(self) -> jax.Array:
-        """True where a query attends to a key: bool [B, 1, T, S], or [B, 1, 1, S] if `queries` is [B, 1]."""
+        """Returns a mask that is True where a query attends to a key.
+
+        The mask is bool [B, 1, T, S], or [B, 1, 1, S] if `queries` is [B, 1].
+        """
         return (self.queries[:, :, None] == self.keys[:, None, :])[:, None]
 
 
 def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length: int | None = None) -> None:
-    """Raises `InputError` if the kernel `name` cannot run or would return wrong results.
+    """Raises `InputError` if a kernel cannot run or would return wrong results.
 
     Args:
         name: The name of the kernel.
@@ -82,7 +85,7 @@ def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length:
 
 
 def multiple(name: str) -> int:
-    """Returns the block size of the kernel `name` in tokens. Row lengths must be multiples of this size."""
+    """Returns the block size of a kernel, in tokens. Row lengths must be multiples of this size."""
     return BLOCKS.get(name, 1)
 
 

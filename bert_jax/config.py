@@ -1,4 +1,4 @@
-"""`BertConfig`: the hyperparameters of a network, named as in `config.json`."""
+"""`BertConfig`: the hyperparameters of a network, with the field names of `config.json`."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,8 @@ _LIMITS = {
     "num_labels": 2**20,
 }
 
-# Pairs of a field and a value that the field accepts although it is outside the valid range. The value means "not set".
+# Each pair consists of a field and a value outside the field's valid range. The field accepts this value, which means
+# "not set".
 _UNSET = [("num_labels", -1), ("pad_token_id", None), ("classifier_dropout", None), ("problem_type", None)]
 
 
@@ -132,7 +133,7 @@ class BertConfig:
         object.__setattr__(self, "label2id", {label: i for i, label in enumerate(self.labels)})
 
     def _checks(self) -> Iterator[tuple[str, bool, str]]:
-        """Yields, for each check, the name of a field, whether its value is valid, and a description of valid values.
+        """Yields a tuple per check: the name of a field, whether its value is valid, and a description of valid values.
 
         Later checks rely on earlier ones, so the caller must raise an error at the first invalid value.
         """
@@ -153,12 +154,18 @@ class BertConfig:
 
     @classmethod
     def base_cased(cls) -> "BertConfig":
-        """BERT-base, cased: 12 layers, hidden size 768, 12 heads; 108,310,272 parameters including the pooler."""
+        """Returns the config of BERT-base, cased: 12 layers, hidden size 768, 12 heads.
+
+        The model has 108,310,272 parameters, including the pooler.
+        """
         return cls()
 
     @classmethod
     def large_cased(cls) -> "BertConfig":
-        """BERT-large, cased: 24 layers, hidden size 1024, 16 heads; 333,579,264 parameters including the pooler."""
+        """Returns the config of BERT-large, cased: 24 layers, hidden size 1024, 16 heads.
+
+        The model has 333,579,264 parameters, including the pooler.
+        """
         return cls(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
 
     @property
@@ -243,7 +250,7 @@ def _is_number(value: Any, kind: Any = int | float) -> bool:
 
 
 def _in_order(field: str, given: Any) -> tuple[str, ...]:
-    """The label names in the order of their ids.
+    """Returns the label names in the order of their ids.
 
     Args:
         field: "id2label" or "label2id".

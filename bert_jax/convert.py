@@ -35,8 +35,9 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, i
     Args:
         source: A folder that contains `config.json`, or the folder of a sentence-transformers model.
         target: A new or empty folder, or `source` itself. In the latter case, `model.safetensors` is added to `source`.
-        ignore: Regular expressions that match whole tensor names. Conversion fails if the weight file contains a tensor
-            that no BERT model has, unless an expression matches its name. Matching tensors are also converted.
+        ignore: Regular expressions, each matched against full tensor names. Conversion fails if the weight file
+            contains a tensor that no BERT model has, unless an expression matches its name. Matching tensors are also
+            converted.
 
     Returns:
         The path of the weight file that was read.
@@ -85,7 +86,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, i
 
 
 def _companions(source: Path, network: Path) -> Iterator[Path]:
-    """Returns the paths of all of a model's files except its weights, relative to `source`."""
+    """Lists all of a model's files except its weights. The paths are relative to `source`."""
     names = [network / name for name in (hub.CONFIG_FILE, *hub.TOKENIZER_FILES, hub.SENTENCE_FILES[1])]
     if found := hub.find_modules(network):
         folder, modules = found

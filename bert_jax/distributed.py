@@ -1,4 +1,4 @@
-"""Training runs with several processes, such as one per host of a TPU pod or one per node of a cluster.
+"""Support for training in several processes, such as one per host of a TPU pod or one per node of a cluster.
 
 Each process has its own devices. All processes run the same command, and each process prepares its own rows of each
 batch. Only the first process writes files. Checkpoints are an exception: each process writes the shards that its
@@ -85,7 +85,7 @@ def number_among(given: str) -> tuple[int, int]:
     Afterward, each process can end or fail independently. This has been tested with two processes on one machine.
 
     Args:
-        given: As in `start`.
+        given: See `start`.
 
     Returns:
         The number of this process, counted from 1, and the number of processes.
@@ -100,7 +100,7 @@ def number_among(given: str) -> tuple[int, int]:
 
 
 def name() -> str:
-    """The name of this process, for messages."""
+    """Returns the name of this process to show in messages."""
     return f"process {jax.process_index() + 1} of {jax.process_count()}"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 QUOTED = 200
-"""The maximum number of characters of a value that a message shows."""
+"""The maximum number of characters of a value that are shown in a message."""
 
 
 class BertJaxError(Exception):

@@ -46,8 +46,8 @@ class PreTrainingOutput(ModelOutput):
         prediction_logits: float32 [B, T, V]; [B, P, V] if `masked_positions` [B, P] are given.
         seq_relationship_logits: float32 [B, 2]; [B, K, 2] if `first_positions` [B, K] are given. Index 0 means that
             the second text follows the first, and index 1 means that the second text is random.
-        hidden_states: As in `BertModelOutput`.
-        attentions: As in `BertModelOutput`.
+        hidden_states: See `BertModelOutput`.
+        attentions: See `BertModelOutput`.
     """
 
     prediction_logits: jax.Array

@@ -108,7 +108,7 @@ def config_file(folder: Path) -> Path:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Returns the paths of the files in a folder and its subfolders, relative to the folder."""
+    """Lists the files in a folder and its immediate subfolders. The paths are relative to the folder."""
     return [path.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(pattern)]
 
 
@@ -116,8 +116,8 @@ def advice(names: Iterable[str], folder: str | os.PathLike[str]) -> str:
     """Explains what the user can do with a folder that contains no safetensors weights.
 
     Args:
-        names: The paths of the folder's files, relative to the folder.
-        folder: The folder, as the message should name it.
+        names: The folder's files, as paths relative to the folder.
+        folder: The folder name to show in the error message.
 
     Returns:
         A sentence that begins with a space; an empty string if no file has a known format.
@@ -168,7 +168,7 @@ def network_folder(folder: Path) -> Path:
 
 
 def find_modules(network: Path) -> tuple[Path, list[Module]] | None:
-    """Finds the sentence-transformers model that a network belongs to.
+    """Finds the sentence-transformers model to which a network belongs.
 
     Args:
         network: The network's folder, as returned by `network_folder`.
@@ -264,7 +264,7 @@ def is_vacant(path: Path) -> bool:
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder for the caller to write files to, then moves these files into `folder`.
+    """Yields a temporary folder to which the caller writes files, then moves these files into `folder`.
 
     The files may be in subfolders.
 

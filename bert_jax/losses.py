@@ -33,8 +33,8 @@ def cross_entropy(
             all classes have the same weight.
         label_smoothing: The share of each target's probability that is divided equally among all classes (Szegedy et
             al. 2016, section 7).
-        focal_gamma: The negative log-likelihood of a label with the predicted probability p is multiplied by
-            (1 - p)^focal_gamma, so well-predicted labels count less (Lin et al. 2017, section 3.2).
+        focal_gamma: The negative log-likelihood of each label is multiplied by (1 - p)^focal_gamma, where p is the
+            label's predicted probability, so well-predicted labels count less (Lin et al. 2017, section 3.2).
 
     Returns:
         float32 [], in nats per label. The mean is taken over the labels that are not `IGNORE` and is weighted if
@@ -78,8 +78,8 @@ def total_weight(labels: jax.Array, class_weights: jax.Array | None = None) -> j
 def balanced(labels: np.ndarray, classes: int) -> np.ndarray:
     """Returns class weights that compensate for different class frequencies.
 
-    For labels [N], all classes have the same total weight in the loss. For labels [N, C], the ones of each class have
-    the same total weight as its zeros.
+    For labels [N], all classes have the same total weight in the loss. For labels [N, C], the positive labels (1) of
+    each class have the same total weight as its negative labels (0).
 
     Args:
         labels: For `cross_entropy`, int [N]; `IGNORE` and other negative numbers are left out. For
@@ -121,7 +121,7 @@ def binary_cross_entropy(
             with `pos_weight` in `torch.nn.BCEWithLogitsLoss`.
         label_smoothing: A label of 0 is replaced with `label_smoothing / 2`, and a label of 1 with
             `1 - label_smoothing / 2`.
-        focal_gamma: As in `cross_entropy`, where p is the predicted probability of the label's value, 0 or 1.
+        focal_gamma: See `cross_entropy`. In this loss, p is the predicted probability of the label's value, 0 or 1.
 
     Returns:
         float32 [], in nats per label.

@@ -41,7 +41,7 @@ POSITIONS = ("positions", "masked_positions", "first_positions")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BertModelOutput(ModelOutput):
-    """The output of `BertModel`. In the shapes, `positions` is the argument of the model call.
+    """The output of `BertModel`. In the descriptions below, `positions` is the argument of the model call.
 
     Attributes:
         last_hidden_state: [B, T, D] in the compute dtype; [B, K, D] if `positions` are given.
@@ -62,7 +62,7 @@ class BertModelOutput(ModelOutput):
 class BertLayer(nnx.Module):
     """One layer of the encoder: an attention block and a feed-forward block.
 
-    Each block is followed by dropout, a residual sum and LayerNorm.
+    Each block is followed by dropout, a residual connection and LayerNorm.
     """
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs | None):
@@ -119,7 +119,10 @@ class BertLayer(nnx.Module):
 
 
 class BertEmbeddings(nnx.Module):
-    """Sum of word, position and token-type embeddings, then LayerNorm and dropout (Devlin et al. 2018, figure 2)."""
+    """Sums word, position and token-type embeddings, then applies LayerNorm and dropout.
+
+    Source: Devlin et al. 2018, figure 2.
+    """
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs | None):
         self.config = config
@@ -137,7 +140,9 @@ class BertEmbeddings(nnx.Module):
         dropout_key: jax.Array | None = None,
         inputs_embeds: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns float32 [B, T, D]. Each array of ids is int [B, T], or [1, T] if all rows have the same ids.
+        """Returns the embeddings, float32 [B, T, D].
+
+        Each array of ids is int [B, T], or [1, T] if all rows have the same ids.
 
         `inputs_embeds`, float32 [B, T, D], replaces the word embeddings of `input_ids`.
         """

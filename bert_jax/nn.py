@@ -115,7 +115,7 @@ class Keys:
 def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """Computes an einsum of two matrices or of two batches of matrices.
 
-    The operands are in the dtype of x, and the result is float32. The same applies to the backward pass.
+    Both operands are converted to the dtype of x, and the result is float32. The same applies to the backward pass.
 
     If x is float32, the multiplication is also in float32. By default, TPUs would multiply in bfloat16 and recent GPUs
     in TF32.

@@ -138,7 +138,7 @@ def ours(name: str) -> str:
 
 
 def suggests(hints: Mapping[str, str]) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Decorates a function so that each argument in `hints` raises an error that explains its replacement.
+    """Decorates a function so that passing an argument in `hints` raises an error that explains its replacement.
 
     If there are too many positional arguments, the error lists the arguments that must be passed by name. Python itself
     reports all other invalid arguments. The decorated function keeps its signature.

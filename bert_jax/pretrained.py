@@ -75,12 +75,12 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
                 the folder contains adapters, as the `adapters` subfolder of a LoRA run does, they are merged into the
                 base model that the folder names.
             revision: Branch, tag or commit on the Hub.
-            new: Regular expressions that match whole parameter paths, for example `[r"classifier\\..*"]` to train a new
-                head. These parameters are initialized instead of being loaded. Loading fails if the checkpoint lacks
-                any other parameter.
-            ignore: Regular expressions that match whole tensor names, for example `[r"loss_fct\\..*"]`. These tensors
-                of the checkpoint are not loaded. Loading fails if the checkpoint contains any other tensor that no BERT
-                model has.
+            new: Regular expressions, each matched against full parameter paths, for example `[r"classifier\\..*"]` to
+                train a new head. Matching parameters are initialized instead of being loaded. Loading fails if the
+                checkpoint lacks any other parameter.
+            ignore: Regular expressions, each matched against full tensor names, for example `[r"loss_fct\\..*"]`.
+                Matching tensors of the checkpoint are not loaded. Loading fails if the checkpoint contains any other
+                tensor that no BERT model has.
             rngs: The random number generators for the `new` parameters; `nnx.Rngs(0)` by default.
             dtype: "float32" matches the reference implementation and is required for training. "bfloat16" and "int8"
                 are for inference only. With these dtypes, the layer weights and the word embeddings take half or a
@@ -92,9 +92,9 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
             scan_layers: See `BertPreTrainedModel`.
             add_pooling_layer: For `BertModel` only: whether the model has a pooler, True by default. Some checkpoints
                 have no pooler.
-            mesh: A mesh of the devices that receive the parameters, created by `bert_jax.sharding.mesh`. Its `fsdp` and
-                `tensor` axes shard the parameters, so a model can be larger than the memory of one device. If None, the
-                parameters are placed on the default device.
+            mesh: The mesh on whose devices the parameters are placed; create it with `bert_jax.sharding.mesh`. Its
+                `fsdp` and `tensor` axes shard the parameters, so a model can be larger than the memory of one device.
+                If None, the parameters are placed on the default device.
             **config_changes: New values for config fields, for example `hidden_dropout_prob=0.0`. `num_labels=6` sets
                 the size of a new head or corrects a config that contradicts the weights.
 
@@ -151,7 +151,7 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
 
     @property
     def current_config(self) -> BertConfig:
-        """The config with the model's current number of layers, which is lower if layers have been removed."""
+        """The config with the model's current number of layers, which changes if layers are removed."""
         return self.config.replace(num_hidden_layers=len(self.encoder.layers))
 
     @property
@@ -165,7 +165,7 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
         raise InputError(f"A {type(self).__name__} has no training mode: in each call, {porting.DROPOUT}.")
 
     def check_float32(self, purpose: str) -> None:
-        """Raises `InputError` unless the model was loaded in float32, as `purpose` requires."""
+        """Raises `InputError` if the model was not loaded in float32. `purpose` is the operation that requires it."""
         if self.dtype != "float32":
             raise InputError(
                 f"The model is loaded in {self.dtype}, but {purpose} requires float32. Load it with dtype='float32'."
@@ -179,18 +179,18 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
         multiple_of: int = 1,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        """Adds rows to the word embeddings, as needed after `Tokenizer.add_tokens`. The tied decoder grows with them.
+        """Adds rows to the word embeddings and to the tied decoder. Call this after `Tokenizer.add_tokens`.
 
         For the old tokens, the output of the encoder stays bitwise identical. Their logits also stay identical if the
         compiler sums in the same order for the old and the new size. On CPUs with `jaxlib` 0.10, the order depends on
-        the size modulo 16. The remainders 1 to 8 share one order (28,996 has the remainder 4), and the remainders 9 to
-        15 and 0 share another. If the orders differ, the logits differ by rounding errors.
+        the size modulo 16. Remainders 1 to 8 share one order (28,996 leaves a remainder of 4), and remainders 9 to 15
+        and 0 share another. If the orders differ, the logits differ by rounding errors.
 
         Args:
             size: The new size of the vocabulary, such as `tokenizer.vocab_size`; at least the current size.
             initialize: "mean" sets each new row to the mean of the old rows, and its decoder bias to the mean of the
                 old biases (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html). "normal" initializes the rows
-                and biases as in a new model.
+                and biases like those of a new model.
             multiple_of: The size is rounded up to a multiple of this number, such as 64 or 128.
             rngs: The random number generators for "normal"; `nnx.Rngs(0)` by default.
 

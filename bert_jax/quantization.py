@@ -76,7 +76,7 @@ def quantized_product(x: jax.Array, weight: jax.Array, scale: jax.Array, total: 
         InputError: If the function is differentiated. The derivative of rounding is 0, so all gradients would be 0.
     """
     x32 = x.astype(jnp.float32)
-    # Half of each token's minimum and maximum, because the difference of the full values may overflow.
+    # Each token's minimum and maximum are halved, because the difference of the full values may overflow.
     low, high = jnp.min(x32, axis=-1, keepdims=True) / 2, jnp.max(x32, axis=-1, keepdims=True) / 2
     middle, half = low + high, jnp.maximum(high - low, 1e-30)
     levels = jnp.round((x32 - middle) * (127 / half)).astype(jnp.int8)

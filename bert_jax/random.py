@@ -15,7 +15,7 @@ from bert_jax import sharding
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Draws 16 random bits per element and returns them as a uint32 array of the given shape.
 
-    With 16 bits, the fraction of dropped elements differs from the dropout rate by less than 1e-5. The same key gives
+    With 16 bits, the fraction of dropped elements differs from the dropout rate by less than 1e-5. The same key yields
     different bits on TPUs than on other platforms.
     """
     key = jax.random.key_data(key)[:2]
@@ -42,10 +42,10 @@ def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Draws the bits with Threefry-2x32.
 
     `jax.random` uses the same algorithm, which computes a block of 64 bits from the key and a counter. In this
-    implementation, the counter consists of the index in the batch and the position in a quarter of the row, and each
-    block serves four elements, one in each quarter. In contrast, `jax.random` uses a whole block for one element and,
-    on CPUs, makes many passes over memory. `jax.random` is therefore five times slower and would take a tenth of the
-    time of a training step.
+    implementation, the counter consists of the index in the batch and the position in a quarter of the row. Each block
+    serves four elements, one in each quarter. In contrast, `jax.random` uses a whole block for one element and, on
+    CPUs, makes many passes over memory. `jax.random` is therefore five times slower and would take a tenth of the time
+    of a training step.
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2.
     """

@@ -42,7 +42,7 @@ class Serving(SettingsFile):
     """The key that clients must send as a bearer token in the `Authorization` header, for all paths except `/health`.
     By default, no key is required. The environment variable `BERT_JAX_API_KEY` overrides this setting."""
     api_key_file: Path | None = None
-    """A file that contains the key. Do not set both this and `api_key`."""
+    """A file that contains the API key. Do not set both this and `api_key`."""
     allowed_hosts: tuple[str, ...] = ()
     """Values of the `Host` header that the server accepts; `*.example.com` accepts all subdomains. `/health` accepts
     any value. By default, the other paths also accept any value or, if the server listens on a loopback address, only

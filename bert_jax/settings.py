@@ -29,7 +29,7 @@ def _compiles(pattern: str) -> str:
 
 
 Pattern = Annotated[str, AfterValidator(_compiles)]
-"""A regular expression that matches whole parameter paths, such as `bert.layers.0.attention.query.weight`."""
+"""A regular expression that is matched against full parameter paths, such as `bert.layers.0.attention.query.weight`."""
 _SEVERAL = BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
 Patterns = Annotated[tuple[Pattern, ...], _SEVERAL]
 """One or more patterns."""
@@ -185,8 +185,8 @@ class Data(Section):
     """The kind of problem that the labels describe. If this is not set, it follows from the labels: lists mean
     multi-label classification, numbers mean regression if at least one is fractional, and anything else means one label
     per example. A list contains names or class ids, or it is a 0/1 vector with one number per label. If `labels` is not
-    set, the labels of 0/1 vectors are named `LABEL_0`, `LABEL_1`, … In the cells of a table, lists are written as in
-    JSON, Python or NumPy. If `multi_label_classification` is set, a cell may instead contain names separated by
+    set, the labels of 0/1 vectors are named `LABEL_0`, `LABEL_1`, … In the cells of a table, lists are written in
+    JSON, Python or NumPy syntax. If `multi_label_classification` is set, a cell may instead contain names separated by
     commas."""
     max_length: PositiveInt = 128
     """Maximum number of tokens per example, special tokens included. Longer texts are truncated; in
@@ -247,9 +247,9 @@ class Answers(Section):
     stride: NonNegativeInt | None = None
     """Number of tokens by which neighboring windows of a context overlap; by default, a third of `data.max_length`."""
     max_question_length: PositiveInt = 64
-    """Maximum number of tokens of a question; the rest is truncated."""
+    """Maximum number of tokens in a question; the rest is truncated."""
     max_answer_length: PositiveInt = 30
-    """Maximum number of tokens of an answer."""
+    """Maximum number of tokens in an answer."""
     n_best: PositiveInt = 20
     """The `n_best` most likely first tokens are combined with the `n_best` most likely last tokens, and the top
     `n_best` of the resulting answers are kept."""
@@ -279,8 +279,8 @@ class Loss(Section):
     """The weight of each label in the loss. With one label per example, `balanced` sets the weights so that all
     labels have the same influence, however rare they are. In multi-label classification, the weight of a label applies
     to the examples that have this label; `balanced` sets it to the number of examples without the label divided by the
-    number of examples with it, so both groups have the same influence. The
-    `multiple-choice` task does not have this setting."""
+    number of examples with it, so both groups have the same influence. The `multiple-choice` task does not have this
+    setting."""
     label_smoothing: Fraction = 0.0
     """The share of each target that is divided equally among all labels (Szegedy et al. 2016). In multi-label
     classification, each label is a separate choice between 0 and 1, so the targets become `label_smoothing / 2` and
@@ -408,7 +408,7 @@ class Mesh(Section):
 
 
 class Output(Section):
-    """What a run writes."""
+    """Settings for the output of a run."""
 
     folder: str
     """Folder for the model, in Hugging Face format, and for the run's settings, metrics, predictions, learning curve
@@ -419,10 +419,10 @@ class Output(Section):
     environment variables, such as `WANDB_MODE=offline` or `MLFLOW_TRACKING_URI`, determine where it sends the
     metrics."""
     license: str | None = None
-    """The Hub's identifier for the model's license, such as `apache-2.0`, for the model card. By default, it is the
+    """License to state in the model card, given as the Hub's identifier, such as `apache-2.0`. By default, it is the
     license that the base model's card declares, if any."""
     language: str | tuple[str, ...] | None = None
-    """ISO 639 codes of the model's languages, such as `en`, for the model card. The default is the language that the
+    """Languages to state in the model card, given as ISO 639 codes, such as `en`. The default is the language that the
     base model's card declares, if the card declares only one and the vocabulary is that of the base model."""
 
 

@@ -47,10 +47,12 @@ def mesh(
     """Arranges devices along the `data`, `fsdp` and `tensor` axes.
 
     Args:
-        data: The number of device groups that shard the rows of a batch; -1 for as many groups as the devices allow.
-        fsdp: The number of devices that shard the rows of a group, as well as the parameters, gradients and optimizer
-            state.
-        tensor: The number of devices that shard the attention heads and the inner features of the feed-forward layers.
+        data: The number of device groups across which the rows of a batch are sharded; -1 for as many groups as the
+            devices allow.
+        fsdp: The number of devices across which a group's rows, the parameters, the gradients and the optimizer state
+            are sharded.
+        tensor: The number of devices across which the attention heads and the inner features of the feed-forward layers
+            are sharded.
         devices: The devices to use; by default, the devices of all processes.
 
     Raises:
@@ -94,7 +96,9 @@ def local(sizes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
 
 
 def mesh_of(params: Any) -> jax.sharding.Mesh | None:
-    """Returns a mesh of the devices on which a pytree's arrays were explicitly placed, or None if they were not.
+    """Returns a mesh of the devices on which a pytree's arrays were explicitly placed.
+
+    If the arrays were not explicitly placed, returns None.
 
     Raises:
         InputError: If the arrays are sharded on a mesh that `mesh` did not create, or on devices of other processes.
@@ -260,7 +264,7 @@ def by_rows_from_features(x: jax.Array) -> jax.Array:
 
 
 def shares() -> int:
-    """Returns `share` of the current mesh (`jax.set_mesh`); 1 if that mesh lacks an axis in `BATCH_AXES`."""
+    """Returns `share` for the current mesh (`jax.set_mesh`); 1 if that mesh lacks an axis in `BATCH_AXES`."""
     mesh = jax.sharding.get_abstract_mesh()
     return share(mesh) if set(BATCH_AXES) <= set(mesh.axis_names) else 1
 

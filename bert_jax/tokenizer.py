@@ -24,7 +24,7 @@ from bert_jax.upload import PushToHub
 logger = logging.getLogger(__name__)
 
 Text = str | Sequence[str]
-"""A text or, if the argument `is_split_into_words` is true, a list of words."""
+"""A text or, if the `is_split_into_words` argument is true, a list of words."""
 
 
 class ModelInputs(TypedDict):
@@ -73,10 +73,11 @@ class Tokenizer(PushToHub):
     def from_pretrained(cls, model_id: str | os.PathLike[str], *, revision: str | None = None) -> Self:
         """Reads the tokenizer of a checkpoint from its `tokenizer.json` or, if it has none, from its `vocab.txt`.
 
-        The files are read as in `transformers` 5. `tokenizer_config.json` determines the special tokens and, for BERT's
-        tokenizer classes, `do_lower_case`, `strip_accents` and `tokenize_chinese_chars`. If that file contains
-        `added_tokens_decoder`, no other file is read for added tokens. Otherwise, `added_tokens.json`, `tokenizer.json`
-        and `special_tokens_map.json` are also read, and `special_tokens_map.json` overrides `tokenizer_config.json`.
+        This class reads the files in the same way as `transformers` 5. `tokenizer_config.json` determines the special
+        tokens and, for BERT's tokenizer classes, `do_lower_case`, `strip_accents` and `tokenize_chinese_chars`. If that
+        file contains `added_tokens_decoder`, no other file is read for added tokens. Otherwise, `added_tokens.json`,
+        `tokenizer.json` and `special_tokens_map.json` are also read, and `special_tokens_map.json` overrides
+        `tokenizer_config.json`.
 
         There is one difference from `transformers`. If `do_lower_case` is not set, the BERT classes of `transformers`
         lowercase all text. In contrast, this class preserves case and logs a warning if there is a `tokenizer.json`
@@ -272,7 +273,7 @@ class Tokenizer(PushToHub):
             add_special_tokens: Whether to add [CLS] and [SEP].
             max_length: The maximum number of tokens per row, including special tokens; None for no limit.
             stride: The number of tokens by which neighboring windows overlap; None keeps only the first window.
-            truncate: Which text of a pair loses tokens: the longer one ("longest_first"), or always the second
+            truncate: Which text of a pair to truncate: the longer one ("longest_first"), or always the second
                 ("only_second").
 
         Returns:
@@ -354,7 +355,7 @@ class Tokenizer(PushToHub):
 
         Raises:
             InputError: If there is no text, if a row is too long, if `truncation` is not a bool, or if `encode` raises
-                it.
+                this error.
         """
         if not isinstance(truncation, bool):
             raise InputError(

@@ -29,7 +29,7 @@ GENERIC_CLASSES = ("PreTrained", "TokenizersBackend")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that `tokenizer_config.json` can set, in the order in which `transformers` adds them."""
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-"""The properties that an added token has in addition to its text, named as in the files."""
+"""The names that the tokenizer files use for the properties of an added token, apart from its text."""
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def max_length_of(given: Any) -> int:
-    """Returns the maximum number of tokens per row for a value of `model_max_length`; 512 for None.
+    """Converts a value of `model_max_length` to the maximum number of tokens per row. None means 512.
 
     Raises:
         ValueError: If the value is not a number or leaves no room for a token of text between [CLS] and [SEP].
@@ -56,7 +56,7 @@ def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """Returns a dict that maps the names of special tokens, such as "mask_token", to the tokens.
 
     Args:
-        settings: As in `declared_tokens`. Tokens that the settings do not define default to those in `SPECIAL_TOKENS`.
+        settings: See `declared_tokens`. Tokens that the settings do not define default to those in `SPECIAL_TOKENS`.
 
     Raises:
         ValueError: If a token is None or empty, if another token is the same as the mask token, or if
@@ -136,7 +136,7 @@ def read_vocab(vocab_file: Path) -> dict[str, int]:
 def from_json(
     path: Path, file: Mapping[str, Any], settings: Mapping[str, Any] | None, named: dict[str, str]
 ) -> Tokenizer:
-    """Creates the tokenizer that a `tokenizer.json` describes, without the added tokens that the file declares.
+    """Creates the tokenizer that a `tokenizer.json` file describes, without the added tokens that the file declares.
 
     Args:
         path: The path of the file.
@@ -178,7 +178,7 @@ def wordpiece(
     """Creates BERT's tokenizer (tokenization.py in google-research/bert) with the given vocabulary.
 
     Args:
-        path: The vocabulary file, for messages.
+        path: The path of the vocabulary file to show in messages.
         vocab: Maps pieces to ids.
         settings: The contents of `tokenizer_config.json`.
         named: The special tokens, keyed by name, as returned by `named_tokens`.
@@ -217,7 +217,7 @@ def wordpiece(
 
 
 def unlike_bert(backend: Tokenizer) -> list[str]:
-    """Returns the names of the parts that differ from those of BERT's tokenizer, or an empty list if there are none."""
+    """Returns the names of the tokenizer components in which `backend` differs from BERT's tokenizer."""
     model, normalizer = backend.model, backend.normalizer
     parts = {
         "normalizer": isinstance(normalizer, normalizers.BertNormalizer) and normalizer.clean_text,

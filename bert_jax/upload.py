@@ -20,7 +20,7 @@ model.
 
 
 class PushToHub:
-    """Base class for models and tokenizers. Subclasses write their files in `save_pretrained`."""
+    """Base class for models and tokenizers. Subclasses implement `save_pretrained`."""
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the files to a folder."""
@@ -90,7 +90,7 @@ def push_folder(
 
 
 def model_files(folder: Path) -> list[str]:
-    """Returns the paths of the files that `push_folder` uploads, relative to the folder.
+    """Lists the files that `push_folder` uploads. The paths are relative to the folder.
 
     Raises:
         ModelNotFoundError: If the folder contains no model.

@@ -89,7 +89,7 @@ BUFFERS = {"bert.embeddings.position_ids", "bert.embeddings.token_type_ids"}
 class Report:
     """A report on how each tensor of a checkpoint and each parameter of the model was handled.
 
-    Tensors are named as in their files.
+    The tensor names are those in the files.
     """
 
     prefix: str = ""
@@ -100,7 +100,7 @@ class Report:
     ignored: dict[str, str] = field(default_factory=dict)
     """The reasons why tensors were not loaded, keyed by tensor name."""
     new: list[str] = field(default_factory=list)
-    """The paths of the parameters that, as the caller requested, were reinitialized instead of being loaded."""
+    """The paths of the parameters that the caller asked to reinitialize instead of loading."""
 
     def __str__(self) -> str:
         lines = [f"loaded {len(self.loaded)} tensors" + (f", all named {self.prefix}…" if self.prefix else "")]
@@ -118,7 +118,7 @@ class Source:
     file: Path
     shape: list[int]
     dtype: str
-    """The dtype as the safetensors format names it, such as F32, F16 or BF16."""
+    """The safetensors name of the dtype, such as F32, F16 or BF16."""
 
     def read(self) -> np.ndarray:
         """Reads the tensor in its stored dtype."""
@@ -137,9 +137,10 @@ def plan(
     Args:
         folder: A folder that contains `model.safetensors`, or shards and their index.
         specs: The shape and dtype of each parameter of the model, keyed by path (`tree.Skeleton.specs`).
-        new: Regular expressions that match whole parameter paths. These parameters are reinitialized, even if the
-            folder contains tensors for them.
-        ignore: Regular expressions that match whole tensor names, as in the files. These tensors are not loaded.
+        new: Regular expressions, each matched against full parameter paths. Matching parameters are reinitialized, even
+            if the folder contains tensors for them.
+        ignore: Regular expressions, each matched against the full tensor names stored in the files. Matching tensors
+            are not loaded.
 
     Returns:
         The sources, keyed by parameter path, and the report.
@@ -234,8 +235,8 @@ def load(
         no array.
 
     Raises:
-        CheckpointError: If `plan` raises it, or if tensors contain values that are not finite. The message names these
-            tensors.
+        CheckpointError: If `plan` raises this error, or if tensors contain values that are not finite. The message
+            names these tensors.
     """
     sources, report = plan(folder, specs, new=new, ignore=ignore)
     arrays, infinite = {}, []
@@ -444,7 +445,7 @@ def _published_name(name: str) -> str:
 
 
 def _line(name: str) -> tuple[str, str]:
-    """Replaces the layer number in a name or path with `{i}`, as in `TABLE`.
+    """Replaces the layer number in a name or path with `{i}`, the placeholder used in `TABLE`.
 
     Returns:
         The name or path with `{i}`, and the layer number as a string. If there is no layer number, the name or path is
@@ -477,6 +478,6 @@ def _misfit(source: Source, expected: list[int]) -> list[str]:
 
 
 def _pattern(name: str) -> str:
-    """Returns the Python source of a regular expression that matches a name, whatever follows its last dot."""
+    """Returns the Python source of a pattern that matches all names with the same part before the last dot."""
     pattern = re.escape(name.rpartition(".")[0]) + r"\..*" if "." in name else re.escape(name)
     return f"r'{listed([pattern])}'"

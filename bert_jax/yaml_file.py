@@ -19,7 +19,7 @@ Without a limit, a small file with nested aliases could exhaust memory.
 """
 RENAMED = {"optimizer.rates": "optimizer.lr_multipliers", "queue": "max_queue_tokens", "model": "models",
            "compute_dtype": "dtype", "precision": "dtype", "output.tensorboard": "output.report_to"}  # fmt: skip
-"""Maps the name of a setting in earlier versions to its current name."""
+"""Maps each setting's name in earlier versions to its current name."""
 PROBLEMS = 20
 """The maximum number of problems that one error message lists."""
 
@@ -185,12 +185,12 @@ def nearest(given: Any, names: Iterable[str]) -> str | None:
 
 
 def _section(kind: Any) -> Any:
-    """Returns the section class in a setting's type, which may be optional, or the type itself if it has no section."""
+    """Returns the section class in the type of an optional section (`X | None`). Returns any other type unchanged."""
     return next((arm for arm in get_args(kind) if hasattr(arm, "model_fields")), kind)
 
 
 def _paths(section: Any, name: str) -> Iterator[str]:
-    """Yields the paths, within a section, of the settings with this name."""
+    """Yields the path, relative to the section, of each setting with this name."""
     for key, field in section.model_fields.items():
         if key == name:
             yield key

@@ -1,4 +1,4 @@
-"""How Sphinx builds the documentation.
+"""The Sphinx configuration of the documentation.
 
 pip install -e '.[docs]' && sphinx-build -W docs docs/_build
 """
@@ -35,7 +35,7 @@ NOTEBOOKS = Path(os.environ.get("BERT_JAX_EXECUTED_NOTEBOOKS", Path(__file__).pa
 """A folder with executed notebooks, which `pytest -m notebooks` fills. Without it, the pages have no outputs."""
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
-default_role = "code"  # docstrings have `code` in single backticks
+default_role = "code"  # docstrings enclose `code` in single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -46,7 +46,7 @@ OPENAPI = Path(__file__).parent / "_build" / "openapi.json"
 
 
 def write_openapi(app: Sphinx) -> None:
-    """Writes the OpenAPI document of a server with models for all tasks, for the page `reference/http`."""
+    """Writes the OpenAPI document of a server for all tasks. The page `reference/http` is made from this document."""
     config = bert_jax.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     new_heads = ("text-classification", "token-classification", "question-answering", "multiple-choice")
     embedded = [task for task in TASKS if task not in new_heads]
@@ -62,7 +62,7 @@ def write_openapi(app: Sphinx) -> None:
 
 
 def type_of(schema: dict[str, Any]) -> str:
-    """The type that a JSON schema describes, in words; objects with a name are links."""
+    """Describes the type of a JSON schema in words. Each named object becomes a link."""
     if "$ref" in schema:
         name = schema["$ref"].split("/")[-1]
         return f"[{name}](#{name.lower()})"
@@ -83,7 +83,7 @@ def type_of(schema: dict[str, Any]) -> str:
 
 
 def fields_of(schema: dict[str, Any]) -> list[str]:
-    """The fields of a JSON object, as the lines of a table."""
+    """Returns the lines of a Markdown table of a JSON object's fields."""
     lines = ["", "| field | type | default |", "|---|---|---|"]
     for name, field in schema.get("properties", {}).items():
         default = "required" if name in schema.get("required", ()) else f"`{json.dumps(field.get('default'))}`"
@@ -92,7 +92,7 @@ def fields_of(schema: dict[str, Any]) -> list[str]:
 
 
 def http_reference(document: dict[str, Any]) -> str:
-    """The routes of an OpenAPI document and the fields of their requests and responses, as Markdown."""
+    """Returns Markdown that lists the routes of an OpenAPI document and the fields of their requests and responses."""
     lines = []
     for path, methods in document["paths"].items():
         for method, route in methods.items():
@@ -113,13 +113,13 @@ def http_reference(document: dict[str, Any]) -> str:
             lines += ["", f"Response: {shown}", ""]
     lines += ["## Objects", ""]
     for name, schema in document["components"]["schemas"].items():
-        if not name.endswith("ValidationError"):  # FastAPI's format of errors, which this server does not use
+        if not name.endswith("ValidationError"):  # FastAPI's error format, which this server does not use
             lines += [f"### {name}", "", schema.get("description", ""), *fields_of(schema)]
     return "\n".join(lines)
 
 
 def add_notebooks(app: Sphinx) -> None:
-    """Copies the notebooks to the folder of the pages."""
+    """Copies the notebooks to the documentation's `notebooks` folder."""
     pages = Path(__file__).parent / "notebooks"
     pages.mkdir(exist_ok=True)
     for path in NOTEBOOKS.glob("*.ipynb"):
@@ -139,7 +139,7 @@ def add_references(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Adds the pages that the package's code writes."""
+    """Registers the functions that generate pages."""
     app.connect("builder-inited", write_openapi)
     app.connect("builder-inited", add_notebooks)
     app.connect("source-read", add_references)

@@ -49,7 +49,7 @@ ROWS = {
 
 
 def make_run(recipe: str, size: str, chips: aot.Target, **changes: Any) -> loop.Run:
-    """Sets up the run of `bert-jax finetune` for a shipped recipe in bfloat16.
+    """Sets up a `bert-jax finetune` run of a shipped recipe in bfloat16.
 
     The run's parameters have shapes but no values.
 
@@ -145,7 +145,7 @@ def packing(chips: aot.Target, lengths: np.ndarray, packed: bool) -> dict[str, A
 
     Args:
         chips: The devices to compile for.
-        lengths: The numbers of tokens of the examples from which the batch is drawn.
+        lengths: Number of tokens in each example from which the batch can be drawn.
         packed: Whether examples share rows.
     """
     run = make_run("emotion", "base", chips, data={"packing": packed}, training={"batch_size": 256})

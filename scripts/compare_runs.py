@@ -38,7 +38,7 @@ def scores(run: Path) -> dict[str, Any]:
 
 
 def table(sides: dict[str, list[Path]]) -> str:
-    """Returns a Markdown table with one row per metric that both sides have: its mean and its value for each seed."""
+    """Returns a Markdown table of the metrics that both sides have, with their means and their values by seed."""
     results = {side: [scores(run) for run in folders] for side, folders in sides.items()}
     lines = ["| | ours, mean | by seed | theirs, mean | by seed | ours − theirs |", "|---|---|---|---|---|---|"]
     for split in ("validation", "test"):

@@ -47,7 +47,7 @@ TRIED = """\
 
 
 def converted(run: Path, before: Path, share: float, folder: Path) -> None:
-    """Writes the model in its shipped form. Its weights are averages: `share` of `before`, and the rest of `run`."""
+    """Writes the model in its shipped form. Its weights are `share` · `before` + (1 - `share`) · `run`."""
     last, other = (load_file(place / hub.WEIGHTS_FILE) for place in (run, before))
     averaged = {name: (1 - share) * last[name] + share * other[name] for name in last}
     tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in averaged.items()}
@@ -60,7 +60,7 @@ def converted(run: Path, before: Path, share: float, folder: Path) -> None:
 
 
 def journal(run_folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl from all runs, as if they were one run."""
+    """Returns the lines of metrics.jsonl from all runs, with their steps numbered as if the runs were one run."""
     lines: list[dict[str, Any]] = []
     for run in run_folders:
         before = lines[-1]["step"] if lines else 0
@@ -69,7 +69,7 @@ def journal(run_folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def blanks(folder: Path, path: Path) -> list[tuple[str, list[str], bool]]:
-    """Returns, for each sentence, its text, the model's top five predictions, and whether one of them is correct."""
+    """Returns each sentence, the model's top five predictions for it, and whether one of them is correct."""
     fill_mask = bert_jax.pipeline("fill-mask", folder)
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -292,7 +292,7 @@ def broken(port: int) -> dict[str, int]:
 def hostile(
     server: Served, attackers: Callable[[int], dict[str, int]], bodies: list[bytes], expected: list[Any]
 ) -> dict[str, Any]:
-    """Measures, during an attack, the requests of an ordinary client (one per second) and those of a /health client."""
+    """Measures the requests of an ordinary client (one per second) and of a /health client during an attack."""
     server.forget_peak()
     before = server.memory()
     with multiprocessing.get_context("spawn").Pool(2) as pool:

@@ -33,7 +33,7 @@ RESAMPLES = 2000
 
 
 def counts_of(task: str, row: Mapping[str, Any], prediction: Mapping[str, Any]) -> tuple[float, float]:
-    """Returns what an example adds to the numerator and the denominator of its metric (accuracy or F1)."""
+    """Returns the numbers that an example adds to the numerator and the denominator of its metric (accuracy or F1)."""
     if task == "text-classification":
         return float(prediction["label"] == row["label"]), 1.0
     if task == "token-classification":

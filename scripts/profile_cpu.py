@@ -44,7 +44,7 @@ KINDS = {
     "softmax and context": "bnts,bnsh->bnth",
     "head": "predictions/.*->",
 }
-"""Kind -> regular expression that matches within the names of its operations."""
+"""Kind of operation -> regular expression that matches a part of the names of such operations."""
 CALLS = 5
 
 
@@ -63,7 +63,7 @@ def batch(rows: int, tokens: int, texts: int) -> dict[str, np.ndarray]:
 
 
 def kinds(program: str) -> dict[str, str]:
-    """Operation of a compiled program -> its kind, by the names of the operations fused into it; "" if unknown."""
+    """Operation of a compiled program -> its kind, inferred from the operations fused into it; "" if unknown."""
     names: dict[str, str] = collections.defaultdict(str)  # computation or operation -> `op_name`s in it
     inside = ""
     calls: dict[str, str] = {}

@@ -43,7 +43,7 @@ def classified(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], set
 
 
 def tagged(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], settings: Settings) -> Features:
-    """Features for token classification, as in `tokenize_and_align_labels` of run_ner.py."""
+    """Returns the same features for token classification as `tokenize_and_align_labels` in run_ner.py."""
     encoded = tokenizer(
         [row["tokens"] for row in rows], is_split_into_words=True, truncation=True, max_length=settings.data.max_length
     )
@@ -58,7 +58,7 @@ def tagged(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], setting
 
 
 def asked(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], settings: Settings) -> Features:
-    """Features for question answering, as in `prepare_train_features` of run_qa.py, with token offsets."""
+    """Returns the same features for question answering as `prepare_train_features` in run_qa.py, and token offsets."""
     encoded = tokenizer(
         [row["question"].lstrip() for row in rows], [row["context"] for row in rows], truncation="only_second",
         max_length=settings.data.max_length, stride=settings.answers.stride or settings.data.max_length // 3,
@@ -92,7 +92,7 @@ def asked(rows: list[dict[str, Any]], tokenizer: Any, names: list[str], settings
 
 
 def answers(rows: list[dict[str, Any]], features: Any, logits: Any, settings: Settings) -> list[str]:
-    """Returns the answer to each question, as in `postprocess_qa_predictions` in utils_qa.py of `transformers`."""
+    """Returns the same answers as `postprocess_qa_predictions` in utils_qa.py of `transformers`."""
     by_row: dict[int, list[int]] = {}
     for i, row in enumerate(features["row"]):
         by_row.setdefault(row, []).append(i)

@@ -253,7 +253,7 @@ def tokenize(
         folder: The shard folder.
         tokenizer: The model's tokenizer.
         layout: Options for converting documents to examples.
-        seed: The seed for the random choices when pairs are made.
+        seed: The seed for the random choices in making pairs.
         format: The format of the files; None to infer it from the file names.
         text: The key of the text in JSON Lines files.
         processes: Number of tokenization processes; by default, the number of processors.
@@ -306,7 +306,7 @@ def tokenize(
 def _units(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
     """Groups documents into one group per shard.
 
-    If possible, each group contains at least `SHARD` characters and at least two documents, which pairs require.
+    If possible, each group contains at least `SHARD` characters and at least two documents, the minimum for pairs.
     """
     unit: list[list[str]] = []
     # A full group. It is held back so that, if only one document remains at the end, that document can join it.
@@ -419,7 +419,7 @@ class Shards:
         return np.cumsum([0, *map(len, self.tables)])
 
     def column(self, name: str) -> np.ndarray:
-        """Returns the column that `HEADER` calls `name`, with one number per row: int32 [rows]."""
+        """Returns the column with the given name, which must be in `HEADER`: int32 [rows]."""
         return np.concatenate([table[:, HEADER.index(name)].astype(np.int32) for table in self.tables])
 
     def ids(self, row: int) -> np.ndarray:

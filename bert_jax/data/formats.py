@@ -22,7 +22,7 @@ COMMENT = re.compile(r"# +(?:[\w.:-]+ *=|newdoc\b|newpar\b|(?P<id>id) )")
 """Matches the beginning of a comment in a CoNLL file. Any other line that begins with # contains a word."""
 
 TEXT = ("text", "sentence", "sentence1", "question1", "premise", "question", "review", "content", "input_string")
-"""Usual names of the text column. If a data set has several of these columns, the first in this list is used."""
+"""Usual names of the text column. If several of these columns exist, the one that is listed first is used."""
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[int, Row | InputError]]
@@ -202,7 +202,7 @@ def parse_conll(lines: Iterator[str]) -> Rows:
     for number, line in enumerate(itertools.chain(lines, [""]), 1):
         fields = [field.strip() for field in line.split("\t" if "\t" in line.strip() else " ") if field.strip()]
         if not words and (comment := COMMENT.match(line)):
-            if comment["id"]:  # `# id O` may also be the word "#" with its columns
+            if comment["id"]:  # `# id O` may also be the word "#" and its other columns
                 ambiguous.add(len(fields))
             continue
         if fields and fields[0] != "-DOCSTART-":
@@ -219,7 +219,7 @@ def parse_conll(lines: Iterator[str]) -> Rows:
 
 
 def parse_squad(lines: Iterator[str]) -> Rows:
-    """Parses SQuAD's JSON, or just its array of articles. Each question is a row."""
+    """Parses JSON in the SQuAD format, or a JSON array of SQuAD articles. Each question is a row."""
     try:
         content = json.loads("".join(lines))
         rows = [
@@ -242,7 +242,7 @@ PARSERS: dict[str, Callable[[Iterator[str]], Rows]] = {
     "conll": parse_conll,
     "squad": parse_squad,
 }
-"""Maps each format to the function that parses the lines of a file. For tables, the function is `parse_table`."""
+"""Maps each format to the function that parses the lines of a file. For tables, use `parse_table` instead."""
 
 
 def literal(text: str) -> Any:
@@ -296,7 +296,7 @@ def _with_commas(text: str) -> str:
         if kind == "opening":
             # For each open bracket, `separators` contains the set of separators found in it so far. If a set contains
             # both a comma and a space, the error below is raised. Only list items may be separated by spaces, so
-            # the set of any other bracket initially contains a comma.
+            # the set for any other bracket initially contains a comma.
             separators.append(set() if part == "[" else {","})
         if kind == "closing" and (len(separators) == 1 or len(separators.pop()) > 1):
             raise ValueError("commas or brackets are missing")

@@ -10,19 +10,19 @@ from bert_jax.data.formats import literal
 from bert_jax.errors import InputError, listed, quoted
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-"""The problem types, as in the `problem_type` field of `config.json`."""
+"""The problem types, that is, the possible values of the `problem_type` field of `config.json`."""
 UNKNOWN = -1
-"""The label id of an unlabeled example, as in the GLUE test sets. In float targets, NaN is used instead."""
+"""The label id of an unlabeled example. The GLUE test sets use the same id. In float targets, NaN is used instead."""
 
 
 def read_lists(labels: dict[str, Any], problem_type: str | None) -> None:
-    """Parses labels that are lists written as strings, as in the cells of a CSV file.
+    """Parses labels that are lists written as strings, for example in the cells of a CSV file.
 
     If `problem_type` is None and any string is a list, all strings must be lists or blank. If `problem_type` is
     `MULTI`, every bracketed string must be a list.
 
     Args:
-        labels: The label of each row, keyed by the row's split and number as in error messages; modified in place.
+        labels: The label of each row, keyed by the row's location, such as `data.train: row 1`; modified in place.
         problem_type: None or `MULTI`.
 
     Raises:
@@ -120,7 +120,7 @@ def read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
 
 
 def numbered(count: int) -> tuple[str, ...]:
-    """The default names of `count` labels, as in `transformers`."""
+    """The names that `count` labels have by default; the same as in `transformers`."""
     return tuple(f"LABEL_{i}" for i in range(count))
 
 

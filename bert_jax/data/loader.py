@@ -86,9 +86,9 @@ class Examples:
         targets: Arrays keyed by name, with one number ([N]) or one vector ([N, …]) per example.
         token_targets: For each name, one array per example with one entry per token. In a batch, the entries for
             padding are `losses.IGNORE`.
-        origins: One tuple per example that describes the source of the example. The first item is the index of the
-            data row; the task defines the other items. Origins are not part of batches. If `origins` is empty, example
-            i is made from row i.
+        origins: For each example, a tuple that describes its source. The first item is the index of the data row; the
+            task defines the other items. Origins are not part of batches. If `origins` is empty, example i is made from
+            row i.
         pad_token_id: The id with which rows are padded.
     """
 
@@ -221,7 +221,7 @@ def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.nd
 def packed_shape(
     lengths: np.ndarray, batches: Sequence[np.ndarray], share: int, limit: int, multiple: int = 1
 ) -> Shape:
-    """Finds the shape that requires the least work among the shapes into which every packed batch fits.
+    """Among the shapes into which every packed batch fits, finds the one that requires the least work.
 
     Args:
         lengths: Number of tokens in each example.

@@ -80,7 +80,7 @@ class _Lazy(Sequence[np.ndarray]):
         return self.size
 
     def __getitem__(self, i: Any) -> Any:
-        return self.read(range(self.size)[i])  # `range` raises IndexError past the end, as a sequence must
+        return self.read(range(self.size)[i])  # `range` raises IndexError past the end, which ends iteration
 
 
 @dataclass(frozen=True)

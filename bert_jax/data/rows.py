@@ -29,7 +29,7 @@ class Spot(NamedTuple):
 
     @property
     def tokens(self) -> tuple[int, slice]:
-        """The index that selects the item's tokens in an array [rows, tokens, …]."""
+        """The index that selects the item's tokens in an array of shape [rows, tokens, …]."""
         return self.row, slice(self.start, self.stop)
 
 

@@ -38,7 +38,7 @@ PAIRS: tuple[tuple[str, ...], ...] = (
     ("text", "text_pair"), ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"),
     ("question", "sentence"),
 )  # fmt: skip
-"""Usual names of the two columns that contain pairs of texts."""
+"""Usual names of the two columns for a pair of texts."""
 
 ClassLabels = dict[str, tuple[str, ...]]
 """Maps each column of class ids to the names of the classes, in the order of the ids."""
@@ -166,8 +166,8 @@ def entries(
             - "conll": Each line contains a word in the first column and the word's tag in the last. Each row has the
               columns `tokens` and `tags` and ends at a blank line. The first word of a row may be preceded by comments,
               such as `# id 3b1c` or `# text = A sentence.`
-            - "squad": SQuAD's JSON, or just its array of articles. Each question is a row. The whole file is read
-              before the first row is returned.
+            - "squad": JSON in the SQuAD format, or a JSON array of SQuAD articles. Each question is a row. The whole
+              file is read before the first row is returned.
         labeled: If `format` is None, whether the format of a `.txt` file is "text;label" instead of "text".
         table: Options for reading a table. For other formats, only the default is allowed.
         warn: Whether to log warnings. A caller that reads a file twice passes False for one of the reads, so that each

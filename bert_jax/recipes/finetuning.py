@@ -48,7 +48,7 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
         CheckpointError: If the weights do not fit the model, or if a file cannot be written.
         TrainingError: If the loss or an output is not finite.
         OutOfMemoryError: If a batch does not fit in memory.
-        Interrupted: After Ctrl-C or SIGTERM; the state is saved.
+        Interrupted: If the process receives Ctrl-C or SIGTERM. The state is saved.
     """
     console, began = console or Console(quiet=True), time.perf_counter()
     folder = Path(settings.output.folder)
@@ -112,9 +112,9 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
 
     Args:
         settings: The settings of the run.
-        target: Chips to compile the training step for, such as `v5e:2x4`. This machine need not have them. If None, the
-            step is compiled for this machine's devices.
-        console: The console that shows, if a target is given, whether each batch shape fits; None for no output.
+        target: The chips for which the training step is compiled, such as `v5e:2x4`. This machine need not have them.
+            If None, the step is compiled for this machine's devices.
+        console: The console that shows whether each batch shape fits the target (if given); None for no output.
 
     Raises:
         InputError: If the settings or the data cannot be used, if the target is unknown, or if the compiler for the
@@ -205,7 +205,7 @@ def peak_memory(settings: Settings, prepared: preparation.Prepared, run: loop.Ru
 
 
 def compile_for(chips: aot.Target, run: loop.Run, shape: Shape, config: BertConfig, console: Console) -> str:
-    """Describes the step for a batch of `shape`, as the target's compiler reports it, and the largest batch that fits.
+    """Describes the step that is compiled for a batch of `shape`, and the largest batch that fits.
 
     A batch fits if each chip has enough memory for the step. To find the largest batch, only the number of rows is
     varied.

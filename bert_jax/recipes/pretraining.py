@@ -43,7 +43,7 @@ def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
             cannot be written.
         TrainingError: If the loss or an output is not finite.
         OutOfMemoryError: If a batch does not fit in memory.
-        Interrupted: After Ctrl-C or SIGTERM; the state is saved.
+        Interrupted: If the process receives Ctrl-C or SIGTERM. The state is saved.
     """
     console, began = console or Console(quiet=True), time.perf_counter()
     folder = Path(settings.output.folder)

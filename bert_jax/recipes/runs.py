@@ -90,7 +90,7 @@ def fit(settings: Settings | Pretraining, run: loop.Run, validation: Examples | 
             contains checkpoints of a run with other training examples, or if a logger cannot start.
         TrainingError: If the loss or an output is not finite.
         OutOfMemoryError: If a batch does not fit in memory.
-        Interrupted: After Ctrl-C or SIGTERM; the state is saved.
+        Interrupted: If the process receives Ctrl-C or SIGTERM. The state is saved.
         CheckpointError: If a checkpoint cannot be written or read.
     """
     options, folder = settings.training, Path(settings.output.folder)
@@ -152,7 +152,7 @@ def make_optimizer(settings: Settings | Pretraining, steps: int) -> optax.Gradie
     """Creates the optimizer for a run with the given number of steps.
 
     Raises:
-        InputError: If a setting is given that does not apply to the chosen optimizer.
+        InputError: If a setting that does not apply to the chosen optimizer is given.
     """
     options = settings.optimizer
     make = TRANSFORMS[options.name]
@@ -333,7 +333,7 @@ def _license_and_language(settings: Settings | Pretraining) -> dict[str, Any]:
 
 
 def public_settings(settings: Settings | Pretraining) -> str:
-    """Returns, as YAML and without local paths, the settings that differ from their defaults."""
+    """Returns YAML with the settings that differ from their defaults, except local paths."""
     tree = settings.model_dump(mode="json", exclude_defaults=True, exclude={"output"})
     model, data = tree.get("model", {}), tree.get("data", {})
     for name in ("id", "tokenizer"):

@@ -215,7 +215,7 @@ class TrainableTask(Task, Objective, Protocol):
     For each of these arguments, the settings contain a section with the same name.
     """
     order_matters: bool = False
-    """Whether, for models with two labels, any metric depends on the order of the labels."""
+    """Whether any metric depends on the order of the labels if a model has two labels."""
 
     @staticmethod
     def clean(rows: Mapping[str, list[Row]], options: ReadOptions) -> tuple[dict[str, list[Row]], str]:
@@ -237,7 +237,7 @@ class TrainableTask(Task, Objective, Protocol):
         """Whether any example has true values with which `evaluate` can compare the outputs."""
 
     def tuned(self, metrics: Mapping[str, Any]) -> Self:
-        """Returns a task that uses the tuned values in the metrics of an evaluation, such as a threshold.
+        """Returns a task that uses the tuned values, such as a threshold, from the metrics of an evaluation.
 
         A task without tuned values returns itself.
         """

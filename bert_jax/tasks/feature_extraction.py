@@ -91,8 +91,9 @@ class FeatureExtraction:
 
         Args:
             text: The text, which is truncated to the model's maximum length.
-            layers: The layers to return, such as `[6, -1]`: 0 for the embeddings, 1 for the first layer, and -1 for the
-                last, as in `hidden_states`. None returns the vectors of the last layer, without a layer axis.
+            layers: The layers to return, such as `[6, -1]`. They are numbered like the items of `hidden_states`: 0 for
+                the embeddings, 1 for the first layer, and -1 for the last. None returns the vectors of the last layer,
+                without a layer axis.
             pooling: None returns the vector of each token. "cls" returns the vector of [CLS]. "mean" and "max" return
                 the mean and the maximum over all tokens, including [CLS] and [SEP] (Reimers & Gurevych 2019,
                 arXiv:1908.10084, section 3). "auto" applies the pooling, normalization and maximum length that the
@@ -128,7 +129,7 @@ class FeatureExtraction:
 
         Args:
             text: A text, or its token ids. [CLS] and [SEP] are added to ids that lack them.
-            layers: As in `request`.
+            layers: See `request`.
             normalize: Whether to scale the vector to length 1; None to use the setting in the sentence-transformers
                 files.
             truncate: Whether to truncate a text that is too long. If false, such a text raises `InputError`.

@@ -174,7 +174,7 @@ class FillMask:
     def _score_pieces(
         self, ids: list[int], mask: int, targets: list[list[int]]
     ) -> Steps[dict[tuple[int, ...], list[TargetPiece]]]:
-        """Scores, at one mask, the pieces of each multi-piece target.
+        """Scores the pieces of each multi-piece target at one mask.
 
         To score piece n (counted from 0) of a target with k pieces, the mask is replaced with the first n pieces and
         k - n masks. The piece is scored at the first of these masks.

@@ -23,7 +23,7 @@ from bert_jax.tasks.base import Features, Outputs, ReadOptions, Request, Steps, 
 from bert_jax.tokenizer import Tokenizer
 
 ENDINGS = tuple(f"ending{i}" for i in range(10))
-"""Names of the columns that contain choices, as in SWAG, which uses the first four."""
+"""Names of the columns that contain one choice each. SWAG uses the first four."""
 MOST_CHOICES = 32
 """Maximum number of choices per example. Each choice is tokenized together with the context."""
 UNKNOWN = -1

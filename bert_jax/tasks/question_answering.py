@@ -170,7 +170,7 @@ class QuestionAnswering(TrainableTask):
         return Request(steps, sum(map(len, windows)), (100 + longest) * candidates)
 
     def _truncated(self, questions: Sequence[str], longest: int) -> list[tuple[str, int]]:
-        """Truncates each question to `longest` tokens and returns it with its number of tokens after truncation."""
+        """Truncates each question to at most `longest` tokens and returns it with the resulting number of tokens."""
         encoded = self.tokenizer.encode(questions, add_special_tokens=False)
         return [
             (text[: tokens.offsets[longest - 1][1]] if len(tokens) > longest else text, min(len(tokens), longest))
@@ -438,9 +438,10 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
 
 
 def _place(answers: Mapping[str, Any] | None, context: np.ndarray, offsets: np.ndarray) -> tuple[int, int]:
-    """The indices of the first and last tokens of the first answer in a window, as in `run_qa.py` of `transformers`.
+    """Locates the first of the answers in a window, in the same way as `run_qa.py` in `transformers`.
 
-    Both are 0, the index of [CLS], if there is no answer or if the window does not contain the whole answer.
+    Returns the indices of the answer's first and last tokens. Both are 0, the index of [CLS], if there is no answer or
+    if the window does not contain the whole answer.
     """
     if answers and answers["text"] and len(context):
         begin = answers["answer_start"][0]

@@ -140,8 +140,8 @@ class SequenceClassification(TrainableTask):
             text: A text, or a pair of texts as a tuple. Inputs are truncated to the model's maximum length. In a pair,
                 the longer text is truncated.
             top_k: How many labels to return; None for all.
-            function_to_apply: The function that converts logits to scores; None for the function of the model's problem
-                type.
+            function_to_apply: The function that converts logits to scores; None for the default function of the model's
+                problem type.
 
         Returns:
             `{label, score}` if `top_k` is 1, else a list of such entries, best first. In multi-label classification,

@@ -264,7 +264,8 @@ class TokenClassification(TrainableTask):
         The names are taken from the first applicable source:
 
         1. `options.labels`, if given.
-        2. `labels`, if given, unless it lacks a tag that occurs in the rows or contains tags with E- or S-.
+        2. `labels`, if given. It does not apply if it lacks a tag that occurs in the rows, or if it contains a tag that
+           begins with E- or S-.
         3. O, then B- and I- labels for each type in sorted order, then all other tags in sorted order. If no tag marks
            an entity, the names are all tags in sorted order.
         """

@@ -31,7 +31,7 @@ class Chip:
     """The published properties of a chip.
 
     Attributes:
-        platform: The platform as JAX names it, "tpu" or "cuda".
+        platform: JAX's name for the platform, "tpu" or "cuda".
         topology: The default number and layout of chips, such as "2x4".
         memory: Memory that a program may use on one chip, in bytes, as reported by the TPU compiler or the GPU driver.
         flops: Operations per second in dense bfloat16 matrix products.
@@ -95,7 +95,7 @@ class Target:
 def get(name: str) -> Target:
     """Returns the target with the given name, such as `v5e:2x4` or `h100:8`.
 
-    If the name contains no topology, as in `v5e`, the target has eight chips.
+    If the name contains only a chip, for example `v5e`, the target has eight of these chips.
 
     Raises:
         InputError: If there is no such chip or topology, or if the compiler for the chip is not installed.

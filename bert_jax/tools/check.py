@@ -103,7 +103,7 @@ def _row(part: str, what: str, error: float, limit: float) -> Row:
 
 
 def _error(found: Any, expected: Any) -> float:
-    """Returns the largest difference, relative to 1 plus the absolute value of the expected number.
+    """Returns the largest error, relative to 1 plus the absolute value of the expected number.
 
     Returns infinity if any difference is not finite.
     """
@@ -178,7 +178,7 @@ def goldens() -> Iterator[Row]:
 
 
 def dtypes() -> Iterator[Row]:
-    """Compares the embedded model's logits in bfloat16 and int8 with those of PyTorch `transformers` in float32."""
+    """Compares the embedded model's logits in bfloat16 and int8 with the reference logits."""
     expected = _golden()["logits of words"]
     for dtype, limit in ERRORS.items():
         params, skeleton = tree.split(bert_jax.BertForPreTraining.from_pretrained(MODEL, dtype=dtype))  # type: ignore[arg-type]

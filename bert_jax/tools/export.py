@@ -25,7 +25,7 @@ from bert_jax.tasks.registry import TASKS, task_name
 from bert_jax.tokenizer import Tokenizer
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-"""The platforms on which a program runs, as JAX names them."""
+"""JAX's names for the platforms on which a program runs."""
 PROGRAM_FILE, EXAMPLE_FILE = "program.bin", "run.py"
 
 # While a model is traced on this mesh, `sharding.platform()` is not one of `PLATFORMS`, so the model does not select
@@ -69,11 +69,11 @@ def export(
     tokenizer: Tokenizer | None = None,
     embedding: SentenceEmbedding | None = None,
 ) -> None:
-    """Exports a model as a program for CPUs, NVIDIA GPUs and TPUs, which JAX runs without this package.
+    """Exports a model as a program that JAX runs without this package, on CPUs, NVIDIA GPUs and TPUs.
 
     The export consists of these files:
 
-    - `program.bin`: the program, as serialized by `jax.export`
+    - `program.bin`: the program, serialized by `jax.export`
     - `run.py`: an example that runs the program
     - `model.safetensors` and `config.json`: files from which `from_pretrained` and PyTorch `transformers` load the same
       model
@@ -88,8 +88,8 @@ def export(
     Args:
         model: A loaded model, in float32 or bfloat16.
         folder: A new or empty folder.
-        task: The name of a task, as in `bert_jax.pipeline`, that the model must support; None for any model. The
-            program depends only on the model's class, not on the task.
+        task: The name of a task that the model must support (see `bert_jax.pipeline`); None for any model. The program
+            depends only on the model's class, not on the task.
         tokenizer: The tokenizer. If given, its files are also written.
         embedding: The sentence embedding settings, for `BertModel` only. If given, the program also has the output
             `sentence_embedding`, float32 [B, D], and the sentence-transformers files are also written.

@@ -50,7 +50,7 @@ class Checkpoints:
                 best_fn=_score,  # without it, Orbax does not store the scores
                 # A background write would read arrays that are donated to the next step, which overwrites them.
                 enable_async_checkpointing=False,
-                cleanup_tmp_directories=True,  # removes incomplete checkpoints from a killed run
+                cleanup_tmp_directories=True,  # removes incomplete checkpoints that a killed run left
             ),
         )
 

@@ -205,8 +205,8 @@ def opened(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> I
 
     If the run is resumed, each logger continues its earlier run in its service. The ids of these runs are stored in
     `loggers.json` in the run's folder. When steps are computed again, their values are not sent again. If the process
-    was killed, a logger lacks the values that it had not yet stored (for an offline W&B run, those of up to 15
-    seconds), but `metrics.jsonl` contains all values.
+    was killed, a logger lacks the values that it had not yet stored (for an offline W&B run, up to 15 seconds
+    of values), but `metrics.jsonl` contains all values.
 
     Args:
         names: The names of the loggers, from `LOGGERS`.

@@ -232,7 +232,7 @@ def train(
         InputError: If the arguments do not fit the model, the task or the devices, if `folder` contains checkpoints of
             a run with other training examples, or if `validation` lacks the labels that `metric` requires.
         TrainingError: If the loss or the results of an evaluation are not finite.
-        OutOfMemoryError: If the state of the run or a batch does not fit in memory.
+        OutOfMemoryError: If the run's state or a batch does not fit in memory.
         Interrupted: If the process receives Ctrl-C or SIGTERM and `folder` is given. The state is saved, and repeating
             the call with the same arguments resumes the run.
         CheckpointError: If a checkpoint cannot be written or read.

@@ -96,7 +96,7 @@ def save_adapters(
         params: All trained parameters, including adapters, keyed by path.
         lora: Specifies the rank and alpha of the adapters.
         base: Name or path of the base model.
-        task_type: The task type, named as in `peft`: "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS".
+        task_type: The `peft` name of the task type: "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS".
         revision: Branch, tag or commit of the base model on the Hub.
         model: The trained model. If it is given, its config is written to `merged_config.json`, so that
             `from_pretrained` can load the folder.

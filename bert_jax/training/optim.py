@@ -53,7 +53,8 @@ def rules(
 ) -> dict[str, Rule]:
     """Returns the update rule of each parameter, keyed by path.
 
-    Patterns are regular expressions that match whole paths. If several patterns match a path, the first one applies.
+    Each pattern is a regular expression that must match a whole path. If several patterns match a path, the first one
+    applies.
 
     Args:
         paths: The paths of the parameters, such as `bert.layers.0.attention.query.weight`.
@@ -242,10 +243,10 @@ def schedule(
     power: float = 1.0,
     final_learning_rate: float = 1e-7,
 ) -> optax.Schedule:
-    """Returns a schedule of `transformers`: a function that maps the step (from 0) to the learning rate (float32).
+    """Returns a `transformers` schedule: a function that maps the step (from 0) to the learning rate (float32).
 
     Args:
-        name: The schedule after warm-up, named as in `transformers`.
+        name: The `transformers` name of the schedule that follows warm-up.
         learning_rate: The peak learning rate.
         steps: Total number of steps in the run.
         warmup_steps: Number of linear warm-up steps.
@@ -256,7 +257,7 @@ def schedule(
         final_learning_rate: The learning rate at the end of "polynomial".
 
     Raises:
-        InputError: If the schedule is unknown, if an argument is set that does not apply to it, or if the run has only
+        InputError: If the schedule is unknown, if an argument that does not apply to it is set, or if the run has only
             one step and this step belongs to the warm-up, which starts at a learning rate of 0.
     """
     if name not in SCHEDULES:

@@ -29,11 +29,11 @@ SHAPES: dict[str, dict[str, int]] = {
 LENGTHS = [3, 8, 11, 14, 16, 18, 20, 21, 23, 25, 27, 29, 31, 33, 36, 38, 41, 46, 51, 61, 215]
 """Quantiles 0, 0.05, …, 1 of the number of tokens per sentence in movie reviews (Pang and Lee 2004)."""
 FLAX_PYTHON = "BERT_JAX_FLAX_PYTHON"
-"""The environment variable with the path of a Python interpreter that can import FlaxBert; see flax_peer.py."""
+"""The environment variable that contains the path of a Python interpreter with FlaxBert installed; see flax_peer.py."""
 
 
 def make_model(folder: Path, shape: str) -> None:
-    """Writes a model with seeded random weights of a published shape and the embedded model's vocabulary."""
+    """Writes a model that has a published shape, seeded random weights and the embedded model's vocabulary."""
     import torch
     import transformers
 

@@ -31,7 +31,7 @@ def time_epoch(name: str) -> tuple[int, float]:
 
 
 def packing(folder: Path, console: Console) -> dict[str, Any]:
-    """Measures throughput for the same sentences in three kinds of rows. Tests check that their results are equal."""
+    """Measures throughput for the same sentences in three kinds of rows. Tests check that the results are equal."""
     lengths = [min(length, 128) for length in sentence_lengths(SENTENCES)]
     names = [f"{what}, {how}" for what in ("training", "prediction") for how in ("padded", "by length", "packed")]
     rates: dict[str, list[float]] = {name: [] for name in names}

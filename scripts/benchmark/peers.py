@@ -173,7 +173,7 @@ def texts(folder: Path, console: Console, dtypes: Sequence[str]) -> dict[str, An
 
 
 def _sentences(folder: Path) -> list[str]:
-    """Sentences of random words with one mask each. Their lengths follow those of sentences in movie reviews."""
+    """Returns sentences of random words, each with one mask. Their lengths match those in movie reviews."""
     draw = random.Random(0)
     words = [
         word for word in (folder / "vocab.txt").read_text("utf-8").split("\n") if word.isascii() and word.isalpha()
@@ -188,7 +188,7 @@ def _sentences(folder: Path) -> list[str]:
 
 
 def _apart(ours: list[tuple[int, float]], theirs: list[tuple[int, float]]) -> float:
-    """The largest difference in score between two lists of the most likely tokens.
+    """Returns the largest score difference between two lists of the most likely tokens.
 
     A token that occurs only in `ours` is compared with the last score in `theirs`, because its score there cannot be
     higher.

@@ -43,7 +43,7 @@ def process(folder: Path, console: Console) -> dict[str, Any]:
 
 
 def load_once(folder: Path) -> dict[str, float]:
-    """Seconds for loading a checkpoint, and the increase in the process's peak memory in bytes."""
+    """Returns the seconds for loading a checkpoint and the increase in the process's peak memory in bytes."""
     import jax
 
     import bert_jax

@@ -111,7 +111,7 @@ def open_peer(side: str, folder: Path) -> Forward:
 
 
 def described(side: str) -> tuple[str, str, str]:
-    """Returns the runtime of a side, what it computes, and its dtype."""
+    """Splits the name of a side into the runtime, the computation (such as "gathered") and the dtype."""
     name, *rest = side.split()
     graph, dtype = [*rest, *["gathered", "float32"][len(rest) :]]
     return name, graph, dtype

@@ -101,7 +101,7 @@ def scores(folder: Path, console: Console) -> dict[str, Any]:
 
 
 def time_layers(folder: Path, count: int) -> tuple[dict[str, list[float]], float]:
-    """Seconds of the pipeline for the last layer and for a middle layer, and the error of the latter's vectors."""
+    """Returns the pipeline's seconds for the last and a middle layer, and the error of the middle layer's vectors."""
     import numpy as np
 
     import bert_jax

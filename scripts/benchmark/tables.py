@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 class Target(NamedTuple):
-    """The required value and the desired value of a figure, as shown in tables."""
+    """The required value and the desired value of a figure, formatted for tables."""
 
     must: str
     aim: str
@@ -44,7 +44,7 @@ def comparison(title: str) -> Table:
 
 
 def add_row(table: Table, name: str, values: dict[str, list[float]], unit: float, target: Target = NO_TARGET) -> None:
-    """Adds a row to a table from `comparison`. The ratio is the ratio of the medians."""
+    """Adds a row to a table that `comparison` created. The row contains the ratio of the medians."""
     cells = [cell for side in ("ours", "theirs") for cell in _cells([value * unit for value in values[side]], min)]
     ratio = statistics.median(values["ours"]) / statistics.median(values["theirs"])
     table.add_row(name, *cells, f"{ratio:.3f}", *target)
@@ -57,7 +57,7 @@ def ranking(title: str) -> Table:
 def rank(
     table: Table, name: str, values: dict[str, list[float]], best: Callable[..., Any], targets: dict[str, Target]
 ) -> None:
-    """Adds rows to a table from `ranking`. The last of our sides is compared with all others.
+    """Adds rows to a table that `ranking` created. The last of our sides is compared with all others.
 
     A target is shown in the row of the best side whose name contains the target's key.
     """
@@ -82,7 +82,7 @@ WORK = {
     "0.6": "“gathered”: the same work",
     "0.8": "“all”: the head at every token; “head”: all layers in full, the head only at the masks",
 }
-"""What the sides in each color compute."""
+"""Maps each color to a description of the sides that the chart shows in this color."""
 
 
 def chart(cases: dict[str, Any]) -> Any:

@@ -169,7 +169,10 @@ def their_fine_tuning(folder: Path, dropout: bool, dtype: str = "float32") -> An
 
 
 def keras_fine_tuning(folder: Path, dropout: bool) -> Any:
-    """The model has random weights. Losses are not compared, because KerasHub's GELU is the tanh approximation."""
+    """Prepares KerasHub's fine-tuning step, with random weights.
+
+    Losses are not compared, because KerasHub's GELU is the tanh approximation.
+    """
     import keras
     import keras_hub
     import numpy as np
@@ -240,7 +243,7 @@ def our_pretraining(folder: Path, dropout: bool) -> Any:
 
 
 def their_pretraining(folder: Path, dropout: bool) -> Any:
-    """`transformers` computes the logits of all tokens, not only of masked tokens."""
+    """Prepares a step with `transformers`, which computes the logits of all tokens, not only of masked tokens."""
     import torch
     import transformers
 

@@ -46,7 +46,7 @@ def workers() -> list[int]:
 
 
 def kill_twice(output: Path, stop: threading.Event) -> None:
-    """Kills a worker when the first files exist, and again when there are more."""
+    """Kills one worker when the first files exist and another when more files exist."""
     for files in (4, 12):
         while not stop.is_set() and len(list(output.glob("*.jsonl"))) < files:
             time.sleep(0.5)

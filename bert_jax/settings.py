@@ -484,7 +484,7 @@ class HeldOut(SettingsFile):
     seed: NonNegativeInt = 42
     """Seed for choosing masked tokens, for cutting and pairing texts, and for resampling."""
     resamples: PositiveInt = 1000
-    """Number of bootstrap resamples of the texts or pairs, from which the 95 % intervals are computed."""
+    """Number of bootstrap resamples of the texts or pairs, from which the 95% intervals are computed."""
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """Dtype of the models' large weights."""
     mesh: Mesh | None = None

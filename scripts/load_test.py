@@ -413,7 +413,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(f"memory: {ready / 1e6:.0f} MB when ready, {after / 1e6:.0f} MB after ({after / ready - 1:+.1%})")
     console.print(f"programs: {programs['ready']:.0f} when ready, {programs['after']:.0f} after")
     console.print(
-        f"overload: 99 % refused within {overload['refused within'] * 1e3:.0f} ms of the server's own time; "
+        f"overload: 99% refused within {overload['refused within'] * 1e3:.0f} ms of the server's own time; "
         f"/health p99 {overload['health p99'] * 1e3:.0f} ms"
     )
     console.print(f"SIGTERM under load: {report['SIGTERM']}")

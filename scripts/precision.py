@@ -3,7 +3,7 @@
     python scripts/precision.py --runs runs/emotion_1 runs/wnut17_1 --texts reviews.txt --embeddings sentence-model
 
 --runs        folders of finished fine-tuning runs, whose models are evaluated on the validation data: the metric, the
-              difference with a 95 % interval from the paired bootstrap over examples (Efron 1979), how many decisions
+              difference with a 95% interval from the paired bootstrap over examples (Efron 1979), how many decisions
               (labels, tags, answers) are equal, and for how many examples all decisions are equal
 --texts       a file of texts, one per line; the negative log-likelihood of masked tokens in them is measured with the
               model given by --model

@@ -4,7 +4,7 @@ Held-out texts are evaluated with the pretraining tasks, `fill-mask` and `next-s
 evaluated by the pseudo-log-likelihoods of their sentences.
 
 The measures for `fill-mask` are means over all masked tokens, except for the pseudo-perplexity, which is the
-exponential of such a mean. The measures for `next-sentence-prediction` are means over all pairs. The 95 % intervals are
+exponential of such a mean. The measures for `next-sentence-prediction` are means over all pairs. The 95% intervals are
 computed with the bootstrap (Efron 1979), which resamples texts for `fill-mask` and pairs for
 `next-sentence-prediction`.
 """
@@ -160,7 +160,7 @@ def evaluate(
             word pieces.
         share: For "random", the share of tokens to mask; at least one token is masked.
         seed: Seed for choosing masked tokens, for splitting and pairing texts, and for resampling.
-        resamples: Number of bootstrap resamples of the texts or pairs for the 95 % intervals.
+        resamples: Number of bootstrap resamples of the texts or pairs for the 95% intervals.
         dtype: "float32", "bfloat16" or "int8"; see `BertModel.from_pretrained`.
         mesh: The device mesh; see `bert_jax.pipeline`.
         ignore: Regular expressions for the names of the tensors to skip in the first model's checkpoint.
@@ -168,7 +168,7 @@ def evaluate(
 
     Returns:
         The results of each model, keyed by its name in `models`. Each measure has the form `{value, low, high}`, where
-        `low` and `high` are the bounds of the 95 % interval.
+        `low` and `high` are the bounds of the 95% interval.
 
         `fill-mask`: The measures are `nll` (in nats), `pseudo_perplexity` (the exponential of `nll`), `accuracy@k` for
         k = 1, 5 and 10, and `mrr` (mean reciprocal rank). `texts` is the number of texts, and `tokens` is the number of
@@ -229,7 +229,7 @@ def minimal_pairs(
         phenomena: The phenomenon that each pair tests; None to compute no results by phenomenon.
         metric: The scoring method; see `PseudoLogLikelihood.request`.
         seed: Seed for resampling.
-        resamples: Number of bootstrap resamples of the pairs for the 95 % interval.
+        resamples: Number of bootstrap resamples of the pairs for the 95% interval.
         dtype: "float32", "bfloat16" or "int8"; see `BertModel.from_pretrained`.
         mesh: The device mesh; see `bert_jax.pipeline`.
         ignore: Regular expressions for the names of the tensors to skip in the first model's checkpoint.
@@ -375,7 +375,7 @@ def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.nd
 def _means(
     values: dict[str, np.ndarray], owner: np.ndarray, texts: int, seed: int, resamples: int
 ) -> dict[str, dict[str, float]]:
-    """Returns the mean of each array with its 95 % interval, which is computed by resampling the texts or pairs.
+    """Returns the mean of each array with its 95% interval, which is computed by resampling the texts or pairs.
 
     For each entry of the arrays, `owner` contains the index of the text or pair to which the entry belongs. `texts` is
     the number of texts or pairs, including those without entries.

@@ -205,7 +205,7 @@ def mask_counts(length: int, texts: int, one_mask: bool) -> tuple[int, int, int]
 
     The rows have `length` tokens and contain at most `texts` texts. If each text has exactly one masked position
     (`one_mask`), the numbers are half, three quarters and all of `texts`. Otherwise, the smallest number is `texts`.
-    The second is a quarter of the row's tokens, which is enough for the 15 % that pretraining masks. The largest is the
+    The second is a quarter of the row's tokens, which is enough for the 15% that pretraining masks. The largest is the
     number of tokens in the row. All numbers are at least 2 because, with a single position, the head would compute
     matrix-vector products, which are slow on CPUs.
     """

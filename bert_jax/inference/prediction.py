@@ -224,7 +224,7 @@ class _Window:
 
 def _predict(pipe: Pipeline[Task], windows: Iterator[_Window], journal: _Journal, console: Console | None) -> None:
     began = journal.read
-    columns = BarColumn(), TextColumn("{task.percentage:.0f} % {task.fields[rate]}"), TimeRemainingColumn()
+    columns = BarColumn(), TextColumn("{task.percentage:.0f}% {task.fields[rate]}"), TimeRemainingColumn()
     with (
         Progress(*columns, console=console or Console(quiet=True), disable=console is None, transient=True) as progress,
         open(journal.partial, "ab") as partial,

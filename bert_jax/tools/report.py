@@ -73,12 +73,12 @@ def learning_curve(
 
 
 def _show_shares(axes: Any, metric: str) -> None:
-    """Sets the limits of the vertical axis to 0 and 100 % if the metric is a share, such as accuracy."""
+    """Sets the limits of the vertical axis to 0 and 100% if the metric is a share, such as accuracy."""
     from matplotlib.ticker import PercentFormatter
 
     if re.search("accuracy|f1|precision|recall|exact_match", metric):
         axes.set_ylim(0, 1.02)  # room for the markers of a perfect score
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
 
 
 def markdown(metrics: Mapping[str, Any]) -> str:
@@ -137,7 +137,7 @@ def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
 
     For `fill-mask`, the figure shows the accuracy by token frequency and by token position, with one line per model.
     For `next-sentence-prediction` and minimal pairs, the figure shows the accuracy of each model with its interval. A
-    line at 50 % marks the chance level.
+    line at 50% marks the chance level.
     """
     from bert_jax.tools.figure import Figure
 

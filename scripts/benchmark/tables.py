@@ -21,7 +21,7 @@ TARGETS = {
     "load": Target("1.3", "1.15"),
     "step 8 × 128": Target("0.8", "0.6"),
     "step 4 × 384": Target("0.95", "0.7"),
-    "rate": Target("≥ 50 %", "≥ 60 %"),
+    "rate": Target("≥ 50%", "≥ 60%"),
     "step python": Target("5 ms", "2 ms"),
     "peers 1 × 16": Target("1.4", "1.1"),
     "peers 8 × 128": Target("1.15", "1.0"),
@@ -39,7 +39,7 @@ NO_TARGET = Target("", "")
 
 
 def comparison(title: str) -> Table:
-    columns = [f"{side} {what}" for side in ("ours", "theirs") for what in ("best", "median", "10–90 %")]
+    columns = [f"{side} {what}" for side in ("ours", "theirs") for what in ("best", "median", "10–90%")]
     return Table("", *columns, "ratio", "must", "aim", title=title, title_justify="left")
 
 
@@ -51,7 +51,7 @@ def add_row(table: Table, name: str, values: dict[str, list[float]], unit: float
 
 
 def ranking(title: str) -> Table:
-    return Table("", "", "best", "median", "10–90 %", "ours / theirs", "must", "aim", title=title, title_justify="left")
+    return Table("", "", "best", "median", "10–90%", "ours / theirs", "must", "aim", title=title, title_justify="left")
 
 
 def rank(

@@ -198,7 +198,7 @@ def keras_fine_tuning(folder: Path, dropout: bool) -> Any:
 
 
 def masked(rows: int, tokens: int) -> Any:
-    """Token ids in which 15 % of each row is masked, the masked positions, and the ids of the true tokens."""
+    """Token ids in which 15% of each row is masked, the masked positions, and the ids of the true tokens."""
     import numpy as np
 
     random = np.random.default_rng(0)

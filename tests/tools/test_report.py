@@ -52,7 +52,7 @@ def test_learning_curve():
     np.testing.assert_array_equal(losses["validation loss"], [[0, 2.5], [25, 1.6], [50, 1.2]])
     np.testing.assert_array_equal(lines(right)["validation accuracy"], [[0, 0.25], [25, 0.5], [50, 0.75]])
     assert (left.get_xlabel(), left.get_ylabel(), right.get_ylabel()) == ("step", "loss (nats)", "validation accuracy")
-    assert right.yaxis.get_major_formatter()(0.5) == "50 %"
+    assert right.yaxis.get_major_formatter()(0.5) == "50%"
     assert right.get_ylim() == (0, 1.02)  # small differences look small
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 4
@@ -65,7 +65,7 @@ def test_learning_curve_of_a_regression():
         "loss (squared unit of the labels)",
         "validation mse (squared unit of the labels)",
     )
-    assert right.yaxis.get_major_formatter()(0.5) != "50 %"
+    assert right.yaxis.get_major_formatter()(0.5) != "50%"
 
 
 def test_learning_curve_where_the_metric_is_the_loss():

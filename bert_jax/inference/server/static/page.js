@@ -150,7 +150,7 @@ function judge() {
     const { outputs } = await ask("v1/next-sentence-prediction", { inputs: [[$("first").value, $("second").value]] });
     const { label, score } = outputs[0];
     const words = label === "IsNext" ? "It follows" : "It does not follow";
-    $("verdict").textContent = `${words} (${(100 * score).toFixed(1)} %).`;
+    $("verdict").textContent = `${words} (${(100 * score).toFixed(1)}%).`;
   });
 }
 

@@ -1,6 +1,7 @@
-"""BERT in JAX (Flax NNX). With published checkpoints, its outputs match those of Hugging Face Transformers (PyTorch).
+"""BERT in JAX (Flax NNX).
 
-This module lists the public names. Each name is imported on first use, so `import bert_jax` does not import JAX.
+With published checkpoints, the models' outputs match those of Hugging Face Transformers (PyTorch). This module lists
+the public names. Each name is imported on first use, so `import bert_jax` does not import JAX.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """Converts weights stored as `flax_model.msgpack` or `pytorch_model.bin` to `model.safetensors`.
 
-Sources: `transformers` 4.57, `modeling_flax_pytorch_utils.py`, for the names and layouts of FlaxBert parameters;
+Sources: `modeling_flax_pytorch_utils.py` in `transformers` 4.57 for the names and layouts of FlaxBert parameters, and
 `flax/serialization.py` for the msgpack format.
 """
 
@@ -36,18 +36,20 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, i
         source: A folder that contains `config.json`, or the folder of a sentence-transformers model.
         target: A new or empty folder, or `source` itself. In the latter case, `model.safetensors` is added to `source`.
         ignore: Regular expressions, each matched against full tensor names. Conversion fails if the weight file
-            contains a tensor that no BERT model has, unless an expression matches its name. Matching tensors are also
-            converted.
+            contains a tensor that no BERT model has, unless one of these expressions matches the tensor's name.
+            Matching tensors are also converted.
 
     Returns:
         The path of the weight file that was read.
 
     Raises:
-        InputError: If `target` contains other files, or if PyTorch is required but not installed.
-        ModelNotFoundError: If `source` is not a model folder.
+        InputError: If `source` is not a folder, if `target` is neither `source` nor a new or empty folder, or if
+            PyTorch is required but not installed.
+        ModelNotFoundError: If `source` does not contain a model.
         ConfigError: If the config does not describe a BERT model.
-        CheckpointError: If `source` contains neither weight file, if it already contains safetensors weights, if the
-            weight file is damaged, if its encoder does not fit the config, or if `target` cannot be written.
+        CheckpointError: If `source` contains neither of the two weight files, if it already contains safetensors
+            weights, if the weight file is damaged, if the encoder's weights do not fit the config, or if `target`
+            cannot be written.
     """
     source, target = Path(source), Path(target)
     if not source.is_dir():
@@ -137,7 +139,7 @@ def _from_pickle(file: Path) -> dict[str, np.ndarray]:
     """Reads the tensors in a file written by `torch.save`.
 
     The arrays share memory with the tensors, which are memory-mapped if the file format allows it. A tied tensor, such
-    as the decoder weight, is left out if it shares memory with its original.
+    as the decoder weight, is left out if it shares memory with the tensor to which it is tied.
     """
     check_extra("parity", "torch")
     import torch

@@ -56,7 +56,7 @@ def mesh(
         devices: The devices to use; by default, the devices of all processes.
 
     Raises:
-        InputError: If the axes do not fit the devices.
+        InputError: If the sizes of the axes do not fit the number of devices.
     """
     devices = sorted(
         jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id)
@@ -77,12 +77,12 @@ def local(sizes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
     """Returns a mesh of this process's devices.
 
     Args:
-        sizes: The sizes of the axes, as passed to `mesh`. By default, the `data` axis contains all devices of this
-            process, with two exceptions. If `jax.default_device` is set, the mesh contains only that device. On CPUs,
-            the mesh contains only the first device, because simulated devices share the same cores.
+        sizes: The axis sizes to pass to `mesh`. By default, the `data` axis contains all devices of this process, with
+            two exceptions. If `jax.default_device` is set, the mesh contains only that device. On CPUs, the mesh
+            contains only the first device, because simulated devices share the same cores.
 
     Raises:
-        InputError: If the axes do not fit the devices.
+        InputError: If the sizes of the axes do not fit the number of devices.
     """
     if sizes is not None:
         return mesh(**sizes, devices=jax.local_devices())
@@ -121,7 +121,7 @@ def mesh_of(params: Any) -> jax.sharding.Mesh | None:
 
 
 def _ours(mesh: jax.sharding.Mesh) -> bool:
-    """Whether a mesh has the axes that `mesh` creates."""
+    """Returns whether a mesh has the axes that `sharding.mesh` creates."""
     return mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}
 
 
@@ -187,9 +187,9 @@ def placement(mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...]) -> Nam
 def placements(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     """Returns the sharding of each array in a pytree according to `RULES`.
 
-    The last key that leads to an array serves as its parameter path. In a training run, the parameters and the
-    optimizer state are in dicts keyed by parameter path. Arrays under other keys, such as the number of steps, match no
-    rule and are replicated.
+    The last key in an array's pytree path serves as its parameter path. In a training run, the parameters and the
+    optimizer state are in dicts keyed by parameter path. Other arrays, such as the number of steps, match no rule and
+    are replicated.
     """
 
     def of(path: Any, leaf: Any) -> NamedSharding:
@@ -199,7 +199,7 @@ def placements(mesh: jax.sharding.Mesh, tree: Any) -> Any:
 
 
 def put(arrays: Any, layout: Any) -> Any:
-    """Puts a pytree of arrays on devices with the shardings in `layout`. Every process passes the complete arrays."""
+    """Puts a pytree of arrays on devices, sharded according to `layout`. Every process passes the complete arrays."""
     if jax.process_count() == 1:
         return jax.device_put(arrays, layout)
 
@@ -243,7 +243,7 @@ def by_rows(x: jax.Array) -> jax.Array:
 
     Returns:
         The constrained activations. If the current mesh (`jax.set_mesh`) lacks an axis in `BATCH_AXES` or does not
-        shard rows, x is returned unchanged.
+        shard rows, `x` is returned unchanged.
     """
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)) if shares() > 1 else x
 
@@ -252,8 +252,8 @@ def by_rows_from_features(x: jax.Array) -> jax.Array:
     """Applies `by_rows` to vectors [B, T, D] from a table whose features are sharded along the `fsdp` axis.
 
     The looked-up vectors are first constrained to be sharded by rows along `data` and by features along `fsdp`. To
-    change from this layout to that of `by_rows`, the devices along `fsdp` exchange parts. Without the intermediate
-    layout, the compiler would replicate all vectors if both axes have several devices ("involuntary full
+    change from this layout to that of `by_rows`, the devices along `fsdp` exchange parts of the vectors. If both axes
+    have several devices, the compiler would replicate all vectors without this intermediate layout ("involuntary full
     rematerialization").
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -281,9 +281,9 @@ def automatic(
     """Decorates a model's call so that it also runs on a mesh with Explicit axes.
 
     `jax.make_mesh` creates Explicit axes by default. On these axes, an operation must specify the sharding of its
-    result if its operands do not determine it. Inside the decorated call, the compiler chooses the shardings instead.
-    The rows of the output are sharded like those of `input_ids` or `inputs_embeds`. The decorator does nothing unless
-    the current mesh (`jax.set_mesh`) has Explicit axes.
+    result if the operands do not determine that sharding. Inside the decorated call, the compiler chooses the shardings
+    instead. The rows of the output are sharded like those of `input_ids` or `inputs_embeds`. The decorator does nothing
+    unless the current mesh (`jax.set_mesh`) has Explicit axes.
     """
 
     @functools.wraps(call)

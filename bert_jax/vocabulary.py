@@ -16,16 +16,18 @@ SAME, LOWER, PIECES, NONE = "copied", "copied from lower case", "averaged over o
 def carry(before: Tokenizer, after: Tokenizer) -> tuple[list[list[int]], dict[str, int]]:
     """Finds the old pieces from which the embedding of each new piece is computed.
 
-    If the old vocabulary contains the new piece, only that piece is used. If it contains only the lowercase form of the
-    new piece, only that form is used. Otherwise, the pieces into which the old tokenizer splits the new piece are used.
+    If the old vocabulary contains the new piece, only that piece is used. If the old vocabulary contains only the
+    lowercase form of the new piece, only that form is used. Otherwise, the pieces into which the old tokenizer splits
+    the new piece are used.
 
     Args:
         before: The tokenizer with the old vocabulary.
         after: The tokenizer with the new vocabulary.
 
     Returns:
-        The old ids for each new id, and the number of new pieces for each way of computing their embeddings (`SAME`,
-        `LOWER`, `PIECES` and `NONE`). If no old piece was found for a new id, its list of old ids is empty.
+        A list of old ids for each new id, and a dict that maps each method of computing an embedding (`SAME`, `LOWER`,
+        `PIECES` or `NONE`) to the number of new pieces for which it is used. If no old piece was found for a new id,
+        its list of old ids is empty.
     """
     old = before.backend.get_vocab()
     sources: list[list[int]] = [[] for _ in range(after.vocab_size)]

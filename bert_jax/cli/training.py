@@ -146,7 +146,7 @@ def _training(processes: str | None) -> Iterator[Console]:
         processes: The value of `--processes`; None for a single process.
 
     Yields:
-        A console, which prints only in the first process.
+        A console that prints only in the first process.
     """
     memory.keep_freed()
     use_compilation_cache()

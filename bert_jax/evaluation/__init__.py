@@ -1,1 +1,1 @@
-"""Metrics, and the evaluation of models on examples and on held-out texts."""
+"""Computes metrics and evaluates models on examples and held-out texts."""

@@ -1,4 +1,4 @@
-"""Reads rows from files on a Ray cluster, writes blocks to files, and maintains the journal of a run.
+"""File access for runs on Ray: reads rows from files, writes blocks to files, and maintains a run's journal.
 
 Ray imports this module in the processes that read and write files, so this module does not import JAX.
 """
@@ -26,10 +26,10 @@ ROWS_PER_TABLE = 1024
 
 
 class RowSource(FileBasedDatasource):
-    """Reads the rows of files. The `row` column contains the file name and the row number, starting at 0.
+    """Reads the rows of files. The `row` column contains the file name and the zero-based row number.
 
-    Rows of CSV and Parquet files keep their columns, and CSV columns contain strings. Rows of other files are JSON
-    lines.
+    Rows of CSV and Parquet files keep their columns, and CSV columns contain strings. For other files, the `line`
+    column contains each row as JSON.
     """
 
     def __init__(self, paths: list[str], format: str):
@@ -99,7 +99,7 @@ def first_line(error: BaseException) -> str:
 def content_of(name: str) -> list[Any]:
     """Returns the name of a file or folder, and the paths, sizes and modification times of its files.
 
-    A run is resumed only if these are unchanged.
+    A run is resumed only if all of these values are unchanged.
     """
     try:
         files, path = pyarrow.fs.FileSystem.from_uri(name)

@@ -1,4 +1,4 @@
-"""Code shared by fine-tuning and pretraining: the setup of a run, its folder, and the files written at its end."""
+"""Code shared by fine-tuning and pretraining: sets up runs and writes the files in their output folders."""
 
 import functools
 import inspect
@@ -54,7 +54,7 @@ def set_up(
 
     Raises:
         InputError: If the settings do not fit the model or the devices, if a pattern in the settings matches no
-            parameter, or if nothing is left to train.
+            parameter, or if no parameters are left to train.
     """
     options = settings.model.lora
     chosen = paths = list(tree.split(model)[1].specs)
@@ -83,7 +83,7 @@ def set_up(
 
 
 def fit(settings: Settings | Pretraining, run: loop.Run, validation: Examples | None, console: Console) -> loop.Trained:
-    """Creates the run's folder, writes the settings to it, and trains.
+    """Creates the run's folder, writes the settings to it, and trains the model.
 
     Raises:
         InputError: If `training.patience` is set without `data.validation`, if the folder cannot be written, if it
@@ -152,7 +152,7 @@ def make_optimizer(settings: Settings | Pretraining, steps: int) -> optax.Gradie
     """Creates the optimizer for a run with the given number of steps.
 
     Raises:
-        InputError: If a setting that does not apply to the chosen optimizer is given.
+        InputError: If the chosen optimizer does not support one of the given settings.
     """
     options = settings.optimizer
     make = TRANSFORMS[options.name]
@@ -179,11 +179,11 @@ def rule_options(settings: Settings | Pretraining) -> dict[str, Any]:
 
 
 def is_finished(settings: Settings | Pretraining, console: Console) -> bool:
-    """Returns whether the run's folder already contains the run's results. If so, prints that the run is finished.
+    """Returns whether the run's folder already contains the run's results. If so, prints a message.
 
     Raises:
-        InputError: If the settings differ between processes, if the folder contains other files or a run with other
-            settings, or if a package that the run needs is not installed.
+        InputError: If the settings differ between processes, if the folder contains unrelated files or a run with
+            different settings, or if a package that the run needs is not installed.
     """
     distributed.agree("The settings", settings.to_yaml)
     # A missing package is reported now, not after hours of training.
@@ -238,8 +238,8 @@ def end(
         run: The run.
         trained: The result of training.
         tokenizer: The tokenizer of the model.
-        found: Additional results, if there are any. The key "validation" or "test" contains the metrics of that split,
-            and the key "predictions" contains the name of the split for which predictions were made.
+        found: Additional results, if there are any. The metrics of a split are stored under the key "validation" or
+            "test". The name of the split for which predictions were made is stored under the key "predictions".
         began: The value of `time.perf_counter()` when the run began.
         console: The console that shows the summary.
     """
@@ -311,7 +311,7 @@ def model_card(settings: Settings | Pretraining, results: Mapping[str, Any]) -> 
 
 
 def _license_and_language(settings: Settings | Pretraining) -> dict[str, Any]:
-    """Returns the `license` and `language` metadata of a model, from the settings or else from the base model's card.
+    """Returns a model's `license` and `language` metadata from the settings or, if not set, from the base model's card.
 
     The language from the card is omitted if the card declares several languages, because the model may have been
     trained on any of them. It is also omitted if the vocabulary differs from that of the base model.

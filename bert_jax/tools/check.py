@@ -1,8 +1,8 @@
 """Checks a machine: compares the outputs of its devices with reference outputs and measures the devices' speed.
 
 The reference outputs in `check.safetensors` were computed by PyTorch `transformers` in float64 from the embedded model
-(`bert-mini-cased`); see `scripts/make_golden.py`. The tolerance is tight enough to detect matrix products in a lower
-precision than float32, which TPUs and some GPUs use by default.
+(`bert-mini-cased`); see `scripts/make_golden.py`. The tolerance is tight enough to detect matrix products that are
+computed in a lower precision than float32. TPUs and some GPUs use a lower precision by default.
 """
 
 import functools
@@ -68,7 +68,7 @@ class Row:
     """A row of the report.
 
     Attributes:
-        part: The part of the report.
+        part: The part of the report to which the row belongs.
         what: The computed or measured quantity.
         found: The result.
         expected: The expected result; empty if there is none.
@@ -113,7 +113,7 @@ def _error(found: Any, expected: Any) -> float:
 
 
 def machine() -> Iterator[Row]:
-    """Reports the package versions, the devices, and whether each dtype is faster than float32."""
+    """Reports the package versions, the devices, and whether bfloat16 and int8 should be faster than float32."""
     part = "machine"
     versions = ("bert-jax", "jax", "jaxlib", "flax", "optax", "numpy")
     yield Row(
@@ -192,7 +192,8 @@ def dtypes() -> Iterator[Row]:
 
 
 def kernels() -> Iterator[Row]:
-    """Compares the outputs and gradients of each fused kernel with those of plain attention, for each kind of row."""
+    """Compares each fused kernel's outputs and gradients with those of plain attention, for full, padded and packed
+    rows."""
     part, platform = "fused attention", jax.default_backend()
     for name, (hardware, needed) in attention.FUSED.items():
         dtype, limit, kernel = jnp.bfloat16, FUSED_ERROR, attention.ATTENTION[name]
@@ -323,7 +324,8 @@ def layouts() -> Iterator[Row]:
 
 
 def speed() -> Iterator[Row]:
-    """Measures training and inference on one device, in tokens per second and as a share of the peak rate."""
+    """Measures the speed of training and inference on one device, in tokens per second and as a share of the peak
+    rate."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         peak = _product_rate()
@@ -382,7 +384,7 @@ def _memory(sizes: Any) -> str:
 def inference(
     config: bert_jax.BertConfig, dtype: Any, rows: int, tokens: int, attention: Any = "plain"
 ) -> tuple[float, Any, float]:
-    """Measures the inference of a masked language model with two masked positions per row.
+    """Measures inference with a masked language model. Each row has two masked positions.
 
     Returns:
         The seconds per call, the program's memory use, and the number of operations in its matrix products.
@@ -446,7 +448,7 @@ def _product_rate() -> float:
 
 
 def _seconds(call: Callable[[], Any], least: float = 2.0) -> float:
-    """Returns the mean time per call in seconds, over calls that take at least `least` seconds in total."""
+    """Returns the mean time per call in seconds. The measured calls take at least `least` seconds in total."""
     jax.block_until_ready(call())
     count, began = 0, time.perf_counter()
     while count < 2 or time.perf_counter() - began < least:

@@ -1,8 +1,8 @@
 """Answers requests: reads the body, limits the cost, computes the results, and writes the response as JSON.
 
-The cost of a request is known before the request is computed. If the cost is too high, the request is refused. A single
-thread prepares large requests and writes large responses, so that they do not block the event loop. A second such
-thread would compete for the GIL with the thread that computes the results.
+The cost of a request is known before its results are computed. If the cost is too high, the request is refused. A
+single thread prepares large requests and writes large responses, so that they do not block the event loop. A second
+such thread would compete for the GIL with the thread that computes the results.
 """
 
 import ast
@@ -54,7 +54,7 @@ class Engine:
         models: The models. A request that does not specify a model is answered by the first model that is served for
             the task.
         limits: The server's limits.
-        batcher: The batcher that computes the requests.
+        batcher: The batcher that computes the results.
     """
 
     def __init__(self, models: Sequence[Served], limits: Limits, batcher: Batcher):
@@ -74,7 +74,7 @@ class Engine:
         If `model` is None, the pipeline of the first model that is served for the task is returned.
 
         Raises:
-            Refused: If there is no such model, or if the model is not served for the task.
+            Refused: If there is no model with this name, or if the model is not served for the task.
         """
         if model is not None and model not in self.models:
             raise self.unknown_model()
@@ -170,9 +170,9 @@ class Engine:
             longest: Inputs are never truncated to fewer tokens than this number.
             entries: The inputs.
             make: A function that makes a task request from an input.
-            parameters: The parameters that `make` uses, keyed by names that the client did not choose. Error messages
-                do not quote the texts in the parameters.
-            listed_as: What error messages call the list of inputs; empty if there is no list.
+            parameters: The parameters that `make` uses, keyed by name. The server, not the client, chooses these names.
+                Error messages do not quote the texts in the parameters.
+            listed_as: The name used for the list of inputs in error messages; empty if there is no list.
 
         Raises:
             Refused: If an input or a parameter is invalid, or if the cost of the inputs is too high.
@@ -234,7 +234,7 @@ class Engine:
     async def compute(
         self, request: Request, pipe: Pipeline[Any], prepared: Sequence[TaskRequest[Any]]
     ) -> Sequence[Any]:
-        """Computes the results of task requests and returns them in order.
+        """Computes and returns the results of task requests, in the order of the requests.
 
         Args:
             request: The HTTP request. If the client disconnects, the computation stops.
@@ -265,8 +265,8 @@ class Engine:
 
         Args:
             content: The content of the response.
-            prepared: The task requests that the response answers. The total size of their results determines whether
-                a separate thread writes the response.
+            prepared: The task requests that the response answers. The total size of the results determines whether a
+                separate thread writes the response.
             large: If true, a separate thread writes the response regardless of its size.
         """
         large = large or sum(made.size for made in prepared) > SMALL

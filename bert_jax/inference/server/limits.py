@@ -41,10 +41,10 @@ class Limits:
 
     Attributes:
         wait: If a request arrives while the server is idle, the server waits this many seconds for other requests and
-            then computes all of them together.
+            then processes all of them together.
         timeout: The time limit, in seconds, for each of three phases of a request. If the body does not arrive in time,
-            the server responds with status 408. If the response is then not ready in time, the server responds with
-            status 504. If the client does not read the response in time, the server closes the connection.
+            the server responds with status 408. After that, if the response is not ready in time, the server responds
+            with status 504. If the client does not read the response in time, the server closes the connection.
         max_body: The maximum size of a request's body, in bytes.
         max_inputs: The maximum number of inputs per request.
         max_characters: The maximum number of characters per input.
@@ -52,9 +52,9 @@ class Limits:
             request.
         max_answer: The maximum size of the response to a request, in bytes. The size is estimated before the
             computation.
-        max_queue_tokens: The maximum total number of tokens that the model may have to process for all unanswered
-            requests. A request that would raise the total above this number is refused with status 429. A single
-            request counts as at most three quarters of this number, so that there is room for others.
+        max_queue_tokens: The maximum number of tokens to process, summed over all unanswered requests. A request that
+            would raise the total above this number is refused with status 429. A single request counts as at most three
+            quarters of this number, so that there is room for others.
         max_connections: The maximum number of open connections. If this number is exceeded, the server closes the
             connection that has been idle the longest.
         truncate: Whether the OpenAI and text-embeddings-inference routes truncate texts that are too long. If false,

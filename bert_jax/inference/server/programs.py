@@ -17,8 +17,7 @@ class Programs:
     """The programs of several models, and the programs that compute the attention weights for the web page.
 
     Args:
-        models: The models. The usual programs are the programs of each model's first task for the usual buckets; see
-            `is_usual`.
+        models: The models. A program is usual if it serves its model's first task and a usual bucket; see `is_usual`.
         attention: The object that computes attention weights.
     """
 
@@ -66,5 +65,5 @@ class Programs:
             compiled()
 
     def close(self) -> None:
-        """Prevents further compilations. Compilations in progress are finished."""
+        """Prevents further compilations. Compilations that are already in progress run to completion."""
         self._closed = True

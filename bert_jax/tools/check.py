@@ -192,8 +192,7 @@ def dtypes() -> Iterator[Row]:
 
 
 def kernels() -> Iterator[Row]:
-    """Compares each fused kernel's outputs and gradients with those of plain attention, for full, padded and packed
-    rows."""
+    """Compares fused kernels with plain attention: outputs and gradients for full, padded and packed rows."""
     part, platform = "fused attention", jax.default_backend()
     for name, (hardware, needed) in attention.FUSED.items():
         dtype, limit, kernel = jnp.bfloat16, FUSED_ERROR, attention.ATTENTION[name]
@@ -324,8 +323,7 @@ def layouts() -> Iterator[Row]:
 
 
 def speed() -> Iterator[Row]:
-    """Measures the speed of training and inference on one device, in tokens per second and as a share of the peak
-    rate."""
+    """Measures training and inference speed on one device, in tokens/s and as a share of the peak rate."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         peak = _product_rate()

@@ -8,9 +8,9 @@ CACHE_VARIABLE = "BERT_JAX_COMPILATION_CACHE"
 
 
 def use_compilation_cache() -> None:
-    """Makes JAX cache compiled programs, by default in the user's cache folder.
+    """Configures JAX to cache compiled programs on disk, by default in the user's cache folder.
 
-    Commands and workers call this function.
+    The commands and the Ray workers call this function.
     """
     place = os.environ.get(CACHE_VARIABLE)
     if not place:

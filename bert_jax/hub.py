@@ -69,7 +69,8 @@ OTHER_FORMATS = {
 def download(model_id: str | os.PathLike[str], *, revision: str | None = None, timeout: float = 10.0) -> Path:
     """Returns the folder that contains a model's files. A model on the Hub is first downloaded to the local cache.
 
-    If `HF_HUB_OFFLINE=1` is set or the Hub does not respond, nothing is downloaded, and the cache is used as it is.
+    If `HF_HUB_OFFLINE=1` is set or the Hub does not respond, nothing is downloaded, and only files already in the cache
+    are used.
 
     Args:
         model_id: A folder, the name of the embedded model (`bert-mini-cased`), or an id on the Hub. An existing folder
@@ -120,7 +121,7 @@ def advice(names: Iterable[str], folder: str | os.PathLike[str]) -> str:
         folder: The folder name to show in the error message.
 
     Returns:
-        A sentence that begins with a space; an empty string if no file has a known format.
+        A sentence that begins with a space, or an empty string if no file has a known format.
     """
     paths = sorted(names)
     for pattern, what in OTHER_FORMATS.items():
@@ -162,7 +163,7 @@ def read_modules(file: Path) -> list[Module]:
 
 
 def network_folder(folder: Path) -> Path:
-    """Returns the folder of a model's network. In a sentence-transformers model, this may be a subfolder."""
+    """Returns the folder that contains a model's network. In a sentence-transformers model, this may be a subfolder."""
     file = folder / MODULES_FILE
     return folder / read_modules(file)[0].path if file.is_file() else folder
 
@@ -216,7 +217,7 @@ def architectures(folder: Path) -> list[str]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the name of a model or data set is an id on the Hub, not a local path or an embedded model's name."""
+    """Whether a model or data set name is a Hub id rather than a local path or the name of an embedded model."""
     from huggingface_hub import errors
     from huggingface_hub.utils import validate_repo_id
 
@@ -228,7 +229,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def read_card(model_id: str, revision: str | None = None) -> dict[str, Any]:
-    """Reads the metadata of a model card. Nothing is downloaded, because `download` fetches the card with the model.
+    """Reads the metadata of a model card. Nothing is downloaded, because `download` also fetches the card.
 
     Args:
         model_id: A folder, the name of the embedded model, or an id on the Hub.
@@ -258,7 +259,7 @@ def embedded() -> list[str]:
 
 
 def is_vacant(path: Path) -> bool:
-    """Whether `path` is free for a new folder: it does not exist, or it is an empty folder."""
+    """Whether `path` can be used for a new folder; true if it does not exist or is an empty folder."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
@@ -269,7 +270,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     The files may be in subfolders.
 
     Raises:
-        CheckpointError: If the files cannot be written. The message names the files that were already replaced.
+        CheckpointError: If the files cannot be written. The error message names the files that had already been
+            replaced.
     """
     folder = Path(folder).absolute()
     staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
@@ -375,7 +377,7 @@ def _from_hub(repo: str, revision: str, timeout: float) -> Path:
 
 
 def _commit(repo: str, revision: str, timeout: float) -> str:
-    """Asks the Hub for the commit of a revision. Files that are cached for this commit need no further request.
+    """Asks the Hub which commit a revision refers to. Files that are cached for this commit need no further request.
 
     Raises:
         TimeoutError: If the Hub cannot be reached or does not answer in time.

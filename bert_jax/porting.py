@@ -132,7 +132,7 @@ TASKS = {"sentiment-analysis": "text-classification", "ner": "token-classificati
 
 
 def ours(name: str) -> str:
-    """Returns the name that a `transformers` or FlaxBert class, such as `AutoModelForMaskedLM`, has in this package."""
+    """Returns this package's name for a `transformers` or FlaxBert class, such as `AutoModelForMaskedLM`."""
     name = re.sub("^(Flax|TF)?(AutoModel(?=For)|Auto|Bert)", "Bert", name)
     return re.sub("^BertTokenizer(Fast)?$", "Tokenizer", name)
 

@@ -20,7 +20,7 @@ FAST_INT8 = (0, 12)
 
 
 def speed(dtype: str) -> str:
-    """Returns the predicate of a sentence that states whether `dtype` is faster than float32 on this machine.
+    """Describes the speed of `dtype` on this machine in a phrase such as "should be faster than float32".
 
     Args:
         dtype: "bfloat16" or "int8".

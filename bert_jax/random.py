@@ -42,10 +42,10 @@ def _threefry(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Draws the bits with Threefry-2x32.
 
     `jax.random` uses the same algorithm, which computes a block of 64 bits from the key and a counter. In this
-    implementation, the counter consists of the index in the batch and the position in a quarter of the row. Each block
-    serves four elements, one in each quarter. In contrast, `jax.random` uses a whole block for one element and, on
-    CPUs, makes many passes over memory. `jax.random` is therefore five times slower and would take a tenth of the time
-    of a training step.
+    implementation, the counter consists of the row's index in the batch and a position within a quarter of the row.
+    Each block provides the bits for four elements, one in each quarter of the row. In contrast, `jax.random` uses a
+    whole block for one element and, on CPUs, makes many passes over memory. `jax.random` is therefore five times slower
+    and would take up a tenth of the time of a training step.
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2.
     """

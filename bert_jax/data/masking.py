@@ -1,4 +1,4 @@
-"""Chooses the tokens that a model must predict and replaces them in its input (Devlin et al. 2018, appendix A.1)."""
+"""Chooses the tokens that a model must predict and replaces them in the input (Devlin et al. 2018, appendix A.1)."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ class Masking:
 
 
 def count(tokens: int, share: float, most: int) -> int:
-    """The number of tokens to choose in an example with `tokens` tokens, including special tokens."""
+    """The number of tokens to choose in an example, where `tokens` is the example's length including special tokens."""
     return min(most, max(1, round(share * tokens)))
 
 
@@ -44,9 +44,9 @@ def choose(
         candidates: The positions that may be chosen, int [m], ascending.
         n: Number of tokens to choose.
         random: The random generator.
-        continuing: bool [m], true for each candidate that continues the word of the previous candidate. If given, whole
-            words are chosen in random order, and a word is skipped if it would raise the number of tokens above n. If
-            every word has more than n tokens, the first n candidates are chosen.
+        continuing: bool [m], true for each candidate that belongs to the same word as the previous candidate. If given,
+            whole words are chosen in random order, and a word is skipped if it would raise the number of chosen tokens
+            above n. If every word has more than n tokens, the first n candidates are chosen.
 
     Returns:
         The chosen positions, int64 [at most n], ascending.
@@ -87,10 +87,10 @@ class _Lazy(Sequence[np.ndarray]):
 class MaskedExamples(Examples):
     """Examples in which some tokens are chosen for prediction.
 
-    The choice depends only on the seed, the epoch and the example. Up to P tokens are chosen per row. Three arrays,
-    int32 [B, P], are added to the `targets` of a batch, with one entry per chosen token. `masked_positions` contains
-    the index of the token in the row, `labels` contains the token's original id, and `guessed_in` contains the index of
-    the token's example among the examples in the row. Unused entries are `IGNORE` in `labels` and 0 in the other two
+    The choice depends only on the seed, the epoch and the example. Up to P tokens are chosen per row. Three int32
+    arrays of shape [B, P] are added to a batch's `targets`, each with one entry per chosen token. For each chosen
+    token, `masked_positions` contains its index in the row, `labels` contains its original id, and `guessed_in`
+    contains the index of its example within the row. Unused entries are `IGNORE` in `labels` and 0 in the other two
     arrays.
 
     Attributes:
@@ -114,7 +114,7 @@ class MaskedExamples(Examples):
         """Makes an example from each row of the shards.
 
         Raises:
-            InputError: If the vocabulary has no [MASK].
+            InputError: If the vocabulary has no [MASK] token.
         """
         if tokenizer.mask_token_id is None:
             raise InputError("The vocabulary has no [MASK]; masked-language modeling needs it.")
@@ -138,7 +138,7 @@ class MaskedExamples(Examples):
         return examples
 
     def digest(self) -> str:
-        """SHA-256 of the lengths. The tokens are omitted, because the hashes of the shards already cover them."""
+        """SHA-256 of the lengths. The tokens are not included, because the hashes of the shards already cover them."""
         return hashlib.sha256(self.lengths.tobytes()).hexdigest()
 
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:

@@ -16,9 +16,9 @@ class Spot(NamedTuple):
     Attributes:
         item: The index of the item.
         row: The index of the row in the batch.
-        number: The number of the item within its row, starting at 0.
+        number: The index of the item among the items in its row, starting at 0.
         start: The index of the item's first token in the row.
-        stop: The index just past the item's last token in the row.
+        stop: The index of the item's last token in the row, plus 1.
     """
 
     item: int
@@ -34,7 +34,7 @@ class Spot(NamedTuple):
 
 
 def lay_out(items: Iterable[int], rows: Iterable[int], lengths: Iterable[int]) -> list[Spot]:
-    """Lays out each item in the given row. Items in the same row are in the order of `items`."""
+    """Lays out each item in the row specified for it. Items in the same row keep their order in `items`."""
     used: dict[int, tuple[int, int]] = {}  # for each row, the number of items and the number of tokens so far
     spots = []
     for item, row, length in zip(items, rows, lengths, strict=True):
@@ -53,7 +53,7 @@ def model_inputs(
     packed: bool,
     pad_token_id: int,
 ) -> dict[str, np.ndarray]:
-    """Makes a model's keyword arguments for a batch of items.
+    """Builds the keyword arguments of a model call for a batch of items.
 
     Args:
         spots: The locations of the items.
@@ -89,7 +89,7 @@ def best_fit(tokens: Sequence[int], length: int, *, rows: int | None = None, ite
         items: Maximum number of items per row; None for no limit.
 
     Returns:
-        The row of each item; -1 if no row has room for the item.
+        The index of each item's row, or -1 if no row has room for the item.
     """
     room: list[tuple[int, int, int]] = []  # (tokens left in the row, row, items in the row), fullest row first
     chosen: list[int] = []

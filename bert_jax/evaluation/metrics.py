@@ -57,7 +57,7 @@ def multi_label(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, .
 
 
 def best_threshold(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
-    """Finds the threshold with the best `f1_micro`. Each label with a score above the threshold counts as predicted.
+    """Finds the threshold with the highest `f1_micro`. Each label with a score above the threshold counts as predicted.
 
     Args:
         labels: [N, C], 0 or 1.
@@ -77,7 +77,7 @@ def best_threshold(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float
 
 
 def _scores(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the accuracy and the F1 averages, and the metrics of each label (`per_class`)."""
+    """Returns two dicts: the accuracy with the F1 averages, and the metrics of each label (`per_class`)."""
     options: dict[str, Any] = {"labels": list(range(len(names))), "zero_division": 0.0}
     scores = {"accuracy": float(metrics.accuracy_score(labels, predictions))}
     for average in ("macro", "micro", "weighted"):
@@ -97,8 +97,8 @@ def regression(labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
         predictions: float [N].
 
     Returns:
-        `pearson`, `spearman` and `mse` (mean squared error, in the squared unit of the labels). Both correlations are 0
-        if all labels or all predictions are equal.
+        `pearson`, `spearman` and `mse` (mean squared error, in squared label units). Both correlations are 0 if all
+        labels or all predictions are equal.
     """
     varied = len(labels) > 1 and np.ptp(labels) > 0 and np.ptp(predictions) > 0
     return {
@@ -118,7 +118,7 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
             tag without a type, such as "B", gets the type "_", as in `seqeval`.
 
     Returns:
-        One tuple (type, index of the first word, index of the last word) per entity, in order.
+        One tuple (type, index of the first word, index of the last word) per entity, in sentence order.
     """
     found: list[tuple[str, int, int]] = []
     before, kind_before, begin = "O", "", 0
@@ -137,8 +137,8 @@ def tagging(labels: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]
     """Computes metrics for token classification from the tags of each sentence.
 
     Returns:
-        `precision`, `recall` and `f1` over all entities, `accuracy` of the tags, and `per_class` (precision, recall, F1
-        and support of each type). An entity is correct if its type, its first word and its last word are correct.
+        `precision`, `recall` and `f1` over all entities, `accuracy` over all tags, and `per_class` (precision, recall,
+        F1 and support of each type). An entity is correct if its type, its first word and its last word are correct.
     """
     truth, found = ({(n, *span) for n, tags in enumerate(side) for span in entities(tags)}
                     for side in (labels, predictions))  # fmt: skip
@@ -174,15 +174,16 @@ def answering(
         golds: The accepted answers of each question; empty if the question has no answer.
         answers: The predicted answer to each question, or "" for no answer.
         null_over_best: For each question, the score of "no answer" minus the score of the best non-empty answer. If
-            `null_over_best` is given, `answers` must be these best non-empty answers, and the best threshold is found.
-            "No answer" is predicted for each question whose difference is above the threshold.
+            `null_over_best` is given, `answers` must contain the best non-empty answer to each question, and the best
+            threshold is also computed. "No answer" is predicted for each question whose score difference is above the
+            threshold.
 
     Returns:
-        `exact_match` and `f1`, which are means over the questions. All means are between 0 and 1 (in the script,
-        between 0 and 100). If some questions have no answer, the `has_answer_…` metrics are means over the questions
-        with an answer, and the `no_answer_…` metrics are means over the questions without one. If `null_over_best` is
-        given, `best_f1` and `best_exact_match` are the highest values that any threshold achieves, and `null_threshold`
-        is the threshold that achieves `best_f1`.
+        `exact_match` and `f1`, which are means over the questions. All means are between 0 and 1, but those of the
+        official script are between 0 and 100. If some questions have no answer, the `has_answer_…` metrics are means
+        over the questions with an answer, and the `no_answer_…` metrics are means over the questions without one. If
+        `null_over_best` is given, `best_f1` and `best_exact_match` are the highest values that any threshold achieves,
+        and `null_threshold` is the threshold that achieves `best_f1`.
     """
     has_answer = np.array([bool(gold) for gold in golds])
     golds = [[answer for answer in gold if normalized(answer)] or [""] for gold in golds]

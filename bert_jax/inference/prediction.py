@@ -1,8 +1,8 @@
 """Makes predictions for the rows of files, in order and in constant memory. A killed run can be resumed.
 
 In addition to the output file, called `OUT` below, a run writes up to three files next to it. `OUT.partial` contains
-the rows predicted so far and is removed at the end. `OUT.run.json` identifies the run and records its progress.
-`OUT.rejected.jsonl` contains the rows that could not be used, if there are any.
+the rows predicted so far and is removed at the end of the run. `OUT.run.json` identifies the run and records its
+progress. `OUT.rejected.jsonl` contains the rows that could not be used, if there are any.
 """
 
 import contextlib
@@ -77,10 +77,10 @@ def predict_files(
         model: The name of the model. The run records this name and a hash of the weights and the tokenizer. The run can
             be resumed only with the same model.
         columns: The columns that form an input: one column, two columns for a pair, or the columns of a context and its
-            choices. By default, the first tuple in the task's `columns_of_input` whose columns all exist in the row.
+            choices. The default is the first tuple in the task's `columns_of_input` whose columns all exist in the row.
         format: The format of the inputs. If None, the format is inferred from each file's name, and a `.txt` file is
             read as one text per line.
-        table: Options for reading inputs that are tables.
+        table: Options for reading tabular inputs.
         shard: A pair (i, n) that selects every n-th row, starting with the i-th. Rows are counted from 1.
         parameters: The task's parameters.
         console: The console for a progress bar; None for no progress bar.
@@ -142,7 +142,7 @@ def predict_files(
 
 
 def check_request(pipe: Pipeline[Task], columns: tuple[str, ...], parameters: Mapping[str, Any]) -> Request[Any]:
-    """Makes a request from the task's example.
+    """Checks the columns and parameters, and returns a request made from the task's example.
 
     Raises:
         InputError: If the columns or parameters are invalid for every row.
@@ -293,7 +293,7 @@ def _size(path: Path) -> int:
 
 
 def _weights_digest(pipe: Pipeline[Any]) -> str:
-    """Returns a hash of a model's parameters and tokenizer. For BERT-base, the computation takes 0.4 s."""
+    """Returns a hash of a model's parameters and tokenizer. For BERT-base, computing the hash takes 0.4 s."""
     digest = hashlib.sha256(pipe.tokenizer.backend.to_str().encode())
     for path, leaf in sorted(tree.flatten(pipe.params).items()):
         digest.update(path.encode())
@@ -347,7 +347,7 @@ def _line(row: Mapping[str, Any], *, ascii: bool = False) -> bytes:
 
 
 def _convert(partial: Path, output: Path) -> None:
-    """Writes the rows in the format that the output's name specifies. The file appears only when it is complete."""
+    """Writes the rows in the format determined by the output file's name. The file appears only when it is complete."""
     if output.suffix == ".jsonl":
         os.replace(partial, output)
         return

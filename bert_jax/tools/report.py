@@ -46,8 +46,8 @@ def learning_curve(
     """Plots the training and validation losses by step and, on a second axis, the validation metric.
 
     Args:
-        journal: The lines of a run's `metrics.jsonl` file, as returned by `read_journal`. Step 0 is the model before
-            training.
+        journal: The lines of a run's `metrics.jsonl` file, as returned by `read_journal`. Step 0 refers to the model
+            before training.
         metric: The validation metric to plot.
         best: The step to mark as the best; None for no mark.
         unit: The unit of the loss.
@@ -73,7 +73,7 @@ def learning_curve(
 
 
 def _show_shares(axes: Any, metric: str) -> None:
-    """Sets the limits of the vertical axis to 0 and 100% if the metric is a share, such as accuracy."""
+    """Scales the vertical axis from 0 to 100% if the metric is a share, such as accuracy."""
     from matplotlib.ticker import PercentFormatter
 
     if re.search("accuracy|f1|precision|recall|exact_match", metric):
@@ -84,7 +84,8 @@ def _show_shares(axes: Any, metric: str) -> None:
 def markdown(metrics: Mapping[str, Any]) -> str:
     """Formats metrics as Markdown.
 
-    The first table contains the scalar metrics. Scores by class and a confusion matrix, if any, are in separate tables.
+    The first table contains the scalar metrics. Per-class scores and the confusion matrix, if available, are in
+    separate tables.
     """
     names = {"f1": f"f1 of {metrics['f1_label']}"} if "f1_label" in metrics else {}
     numbers = {names.get(name, name): value for name, value in metrics.items() if isinstance(value, int | float)}
@@ -102,9 +103,9 @@ def markdown(metrics: Mapping[str, Any]) -> str:
 def held_out_markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Formats the results of `held_out.evaluate` as Markdown.
 
-    The first table contains the measures and their intervals, with one column per model. For `fill-mask`, two more
-    tables contain the results by token frequency and by token position. For minimal pairs, one more table contains the
-    accuracy by phenomenon.
+    The first table contains the metrics and their confidence intervals, with one column per model. For `fill-mask`, two
+    more tables contain the results by token frequency and by token position. For minimal pairs, another table contains
+    the accuracy for each phenomenon.
     """
     first = next(iter(results.values()))
     rows = []
@@ -136,8 +137,8 @@ def held_out_figure(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Plots the results of `held_out.evaluate`.
 
     For `fill-mask`, the figure shows the accuracy by token frequency and by token position, with one line per model.
-    For `next-sentence-prediction` and minimal pairs, the figure shows the accuracy of each model with its interval. A
-    line at 50% marks the chance level.
+    For `next-sentence-prediction` and minimal pairs, the figure shows the accuracy of each model with its confidence
+    interval. A line at 50% marks the chance level.
     """
     from bert_jax.tools.figure import Figure
 
@@ -181,17 +182,17 @@ def model_card(
 ) -> str:
     """Returns a model card (`README.md`) with metadata, a description, usage examples, metrics, and details of the run.
 
-    The metadata follows the format of `ModelCardData` in `huggingface_hub`. It also contains the metrics, as
-    `model-index`.
+    The metadata follows the format of `ModelCardData` in `huggingface_hub`. It also includes the metrics, in the
+    `model-index` field.
 
     Args:
         name: The name of the model.
         task: The Hugging Face name of the model's task.
-        made: How the model was made, such as "`bert-base-cased` fine-tuned for …".
+        made: How the model was made; for example, "`bert-base-cased` fine-tuned for …".
         results: The contents of `results.json`.
-        metadata: Arguments of `ModelCardData`, such as `license`, `language` and `base_model`.
-        datasets: For each split, the arguments that describe its data set: those of `EvalResult` in `huggingface_hub`
-            whose names begin with `dataset_`.
+        metadata: Arguments for `ModelCardData`, such as `license`, `language` and `base_model`.
+        datasets: Maps each split to the `huggingface_hub.EvalResult` arguments that describe its data set. The names of
+            these arguments begin with `dataset_`.
         settings: The settings of the run, as YAML.
     """
     from huggingface_hub import EvalResult, ModelCardData

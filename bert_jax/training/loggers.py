@@ -128,7 +128,7 @@ class MLflow:
             raise InputError(f"MLflow cannot start a run: {_sentence(error)}.") from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Sends the values of a step. If the server rejects them, logs a warning."""
+        """Sends the values of a step. Logs a warning if the server rejects the values."""
         with self._warns(f"the metrics of step {step}"):
             for part in _parts(_named_for_mlflow(values)):
                 self._mlflow.log_metrics(part, step=step, run_id=self.id)
@@ -191,7 +191,7 @@ LOGGERS = {
 
 
 def check(names: Sequence[str]) -> None:
-    """Raises `InputError` if the package of one of these loggers is not installed."""
+    """Raises `InputError` if the package for any of these loggers is not installed."""
     for name in names:
         spec = importlib.util.find_spec(LOGGERS[name].module)
         # `find_spec` also finds a folder of the same name, such as the `wandb` folder in which runs are stored.
@@ -203,15 +203,15 @@ def check(names: Sequence[str]) -> None:
 def opened(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> Iterator[list[Logger]]:
     """Opens loggers by name and closes them when the `with` block ends.
 
-    If the run is resumed, each logger continues its earlier run in its service. The ids of these runs are stored in
-    `loggers.json` in the run's folder. When steps are computed again, their values are not sent again. If the process
-    was killed, a logger lacks the values that it had not yet stored (for an offline W&B run, up to 15 seconds
-    of values), but `metrics.jsonl` contains all values.
+    If training is resumed, each logger continues the run that it created earlier in its service. The ids of these runs
+    are stored in `loggers.json` in the run's folder. When steps are recomputed, their values are not sent a second
+    time. If the process was killed, a logger lacks the values that it had not yet stored (for an offline W&B run, up to
+    15 seconds of values). However, `metrics.jsonl` contains all values.
 
     Args:
-        names: The names of the loggers, from `LOGGERS`.
-        folder: The folder of the run, which must exist. The last two components of its path form the run's name, such
-            as "runs/emotion".
+        names: The names of the loggers. Each must be a key of `LOGGERS`.
+        folder: The folder of the run, which must exist. The last two components of its path form the run's name (for
+            example, "runs/emotion").
         settings: The settings of the run, which the loggers display.
 
     Raises:
@@ -238,11 +238,11 @@ def opened(names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> I
 
 @dataclass(frozen=True)
 class _Unsent:
-    """Passes on only the values that a logger did not receive before the run was resumed.
+    """Forwards to a logger only the values that it did not receive before the run was resumed.
 
     Attributes:
         logger: The logger.
-        sent: The step and the value names of each set of values that the logger has received.
+        sent: For each set of values that the logger has already received, the step and the names of the values.
     """
 
     logger: Logger
@@ -258,11 +258,11 @@ def _run_name(folder: Path) -> str:
 
 
 def _named_for_mlflow(values: Mapping[str, Value]) -> dict[str, Value]:
-    """Returns the values under names that MLflow accepts. (MLflow itself truncates parameter values that are too long.)
+    """Returns the values, keyed by names that MLflow accepts. (MLflow itself truncates long parameter values.)
 
-    Such a name has at most `LONGEST_NAME` characters and contains only letters, digits and the characters `_-. :/`. It
-    is also a normalized relative path, because MLflow may use it as a file name. If several values would get the same
-    name, a number is appended to the later names.
+    An accepted name has at most `LONGEST_NAME` characters and contains only letters, digits and the characters
+    `_-. :/`. The name is also a normalized relative path, because MLflow may use it as a file name. If several values
+    would get the same name, a number is appended to the later names.
     """
     named: dict[str, Value] = {}
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""`BertConfig`: the hyperparameters of a network, with the field names of `config.json`."""
+"""`BertConfig`: the hyperparameters of a BERT model. The fields have the same names as in `config.json`."""
 
 import contextlib
 import dataclasses
@@ -70,7 +70,9 @@ class ConfigChanges(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Hyperparameters of BERT (Devlin et al. 2018, section 3), with the field names of Hugging Face's `config.json`.
+    """The hyperparameters of a BERT model (Devlin et al. 2018, section 3).
+
+    The fields have the same names as in Hugging Face's `config.json`.
 
     Raises:
         ConfigError: If a value is invalid or contradicts another value.
@@ -133,7 +135,7 @@ class BertConfig:
         object.__setattr__(self, "label2id", {label: i for i, label in enumerate(self.labels)})
 
     def _checks(self) -> Iterator[tuple[str, bool, str]]:
-        """Yields a tuple per check: the name of a field, whether its value is valid, and a description of valid values.
+        """Yields one tuple per check: a field name, whether the value is valid, and a description of valid values.
 
         Later checks rely on earlier ones, so the caller must raise an error at the first invalid value.
         """
@@ -177,7 +179,7 @@ class BertConfig:
     def replace(self, **changes: Unpack[ConfigChanges]) -> "BertConfig":
         """Returns a copy with some fields changed.
 
-        New label names also change `num_labels`. If `num_labels` changes and no names are given, the names become
+        Passing label names also updates `num_labels`. If `num_labels` changes and no names are given, the names become
         LABEL_0, LABEL_1, …
 
         Raises:

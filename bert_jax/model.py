@@ -3,8 +3,8 @@
 All variables of the modules are `nnx.Param`s. They are float32 unless a model is loaded for inference with another
 `dtype` (see `bert_jax.quantization`). A call applies dropout if and only if it is given a `dropout_key`. The
 activations are converted to `compute_dtype` once, after the embeddings. The matrix products in the layers take operands
-of that dtype and accumulate in float32. Softmax, LayerNorm and the pooler compute in float32, and logits are float32.
-The docstring of `bert_jax.nn` explains the letters used in shapes.
+in `compute_dtype` and accumulate in float32. Softmax, LayerNorm and the pooler compute in float32, and logits are
+float32. The docstring of `bert_jax.nn` explains the letters used in shapes.
 """
 
 from collections.abc import Callable
@@ -41,14 +41,14 @@ POSITIONS = ("positions", "masked_positions", "first_positions")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BertModelOutput(ModelOutput):
-    """The output of `BertModel`. In the descriptions below, `positions` is the argument of the model call.
+    """The output of `BertModel`. In the descriptions below, `positions` refers to the argument of the model call.
 
     Attributes:
         last_hidden_state: [B, T, D] in the compute dtype; [B, K, D] if `positions` are given.
         pooler_output: float32 [B, D], for the first token; [B, K, D] if `positions` are given; None if the model has no
             pooler.
-        hidden_states: The output of the embeddings, then the output of each layer, [B, T, D] each. The last entry is
-            `last_hidden_state`, which is [B, K, D] if `positions` are given.
+        hidden_states: The output of the embeddings, followed by the output of each layer. Each entry is [B, T, D]. The
+            last entry is `last_hidden_state`, which is [B, K, D] if `positions` are given.
         attentions: For each layer, the attention probabilities, float32 [B, N, T, S], or None if the kernel is fused.
             If `positions` are given, the last layer uses plain attention, and its probabilities are [B, N, K, S].
     """
@@ -87,7 +87,7 @@ class BertLayer(nnx.Module):
 
         Args:
             x: [B, S, D].
-            attended: Which tokens attend to which; None if all tokens attend to all tokens.
+            attended: Specifies which tokens attend to which; None if every token attends to every token.
             dropout_key: PRNG key; None disables dropout.
             positions: int [B, T] or [1, T], the indices in x of the tokens whose outputs are computed; None for all S
                 tokens. These tokens can also attend to the other tokens in x.
@@ -158,7 +158,10 @@ class BertEmbeddings(nnx.Module):
 
 
 class BertModel(BertPreTrainedModel):
-    """The encoder. The heads for next-sentence prediction and sequence classification, among others, use its pooler."""
+    """The encoder, optionally with a pooler.
+
+    Some heads use the pooler, for example those for next-sentence prediction and sequence classification.
+    """
 
     def __init__(
         self,
@@ -217,7 +220,7 @@ class BertModel(BertPreTrainedModel):
         Args:
             input_ids: int [B, T], with T at most `max_position_embeddings` unless `position_ids` are given.
             attention_mask: [B, T], 1 for tokens and 0 for padding; None if there is no padding.
-            token_type_ids: int [B, T], 0 for the first text and 1 for the second; None for zeros.
+            token_type_ids: int [B, T], 0 for the first text and 1 for the second; None for all zeros.
             position_ids: int [B, T], or [1, T] for all rows; None for 0, 1, 2, …
             document_ids: For packed rows, which contain several texts: int [B, T], the id of the text that each token
                 belongs to. Tokens then attend only to tokens of the same text.
@@ -225,7 +228,7 @@ class BertModel(BertPreTrainedModel):
                 `input_ids` and `inputs_embeds`.
             positions: int [B, K], or [1, K] for all rows: the indices of the tokens whose outputs the caller needs;
                 None for all tokens. The last layer is computed only for these tokens, so `last_hidden_state` and
-                `pooler_output` are [B, K, D], and the last of the `attentions` is [B, N, K, S].
+                `pooler_output` are [B, K, D], and the last entry of `attentions` is [B, N, K, S].
             dropout_key: PRNG key; None disables dropout.
             interventions: Functions that change activations, keyed by site name; see `bert_jax.interventions`.
 

@@ -5,11 +5,11 @@ In BERT-base, the large weights make up 99% of the parameters. All other paramet
 With bfloat16, the activations are also bfloat16, as in a model whose `compute_dtype` is bfloat16.
 
 With int8, each row of a weight has a scale: the largest absolute value in the row divided by 127. At run time, each
-token also gets a scale ("vector-wise quantization", Dettmers et al. 2022, arXiv:2208.07339, section 2.1) and a zero
-point, so the token's 255 levels cover the range from its smallest to its largest value ("zeropoint quantization", same
-section). The int8 matrix products accumulate exactly in int32. Each accumulated sum is multiplied by both scales in
-float32. Then the product of the zero point and the sum of the weight row is added. The sums of the weight rows are
-stored with the weights. Everything else is float32.
+token's activation vector also gets a scale ("vector-wise quantization", Dettmers et al. 2022, arXiv:2208.07339, section
+2.1). The vector also gets a zero point, so the 255 levels cover the range from the vector's smallest to its largest
+value ("zeropoint quantization", same section). The int8 matrix products accumulate exactly in int32. Each accumulated
+sum is multiplied by both scales in float32. Then the product of the zero point and the sum of the weight row is added.
+The sums of the weight rows are stored with the weights. Everything else is float32.
 """
 
 from typing import Any, Literal
@@ -33,7 +33,7 @@ class QuantizedLinear(Linear):
         self.bias = linear.bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the map: [..., in] -> [..., out], in the dtype of x."""
+        """Applies the linear map: [..., in] -> [..., out], in the dtype of x."""
         y = quantized_product(x, self.weight[...], self.scale[...], self.total[...])
         return (y + last_axis(self.bias[...], y)).astype(x.dtype)
 
@@ -47,12 +47,12 @@ class QuantizedEmbedding(Embedding):
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Looks up vectors: int [...] -> float32 [..., D].
 
-        The vector of an id past the end of the table is NaN. A negative id counts from the end.
+        An id past the end of the table yields a vector of NaNs. A negative id counts from the end of the table.
         """
         return jnp.take(self.weight[...], ids, axis=0) * jnp.take(self.scale[...], ids)[..., None]
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Computes the dot products of x with every vector in the table: [..., D] -> float32 [..., V].
+        """Computes the dot product of x with each vector in the table: [..., D] -> float32 [..., V].
 
         The tied decoder uses this method.
         """

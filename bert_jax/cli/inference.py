@@ -270,7 +270,7 @@ def serve(
 
 
 def _part_of_rows(shard: str, processes: str | None, output: str | None) -> tuple[tuple[int, int], str | None]:
-    """Returns the part of the rows that this process handles, as (i, n), and the name of the process's output file."""
+    """Returns ((i, n), output): this process handles the i-th of n parts of the rows and writes the file `output`."""
     match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shard)
     if not match or int(match[1]) > int(match[2]):
         raise InputError(f"--shard is {quoted(shard)}; expected i/n with i from 1 to n.")
@@ -308,7 +308,7 @@ def _names(given: Sequence[str]) -> dict[str, str]:
 
 
 def _print_fillings(title: str, fillings: list[dict[str, Any]]) -> None:
-    """Prints a table of predictions, each with a bar proportional to its score. The first bar has the full width."""
+    """Prints a table of predictions, each with a bar proportional to its score. The first bar spans the full width."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for filling in fillings:
         words, probability = filling["token_str"], filling["score"]

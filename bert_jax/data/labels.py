@@ -18,15 +18,15 @@ UNKNOWN = -1
 def read_lists(labels: dict[str, Any], problem_type: str | None) -> None:
     """Parses labels that are lists written as strings, for example in the cells of a CSV file.
 
-    If `problem_type` is None and any string is a list, all strings must be lists or blank. If `problem_type` is
-    `MULTI`, every bracketed string must be a list.
+    If `problem_type` is None and any string represents a list, every other string must also represent a list or be
+    blank. If `problem_type` is `MULTI`, every bracketed string must represent a list.
 
     Args:
         labels: The label of each row, keyed by the row's location, such as `data.train: row 1`; modified in place.
         problem_type: None or `MULTI`.
 
     Raises:
-        InputError: If a string that must be a list is not a list. The message gives the row number.
+        InputError: If a string must represent a list but does not. The message gives the row number.
     """
     found = False  # whether any string is a list; if not, and if `problem_type` is None, brackets are part of names
     for where, label in labels.items():
@@ -58,8 +58,8 @@ def check_label(where: str, label: Any, names: Collection[str]) -> None:
 def read_ids(labels: dict[str, Any], names: tuple[str, ...]) -> str:
     """If the labels are class ids, replaces them in place with class names. Returns a note for the user.
 
-    Labels are class ids if each label is an integer or "" and no label is in `names`. The id -1 and "" become None. If
-    `names` is empty, no labels are replaced.
+    Labels are class ids if each label is an integer or "" and no label is in `names`. The id -1 and the empty string
+    become None. If `names` is empty, no labels are replaced.
     """
     whole = [re.fullmatch("-1|[0-9]{1,9}", str(label)) for label in labels.values() if label != ""]
     if not names or not whole or not all(whole) or any(str(label) in names for label in labels.values()):
@@ -77,7 +77,7 @@ def read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
 
     Raises:
         InputError: If a label is neither a list nor a string, if the lists differ in form, or if their form is
-            ambiguous. The message gives the number of such a row.
+            ambiguous. The message gives the number of one such row.
     """
     blank = {where for where, label in labels.items() if isinstance(label, str) and not label.strip()}
     for where, label in labels.items():
@@ -120,7 +120,7 @@ def read_sets(labels: dict[str, Any], names: tuple[str, ...]) -> str:
 
 
 def numbered(count: int) -> tuple[str, ...]:
-    """The names that `count` labels have by default; the same as in `transformers`."""
+    """The default names of `count` labels, which are the same as in `transformers`."""
     return tuple(f"LABEL_{i}" for i in range(count))
 
 

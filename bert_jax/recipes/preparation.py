@@ -1,4 +1,4 @@
-"""Prepares the task, the model and the examples of a run from its settings and data."""
+"""Prepares a run's task, model and examples from its settings and data."""
 
 import functools
 import inspect
@@ -36,11 +36,11 @@ class Prepared(NamedTuple):
 
     Attributes:
         task: The task, created for this model.
-        model: The model. Its head is either new or from the checkpoint.
+        model: The model. Its head is either newly initialized or loaded from the checkpoint.
         tokenizer: The tokenizer of the model.
         rows: The rows of each split. Their columns have the names that the task uses.
         examples: The examples of each split, created from its rows.
-        found: Notes for the user on the data and the head.
+        found: Notes for the user about the data and the head.
     """
 
     task: TrainableTask
@@ -68,7 +68,7 @@ def prepare(settings: Settings) -> Prepared:
     """Reads the data and the model.
 
     Raises:
-        InputError: If a file, column, row or label cannot be used. The message states which one.
+        InputError: If a file, column, row or label cannot be used; the message states which one.
         ModelNotFoundError: If the model does not exist.
         CheckpointError: If the weights do not fit the model, or if the vocabulary does not fit the weights.
     """
@@ -141,7 +141,7 @@ def read_options(settings: Settings) -> ReadOptions:
 
 
 def network_options(settings: Settings | Pretraining) -> dict[str, Any]:
-    """Returns the keyword arguments of a model class that determine how the network is computed."""
+    """Returns the model class's keyword arguments that determine how the network is computed."""
     return {
         "attention": settings.model.attention,
         "remat": settings.training.remat,
@@ -229,7 +229,7 @@ def featurize(task: TrainableTask, rows: dict[str, list[Row]]) -> dict[str, Exam
 
 
 def read_split(settings: Settings | HeldOut, split: str) -> Split:
-    """Reads a split. The result is empty if the split is not set.
+    """Reads a split. If the settings do not specify the split, the result is empty.
 
     Raises:
         InputError: If the split cannot be read, if it has no rows, or if it lacks a column. Also raised if a class id
@@ -315,8 +315,8 @@ def named(config: BertConfig, settings: Settings, labels: tuple[str, ...] | None
 
     Raises:
         InputError: If the number of names in `data.labels` differs from the number of labels that they replace. Also
-            raised if a metric depends on the order of the model's two labels, and `data.labels` (or `labels`, if
-            `data.labels` is not set) lists them in the opposite order.
+            raised if a metric depends on the order of the model's two labels, but `data.labels` (or, if that is not
+            set, `labels`) lists the two labels in the opposite order.
     """
     given, names = settings.data.labels, config.labels
     if given and all(re.fullmatch(r"LABEL_\d+", name) for name in names):
@@ -356,6 +356,6 @@ def overview(settings: Settings, prepared: Prepared) -> str:
 
 
 def describe(model: BertPreTrainedModel) -> str:
-    """Returns a text that states a model's number of parameters and the devices on which the model will run."""
+    """Returns a description of a model: its number of parameters and the devices on which it will run."""
     count = sum(spec.size for spec in tree.split(model)[1].specs.values())
     return f"{count / 1e6:.1f} M parameters, {jax.device_count()} × {jax.devices()[0].device_kind}"

@@ -1,11 +1,11 @@
 """The interfaces through which inference and training use a task.
 
 For inference, a task provides `Task.forward`, a pure function that runs on the device, and `Task.request`, which
-creates a request from an input. A request's steps are a generator. It yields rows for the model, receives their
-outputs, may yield more rows that depend on those outputs, and finally returns the result. Requests do not deal with
-batching. The pipeline (`bert_jax.inference.pipelines`) collects the rows of many requests into batches and pads each
-batch to one of a few shapes, called buckets. The result of a request does not depend on the other requests in the
-batch.
+creates a request from an input. The steps of a request are implemented as a generator. The generator yields rows for
+the model, receives the outputs for these rows, may yield more rows that depend on the outputs, and finally returns the
+result. Requests do not deal with batching. The pipeline (`bert_jax.inference.pipelines`) collects the rows of many
+requests into batches and pads each batch to one of a few shapes, called buckets. The result of a request does not
+depend on the other requests in the batch.
 
 In shapes, B is the number of rows, T the number of tokens per row, K the number of texts or examples per row, P the
 number of masked positions per row, C the number of labels, and V the vocabulary size.
@@ -47,7 +47,7 @@ def check_text(text: Any, name: str = "text") -> None:
 
     Args:
         text: The text to check.
-        name: What the error message calls the text if it is blank.
+        name: The name used for the text in the error message if the text is blank.
     """
     if not isinstance(text, str):
         raise InputError(f"expected a text, got {quoted(text)} ({type(text).__name__}).")
@@ -73,15 +73,15 @@ class ReadOptions:
 
 @dataclass
 class Features:
-    """The tokens of one text, pair of texts or window: a row for the model, or a part of a packed row.
+    """The tokens of a text, a pair of texts or a window. They form a row for the model or part of a packed row.
 
     Attributes:
         input_ids: Token ids, including special tokens.
-        token_type_ids: 0 or 1 for each token.
+        token_type_ids: The token type of each token, 0 or 1.
         masked_positions: Positions at which the model scores every token of the vocabulary; empty if `Task.masked` is
             false.
         labels: Ids of the true tokens at the masked positions; empty if `Task.with_labels` is false.
-        outputs: The names of the required outputs; empty for all.
+        outputs: The names of the required outputs; empty if all outputs are required.
     """
 
     input_ids: list[int]
@@ -184,9 +184,9 @@ class Objective(Protocol):
         """Computes the mean loss of a batch. Padding is ignored. If the dropout key is None, no dropout is applied.
 
         Returns:
-            The mean loss and the number by which the sum of the losses was divided, both float32 []. This number is the
-            number of losses in the mean (for example, the number of examples) or, if the losses are weighted, the sum
-            of their weights.
+            The mean loss and the number by which the sum of the losses was divided, both float32 []. The sum is divided
+            by the number of losses (for example, the number of examples) or, if the losses are weighted, by the sum of
+            their weights.
         """
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -228,18 +228,18 @@ class TrainableTask(Task, Objective, Protocol):
         """The fields of the model's config that depend on the training rows, such as the names of the labels.
 
         Args:
-            rows: The training rows after `clean`.
+            rows: The training rows, as returned by `clean`.
             options: The options that were passed to `clean`.
             labels: The names of the labels in the order that the data set defines; None if it does not define an order.
         """
 
     def labeled(self, examples: Examples) -> bool:
-        """Whether any example has true values with which `evaluate` can compare the outputs."""
+        """Whether any example has ground-truth values with which `evaluate` can compare the outputs."""
 
     def tuned(self, metrics: Mapping[str, Any]) -> Self:
-        """Returns a task that uses the tuned values, such as a threshold, from the metrics of an evaluation.
+        """Returns a task that uses the tuned values (for example, a threshold) in the metrics of an evaluation.
 
-        A task without tuned values returns itself.
+        If nothing is tuned, returns the task itself.
         """
         return self
 
@@ -264,7 +264,7 @@ class TrainableTask(Task, Objective, Protocol):
 
 
 def known_labels(labels: Sequence[str]) -> str:
-    """The end of an error message about an unknown label. It lists the model's labels."""
+    """Returns the end of the error message for an unknown label, including the model's labels."""
     if all(re.fullmatch(r"LABEL_\d+", label) for label in labels):
         return f"the model has {listed(labels)}; set data.labels to name them, in this order."
     return f"the labels are {listed(labels)}."

@@ -56,8 +56,8 @@ class ChoiceExamples(Examples):
     def batch(self, place: Place, part: tuple[int, int] = (0, 1)) -> Batch:
         """See `Examples.batch`.
 
-        `starts` is [B, K · C]. For each row, it contains the starts of the choices of the first example, followed by
-        those of the second example, and so on.
+        `starts` is [B, K · C]. Each row contains the start indices of the first example's choices, followed by those
+        of the second example's choices, and so on.
         """
         batch = super().batch(place, part)
         tokens = {name: batch["inputs"][name] for name in ("input_ids", "token_type_ids")}
@@ -115,9 +115,9 @@ class MultipleChoice(TrainableTask):
         """Selects one of the choices.
 
         Args:
-            inputs: `{"context": …, "choices": […]}`, optionally with a `question`. Alternatively, one of the tuples
-                (context, list of choices), (context, question, list of choices), and (context, question, choice,
-                choice, …), where "" stands for no question. Each choice replaces the first blank (`_` or `____`) in the
+            inputs: `{"context": …, "choices": […]}`, optionally with a `question`. Alternatively, a tuple of the form
+                (context, list of choices), (context, question, list of choices) or (context, question, choice, choice,
+                …), where the question may be empty. Each choice replaces the first blank (`_` or `____`) in the
                 question. If the question has no blank, the choice follows the question. If the context and a choice
                 together are longer than the model's maximum length, the longer of the two is truncated.
 

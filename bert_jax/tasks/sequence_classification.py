@@ -231,7 +231,7 @@ class SequenceClassification(TrainableTask):
         """Converts rows to examples with the target `labels`. Rows have `text` and optionally `text_pair` and `label`.
 
         `labels` is int32 [N] for one label per text, float32 [N, C] with values 0 and 1 for multi-label classification,
-        and float32 [N, 1] for regression. The label of an unlabeled row is `UNKNOWN` (int32) or NaN (float32).
+        and float32 [N, 1] for regression. Unlabeled rows get the value `UNKNOWN` (int32) or NaN (float32).
 
         Raises:
             InputError: If a text or a label cannot be used. The message gives the row number.
@@ -280,7 +280,7 @@ class SequenceClassification(TrainableTask):
         return target
 
     def _known(self, labels: Any) -> Any:
-        """Which examples have a label: bool [N], or [B, K] for a batch."""
+        """A mask of the labeled examples: bool [N], or [B, K] for a batch."""
         # NaN, which marks unlabeled examples, is the only number that differs from itself.
         return labels != UNKNOWN if self.problem_type == SINGLE else ~(labels != labels).any(-1)
 
@@ -297,7 +297,8 @@ class SequenceClassification(TrainableTask):
         """See `Objective.loss`. The loss is the mean over the labeled examples.
 
         `SINGLE` uses `losses.cross_entropy`, `MULTI` uses `losses.binary_cross_entropy`, and `REGRESSION` uses
-        `losses.squared_error`. The two cross-entropies support `class_weights`, `label_smoothing` and `focal_gamma`.
+        `losses.squared_error`. The two cross-entropy losses support `class_weights`, `label_smoothing` and
+        `focal_gamma`.
         """
         logits = model(**batch["inputs"], positions=batch["starts"], dropout_key=dropout_key).logits  # [B, K, C]
         labels = batch["targets"]["labels"]
@@ -332,7 +333,7 @@ class SequenceClassification(TrainableTask):
         return tuned
 
     def evaluate(self, outputs: Outputs, examples: Examples) -> dict[str, Any]:
-        """The metrics of the labeled examples (see `bert_jax.evaluation.metrics`); empty if no example is labeled.
+        """The metrics on the labeled examples (see `bert_jax.evaluation.metrics`); empty if no example is labeled.
 
         If `DecisionOptions.tune` is set, `threshold` is the threshold with the best `f1_micro`, and `best_f1_micro` is
         the `f1_micro` at this threshold.

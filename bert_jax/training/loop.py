@@ -49,7 +49,7 @@ class Run(NamedTuple):
         metric: The name of the metric by which the best parameters are chosen.
         metrics: Additional metrics, keyed by name.
         kernel: The name of the attention kernel that the steps use.
-        reason: Why this kernel was chosen.
+        reason: The reason for choosing this kernel.
     """
 
     mesh: jax.sharding.Mesh
@@ -134,11 +134,11 @@ class Trained:
 
     Attributes:
         model: The model with the parameters of the best evaluation. If there was no evaluation, or if the best
-            checkpoint is damaged, it has the parameters of the last step.
+            checkpoint is damaged, the model has the parameters of the last step.
         trained: The trained parameters, keyed by path. Adapters are not merged into the weights.
         step: Number of steps after which the parameters of `model` were obtained.
         steps: Total number of completed steps.
-        stopped: Why training stopped early; None if it did not.
+        stopped: The reason why training stopped early; None if it did not stop early.
         metrics: The metrics of the evaluation after `step` steps; empty if there was no evaluation.
         outputs: The model's outputs in that evaluation (`Evaluation.outputs`). None if there was no evaluation, or if
             it took place before the run was resumed.
@@ -210,8 +210,8 @@ def train(
             evaluation before the first step is only reported; the initial parameters are never chosen as the best.
         evaluate_every: Number of steps between evaluations; one epoch by default.
         evaluation_batch_size: Number of examples per batch in evaluations.
-        loss: The loss of the training steps; `task.loss` by default. Evaluations always use `task.loss`. Classification
-            losses accept options, for example `functools.partial(task.loss, label_smoothing=0.1)`.
+        loss: The loss function for the training steps; `task.loss` by default. Evaluations always use `task.loss`.
+            Classification losses accept options, for example `functools.partial(task.loss, label_smoothing=0.1)`.
         metric: The name of the metric by which the best parameters are chosen; the task's first metric by default.
             Higher is better, except for the metrics in `LOWER_IS_BETTER`.
         metrics: Additional metrics, keyed by name. Each is a function of two arguments: the `outputs` of an
@@ -229,8 +229,8 @@ def train(
         console: The console that shows the progress; None for no output.
 
     Raises:
-        InputError: If the arguments do not fit the model, the task or the devices, if `folder` contains checkpoints of
-            a run with other training examples, or if `validation` lacks the labels that `metric` requires.
+        InputError: If the arguments do not fit the model, the task or the devices, if `folder` contains checkpoints
+            from a run with different training examples, or if `validation` lacks the labels that `metric` requires.
         TrainingError: If the loss or the results of an evaluation are not finite.
         OutOfMemoryError: If the run's state or a batch does not fit in memory.
         Interrupted: If the process receives Ctrl-C or SIGTERM and `folder` is given. The state is saved, and repeating
@@ -312,7 +312,7 @@ def fit(
     seen, since = 0, time.perf_counter()
 
     def take_in(n: int, metrics: Arrays) -> str | None:
-        """Waits for a step and reads its metrics. Returns the text to show if the step is logged, otherwise None."""
+        """Waits for a step and reads its metrics. Returns the text to show, or None if the step is not logged."""
         nonlocal seen, since
         place = loader.place(n - 1)
         with memory.explain_out_of_memory(f"A batch of {place.shape}", LESS_MEMORY):
@@ -440,12 +440,12 @@ def _note_best(progress: dict[str, Any], step: int, metrics: dict[str, Any], met
 
 @contextlib.contextmanager
 def _signals(console: Console, folder: Path | None) -> Iterator[list[int]]:
-    """Handles Ctrl-C and SIGTERM. Yields a list to which the number of the first such signal is added.
+    """Handles Ctrl-C and SIGTERM. Yields a list to which the handler appends the number of the first signal.
 
     The second signal restores the previous handlers, so a third one ends the process as usual. If there are several
-    processes, the list remains empty. JAX then handles SIGTERM (see `distributed.asked_to_stop`), and the first Ctrl-C
-    restores the previous handler and sends the process a SIGTERM. If there is no folder, nothing can be saved, so
-    signals are not handled.
+    processes, the list remains empty. In this case, JAX handles SIGTERM (see `distributed.asked_to_stop`). The first
+    Ctrl-C restores the previous handler and sends SIGTERM to the process. If there is no folder, nothing can be saved,
+    so signals are not handled.
     """
     received: list[int] = []
     # Python can set signal handlers only in the main thread.

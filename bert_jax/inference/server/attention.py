@@ -26,7 +26,7 @@ class Attention:
         self._programs: dict[int, jax.stages.Compiled] = {}
 
     def compile(self, length: int) -> jax.stages.Compiled:
-        """Returns the program for a padded length. The first call for each length compiles the program."""
+        """Returns the compiled program for a padded length. The first call for each length compiles the program."""
 
         def attentions(params: Any, inputs: dict[str, jax.Array]) -> jax.Array:
             return jnp.stack([layer[0] for layer in self.pipe.model(params).encoder(**inputs).attentions])

@@ -36,7 +36,7 @@ class JsonLines(logging.Handler):
             )
 
     def close(self) -> None:
-        """Waits until the queued lines are written, but for at most two seconds."""
+        """Waits for the queued lines to be written, but for no more than two seconds."""
         with contextlib.suppress(queue.Full):
             self._lines.put_nowait(None)
         self._thread.join(2)

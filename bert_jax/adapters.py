@@ -34,8 +34,8 @@ class Adapters(NamedTuple):
     """The contents of an adapter folder.
 
     Attributes:
-        base: The base model that the folder names (a path or an id on the Hub); None if the folder names no base model.
-        revision: The branch, tag or commit of the base model; None if the folder does not specify one.
+        base: The path or Hub id of the base model; None if the adapter config does not specify one.
+        revision: The branch, tag or commit of the base model; None if the adapter config does not specify one.
         scale: The factor by which the matrix product B A is multiplied.
         params: The float32 arrays, keyed by path: `….lora_A` [rank, in], `….lora_B` [out, rank], and the parameters
             that were trained directly, without adapters.
@@ -102,7 +102,7 @@ def load(
 ) -> tuple[dict[str, jax.Array], weights.Report]:
     """Loads the base model of an adapter folder and merges the adapters into it.
 
-    The arguments and return values are those of `weights.load`.
+    The arguments and return values are the same as for `weights.load`.
 
     Raises:
         InputError: If the model is not loaded in float32.

@@ -20,7 +20,7 @@ from bert_jax.random import random_bits
 
 
 class Linear(nnx.Module):
-    """An affine map of the last axis, `x @ weight.T + bias`, in the dtype of x.
+    """An affine map of the last axis, `x @ weight.T + bias`. The result has the dtype of x.
 
     The weight has the shape [out, in], as in published checkpoints, so loading and saving need no transpose. On CPUs,
     matrix products are also faster with this layout than with [in, out].
@@ -47,7 +47,7 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Normalizes the last axis to zero mean and unit variance (Ba et al. 2016), then applies weight and bias.
+    """Normalizes the last axis to zero mean and unit variance (Ba et al. 2016), then applies a weight and a bias.
 
     The computation is in float32.
     """
@@ -75,12 +75,12 @@ class Embedding(nnx.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Looks up vectors: int [...] -> float32 [..., D].
 
-        The vector of an id past the end of the table is NaN. A negative id counts from the end.
+        An id past the end of the table yields a vector of NaNs. A negative id counts from the end.
         """
         return jnp.take(self.weight[...], ids, axis=0).astype(jnp.float32)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Computes the dot products of x with every vector in the table: [..., D] -> float32 [..., V].
+        """Computes the dot product of x and each vector in the table: [..., D] -> float32 [..., V].
 
         The tied decoder uses this method.
         """
@@ -127,9 +127,9 @@ def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _low_product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Computes `product` if x is narrower than float32.
+    """Implements `product` for dtypes narrower than float32.
 
-    The backward pass is defined explicitly, because the one that JAX derives would multiply in float32.
+    The backward pass is defined explicitly, because automatic differentiation would multiply in float32.
     """
     y = y.astype(x.dtype)
     if sharding.platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1:
@@ -138,10 +138,10 @@ def _low_product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _low_product_on_cpu(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Computes an einsum of two matrices or batches of matrices in a form that XLA multiplies in bfloat16 on CPUs.
+    """Implements `_low_product` on CPUs, with operands rearranged so that XLA multiplies in bfloat16.
 
-    In this form, the contracted axis is the last axis of the left operand, and there is at most one batch axis. XLA
-    multiplies other forms in float32, which takes twice as long.
+    The contracted axis becomes the last axis of the left operand, and all batch axes are merged into one. With any
+    other arrangement, XLA would multiply in float32, which takes twice as long.
     """
     left, right, result = equation.replace("->", ",").split(",")
     if result[-2] in right:
@@ -212,5 +212,5 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def split_key(key: jax.Array | None, n: int) -> Sequence[jax.Array | None]:
-    """Splits a key into n keys. If `key` is None, returns a list that contains None n times."""
+    """Splits a key into n keys. If `key` is None, returns a list of n None values."""
     return [None] * n if key is None else list(jax.random.split(key, n))

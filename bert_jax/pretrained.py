@@ -72,21 +72,21 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
 
         Args:
             model_id: A folder, the name of the embedded model (`bert-mini-cased`), or an id on the Hugging Face Hub. If
-                the folder contains adapters, as the `adapters` subfolder of a LoRA run does, they are merged into the
-                base model that the folder names.
+                the folder contains adapters (as the `adapters` subfolder of a LoRA run does), they are merged into the
+                base model that is named in the adapter config.
             revision: Branch, tag or commit on the Hub.
             new: Regular expressions, each matched against full parameter paths, for example `[r"classifier\\..*"]` to
                 train a new head. Matching parameters are initialized instead of being loaded. Loading fails if the
-                checkpoint lacks any other parameter.
+                checkpoint lacks a parameter that none of the expressions matches.
             ignore: Regular expressions, each matched against full tensor names, for example `[r"loss_fct\\..*"]`.
-                Matching tensors of the checkpoint are not loaded. Loading fails if the checkpoint contains any other
-                tensor that no BERT model has.
+                Matching tensors of the checkpoint are not loaded. Loading fails if a tensor matches none of the
+                expressions and belongs to no BERT model.
             rngs: The random number generators for the `new` parameters; `nnx.Rngs(0)` by default.
             dtype: "float32" matches the reference implementation and is required for training. "bfloat16" and "int8"
-                are for inference only. With these dtypes, the layer weights and the word embeddings take half or a
-                quarter of the memory, respectively; see `bert_jax.quantization`. Each tensor is converted as it is
-                read. With "bfloat16", the activations are also bfloat16. To train with bfloat16 activations, load the
-                model in float32 and then set `model.encoder.compute_dtype = "bfloat16"`.
+                are for inference only. Compared with "float32", "bfloat16" halves the memory for the layer weights and
+                the word embeddings, and "int8" reduces it to a quarter; see `bert_jax.quantization`. Each tensor is
+                converted as it is read. With "bfloat16", the activations are also bfloat16. To train with bfloat16
+                activations, load the model in float32 and then set `model.encoder.compute_dtype = "bfloat16"`.
             attention: See `BertPreTrainedModel`.
             remat: See `BertPreTrainedModel`.
             scan_layers: See `BertPreTrainedModel`.
@@ -165,7 +165,11 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
         raise InputError(f"A {type(self).__name__} has no training mode: in each call, {porting.DROPOUT}.")
 
     def check_float32(self, purpose: str) -> None:
-        """Raises `InputError` if the model was not loaded in float32. `purpose` is the operation that requires it."""
+        """Raises `InputError` if the model was not loaded in float32.
+
+        Args:
+            purpose: The operation that requires float32.
+        """
         if self.dtype != "float32":
             raise InputError(
                 f"The model is loaded in {self.dtype}, but {purpose} requires float32. Load it with dtype='float32'."
@@ -181,17 +185,18 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
     ) -> None:
         """Adds rows to the word embeddings and to the tied decoder. Call this after `Tokenizer.add_tokens`.
 
-        For the old tokens, the output of the encoder stays bitwise identical. Their logits also stay identical if the
-        compiler sums in the same order for the old and the new size. On CPUs with `jaxlib` 0.10, the order depends on
-        the size modulo 16. Remainders 1 to 8 share one order (28,996 leaves a remainder of 4), and remainders 9 to 15
-        and 0 share another. If the orders differ, the logits differ by rounding errors.
+        For inputs that contain only old tokens, the encoder's output stays bitwise identical. The logits of the old
+        tokens also stay identical if the compiler sums in the same order for the old and the new size. On CPUs with
+        `jaxlib` 0.10, the order depends on the size modulo 16. Remainders 1 to 8 share one order (28,996 leaves a
+        remainder of 4), and remainders 9 to 15 and 0 share another. If the orders differ, the logits differ by rounding
+        errors.
 
         Args:
-            size: The new size of the vocabulary, such as `tokenizer.vocab_size`; at least the current size.
+            size: The new vocabulary size, for example `tokenizer.vocab_size`. It must be at least the current size.
             initialize: "mean" sets each new row to the mean of the old rows, and its decoder bias to the mean of the
-                old biases (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html). "normal" initializes the rows
-                and biases like those of a new model.
-            multiple_of: The size is rounded up to a multiple of this number, such as 64 or 128.
+                old biases (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html). "normal" initializes the new
+                rows and biases in the same way as those of a new model.
+            multiple_of: The size is rounded up to a multiple of this number (for example, 64 or 128).
             rngs: The random number generators for "normal"; `nnx.Rngs(0)` by default.
 
         Raises:
@@ -230,12 +235,13 @@ class BertPreTrainedModel(nnx.Module, PushToHub):
 
         Raises:
             InputError: If the model is not loaded in float32.
-            CheckpointError: If the folder cannot be written. The message names the files that were already replaced.
+            CheckpointError: If the folder cannot be written. The message lists the files that had already been
+                replaced.
         """
         self.check_float32("save_pretrained")
         params, _ = tree.split(self)
         weights.save(Path(folder), tree.flatten(params), self.config_json())
 
     def config_json(self) -> dict[str, Any]:
-        """Returns the contents of `config.json`: the config, with the name of this class in `architectures`."""
+        """Returns the contents of `config.json`: the config, with this class's name in the `architectures` field."""
         return {"architectures": [type(self).__name__], **self.current_config.to_dict()}

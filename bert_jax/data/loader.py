@@ -24,14 +24,16 @@ The `group_by_length` option of `transformers` works similarly.
 
 
 class Batch(TypedDict):
-    """B rows of T tokens. Each row contains one example, or up to K examples if rows are packed, followed by padding.
+    """A batch of B rows with T tokens each.
+
+    Each row contains one example, or up to K examples if rows are packed, followed by padding.
 
     Attributes:
-        inputs: The keyword arguments of the model, int32 [B, T]: `input_ids`, `token_type_ids` and `attention_mask`.
+        inputs: The keyword arguments for the model, int32 [B, T]: `input_ids`, `token_type_ids` and `attention_mask`.
             For packed rows, `document_ids` (0 for padding) and `position_ids` replace `attention_mask`.
-        targets: The targets that the task's loss expects: [B, K, …] for one target per example, [B, T] for one target
-            per token. `MaskedExamples` adds targets for up to P masked tokens per row, [B, P].
-        starts: int32 [B, K], the index of each example's first token in its row.
+        targets: The targets that the task's loss expects, with the shape [B, K, …] (one target per example) or [B, T]
+            (one target per token). `MaskedExamples` adds targets for up to P masked tokens per row, [B, P].
+        starts: int32 [B, K], the position in the row at which each example starts.
         weights: float32 [B, K], 1 for examples and 0 for unused entries.
     """
 
@@ -56,13 +58,13 @@ class Shape(NamedTuple):
 
 
 class Place(NamedTuple):
-    """The examples in a batch and their rows.
+    """The examples in a batch, and the row to which each example is assigned.
 
     Attributes:
         indices: Indices of the examples, int64 [n].
         rows: The row of each example, int64 [n]. Examples in the same row are in the order of `indices`.
         shape: The shape of the batch.
-        epoch: The epoch of the batch; `MaskedExamples` masks different tokens in each epoch.
+        epoch: The epoch to which the batch belongs. `MaskedExamples` masks different tokens in each epoch.
     """
 
     indices: np.ndarray
@@ -82,14 +84,14 @@ class Examples:
 
     Attributes:
         input_ids: One array of token ids per example, including special tokens.
-        token_type_ids: One array of token types per example.
+        token_type_ids: One array of token type ids per example.
         targets: Arrays keyed by name, with one number ([N]) or one vector ([N, …]) per example.
-        token_targets: For each name, one array per example with one entry per token. In a batch, the entries for
-            padding are `losses.IGNORE`.
+        token_targets: For each name, one array per example, with one entry per token. In a batch, the entries for
+            padding tokens are `losses.IGNORE`.
         origins: For each example, a tuple that describes its source. The first item is the index of the data row; the
-            task defines the other items. Origins are not part of batches. If `origins` is empty, example i is made from
-            row i.
-        pad_token_id: The id with which rows are padded.
+            task defines the other items. Batches do not contain origins. If `origins` is empty, example i is made from
+            data row i.
+        pad_token_id: The token id used for padding.
     """
 
     packed: ClassVar[bool] = False
@@ -111,7 +113,7 @@ class Examples:
         return np.array([len(ids) for ids in self.input_ids])
 
     def digest(self) -> str:
-        """SHA-256 of the token ids and the targets."""
+        """Returns the SHA-256 hash of the token ids and the targets."""
         found = hashlib.sha256()
         for arrays in (self.input_ids, self.targets.values(), *self.token_targets.values()):
             for array in arrays:
@@ -119,11 +121,13 @@ class Examples:
         return found.hexdigest()
 
     def rows(self, indices: np.ndarray) -> list[int]:
-        """The row numbers (starting at 1) of the data rows from which the given examples are made."""
+        """Returns the numbers, starting at 1, of the data rows from which the given examples are made."""
         return sorted({1 + (self.origins[i][0] if self.origins else int(i)) for i in indices})
 
     def spots(self, place: Place, part: tuple[int, int] = (0, 1)) -> list[Spot]:
-        """The locations of examples in one part of a batch's rows. `Spot.row` is relative to the first row of the part.
+        """Returns the locations of the examples in one part of a batch.
+
+        A part consists of consecutive rows. `Spot.row` is counted from the first row of the part.
 
         Args:
             place: The examples of the batch.
@@ -177,8 +181,8 @@ def bucketed(
 def padded_length(tokens: int, multiple: int = 1) -> int:
     """The length to which a row of `tokens` tokens is padded.
 
-    This is the smallest of `LENGTHS` that is at least `tokens`, or `tokens` itself if it exceeds all of `LENGTHS`,
-    rounded up to a multiple of `multiple`.
+    The smallest value in `LENGTHS` that is at least `tokens` is chosen, or `tokens` itself if all values are smaller.
+    In both cases, the result is rounded up to a multiple of `multiple`.
     """
     return -(-next((length for length in LENGTHS if length >= tokens), tokens) // multiple) * multiple
 
@@ -212,7 +216,7 @@ def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.nd
         length: Tokens per row.
 
     Returns:
-        The row of each example, in the order of `indices`, and the shape of the batch that consists of these rows.
+        A pair: the row number of each example, in the order of `indices`, and the shape of the resulting batch.
     """
     rows = best_fit(lengths[indices].tolist(), length)
     return np.array(rows), Shape(max(rows) + 1, length, int(np.bincount(rows).max()))
@@ -221,7 +225,7 @@ def packed(lengths: np.ndarray, indices: np.ndarray, length: int) -> tuple[np.nd
 def packed_shape(
     lengths: np.ndarray, batches: Sequence[np.ndarray], share: int, limit: int, multiple: int = 1
 ) -> Shape:
-    """Among the shapes into which every packed batch fits, finds the one that requires the least work.
+    """Finds the shape that fits every packed batch and has the lowest estimated computational cost.
 
     Args:
         lengths: Number of tokens in each example.
@@ -233,7 +237,7 @@ def packed_shape(
     most, longest = max(int(lengths[batch].sum()) for batch in batches), int(lengths.max())
 
     def least(length: int) -> int:
-        """A lower bound on the work for rows of this length: the work if no padding were needed."""
+        """A lower bound on the cost of a batch with rows of this length: the cost if no padding were needed."""
         return _work(Shape(-(-most // length // share) * share, length, 1))
 
     step = max(8, multiple)
@@ -251,24 +255,28 @@ def packed_shape(
 
 
 def _work(shape: Shape) -> int:
-    """Estimates the work of a batch. Each token costs 1000 plus its row's length (measured with hidden size 384)."""
+    """Estimates the computational cost of a batch, in arbitrary units.
+
+    Each token costs 1000 plus its row's length. This formula is based on measurements with hidden size 384.
+    """
     return shape.rows * shape.length * (1000 + shape.length)
 
 
 class Loader:
-    """Makes the batch of each step. With several processes, each process makes one part of the batch's rows.
+    """Makes the batch for each step. If there are several processes, each one makes only its part of the rows.
 
-    The examples of a batch and their rows depend only on the step and on the arguments other than `part`.
+    The examples in a batch, and the rows to which they are assigned, depend only on the step and on the arguments other
+    than `part`.
 
     Args:
         examples: The examples for training or evaluation.
         batch_size: Maximum number of examples per batch, across all processes.
         seed: The seed for the order of the examples.
-        share: The number of rows in a batch must be a multiple of this number, so that devices get equal parts.
+        share: The number of rows in a batch must be a multiple of this number, so that all devices get the same number.
         packing: Maximum number of tokens in a packed row, which contains several examples; None for one example per
             row.
         multiple: The number of tokens per row must be a multiple of this number.
-        part: A pair: the index of the part of the rows to make, and the number of parts.
+        part: A pair: the index of the part that this process makes, and the number of parts.
     """
 
     def __init__(
@@ -307,12 +315,15 @@ class Loader:
         return Place(indices, rows, self._shape._replace(rows=self._shape.rows + more, examples=examples))
 
     def place(self, step: int) -> Place:
-        """The examples and rows of a step's batch, which are the same in all processes. Steps are numbered from 0."""
+        """Returns the examples in a step's batch and their rows. Steps are numbered from 0.
+
+        The result is the same in all processes.
+        """
         epoch, n = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[n]._replace(epoch=epoch)
 
     def batch_at(self, step: int) -> Batch:
-        """Makes this process's rows of a step's batch."""
+        """Makes this process's part of the batch for a step."""
         return self.examples.batch(self.place(step), self.part)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:

@@ -27,16 +27,16 @@ BIAS, TRANSFORM = "predictions.bias", "predictions.transform.weight"
 
 
 def pretrain(settings: Pretraining, *, console: Console | None = None) -> Path:
-    """Pretrains a model and writes it, with its metrics, to `settings.output.folder`.
+    """Pretrains a model and writes the model and its metrics to `settings.output.folder`.
 
     If the run is interrupted, repeating the call with the same settings resumes tokenization or training. If the run is
-    finished, the call does nothing.
+    already finished, the call does nothing.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: If the settings, the texts or the folder cannot be used.
+        InputError: If the settings, the texts or the output folder cannot be used.
         ConfigError: See `starting_model`.
         ModelNotFoundError: See `starting_model`.
         CheckpointError: If the weights of the checkpoint do not fit the model, if a shard is damaged, or if a file

@@ -50,11 +50,11 @@ class FeatureExtraction:
             raise InputError(f"pooling is 'auto', but {error} To choose the pooling, pass 'cls' or 'mean'.") from None
 
     def declared(self, folder: Path) -> SentenceEmbedding:
-        """Reads the settings with which the sentence-transformers model in a folder combines token vectors into one.
+        """Reads a folder's sentence-transformers settings for combining token vectors into a single vector.
 
         Raises:
-            CheckpointError: If the folder contains no such model, or if the model declares settings that this package
-                does not support or that do not match the network or the tokenizer.
+            CheckpointError: If the folder contains no sentence-transformers model, or if the settings are unsupported
+                or do not match the network or the tokenizer.
         """
         embedding = SentenceEmbedding.from_pretrained(folder)
         if embedding.size != self.config.hidden_size:
@@ -96,18 +96,19 @@ class FeatureExtraction:
                 without a layer axis.
             pooling: None returns the vector of each token. "cls" returns the vector of [CLS]. "mean" and "max" return
                 the mean and the maximum over all tokens, including [CLS] and [SEP] (Reimers & Gurevych 2019,
-                arXiv:1908.10084, section 3). "auto" applies the pooling, normalization and maximum length that the
-                sentence-transformers files in the model's folder declare.
+                arXiv:1908.10084, section 3). "auto" applies the pooling, normalization and maximum length declared by
+                the sentence-transformers files in the model's folder.
             normalize: Whether to scale each vector to length 1. With `pooling="auto"`, vectors are also scaled if the
                 sentence-transformers files declare normalization.
 
         Returns:
-            float32 [T, D] if `pooling` is None, else [D]; [layers, T, D] or [layers, D] if `layers` is given.
+            float32 [T, D] if `pooling` is None, else [D]. If `layers` is given, a layer axis comes first:
+            [layers, T, D] or [layers, D].
 
         Raises:
             InputError: If `text` is not a string or is blank, if the model lacks one of the `layers`, if `pooling` is
-                unknown, or if `pooling` is "auto" and the model was not loaded from a sentence-transformers folder that
-                this package supports.
+                unknown, or if `pooling` is "auto" and the model's folder contains no supported sentence-transformers
+                model.
         """
         check_text(text)
         if pooling not in POOLING:
@@ -125,7 +126,7 @@ class FeatureExtraction:
         normalize: bool | None = None,
         truncate: bool = True,
     ) -> Request[np.ndarray]:
-        """Embeds one text with the pooling that the sentence-transformers files in the model's folder declare.
+        """Embeds one text with the pooling declared by the sentence-transformers files in the model's folder.
 
         Args:
             text: A text, or its token ids. [CLS] and [SEP] are added to ids that lack them.
@@ -138,8 +139,8 @@ class FeatureExtraction:
             float32 [D]; [layers, D] if `layers` is given.
 
         Raises:
-            InputError: If `text` is blank, contains no ids or contains an invalid id, if it is too long and `truncate`
-                is false, if the model lacks one of the `layers`, or if `embedding` raises `InputError`.
+            InputError: If `text` is blank, has no ids, has an invalid id, or is too long while `truncate` is false; if
+                the model lacks one of the `layers`; or if `embedding` raises `InputError`.
         """
         embedding, longest = self.embedding, self.embedding_length
         if isinstance(text, str):

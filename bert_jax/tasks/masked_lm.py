@@ -51,7 +51,7 @@ Fillings = list[Filling] | list[list[Filling]]
 
 
 class FillMask:
-    """Predicts the tokens at masks, like Hugging Face's fill-mask pipeline.
+    """Predicts the tokens at masked positions, like Hugging Face's fill-mask pipeline.
 
     Unlike that pipeline, this class can score targets with several pieces and predict several masks jointly.
     """
@@ -77,7 +77,7 @@ class FillMask:
     def request(
         self, text: str, *, top_k: int | None = None, targets: str | Sequence[str] | None = None, joint: bool = False
     ) -> Request[Fillings]:
-        """Predicts the tokens at the masks of one text.
+        """Predicts the tokens at the masked positions of one text.
 
         Args:
             text: A text with at least one mask token. If it is longer than the model's maximum length, the model sees a
@@ -86,14 +86,14 @@ class FillMask:
                 default is 5 or, if `targets` is given, the number of targets.
             targets: Words to score. Each score is a probability over the whole vocabulary, so the scores of the targets
                 do not add up to 1. For a target with several pieces, the mask is replaced with one mask per piece. The
-                score is then the product of the probabilities of the pieces, each conditioned on the pieces before it.
+                score is then the product of the pieces' probabilities, each conditioned on the preceding pieces.
             joint: Whether to fill in all masks together by beam search. Masks are filled in from left to right, each
                 conditioned on the tokens chosen for the previous masks. The score is the product of the probabilities
                 of the chosen tokens.
 
         Returns:
-            A list of `{score, token, token_str, sequence}`, best first. If the text has several masks, the result is a
-            list of such lists, one per mask, and each `sequence` retains the special tokens and the other masks.
+            A list of `{score, token, token_str, sequence}`, best first. If the text has several masks, the result
+            contains one such list per mask, and each `sequence` retains the special tokens and the other masks.
 
             If `targets` is given, each entry has a fifth field, `rank`: 1 plus the number of tokens in the vocabulary
             that are more likely than the target. For a target with several pieces, `token` is a list of ids, and
@@ -176,8 +176,8 @@ class FillMask:
     ) -> Steps[dict[tuple[int, ...], list[TargetPiece]]]:
         """Scores the pieces of each multi-piece target at one mask.
 
-        To score piece n (counted from 0) of a target with k pieces, the mask is replaced with the first n pieces and
-        k - n masks. The piece is scored at the first of these masks.
+        To score piece n (counted from 0) of a target with k pieces, the mask is replaced with the first n pieces,
+        followed by k - n masks. The piece is scored at the first of these masks.
         """
         found: dict[tuple[int, ...], list[TargetPiece]] = {}
         wanted = [(target, n) for target in targets if len(target) > 1 for n in range(len(target))]
@@ -271,7 +271,7 @@ class FillMask:
         }
 
     def _sequence(self, ids: list[int], mask: int, *, alone: bool) -> Callable[[list[int]], str]:
-        """Returns a function that decodes the text with pieces in place of a mask.
+        """Returns a function that decodes the text after replacing a mask with the given pieces.
 
         The rest of the text is decoded only once.
 
@@ -308,7 +308,7 @@ def _chunks(rows: list[Features]) -> Iterator[list[Features]]:
 
 
 def _each(outputs: list[Outputs]) -> Iterator[np.ndarray]:
-    """The probabilities over the vocabulary at each masked position of the rows."""
+    """Yields, for each masked position, the probabilities over the vocabulary."""
     return (p for output in outputs for p in output["probabilities"])
 
 

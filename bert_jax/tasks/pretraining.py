@@ -22,7 +22,7 @@ class MaskedLanguageModeling(Objective):
     per_token = False
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The mean loss over the masked tokens, in nats, and the number of masked tokens."""
+        """A pair: the mean loss over the masked tokens, in nats, and the number of masked tokens."""
         return self._mlm_loss(self._logits(model, batch, dropout_key)[0], batch)
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -34,7 +34,7 @@ class MaskedLanguageModeling(Objective):
         return self._mlm_outputs(self._logits(model, batch, None)[0], batch)
 
     def evaluate(self, outputs: Mapping[str, Any], examples: Examples) -> dict[str, Any]:
-        """Computes `mlm_loss` in nats, `mlm_accuracy`, and `pseudo_perplexity`, the exponential of `mlm_loss`.
+        """Computes `mlm_loss` (in nats), `mlm_accuracy` and `pseudo_perplexity` (the exponential of `mlm_loss`).
 
         If no token is masked, the result is empty.
         """
@@ -77,7 +77,7 @@ class MaskedLanguageModeling(Objective):
 class PreTraining(MaskedLanguageModeling):
     """Masked language modeling and next-sentence prediction, for a `BertForPreTraining` model.
 
-    The loss is the sum of the losses of both objectives, as in Devlin et al. 2018. If gradients are accumulated
+    The loss is the sum of the two objectives' losses (Devlin et al. 2018). If gradients are accumulated
     (`training.accumulation`), each of the two losses of a step is a weighted mean over the parts of the batch. The
     weight of a part is its number of masked tokens, even for next-sentence prediction.
     """
@@ -86,7 +86,7 @@ class PreTraining(MaskedLanguageModeling):
     metrics = (*MaskedLanguageModeling.metrics, "nsp_accuracy")
 
     def loss(self, model: Any, batch: Mapping[str, Any], dropout_key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """The sum of the mean losses of both objectives, in nats, and the number of masked tokens."""
+        """A pair: the sum of the two objectives' mean losses, in nats, and the number of masked tokens."""
         logits, following = self._logits(model, batch, dropout_key)
         loss, count = self._mlm_loss(logits, batch)
         labels = jnp.where(batch["weights"] > 0, batch["targets"]["next_sentence_label"], IGNORE)

@@ -1,4 +1,4 @@
-"""Reports a run's metrics to a journal and to loggers, and its progress to a console."""
+"""Writes a run's metrics to a journal and to loggers, and shows its progress on a console."""
 
 import contextlib
 import json
@@ -27,8 +27,8 @@ class Logger(Protocol):
         """Receives a set of values for a step.
 
         A step may have two sets of values, which are passed in separate calls. One set contains the metrics of an
-        evaluation, such as `validation/accuracy`. The other contains means over training steps, such as `loss`. These
-        means cover the steps since the previous set of means.
+        evaluation, such as `validation/accuracy`. The other contains the means of training metrics, such as `loss`.
+        These means cover the steps since the previous set of means.
 
         Args:
             step: Number of completed steps.
@@ -70,7 +70,7 @@ class Journal:
             logger.write(step, scalars(values))
 
     def close(self) -> None:
-        """Closes the file. The loggers stay open, because the code that opened them closes them."""
+        """Closes the file. The loggers stay open; the code that opened them must close them."""
         if self._file:
             self._file.close()
 

@@ -25,12 +25,12 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 
 @dataclass(frozen=True)
 class Rule:
-    """The update rule of a parameter.
+    """The update rule for a parameter.
 
     Attributes:
         weight_decay: Decoupled weight decay, which is multiplied by the learning rate.
-        lr_multiplier: A factor for the learning rate.
-        reasons: The patterns and settings that determined these two numbers.
+        lr_multiplier: The factor by which the learning rate is multiplied.
+        reasons: The patterns and settings that determined the weight decay and the multiplier.
     """
 
     weight_decay: float
@@ -66,7 +66,7 @@ def rules(
             2018, section 3.2). The factor does not apply to parameters that `lr_multipliers` matches.
 
     Raises:
-        InputError: If a pattern matches no parameter, unless it is one of the default patterns of `no_decay`.
+        InputError: If a pattern matches no parameter, unless it is one of the default `no_decay` patterns.
     """
     paths, lr_multipliers = list(paths), lr_multipliers or {}
     layers = 1 + max((int(match[1]) for path in paths if (match := re.search(r"\blayers\.(\d+)\.", path))), default=-1)
@@ -123,8 +123,8 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), with a `Rule` for each parameter.
 
-    The gradients are clipped by their global norm. m and v are running means of the gradients and of their squares
-    (Kingma & Ba 2015). Each step updates every parameter w:
+    The gradients are clipped by their global norm. The running means of the gradients and of their squares are called m
+    and v (Kingma & Ba 2015). Each step updates every parameter w:
 
         w <- w - learning_rate(step) · lr_multiplier · (m̂ / (√v̂ + eps) + weight_decay · w)
 
@@ -136,8 +136,8 @@ def adamw(
         b1: Decay rate of m.
         b2: Decay rate of v.
         eps: A constant added to √v̂ (google-research/bert uses 1e-6).
-        bias_correction: Whether to correct m and v. google-research/bert (optimization.py) omits the correction, but
-            small data sets need it (Zhang et al. 2020, Mosbach et al. 2020).
+        bias_correction: Whether to correct m and v. The original BERT code (optimization.py in google-research/bert)
+            omits the correction, but small data sets need it (Zhang et al. 2020, Mosbach et al. 2020).
         weight_decay: See `rules`.
         no_decay: See `rules`.
         lr_multipliers: See `rules`.
@@ -172,8 +172,8 @@ def by_path(
         lr_multipliers: See `rules`.
         layer_decay: See `rules`.
         max_grad_norm: Gradients with a larger global norm are scaled down to this norm; None for no limit.
-        trust_ratio: Whether to multiply each parameter's update by the parameter's norm divided by the update's norm,
-            as LAMB does (You et al. 2020, arXiv:1904.00962).
+        trust_ratio: Whether to multiply each parameter's update by the ratio of the parameter's norm to the update's
+            norm, as LAMB does (You et al. 2020, arXiv:1904.00962).
     """
 
     def by_parameter(params: optax.Params) -> dict[str, Rule]:
@@ -218,7 +218,7 @@ def _path(keys: Any) -> str:
 def scale_by_adam(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, bias_correction: bool = True
 ) -> optax.GradientTransformation:
-    """Like `optax.scale_by_adam`, but can omit the bias correction. The update is then m / (√v + eps)."""
+    """Like `optax.scale_by_adam`, but with optional bias correction. Without it, the update is m / (√v + eps)."""
     corrected = optax.scale_by_adam(b1, b2, eps)
 
     def update(
@@ -243,22 +243,23 @@ def schedule(
     power: float = 1.0,
     final_learning_rate: float = 1e-7,
 ) -> optax.Schedule:
-    """Returns a `transformers` schedule: a function that maps the step (from 0) to the learning rate (float32).
+    """Returns a `transformers` schedule: a function from the step, starting at 0, to the learning rate (float32).
 
     Args:
         name: The `transformers` name of the schedule that follows warm-up.
         learning_rate: The peak learning rate.
         steps: Total number of steps in the run.
         warmup_steps: Number of linear warm-up steps.
-        warmup_ratio: Warm-up as a share of all steps, rounded up to whole steps; used if `warmup_steps` is None.
+        warmup_ratio: The fraction of steps to use for warm-up if `warmup_steps` is None. The resulting number of steps
+            is rounded up.
         cycles: For "cosine", the number of cosine waves (0.5 by default). For "cosine_with_restarts", the number of
             times that the rate falls from its peak to 0 (1 by default).
         power: The exponent of "polynomial".
         final_learning_rate: The learning rate at the end of "polynomial".
 
     Raises:
-        InputError: If the schedule is unknown, if an argument that does not apply to it is set, or if the run has only
-            one step and this step belongs to the warm-up, which starts at a learning rate of 0.
+        InputError: If the schedule is unknown, if an argument is set that the schedule does not use, or if the run's
+            only step is a warm-up step (the learning rate is 0 in the first warm-up step).
     """
     if name not in SCHEDULES:
         raise InputError(f"The schedule {name!r} is unknown; expected one of {', '.join(SCHEDULES)}.")

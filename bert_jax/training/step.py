@@ -36,9 +36,9 @@ class TrainState:
 
     Attributes:
         step: int32 [], the number of completed steps.
-        params: The trained parameters, including LoRA adapters, float32, keyed by path.
+        params: The trained parameters, including LoRA adapters, as float32 arrays keyed by path.
         opt_state: The state of the optimizer.
-        key: The data of a PRNG key, uint32. The dropout key of a step is derived from this key and the step number.
+        key: The uint32 data of a PRNG key. The dropout key of a step is derived from this key and the step number.
     """
 
     step: jax.Array
@@ -133,8 +133,8 @@ def make_step(
 ) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, Arrays]]:
     """Returns the jitted step: (state, frozen parameters, batch) -> (next state, metrics `loss` and `grad_norm`).
 
-    The loss is the mean over all entries of the batch that the task counts (padding is not counted), even if gradients
-    are accumulated. The step overwrites the arrays in the state that is passed to it (donation).
+    The loss is the mean over the whole batch, even if gradients are accumulated. Entries that the task ignores, such as
+    padding, are not counted. The step overwrites the arrays in the state that is passed to it (donation).
 
     Args:
         task: Defines the loss.

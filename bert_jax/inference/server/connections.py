@@ -2,8 +2,8 @@
 
 `uvicorn` itself closes a connection if the client sends nothing for five seconds after a response, and it stops
 receiving data while a body is waiting to be read. This module limits the number of open connections, the size of
-headers, and the time for receiving headers. It also limits the amount of data that a client may send after a refusal
-and the time that a client may take to read the response.
+headers, and the time for receiving headers. It also limits how much data a client may send after its request is refused
+and how long it may take to read the response.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ MAX_PIPELINED = 8
 
 
 def protocol(limits: Limits) -> type[HttpToolsProtocol]:
-    """Returns a connection class whose instances share `limits`, for the `http` argument of `uvicorn.Config`."""
+    """Returns a class to pass as the `http` argument of `uvicorn.Config`. All its connections share `limits`."""
     return type("Connection", (_Connection,), {"limits": limits, "idle": {}})
 
 

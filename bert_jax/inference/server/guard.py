@@ -1,4 +1,4 @@
-"""The middleware around the application. It checks the key and the host, adds headers, and counts and logs requests."""
+"""The server's middleware. It checks the key and the host, adds headers, and counts and logs requests."""
 
 import hmac
 import logging
@@ -40,16 +40,16 @@ They allow pages to load scripts and styles only from this server, and they do n
 class Guard:
     """Middleware that checks, counts and logs requests.
 
-    The log contains one line per request, with the request id but none of the request's texts.
+    The log contains one line per request. The line includes the request id but no text from the request.
 
     Args:
         app: The application.
         api_key: The key that clients must send as `Authorization: Bearer …`. If empty, no key is required.
         check_room: A function that is called with the number of POST requests in progress and raises `Refused` if there
-            are too many. The new request is then refused before its body is read, because an overloaded server must not
-            spend time on reading.
-        allowed_hosts: Values of the `Host` header that are accepted; `*.example.com` accepts all subdomains. If empty,
-            any value is accepted.
+            are too many. The new request is then refused before its body is read, because an overloaded server should
+            not spend time on reading bodies.
+        allowed_hosts: Accepted values of the `Host` header; `*.example.com` matches all subdomains. If empty, any value
+            is accepted.
         registry: The registry in which the metrics are registered.
     """
 

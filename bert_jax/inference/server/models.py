@@ -1,4 +1,4 @@
-"""A server's models, and the tasks for which each model is served."""
+"""The models that a server loads, and the tasks that it offers for each model."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -45,10 +45,10 @@ def load(
     Args:
         name: The name by which clients refer to the model.
         folder: The model's folder.
-        tasks: The tasks for which to serve the model; by default, the tasks for which it has heads.
+        tasks: The tasks to serve; by default, those for which the model has heads.
         ignore: Regular expressions for the names of tensors to skip; see `BertModel.from_pretrained`.
         dtype: "float32", "bfloat16" or "int8"; see `BertModel.from_pretrained`.
-        mesh: The mesh of devices; see `bert_jax.pipeline`.
+        mesh: The device mesh; see `bert_jax.pipeline`.
 
     Raises:
         BertJaxError: If the model cannot be loaded for one of `tasks` or, if `tasks` is empty, for the first task that

@@ -1,6 +1,6 @@
 """Exceptions for problems that the user can fix, such as invalid input. They never indicate a bug in this package.
 
-Each message states what was given, what was expected and what to do. The command line prints it without a traceback.
+Each message states what was given, what was expected and what to do. The commands print it without a traceback.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ class ModelNotFoundError(BertJaxError, OSError):
 
 
 class HubUnreachableError(ModelNotFoundError):
-    """The Hub does not respond, so an uncached model cannot be downloaded, or a model cannot be uploaded."""
+    """The Hub does not respond, so models that are not cached cannot be downloaded, and no models can be uploaded."""
 
 
 class TrainingError(BertJaxError, ArithmeticError):
@@ -71,7 +71,7 @@ def check_extra(extra: str, *modules: str) -> None:
 
 
 def quoted(value: Any) -> str:
-    """Returns `repr(value)`, truncated to `QUOTED` characters. The rest of a large value is never formatted."""
+    """Returns `repr(value)`, truncated to `QUOTED` characters. For a large value, only the beginning is formatted."""
     return _cut(_written(value))
 
 

@@ -28,7 +28,7 @@ Text = str | Sequence[str]
 
 
 class ModelInputs(TypedDict):
-    """The model arguments for B texts, padded to T tokens. Each argument is int32 [B, T]."""
+    """The model arguments for B texts, padded to T tokens. Each is an int32 array of shape [B, T]."""
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
@@ -71,7 +71,7 @@ class Tokenizer(PushToHub):
     @classmethod
     @porting.suggests(porting.TOKENIZER_FROM_PRETRAINED)
     def from_pretrained(cls, model_id: str | os.PathLike[str], *, revision: str | None = None) -> Self:
-        """Reads the tokenizer of a checkpoint from its `tokenizer.json` or, if it has none, from its `vocab.txt`.
+        """Reads a checkpoint's tokenizer from `tokenizer.json` or, if that file does not exist, from `vocab.txt`.
 
         This class reads the files in the same way as `transformers` 5. `tokenizer_config.json` determines the special
         tokens and, for BERT's tokenizer classes, `do_lower_case`, `strip_accents` and `tokenize_chinese_chars`. If that
@@ -79,13 +79,14 @@ class Tokenizer(PushToHub):
         `tokenizer.json` and `special_tokens_map.json` are also read, and `special_tokens_map.json` overrides
         `tokenizer_config.json`.
 
-        There is one difference from `transformers`. If `do_lower_case` is not set, the BERT classes of `transformers`
-        lowercase all text. In contrast, this class preserves case and logs a warning if there is a `tokenizer.json`
-        that does not lowercase text, or if there is no `tokenizer.json` and the vocabulary contains capital letters.
+        There is one difference from `transformers`. If `do_lower_case` is not set, the BERT tokenizer classes in
+        `transformers` lowercase all text. In contrast, this class preserves case if `tokenizer.json` exists and does
+        not lowercase text, or if `tokenizer.json` does not exist and the vocabulary contains capital letters. If this
+        class preserves case for one of these reasons, it logs a warning.
 
         Args:
             model_id: A folder, the name of the embedded model (`bert-mini-cased`), or an id on the Hugging Face Hub.
-            revision: Branch, tag or commit on the Hub.
+            revision: The branch, tag or commit on the Hub.
 
         Raises:
             ModelNotFoundError: If the model does not exist.
@@ -268,8 +269,8 @@ class Tokenizer(PushToHub):
         Args:
             text: Texts, or lists of words.
             text_pair: The second text of each pair; None if the texts are not paired.
-            is_split_into_words: Whether the texts are lists of words. If so, `Encoding.word_ids` are indices into these
-                lists.
+            is_split_into_words: Whether the texts are lists of words. If so, `Encoding.word_ids` contains indices into
+                these lists.
             add_special_tokens: Whether to add [CLS] and [SEP].
             max_length: The maximum number of tokens per row, including special tokens; None for no limit.
             stride: The number of tokens by which neighboring windows overlap; None keeps only the first window.
@@ -277,8 +278,8 @@ class Tokenizer(PushToHub):
                 ("only_second").
 
         Returns:
-            The rows of each text. Each row is a `tokenizers.Encoding` with the attributes `ids`, `type_ids`, `tokens`,
-            `offsets` (in characters), `word_ids`, `sequence_ids` and `special_tokens_mask`.
+            A list of rows for each text. Each row is a `tokenizers.Encoding` with the attributes `ids`, `type_ids`,
+            `tokens`, `offsets` (in characters), `word_ids`, `sequence_ids` and `special_tokens_mask`.
 
         Raises:
             InputError: If an entry of `text` or `text_pair` has the wrong type (the message gives the entry's index),
@@ -390,7 +391,7 @@ class Tokenizer(PushToHub):
             ids: The token ids of each row.
             type_ids: The token types of each row.
             length: The number of tokens to pad to; by default, the length of the longest row.
-            rows: The minimum number of rows in the result. If `ids` contains fewer, rows of padding are added.
+            rows: The minimum number of rows in the result. If `ids` contains fewer rows, padding rows are added.
 
         Returns:
             `input_ids`, `attention_mask` and `token_type_ids`, each int32 [B, T].

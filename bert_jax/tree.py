@@ -1,8 +1,8 @@
 """Models as nested dicts of arrays, and the dotted paths that name their parameters.
 
-Users work with an `nnx.Module`. Code for jit, `optax` and checkpoints works with the model's parameters as a plain
-nested dict. Only `params, skeleton = split(model)` and `model = merge(skeleton, params)` convert between the two. A
-path is a parameter's location in the module, such as `bert.layers.11.attention.query.weight`.
+Users work with an `nnx.Module`. The code for `jax.jit`, Optax and checkpoints works with the model's parameters as a
+plain nested dict. Only `params, skeleton = split(model)` and `model = merge(skeleton, params)` convert between the two.
+A path is a parameter's location in the module, such as `bert.layers.11.attention.query.weight`.
 """
 
 import re
@@ -29,10 +29,10 @@ class Skeleton:
 
 
 def split(model: nnx.Module) -> tuple[Params, Skeleton]:
-    """Splits a model into its parameters and its skeleton.
+    """Splits a model into its parameters and its skeleton, which is the model without the parameters.
 
     Returns:
-        The parameters as a nested dict, and the skeleton, from which `merge` rebuilds the model.
+        The parameters as a nested dict, and the skeleton. `merge` rebuilds the model from both.
     """
     graphdef, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
@@ -40,18 +40,18 @@ def split(model: nnx.Module) -> tuple[Params, Skeleton]:
 
 
 def merge(skeleton: Skeleton, params: Params) -> Any:
-    """Builds a model from a skeleton and parameters: the inverse of `split`.
+    """Rebuilds a model from its parameters and its skeleton, which is the model without the parameters.
 
-    Call this function instead of `nnx.merge`, which checks only the number of leaves. `nnx.merge` accepts wrong names
-    and shapes and puts layers with string keys in the order 0, 1, 10, 11, 2, … In contrast, this function first
-    compares every path, shape and dtype with the skeleton.
+    This is the inverse of `split`. Call this function instead of `nnx.merge`, which checks only the number of leaves.
+    `nnx.merge` accepts wrong names and shapes and puts layers with string keys in the order 0, 1, 10, 11, 2 and so on.
+    In contrast, this function first compares every path, shape and dtype with the skeleton.
 
     Args:
         skeleton: The skeleton that `split` returns.
-        params: A nested dict of arrays. Layers may have the string keys "0", "1", …, as in some checkpoints.
+        params: A nested dict of arrays. Layers may have the string keys "0", "1", …, which some checkpoints use.
 
     Raises:
-        ValueError: If a path is missing or unexpected, or if its parameter has the wrong shape or dtype. The message
+        ValueError: If a path is missing or unexpected, or if a parameter has the wrong shape or dtype. The message
             lists every such path.
     """
     flat = flatten(params)
@@ -85,7 +85,7 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
 
 
 def select(patterns: Iterable[str], paths: Iterable[str]) -> list[str]:
-    """Returns the paths that fully match at least one of the regular expressions `patterns`, in the order of `paths`.
+    """Returns the paths that fully match at least one regular expression in `patterns`, in the order of `paths`.
 
     Raises:
         InputError: If a pattern is not a regular expression.

@@ -37,7 +37,7 @@ class PushToHub:
     ) -> str:
         """Uploads the output of `save_pretrained` to the Hugging Face Hub in one commit.
 
-        The arguments and errors are those of `bert_jax.push_folder`.
+        For the arguments and errors, see `bert_jax.push_folder`.
 
         Returns:
             The URL of the commit.

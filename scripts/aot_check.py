@@ -215,10 +215,10 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
     results = {name: results[name] for name in programs() if name in results}
     parts = [
         "# TPUs and GPUs",
-        "The programs of this package compile for v5e, v6e and v5p TPUs and for H100 GPUs. They were compiled with the "
-        "compilers\nfor these chips, on a machine that has none of them. **They have never been run on any of these "
-        "chips.** This page shows\nthe memory, communication and data types that the compilers report, and "
-        "theoretical lower bounds on the time of a step.\nIt says nothing about the actual speed.",
+        "This package's programs can be compiled for v5e, v6e and v5p TPUs and for H100 GPUs. They were compiled with "
+        "the\ncompilers for these chips, on a machine that has none of them. **They have never been run on any of "
+        "these chips.** This\npage shows the memory, communication and data types that the compilers report, and "
+        "theoretical lower bounds on the\nstep time. It says nothing about the actual speed.",
         "```sh\npip install '.[aot]'\n"
         "bert-jax finetune configs/finetune/emotion.yaml precision.compute_dtype=bfloat16 --dry-run --target v5e:2x4\n"
         "python scripts/aot_check.py    # writes this page\n```",
@@ -238,9 +238,9 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
             words = [f"{'' if c['fits'] else '**does not fit** '}{c['memory'] / gib:.2f}" if c else "" for c in cells]
             rows = f"{' '.join([task, *recipe])}, {size}, [{shape.replace('x', ', ')}]"
             table.append(f"| {rows} | {layout} | " + " | ".join(words) + " |")
-    room = ", ".join(f"{chip} {aot.CHIPS[chip.split(':')[0]].memory / gib:.2f}" for chip in CHIPS)
+    room = ", ".join(f"{aot.CHIPS[chip.split(':')[0]].memory / gib:.2f} GiB ({chip})" for chip in CHIPS)
     parts += [
-        f"## Memory per device, GiB\n\nThe devices have the following memory: {room}.\nShapes are [rows on all "
+        f"## Memory per device, GiB\n\nOne device has this much memory: {room}.\nShapes are [rows on all "
         "devices, tokens per row].",
         "\n".join(table),
     ]
@@ -266,8 +266,8 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
     parts += [
         "## Communication between devices\n\nData-parallel steps communicate only to sum gradients, and data-parallel "
         "pipelines do not\ncommunicate at all. Each program name ends with the model size, the layout, and the batch "
-        "shape (rows on all devices ×\ntokens per row). The last column shows the share of the operations in matrix "
-        "products that are in bfloat16.",
+        "shape (rows on all devices ×\ntokens per row). The last column shows the percentage of matrix-product "
+        "operations that are in bfloat16.",
         "\n".join(lines),
     ]
 
@@ -284,27 +284,28 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
             lines.append(f"| {chip} | {what} | {fits}{found['memory'] / gib:.2f} | {flops:.1f} | {kernels} |")
     parts += [
         "## What fused attention, remat and packing change\n\nThe table compares training steps of the base model "
-        "with the shape [256, 512] on eight devices, without attention\ndropout. Matrix products inside custom kernels "
-        "are not counted.",
+        "on eight devices, with the batch shape [256, 512] and\nwithout attention dropout. Matrix products inside "
+        "custom kernels are not counted.",
         "\n".join(lines),
     ]
     padded, packed = (results.get(f"v5e:2x4 packing {packed}") for packed in (False, True))
     if padded and packed:
         parts.append(
-            "Packing changes the shape of a batch of 256 texts of 4 to 128 tokens (22 on average) from "
-            f"{padded['shape'][:2]} to {packed['shape'][:2]}. On\nv5e:2x4, it reduces the memory per device from "
-            f"{padded['memory'] / gib:.2f} to {packed['memory'] / gib:.2f} GiB. It reduces the number of operations, "
-            f"as calculated\nfrom a formula, from {padded['flops'] / 1e12:.1f} to {packed['flops'] / 1e12:.1f} TFLOP."
+            "For a batch of 256 texts with 4 to 128 tokens each (22 on average), packing changes the shape from "
+            f"{padded['shape'][:2]} to\n{packed['shape'][:2]}. On v5e:2x4, packing reduces the memory per device from "
+            f"{padded['memory'] / gib:.2f} to {packed['memory'] / gib:.2f} GiB. The number of\noperations, which is "
+            f"calculated from a formula, decreases from {padded['flops'] / 1e12:.1f} to {packed['flops'] / 1e12:.1f} "
+            "TFLOP."
         )
     if found := results.get("v5e:2x4 largest large 512 remat"):
         parts.append(
-            f"With remat, a training step of the large model with {found['rows']} rows of 512 tokens per chip fits on "
-            "v5e:2x4. This is the\nlargest batch that was found to fit."
+            f"With remat, the large model can be trained on v5e:2x4 with {found['rows']} rows of 512 tokens per chip. "
+            "This is the largest\nbatch that was found to fit."
         )
     if found := results.get("v5e:2x4 too much"):
         parts.append(
-            "Without remat, a training step of the large model with the shape [512, 512] "
-            f"{'fits' if found['fits'] else 'does not fit'} on v5e:2x4. According to the\ncompiler, it needs "
+            "Without remat, a training step of the large model with the batch shape [512, 512] "
+            f"{'fits' if found['fits'] else 'does not fit'} on v5e:2x4. According to\nthe compiler, it needs "
             f"{found['memory'] / gib:.1f} GiB per chip."
         )
     lines = [
@@ -327,7 +328,7 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
         "## What `attention: auto` chooses\n\nFused kernels never store the attention probabilities, so they cannot "
         "apply dropout to them. The published configs have\nan attention dropout of 0.1. To fine-tune with a fused "
         "kernel, set `model.attention_probs_dropout_prob=0`\n([what this changes](training_quality.md#attention-"
-        "dropout)). The kernels are those of JAX (`jax.experimental.pallas.ops`).\nThe tokamax kernels were tried, "
+        "dropout)). The kernels are from JAX (`jax.experimental.pallas.ops`).\nThe tokamax kernels were tried, "
         "too, but they cannot be compiled without a GPU.",
         "\n".join(lines),
     ]
@@ -343,11 +344,12 @@ def page(versions: dict[str, str], results: dict[str, Any]) -> str:
             cells = " | ".join(f"{1e3 * value:.2f}" for value in seconds.values())
             lines.append(f"| {name} | {cells} | {1e3 * max(seconds.values()):.2f} |")
     parts += [
-        "## Theoretical lower bounds\n\nThe table shows lower bounds on the time of a step in milliseconds. They are "
-        "computed only from the published rates of\neach chip (`bert_jax.tools.aot.CHIPS`). The first three columns "
-        "show the minimum times for the program's matrix products\nat the peak bfloat16 rate, for moving its "
-        "arguments and results through memory once, and for its all-reduces over the\ninterconnect. The lower bound is "
-        "the largest of the three. These are bounds on what is possible, not measurements or\npromises.",
+        "## Theoretical lower bounds\n\nThe table shows lower bounds on the step time, in milliseconds. They are "
+        "computed only from the published rates of\neach chip (`bert_jax.tools.aot.CHIPS`). The `matrix products` "
+        "column shows the minimum time for the program's matrix\nproducts at the peak bfloat16 rate. The `memory` "
+        "column shows the minimum time for moving the program's arguments and\nresults through memory once. The "
+        "`interconnect` column shows the minimum time for the program's all-reduces. The lower\nbound is the largest "
+        "of the three times. These are bounds on what is possible, not measurements or promises.",
         "\n".join(lines),
     ]
     return "\n\n".join(parts) + "\n"

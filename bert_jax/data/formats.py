@@ -38,8 +38,8 @@ class Table(NamedTuple):
     Attributes:
         delimiter: The character between cells. None means a comma for CSV and a tab for TSV.
         quoting: With "minimal", a cell may be enclosed in double quotes. Within the quotes, delimiters and line breaks
-            are part of the text, and two consecutive quotes represent one. With "none", quotes are part of the text.
-            None means "minimal" for CSV and "none" for TSV.
+            are part of the text, and two consecutive quotes represent one quote character. With "none", quotes are part
+            of the text. None means "minimal" for CSV and "none" for TSV.
         columns: The names of the columns, if the file has no header line.
     """
 
@@ -86,13 +86,13 @@ def parse_json(lines: Iterator[str]) -> Rows:
 
 
 def parse_table(lines: Iterator[str], *, table: Table, sure: bool, path: Path | None) -> Rows:
-    """Parses CSV or TSV. The first line names the columns, unless `table` does.
+    """Parses CSV or TSV. The first line contains the column names, unless `table` specifies them.
 
     Args:
         lines: The lines.
-        table: The delimiter, the quoting and, if there is no header line, the columns.
-        sure: Whether the caller chose the delimiter. If false, the delimiter is the default of the format.
-        path: The path of the file, for warnings; None for no warnings.
+        table: The delimiter, the quoting style and, if there is no header line, the column names.
+        sure: Whether the caller chose the delimiter. If false, the delimiter is the format's default.
+        path: The file path to show in warnings. If None, no warnings are logged.
     """
     csv.field_size_limit(2**24)  # a field may contain a book; the default limit is 131,072 characters
     record: list[str] = []  # the lines that the reader has read for the current row
@@ -148,12 +148,12 @@ def parse_table(lines: Iterator[str], *, table: Table, sure: bool, path: Path | 
 
 
 def _misfit(fields: list[str], names: list[str], delimiter: str | None) -> str:
-    """Describes the problem with the first line of a table. If there is no problem, the result is an empty string.
+    """Returns a description of the problem with the first line of a table, or an empty string if there is no problem.
 
     Args:
         fields: The cells of the first line.
-        names: The names of the columns, if the caller specifies them.
-        delimiter: The delimiter; None if the caller specifies it.
+        names: The column names that the caller specified; empty if the first line should contain them.
+        delimiter: The format's default delimiter; None if the caller chose a delimiter.
     """
     others = [character for character in DELIMITERS if character != delimiter and character in fields[0]]
     if delimiter and len(fields) == 1 and others and len(names) != 1:
@@ -170,14 +170,14 @@ def _misfit(fields: list[str], names: list[str], delimiter: str | None) -> str:
 
 
 def _last_quote(record: list[str]) -> int:
-    """The index of the line that contains the last opening quote. `record` contains the lines of a row."""
+    """Returns the index of the line that contains the last opening quote. `record` contains the lines of a row."""
     # An opening quote is at the beginning of the row or follows a comma, a line break or another quote.
     openings = [match.start() for match in re.finditer(r'(?<![^,\n"])"[^"]*"?', "".join(record))]
     return bisect.bisect(list(itertools.accumulate(map(len, record))), max(openings, default=0))
 
 
 def parse_text(lines: Iterator[str]) -> Rows:
-    """Parses plain text. Each line is the `text` of one row."""
+    """Parses plain text. Each line becomes the `text` column of one row."""
     for number, line in enumerate(lines, 1):
         yield number, {"text": line.rstrip("\r\n")}
 

@@ -1,4 +1,6 @@
-"""Makes predictions for texts. The rows of many requests share batches, and one program is compiled per batch shape.
+"""Makes predictions for texts.
+
+The rows of many requests are batched together, and one program is compiled per batch shape.
 
 Example:
     fill_mask = bert_jax.pipeline("fill-mask", "google-bert/bert-base-cased")
@@ -62,7 +64,7 @@ Task_co = TypeVar("Task_co", covariant=True)
 
 
 class Asks(Protocol[Input_contra, Parameters, Result_co]):
-    """A task, in a form that lets type checkers infer the types of its inputs, parameters and results."""
+    """A protocol for tasks. It lets type checkers infer the types of a task's inputs, parameters and results."""
 
     @property
     def request(self) -> Callable[Concatenate[Input_contra, Parameters], Request[Result_co]]:
@@ -156,14 +158,15 @@ def pipeline(
         ignore: Regular expressions for the names of tensors to skip; see `BertModel.from_pretrained`.
         dtype: "float32" (the default), "bfloat16" or "int8". The last two need less memory and, on some processors,
             less time; see `BertModel.from_pretrained`. A loaded model keeps its dtype.
-        mesh: A mesh of devices from `bert_jax.sharding.mesh`. The devices share the rows of each batch. By default, a
-            loaded model stays on its current devices, and other models use the mesh from `bert_jax.sharding.local`.
+        mesh: A device mesh created by `bert_jax.sharding.mesh`. The rows of each batch are divided among the devices.
+            By default, a loaded model stays on its current devices, and other models use the mesh from
+            `bert_jax.sharding.local`.
 
     Raises:
         InputError: If the task or dtype is unknown, or if the mesh does not fit the model or contains devices of other
-            processes. Also raised if a loaded model does not fit the task, is given without a tokenizer, or is given
-            with arguments that specify how to load a model.
-        ModelNotFoundError: If there is no such model, or if the Hub does not respond.
+            processes. Also raised if a loaded model does not fit the task, if it is passed without a tokenizer, or if
+            it is passed with arguments that specify how to load a model.
+        ModelNotFoundError: If the model does not exist, or if the Hub does not respond.
         CheckpointError: If the checkpoint lacks the task's head, is damaged, or does not fit the tokenizer.
         OutOfMemoryError: If the model does not fit in the memory of the devices.
     """
@@ -216,7 +219,7 @@ def pipeline(
 
 
 def tasks_of(architectures: Sequence[str]) -> list[str]:
-    """Returns the tasks for which a model with the given architectures was trained."""
+    """Returns the tasks for which a checkpoint was trained, based on the architectures that its config lists."""
     if "BertForPreTraining" in architectures:  # this class has both pretraining heads
         architectures = [*architectures, "BertForMaskedLM", "BertForNextSentencePrediction"]
     tasks = {task.model_class.__name__: name for name, task in reversed(TASKS.items())}  # the first task of each class
@@ -224,7 +227,7 @@ def tasks_of(architectures: Sequence[str]) -> list[str]:
 
 
 class Pipeline(Generic[Task_co]):
-    """A model that is prepared for a task, and its compiled programs.
+    """A model prepared for a task, together with its compiled programs.
 
     Call a pipeline with one input, a list of inputs, or another iterable of inputs.
     """
@@ -270,7 +273,7 @@ class Pipeline(Generic[Task_co]):
         return sorted(buckets, key=is_usual, reverse=True)
 
     def warm_up(self) -> None:
-        """Compiles the programs of all `buckets`, several at a time, and runs the program with the highest memory use.
+        """Compiles the programs for all `buckets`, several at a time, and runs the program with the highest memory use.
 
         Afterward, no input waits for compilation, and memory use has reached its peak.
         """
@@ -298,12 +301,12 @@ class Pipeline(Generic[Task_co]):
 
         Args:
             inputs: One input, a list of inputs, or any other iterable of inputs. Depending on the task, an input is a
-                text, a pair as a tuple, or a dict with either the keys `question` and `context` or the keys `context`
-                and `choices`.
+                text, a tuple of two texts, or a dict with either the keys `question` and `context` or the keys
+                `context` and `choices`.
 
         Returns:
             For one input, the task's result. For a list, a list of results in the same order. For any other iterable,
-            an iterator over the results, which reads at most `read_ahead` inputs ahead.
+            an iterator that yields the results and reads at most `read_ahead` inputs ahead.
 
         Raises:
             InputError: If an input or a parameter is invalid. The message describes the problem and, if there are
@@ -352,7 +355,7 @@ class Pipeline(Generic[Task_co]):
             yield from self.run(requests)
 
     def run(self, requests: Sequence[Request[Any]]) -> list[Any]:
-        """Computes requests and returns their results in order. The rows of all requests are batched together."""
+        """Computes the results of requests and returns them in order. The rows of all requests are batched together."""
         if not requests:
             return []
         run = Run(self)
@@ -395,7 +398,7 @@ class Pipeline(Generic[Task_co]):
         return outputs
 
     def has_program(self, bucket: Bucket) -> bool:
-        """Returns whether the program for a bucket is compiled."""
+        """Returns whether the program for a bucket has already been compiled."""
         return bucket in self._programs
 
     def compile(self, bucket: Bucket) -> jax.stages.Compiled:
@@ -409,7 +412,7 @@ class Pipeline(Generic[Task_co]):
         return self._programs[bucket]
 
     def trace(self, bucket: Bucket) -> jax.stages.Traced:
-        """Traces the program for a bucket. Parameters may be abstract, and devices may belong to other machines."""
+        """Traces the program for a bucket. The parameters may be abstract, and the devices may be in other machines."""
         flat, rows = tree.flatten(self.params), sharding.by_row(self.mesh)
         params = tree.unflatten(sharding.abstract(flat, sharding.placements(self.mesh, flat)))
         inputs = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in self._arrays(bucket).items()}
@@ -439,5 +442,5 @@ class Pipeline(Generic[Task_co]):
         return outputs
 
     def model(self, params: tree.Params) -> Any:
-        """Returns the model with `params`, which are `self.params` or, inside `jax.jit`, tracers of `self.params`."""
+        """Rebuilds the model from `params`: either `self.params` or, inside `jax.jit`, the corresponding tracers."""
         return tree.merge(self._skeleton, params)

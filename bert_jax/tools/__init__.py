@@ -1,1 +1,4 @@
-"""Tools: checks of machines and checkpoints, ahead-of-time compilation for other chips, export, figures and reports."""
+"""Tools that check machines and checkpoints, compile programs for other chips, and export models.
+
+Other tools create figures and reports.
+"""

@@ -85,7 +85,7 @@ class Check:
     """A published output, compared with this package's output.
 
     Attributes:
-        what: The input, or a short name of the output.
+        what: The input, or a short name for the output.
         expected: The published output.
         got: This package's output.
         difference: The largest absolute difference between the numbers.
@@ -103,7 +103,7 @@ def verify(model: str) -> Iterator[Check]:
     """Compares this package's outputs for a model with the published outputs, one by one.
 
     Args:
-        model: One of `MODELS`, or a folder with the name of one of them, such as `./bert-base-cased`.
+        model: One of `MODELS`, or a folder named after one of them, such as `./bert-base-cased`.
 
     Raises:
         InputError: If there are no published outputs for the model.

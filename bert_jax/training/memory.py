@@ -21,31 +21,31 @@ def keep_freed(*, asynchronous: bool = False) -> None:
 
     On CPUs, a compiled program allocates all its temporaries as one block and frees the block after each call. For a
     training step, the block can take up gigabytes. By default, malloc maps and unmaps the block in each call, so the
-    kernel has to clear every page again, which takes a third of the time of a training step. This function therefore
-    prevents malloc from mapping blocks and from trimming its heap, and requests huge pages for the heap.
+    kernel has to clear every page again. Clearing the pages takes a third of the time of a training step. This function
+    therefore prevents malloc from mapping blocks and from trimming its heap, and requests huge pages for the heap.
 
-    A heap that only grows must not fragment. A small allocation inside the hole that a freed block leaves makes the
-    hole too small for the next block. A small allocation directly above a block prevents the hole that the block
-    leaves from growing to fit a larger block. In both cases, the heap grows by another block. Because of such
-    fragmentation, fine-tuning MiniLM on SQuAD (with a block of 2.1 GB) took 9 to 10 GB. Two measures prevent
-    fragmentation:
+    A heap that only grows must not fragment. If a small allocation is placed in the hole left by a freed block, the
+    hole becomes too small for the next block. If a small allocation is placed directly above a block, the hole that
+    remains after the block is freed cannot grow to fit a larger block. In both cases, the heap grows by another block.
+    Because of such fragmentation, fine-tuning MiniLM on SQuAD, which needs a block of 2.1 GB, used 9 to 10 GB of
+    memory. Two measures prevent fragmentation:
 
-    - Small allocations have a separate area: free chunks of 64 MB at the start of the heap, separated by small blocks
-      that are never freed (fences). malloc uses the smallest free chunk that fits, so these chunks serve all requests
-      of less than 64 MB. An unused chunk takes up address space but no memory. Larger blocks go to the end of the heap,
-      where a freed block merges with the free space behind it.
+    - Small allocations have a separate area at the start of the heap. It consists of free chunks of 64 MB, separated by
+      small blocks that are never freed (fences). The allocator uses the smallest free chunk that fits, so these chunks
+      serve all requests of less than 64 MB. An unused chunk takes up address space but no memory. Larger blocks go to
+      the end of the heap, where a freed block merges with the free space behind it.
     - Unless `asynchronous` is true, JAX's asynchronous dispatch is turned off. With asynchronous dispatch, the next
       step would allocate its block before the thread of the previous step has freed the previous block. Training with
-      batches of 4 took 3.4 GB with asynchronous dispatch and 1.7 GB without it. A training step on CPUs keeps all cores
+      batches of 4 used 3.4 GB with asynchronous dispatch and 1.7 GB without it. A training step on CPUs keeps all cores
       busy, so it gains nothing from asynchronous dispatch.
 
     The call does nothing if malloc is not glibc's, and it uses no huge pages if the system does not support them. A
     second call does not change the heap.
 
     Args:
-        asynchronous: Whether to leave JAX's asynchronous dispatch on. Commands that prepare or decode one batch while
-            another is computed need it. If `asynchronous` is false, call this function before JAX computes anything,
-            because asynchronous dispatch cannot be turned off later.
+        asynchronous: Whether to leave JAX's asynchronous dispatch on. Commands need it if they prepare or decode one
+            batch while another is computed. If `asynchronous` is false, call this function before JAX computes
+            anything, because asynchronous dispatch cannot be turned off later.
     """
     if (libc := _glibc()) is None:
         return
@@ -75,9 +75,9 @@ def release() -> None:
     """Returns all free memory to the system.
 
     Call this function between the phases of a run. The run then needs only as much memory as its largest phase, not as
-    much as all phases together. For example, the temporaries of a training step are returned before an evaluation or a
-    checkpoint allocates its own. The memory that a compilation leaves behind, up to 0.3 GB, is also returned. The call
-    does nothing if malloc is not glibc's.
+    much as all phases together. For example, the temporaries of a training step are returned to the system before
+    the run evaluates the model or saves a checkpoint. The memory that a compilation leaves behind, up to 0.3 GB, is
+    also returned to the system. The call does nothing if malloc is not glibc's.
     """
     if (libc := _glibc()) is None:
         return

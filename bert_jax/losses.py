@@ -1,6 +1,7 @@
-"""Loss functions. Each returns a float32 mean over all entries whose label is not `IGNORE` and whose weight is not 0.
+"""Loss functions.
 
-Cross entropies are in nats.
+Each loss is a float32 mean over all entries whose label is not `IGNORE` and whose weight is not 0. Cross entropies are
+in nats.
 """
 
 import jax
@@ -23,7 +24,7 @@ def cross_entropy(
 ) -> jax.Array:
     """Mean negative log-likelihood of the labels.
 
-    This is the loss of masked-language modeling, next-sentence prediction, token classification and single-label
+    This is the loss for masked language modeling, next-sentence prediction, token classification and single-label
     sequence classification.
 
     Args:
@@ -34,7 +35,7 @@ def cross_entropy(
         label_smoothing: The share of each target's probability that is divided equally among all classes (Szegedy et
             al. 2016, section 7).
         focal_gamma: The negative log-likelihood of each label is multiplied by (1 - p)^focal_gamma, where p is the
-            label's predicted probability, so well-predicted labels count less (Lin et al. 2017, section 3.2).
+            label's predicted probability. Well-predicted labels therefore count less (Lin et al. 2017, section 3.2).
 
     Returns:
         float32 [], in nats per label. The mean is taken over the labels that are not `IGNORE` and is weighted if
@@ -65,8 +66,8 @@ def cross_entropy(
 def total_weight(labels: jax.Array, class_weights: jax.Array | None = None) -> jax.Array:
     """Returns the denominator of the mean that `cross_entropy` computes, float32 [].
 
-    Without class weights, the denominator is the number of labels that are not `IGNORE`. With class weights, it is the
-    sum of these labels' weights.
+    Without class weights, the denominator is the number of labels that are not `IGNORE`. With class weights, the
+    denominator is the sum of the class weights of those labels.
     """
     counts = labels != IGNORE
     if class_weights is None:
@@ -78,8 +79,8 @@ def total_weight(labels: jax.Array, class_weights: jax.Array | None = None) -> j
 def balanced(labels: np.ndarray, classes: int) -> np.ndarray:
     """Returns class weights that compensate for different class frequencies.
 
-    For labels [N], all classes have the same total weight in the loss. For labels [N, C], the positive labels (1) of
-    each class have the same total weight as its negative labels (0).
+    For labels of shape [N], all classes have the same total weight in the loss. For labels of shape [N, C], the
+    positive labels (1) of each class have the same total weight as its negative labels (0).
 
     Args:
         labels: For `cross_entropy`, int [N]; `IGNORE` and other negative numbers are left out. For
@@ -87,10 +88,10 @@ def balanced(labels: np.ndarray, classes: int) -> np.ndarray:
         classes: The number of classes, C.
 
     Returns:
-        float32 [C]. For labels [N], the weight of a class is M / (C · n), where M is the number of labels that are not
-        left out and n is the number of labels of the class, as in scikit-learn's `compute_class_weight`. For labels
-        [N, C], the weight of a class is the number of zeros in its column divided by the number of ones. The weight of
-        a class that does not occur is infinity or NaN.
+        float32 [C]. For labels of shape [N], the weight of a class is M / (C · n), as in scikit-learn's
+        `compute_class_weight`. M is the number of labels that are not left out, and n is the number of those that
+        belong to the class. For labels of shape [N, C], the weight of a class is the number of zeros in its column
+        divided by the number of ones. The weight of a class that does not occur is infinity or NaN.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         if labels.ndim == 2:
@@ -111,7 +112,7 @@ def binary_cross_entropy(
     label_smoothing: float = 0.0,
     focal_gamma: float = 0.0,
 ) -> jax.Array:
-    """Mean negative log-likelihood of independent binary labels, the loss of multi-label classification.
+    """Mean negative log-likelihood of independent binary labels, the loss for multi-label classification.
 
     Args:
         logits: float [B, C].
@@ -154,7 +155,7 @@ def _focus(nll: jax.Array, gamma: float) -> jax.Array:
 
 
 def squared_error(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """Mean squared error, the loss of regression.
+    """Mean squared error, the loss for regression.
 
     Args:
         logits: float [B, C].

@@ -8,8 +8,8 @@ from typing import Any, overload
 class ModelOutput(Mapping[str, Any]):
     """The base class of model outputs: `out.logits`, `out["logits"]` and `out[0]` are the same entry.
 
-    As in `transformers`, an output is a mapping from entry names to entries, and keys and indices skip entries that are
-    None. Subclasses are dataclasses that are registered as pytrees.
+    As in `transformers`, an output is a mapping from entry names to entries. An entry that is None has neither a key
+    nor an index. Subclasses are dataclasses that are registered as pytrees.
     """
 
     @overload

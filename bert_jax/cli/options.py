@@ -1,4 +1,4 @@
-"""Code that the commands share: the app, the options, and the search for models."""
+"""Code shared by the commands: the app, the options, and model lookup."""
 
 import sys
 from pathlib import Path
@@ -71,7 +71,7 @@ def main() -> None:
     """Runs the command line.
 
     An error that the user can fix is printed to stderr without a traceback, and the exit status is 2. If a signal
-    stopped a run, the exit status is 128 plus the number of the signal.
+    stopped a run, the exit status is 128 plus the signal number.
     """
     try:
         app()
@@ -112,7 +112,7 @@ def load_pipeline(
 
 
 def find_task(name: str, folder: Path) -> str:
-    """Returns the only task for which a model has a head. Raises `InputError` if there is none or more than one."""
+    """Returns the task that a model's head supports. Raises `InputError` unless there is exactly one such task."""
     from bert_jax import hub
     from bert_jax.inference.pipelines import tasks_of
     from bert_jax.tasks.registry import TASKS

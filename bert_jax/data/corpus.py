@@ -1,9 +1,9 @@
 """Prepares texts for pretraining: splits documents into sentences, tokenizes them, and saves the rows in shards.
 
-A shard is a NumPy file of rows. Each row contains the three numbers that `HEADER` names, followed by the token ids of
-an example. In the shard folder, `corpus.json` records the input files, the tokenizer and the settings from which the
-shards are made. `manifest.json`, which is written last, records the size and the hash of each shard. A shard gets its
-final name only when it is complete. After an interruption, `tokenize` therefore makes only the missing shards.
+A shard is a NumPy file of rows. Each row contains the three numbers named in `HEADER`, followed by the token ids of one
+example. The `corpus.json` file in the shard folder records the input files, the tokenizer and the settings used to
+make the shards. `manifest.json`, which is written last, records the size and the hash of each shard. A shard gets
+its final name only when it is complete. After an interruption, `tokenize` therefore makes only the missing shards.
 """
 
 import collections
@@ -110,17 +110,17 @@ def pairs(
     """Makes pairs of segments for next-sentence prediction, as `create_instances_from_document` in BERT's code does.
 
     Args:
-        documents: Two or more documents, none of them empty.
-        room: Maximum number of tokens in both segments together.
+        documents: Two or more documents, none of which is empty.
+        room: Maximum total number of tokens in the two segments.
         short: Share of pairs whose target length is a random number of tokens from 2 to `room`. The target length of
             all other pairs is `room`.
         random: The random generator.
 
     Yields:
         The first segment, the second segment, and whether the second segment is from a different document than the
-        first. The second segment is normally from a different document with probability 1/2. The probability is 1 if
-        the first segment's document has only one unused sentence left, or if its next unused sentence has at least the
-        target length.
+        first. Normally, the second segment comes from a different document with probability 1/2. The probability is 1
+        if the first segment's document has only one unused sentence left, or if the next unused sentence in that
+        document is at least as long as the target length.
     """
     for number, document in enumerate(documents):
         start = 0
@@ -150,16 +150,16 @@ def pairs(
 def _trimmed(first: int, second: int, room: int, random: np.random.Generator) -> tuple[slice, slice]:
     """Shortens two segments until they have at most `room` tokens in total.
 
-    In each step, either the first or the last token of the longer segment, chosen at random, is removed.
+    Each step removes either the first or the last token of the longer segment, chosen at random.
 
     Args:
         first: The length of the first segment.
         second: The length of the second segment.
-        room: Maximum number of tokens in both segments together.
+        room: Maximum total number of tokens in the two segments.
         random: The random generator.
 
     Returns:
-        The remaining slice of each segment.
+        The slice of each segment that is kept.
     """
     lengths, fronts = [first, second], [0, 0]
     while sum(lengths) > room:
@@ -192,8 +192,8 @@ class Layout:
     Attributes:
         max_length: Maximum number of tokens in an example, including special tokens.
         next_sentence: Whether to make pairs of segments for next-sentence prediction instead of single texts.
-        short: Share of pairs whose target length is a random number of tokens from 2 to `max_length` - 3. The target
-            length of all other pairs is `max_length` - 3. Special tokens are not counted.
+        short: Share of pairs whose target length is a random number of tokens from 2 to `max_length - 3`. The target
+            length of all other pairs is `max_length - 3`. Special tokens are not counted.
     """
 
     max_length: int = 128
@@ -249,11 +249,11 @@ def tokenize(
     """Creates the shards that do not exist yet and opens all shards.
 
     Args:
-        files: Text files with empty lines between documents, or JSON Lines files. Both kinds may be gzipped.
+        files: Text files with empty lines between documents, or JSON Lines files. Files of both kinds may be gzipped.
         folder: The shard folder.
         tokenizer: The model's tokenizer.
         layout: Options for converting documents to examples.
-        seed: The seed for the random choices in making pairs.
+        seed: The seed for the random choices made when creating pairs.
         format: The format of the files; None to infer it from the file names.
         text: The key of the text in JSON Lines files.
         processes: Number of tokenization processes; by default, the number of processors.
@@ -261,8 +261,8 @@ def tokenize(
 
     Raises:
         InputError: If the tokenizer lacks a special token, if a file cannot be read, if the files contain no text, or
-            if pairs are to be made from only one document. Also raised if writing to the folder fails, if the folder
-            contains files that are not shards, or if it contains shards that were made with different arguments.
+            if pairs are requested but there is only one document. Also raised if writing to the folder fails, if the
+            folder contains files that are not shards, or if it contains shards that were made with different arguments.
             Finished shards are kept.
         CheckpointError: If a shard is damaged or missing.
     """
@@ -306,7 +306,8 @@ def tokenize(
 def _units(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
     """Groups documents into one group per shard.
 
-    If possible, each group contains at least `SHARD` characters and at least two documents, the minimum for pairs.
+    If possible, each group contains at least `SHARD` characters and at least two documents, the minimum for making
+    pairs.
     """
     unit: list[list[str]] = []
     # A full group. It is held back so that, if only one document remains at the end, that document can join it.
@@ -327,7 +328,7 @@ def _units(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
 def _make_shards(
     make: Any, units: Iterator[list[list[str]]], layout: Layout, processes: int | None, console: Console | None
 ) -> list[Any]:
-    """Makes a shard from each group of documents, in several processes. Returns the record of each shard."""
+    """Makes one shard per group of documents, using several processes. Returns the record of each shard."""
     workers = processes or os.cpu_count() or 1
     records: list[Any] = []
     pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
@@ -419,7 +420,7 @@ class Shards:
         return np.cumsum([0, *map(len, self.tables)])
 
     def column(self, name: str) -> np.ndarray:
-        """Returns the column with the given name, which must be in `HEADER`: int32 [rows]."""
+        """Returns the values of one `HEADER` field for all rows: int32 [rows]."""
         return np.concatenate([table[:, HEADER.index(name)].astype(np.int32) for table in self.tables])
 
     def ids(self, row: int) -> np.ndarray:

@@ -1,11 +1,11 @@
 """Evaluates pretrained models on held-out texts and on minimal pairs of sentences.
 
 Held-out texts are evaluated with the pretraining tasks, `fill-mask` and `next-sentence-prediction`. Minimal pairs are
-evaluated by the pseudo-log-likelihoods of their sentences.
+evaluated by comparing the pseudo-log-likelihoods of the two sentences in each pair.
 
 The measures for `fill-mask` are means over all masked tokens, except for the pseudo-perplexity, which is the
-exponential of such a mean. The measures for `next-sentence-prediction` are means over all pairs. The 95% intervals are
-computed with the bootstrap (Efron 1979), which resamples texts for `fill-mask` and pairs for
+exponential of the mean negative log-likelihood. The measures for `next-sentence-prediction` are means over all pairs.
+The 95% intervals are computed with the bootstrap (Efron 1979), which resamples texts for `fill-mask` and pairs for
 `next-sentence-prediction`.
 """
 
@@ -77,10 +77,11 @@ class HiddenTokens(FillMask):
         return {"nll": nll, "rank": 1 + jnp.sum(others & ~(logits < label), axis=-1)}
 
     def hide(self, text: str, words: Words, share: float, seed: int) -> Steps[list[Hidden]]:
-        """Returns the steps of a request that masks tokens in a text. The result has one `Hidden` per masked token.
+        """Returns the steps of a request that masks tokens in a text.
 
-        The text is truncated to `max_length` tokens. For the other arguments, see `evaluate`. The choice of masked
-        tokens depends only on the arguments, the tokenizer and `max_length`.
+        The result contains one `Hidden` object per masked token. The text is truncated to `max_length` tokens. For the
+        other arguments, see `evaluate`. The choice of masked tokens depends only on the arguments, the tokenizer and
+        `max_length`.
         """
         encoding = self.tokenizer.encode([text], max_length=self.max_length)[0][0]
         inside = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
@@ -116,10 +117,11 @@ class Following(NextSentencePrediction):
         return {"log_p": jax.nn.log_softmax(model(**inputs, positions=starts).logits)}
 
     def judge(self, first: str, second: str) -> Steps[np.ndarray]:
-        """Returns the steps of a request for a pair. The result contains both log-probabilities, float32 [2].
+        """Returns the steps of a request for a pair of texts.
 
-        If the pair is too long, the end of the first text and the beginning of the second are kept. A text that needs
-        at most half of the available tokens is kept in full; if both texts need more, each gets half.
+        The result contains the log-probabilities of both labels, float32 [2]. If the pair is too long, the end of the
+        first text and the beginning of the second are kept. A text that needs at most half of the available tokens is
+        kept in full; if both texts need more, each gets half.
         """
         a, b = (row[0].ids for row in self.tokenizer.encode([first, second], add_special_tokens=False))
         room = self.max_length - 3
@@ -150,14 +152,14 @@ def evaluate(
 
     Args:
         models: Model folders, ids on the Hub, or the embedded model (`bert-mini-cased`).
-        texts: The texts on which the models are evaluated. For `next-sentence-prediction`, `pairs` divides each text in
-            two and makes pairs of the parts.
+        texts: The texts on which the models are evaluated. For `next-sentence-prediction`, each text is split in two,
+            and the parts are combined into pairs (see the `pairs` function).
         task: The pretraining task with which the models are evaluated.
         max_length: Maximum number of tokens in a text or, for `next-sentence-prediction`, in a pair, including special
             tokens. Longer texts are truncated; in a longer pair, the end of the first part and the beginning of the
             second are kept.
-        words: "random" masks a share of a text's tokens at the same time. "each" masks one word at a time, with all its
-            word pieces.
+        words: "random" masks a random selection of a text's tokens, all at the same time. "each" masks one word at a
+            time, including all of its word pieces.
         share: For "random", the share of tokens to mask; at least one token is masked.
         seed: Seed for choosing masked tokens, for splitting and pairing texts, and for resampling.
         resamples: Number of bootstrap resamples of the texts or pairs for the 95% intervals.
@@ -172,17 +174,17 @@ def evaluate(
 
         `fill-mask`: The measures are `nll` (in nats), `pseudo_perplexity` (the exponential of `nll`), `accuracy@k` for
         k = 1, 5 and 10, and `mrr` (mean reciprocal rank). `texts` is the number of texts, and `tokens` is the number of
-        masked tokens. `by_frequency` and `by_position` list the number of tokens, the `nll` and the `accuracy@1` of
-        each class. If `words` is "each" and every word has only one word piece, `pseudo_perplexity` is the measure of
-        Salazar et al. 2020, arXiv:1910.14659.
+        masked tokens. `by_frequency` and `by_position` list the number of tokens, the `nll` and the `accuracy@1` for
+        each frequency class or position class. If `words` is "each" and every word has only one word piece,
+        `pseudo_perplexity` is the measure defined by Salazar et al. (2020, arXiv:1910.14659).
 
         `next-sentence-prediction`: The measures are `accuracy` and `nll`. `pairs` is the number of pairs.
 
         `blank` is the number of blank texts, which are skipped.
 
     Raises:
-        InputError: If an entry is not a string, if there are too few texts, if the texts are too short, or if a model
-            does not support `max_length`.
+        InputError: If an element of `texts` is not a string, if there are too few texts, if the texts are too short, or
+            if a model does not support `max_length`.
         CheckpointError: If a model does not support the task.
     """
     texts = list(texts)
@@ -225,8 +227,8 @@ def minimal_pairs(
 
     Args:
         models: Model folders, ids on the Hub, or the embedded model (`bert-mini-cased`).
-        pairs: The acceptable and the unacceptable sentence of each pair.
-        phenomena: The phenomenon that each pair tests; None to compute no results by phenomenon.
+        pairs: Pairs that each consist of an acceptable sentence and an unacceptable one, in this order.
+        phenomena: The phenomenon that each pair tests; None to omit the results by phenomenon.
         metric: The scoring method; see `PseudoLogLikelihood.request`.
         seed: Seed for resampling.
         resamples: Number of bootstrap resamples of the pairs for the 95% interval.
@@ -236,9 +238,9 @@ def minimal_pairs(
         console: The console for a progress bar; None for no progress bar.
 
     Returns:
-        The results of each model, keyed by its name in `models`: `accuracy` as `{value, low, high}`; `pairs`, the
-        number of pairs; and `by_phenomenon`, a list with the number of pairs and the accuracy of each phenomenon. A tie
-        counts as an error.
+        The results of each model, keyed by its name in `models`. `accuracy` has the form `{value, low, high}`, where
+        `low` and `high` are the bounds of the 95% interval. `pairs` is the number of pairs. `by_phenomenon` lists the
+        number of pairs and the accuracy for each phenomenon. A tie counts as an error.
 
     Raises:
         InputError: If a sentence is not a string or cannot be scored, if a pair does not consist of two sentences,
@@ -375,7 +377,7 @@ def pairs(texts: Sequence[str], seed: int) -> tuple[list[tuple[str, str]], np.nd
 def _means(
     values: dict[str, np.ndarray], owner: np.ndarray, texts: int, seed: int, resamples: int
 ) -> dict[str, dict[str, float]]:
-    """Returns the mean of each array with its 95% interval, which is computed by resampling the texts or pairs.
+    """Returns the mean and the 95% interval of each array. The intervals are computed by resampling the texts or pairs.
 
     For each entry of the arrays, `owner` contains the index of the text or pair to which the entry belongs. `texts` is
     the number of texts or pairs, including those without entries.

@@ -27,8 +27,8 @@ class Evaluation:
         metrics: The task's metrics and `loss`, which is the mean loss over the examples or tokens that have a target.
             The loss is in nats or, for regression, in the squared unit of the target. The dict is empty if there are no
             targets.
-        outputs: The outputs of `Objective.outputs`, keyed by name and in the order of the examples. Each output is an
-            array with one entry per example. If the task's `per_token` is true, each output is instead a list with one
+        outputs: The outputs of `Objective.outputs`, keyed by name. Each output is an array with one entry per example,
+            in the order of the examples. If the task's `per_token` is true, each output is instead a list with one
             array per example, and each of these arrays has one entry per token.
     """
 
@@ -39,8 +39,8 @@ class Evaluation:
 def program(task: Objective, skeleton: tree.Skeleton) -> jax.stages.Wrapped:
     """Returns a jitted function of the parameters and a batch.
 
-    The function returns the outputs, the mean loss, and the number of entries over which the mean was taken. Every
-    device receives the full results.
+    The jitted function returns the outputs, the mean loss, and the number of entries over which the mean was taken.
+    Every device receives the full results.
     """
 
     def evaluate_batch(params: tree.Params, batch: Any) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:

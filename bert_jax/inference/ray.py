@@ -56,13 +56,13 @@ def versions() -> dict[str, str]:
 
 
 class Predictor:
-    """An actor class for `ray.data.Dataset.map_batches`: one model on one device or on a share of a machine's CPUs.
+    """An actor class for `ray.data.Dataset.map_batches`.
 
-    An actor is called with a `pyarrow.Table` and adds columns to it. A prediction that is an object, such as
-    `{label, score}`, becomes one column per field, such as `prediction_label`. Any other prediction becomes the
-    `prediction` column, in which lists are JSON strings. The `error` column contains the reason why a row could not be
-    used. Texts are sorted and packed within a table, so `map_batches` is efficient with a `batch_size` of about
-    1,024 rows.
+    Each actor runs one model on one device or on a share of a machine's CPUs. An actor is called with a `pyarrow.Table`
+    and adds columns to it. A prediction that is an object becomes one column per field; for example, `{label, score}`
+    becomes `prediction_label` and `prediction_score`. Any other prediction becomes the `prediction` column, in which
+    lists are stored as JSON strings. The `error` column contains the reason why a row could not be used. Texts are
+    sorted and packed within each table, so `map_batches` is efficient with a `batch_size` of about 1,024 rows.
 
     Args:
         task: The name of the task.
@@ -70,9 +70,9 @@ class Predictor:
         revision: The branch, tag or commit on the Hub.
         ignore: Regular expressions for the names of tensors to skip.
         dtype: "float32", "bfloat16" or "int8".
-        columns: The names of the columns that form an input. By default, the task's usual column names.
+        columns: The names of the columns that form an input. The default is the task's usual column names.
         parameters: The task's parameters.
-        threads: The number of threads that XLA uses on CPUs. By default, the number of CPUs that Ray assigned.
+        threads: The number of threads that XLA uses on CPUs. The default is the number of CPUs that Ray assigned.
         expected: The versions of the driver's packages, as returned by `versions`. If None, versions are not compared.
 
     Raises:
@@ -125,7 +125,10 @@ class Predictor:
         return table.append_column(ERROR, pyarrow.array(errors, pyarrow.string()))
 
     def predict(self, rows: Sequence[dict[str, Any]]) -> tuple[list[Any], list[str | None]]:
-        """Returns the predictions and the reasons why rows could not be used. For each row, one of the two is None."""
+        """Returns the predictions, and the errors for unusable rows.
+
+        For each row, either the prediction or the error is None.
+        """
         requests: list[Any] = []
         errors: list[str | None] = []
         for row in rows:
@@ -194,21 +197,23 @@ def predict(
     Args:
         task: See `Predictor`.
         model: See `Predictor`.
-        inputs: Files or folders, on disks that all workers share or in an object store such as `s3://bucket/folder`.
+        inputs: Files or folders, on disks that all workers share or in an object store (for example,
+            `s3://bucket/folder`).
         output: A new folder, on a disk that all workers share or in an object store. The run writes several files to
-            it, in the format of the inputs or, if the inputs are text files, in JSONL. JSONL files contain the
-            prediction and the error of each row. Files in other formats contain the columns that `Predictor` adds.
+            the folder. The files have the format of the inputs, except that JSONL is used for text inputs. JSONL files
+            contain the prediction and the error for each row. Files in other formats contain the columns that
+            `Predictor` adds.
         revision: See `Predictor`.
         ignore: See `Predictor`.
         dtype: See `Predictor`.
         columns: See `Predictor`.
         parameters: See `Predictor`.
-        format: The format of the inputs: "jsonl", "csv", "parquet" or "text". By default, it is inferred from the names
-            of the inputs.
-        address: The address of the cluster, such as `ray://host:10001`, or `auto`. By default, a cluster is started on
-            this machine for the duration of the call.
-        workers: The number of workers. The default is one per GPU or TPU chip or, if there are no such chips, one per 4
-            CPUs.
+        format: The format of the inputs: "jsonl", "csv", "parquet" or "text". By default, the format is inferred from
+            the names in `inputs`.
+        address: The address of the cluster (for example, `ray://host:10001`), or `auto`. By default, a cluster is
+            started on this machine for the duration of the call.
+        workers: The number of workers. The default is one worker per GPU or TPU chip, or one per 4 CPUs if the cluster
+            has neither GPUs nor TPUs.
 
     Raises:
         InputError: If there is no cluster at the address, if an argument is invalid, if none of the first 100 rows can
@@ -319,7 +324,7 @@ def _fitting(workers: int, most: int, what: str) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the message of the `BertJaxError` that made a worker fail.
+    """Returns the message of the `BertJaxError` that caused a worker to fail.
 
     If there is no such error, the last line of `error` is returned.
     """

@@ -1,7 +1,7 @@
 """Computes the requests of several owners together, slice by slice.
 
-An owner is any hashable object that identifies a group of requests. In the server, it is a `Job`. A slice is the set of
-rows that one call of `Run.compute` takes from the owners' queues.
+An owner is any hashable object that identifies a group of requests. In the server, each owner is a `Job`. A slice is
+the set of rows that one call to `Run.compute` takes from the owners' queues.
 """
 
 import contextlib
@@ -52,8 +52,8 @@ class _Work:
 
     Attributes:
         pending: The requests that have not been started, with their indices.
-        results: The results, by index. A result is None until it is known.
-        left: The number of results that are not known yet.
+        results: The results, by index. A result is None until it is available.
+        left: The number of results that are not available yet.
         finish: The virtual time, in tokens per owner, at which the most recently taken row would finish; see `Run`.
         queued: The rows to compute next.
     """
@@ -67,7 +67,7 @@ class _Work:
 
 @dataclass(eq=False)
 class _Started:
-    """A request that has been started, and the outputs for which it waits. An output is None until it is computed."""
+    """A started request and the outputs that it needs to continue. An output is None until it is computed."""
 
     owner: Hashable
     index: int
@@ -85,9 +85,9 @@ class Run:
 
     Args:
         pipe: The pipeline that computes the batches.
-        has_program: A function that returns whether the program of a bucket is compiled. A row that fits no bucket with
-            a compiled program is deferred until `resume` queues it again. By default, no rows are deferred, and `pipe`
-            compiles missing programs.
+        has_program: A function that returns whether the program for a bucket has already been compiled. A row that fits
+            no bucket with a compiled program is deferred until `resume` queues it again. By default, no rows are
+            deferred, and `pipe` compiles missing programs.
     """
 
     def __init__(self, pipe: Computes, has_program: Callable[[Bucket], bool] = lambda bucket: True):
@@ -123,7 +123,7 @@ class Run:
         self._work[owner] = _Work(deque(enumerate(requests)), [None] * len(requests), len(requests), self._time)
 
     def remove(self, owner: Hashable) -> None:
-        """Discards the requests of an owner, if there are any."""
+        """Discards an owner's requests, if there are any."""
         self._work.pop(owner, None)
 
     def compute(self, tokens: int | None = None) -> Iterator[tuple[Hashable, list[Any] | Exception]]:
@@ -133,8 +133,8 @@ class Run:
             tokens: The size of the slice, in tokens. If None, the slice contains the next rows of all requests.
 
         Yields:
-            Each owner whose requests have finished, with the results in the order of the requests. If a request failed,
-            its exception is yielded instead of the results.
+            Each owner whose requests have finished, together with the results in the order of the requests. If a
+            request failed, its exception is yielded instead of the results.
         """
         finished: dict[Hashable, list[Any] | Exception] = {}
         in_flight: deque[tuple[Batch, dict[str, jax.Array]]] = deque()
@@ -157,11 +157,17 @@ class Run:
         yield from _emptied(finished)
 
     def _next(self, tokens: int | None, finished: dict[Hashable, Any]) -> list[Queued]:
-        """Takes the rows of the next slice from the queues. If an owner's queue is empty, starts pending requests."""
+        """Takes the rows of the next slice from the queues.
+
+        If an owner's queue is empty, starts the owner's pending requests.
+        """
         turns: list[tuple[float, int, Hashable]] = []
 
         def queue(i: int, owner: Hashable) -> None:
-            """Adds an owner's next row, if any, to `turns`. If the owner's queue is empty, starts pending requests."""
+            """Adds an owner's next row, if any, to `turns`.
+
+            If the owner's queue is empty, starts the owner's pending requests.
+            """
             while owner in self._work and self._work[owner].pending and not self._work[owner].queued:
                 index, request = self._work[owner].pending.popleft()
                 self._advance(_Started(owner, index, request), None, finished)
@@ -182,7 +188,10 @@ class Run:
         return taken
 
     def _advance(self, started: _Started, outputs: Any, finished: dict[Hashable, Any]) -> None:
-        """Sends outputs to a request. Queues the request's next rows or, if it has finished, stores its result."""
+        """Sends outputs to a request.
+
+        If the request has finished, stores its result. Otherwise, queues the request's next rows.
+        """
         work = self._work[started.owner]
         try:
             rows = started.request.steps.send(outputs)
@@ -238,7 +247,7 @@ def _cost(queued: Queued) -> int:
 
 
 def _emptied(finished: dict[Hashable, list[Any] | Exception]) -> Iterator[tuple[Hashable, list[Any] | Exception]]:
-    """Yields the items of a dict and removes them."""
+    """Yields the items of a dict, removing each from the dict."""
     while finished:
         owner = next(iter(finished))
         yield owner, finished.pop(owner)

@@ -1,4 +1,4 @@
-"""Figures for notebooks (`notebooks` extra): a model's predictions for masks, and the attention between tokens."""
+"""Figures for notebooks (`notebooks` extra): predictions for masked tokens, and the attention between tokens."""
 
 import numpy as np
 
@@ -30,14 +30,14 @@ def fillings(fill_mask: Pipeline[FillMask], text: str, *, top_k: int = 5) -> Fig
 def attention(
     model: BertPreTrainedModel, tokenizer: Tokenizer, text: str, *, layer: int = -1, head: int | None = None
 ) -> Figure:
-    """Plots lines from each token to the tokens to which it attends. Darker lines indicate more attention.
+    """Draws lines from each token to the tokens that it attends to. Darker lines indicate more attention.
 
     Args:
         model: Any model with plain attention. Fused attention kernels do not store the attention probabilities.
         tokenizer: The tokenizer of the model.
         text: A text of up to a few dozen tokens; figures of longer texts are not legible.
         layer: Index of the layer. A negative index counts from the last layer.
-        head: Index of the head. A negative index counts from the last head. None plots the mean of all heads.
+        head: Index of the head. A negative index counts from the last head. If None, the mean of all heads is plotted.
 
     Raises:
         InputError: If there is no such layer or head, or if the model uses a fused attention kernel.
@@ -63,7 +63,7 @@ def attention(
 def attentions(model: BertPreTrainedModel, tokenizer: Tokenizer, text: str) -> Figure:
     """Plots the attention of all heads in a grid, with one row per layer and one column per head.
 
-    In each cell, rows are tokens and columns are the tokens to which they attend.
+    In each cell, rows are query tokens and columns are key tokens.
     """
     _, weights = _weights(model, tokenizer, text)
     layers, heads = weights.shape[:2]

@@ -47,16 +47,16 @@ class LoRA:
 def init(lora: LoRA, specs: Mapping[str, jax.ShapeDtypeStruct], key: jax.Array) -> dict[str, jax.Array]:
     """Creates adapters.
 
-    The entries of A are uniformly distributed between -1/√in and 1/√in, as in `peft`. B is zero, so the adapters do not
-    change the model initially.
+    The entries of A are uniformly distributed between -1/√in and 1/√in, as in `peft`. B is initialized to zero, so the
+    adapters do not change the model initially.
 
     Args:
-        lora: Specifies the rank of the adapters and the weights that receive adapters.
+        lora: Specifies the rank of the adapters and which weights receive them.
         specs: The shapes and dtypes of the model's parameters, keyed by path.
         key: PRNG key.
 
     Returns:
-        For each matched `….weight` [out, in], two adapters: `….lora_A`, float32 [rank, in], and `….lora_B`, float32
+        Two adapters for each matched `….weight` [out, in]: `….lora_A`, float32 [rank, in], and `….lora_B`, float32
         [out, rank].
 
     Raises:
@@ -89,7 +89,7 @@ def save_adapters(
     revision: str | None = None,
     model: BertPreTrainedModel | None = None,
 ) -> None:
-    """Writes adapters, and the parameters that were trained in full, in the `peft` format.
+    """Writes the adapters, and any parameters that were trained without adapters, in the `peft` format.
 
     Args:
         folder: The folder; it is created if it does not exist.
@@ -128,9 +128,9 @@ def save_adapters(
 
 
 def load_adapters(folder: Path, model: BertPreTrainedModel) -> BertPreTrainedModel:
-    """Returns a model with the adapters in a folder merged into its weights.
+    """Returns a model with adapters from a folder merged into its weights.
 
-    Parameters in the folder that were trained in full replace those of the model.
+    If the folder also contains parameters that were trained without adapters, they replace those of the model.
 
     Args:
         folder: A folder written by `save_adapters` or `peft`.

@@ -61,12 +61,13 @@ class Access:
     """Specifies who may use the server.
 
     Attributes:
-        api_key: The key that clients must send as `Authorization: Bearer …`. If empty, no key is required. `/health`
-            never requires a key.
+        api_key: The key that clients must send in an `Authorization: Bearer …` header. If empty, no key is required.
+            `/health` never requires a key.
         allowed_hosts: Values of the `Host` header that the server accepts; `*.example.com` accepts all subdomains. If
             empty, a server that listens on a loopback address accepts only `localhost`, `127.0.0.1` and `[::1]`, and
-            any other server accepts any value. `/health` always accepts any value.
-        allow_origins: The origins of web pages that may read responses; `*` for all. By default, there are none.
+            any other server accepts any value. `/health` accepts any `Host` header.
+        allow_origins: The origins of web pages that may read responses; `*` for all. By default, no origins are
+            allowed.
     """
 
     api_key: str = ""
@@ -96,7 +97,7 @@ class Server:
     Args:
         models: The models. The first model answers requests to `/score`.
         limits: The server's limits.
-        access: Who may use the server.
+        access: The access settings, which specify who may use the server.
     """
 
     def __init__(self, models: Sequence[Served], limits: Limits, access: Access):
@@ -192,7 +193,7 @@ class Server:
         return error.response(request.url.path)
 
     def _no_route(self) -> str:
-        """Returns the message for a missing route, such as the route of a task for which no model is served."""
+        """Returns the error message for a nonexistent route, such as a route for a task that no model serves."""
         first, *_ = self.engine.tasks()
         routes = [f"/score ({first})", *(f"/v1/{task}" for task in self.engine.tasks())]
         return f"There is no such route; the tasks of this server are at {', '.join(routes)}, and /docs has all routes."
@@ -226,7 +227,7 @@ def serve(
         host: The address to listen on.
         port: The port to listen on; 0 for any free port.
         limits: The server's limits; the defaults of `Limits` if None.
-        access: Who may use the server; the defaults of `Access` if None.
+        access: The access settings; the defaults of `Access` if None.
 
     Raises:
         InputError: If the server cannot listen on the address.

@@ -32,7 +32,7 @@ class EmbeddingsBody(StrictBody):
 
 
 class Embedding(pydantic.BaseModel):
-    """An embedding: a list of numbers or, on request, little-endian float32 numbers encoded as base64."""
+    """An embedding: a list of numbers or, if requested, little-endian float32 numbers encoded as base64."""
 
     object: Literal["embedding"]
     index: int
@@ -116,10 +116,10 @@ def sentence_embedding(
 
 
 def inputs_of(given: str | Sequence[Any], name: str) -> list[Any]:
-    """Returns the inputs of an embedding request as a list of texts or a list of lists of token ids.
+    """Returns the inputs of an embedding request. Each input is a text or a list of token ids.
 
     Raises:
-        Refused: If there are no inputs. The message refers to the field as `name`.
+        Refused: If there are no inputs. The message uses `name` as the name of the field.
     """
     if isinstance(given, str):
         return [given]
@@ -129,7 +129,7 @@ def inputs_of(given: str | Sequence[Any], name: str) -> list[Any]:
 
 
 def routes(engine: Engine) -> APIRouter:
-    """Returns OpenAI's routes for the models of `engine`."""
+    """Returns the OpenAI-compatible routes for the models of `engine`."""
     router = APIRouter(tags=["OpenAI"])
 
     @router.post(

@@ -2,8 +2,8 @@
 
 A kernel takes the query [B, T, N, H], the key [B, S, N, H], the value [B, S, N, H], an `Attended` or None, the dropout
 rate and the dropout key. The query, key and value are in the compute dtype. A kernel returns the context [B, T, N, H]
-and the attention probabilities, float32 [B, N, T, S]. Fused kernels never store the probabilities and return None
-instead of them.
+and the attention probabilities, float32 [B, N, T, S]. Fused kernels never store the probabilities, so they return
+None instead.
 """
 
 import warnings
@@ -60,7 +60,7 @@ def check(name: str, *, platform: str, compute_dtype: str, packed: bool, length:
 
     Args:
         name: The name of the kernel.
-        platform: JAX's name for the platform of the devices, such as "gpu".
+        platform: JAX's name for the devices' platform, for example, "gpu".
         compute_dtype: The dtype of the activations.
         packed: Whether rows contain several texts.
         length: The number of tokens per row; None if it is not known yet.
@@ -95,10 +95,10 @@ def choose(
     """Resolves "auto" to a fused kernel if one can run, and to "plain" otherwise.
 
     Args:
-        name: "auto", or the name of a kernel, which is returned unchanged.
-        platform: JAX's name for the platform of the devices, such as "gpu".
+        name: "auto" or the name of a kernel. A kernel's name is returned unchanged.
+        platform: JAX's name for the devices' platform, for example, "gpu".
         compute_dtype: The dtype of the activations.
-        dropout_rate: The rate of attention dropout; 0 for inference.
+        dropout_rate: The attention dropout rate; 0 for inference.
         length: The number of tokens per row; None if it is not known yet.
 
     Returns:
@@ -157,10 +157,10 @@ def splash(
     """Splash attention: JAX's Pallas kernel for TPUs, which computes in blocks (Dao et al. 2022, "FlashAttention").
 
     Args:
-        query: [B, T, N, H], with T a multiple of 128.
-        key: [B, S, N, H], with S a multiple of 128.
+        query: [B, T, N, H], where T is a multiple of 128.
+        key: [B, S, N, H], where S is a multiple of 128.
         value: [B, S, N, H].
-        attended: Which tokens attend to which; None if all tokens attend to all tokens.
+        attended: Segment ids that specify which tokens attend to which; if None, every token attends to all tokens.
         dropout_rate: Unused, because `check_dropout` rejects attention dropout with fused kernels.
         dropout_key: Unused.
         interpret: Whether to interpret the kernel instead of compiling it. Interpretation is slow, but it lets tests
@@ -205,12 +205,12 @@ def triton(
     JAX recommends the `tokamax` package instead of this kernel, but `tokamax` kernels do not compile without a GPU.
 
     Args:
-        query: [B, T, N, H], with T a multiple of 128.
+        query: [B, T, N, H], where T is a multiple of 128.
         key: [B, T, N, H].
         value: [B, T, N, H].
-        attended: Which tokens attend to which; None if all tokens attend to all tokens. A token attends to the tokens
-            whose keys have the same segment id as its own key. The segment ids of the queries are not used, so the
-            context at padding positions differs from that of the other kernels.
+        attended: Segment ids that specify which tokens attend to which; if None, every token attends to all tokens. A
+            token attends to the tokens whose keys have the same segment id as its own key. The segment ids of the
+            queries are not used, so the context at padding positions differs from that of the other kernels.
         dropout_rate: Unused, because `check_dropout` rejects attention dropout with fused kernels.
         dropout_key: Unused.
         interpret: Whether to interpret the kernel instead of compiling it. Interpretation is slow, but it lets tests
@@ -234,7 +234,8 @@ def _on_each_device(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array
     The wrapper is necessary because compilers do not shard custom kernels.
 
     Args:
-        kernel: A function that maps query, key and value [B, T, N, H] and segment ids [B, T] to an array [B, T, N, H].
+        kernel: A function that maps a query, a key and a value, each [B, T, N, H], and segment ids [B, T] to an array
+            [B, T, N, H].
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not set(sharding.BATCH_AXES) <= set(mesh.axis_names) or mesh.size == 1:
@@ -260,8 +261,9 @@ def cudnn(
         query: bfloat16 [B, T, N, H].
         key: bfloat16 [B, S, N, H].
         value: bfloat16 [B, S, N, H].
-        attended: Which tokens attend to which; None if all tokens attend to all tokens. Its `keys` must be 1 for tokens
-            and 0 for padding, because only their sum over each row (the number of tokens) is used.
+        attended: Segment ids that specify which tokens attend to which; if None, every token attends to all tokens.
+            `attended.keys` must be 1 for tokens and 0 for padding, because the kernel uses only the sum of each row,
+            which is the number of tokens.
         dropout_rate: Unused, because `check_dropout` rejects attention dropout with fused kernels.
         dropout_key: Unused.
 
@@ -296,14 +298,14 @@ def plain_attention(
     dropout_key: jax.Array | None,
     interventions: Interventions = NONE,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scaled dot-product attention as separate JAX operations (Vaswani et al. 2017, section 3.2.1).
+    """Scaled dot-product attention, implemented with separate JAX operations (Vaswani et al. 2017, section 3.2.1).
 
     Args:
         query: [B, T, N, H].
         key: [B, S, N, H].
         value: [B, S, N, H].
-        attended: Which tokens attend to which; None if all tokens attend to all tokens. If no key has the same segment
-            id as a query, that query attends to all keys equally.
+        attended: Segment ids that specify which tokens attend to which; if None, every token attends to all tokens. If
+            no key has the same segment id as a query, that query attends to all keys equally.
         dropout_rate: The fraction of the probabilities to drop.
         dropout_key: PRNG key; None disables dropout.
         interventions: May contain a function for the "probabilities" site; see `bert_jax.interventions`.
@@ -349,21 +351,23 @@ class SelfAttention(nnx.Module):
         interventions: Interventions = NONE,
         kernel: str = "plain",
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Computes the attention of the tokens in `x` to all tokens in `states`.
+        """Computes attention from the tokens in `x` to all tokens in `states`.
 
         If `x` contains only some of the tokens in `states`, plain attention is used, because a fused kernel would be
         of little benefit.
 
         Args:
-            x: The hidden states of the tokens that attend, [B, T, D].
-            states: The hidden states of the tokens to attend to, [B, S, D].
-            attended: Which tokens attend to which; None if all tokens attend to all tokens.
+            x: The hidden states from which the queries are computed, [B, T, D].
+            states: The hidden states from which the keys and values are computed, [B, S, D].
+            attended: Segment ids that specify which tokens attend to which; if None, every token attends to all tokens.
             dropout_key: PRNG key; None disables dropout.
-            interventions: The interventions at "query", "key", "value", "probabilities", "heads" and "output".
+            interventions: The interventions at the "query", "key", "value", "probabilities", "heads" and "output"
+                sites.
             kernel: The name of a kernel in `ATTENTION`.
 
         Returns:
-            The output [B, T, D], and the probabilities [B, N, T, S] or, if a fused kernel was used, None.
+            The output [B, T, D], and the probabilities [B, N, T, S]. If a fused kernel was used, the probabilities are
+            None.
         """
         rate = self.config.attention_probs_dropout_prob
         if dropout_key is not None:

@@ -74,7 +74,7 @@ class QuestionAnsweringOutput(ModelOutput):
 class MaskedLMHead(nnx.Module):
     """Computes vocabulary logits.
 
-    It consists of a dense layer, an activation, LayerNorm, and dot products with the word embeddings.
+    The head consists of a dense layer, an activation, LayerNorm, and dot products with the word embeddings.
     """
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs | None):
@@ -118,7 +118,11 @@ class BertWithHead(BertPreTrainedModel):
         self._add_head(rngs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute. Raises `InputError` for an encoder option, which would have no effect on this model."""
+        """Sets an attribute.
+
+        Raises:
+            InputError: If the attribute is an encoder option, because setting it on this model would have no effect.
+        """
         if name in ("compute_dtype", "attention", "remat", "scan_layers") and not isinstance(value, nnx.Module):
             raise InputError(f"{name} is an option of the encoder; set model.encoder.{name} instead.")
         super().__setattr__(name, value)
@@ -133,7 +137,7 @@ class BertWithHead(BertPreTrainedModel):
 
 
 class BertForPreTraining(BertWithHead):
-    """The encoder with the heads of both pretraining tasks (Devlin et al. 2018, section 3.1)."""
+    """The encoder with the heads for both pretraining tasks (Devlin et al. 2018, section 3.1)."""
 
     pooled = True
 
@@ -157,7 +161,7 @@ class BertForPreTraining(BertWithHead):
         dropout_key: jax.Array | None = None,
         interventions: Interventions = NONE,
     ) -> PreTrainingOutput:
-        """Computes the logits of masked-language modeling and next-sentence prediction.
+        """Computes the logits for masked language modeling and next-sentence prediction.
 
         Args:
             input_ids: int [B, T].
@@ -167,8 +171,8 @@ class BertForPreTraining(BertWithHead):
             document_ids: See `BertModel`.
             masked_positions: int [B, P], the indices of the tokens for which to compute vocabulary logits; None for all
                 tokens.
-            first_positions: int [B, K], the index of each example's first token, if a row contains several examples.
-                The next-sentence logits are then [B, K, 2]. If None, the first token of each row is used, and the
+            first_positions: int [B, K], the index of each example's first token, for rows with several examples.
+                If given, the next-sentence logits are [B, K, 2]. If None, the first token of each row is used, and the
                 next-sentence logits are [B, 2].
             inputs_embeds: See `BertModel`.
             dropout_key: See `BertModel`.
@@ -198,7 +202,7 @@ class BertForPreTraining(BertWithHead):
 
 
 class BertForMaskedLM(BertWithHead):
-    """The encoder with the masked-language-model head."""
+    """The encoder with the masked language modeling head."""
 
     def _add_head(self, rngs: nnx.Rngs | None) -> None:
         self.predictions = MaskedLMHead(self.config, rngs)
@@ -384,7 +388,7 @@ class BertForTokenClassification(BertWithClassifier):
 
 
 class BertForQuestionAnswering(BertWithLinearHead[QuestionAnsweringOutput]):
-    """The encoder with a head that scores tokens as answer starts and ends (Devlin et al. 2018, section 4.2)."""
+    """The encoder with a head that scores tokens as an answer's start and end (Devlin et al. 2018, section 4.2)."""
 
     def _add_head(self, rngs: nnx.Rngs | None) -> None:
         self.qa_outputs = self._linear(2, rngs)

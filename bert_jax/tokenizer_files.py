@@ -41,10 +41,10 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def max_length_of(given: Any) -> int:
-    """Converts a value of `model_max_length` to the maximum number of tokens per row. None means 512.
+    """Converts a `model_max_length` value to the maximum number of tokens per row. None means 512.
 
     Raises:
-        ValueError: If the value is not a number or leaves no room for a token of text between [CLS] and [SEP].
+        ValueError: If the value is not a number, or if it leaves no room for a text token between [CLS] and [SEP].
     """
     given = 512 if given is None else given
     if not (isinstance(given, int | float) and given >= 3):
@@ -90,11 +90,11 @@ def declared_tokens(
 ) -> list[tuple[int | None, AddedToken]]:
     """Returns the added tokens that the files declare, in the order in which to add them to the tokenizer.
 
-    Each entry of the result is a pair: the declared id, or None if no id is declared, and the token.
+    Each entry of the result is a pair of the declared id (None if no id is declared) and the token.
 
     Args:
-        settings: The contents of `tokenizer_config.json`. If they lack `added_tokens_decoder`, the caller must update
-            them with the contents of `special_tokens_map.json`.
+        settings: The contents of `tokenizer_config.json`. If `added_tokens_decoder` is missing, the caller must
+            update `settings` with the contents of `special_tokens_map.json`.
         added: The contents of `added_tokens.json`, which maps tokens to ids.
         of_file: The `added_tokens` in `tokenizer.json`.
     """
@@ -123,8 +123,8 @@ def declared_tokens(
 def read_vocab(vocab_file: Path) -> dict[str, int]:
     """Reads the id of each piece from a file with one piece per line.
 
-    The id of a piece is the index of its line. If several lines contain the same piece, only the last of them counts.
-    Trailing whitespace is removed from each line.
+    The id of a piece is the index of its line. If several lines contain the same piece, only the last such line
+    counts. Trailing whitespace is removed from each line.
     """
     try:
         pieces = vocab_file.read_bytes().decode().removesuffix("\n").split("\n")
@@ -178,7 +178,7 @@ def wordpiece(
     """Creates BERT's tokenizer (tokenization.py in google-research/bert) with the given vocabulary.
 
     Args:
-        path: The path of the vocabulary file to show in messages.
+        path: The vocabulary file's path, which is shown in messages.
         vocab: Maps pieces to ids.
         settings: The contents of `tokenizer_config.json`.
         named: The special tokens, keyed by name, as returned by `named_tokens`.
@@ -229,7 +229,7 @@ def unlike_bert(backend: Tokenizer) -> list[str]:
 
 
 def check_vocab(path: Path, vocab: Mapping[str, int], needed: Sequence[str]) -> None:
-    """Raises `CheckpointError` if a vocabulary lacks a `needed` token or has an id that is invalid or used twice."""
+    """Raises `CheckpointError` if a vocabulary lacks a `needed` token or contains an invalid or duplicate id."""
     if missing := [token for token in needed if token not in vocab]:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; expected a vocabulary that contains them.")
     if not all(type(id) is int and 0 <= id < 2**24 for id in vocab.values()):

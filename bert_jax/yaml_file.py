@@ -42,7 +42,7 @@ class SettingsFile(Section):
 
         Args:
             path: The file.
-            overrides: Strings of the form `section.key=value`, with the value in YAML.
+            overrides: Strings of the form `section.key=value`, where `value` is YAML.
 
         Raises:
             InputError: If the file cannot be read, if a key is unknown, or if a value is missing or invalid. The
@@ -56,7 +56,7 @@ class SettingsFile(Section):
 
         Args:
             tree: The settings, keyed by section and then by name.
-            source: What the error message calls the tree.
+            source: The name used for the tree in error messages.
 
         Raises:
             InputError: If a key is unknown, or if a value is missing or invalid; see `from_file`.
@@ -84,7 +84,7 @@ class SettingsFile(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that rejects duplicate keys. PyYAML itself would silently drop the first value."""
+    """A YAML loader that rejects duplicate keys. PyYAML itself would silently keep only the last of the values."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         given: set[str] = set()
@@ -120,7 +120,7 @@ def read_tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
 
     If the file or an override sets `task_name`, this setting selects a variant from the file's `task_names`. The
     variant's settings replace the settings with the same names in the rest of the file. The overrides take precedence
-    over both.
+    over the file and the variant.
 
     Raises:
         InputError: If the file, the variant or an override cannot be used.
@@ -143,7 +143,7 @@ def read_tree(path: str | Path, overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def assignments(texts: Iterable[str]) -> dict[str, Any]:
-    """Converts strings of the form `section.key=value`, with the value in YAML, to a tree.
+    """Builds a tree from strings of the form `section.key=value`, where `value` is YAML.
 
     Raises:
         InputError: If a value is missing or is not valid YAML, or if YAML would read part of a value as a comment.
@@ -185,7 +185,7 @@ def nearest(given: Any, names: Iterable[str]) -> str | None:
 
 
 def _section(kind: Any) -> Any:
-    """Returns the section class in the type of an optional section (`X | None`). Returns any other type unchanged."""
+    """Returns the section class `X` of an optional section's type, `X | None`. Returns any other type unchanged."""
     return next((arm for arm in get_args(kind) if hasattr(arm, "model_fields")), kind)
 
 

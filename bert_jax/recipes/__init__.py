@@ -1,7 +1,7 @@
-"""The functions behind the commands `finetune`, `pretrain` and `evaluate`. Each function takes settings.
+"""The functions behind the `finetune`, `pretrain` and `evaluate` commands. Each function takes settings.
 
 `finetune`, `finetune_seeds` and `pretrain` return a run's folder, `dry_run` returns a description, and `evaluate` and
-`evaluate_held_out` return metrics. The library functions that they call take plain arguments instead of settings.
+`evaluate_held_out` return metrics. The library functions behind these recipes take plain arguments instead of settings.
 """
 
 from bert_jax.recipes.finetuning import dry_run, evaluate, finetune

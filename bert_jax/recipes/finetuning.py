@@ -107,14 +107,15 @@ def finetune(settings: Settings, *, console: Console | None = None) -> Path:
 def dry_run(settings: Settings, target: str | None = None, *, console: Console | None = None) -> str:
     """Describes what a run would do, without performing a training step.
 
-    The text contains the settings, the number of examples, the tokens of the first examples, the update rules of the
+    The text contains the settings, the number of examples, the tokens of the first examples, the update rules for the
     parameters, the number of steps, the batch shapes, and the memory that the run needs.
 
     Args:
         settings: The settings of the run.
-        target: The chips for which the training step is compiled, such as `v5e:2x4`. This machine need not have them.
-            If None, the step is compiled for this machine's devices.
-        console: The console that shows whether each batch shape fits the target (if given); None for no output.
+        target: The chips for which to compile the training step, for example, `v5e:2x4`. These chips need not
+            be present in this machine. If None, the step is compiled for this machine's devices.
+        console: The console that shows whether each batch shape fits the target, if a target is given; None for no
+            output.
 
     Raises:
         InputError: If the settings or the data cannot be used, if the target is unknown, or if the compiler for the
@@ -163,10 +164,14 @@ def dry_run(settings: Settings, target: str | None = None, *, console: Console |
 def peak_memory(settings: Settings, prepared: preparation.Prepared, run: loop.Run, shape: Shape) -> str | None:
     """Returns a description of a run's peak memory use; None if the compiler does not report memory use.
 
-    On CPUs, the peak memory is that of the whole process. It is the sum of three parts: the memory that the process
-    occupies now (libraries, data, model and programs), the training state with a batch, and the additional memory that
-    the largest phase of the run needs. On other devices, the peak memory is that of one device, which is the sum of
-    only the last two parts. If the run uses LoRA, the sum does not include the merged weights that an evaluation needs.
+    On CPUs, the description covers the whole process, whose peak memory is the sum of three parts:
+
+    1. The memory that the process occupies now (libraries, data, model and programs).
+    2. The training state with a batch.
+    3. The additional memory that the largest phase of the run needs.
+
+    On other devices, the description covers one device, whose peak memory is the sum of only the last two parts. If the
+    run uses LoRA, the sum does not include the merged weights that an evaluation needs.
 
     Args:
         settings: The settings of the run.
@@ -205,10 +210,10 @@ def peak_memory(settings: Settings, prepared: preparation.Prepared, run: loop.Ru
 
 
 def compile_for(chips: aot.Target, run: loop.Run, shape: Shape, config: BertConfig, console: Console) -> str:
-    """Describes the step that is compiled for a batch of `shape`, and the largest batch that fits.
+    """Describes the training step, compiled for a batch of `shape`, and the largest batch that fits in memory.
 
-    A batch fits if each chip has enough memory for the step. To find the largest batch, only the number of rows is
-    varied.
+    A batch fits if each chip has enough memory for the step. The search for the largest batch varies only the
+    number of rows.
     """
     share = run.loader.share
 
@@ -236,18 +241,19 @@ def evaluate(
     ignore: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a fine-tuned model on a split of the data that the settings specify.
+    """Evaluates a fine-tuned model on one split of the data set specified in the settings.
 
     A run may tune values, such as a threshold, on its validation split. These values are applied if the model's folder
-    contains the results of the run.
+    contains the run's results.
 
     Args:
-        model_id: A model folder or an id on the Hub.
+        model_id: A model folder or a model id on the Hub.
         settings: Settings that specify the task, the data, the maximum length and the batch size.
         split: "validation" or "test".
         dtype: The dtype in which the model is loaded: "float32", "bfloat16" or "int8". By default, the model is loaded
-            in float32, and the activations have the dtype `precision.compute_dtype`, as in the run.
-        ignore: Regular expressions for the checkpoint tensors to skip. An expression must match a tensor's whole name.
+            in float32, and the activations have the dtype `precision.compute_dtype`, which the run also uses.
+        ignore: Regular expressions for the checkpoint tensors to skip. A tensor is skipped if an expression matches its
+            full name.
         console: The console that shows notes on the data; None for no output.
 
     Returns:

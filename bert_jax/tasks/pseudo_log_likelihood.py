@@ -61,15 +61,16 @@ class PseudoLogLikelihood(FillMask):
             text: A text without mask tokens. If the text is longer than the model's maximum length, each token is
                 scored in a window around that token.
             metric: "original" masks one token at a time (Salazar et al. 2020, arXiv:1910.14659, section 2.1).
-                "within_word_l2r" also masks the pieces of the same word that follow the token (Kauf and Ivanova 2023,
+                "within_word_l2r" also masks the pieces that follow the token in the same word (Kauf and Ivanova 2023,
                 arXiv:2305.10588, section 3). With "original", the later pieces of a rare word reveal the earlier ones,
                 so the score of the word is too high.
             per_token: Whether to also return the score of each token.
 
         Returns:
-            `{score, tokens, windows}`: the sum of the log-probabilities of all tokens except [CLS] and [SEP], in nats;
-            the number of these tokens; and whether they were scored in windows. If `per_token` is set, `token_scores`
-            is a list of `{token, token_str, score}`, one per token.
+            A `{score, tokens, windows}` dict. `score` is the sum of the log-probabilities of all tokens except [CLS]
+            and [SEP], in nats. `tokens` is the number of these tokens. `windows` is true if the tokens were scored in
+            windows. If `per_token` is set, the dict also contains `token_scores`, a list with one
+            `{token, token_str, score}` dict per token.
 
         Raises:
             InputError: If `text` is not a string, has no tokens, or contains a mask token, or if `metric` is unknown.

@@ -35,8 +35,8 @@ class AnswerOptions:
             length.
         max_question_length: The maximum number of tokens in a question; longer questions are truncated.
         max_answer_length: The maximum number of tokens in an answer.
-        n_best: Candidate answers combine the `n_best` most likely first tokens with the `n_best` most likely last
-            tokens. The top `n_best` candidates are kept.
+        n_best: Each candidate answer begins at one of the `n_best` most likely first tokens and ends at one of the
+            `n_best` most likely last tokens. The top `n_best` candidates are kept.
         unanswerable: Whether a question may have no answer, as in SQuAD 2.0. The empty answer, "", means "no answer".
         null_threshold: Used only if `unanswerable` is set. The empty answer is predicted if the sum of its start and
             end logits exceeds the sum for the best non-empty answer by more than this threshold.
@@ -91,7 +91,7 @@ class QuestionAnswering(TrainableTask):
     def forward(
         self, model: BertForQuestionAnswering, inputs: dict[str, Any], starts: jax.Array
     ) -> dict[str, jax.Array]:
-        """Each token's logits for being the first (`start`) or last (`end`) token of an answer: float32 [B, T] each."""
+        """Scores each token as the first (`start`) and the last (`end`) token of the answer: float32 logits [B, T]."""
         out = model(**inputs)
         return {"start": out.start_logits, "end": out.end_logits}
 
@@ -111,25 +111,25 @@ class QuestionAnswering(TrainableTask):
 
         Args:
             inputs: `{"question": …, "context": …}`, or the tuple (question, context).
-            top_k: How many answers to return.
+            top_k: The number of answers to return.
             max_answer_len: Maximum number of tokens in an answer.
             max_seq_len: Maximum number of tokens in a window, which contains the question, the special tokens and part
                 of the context. The default is 384, or the model's maximum length if that is less.
-            doc_stride: Number of tokens by which neighboring windows overlap. The default is 128, or half a window if
-                that is less.
+            doc_stride: Number of tokens by which neighboring windows overlap. The default is 128, or half the window
+                length if that is less.
             max_question_len: Maximum number of tokens in the question; a longer question is truncated.
             handle_impossible_answer: Whether the empty answer, "", is a candidate. The empty answer means that the
-                question has no answer. The score of the empty answer is the lowest of its probabilities in the
-                individual windows.
-            null_threshold: If set, the empty answer is a candidate even without `handle_impossible_answer`. It is
-                listed first if the sum of its start and end logits exceeds the sum for the best non-empty answer by
-                more than this threshold. Otherwise, it is listed last. BERT's `run_squad.py` calls this threshold
+                question has no answer. The score of the empty answer is its lowest probability across
+                all windows.
+            null_threshold: If set, the empty answer is a candidate even without `handle_impossible_answer`. The empty
+                answer is listed first if the sum of its start and end logits exceeds the sum for the best non-empty
+                answer by more than this threshold, and last otherwise. BERT's `run_squad.py` calls this threshold
                 `null_score_diff_threshold`.
 
         Returns:
-            `{score, start, end, answer}` if `top_k` is 1, else a list of such answers, best first. Each answer is
-            `context[start:end]` and consists of whole words. Answers that differ only in case are merged, even if they
-            come from different windows. The scores of merged answers are added, so a score can exceed 1.
+            A `{score, start, end, answer}` dict if `top_k` is 1; otherwise, a list of such dicts, best first. Each
+            answer is `context[start:end]` and consists of whole words. Answers that differ only in case are merged,
+            even if they come from different windows. The scores of merged answers are added, so a score can exceed 1.
 
         Raises:
             InputError: If the question or the context is missing or empty, or if a numeric parameter is invalid.
@@ -268,8 +268,8 @@ class QuestionAnswering(TrainableTask):
     def featurize(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
         """Converts rows to windows. Each row has the fields `question`, `context` and `answers`; `answers` may be None.
 
-        The targets `start` and `end` are the indices of the first and the last token of the row's first answer. Both
-        are 0, the index of [CLS], if the row has no answer or if the window does not contain the whole answer.
+        The targets `start` and `end` are the indices of the first and last tokens of the row's first answer. Both
+        indices are 0, the index of [CLS], if the row has no answer or if the window does not contain the whole answer.
 
         Raises:
             InputError: If a question leaves no room for the context.
@@ -348,7 +348,7 @@ class QuestionAnswering(TrainableTask):
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
         """Returns an `{answer, best_answer, null_over_best, n_best}` dict for each row.
 
-        The answers are selected as in the `transformers` example `run_qa.py`.
+        The answers are selected in the same way as in `run_qa.py`, an example script of `transformers`.
 
         `best_answer` is the best non-empty answer. `null_over_best` is the sum of the start and end logits of the empty
         answer minus the sum for `best_answer`. `answer` is the empty answer if `AnswerOptions.unanswerable` is set and
@@ -395,13 +395,13 @@ class QuestionAnswering(TrainableTask):
 
 
 def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | None:
-    """The answers of a row as lists of texts and start indices; None if the row does not specify answers.
+    """A row's answers as a list of texts and a list of start indices; None if the row does not specify answers.
 
     The lists are empty if the question has no answer.
 
     Raises:
-        InputError: If the question, the context, the answers or `is_impossible` are invalid. If `check` is set, missing
-            answers are also invalid, as is an answer that is not in the context at its given start.
+        InputError: If the question, the context, the answers or `is_impossible` are invalid. If `check` is set,
+            answers are also invalid if they are missing or if the context does not contain them at their start indices.
     """
     for name in ("question", "context"):
         if not isinstance(row.get(name), str) or not row[name].strip():
@@ -440,8 +440,8 @@ def _answers(row: Mapping[str, Any], *, check: bool) -> dict[str, list[Any]] | N
 def _place(answers: Mapping[str, Any] | None, context: np.ndarray, offsets: np.ndarray) -> tuple[int, int]:
     """Locates the first of the answers in a window, in the same way as `run_qa.py` in `transformers`.
 
-    Returns the indices of the answer's first and last tokens. Both are 0, the index of [CLS], if there is no answer or
-    if the window does not contain the whole answer.
+    Returns the indices of the answer's first and last tokens. Both indices are 0, the index of [CLS], if there is no
+    answer or if the window does not contain the whole answer.
     """
     if answers and answers["text"] and len(context):
         begin = answers["answer_start"][0]
@@ -460,7 +460,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 def _spans(window: Encoding, output: Outputs, longest: int, count: int) -> tuple[list[tuple[int, int, float]], float]:
     """The most likely spans of a window's context, and the probability that the window contains no answer.
 
-    The start probabilities and the end probabilities each add up to 1 over the tokens of the context and [CLS]. [CLS]
+    The start probabilities and the end probabilities each add up to 1 over [CLS] and the tokens of the context. [CLS]
     represents no answer. The probability of a span is the product of the probabilities of its first and last tokens.
 
     Returns:

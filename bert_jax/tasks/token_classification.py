@@ -60,8 +60,8 @@ class Piece:
     Attributes:
         token: The token or, if the token is [UNK], the characters that it represents in the text.
         start: The index of the token's first character in the text.
-        end: The index of the first character after the token in the text.
-        index: The position of the token, with [CLS] at 0.
+        end: The index in the text of the first character after the token.
+        index: The position of the token; [CLS] is at position 0.
         scores: The probabilities of the labels, float32 [C].
         continues: Whether the token continues a word.
     """
@@ -124,9 +124,9 @@ class TokenClassification(TrainableTask):
             ignore_labels: Labels to omit or, if tokens are grouped, entity types to omit, such as "PER".
 
         Returns:
-            A list of `{entity, score, index, word, start, end}` for the strategy "none", else a list of
-            `{entity_group, score, word, start, end}`. Each entry covers the characters `text[start:end]`, and `index`
-            is the position of the token, with [CLS] at 0.
+            A list of `{entity, score, index, word, start, end}` dicts for the strategy "none"; otherwise, a list of
+            `{entity_group, score, word, start, end}` dicts. Each entry covers the characters `text[start:end]`. `index`
+            is the position of the token; [CLS] is at position 0.
 
         Raises:
             InputError: If the input is neither a text nor a sequence of words, if it is empty, or if a parameter is
@@ -188,7 +188,7 @@ class TokenClassification(TrainableTask):
         return pieces
 
     def _places(self, windows: list[Encoding]) -> Iterator[tuple[int, int]]:
-        """Yields two indices for each token of a text: the index of its best window, and its index in that window.
+        """For each token of a text, yields the index of the token's best window and the token's index in that window.
 
         The best window is the one in which the token is farthest from a cut, that is, from a window boundary within the
         text.
@@ -259,13 +259,13 @@ class TokenClassification(TrainableTask):
     def config(
         rows: Sequence[Mapping[str, Any]], options: ReadOptions, labels: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
-        """See `TrainableTask.config`. The fields are the label names and the number of labels.
+        """See `TrainableTask.config`. The returned fields are the label names and the number of labels.
 
         The names are taken from the first applicable source:
 
         1. `options.labels`, if given.
-        2. `labels`, if given. It does not apply if it lacks a tag that occurs in the rows, or if it contains a tag that
-           begins with E- or S-.
+        2. `labels`, if given. This source does not apply if it lacks a tag that occurs in the rows, or if it contains
+           a tag that begins with E- or S-.
         3. O, then B- and I- labels for each type in sorted order, then all other tags in sorted order. If no tag marks
            an entity, the names are all tags in sorted order.
         """
@@ -361,7 +361,7 @@ class TokenClassification(TrainableTask):
     def predictions(self, outputs: Mapping[str, Any], examples: Examples) -> list[dict[str, Any]]:
         """Returns a `{tags}` dict for each row, with one tag per word.
 
-        A word without tokens gets the tag O or, if the model has no label O, the first label.
+        A word without tokens gets the tag O or, if the model has no O label, the model's first label.
         """
         found: dict[int, list[str]] = {}
         nothing = "O" if "O" in self.labels else self.labels[0]
@@ -375,7 +375,7 @@ class TokenClassification(TrainableTask):
 def iob2(tags: Sequence[str]) -> list[str]:
     """Converts tags in any scheme to IOB2: B- for the first word of an entity and I- for its other words.
 
-    Tags without types become B and I.
+    Tags without an entity type become B or I.
     """
     from bert_jax.evaluation import metrics
 
@@ -389,7 +389,7 @@ def iob2(tags: Sequence[str]) -> list[str]:
 def _marked(tags: Iterable[str]) -> set[str]:
     """The tags that mark a word as part of an entity: tags such as B-PER, or the single letters B, I, E and S.
 
-    Single letters count only if B or I is among them and no tags other than these letters and O occur.
+    Single letters are recognized only if they include B or I, and only if all other tags are O.
     """
     tags = set(tags)
     bare = tags - {"O"}
@@ -399,7 +399,7 @@ def _marked(tags: Iterable[str]) -> set[str]:
 
 
 def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """Returns the words and the tags of a row. The tags are None if the row has none.
+    """Returns the words and the tags of a row. The tags are None if the row has no tags.
 
     Numeric tags are indices into `names`.
     """
@@ -423,12 +423,12 @@ def _words_and_tags(tokens: Any, tags: Any, names: Sequence[str]) -> tuple[list[
 
 
 def _read_scheme(sentences: list[list[str]]) -> tuple[str, list[list[str]]]:
-    """Determines the tagging scheme of all sentences (IOB1, IOB2, BIOES or none) and converts the tags to IOB2.
+    """Determines the tagging scheme (IOB1, IOB2, BIOES or none) of all sentences and converts the tags to IOB2.
 
     Tags of the form PER-B are read as B-PER.
 
     Returns:
-        The scheme, as a note for the user, and the tags, converted to IOB2 if they have a scheme.
+        The scheme, described in a note for the user, and the tags. Tags that follow a scheme are converted to IOB2.
 
     Raises:
         InputError: If only some of the tags follow a scheme, or if the tags appear to follow an unknown scheme.
@@ -457,7 +457,7 @@ def _read_scheme(sentences: list[list[str]]) -> tuple[str, list[list[str]]]:
 
 
 def _runs(items: Iterable[Item], joins: Callable[[Item, Item], bool]) -> list[list[Item]]:
-    """Groups neighboring items. An item joins the group of the item before it if `joins(before, item)` is true."""
+    """Groups neighboring items. An item joins the preceding item's group if `joins(before, item)` is true."""
     runs: list[list[Item]] = []
     for item in items:
         if runs and joins(runs[-1][-1], item):
@@ -468,9 +468,9 @@ def _runs(items: Iterable[Item], joins: Callable[[Item, Item], bool]) -> list[li
 
 
 def _continues(before: TokenEntity, entity: TokenEntity) -> bool:
-    """Whether `entity` belongs to the group of `before`: it has the same type, and its label does not begin with B-.
+    """Whether `entity` has the same type as `before` and a label that does not begin with B-.
 
-    A label without a prefix is treated like one with I-.
+    If so, both belong to the same group. A label without a prefix is treated like a label with the prefix I-.
     """
     kinds = {re.sub("^[BI]-", "", neighbour["entity"]) for neighbour in (before, entity)}
     return len(kinds) == 1 and not entity["entity"].startswith("B-")

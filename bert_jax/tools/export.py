@@ -1,6 +1,6 @@
 """Exports a model as a program that JAX runs without this package, on CPUs, NVIDIA GPUs and TPUs.
 
-One program supports all batch sizes and all lengths up to the model's limit, because these sizes are symbolic. The
+The program supports all batch sizes and all lengths up to the model's limit, because these sizes are symbolic. The
 parameters are in a separate file. See `docs/export.md`.
 """
 
@@ -81,22 +81,22 @@ def export(
     Call the program as `outputs = call(params, inputs)`. `params` contains the tensors of `model.safetensors`, keyed by
     name. `inputs` contains `input_ids`, `attention_mask` and `token_type_ids`, each int32 [B, T] or, for
     `BertForMultipleChoice` with C choices, int32 [B, C, T]. For models that compute vocabulary logits, `inputs` also
-    contains `masked_positions`, int32 [B, K]. `outputs` contains the model's outputs for these inputs, keyed by name,
-    except for hidden states and attentions. The program does not check the values of the inputs. An id that is too
-    large results in NaN, and a negative id counts from the end.
+    contains `masked_positions`, int32 [B, K]. `outputs` contains the model's outputs, keyed by name, without the
+    hidden states and attentions. The program does not check the values of the inputs. An id that is too large results
+    in NaN, and a negative id counts from the end.
 
     Args:
         model: A loaded model, in float32 or bfloat16.
         folder: A new or empty folder.
-        task: The name of a task that the model must support (see `bert_jax.pipeline`); None for any model. The program
-            depends only on the model's class, not on the task.
-        tokenizer: The tokenizer. If given, its files are also written.
-        embedding: The sentence embedding settings, for `BertModel` only. If given, the program also has the output
-            `sentence_embedding`, float32 [B, D], and the sentence-transformers files are also written.
+        task: The name of a task (see `bert_jax.pipeline`) that the model must support; None to allow any model. The
+            program depends only on the model's class, not on the task.
+        tokenizer: The tokenizer. If given, the tokenizer files are also written.
+        embedding: The sentence embedding settings, for `BertModel` only. If given, the program has an additional
+            output, `sentence_embedding`, float32 [B, D], and the sentence-transformers files are also written.
 
     Raises:
-        InputError: If the folder contains other files, if the task is unknown or does not fit the model, if the model
-            cannot be exported, if the embedding does not fit the model, or if `flatbuffers` is not installed.
+        InputError: If the folder is not empty, if the model cannot be exported, or if `flatbuffers` is not installed.
+            Also raised if the task is unknown, or if the task or the embedding does not fit the model.
         CheckpointError: If the tokenizer does not fit the model, or if the folder cannot be written.
     """
     folder = Path(folder)
@@ -187,7 +187,7 @@ def _inputs(model: BertPreTrainedModel) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _embed(embedding: SentenceEmbedding, states: jax.Array, attention_mask: jax.Array) -> jax.Array:
-    """Computes the vectors of texts, float32 [B, D], from the vectors of their tokens, [B, T, D]."""
+    """Computes text vectors, float32 [B, D], from token vectors, [B, T, D]."""
     states = states.astype(jnp.float32)
     vectors = states[:, 0]
     if embedding.pooling == "mean":

@@ -60,7 +60,7 @@ class Checkpoints:
         Args:
             step: Number of completed steps.
             state: A pytree of arrays.
-            progress: Other values that the training loop needs to resume. They are stored as JSON.
+            progress: Other values that the training loop needs in order to resume. They are stored as JSON.
             score: The score of the model after this step; higher is better. None if the model was not evaluated, or if
                 the score of an earlier step was at least as high.
 
@@ -80,7 +80,7 @@ class Checkpoints:
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
         """Reads the newest readable checkpoint, or the checkpoint of a given step.
 
-        Skips and removes damaged checkpoints that are newer than the one read, and logs a warning for each.
+        Skips and removes damaged checkpoints that are newer than the restored checkpoint, and logs a warning for each.
 
         Args:
             like: A pytree of arrays or of `jax.ShapeDtypeStruct` objects, with the shapes and shardings to restore.
@@ -91,7 +91,7 @@ class Checkpoints:
             checkpoint of the given step is damaged.
 
         Raises:
-            CheckpointError: If `step` is None and there are checkpoints, but none can be read.
+            CheckpointError: If `step` is None and checkpoints exist, but none of them can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         for i, n in enumerate(steps):

@@ -30,7 +30,7 @@ SAMPLE = {
 
 
 def documented(body: type[pydantic.BaseModel] | dict[str, Any]) -> dict[str, Any]:
-    """Returns the OpenAPI description of a request body, given the body's pydantic model or JSON schema."""
+    """Converts a request body's pydantic model or JSON schema to an OpenAPI description."""
     schema = body if isinstance(body, dict) else body.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
@@ -53,7 +53,7 @@ def body_model(task: Task) -> type[pydantic.BaseModel]:
 
 
 def _failing_fast(kind: Any) -> Any:
-    """Returns a type with `Items` in place of lists and sequences, and with a limit on the number of dict entries."""
+    """Replaces lists and sequences in a type with `Items`, and limits the number of entries in dicts."""
     origin, parts = get_origin(kind), [_failing_fast(part) for part in get_args(kind)]
     if origin in (list, Sequence):
         return Items[parts[0]]  # type: ignore[valid-type]
@@ -65,7 +65,7 @@ def _failing_fast(kind: Any) -> Any:
 
 
 def outputs_type(task: Task) -> Any:
-    """Returns the type of the outputs for a task: one output or a list of outputs."""
+    """Returns the type of a task's outputs: either one output or a list of outputs."""
     (result,) = get_args(get_type_hints(task.request)["return"])
     if result is np.ndarray:
         result = list[float] | list[list[float]] | list[list[list[float]]]
@@ -126,8 +126,9 @@ def routes(engine: Engine, attention: Attention) -> APIRouter:
     async def score(request: Request) -> Response:
         """Answers a request in the JSON format of Azure's model catalog.
 
-        The fields are `inputs` (or `input_data`) and `parameters`. The response contains only the outputs for the first
-        task of the server's first model, in the format of the `outputs` field in the response from `/v1/{task}`.
+        The fields are `inputs` (or `input_data`) and `parameters`. The request is answered with the first task
+        of the server's first model. The response contains only the outputs, in the same format as the `outputs` field
+        of a `/v1/{task}` response.
         """
         try:
             content = orjson.loads(await engine.read_bytes(request))
@@ -160,7 +161,10 @@ def routes(engine: Engine, attention: Attention) -> APIRouter:
 
     @router.post("/v1/attention", openapi_extra=documented(AttentionBody), responses={200: {"model": AttentionAnswer}})
     async def attend(request: Request) -> Response:
-        """Returns the attention weights between a text's tokens for each head of a layer. Layer numbers start at 0."""
+        """Returns the attention weights between the tokens of a text in each head of a layer.
+
+        Layer numbers start at 0.
+        """
         body = await engine.read(request, AttentionBody)
         last = attention.pipe.config.num_hidden_layers - 1
         with refusing(body.text):

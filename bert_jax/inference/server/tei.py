@@ -110,8 +110,8 @@ class Info(pydantic.BaseModel):
     """The response from `/info`.
 
     For a text classifier, `model_type` is `{"classifier": {"id2label", "label2id"}}` or, if there is only one label,
-    `{"reranker": {"id2label", "label2id"}}`. For an embedding model, it is `{"embedding": {"pooling"}}`. For all other
-    models, it is `{}`.
+    `{"reranker": {"id2label", "label2id"}}`. For an embedding model, `model_type` is `{"embedding": {"pooling"}}`. For
+    all other models, `model_type` is `{}`.
     """
 
     model_id: str
@@ -133,7 +133,7 @@ class Info(pydantic.BaseModel):
 def routes(engine: Engine) -> APIRouter:
     """Returns TEI's routes.
 
-    `/info` and `/tokenize` use the first model of `engine`. Each other route uses the first model that is served for
+    `/info` and `/tokenize` use the first model of `engine`. Every other route uses the first model that is served for
     the route's task.
     """
     router = APIRouter(tags=["text-embeddings-inference"])
@@ -151,7 +151,7 @@ def routes(engine: Engine) -> APIRouter:
 
     @router.post("/embed", openapi_extra=documented(EmbedBody), responses={200: {"model": list[list[float]]}})
     async def embed(request: Request) -> Response:
-        """Returns sentence embeddings, computed with the pooling that the model's folder declares."""
+        """Returns sentence embeddings, using the pooling method declared in the model's folder."""
         body = await engine.read(request, EmbedBody)
         pipe = engine.pipeline("feature-extraction")
         prepared = await engine.prepare(

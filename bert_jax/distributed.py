@@ -31,7 +31,8 @@ def start(given: str) -> None:
 
     Args:
         given: `auto` on a TPU pod or under SLURM or Open MPI, where the environment describes the processes.
-            Otherwise, `i/n@host:port` for process i of n, counted from 1; `host:port` is the address of process 1.
+            Otherwise, `i/n@host:port`, where i is the number of this process (counted from 1), n is the number of
+            processes, and `host:port` is the address of process 1.
 
     Raises:
         InputError: If `given` is invalid, or if the other processes cannot be joined.
@@ -88,7 +89,7 @@ def number_among(given: str) -> tuple[int, int]:
         given: See `start`.
 
     Returns:
-        The number of this process, counted from 1, and the number of processes.
+        The number of this process, counted from 1, and the total number of processes.
 
     Raises:
         InputError: See `start`.
@@ -100,7 +101,7 @@ def number_among(given: str) -> tuple[int, int]:
 
 
 def name() -> str:
-    """Returns the name of this process to show in messages."""
+    """Returns this process's name for use in messages."""
     return f"process {jax.process_index() + 1} of {jax.process_count()}"
 
 
@@ -134,8 +135,8 @@ def share_folder(folder: Path, name: str) -> None:
     """Waits for all processes and checks that they share a folder.
 
     Args:
-        folder: The folder. The first process must write a file into it before calling this function.
-        name: The name of that file.
+        folder: The folder. The first process must write a file to this folder before it calls this function.
+        name: The name of the file that the first process wrote.
 
     Raises:
         InputError: If any process cannot access the file. Raised in all processes.
@@ -148,14 +149,14 @@ def share_folder(folder: Path, name: str) -> None:
 def asked_to_stop(step: int) -> bool:
     """Whether any process received SIGTERM; always False if there is only one process.
 
-    Every process must call this function at every step. All processes get the same answer.
+    Every process must call this function at every step. All processes receive the same result.
     """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
 @contextlib.contextmanager
 def lost_ones_named() -> Iterator[None]:
-    """Converts the error of a collective operation to a `TrainingError`.
+    """Converts an error in a collective operation to a `TrainingError`.
 
     The error is converted only if another process has ended or does not respond.
     """

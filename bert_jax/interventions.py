@@ -58,8 +58,8 @@ def checked_interventions(
         scan: Whether the layers are compiled as one loop.
 
     Returns:
-        The interventions. Each function now raises `InputError` if it returns anything other than an array of the
-        activation's shape, and converts its result to the activation's dtype.
+        The interventions, with each function wrapped. The wrapper converts the function's result to the activation's
+        dtype and raises `InputError` if the result is not an array of the activation's shape.
 
     Raises:
         InputError: If `interventions` is not a dict, or if a site is unknown or cannot be reached.
@@ -99,7 +99,10 @@ def _call(site: str, function: Callable[[jax.Array], jax.Array], x: jax.Array) -
 
 
 def within(interventions: Interventions, module: str) -> Interventions:
-    """Returns the interventions in a module, with site names relative to it. The name "" means the module's output."""
+    """Returns the interventions in a module, with site names relative to the module.
+
+    The name "" refers to the module's output.
+    """
     return {
         site.removeprefix(module).removeprefix("."): function
         for site, function in interventions.items()

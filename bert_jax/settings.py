@@ -57,7 +57,7 @@ HELD_OUT_TASKS = ("fill-mask", "next-sentence-prediction", "minimal-pairs")
 class LoRA(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685).
 
-    Each weight W that has an adapter is replaced with W + alpha / rank · B A, where only A and B are trained.
+    Each weight W that has an adapter is replaced with W + (alpha / rank) · B A, where only A and B are trained.
     """
 
     rank: PositiveInt = 8
@@ -199,7 +199,7 @@ class Data(Section):
 
 
 class Masked(Section):
-    """The tokens of an example that the model learns to predict."""
+    """Settings that determine which tokens of an example the model learns to predict."""
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of an example's tokens to choose for prediction; at least one token is chosen."""
@@ -211,8 +211,8 @@ class Masked(Section):
 
 
 class Corpus(Section):
-    """Texts to pretrain on: documents separated by empty lines, or JSON lines with one document each. Files may be
-    compressed with gzip."""
+    """Texts to pretrain on: plain text with empty lines between documents, or JSON Lines with one document per line.
+    Files may be compressed with gzip."""
 
     train: str | tuple[str, ...]
     """Files to train on."""
@@ -263,7 +263,7 @@ class Answers(Section):
 
 
 class Decision(Section):
-    """Settings for multi-label classification: which labels are predicted."""
+    """Settings that determine which labels are predicted in multi-label classification."""
 
     threshold: Fraction = 0.5
     """A label is predicted if its score is above this threshold."""
@@ -273,7 +273,7 @@ class Decision(Section):
 
 
 class Loss(Section):
-    """The loss that training minimizes in classification; evaluations report the loss without these options."""
+    """Options for the training loss in classification. Evaluations report the loss without these options."""
 
     class_weights: Annotated[Literal["balanced"] | dict[str, PositiveFloat] | None, BeforeValidator(_by_label)] = None
     """The weight of each label in the loss. With one label per example, `balanced` sets the weights so that all
@@ -460,7 +460,7 @@ class Pretraining(SettingsFile):
 
 
 class Masking(Section):
-    """Which tokens are replaced with [MASK] for the model to predict."""
+    """Settings that determine which tokens are replaced with [MASK] for the model to predict."""
 
     words: Literal["random", "each"] = "random"
     """`random` masks a share of a text's tokens at once; `each` masks one word at a time, with all its pieces."""
@@ -493,7 +493,7 @@ class HeldOut(SettingsFile):
 
 
 def read(path: str | Path, overrides: Iterable[str] = ()) -> Settings | HeldOut:
-    """Reads a file as `HeldOut` or `Settings`, depending on the task that the file or an override sets; see
+    """Reads a file as `HeldOut` or `Settings`, depending on the task set in the file or in an override; see
     `Settings.from_file`."""
     tree = read_tree(path, overrides)
     kind = HeldOut if nearest(tree.get("task"), [*TRAINABLE, *HELD_OUT_TASKS]) in HELD_OUT_TASKS else Settings

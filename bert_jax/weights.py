@@ -1,7 +1,7 @@
 """Loads and saves weights. `load` and `save` use the same table, which maps published tensor names to parameter paths.
 
-`load` reads a dict of arrays from a folder, given the shapes that a model expects. `save` writes such a dict to a
-folder. This module does not depend on any model class.
+`load` reads a dict of arrays from a folder and checks that they have the shapes that the model expects. `save` writes
+such a dict to a folder. This module does not depend on any model class.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ BUFFERS = {"bert.embeddings.position_ids", "bert.embeddings.token_type_ids"}
 class Report:
     """A report on how each tensor of a checkpoint and each parameter of the model was handled.
 
-    The tensor names are those in the files.
+    Tensors are listed under the names that they have in the files.
     """
 
     prefix: str = ""
@@ -143,12 +143,12 @@ def plan(
             are not loaded.
 
     Returns:
-        The sources, keyed by parameter path, and the report.
+        A dict that maps parameter paths to sources, and the report.
 
     Raises:
-        CheckpointError: If tensors are missing or unknown, have the wrong shape or otherwise do not fit the model
-            (the message lists at most 40 problems), if a regular expression matches nothing, or if a file is missing
-            or damaged.
+        CheckpointError: If tensors are missing or unknown, have the wrong shape or otherwise do not fit the model; if a
+            regular expression matches nothing; or if a file is missing or damaged. The message lists at most 40
+            problems.
     """
     # The parameter paths of a bare BertModel lack the prefix `bert.`, so the paths in `TABLE` are used without it.
     bare = "" if any(path.startswith("bert.") for path in specs) else "bert."
@@ -231,12 +231,12 @@ def load(
         places: The shardings of the arrays, keyed by parameter path; None for the default device.
 
     Returns:
-        The arrays, keyed by parameter path and in the dtypes of `specs`, and the report. Reinitialized parameters have
-        no array.
+        A dict that maps parameter paths to arrays with the dtypes in `specs`, and the report. The dict contains no
+        arrays for reinitialized parameters.
 
     Raises:
-        CheckpointError: If `plan` raises this error, or if tensors contain values that are not finite. The message
-            names these tensors.
+        CheckpointError: If `plan` raises this error, or if tensors contain non-finite values. The message names these
+            tensors.
     """
     sources, report = plan(folder, specs, new=new, ignore=ignore)
     arrays, infinite = {}, []
@@ -267,7 +267,7 @@ def save(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any]) -> 
     disk is full, each file in the folder is either the old or the new version, never an incomplete file.
 
     Args:
-        folder: The folder, which is created if necessary. Other files in it are kept.
+        folder: The folder, which is created if necessary. Other files in the folder are kept.
         params: The arrays, keyed by parameter path.
         config: The contents of `config.json`.
 
@@ -315,8 +315,8 @@ def _tensors(sources: Mapping[str, Source]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the path of each parameter and its tensor in the stored dtype.
 
     Files are read through memory maps. While a map is open, the pages that were read stay in memory, in addition to
-    the arrays. Therefore, a file is reopened after every 32 MB. Reopening it for each tensor would cost 0.3 ms per
-    tensor, or 55 ms for BERT-base.
+    the arrays. Therefore, a file is reopened each time 32 MB have been read from it. Reopening it for each tensor would
+    cost 0.3 ms per tensor, or 55 ms for BERT-base.
     """
     rest = sorted(sources.items(), key=lambda item: item[1].file)[::-1]
     while rest:
@@ -364,7 +364,7 @@ def _shard(folder: Path, name: str) -> Path:
     model.
 
     Raises:
-        CheckpointError: If the shard is missing or links to another location.
+        CheckpointError: If the shard is missing, or if it is a link to a location that is not allowed.
     """
     path, home = folder / name, folder.resolve()
     if home.parent.name == "snapshots":  # in the Hub's cache, where shards are links to files in the model's folder
@@ -377,7 +377,10 @@ def _shard(folder: Path, name: str) -> Path:
 
 
 def _converted(tensor: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, bool]:
-    """Copies an array to aligned memory in `dtype`. Returns the copy and whether all its values are finite."""
+    """Copies an array to aligned memory and converts it to `dtype`.
+
+    Returns the copy and whether all its values are finite.
+    """
     copy, finite = _aligned(tensor.shape, dtype), True
     target, source = copy.reshape(-1), tensor.reshape(-1)
     # The tensor is copied in parts, so that each part is checked while it is still in the CPU's cache.
@@ -391,13 +394,13 @@ def _converted(tensor: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, bo
 
 
 def _quantized(tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rounds each row of a weight [out, in] to multiples of the row's scale.
+    """Rounds each row of a weight matrix [out, in] to multiples of the row's scale.
 
-    The scale is the largest absolute value in the row divided by 127.
+    The scale is the largest absolute value in the row, divided by 127.
 
     Returns:
-        The multiples, int8 [out, in]; the scales, float32 [out]; and the sum of each rounded row, float32 [out]. If a
-        row contains a value that is not finite, its scale is not finite either.
+        The rows as integer multiples of their scales, int8 [out, in]; the scales, float32 [out]; and the sum of each
+        rounded row, float32 [out]. If a row contains a value that is not finite, its scale is not finite either.
     """
     weight = _aligned(tensor.shape, np.dtype(np.int8))
     scale, total = (_aligned(tensor.shape[:1], np.dtype(np.float32)) for _ in range(2))
@@ -417,9 +420,9 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 
     The memory is aligned to 64 bytes. Arrays of at least 4 MB are aligned to 2 MB, so that Linux can use huge pages for
     them. The last part of an array, which may not fill a huge page, is stored in small pages. Inference on one sentence
-    reads all weights, and reading them from huge pages is 10% faster. The memory for these large arrays comes from mmap
-    rather than malloc, because malloc's bookkeeping between two arrays would occupy additional huge pages, 140 MB in
-    total for BERT-large.
+    reads all weights, and reading them from huge pages is 10% faster. The memory for these large arrays comes from
+    `mmap`. With `malloc`, the bookkeeping data between two arrays would occupy additional huge pages: 140 MB in total
+    for BERT-large.
     """
     size, page = math.prod(shape) * dtype.itemsize, 64
     if size < 2**22 or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -434,10 +437,10 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 
 
 def _published_name(name: str) -> str:
-    """Converts the name of a tensor to its name in current published checkpoints.
+    """Converts a tensor name to the name used in current published checkpoints.
 
-    The tensors of a bare model get the prefix `bert.`. LayerNorm's `gamma` becomes `weight`, and its `beta` becomes
-    `bias`.
+    The prefix `bert.` is added to the tensor names of a bare model. LayerNorm's `gamma` becomes `weight`, and its
+    `beta` becomes `bias`.
     """
     name = re.sub(r"\bLayerNorm\.gamma$", "LayerNorm.weight", name)
     name = re.sub(r"\bLayerNorm\.beta$", "LayerNorm.bias", name)
@@ -478,6 +481,7 @@ def _misfit(source: Source, expected: list[int]) -> list[str]:
 
 
 def _pattern(name: str) -> str:
-    """Returns the Python source of a pattern that matches all names with the same part before the last dot."""
+    """Returns the Python source of a regular expression that matches `name` and the names of its module's other
+    tensors."""
     pattern = re.escape(name.rpartition(".")[0]) + r"\..*" if "." in name else re.escape(name)
     return f"r'{listed([pattern])}'"

@@ -45,12 +45,12 @@ ClassLabels = dict[str, tuple[str, ...]]
 
 
 class Entry(NamedTuple):
-    """A row of a file, or an error instead of a row that cannot be read.
+    """A row of a file, or an error if the row cannot be read.
 
     Attributes:
-        line: The location of the row, starting at 1. For most formats, it is the line on which the row begins. For
-            CoNLL, it is the line after the row. For Parquet, JSON and SQuAD, it is the number of the row. For a folder,
-            it is the number of the file.
+        line: The location of the row, counted from 1. For most formats, this is the number of the line on which the row
+            begins. For CoNLL, this is the number of the line after the row. For Parquet, JSON and SQuAD, this is the
+            row number. For a folder, this is the file number.
         row: The row as a dict that maps column names to values, or an error that states why the row cannot be read.
         position: Number of bytes read from the file so far, for progress bars; 0 if unknown.
     """
@@ -96,7 +96,7 @@ def read(
 
 
 def class_labels(path: str | Path, format: str | None = None) -> ClassLabels:
-    """Finds the columns of class ids, and their class names, in a Parquet file that the `datasets` library wrote.
+    """Finds the class-id columns and their class names in a Parquet file written by the `datasets` library.
 
     For other files, the result is empty.
 
@@ -114,7 +114,11 @@ def class_labels(path: str | Path, format: str | None = None) -> ClassLabels:
 
 
 def _class_labels(features: Mapping[str, Any]) -> ClassLabels:
-    """Finds columns of class ids or of lists of class ids in the result of `datasets.Features.to_dict`."""
+    """Finds the columns that contain class ids or lists of class ids.
+
+    Args:
+        features: The result of `datasets.Features.to_dict`.
+    """
     found = {}
     for column, kind in features.items():
         # Earlier versions of `datasets` describe a column of lists as a list that contains the type of the items.
@@ -149,26 +153,26 @@ def entries(
     """Streams the rows of a file. A row that cannot be read is replaced with an error.
 
     Args:
-        path: A file or a folder. A file may be gzipped, unless it is a Parquet file. In a folder and its subfolders,
-            each `.txt` file is the `text` of one row.
+        path: A file or a folder. A file may be gzipped, unless it is a Parquet file. If `path` is a folder, each `.txt`
+            file in it or its subfolders contains the `text` of one row.
         format: The format of the file. If None, the format is inferred from the file's name. For names that end in
             `.json`, the beginning of the file determines whether the format is "json", "squad" or "jsonl".
 
             - "jsonl": Each line is a JSON object that represents a row.
             - "json": An array of objects, or an object whose `data` field is such an array. Each object in the array is
               a row. The whole file is read before the first row is returned.
-            - "csv", "tsv": A table. The first line names the columns, unless `table` does.
+            - "csv", "tsv": A table. The first line contains the column names, unless `table` specifies them.
             - "parquet": A Parquet file.
             - "text": Each line is the `text` of one row.
             - "text;label": Each line contains the `text` of a row, a semicolon, and the `label` of the row. If a line
               contains several semicolons, the last one is the separator. The first line is skipped as a header if its
-              text is one of `TEXT`.
+              text is one of the column names in `TEXT`.
             - "conll": Each line contains a word in the first column and the word's tag in the last. Each row has the
               columns `tokens` and `tags` and ends at a blank line. The first word of a row may be preceded by comments,
               such as `# id 3b1c` or `# text = A sentence.`
             - "squad": JSON in the SQuAD format, or a JSON array of SQuAD articles. Each question is a row. The whole
               file is read before the first row is returned.
-        labeled: If `format` is None, whether the format of a `.txt` file is "text;label" instead of "text".
+        labeled: Whether a `.txt` file is read as "text;label" rather than "text" if `format` is None.
         table: Options for reading a table. For other formats, only the default is allowed.
         warn: Whether to log warnings. A caller that reads a file twice passes False for one of the reads, so that each
             warning is logged only once.
@@ -282,7 +286,8 @@ def read_hub(id: str, name: str | None, split: str, revision: str | None) -> tup
     """Reads a split of a data set on the Hugging Face Hub.
 
     Returns:
-        The columns of class ids with their class names, and the rows with class names instead of class ids.
+        A dict that maps each class-id column to its class names, and an iterator over the rows. In the rows, class ids
+        are replaced with class names.
 
     Raises:
         InputError: If the split cannot be loaded, or if the `data` extra is not installed.
@@ -299,12 +304,12 @@ def read_hub(id: str, name: str | None, split: str, revision: str | None) -> tup
 
 
 def column(there: Collection[str], name: str | None, usual: Iterable[str]) -> str | None:
-    """Chooses a column: `name` or, if `name` is None, the first of the `usual` columns that exists.
+    """Chooses a column: `name`, or the first existing column in `usual` if `name` is None.
 
     If none of the usual columns exists, the result is None.
 
     Raises:
-        InputError: If `name` is given and there is no such column.
+        InputError: If `name` is given and no column has this name.
     """
     if name is None:
         return next((candidate for candidate in usual if candidate in there), None)

@@ -25,7 +25,7 @@ ATTENTION_LENGTH = 2048
 
 
 class Shape(NamedTuple):
-    """The shape of a batch. It has the fields of `Bucket`, but `masks` lists all possible values."""
+    """The shape of a batch. It has the same fields as `Bucket`, except that `masks` contains all possible values."""
 
     rows: int
     length: int
@@ -63,7 +63,7 @@ class Queued(NamedTuple):
     Attributes:
         features: The tokens of the text.
         request: The request that waits.
-        place: The index of the text among the texts that the request has queued together.
+        place: The index of the text among the texts that the request queued at the same time.
     """
 
     features: Features
@@ -87,12 +87,12 @@ class Batch:
 
     @functools.cached_property
     def spots(self) -> list[Spot]:
-        """The location of each text's tokens in an array [rows, tokens, …]."""
+        """The location of each text's tokens in an array of shape [rows, tokens, …]."""
         return lay_out(range(len(self.rows)), self.rows, [len(q.features.input_ids) for q in self.queued])
 
     @functools.cached_property
     def masked_spots(self) -> list[Spot]:
-        """The location of each text's masked positions in an array [rows, masked positions, …]."""
+        """The location of each text's masked positions in an array of shape [rows, masked positions, …]."""
         return lay_out(range(len(self.rows)), self.rows, [len(q.features.masked_positions) for q in self.queued])
 
 
@@ -104,10 +104,10 @@ def shapes(
     share: int = 1,
     multiple: int = 1,
 ) -> list[Shape]:
-    """Returns the possible shapes of batches.
+    """Returns the possible batch shapes.
 
     Args:
-        max_length: The length of the longest text.
+        max_length: The length of the longest text, in tokens.
         packed: Whether a row may contain several texts.
         masks: A function that takes the length of a row and the maximum number of texts in the row. It returns the
             possible numbers of masked positions after padding, in ascending order.
@@ -139,7 +139,7 @@ def batches(
     has_program: Callable[[Bucket], bool] = lambda bucket: True,
     share: int = 1,
 ) -> Iterator[Batch]:
-    """Divides texts into batches. Each batch has the shape that its texts fill best.
+    """Divides texts into batches. Each batch uses the shape that leaves the least padding.
 
     If rows are packed and there are enough texts for a full batch, only full batches are considered. Large numbers of
     texts therefore need only a few programs.
@@ -147,8 +147,9 @@ def batches(
     Args:
         queued: The texts.
         shapes: The shapes to choose from; see `shapes`.
-        has_program: A function that returns whether the program of a bucket is compiled. A bucket without a compiled
-            program is chosen only for a text that fits no other bucket, and the batch then contains only this text.
+        has_program: A function that returns whether the program for a bucket has already been compiled. A bucket
+            without a compiled program is chosen only for a text that fits no other bucket, and the batch then contains
+            only this text.
         share: The number of parts into which the rows are divided; see `shapes`.
     """
     full = share * BUCKET_TOKENS
@@ -171,11 +172,11 @@ def batches(
 
 
 def _fill(queued: Sequence[Queued], shape: Shape, share: int) -> tuple[float, Batch]:
-    """Fills a batch of the given shape with the first texts in `queued`, which are in descending order of length.
+    """Fills a batch of the given shape with the first texts in `queued`, which is sorted by length, longest first.
 
     Returns:
-        The fill ratio of the batch, and the batch. The fill ratio is the total number of tokens and masked positions in
-        the texts, divided by the cost of the batch in tokens.
+        The fill ratio of the batch, and the batch itself. The fill ratio is the total number of tokens and masked
+        positions in the texts, divided by the cost of the batch in tokens.
     """
     first = queued[: shape.rows * shape.texts]
     rows = best_fit([len(q.features.input_ids) for q in first], shape.length, rows=shape.rows, items=shape.texts)
@@ -191,7 +192,7 @@ def _fill(queued: Sequence[Queued], shape: Shape, share: int) -> tuple[float, Ba
 
 
 def most_rows(length: int) -> int:
-    """Returns the number of rows of the given length that one device computes in a full batch."""
+    """Returns the number of rows per device in a full batch, for rows of the given length."""
     return max(1, BUCKET_TOKENS // length)
 
 
@@ -201,13 +202,12 @@ def most_texts(length: int) -> int:
 
 
 def mask_counts(length: int, texts: int, one_mask: bool) -> tuple[int, int, int]:
-    """Returns the numbers of masked positions to which rows are padded, in ascending order.
+    """Returns the possible numbers of masked positions per row after padding, in ascending order.
 
     The rows have `length` tokens and contain at most `texts` texts. If each text has exactly one masked position
-    (`one_mask`), the numbers are half, three quarters and all of `texts`. Otherwise, the smallest number is `texts`.
-    The second is a quarter of the row's tokens, which is enough for the 15% that pretraining masks. The largest is the
-    number of tokens in the row. All numbers are at least 2 because, with a single position, the head would compute
-    matrix-vector products, which are slow on CPUs.
+    (`one_mask`), the numbers are 1/2, 3/4 and 1 times `texts`. Otherwise, the numbers are `texts`, `length` / 4 and
+    `length`. A quarter of the tokens is enough for pretraining, which masks 15%. All numbers are at least 2 because,
+    with a single position, the head would compute matrix-vector products, which are slow on CPUs.
     """
     if one_mask:
         return max(2, texts // 2), max(2, 3 * texts // 4), max(2, texts)

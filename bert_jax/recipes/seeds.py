@@ -32,7 +32,7 @@ def read_seeds(text: str) -> list[int]:
 
 
 def finetune_seeds(settings: Settings, seeds: Sequence[int], *, console: Console | None = None) -> Path:
-    """Fine-tunes a model once per seed, in subfolders of `settings.output.folder` such as `seed-1`.
+    """Fine-tunes a model once per seed and saves each run in a subfolder of `settings.output.folder`, such as `seed-1`.
 
     For each split and metric, the file `seeds.json` in `settings.output.folder` contains the value for each seed, the
     number n of values, their mean, and their sample standard deviation (with n - 1 in the denominator). If a call is
@@ -40,14 +40,14 @@ def finetune_seeds(settings: Settings, seeds: Sequence[int], *, console: Console
 
     Args:
         settings: The settings of the runs. Each seed replaces `training.seed`.
-        seeds: The seeds, at least two.
-        console: The console that shows the runs and the table; None for no output.
+        seeds: The seeds; at least two are required.
+        console: The console that shows the progress of the runs and the table of metrics; None for no output.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: If the folder itself contains a run. `finetune` documents the other errors.
+        InputError: If `settings.output.folder` itself contains a run. `finetune` documents the other errors.
     """
     console, folder = console or Console(quiet=True), Path(settings.output.folder)
     if (folder / runs.SETTINGS).exists():
@@ -71,7 +71,7 @@ def finetune_seeds(settings: Settings, seeds: Sequence[int], *, console: Console
 
 
 def summary(metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Summarizes each float metric that all runs report: mean, sample standard deviation, number of values, and values.
+    """Returns the mean, sample standard deviation, count and values of each float metric that all runs report.
 
     Args:
         metrics: The metrics of each run, for at least two runs.

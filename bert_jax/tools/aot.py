@@ -4,8 +4,8 @@
     check = aot.check(step.trace(...), target)
     check.fits, check.memory, check.collectives
 
-TPU and GPU compilers (`aot` extra) run on any machine. They show whether a program compiles and fits in memory. The
-program is not run, so its speed and its results are not tested.
+The TPU and GPU compilers, which the `aot` extra installs, run on any machine. They show whether a program compiles and
+fits in memory. The program is not run, so its speed and its results are not tested.
 """
 
 import math
@@ -85,7 +85,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclass(frozen=True)
 class Target:
-    """Devices for which programs are compiled. The machine does not need to have them."""
+    """Devices for which programs are compiled. The machine does not need to have these devices."""
 
     name: str
     chip: Chip
@@ -136,16 +136,16 @@ class Check:
         memory: Peak memory per device, in bytes. If the compiler fails because the program does not fit, this is the
             number in the error message, or 0 if the message contains none.
         resident: Number of bytes per device in arguments and results, which stay in memory while the program runs. A
-            donated argument and the result that overwrites it are counted once. If the compiler fails, this is 0.
+            donated argument and the result that overwrites it are counted as one. If the compiler fails, this is 0.
         aliased: Number of bytes per device in donated arguments that results overwrite. If the compiler fails, this is
             0.
         seconds: Compilation time, in seconds.
-        products: Maps the types of a matrix product, such as "bfloat16 × bfloat16 → float32", to the number of such
-            matrix products and their total number of operations, summed over all devices. A multiplication and an
-            addition are two operations. Matrix products in custom kernels are not included.
+        products: Maps the types in a matrix product, such as "bfloat16 × bfloat16 → float32", to a pair: the number of
+            matrix products with these types, and their total number of operations on all devices. A multiplication and
+            an addition count as two operations. Matrix products in custom kernels are not included.
         collectives: Maps the name of a collective, such as "all-reduce", to the number of such collectives and the
             total size of their results on each device, in bytes.
-        kernels: Maps the name of a custom kernel to the number of its calls in the text of the compiled program.
+        kernels: Maps the name of a custom kernel to the number of calls to it in the text of the compiled program.
     """
 
     target: Target
@@ -160,7 +160,7 @@ class Check:
 
     @property
     def line(self) -> str:
-        """One line that states whether the program fits and how much memory it needs."""
+        """One line that states whether the program fits in memory and how much memory it needs."""
         verdict = "fits" if self.fits else "DOES NOT FIT"
         return f"{verdict}, {self.memory / GIB:.2f} of {self.target.chip.memory / GIB:.2f} GiB per device"
 
@@ -187,7 +187,7 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
     """Compiles a traced program for a target. The program's arguments must be placed on the target's devices.
 
     TPU compilers run with low effort (`exec_time_optimization_effort`), because the check tests whether the program
-    fits, not how fast it is.
+    fits in memory, not how fast it is.
     """
     multiplied = products(traced)
     began = time.perf_counter()
@@ -221,7 +221,7 @@ def check(traced: jax.stages.Traced, target: Target) -> Check:
 
 
 def products(traced: jax.stages.Traced) -> dict[str, tuple[int, float]]:
-    """Counts the matrix products of a program and their operations; see `Check.products`.
+    """Counts the matrix products in a program and their operations; see `Check.products`.
 
     A matrix product in a scan is counted once per iteration.
     """
@@ -291,13 +291,13 @@ def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
 
     Apart from the state, memory use grows almost linearly with the size. The next size to try is therefore extrapolated
     or interpolated from the memory use of two programs. Near the limit, compilers save memory, so this prediction is
-    too low. For this reason, the next size exceeds the largest size known to fit by at least one step, which is an
-    eighth of that size (rounded down, but at least 1). Until a size is found that does not fit, the difference is at
-    least four steps.
+    too low. Therefore, the next size is at least one step larger than the largest size that is known to fit. A step is
+    an eighth of the largest size that fits, rounded down, but at least 1. As long as all sizes tried so far fit, the
+    next size is at least four steps larger.
 
     Args:
-        try_out: A function that compiles the program for a size.
-        n: A size that has been tried already.
+        try_out: A function that compiles the program for a given size.
+        n: A size that has already been tried.
         first: The result for `n`.
     """
     limit, check = first.target.chip.memory, first
@@ -324,8 +324,8 @@ def largest(try_out: Callable[[int], Check], n: int, first: Check) -> int:
 def train_flops(config: BertConfig, rows: int, length: int) -> float:
     """Returns the number of operations in a training step.
 
-    This is three times the number of operations in the encoder's matrix products in a forward pass:
-    6·B·T·L·(4D² + 2DF + 2TD) for B rows of T tokens, L layers, hidden size D and intermediate size F.
+    This is three times the number of operations in the encoder's matrix products in a forward pass. For B rows of T
+    tokens, L layers, hidden size D and intermediate size F, the result is 6·B·T·L·(4D² + 2DF + 2TD).
     """
     size, inner = config.hidden_size, config.intermediate_size
     per_token = 4 * size**2 + 2 * size * inner + 2 * length * size
@@ -342,8 +342,8 @@ def bound(check: Check) -> dict[str, float]:
 
         - `products`: computing all matrix products, except those in custom kernels, at the peak bfloat16 rate.
         - `memory`: reading the arguments once and writing the results once.
-        - `links`: sending the results of collectives to other devices. On n devices, each device sends (n - 1) / n of
-          the bytes of a result or, for an all-reduce, twice as many, as in a ring algorithm.
+        - `links`: sending the results of collectives to other devices. As in a ring algorithm, each of n devices sends
+          (n - 1) / n of the bytes of a result, or twice as many for an all-reduce.
     """
     n, chip = len(check.target.devices), check.target.chip
     sent = sum(

@@ -1,4 +1,4 @@
-"""Computes the requests of many clients together, slice by slice. Small requests run between slices of large ones."""
+"""Processes requests from many clients together, in slices. Small requests run between the slices of large ones."""
 
 import asyncio
 import enum
@@ -36,8 +36,8 @@ class Job:
     """The inputs of one HTTP request, and a future that receives the results.
 
     Args:
-        pipe: The pipeline that computes the requests.
-        requests: One request per input, made by `Pipeline.request`.
+        pipe: The pipeline that processes the requests.
+        requests: One request per input, created by `Pipeline.request`.
     """
 
     def __init__(self, pipe: Pipeline[Task], requests: Sequence[Request[Any]]):
@@ -47,13 +47,13 @@ class Job:
 
 
 class Batcher:
-    """Computes jobs in slices, in a separate thread. All waiting jobs take turns.
+    """Processes jobs in slices, in a separate thread. All waiting jobs take turns.
 
     Args:
         limits: The server's limits.
         seen: A function that is called before each slice with the number of unfinished jobs for the slice's pipeline.
-        want: A function that is called with a pipeline and a bucket if a job needs the corresponding program and the
-            program is not compiled. Call `resume` after compiling the program.
+        want: A function that is called with a pipeline and a bucket if a job needs the corresponding program and this
+            program has not been compiled yet. Call `resume` after compiling the program.
     """
 
     def __init__(self, limits: Limits, seen: Callable[[int], None], want: Callable[[Pipeline[Task], Bucket], None]):
@@ -64,7 +64,7 @@ class Batcher:
         self._thread.start()
 
     async def submit(self, job: Job) -> Any:
-        """Queues a job and returns the results of its requests in order.
+        """Queues a job and returns the results in the order of the job's requests.
 
         Raises:
             Refused: If too many tokens are already waiting, or if the computation takes too long.
@@ -85,7 +85,7 @@ class Batcher:
         return Refused(504, "timeout", f"There was no answer within {self.limits.timeout:g} s.")
 
     def check_room(self, tokens: int = BUCKET_LENGTHS[0], *, arriving: int = 0) -> None:
-        """Raises `Refused` if the queue has no room for a job of this size (by default, the smallest job).
+        """Raises `Refused` if the queue has no room for a job of the given size (by default, the smallest size).
 
         An eighth of the queue is reserved for small jobs.
 

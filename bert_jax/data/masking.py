@@ -117,7 +117,7 @@ class MaskedExamples(Examples):
             InputError: If the vocabulary has no [MASK] token.
         """
         if tokenizer.mask_token_id is None:
-            raise InputError("The vocabulary has no [MASK]; masked-language modeling needs it.")
+            raise InputError("The vocabulary has no [MASK]; masked language modeling needs it.")
         lengths, first = (shards.column(name) for name in HEADER[:2])
         special = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
         continuing = np.zeros(tokenizer.vocab_size, bool)

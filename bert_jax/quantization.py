@@ -26,7 +26,7 @@ DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "int8")
 
 
 class QuantizedLinear(Linear):
-    """A `Linear` without gradients, with an int8 weight [out, in], a float32 scale [out] and a float32 total [out]."""
+    """A `Linear` for inference only, with an int8 weight [out, in], and a float32 scale and row sum (`total`) [out]."""
 
     def __init__(self, linear: Linear):
         self.weight, self.scale, self.total = _int8(linear.weight)
@@ -39,7 +39,7 @@ class QuantizedLinear(Linear):
 
 
 class QuantizedEmbedding(Embedding):
-    """An `Embedding` without gradients, with an int8 table [V, D], a float32 scale [V] and a float32 total [V]."""
+    """An `Embedding` for inference only, with an int8 table [V, D], and a float32 scale and row sum (`total`) [V]."""
 
     def __init__(self, embedding: Embedding):
         self.weight, self.scale, self.total = _int8(embedding.weight)

@@ -231,7 +231,7 @@ def packed_shape(
         lengths: Number of tokens in each example.
         batches: The indices of the examples in each batch, longest example first.
         share: The number of rows must be a multiple of this number.
-        limit: Maximum number of tokens per row, unless an example is longer than this.
+        limit: Maximum number of tokens per row, raised to the length of the longest example if that is greater.
         multiple: The number of tokens per row must be a multiple of this number.
     """
     most, longest = max(int(lengths[batch].sum()) for batch in batches), int(lengths.max())

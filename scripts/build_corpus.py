@@ -4,8 +4,10 @@
     python scripts/build_corpus.py corpus                         # writes the files below
     python scripts/build_corpus.py corpus --without blanks.txt    # keeps the sentences of blanks.txt out of the corpus
 
-train.txt contains the training texts, and everyday.txt contains only those in modern everyday English. validation.txt
-contains the held-out texts, and sources.json describes the sources.
+train.txt contains the training texts, and everyday.txt contains only those in modern everyday English. mixed.txt and
+half_mixed.txt are for training with long rows. mixed.txt contains everyday.txt, all other documents with several lines,
+and a third of those with one line. half_mixed.txt contains everyday.txt and half of the other documents of mixed.txt.
+validation.txt contains the held-out texts, and sources.json describes the sources.
 
 With `--without`, lines that share five consecutive words with a sentence in the file are left out.
 
@@ -492,7 +494,10 @@ def main() -> None:
     report: list[dict[str, Any]] = []
     train: list[Document] = []
     everyday: list[Document] = []
+    mixed: list[Document] = []
+    half_mixed: list[Document] = []
     validation: list[Document] = []
+    random = Random(0)
     for source in SOURCES:
         with tempfile.TemporaryDirectory() as temporary:
             archive = fetch(source.place, Path(temporary))
@@ -507,6 +512,9 @@ def main() -> None:
         train += repeated
         if source.everyday:
             everyday += repeated
+        chosen = [d for d in repeated if source.everyday or len(d) > 1 or random.random() < 1 / 3]
+        mixed += chosen
+        half_mixed += [d for d in chosen if source.everyday or random.random() < 1 / 2]
         size = sum(len(line) for document in documents for line in document)
         report.append({
             "place": source.place, "sha256": source.sha256, "license": source.license, "times": source.times,
@@ -514,9 +522,10 @@ def main() -> None:
             "lines left out": dict(counts),
         })  # fmt: skip
         print(f"{size / 1e6:6.2f} MB × {source.times}  {source.place}  {source.license}  {dict(counts)}", flush=True)
-    Random(0).shuffle(train)
-    Random(0).shuffle(everyday)
-    for name, part in (("train", train), ("everyday", everyday), ("validation", validation)):
+    training = {"train": train, "everyday": everyday, "mixed": mixed, "half_mixed": half_mixed}
+    for part in training.values():
+        Random(0).shuffle(part)
+    for name, part in (training | {"validation": validation}).items():
         text = "\n\n".join("\n".join(document) for document in part) + "\n"
         (arguments.folder / f"{name}.txt").write_text(text, encoding="utf-8")
         print(f"{name}.txt: {len(text) / 1e6:.1f} MB, {len(part):,} documents")

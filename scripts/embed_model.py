@@ -1,14 +1,13 @@
 """Turns pretraining runs into the embedded model (`bert-mini-cased`), in bfloat16, and writes its model card.
 
-    python scripts/embed_model.py runs/long runs/everyday --corpus corpus --texts sentences.txt --blanks blanks.txt
+    python scripts/embed_model.py MODEL --runs runs/long … --corpus corpus --texts sentences.txt --blanks blanks.txt
     python scripts/embed_model.py … --write          # writes the model to bert_jax/embedded/bert-mini-cased
 
-Each run continues the previous one. The weights are those of the last run, averaged with those of the run before it if
-`--average` is given. The `--texts` file contains one text per line; every third text is used. Each line of the
-`--blanks` file contains a sentence with [MASK], a tab, and the words that count as correct, separated by commas. The
-model must not have been trained on either file: `scripts/build_corpus.py --without` leaves out lines that share five
-consecutive words with the blanks. The model card compares the measurements of the model with those of the model given
-by `--beside`, by default the embedded model.
+MODEL is the folder with the weights, and `--runs` are the runs that led to them, in order. The `--texts` file contains
+one text per line; every third text is used. Each line of the `--blanks` file contains a sentence with [MASK], a tab,
+and the words that count as correct, separated by commas. The model must not have been trained on either file:
+`scripts/build_corpus.py --without` leaves out lines that share five consecutive words with the blanks. The model card
+compares the measurements of the model with those of the model given by `--beside`, by default the embedded model.
 """
 
 import argparse
@@ -41,20 +40,18 @@ TRIED = """\
 - 300 steps of the first run's recipe, and 300 at twice its learning rate: 4.58 and 4.52 nats per masked token of
   its own held-out texts. Hence the higher rate of the later runs.
 - No averaging: the last run alone has 3.97 nats on sentiment_labelled, but forgets the older texts. On lines held out
-  from these, the last run alone and averages with 10, 25, 35 and 50 % of the run before it have 3.31, 3.23, 3.14, 3.10
+  from these, the last run alone and averages with 10, 25, 35 and 50% of the run before it have 3.31, 3.23, 3.14, 3.10
   and 3.08 nats; on everyday lines, 2.46, 2.46, 2.49, 2.51 and 2.58. The share was chosen by these.
 - Not tried: distilling the hidden states of MiniLM; whole words; 128 tokens."""
 
 
-def converted(run: Path, before: Path, share: float, folder: Path) -> None:
-    """Writes the model in its shipped form. Its weights are `share` · `before` + (1 - `share`) · `run`."""
-    last, other = (load_file(place / hub.WEIGHTS_FILE) for place in (run, before))
-    averaged = {name: (1 - share) * last[name] + share * other[name] for name in last}
-    tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in averaged.items()}
+def converted(model: Path, folder: Path) -> None:
+    """Writes a model in its shipped form."""
+    tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in load_file(model / hub.WEIGHTS_FILE).items()}
     save_file(tensors, folder / hub.WEIGHTS_FILE, metadata={"format": "pt"})
-    config = json.loads((run / hub.CONFIG_FILE).read_text()) | DROPOUT
+    config = json.loads((model / hub.CONFIG_FILE).read_text()) | DROPOUT
     (folder / hub.CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
-    shutil.copyfile(run / "vocab.txt", folder / "vocab.txt")
+    shutil.copyfile(model / "vocab.txt", folder / "vocab.txt")
     settings = {"do_lower_case": False, "model_max_length": 512}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
 
@@ -102,9 +99,7 @@ def measured(folders: dict[str, Path], texts: Path, sentences: Path) -> dict[str
     return found
 
 
-def card(
-    run_folders: Sequence[Path], share: float, sources: list[dict[str, Any]], found: dict[str, dict[str, Any]]
-) -> str:
+def card(run_folders: Sequence[Path], sources: list[dict[str, Any]], found: dict[str, dict[str, Any]]) -> str:
     results = [json.loads((run / runs.RESULTS).read_text()) for run in run_folders]
     settings = [Pretraining.from_file(run / runs.SETTINGS) for run in run_folders]
     metadata = ModelCardData(license="apache-2.0", language="en", pipeline_tag="fill-mask", library_name="transformers",
@@ -146,10 +141,9 @@ def card(
         "with the sentences below. `everyday.txt` contains the texts with a ✓, and `train.txt` contains all texts.",
         "\n".join(data),
         "## Training",
-        "`configs/pretrain/embedded.yaml` contains the settings of all runs. Each run continues the model of the "
-        "previous run. The first run produced the model that this card calls “before”. The curve shows the other runs; "
-        "their settings follow, except defaults. All runs used two CPU cores. The weights are averages: "
-        f"{1 - share:.0%} of the last run's, and {share:.0%} of the previous run's.",
+        "`configs/pretrain/embedded.yaml` contains the settings of all runs, and states which averages of weights some "
+        "of them start from. The first run produced the model that this card calls “before”. The curve shows the other "
+        "runs; their settings follow, except defaults. All runs used two CPU cores.",
         "![learning curve](curve.png)",
         *(
             f"On `{Path(str(each.data.train)).name}`, {result['steps']:,} steps of {each.training.batch_size} × "
@@ -165,10 +159,8 @@ def card(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument(
-        "--average", type=float, default=0.0, metavar="SHARE", help="weight of the second to last run; default: 0"
-    )
+    parser.add_argument("model", type=Path, metavar="MODEL")
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, metavar="RUN")
     parser.add_argument("--corpus", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--texts", type=Path, required=True, metavar="FILE")
     parser.add_argument("--blanks", type=Path, required=True, metavar="FILE")
@@ -178,10 +170,10 @@ def main() -> None:
     sources = json.loads((arguments.corpus / "sources.json").read_text())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        converted(arguments.runs[-1], arguments.runs[-2:][0], arguments.average, folder)
+        converted(arguments.model, folder)
         report.learning_curve(journal(arguments.runs), "mlm_accuracy").savefig(folder / "curve.png", dpi=120)
         found = measured({"before": arguments.beside, NAME: folder}, arguments.texts, arguments.blanks)
-        (folder / "README.md").write_text(card(arguments.runs, arguments.average, sources, found), encoding="utf-8")
+        (folder / "README.md").write_text(card(arguments.runs, sources, found), encoding="utf-8")
         Console().print((folder / "README.md").read_text(), markup=False, highlight=False)
         if arguments.write:
             for path in folder.iterdir():

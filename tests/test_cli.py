@@ -86,6 +86,7 @@ def test_dtype(tmp_path):
     assert 1e-4 < abs(nll[0] - nll[2]) < 0.1
 
 
+@pytest.mark.slow
 def test_tensors_to_ignore(tmp_path):
     embedded = hub.EMBEDDED / "bert-mini-cased"
     tensors = load_file(embedded / hub.WEIGHTS_FILE)
@@ -118,21 +119,29 @@ def broken(tmp_path):
     ("arguments", "named"),
     [
         (["fill-mask", "no mask"], "inputs[0]: the text has no [MASK]"),
-        (["fill-mask", TEXT, ""], "inputs[1]: the text is empty"),
-        (["fill-mask", TEXT, "--top-k", "0"], "top_k is 0"),
-        (["fill-mask", TEXT, "--target", ""], "targets has ''"),
         (["info", "owner/nothing"], "owner/nothing (revision main) is not in the cache"),
-        (["info", "./not/here/at/all"], "neither a folder nor a model id"),
-        (
-            ["finetune", EMOTION, "--target", "v5e:2x4"],
-            "--target is 'v5e:2x4', but a target can only compile; add --dry-run",
-        ),
         (["finetune", EMOTION, "--seeds", "1"], "--seeds is '1'; expected at least two different whole numbers"),
-        (["finetune", EMOTION, "--seeds", "1,2", "--dry-run"], "--seeds is given, which --dry-run does not support"),
-        (["finetune", EMOTION, "output.folder=" + 300 * "x"], "File name too long"),
-        (
-            ["finetune", EMOTION, "--dry-run", "--target", "v4"],
-            "The target 'v4' is unknown; expected a chip and a topology",
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (["fill-mask", TEXT, ""], "inputs[1]: the text is empty"),
+                (["fill-mask", TEXT, "--top-k", "0"], "top_k is 0"),
+                (["fill-mask", TEXT, "--target", ""], "targets has ''"),
+                (["info", "./not/here/at/all"], "neither a folder nor a model id"),
+                (
+                    ["finetune", EMOTION, "--target", "v5e:2x4"],
+                    "--target is 'v5e:2x4', but a target can only compile; add --dry-run",
+                ),
+                (
+                    ["finetune", EMOTION, "--seeds", "1,2", "--dry-run"],
+                    "--seeds is given, which --dry-run does not support",
+                ),
+                (["finetune", EMOTION, "output.folder=" + 300 * "x"], "File name too long"),
+                (
+                    ["finetune", EMOTION, "--dry-run", "--target", "v4"],
+                    "The target 'v4' is unknown; expected a chip and a topology",
+                ),
+            ]
         ),
     ],
 )
@@ -184,6 +193,7 @@ def test_compilation_cache(tmp_path):
     assert not (tmp_path / "xdg" / "bert_jax").exists()
 
 
+@pytest.mark.slow
 def test_verify_out_of_reach():
     done = run("verify", "google-bert/bert-base-cased")
     assert done.returncode == 2

@@ -288,7 +288,10 @@ def test_chosen_positions_equal_all(checkpoint):
         close(chosen, np.take_along_axis(np.asarray(everywhere), positions[..., None], axis=1))
 
 
-@pytest.mark.parametrize("options", [{}, {"scan_layers": True}, pytest.param({"remat": True}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, *(pytest.param(options, marks=pytest.mark.slow) for options in ({"scan_layers": True}, {"remat": True}))],
+)
 def test_the_last_layer_at_chosen_positions_is_the_whole_layer_there(checkpoint, options):
     given = reference.inputs() | {"document_ids": np.array([[0] * 4 + [1] * 6] * 3)}
     network = load(checkpoint, "BertModel", **options)

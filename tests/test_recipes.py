@@ -981,6 +981,7 @@ def test_pretraining_with_added_tokens(pretraining, base):
     assert bert_jax.Tokenizer.from_pretrained(folder).token_to_id("neurotransmitter") == 28996
 
 
+@pytest.mark.slow
 def test_pretraining_refuses(pretraining, base, tmp_path):
     pretraining["data"]["max_length"] = 1000
     with pytest.raises(InputError, match=r"data.max_length is 1000; the model has 512 positions"):

@@ -54,6 +54,7 @@ def row(label=0, choices=("a cat", "the dog barked at night")):
 # ── The model ──
 
 
+@pytest.mark.slow
 def test_each_choice_is_scored_alone(model):
     ids = np.random.RandomState(0).randint(5, 1000, (3, 4, 7))
     logits = model(ids).logits

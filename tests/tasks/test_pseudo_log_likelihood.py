@@ -33,6 +33,7 @@ def log_p():
     return log_p
 
 
+@pytest.mark.slow
 def test_each_token_is_masked_in_turn(pipe, log_p):
     for text, found in zip(TEXTS, pipe(TEXTS, per_token=True), strict=True):
         ids = pipe.tokenizer.encode([text])[0][0].ids
@@ -57,6 +58,7 @@ def test_later_pieces_of_the_word_are_masked_too(pipe, log_p):
     assert pipe(TEXTS[0], metric="within_word_l2r")["score"] == pytest.approx(pipe(TEXTS[0])["score"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_long_text_is_scored_in_windows(pipe):
     config = bert_jax.BertConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, max_position_embeddings=16

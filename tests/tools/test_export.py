@@ -110,6 +110,7 @@ def test_a_program_gives_the_outputs_of_its_model(tmp_path, name):
         assert difference(changed, expected) > 1e-3
 
 
+@pytest.mark.slow
 def test_any_batch_and_length(tmp_path):
     network = model()
     bert_jax.export(network, tmp_path)
@@ -163,6 +164,7 @@ def run_alone(environment, *command):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_program_runs_where_only_jax_is_installed(tmp_path, environment):
     network = model("BertForQuestionAnswering")
     bert_jax.export(network, tmp_path / "out")

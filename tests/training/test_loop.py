@@ -48,6 +48,7 @@ def test_overfits_eight_examples(make):
     assert result.metrics["accuracy"] == 1.0
 
 
+@pytest.mark.slow
 def test_any_loss_and_any_metric(make):
     model, task = make()
     examples, validation = task.featurize(sentiments.rows(16)), task.featurize(sentiments.rows(8, seed=1))
@@ -224,6 +225,7 @@ def test_other_examples_than_the_run_began_with(make, tmp_path):
         loop.train(model, task, task.featurize(sentiments.rows(16, seed=1)), optimizer, **options)
 
 
+@pytest.mark.slow
 def test_patience(make, tmp_path):
     options = {"steps": 200, "evaluate_every": 2, "patience": 2, "learning_rate": 1e-12}
     trained, journal = finish(make, tmp_path, **options)

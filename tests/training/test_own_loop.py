@@ -42,6 +42,7 @@ def test_two_heads_learn_on_eight_devices(tokenizer, capsys):
     assert len(trained.bert.layers[0].intermediate.weight[...].addressable_shards) == 8
 
 
+@pytest.mark.slow
 def test_the_loop_of_run_flax_glue(tokenizer, capsys):
     rows = [row | {"label": int(row["label"] == "yes")} for row in sentiments.rows(400)]
     model, _ = sentiments.classifier(tokenizer, layers=1, width=16, hidden_dropout_prob=0.1, initializer_range=0.1)

@@ -44,11 +44,11 @@ def run_steps(make, batches, optimizer=None, steps=3, options=None, mesh=None, a
     "variant",
     [
         {"accumulation": 4},
-        {"options": {"remat": True}},
+        pytest.param({"options": {"remat": True}}, marks=pytest.mark.slow),
         {"options": {"scan_layers": True}},
         pytest.param({"mesh": True}, marks=pytest.mark.slow),
         {"mesh": True, "accumulation": 2},
-        {"padding": 8},
+        pytest.param({"padding": 8}, marks=pytest.mark.slow),
         {"examples": 13, "accumulation": 4},  # the last part has fewer than the others
     ],
     ids=str,

@@ -46,6 +46,7 @@ def test_a_fused_kernel_is_plain_attention_and_so_are_its_gradients(kind, name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_a_fused_kernel_in_bfloat16(name):
     def loss(kernel, *arrays):

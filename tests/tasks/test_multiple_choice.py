@@ -76,6 +76,7 @@ def test_each_choice_is_scored_alone(model):
 # ── The pipeline ──
 
 
+@pytest.mark.slow
 def test_a_pipeline_chooses(model, tokenizer):
     pipe = bert_jax.pipeline("multiple-choice", model, tokenizer=tokenizer)
     inputs = [

@@ -154,6 +154,7 @@ def test_a_finished_run_gives_the_same_again(make, tmp_path):
     assert first.stopped is None
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_what_comes_back(make, tmp_path):
     options = {"steps": 16, "evaluate_every": 2, "metric": "loss", "learning_rate": 3e-2}
     trained, journal = finish(make, tmp_path, keep=2, save_every=5, **options)
@@ -288,6 +289,7 @@ def test_the_journal_has_what_a_curve_needs(unbroken):
     assert json.dumps(trained.metrics)
 
 
+@pytest.mark.slow
 def test_a_line_of_the_journal_is_the_mean_of_its_steps(make, tmp_path):
     journals = {
         every: finish(make, tmp_path / str(every), steps=4, evaluate_every=4, log_every=every)[1] for every in (1, 4)

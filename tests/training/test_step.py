@@ -69,6 +69,7 @@ def test_ways_to_compute_a_step_agree(make, variant):
         np.testing.assert_allclose(other[path], leaf, atol=2e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_have_the_weighted_mean_of_the_whole(make):
     model, task = make(initializer_range=1.0)
     batch = task.featurize(sentiments.rows(16)).batch(one_a_row(np.arange(16), 16, 32))

@@ -105,7 +105,7 @@ class BertConfig:
     -1 means one label for each name in `id2label` or `label2id`, or 2 labels if there are no names.
     """
     id2label: Mapping[int | str, str] | Sequence[str] | None = None
-    """The label names: a dict that maps ids to names, or a sequence of names in the order of their ids.
+    """The label names, given as a dict that maps ids to names or as a sequence of names in the order of their ids.
 
     The names are stored as a tuple. None means LABEL_0, LABEL_1, …
     """

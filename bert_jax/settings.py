@@ -1,5 +1,7 @@
 """Settings for runs and evaluations. They are read from YAML files and `key=value` overrides, then validated.
 
+For example::
+
     settings = Settings.from_file("configs/finetune/emotion.yaml", ["training.epochs=1"])
 
 Each field's docstring states its meaning and unit, and its annotation defines the valid values. A file may omit any
@@ -117,8 +119,9 @@ class PretrainingModel(_Start):
     BERT-base."""
     tokenizer: str | None = None
     """Folder or id of the tokenizer; by default, the checkpoint's tokenizer. It is required for a new network. If its
-    vocabulary differs from the checkpoint's, each new piece's embedding is initialized to the mean embedding of the
-    checkpoint's pieces that spell it. If no pieces spell it, the mean of all the checkpoint's embeddings is used."""
+    vocabulary differs from the checkpoint's, each piece's embedding is initialized to the first of these that exists:
+    the old embedding of the same piece, the old embedding of its lowercase form, the mean of the old embeddings of the
+    pieces that spell it, or the mean of all old embeddings."""
     lora: ClassVar[None] = None
 
 

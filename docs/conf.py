@@ -20,6 +20,8 @@ from bert_jax import hub
 from bert_jax.inference.server import models
 from bert_jax.inference.server.app import Access, Server
 from bert_jax.inference.server.limits import Limits
+from bert_jax.server_settings import Serving
+from bert_jax.settings import HeldOut, Pretraining, Settings
 from bert_jax.tasks.registry import TASKS
 
 project = "bert_jax"
@@ -33,7 +35,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 nb_execution_mode = "off"
 NOTEBOOKS = Path(os.environ.get("BERT_JAX_EXECUTED_NOTEBOOKS", Path(__file__).parents[1] / "notebooks"))
 """A folder with executed notebooks, which `pytest -m notebooks` fills. Without it, the pages have no outputs."""
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 default_role = "code"  # docstrings enclose `code` in single backticks
 autodoc_member_order = "bysource"
@@ -43,6 +45,16 @@ python_use_unqualified_type_names = True
 napoleon_use_ivar = True
 
 OPENAPI = Path(__file__).parent / "_build" / "openapi.json"
+
+
+SETTINGS_FILES = {
+    "Fine-tuning": Settings,
+    "Pretraining": Pretraining,
+    "Evaluation on held-out texts": HeldOut,
+    "Serving": Serving,
+}
+BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+"""Keys of JSON schemas that limit a number, and how the references show them."""
 
 
 def write_openapi(app: Sphinx) -> None:
@@ -77,6 +89,9 @@ def type_of(schema: dict[str, Any]) -> str:
     if "items" in schema:
         inner = type_of(schema["items"])
         return f"array of ({inner})" if " or " in inner else f"array of {inner}"
+    bounds = [f"{sign} {schema[key]}" for key, sign in BOUNDS.items() if key in schema]
+    if bounds:
+        return f"{schema['type']} {' and '.join(bounds)}"
     if isinstance(values := schema.get("additionalProperties"), dict):
         return f"object with values of the type ({type_of(values)})"
     return schema.get("type", "any")
@@ -89,6 +104,46 @@ def fields_of(schema: dict[str, Any]) -> list[str]:
         default = "required" if name in schema.get("required", ()) else f"`{json.dumps(field.get('default'))}`"
         lines.append(f"| `{name}` | {type_of(field)} | {default} |")
     return [*lines, ""]
+
+
+def on_one_line(schema: dict[str, Any]) -> str:
+    """Returns the description in a JSON schema as one line."""
+    return " ".join(schema.get("description", "").split())
+
+
+def settings_reference() -> str:
+    """Returns Markdown that lists the settings of each kind of file by section, with types, defaults and meanings."""
+    lines: list[str] = []
+    described: dict[str, str] = {}  # maps the name of each section's class to the heading of its description
+
+    def add(schema: dict[str, Any], path: str) -> None:
+        """Adds the settings of an object, then those of its sections."""
+        sections = {}
+        for name, field in schema["properties"].items():
+            if kinds := re.findall(r'"#/\$defs/(\w+)"', json.dumps(field)):
+                sections[path + name] = (kinds[0], field)
+                continue
+            required = name in schema.get("required", ())
+            default = "required" if required else f"default `{json.dumps(field.get('default', {}))}`"
+            lines.extend([f"`{path}{name}`", f": *{type_of(field)}; {default}*", "", f"  {on_one_line(field)}", ""])
+        for name, (kind, field) in sections.items():
+            known = described.get(kind)
+            lines.extend([f"### {name}", "", on_one_line(field), ""])
+            if known:
+                lines.extend([f"The settings are those of [{known}](#{known.replace('.', '')}) above.", ""])
+                continue
+            described[kind] = name
+            lines.extend([on_one_line(definitions[kind]), ""])
+            add(definitions[kind], f"{name}.")
+
+    for title, file in SETTINGS_FILES.items():
+        schema = file.model_json_schema()
+        definitions = schema.get("$defs", {})
+        lines.extend(
+            [f"## {title}", "", on_one_line(schema), "", f"In Python: `{file.__module__}.{file.__name__}`.", ""]
+        )
+        add(schema, "")
+    return "\n".join(lines)
 
 
 def http_reference(document: dict[str, Any]) -> str:
@@ -128,12 +183,14 @@ def add_notebooks(app: Sphinx) -> None:
 
 
 def add_references(app: Sphinx, page: str, source: list[str]) -> None:
-    """Generates the lists of commands and routes, and replaces links to notebook files with links to their pages."""
+    """Generates the reference pages, and replaces links to notebook files with links to their pages."""
     if page == "reference/commands":
         command = [sys.executable, "-m", "typer", "bert_jax.cli", "utils", "docs", "--name", "bert-jax"]
         done = subprocess.run([*command, "--title", "Commands"], capture_output=True, text=True, check=True)
         source[0] = done.stdout
     source[0] = re.sub(r"\]\(\.\./(notebooks/\w+\.ipynb)", r"](\1", source[0])
+    if page == "reference/settings":
+        source[0] += settings_reference()
     if page == "reference/http":
         source[0] += http_reference(json.loads(OPENAPI.read_text(encoding="utf-8")))
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import typer.main
 import bert_jax
 from bert_jax import cli, server_settings, settings
 from bert_jax.tasks.registry import TASKS
-from bert_jax.yaml_file import Section
+from bert_jax.yaml_file import Section, SettingsFile
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.docs
@@ -46,17 +47,35 @@ def test_every_public_name_has_an_entry(names):
         assert inspect.getdoc(value), name
 
 
-def test_every_setting_has_an_entry(names):
-    modules = (settings, server_settings)
-    classes = [(module, kind) for module in modules for _, kind in inspect.getmembers(module, inspect.isclass)]
-    kinds = [kind for module, kind in classes if issubclass(kind, Section) and kind.__module__ == module.__name__]
-    kinds = [kind for kind in kinds if not kind.__name__.startswith("_")]
-    assert len(kinds) > 15
-    for kind in kinds:
-        assert kind.model_fields
-        for field, info in kind.model_fields.items():
-            assert f"{kind.__module__}.{kind.__name__}.{field}" in names, f"{kind.__name__}.{field}"
-            assert info.description or info.annotation in kinds, f"{kind.__name__}.{field} has no docstring"
+def keys(kind, path=""):
+    """The keys of a settings file, as overrides write them."""
+    for name, field in kind.model_fields.items():
+        sections = [part for part in (field.annotation, *typing.get_args(field.annotation))
+                    if inspect.isclass(part) and issubclass(part, Section)]  # fmt: skip
+        assert sections or field.description, f"{kind.__name__}.{name} has no docstring"
+        for section in sections:
+            yield from keys(section, f"{path}{name}.")
+        if not sections:
+            yield path + name
+
+
+def test_every_setting_has_an_entry(site):
+    page = html.unescape((site / "reference" / "settings.html").read_text(encoding="utf-8"))
+    entries = re.sub("<[^>]+>", "", " ".join(re.findall("<dt>.*?</dt>", page, re.DOTALL))).split()
+    files = [kind for module in (settings, server_settings) for _, kind in inspect.getmembers(module, inspect.isclass)
+             if issubclass(kind, SettingsFile) and kind is not SettingsFile]  # fmt: skip
+    assert len({*files}) == 4
+    found = {key for kind in files for key in keys(kind)}
+    assert len(found) > 100
+    assert found == {*entries}
+
+
+def test_docstrings_are_read_as_meant(site):
+    """An indented example without "::" would be a quotation, and "The x: y" in an attribute's docstring a type."""
+    for page in (site / "reference").glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert "<blockquote" not in text, page.name
+        assert not re.search(r">Type<", text), page.name
 
 
 def test_every_command_has_an_entry(site):

@@ -37,7 +37,7 @@ class FeatureExtraction:
 
     @functools.cached_property
     def embedding(self) -> SentenceEmbedding:
-        """The settings for `pooling="auto"`: the result of `declared` for the model's folder.
+        """The settings for `pooling="auto"`, which `declared` reads from the model's folder.
 
         Raises:
             InputError: If the model was not loaded from a folder, or if `declared` raises `CheckpointError`.

@@ -184,6 +184,8 @@ def train(
 ) -> Trained:
     """Trains a model.
 
+    For example::
+
         optimizer = optim.adamw(2e-5)  # or any optax transformation
         result = bert_jax.train(model, task, task.featurize(rows), optimizer, steps=500)
         result.model.save_pretrained("mine")

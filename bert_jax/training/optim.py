@@ -1,5 +1,7 @@
 """Optimizers, such as BERT's AdamW, and the learning-rate schedules of `transformers`.
 
+For example::
+
     optimizer = optim.adamw(optim.schedule("linear", 2e-5, steps=500, warmup_ratio=0.1), weight_decay=0.01)
 
 `bert_jax.train` accepts any `optax.GradientTransformation`. The optimizers in this module determine the weight decay
@@ -19,7 +21,7 @@ import optax
 from bert_jax.errors import InputError
 
 NO_DECAY = (r".*\bbias", r".*norm\.weight")
-"""Default patterns for the parameters without weight decay: biases and LayerNorm weights."""
+"""Default patterns for the parameters without weight decay, which are biases and LayerNorm weights."""
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -124,7 +126,7 @@ def adamw(
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), with a `Rule` for each parameter.
 
     The gradients are clipped by their global norm. The running means of the gradients and of their squares are called m
-    and v (Kingma & Ba 2015). Each step updates every parameter w:
+    and v (Kingma & Ba 2015). Each step updates every parameter w::
 
         w <- w - learning_rate(step) · lr_multiplier · (m̂ / (√v̂ + eps) + weight_decay · w)
 

@@ -42,6 +42,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
+maximum_signature_line_length = 88
 napoleon_use_ivar = True
 
 OPENAPI = Path(__file__).parent / "_build" / "openapi.json"

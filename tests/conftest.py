@@ -1,7 +1,7 @@
 """What every test runs under: 8 simulated devices, no implicit promotion of rank, no network."""
 
 import os
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 # Most of the time goes into compiling small programs, so they are compiled the quickest way there is. XLA_FLAGS of
@@ -10,7 +10,7 @@ os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0"
     # Later ones have no such flag, and one that is unknown ends the process.
-    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
+    + " --xla_cpu_use_fusion_emitters=false" * metadata.version("jaxlib").startswith("0.10."),
 )
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
@@ -54,3 +54,15 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def fill_mask():
     return bert_jax.pipeline("fill-mask", "bert-mini-cased")
+
+
+@pytest.fixture
+def uninstalled(monkeypatch):
+    """The package is imported from a folder; pip knows nothing about it."""
+
+    def version_of(name, *, installed=metadata.version):
+        if name == "bert-jax":
+            raise metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(metadata, "version", version_of)

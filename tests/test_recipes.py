@@ -91,6 +91,7 @@ def test_a_setting_that_the_optimizer_does_not_have_is_refused(tree, optimizer, 
         runs.make_optimizer(Settings.from_dict(tree | {"optimizer": optimizer}), 10)
 
 
+@pytest.mark.usefixtures("uninstalled")
 def test_a_run_leaves_a_model_and_all_about_it(tree, tmp_path):
     folder = run(tree)
     names = {path.name for path in folder.iterdir()}
@@ -101,6 +102,7 @@ def test_a_run_leaves_a_model_and_all_about_it(tree, tmp_path):
     }  # fmt: skip
     assert Settings.from_file(folder / "settings.yaml") == Settings.from_dict(tree)
     results = json.loads((folder / "results.json").read_text())
+    assert results["versions"]["bert-jax"] == bert_jax.__version__
     assert [results[name] for name in ("steps", "planned_steps", "stopped_early")] == [6, 6, None]
     assert (
         results["validation"]["accuracy"]

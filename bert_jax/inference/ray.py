@@ -28,6 +28,7 @@ import ray
 import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
+import bert_jax
 from bert_jax.compilation import use_compilation_cache
 from bert_jax.errors import BertJaxError, InputError, listed, quoted
 from bert_jax.inference.catalog import jsonable
@@ -52,7 +53,8 @@ BLOCK = 2**18
 
 def versions() -> dict[str, str]:
     """Returns the package versions that must be the same in all workers."""
-    return {name: metadata.version(name) for name in ("bert-jax", "jax", "jaxlib", "tokenizers")}
+    others = {name: metadata.version(name) for name in ("jax", "jaxlib", "tokenizers")}
+    return {"bert-jax": bert_jax.__version__} | others
 
 
 class Predictor:

@@ -16,6 +16,7 @@ import optax
 import yaml
 from rich.console import Console
 
+import bert_jax
 from bert_jax import distributed, hub, sharding, tree
 from bert_jax.data.loader import Examples
 from bert_jax.errors import InputError, check_extra
@@ -246,6 +247,7 @@ def end(
     folder = Path(settings.output.folder)
     trained.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    others = {name: metadata.version(name) for name in ("jax", "flax", "optax")}
     results = {
         "step": trained.step,
         "steps": trained.steps,
@@ -255,7 +257,7 @@ def end(
         **found,
         "seconds": time.perf_counter() - began,
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "versions": {name: metadata.version(name) for name in ("bert-jax", "jax", "flax", "optax")},
+        "versions": {"bert-jax": bert_jax.__version__} | others,
     }
     curve = report.learning_curve(
         log.read_journal(folder / log.METRICS), run.metric, best=trained.step if trained.metrics else None,

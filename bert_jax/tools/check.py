@@ -115,11 +115,12 @@ def _error(found: Any, expected: Any) -> float:
 def machine() -> Iterator[Row]:
     """Reports the package versions, the devices, and whether bfloat16 and int8 should be faster than float32."""
     part = "machine"
-    versions = ("bert-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     yield Row(
         part,
         "versions",
-        f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {metadata.version(name)}" for name in versions),
+        f"Python {sys.version.split()[0]}, bert-jax {bert_jax.__version__}, "
+        + ", ".join(f"{name} {metadata.version(name)}" for name in packages),
     )
     devices = jax.devices()
     yield Row(part, "devices", f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform})")

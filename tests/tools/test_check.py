@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from typer.testing import CliRunner
 
+import bert_jax
 from bert_jax import nn
 from bert_jax.cli import app
 from bert_jax.tools import check
@@ -21,6 +22,13 @@ def test_this_machine_computes_the_reference_outputs():
     rows = list(check.goldens())
     assert len(rows) == 6
     assert not failed(rows)
+
+
+@pytest.mark.usefixtures("uninstalled")
+def test_the_report_begins_with_the_versions():
+    row = next(check.machine())
+    assert row.what == "versions"
+    assert f", bert-jax {bert_jax.__version__}, jax {jax.__version__}, " in row.found
 
 
 def test_products_in_fewer_bits_are_found(monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from bert_jax import hub
+from bert_jax import hub, tree
 from bert_jax.errors import BertJaxError
 from bert_jax.inference.pipelines import Pipeline, pipeline, tasks_of
 from bert_jax.quantization import Dtype
@@ -40,7 +40,7 @@ def load(
     dtype: Dtype = "float32",
     mesh: jax.sharding.Mesh | None = None,
 ) -> Served:
-    """Loads a model for serving.
+    """Loads a model for serving. The tasks share the parameters of the encoder and of heads that they have in common.
 
     Args:
         name: The name by which clients refer to the model.
@@ -62,10 +62,18 @@ def load(
         "next-sentence-prediction",
     ]
     pipes: dict[str, Pipeline[Any]] = {}
+    loaded: dict[str, jax.Array] = {}  # the parameters of all pipelines
     for task in dict.fromkeys(tasks or fitting):
         try:
-            pipes[task] = pipeline(task_name(task), folder, ignore=ignore, dtype=dtype, mesh=mesh)
+            pipe = pipeline(task_name(task), folder, ignore=ignore, dtype=dtype, mesh=mesh)
         except BertJaxError:
             if tasks or not pipes:
                 raise
+            continue
+        # A BertModel, which has no head, has the parameter paths of an encoder.
+        shared = {
+            path: loaded.setdefault(path.removeprefix("bert."), array)
+            for path, array in tree.flatten(pipe.params).items()
+        }
+        pipe.params, pipes[task] = tree.unflatten(shared), pipe
     return Served(name, pipes)

@@ -52,7 +52,7 @@ def test_configs_load(path, name):
 )
 def test_pretraining_configs_load(path, name):
     settings = Pretraining.from_file(path, [f"task_name={name}"] if name else [])
-    assert (settings.data.max_length == 512) == (name in ("phase2", "rows_of_512"))
+    assert (settings.data.max_length == 512) == (name in ("phase2", "all_lengths"))
     assert Pretraining.from_dict(yaml.safe_load(settings.to_yaml())) == settings
 
 

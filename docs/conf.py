@@ -117,7 +117,7 @@ def settings_reference() -> str:
     lines: list[str] = []
     described: dict[str, str] = {}  # maps the name of each section's class to the heading of its description
 
-    def add(schema: dict[str, Any], path: str) -> None:
+    def add(schema: dict[str, Any], path: str, definitions: dict[str, Any]) -> None:
         """Adds the settings of an object, then those of its sections."""
         sections = {}
         for name, field in schema["properties"].items():
@@ -135,15 +135,14 @@ def settings_reference() -> str:
                 continue
             described[kind] = name
             lines.extend([on_one_line(definitions[kind]), ""])
-            add(definitions[kind], f"{name}.")
+            add(definitions[kind], f"{name}.", definitions)
 
     for title, file in SETTINGS_FILES.items():
         schema = file.model_json_schema()
-        definitions = schema.get("$defs", {})
         lines.extend(
             [f"## {title}", "", on_one_line(schema), "", f"In Python: `{file.__module__}.{file.__name__}`.", ""]
         )
-        add(schema, "")
+        add(schema, "", schema.get("$defs", {}))
     return "\n".join(lines)
 
 

@@ -76,7 +76,7 @@ def published(tmp_path_factory):
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), CodeBlockParser("sh", parse_commands), SkipParser()],
-    patterns=["README.md", "docs/*.md"],
+    patterns=["README.md", "docs/*.md", "docs/reference/*.md"],
     fixtures=["published"],
 ).pytest()
 
